@@ -1,0 +1,418 @@
+"""Settings, run folders and files that are whole or absent.
+
+Defaults live in the dataclasses below and nowhere else. A YAML file overrides them, `key=value`
+words on the command line override the file:
+
+    python train.py --stage dpo --config configs/tiny.yaml dpo.beta=0.2
+
+Settings are read by OmegaConf's structured configs, so a wrong type is refused; an unknown key is
+refused together with the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+ROOT = Path(__file__).resolve().parent
+EXIT_BAD_INPUT = 2
+
+
+class UserError(Exception):
+    """Something the user can mend. Scripts print the message without a traceback and exit with 2."""
+
+
+@dataclass
+class RunConfig:
+    name: str = "tiny"  # the run folder is root/name
+    root: str = "runs"
+    seed: int = 0  # every random choice outside the simulated world
+
+
+@dataclass
+class DataConfig:
+    users: str = ""  # users.jsonl; empty: the simulated world writes one
+    impressions: str = ""  # impressions.jsonl; empty with `users` set: no ranker, no DPO
+    max_errors: int = 20  # bad lines listed before a reader gives up
+    # Share of a user's sessions that count as history: early, middle, latest slice of the log.
+    cuts: list[float] = field(default_factory=lambda: [0.5, 0.65, 0.8])
+    # Users are split once: generator and ranker train on `train`, early stopping and thresholds use
+    # `valid`, the ranker that judges is fitted on `judge`, every reported figure is on `test`.
+    train: float = 0.5
+    valid: float = 0.1
+    judge: float = 0.25
+    test: float = 0.15
+
+
+@dataclass
+class WorldConfig:
+    users: int = 400
+    days: int = 120
+    seed: int = 7
+    median_sessions: int = 12  # 6 in a forum, 150 in a search log; heavy-tailed around it, 1 to 500
+    starter_pool: int = 3000  # distinct starters that the logging policy retrieves from
+    impressions_per_user: int = 10  # mean
+
+
+@dataclass
+class EncoderConfig:
+    name: str = ""  # any sentence-transformers model; empty: the packaged all-MiniLM-L6-v2
+    batch_size: int = 64
+
+
+@dataclass
+class RolesConfig:
+    match_cosine: float = 0.45  # two summaries share a subject: a key phrase and this cosine ...
+    match_cosine_alone: float = 0.85  # ... or this cosine alone
+
+
+@dataclass
+class RidConfig:
+    text_dim: int = 32  # the text embedding is projected to this before it meets the statistics
+    hidden: int = 64  # width of E_u, E_h and of the space they share
+    dropout: float = 0.5
+    temperature: float = 0.1  # Eq. (3)
+    learning_rate: float = 1e-3
+    epochs: int = 30
+    patience: int = 5  # epochs without a better held-out per-user AUC
+    batch_users: int = 16
+    negatives_within: int = 32  # per positive
+    activity_groups: int = 3
+    min_keep: int = 2
+    max_keep: int = 6
+    duplicate_cosine: float = 0.9  # trigger interests nearer than this collapse to the latest
+
+
+@dataclass
+class RankerConfig:
+    hidden: int = 64
+    dropout: float = 0.3
+    learning_rate: float = 1e-3
+    epochs: int = 20
+    patience: int = 4
+    batch_impressions: int = 64
+    click_share: float = 0.5  # a in click * (a + (1 - a) * min(sessions_after, D) / D)
+    depth_cap: int = 5  # D
+
+
+@dataclass
+class GeneratorConfig:
+    model: str = ""  # hub id or local folder; empty: the embedded base model of `--stage base`
+    load_in_4bit: bool = False
+    lora_rank: int = 16
+    lora_alpha: int = 32
+    instruction: str = "Suggest {n} conversation starters about these interests."
+    list_size: int = 5  # K
+    max_prompt_tokens: int = 320
+    max_new_tokens: int = 96
+    temperature: float = 0.9
+    top_p: float = 0.95
+    sample_rows: int = 256  # sequences decoded together
+    head_chunk: int = 512  # positions whose vocabulary row exists at once
+
+
+@dataclass
+class BaseConfig:
+    vocabulary: int = 4096
+    hidden: int = 256
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    intermediate: int = 704
+    lists: int = 24000  # generic starter lists in the corpus
+    batch_tokens: int = 4096
+    learning_rate: float = 2e-3
+    seed: int = 0
+
+
+@dataclass
+class SitConfig:
+    lists_per_user: int = 2
+    epochs: int = 3
+    learning_rate: float = 1e-3
+    batch_users: int = 8
+
+
+@dataclass
+class DpoConfig:
+    rounds: int = 3
+    samples: int = 8  # lists sampled per user and round
+    teacher_lists: int = 2  # lists of the teacher that join the pool
+    beam: int = 8
+    expand: int = 8
+    weight: float = 0.5  # lambda: utility against diversity
+    margin: float = 0.2  # a rejected list is lower by at least this (after min-max within the user)
+    tolerance: float = 0.2  # ... while the other dimension differs by at most this
+    random_lists: int = 8  # random draws from the pool among the lists considered
+    negatives: list[str] = field(default_factory=lambda: ["utility", "diversity", "joint"])
+    beta: float = 0.1
+    learning_rate: float = 3e-4
+    passes: int = 1  # over the accumulated pairs, per round
+    batch_users: int = 8
+    reference: str = "round"  # "round": policy at the start of the round; "sit": the SIT policy
+    sft_weight: float = 0.0
+    checkpoints: int = 3  # per round; the best by held-out utility and diversity is kept
+
+
+@dataclass
+class EvalConfig:
+    lists: int = 4  # lists sampled per user and method
+    bootstrap: int = 1000
+    examples: int = 6  # users on the page of examples
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    world: WorldConfig = field(default_factory=WorldConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    roles: RolesConfig = field(default_factory=RolesConfig)
+    rid: RidConfig = field(default_factory=RidConfig)
+    ranker: RankerConfig = field(default_factory=RankerConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    base: BaseConfig = field(default_factory=BaseConfig)
+    sit: SitConfig = field(default_factory=SitConfig)
+    dpo: DpoConfig = field(default_factory=DpoConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+def _known_keys() -> list[str]:
+    config = Config()
+    return [
+        f"{section.name}.{key.name}"
+        for section in dataclasses.fields(config)
+        for key in dataclasses.fields(getattr(config, section.name))
+    ]
+
+
+def _refuse_unknown(tree: dict, where: str) -> None:
+    """Raise UserError for the first key of a nested dict that no dataclass declares."""
+    known = _known_keys()
+    sections = {key.split(".")[0] for key in known}
+    for section, values in tree.items():
+        if section not in sections:
+            raise UserError(f"{where}: unknown section '{section}'{_nearest(section, sections)}")
+        if not isinstance(values, dict):
+            raise UserError(f"{where}: {section}: holds settings (like {section}.key=value), "
+                            f"not a single value")
+        for key in values:
+            if f"{section}.{key}" not in known:
+                raise UserError(f"{where}: unknown setting '{section}.{key}'"
+                                f"{_nearest(f'{section}.{key}', known)}")
+
+
+def _nearest(word: str, known) -> str:
+    close = difflib.get_close_matches(str(word), sorted(known), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(sorted(known))}"
+
+
+def load_config(path: str | Path | None = None, overrides: list[str] = ()) -> Config:
+    """Read dataclass defaults <- YAML file <- `section.key=value` words.
+
+    Raises UserError that names the file or word, the setting and the nearest valid name.
+    """
+    config = OmegaConf.structured(Config)
+    layers = []
+    if path:
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such config file; shipped ones are in configs/")
+        try:
+            layers.append((str(path), OmegaConf.load(path)))
+        except Exception as error:  # yaml and unicode errors share no base class
+            raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    for word in overrides:
+        if "=" not in word or word.startswith(("-", "=")):
+            raise UserError(f"'{word}': settings are given as section.key=value")
+        try:
+            layers.append((f"'{word}'", OmegaConf.from_dotlist([word])))
+        except Exception as error:
+            raise UserError(f"'{word}': {' '.join(str(error).split())}") from None
+    for where, layer in layers:
+        tree = OmegaConf.to_container(layer)
+        if not isinstance(tree, dict):
+            raise UserError(f"{where}: settings are a mapping of sections")
+        _refuse_unknown(tree, where)
+        try:
+            config = OmegaConf.merge(config, layer)
+        except OmegaConfBaseException as error:
+            setting = getattr(error, "full_key", None) or "setting"
+            raise UserError(f"{where}: {setting}: {str(error).splitlines()[0]}") from None
+    result = OmegaConf.to_object(config)
+    _check(result)
+    return result
+
+
+def _check(config: Config) -> None:
+    """Raise UserError for values of the right type that cannot work."""
+    data, rid, dpo = config.data, config.rid, config.dpo
+    if not config.run.name or Path(config.run.name).name != config.run.name or \
+            config.run.name in (".", ".."):
+        raise UserError("run.name: one folder name, without a path")
+    shares = [data.train, data.valid, data.judge, data.test]
+    if any(share <= 0 for share in shares) or abs(sum(shares) - 1) > 1e-6:
+        raise UserError("data.train, data.valid, data.judge, data.test: positive and adding to 1")
+    if not data.cuts or sorted(set(data.cuts)) != data.cuts or not 0 < data.cuts[0] <= data.cuts[-1] < 1:
+        raise UserError("data.cuts: increasing shares between 0 and 1")
+    if not 1 <= rid.min_keep <= rid.max_keep:
+        raise UserError("rid.min_keep: between 1 and rid.max_keep")
+    if not 0 <= dpo.weight <= 1:
+        raise UserError("dpo.weight: between 0 (diversity only) and 1 (utility only)")
+    if dpo.reference not in ("round", "sit"):
+        raise UserError("dpo.reference: 'round' or 'sit'")
+    unknown = set(dpo.negatives) - {"utility", "diversity", "joint"}
+    if unknown or not dpo.negatives:
+        raise UserError("dpo.negatives: some of utility, diversity, joint")
+    positive = ["world.users", "world.days", "rid.batch_users", "rid.activity_groups", "ranker.depth_cap",
+                "generator.list_size", "generator.max_new_tokens", "generator.head_chunk", "base.lists",
+                "sit.batch_users", "dpo.rounds", "dpo.samples", "dpo.beam", "dpo.expand",
+                "dpo.batch_users", "dpo.checkpoints", "eval.lists", "rid.temperature", "dpo.beta",
+                "generator.temperature", "data.max_errors"]
+    for key in positive:
+        section, name = key.split(".")
+        if getattr(getattr(config, section), name) <= 0:
+            raise UserError(f"{key}: must be above 0")
+
+
+def digest(*parts) -> str:
+    """Twelve hex digits of anything JSON can hold (dataclasses too)."""
+    text = json.dumps(parts, sort_keys=True, default=dataclasses.asdict)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def file_digest(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path):
+    """Yield a temporary path beside `path`; on success sync it and rename it into place.
+
+    Works for a file or a folder. A killed process leaves the old content or none, never half.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        files = [p for p in temporary.rglob("*") if p.is_file()] if temporary.is_dir() else [temporary]
+        for file in files:
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        if path.is_dir() and temporary.is_dir():  # rename cannot replace a folder that is not empty
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | Path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def write_tensors(path: str | Path, tensors: dict) -> None:
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as temporary:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
+
+
+def read_tensors(path: str | Path) -> dict:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+class RunFolder:
+    """`runs/<name>/`: config.yaml, environment.json, metrics.jsonl and one folder per stage.
+
+    A stage is done when `<stage>/done.json` holds the key (a digest of all that the stage depends
+    on) it was run with; the file is written last.
+    """
+
+    def __init__(self, config: Config):
+        self.path = Path(config.run.root) / config.run.name
+        self.path.mkdir(parents=True, exist_ok=True)
+        with atomic_path(self.path / "config.yaml") as temporary:
+            temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+        write_json(self.path / "environment.json", environment(config))
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def is_done(self, stage: str, key: str) -> bool:
+        marker = self.path / stage / "done.json"
+        return marker.is_file() and read_json(marker)["key"] == key
+
+    def mark_done(self, stage: str, key: str, **figures) -> None:
+        write_json(self.path / stage / "done.json", {"key": key, **figures})
+
+    def log(self, stage: str, **figures) -> None:
+        """Append one line to metrics.jsonl."""
+        line = json.dumps({"time": round(time.time(), 1), "stage": stage, **figures})
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def environment(config: Config) -> dict:
+    """What a figure of this run depends on besides the config: versions, commit, data, machine."""
+    def version(name):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    def git(*words):
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    packages = ["torch", "transformers", "peft", "bitsandbytes", "sentence-transformers", "numpy",
+                "scikit-learn", "tokenizers", "omegaconf", "pydantic"]
+    data = [path for path in (config.data.users, config.data.impressions) if path]
+    try:
+        commit, dirty = git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+    except OSError:  # no git on this machine
+        commit, dirty = None, None
+    return {
+        "command": sys.argv, "python": platform.python_version(), "machine": platform.platform(),
+        "processors": os.cpu_count(), "seed": config.run.seed,
+        "versions": {name: version(name) for name in packages},
+        "commit": commit, "uncommitted_changes": dirty,
+        "data": {path: file_digest(path) for path in data if Path(path).is_file()},
+    }
+
+
+def script(main) -> None:
+    """Run a script's main(): UserError becomes one message on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to resume", file=sys.stderr)
+        sys.exit(130)
