@@ -39,7 +39,7 @@ class UserError(Exception):
 
 @dataclass
 class RunConfig:
-    name: str = "tiny"  # the run folder is root/name
+    name: str = ""  # the run folder is root/name; empty: the name of data.users, or "tiny"
     root: str = "runs"
     seed: int = 0  # every random choice outside the simulated world
 
@@ -50,7 +50,7 @@ class DataConfig:
     impressions: str = ""  # impressions.jsonl; empty with `users` set: no ranker, no DPO
     max_errors: int = 20  # bad lines listed before a reader gives up
     # Share of a user's sessions that count as history: early, middle, latest slice of the log.
-    cuts: list[float] = field(default_factory=lambda: [0.5, 0.65, 0.8])
+    cuts: list[float] = field(default_factory=lambda: [0.4, 0.6, 0.8])
     # Users are split once: generator and ranker train on `train`, early stopping and thresholds use
     # `valid`, the ranker that judges is fitted on `judge`, every reported figure is on `test`.
     train: float = 0.5
@@ -66,7 +66,7 @@ class WorldConfig:
     seed: int = 7
     median_sessions: int = 12  # 6 in a forum, 150 in a search log; heavy-tailed around it, 1 to 500
     starter_pool: int = 3000  # distinct starters that the logging policy retrieves from
-    impressions_per_user: int = 10  # mean
+    impressions_per_user: int = 20  # mean
 
 
 @dataclass
@@ -254,6 +254,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] = ()) -> Co
             setting = getattr(error, "full_key", None) or "setting"
             raise UserError(f"{where}: {setting}: {str(error).splitlines()[0]}") from None
     result = OmegaConf.to_object(config)
+    result.run.name = result.run.name or Path(result.data.users or "tiny").stem
     _check(result)
     return result
 
