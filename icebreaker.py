@@ -1,0 +1,468 @@
+"""IceBreaker: the paper's algorithms, to be read beside it. Pure functions of tensors.
+
+Resonance-aware interest distillation (RID, section 2.2): history statistics, resonance scorer
+(Eq. 2), contrastive loss (Eq. 3), activity-aware gate (Eq. 4). Starter generation (ISG, 2.3):
+utility ranker (Eq. 7), list search (Algorithm 1), preference mining (Eq. 8), DPO loss (Eq. 6).
+The loops that train these are in train.py; `python train.py` runs them all.
+
+Departures from the paper: E_h sees statistics of a session within its user's history beside the
+text (on a real search log text alone ranks worse than plain frequency); the retrieval over "large
+summary pools" is a dense product here; thresholds maximise F_0.5, which the paper leaves open.
+
+Legend: B users, N summaries or candidates, M interests or lists, K list slots, P pairs,
+D embedding, F statistics, H hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ------------------------------------------------------------------------- history and statistics
+
+
+@dataclass(frozen=True)
+class History:
+    """One user's summaries before a cut; exact repeats collapsed to the latest one."""
+
+    texts: list[str]  # (N,), by last occurrence, oldest first
+    embeddings: Tensor  # (N, D), unit rows
+    statistics: Tensor  # (N, F), see FEATURE_NAMES
+    days_ago: Tensor  # (N,), days between the last occurrence and the cut
+    num_sessions: int
+    sessions_per_week: float
+
+
+_RAW = (
+    ["similar_0.4", "similar_0.6"]
+    + [f"similar_{c}_half_life_{h}" for c in (0.4, 0.6) for h in (3, 14, 45)]
+    + ["age", "gap_to_previous_similar", "span_of_similar", "token_frequency",
+       "density_0.5", "density_0.7", "density_0.85", "repeats"]
+)
+FEATURE_NAMES = _RAW + [f"rank_{name}" for name in _RAW] + ["history_length"]
+
+
+def make_history(
+    summaries: Sequence[str],
+    days_ago: Sequence[float] | None,
+    encode: Callable[[list[str]], Tensor],
+) -> History:
+    """Collapse repeats, embed the distinct texts and compute their statistics.
+
+    summaries: in time order; days_ago: days before the cut, or None where times are missing (one
+    day a session is then assumed).
+    """
+    n = len(summaries)
+    known = days_ago is not None
+    days = torch.tensor(list(days_ago) if known else range(n, 0, -1), dtype=torch.float32)
+    days = days.clamp_min(0)
+    last = {text: i for i, text in enumerate(summaries)}
+    texts = sorted(last, key=last.get)
+    number = {text: i for i, text in enumerate(texts)}
+    of = torch.tensor([number[t] for t in summaries], dtype=torch.long)  # session -> distinct text
+    embeddings = encode(texts)
+    weeks = max(1.0, float(days.max() - days.min()) / 7) if n else 1.0
+    statistics = history_statistics(texts, embeddings, of, days)
+    latest = torch.tensor([last[t] for t in texts], dtype=torch.long)
+    return History(texts, embeddings, statistics, days[latest], n, n / weeks)
+
+
+def history_statistics(texts: list[str], embeddings: Tensor, of: Tensor, days_ago: Tensor) -> Tensor:
+    """Statistics of each distinct text within its user's history, from the past only.
+
+    embeddings (N, D) of distinct texts; of (S,): the text of every session; days_ago (S,).
+    Returns (N, F), each of order 1, in the order of FEATURE_NAMES.
+    """
+    n, num_sessions = len(texts), len(of)
+    if n == 0:
+        return torch.zeros(0, len(FEATURE_NAMES))
+    cosine = (embeddings @ embeddings.T)[:, of]  # (N, S): text against every session, repeats too
+    soft = {c: torch.sigmoid((cosine - c) * 20) for c in (0.4, 0.6)}
+    columns = [soft[c].sum(1).log1p() for c in (0.4, 0.6)]
+    for c in (0.4, 0.6):
+        columns += [(soft[c] * 0.5 ** (days_ago / half_life)).sum(1).log1p() for half_life in (3, 14, 45)]
+    own = of == torch.arange(n)[:, None]  # (N, S)
+    age = torch.where(own, days_ago, torch.inf).amin(1)  # of the last occurrence
+    similar = cosine > 0.6
+    earlier = similar & (days_ago > age[:, None])
+    gap = torch.where(earlier, days_ago, torch.inf).amin(1) - age
+    oldest = torch.where(similar, days_ago, 0).amax(1)
+    newest = torch.where(similar, days_ago, torch.inf).amin(1).clamp_max(1e4)
+    # A text without an earlier similar session has no gap: the longest one there is stands in.
+    gap = torch.where(gap.isinf(), days_ago.max() + 1, gap)
+    columns += [age.log1p(), gap.log1p(), (oldest - newest).clamp_min(0).log1p()]
+    columns.append(_token_frequency(texts, of))
+    columns += [(cosine > c).float().mean(1) for c in (0.5, 0.7, 0.85)]
+    columns.append(own.sum(1).float().log1p())
+    raw = torch.stack(columns, 1)  # (N, F')
+    below = (raw[None] < raw[:, None]).float().sum(1) + 0.5 * (raw[None] == raw[:, None]).float().sum(1)
+    length = torch.full((n, 1), math.log1p(num_sessions) / 5)
+    return torch.cat([raw / 3, below / n - 0.5, length], 1)
+
+
+def _tokens(text: str) -> set[str]:
+    words = text.lower().split()
+    return set(words) if len(words) > 1 else set(text.lower())  # Chinese: by character
+
+
+def _token_frequency(texts: list[str], of: Tensor) -> Tensor:
+    """Mean log share of sessions that hold the text's words, words that all sessions share aside."""
+    tokens = [_tokens(text) for text in texts]
+    count = Counter(t for i in of.tolist() for t in tokens[i])
+    total = len(of)
+    weight = {t: 1.0 - c / (total + 1) for t, c in count.items()}
+    return torch.tensor([
+        sum(weight[t] * math.log1p(count[t]) for t in ts) / max(1e-6, sum(weight[t] for t in ts))
+        if ts else 0.0 for ts in tokens])
+
+
+def frequency_scores(history: History) -> Tensor:
+    """Baseline of every RID figure: token frequency (N,)."""
+    return history.statistics[:, FEATURE_NAMES.index("token_frequency")]
+
+
+def recency_scores(history: History) -> Tensor:
+    """Baseline of every RID figure: the latest first (N,)."""
+    return -history.days_ago
+
+
+# --------------------------------------------------------------------------- RID: scorer and loss
+
+
+class ResonanceScorer(nn.Module):
+    """s(u, h) = cos(E_u(H_u, p_u), E_h(h)), Eq. (2).
+
+    E_h: projected text beside history statistics. E_u: attention pooling of the same inputs, joined
+    by the profile's embedding (zeros where there is none).
+    """
+
+    def __init__(self, embed_dim: int, num_stats: int, text_dim: int, hidden: int, dropout: float):
+        super().__init__()
+        self.text = nn.Sequential(nn.Linear(embed_dim, text_dim), nn.Dropout(dropout))
+        self.norm = nn.LayerNorm(num_stats)
+        width = text_dim + num_stats
+        self.session = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout / 2),
+                                     nn.Linear(hidden, hidden))
+        self.element = nn.Sequential(nn.Linear(width, hidden), nn.GELU())
+        self.attention = nn.Linear(hidden, 1)
+        self.profile = nn.Linear(embed_dim, hidden, bias=False)
+        self.user = nn.Sequential(nn.GELU(), nn.Linear(hidden, hidden))
+
+    def forward(self, embeddings: Tensor, statistics: Tensor, mask: Tensor,
+                profile: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """embeddings (B, N, D), statistics (B, N, F), mask (B, N), profile (B, D) ->
+        scores (B, N), unit user vectors (B, H), unit session vectors (B, N, H)."""
+        x = torch.cat([self.text(embeddings), self.norm(statistics)], -1)  # (B, N, text + F)
+        sessions = F.normalize(self.session(x), dim=-1)  # (B, N, H)
+        element = self.element(x)
+        weight = self.attention(element).squeeze(-1).masked_fill(~mask, -1e4).softmax(-1) * mask
+        pooled = (weight[..., None] * element).sum(1)  # (B, H)
+        user = F.normalize(self.user(pooled + self.profile(profile)), dim=-1)
+        return (sessions @ user[..., None]).squeeze(-1), user, sessions  # Eq. (2)
+
+
+def contrastive_rows(
+    user: Tensor, sessions: Tensor, positive: Tensor, mask: Tensor, text_ids: Tensor,
+    negatives_within: int, generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One row per (user, positive): the positive, within-user and cross-user negatives.
+
+    user (B, H), sessions (B, N, H), positive and mask (B, N) bool, text_ids (B, N).
+    Returns scores (P, 1 + M) and a mask (P, 1 + M), True = counts, for `contrastive_loss`.
+    Never a negative: another positive of the user, a text equal to one, a pad.
+    """
+    b, n, h = sessions.shape
+    owner, place = (positive & mask).nonzero(as_tuple=True)  # (P,), (P,)
+    every = sessions.reshape(b * n, h)
+    scores = user @ every.T  # (B, B * N): each user against all sessions of the batch
+    ids, real = text_ids.reshape(-1), mask.reshape(-1)
+    wanted = positive & mask
+    forbidden = torch.stack([torch.isin(ids, text_ids[i][wanted[i]]) for i in range(b)])
+    allowed = real[None] & ~forbidden  # (B, B * N)
+    own = torch.arange(b * n)[None] // n == torch.arange(b)[:, None]
+    # Unstated: how many within-user negatives; long histories are sampled, so that they do not
+    # drown the cross-user ones.
+    lottery = torch.rand(b, b * n, generator=generator).masked_fill(~(allowed & own), 2.0)
+    rank = lottery.argsort(1).argsort(1)
+    allowed &= ~own | (rank < negatives_within)
+    positives = scores[owner, owner * n + place]  # (P,)
+    rows = torch.cat([positives[:, None], scores[owner]], 1)  # (P, 1 + B * N)
+    return rows, torch.cat([torch.ones_like(owner, dtype=torch.bool)[:, None], allowed[owner]], 1)
+
+
+def contrastive_loss(scores: Tensor, temperature: float, mask: Tensor | None = None) -> Tensor:
+    """Eq. (3). scores (B, 1 + N), column 0 the positive; mask True = counts -> loss (B,).
+
+    The same as sentence-transformers' MultipleNegativesRankingLoss with scale = 1 / temperature.
+    """
+    logits = scores.float() / temperature
+    if mask is not None:
+        keep = mask.clone()
+        keep[:, 0] = True
+        logits = logits.masked_fill(~keep, -torch.inf)
+    return torch.logsumexp(logits, 1) - logits[:, 0]  # Eq. (3)
+
+
+def per_user_auc(scores, labels) -> float:
+    """Probability that a revisited summary (n,) outranks another one; ties count half."""
+    scores, labels = np.asarray(scores), np.asarray(labels, bool)
+    positive, negative = scores[labels], scores[~labels]
+    if not len(positive) or not len(negative):
+        return float("nan")
+    difference = positive[:, None] - negative[None]
+    return float(((difference > 0) + 0.5 * (difference == 0)).mean())
+
+
+# ------------------------------------------------------------------------------------- RID: gate
+
+
+def activity_group(sessions_per_week: float, edges: Sequence[float]) -> int:
+    """g(u): how many quantile edges the user's activity reaches."""
+    return sum(sessions_per_week > edge for edge in edges)
+
+
+def fit_thresholds(scores, revisited, groups, num_groups: int) -> np.ndarray:
+    """Thresholds tau_g (num_groups,) with the best F_0.5 of "revisited", non-decreasing in group.
+
+    scores, revisited, groups: (n,). Unstated: how the paper learns them. Isotonic regression,
+    weighted by group size; a group without rows takes its neighbour's.
+    """
+    from sklearn.isotonic import isotonic_regression
+
+    scores, revisited = np.asarray(scores, float), np.asarray(revisited, bool)
+    groups = np.asarray(groups)
+    if not len(scores):
+        raise ValueError("fit_thresholds: no scores")
+    best, weight = np.full(num_groups, np.nan), np.zeros(num_groups)
+    for g in range(num_groups):
+        s, r = scores[groups == g], revisited[groups == g]
+        if not len(s):
+            continue
+        order = np.argsort(-s, kind="stable")
+        s, hits = s[order], np.cumsum(r[order])
+        kept = np.arange(1, len(s) + 1)
+        f_half = 1.25 * hits / (kept + 0.25 * max(1, r.sum()))  # F_beta with beta = 0.5
+        f_half[:-1][s[:-1] == s[1:]] = -1  # equal scores pass or fall together
+        best[g], weight[g] = s[np.argmax(f_half)], len(s)
+    known = np.flatnonzero(weight)
+    best = best[known[np.abs(known[None] - np.arange(num_groups)[:, None]).argmin(1)]]
+    return isotonic_regression(best, sample_weight=np.maximum(weight, 1e-9))
+
+
+def gate(scores, threshold: float, min_keep: int, max_keep: int) -> list[int]:
+    """T_u = {h : s(u, h) >= tau_g(u)}, Eq. (4): indices, best first, min_keep to max_keep of them."""
+    scores = np.asarray(scores)
+    order = np.argsort(-scores, kind="stable")
+    passed = int((scores >= threshold).sum())  # Eq. (4)
+    return order[: min(max(passed, min_keep), max_keep)].tolist()
+
+
+def distil(scores, threshold: float, min_keep: int, max_keep: int, embeddings: Tensor,
+           duplicate_cosine: float) -> list[int]:
+    """The gate, with near-duplicates collapsed to the latest (the highest index), best first."""
+    cosine = embeddings @ embeddings.T
+    passed = set(gate(scores, threshold, 0, len(scores)))
+    groups: list[list[int]] = []
+    for i in gate(scores, threshold, len(scores), len(scores)):
+        twin = next((g for g in groups if cosine[i, g[0]] > duplicate_cosine), None)
+        if twin:
+            twin.append(i)
+        elif len(groups) < max_keep and (i in passed or len(groups) < min_keep):
+            groups.append([i])
+    return [max(group) for group in groups]
+
+
+# ---------------------------------------------------------------------------------- utility ranker
+
+
+class UtilityRanker(nn.Module):
+    """r_util(u, y) = sigmoid(w . f(u, y)), Eq. (7), as logits.
+
+    f: the starter, the starter against the trigger interests (attention and cosines), the user
+    vector. A logit per slot absorbs the position bias of logs; without slots it is left out.
+    """
+
+    def __init__(self, embed_dim: int, user_dim: int, hidden: int, num_slots: int, dropout: float):
+        super().__init__()
+        self.starter = nn.Linear(embed_dim, hidden)
+        self.interest = nn.Linear(embed_dim, hidden)
+        self.user = nn.Linear(user_dim, hidden)
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(4 * hidden + 2, hidden), nn.GELU(),
+                                  nn.Dropout(dropout), nn.Linear(hidden, 1))
+        self.slot = nn.Embedding(num_slots, 1)
+        nn.init.zeros_(self.slot.weight)
+
+    def forward(self, interests: Tensor, mask: Tensor, user: Tensor, starters: Tensor,
+                slots: Tensor | None = None) -> Tensor:
+        """interests (B, M, D), mask (B, M), user (B, H), starters (B, D), slots (B,) -> (B,)."""
+        cosine = (interests @ starters[..., None]).squeeze(-1).masked_fill(~mask, -1.0)  # (B, M)
+        weight = (cosine * 10).masked_fill(~mask, -1e4).softmax(-1) * mask
+        matched = self.interest((weight[..., None] * interests).sum(1))  # (B, hidden)
+        starter, user = self.starter(starters), self.user(user)
+        best = cosine.amax(1, keepdim=True).clamp_min(0)
+        mean = (cosine * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)
+        f = torch.cat([starter, matched, starter * matched, starter * user, 3 * best, 3 * mean], -1)
+        logits = self.head(F.gelu(f)).squeeze(-1)
+        return logits if slots is None else logits + self.slot(slots).squeeze(-1)
+
+
+def utility_target(clicked: Tensor, sessions_after: Tensor, click_share: float,
+                   depth_cap: int) -> Tensor:
+    """Target (n,) in [0, 1]: click x (a + (1 - a) min(sessions_after, D) / D).
+
+    sessions_after nan = unknown. Unstated: such a click counts as one of middling depth, so that
+    missing logs do not read as shallow ones.
+    """
+    depth = (sessions_after.clamp(0, depth_cap) / depth_cap).nan_to_num(0.5)
+    return clicked * (click_share + (1 - click_share) * depth)
+
+
+def utility_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Soft-label cross-entropy, mean over rows."""
+    return F.binary_cross_entropy_with_logits(logits, targets)
+
+
+def slot_controlled_auc(scores, clicked, slots) -> float:
+    """AUC of clicks with each pair taken within one slot, so that position explains nothing."""
+    scores, clicked, slots = np.asarray(scores), np.asarray(clicked, bool), np.asarray(slots)
+    total = pairs = 0.0
+    for slot in np.unique(slots):
+        inside = slots == slot
+        weight = clicked[inside].sum() * (~clicked[inside]).sum()
+        if weight:
+            total += weight * per_user_auc(scores[inside], clicked[inside])
+            pairs += weight
+    return float(total / pairs) if pairs else float("nan")
+
+
+def expected_calibration_error(probabilities, targets, bins: int = 10) -> float:
+    """Mean gap between predicted and observed rate over equal-count bins."""
+    probabilities, targets = np.asarray(probabilities, float), np.asarray(targets, float)
+    order = np.array_split(np.argsort(probabilities, kind="stable"), bins)
+    return float(sum(len(i) * abs(probabilities[i].mean() - targets[i].mean())
+                     for i in order if len(i)) / len(probabilities))
+
+
+# --------------------------------------------------------------------- list search, mining, DPO
+
+
+def list_search(
+    utility: Tensor, similarity: Tensor, list_size: int, beam: int, expand: int, weight: float,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Algorithm 1: grow `beam` lists slot by slot by utility and marginal diversity.
+
+    utility (B, N), similarity (B, N, N) cosines, weight = lambda, valid (B, N) bool.
+    V' = V + lambda r_util(y) + (1 - lambda) r_div(y | Y), r_div = 1 - mean cos(y, Y), 0 for the
+    first. Beams that are the same set count once, with their highest value.
+    Returns lists (B, beam, K) int64 and values (B, beam), best first; where fewer distinct lists
+    exist the rest is -1 and -inf. Raises ValueError if a row has fewer than K valid candidates.
+    """
+    b, n = utility.shape
+    valid = torch.ones_like(utility, dtype=torch.bool) if valid is None else valid
+    if list_size < 1 or (valid.sum(1) < list_size).any():
+        row = int((valid.sum(1) < list_size).nonzero()[0]) if list_size >= 1 else 0
+        raise ValueError(f"list_search: row {row} has fewer than {list_size} valid candidates")
+    expand = min(expand, n)
+    # A set's hash is the sum of its members' random 60-bit numbers: order-free, and two of some
+    # thousand sets collide with a chance of about 1e-12.
+    code = torch.randint(2**60, (n,), generator=torch.Generator().manual_seed(0)).to(utility.device)
+    lists = torch.full((b, 1, 0), -1, device=utility.device)
+    values = torch.zeros(b, 1, dtype=utility.dtype, device=utility.device)
+    hashes = torch.zeros(b, 1, dtype=torch.long, device=utility.device)
+    free = valid[:, None]  # (B, W, N): not yet in the beam's list
+    closeness = torch.zeros(b, 1, n, dtype=utility.dtype, device=utility.device)  # sum of cosines
+    for slot in range(list_size):
+        width = lists.shape[1]
+        ranked = utility[:, None].expand(b, width, n).masked_fill(~free, -torch.inf)
+        top, new = ranked.topk(expand, -1)  # (B, W, E)
+        gain = weight * top
+        if slot:
+            gain = gain + (1 - weight) * (1 - closeness.gather(2, new) / slot)
+        grown = (values[..., None] + gain).flatten(1)  # (B, W * E)
+        hashed = (hashes[..., None] + code[new]).flatten(1)
+        grown = _best_of_equal_sets(grown, hashed)
+        values, pick = grown.topk(min(beam, grown.shape[1]), -1)  # (B, W')
+        parent, item = pick // expand, new.flatten(1).gather(1, pick)
+        keep = parent[..., None].expand(-1, -1, slot)
+        lists = torch.cat([lists.gather(1, keep), item[..., None]], -1)  # (B, W', slot + 1)
+        hashes = hashed.gather(1, pick)
+        wide = parent[..., None].expand(-1, -1, n)
+        free = free.expand(b, width, n).gather(1, wide).scatter(2, item[..., None], False)
+        rows = similarity.gather(1, item[..., None].expand(-1, -1, n))  # (B, W', N)
+        closeness = closeness.gather(1, wide) + rows
+    lists = lists.masked_fill(values.isneginf()[..., None], -1)
+    missing = beam - lists.shape[1]
+    return F.pad(lists, (0, 0, 0, missing), value=-1), F.pad(values, (0, missing), value=-torch.inf)
+
+
+def _best_of_equal_sets(values: Tensor, hashes: Tensor) -> Tensor:
+    """values (B, C) with every copy of a set but its most valuable one at -inf."""
+    order = values.argsort(1, descending=True, stable=True)
+    by_hash = hashes.gather(1, order).argsort(1, stable=True)  # equal sets adjacent, best first
+    sequence = order.gather(1, by_hash)
+    sorted_hashes = hashes.gather(1, sequence)
+    copy = torch.zeros_like(sorted_hashes, dtype=torch.bool)
+    copy[:, 1:] = sorted_hashes[:, 1:] == sorted_hashes[:, :-1]
+    return values.masked_fill(torch.zeros_like(copy).scatter(1, sequence, copy), -torch.inf)
+
+
+def list_utility(utility: Tensor, lists: Tensor) -> Tensor:
+    """U: mean utility (N,) of each list (M, K) -> (M,)."""
+    return utility[lists].mean(-1)
+
+
+def list_diversity(similarity: Tensor, lists: Tensor | None = None) -> Tensor:
+    """D: mean pairwise cosine dissimilarity of each list (M, K) -> (M,); of all N without lists."""
+    if lists is None:
+        lists = torch.arange(len(similarity))[None]
+    k = lists.shape[-1]
+    if k < 2:
+        return torch.zeros(len(lists))
+    block = similarity[lists[:, :, None], lists[:, None, :]]  # (M, K, K)
+    off_diagonal = block.sum((1, 2)) - block.diagonal(dim1=1, dim2=2).sum(1)
+    return 1 - off_diagonal / (k * (k - 1))
+
+
+def mine_preferences(
+    lists: Tensor, utility: Tensor, similarity: Tensor, weight: float, margin: float,
+    tolerance: float,
+) -> tuple[int, dict[str, int | None]]:
+    """Eq. (8): the preferred list of one user and one dispreferred list of each kind.
+
+    lists (M, K), utility (N,), similarity (N, N). U and D are min-max normalised over the M lists.
+    utility: U lower by >= margin, |D difference| <= tolerance; diversity: the reverse; joint: both
+    lower by >= margin. Of the eligible lists the one with the widest gap is taken (unstated; the
+    clearest contrast gives the least noisy gradient from a learned ranker). None: no such list.
+    """
+    u, d = _min_max(list_utility(utility, lists)), _min_max(list_diversity(similarity, lists))
+    chosen = int((weight * u + (1 - weight) * d).argmax())  # Eq. (8)
+    u_gap, d_gap = u[chosen] - u, d[chosen] - d  # (M,)
+    kinds = {
+        "utility": (u_gap, (u_gap >= margin) & (d_gap.abs() <= tolerance)),
+        "diversity": (d_gap, (d_gap >= margin) & (u_gap.abs() <= tolerance)),
+        "joint": (u_gap + d_gap, (u_gap >= margin) & (d_gap >= margin)),
+    }
+    return chosen, {kind: int(gap.masked_fill(~eligible, -torch.inf).argmax()) if eligible.any() else None
+                    for kind, (gap, eligible) in kinds.items()}
+
+
+def _min_max(x: Tensor) -> Tensor:
+    spread = x.max() - x.min()
+    return (x - x.min()) / spread if spread > 1e-9 else torch.zeros_like(x)
+
+
+def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor,
+             ref_rejected: Tensor, beta: float) -> Tensor:
+    """Eq. (6): -log sigmoid(beta [(log pi/pi_ref)(Y+) - (log pi/pi_ref)(Y-)]).
+
+    Summed log-probabilities of whole lists, (P,) each -> loss (P,). ln 2 where policy = reference.
+    """
+    return -F.logsigmoid(beta * ((policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)))
