@@ -128,15 +128,15 @@ class GeneratorConfig:
 
 @dataclass
 class BaseConfig:
-    vocabulary: int = 4096
-    hidden: int = 256
+    vocabulary: int = 3072
+    hidden: int = 192
     layers: int = 4
     heads: int = 4
     kv_heads: int = 2
-    intermediate: int = 704
-    lists: int = 24000  # generic starter lists in the corpus
-    batch_tokens: int = 4096
-    learning_rate: float = 2e-3
+    intermediate: int = 512
+    lists: int = 6000  # generic starter lists in the corpus
+    batch_tokens: int = 1536
+    learning_rate: float = 3e-3
     seed: int = 0
 
 
