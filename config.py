@@ -34,7 +34,7 @@ EXIT_BAD_INPUT = 2
 
 
 class UserError(Exception):
-    """Something the user can mend. Scripts print the message without a traceback and exit with 2."""
+    """Something the user can mend: scripts print the message alone and exit with 2."""
 
 
 @dataclass
@@ -227,7 +227,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] = ()) -> Co
 
     Raises UserError that names the file or word, the setting and the nearest valid name.
     """
-    config = OmegaConf.structured(Config)
+    merged, config = OmegaConf.structured(Config), Config()
     layers = []
     if path:
         if not Path(path).is_file():
@@ -235,7 +235,8 @@ def load_config(path: str | Path | None = None, overrides: list[str] = ()) -> Co
         try:
             layers.append((str(path), OmegaConf.load(path)))
         except Exception as error:  # yaml and unicode errors share no base class
-            raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+            reason = " ".join(str(error).split())
+            raise UserError(f"{path}: not readable as YAML: {reason}") from None
     for word in overrides:
         if "=" not in word or word.startswith(("-", "=")):
             raise UserError(f"'{word}': settings are given as section.key=value")
@@ -249,14 +250,14 @@ def load_config(path: str | Path | None = None, overrides: list[str] = ()) -> Co
             raise UserError(f"{where}: settings are a mapping of sections")
         _refuse_unknown(tree, where)
         try:
-            config = OmegaConf.merge(config, layer)
+            merged = OmegaConf.merge(merged, layer)
+            config = OmegaConf.to_object(merged)  # resolves ${...}
         except OmegaConfBaseException as error:
             setting = getattr(error, "full_key", None) or "setting"
             raise UserError(f"{where}: {setting}: {str(error).splitlines()[0]}") from None
-    result = OmegaConf.to_object(config)
-    result.run.name = result.run.name or Path(result.data.users or "tiny").stem
-    _check(result)
-    return result
+    config.run.name = config.run.name or Path(config.data.users or "tiny").stem
+    _check(config)
+    return config
 
 
 def _check(config: Config) -> None:
@@ -268,7 +269,8 @@ def _check(config: Config) -> None:
     shares = [data.train, data.valid, data.judge, data.test]
     if any(share <= 0 for share in shares) or abs(sum(shares) - 1) > 1e-6:
         raise UserError("data.train, data.valid, data.judge, data.test: positive and adding to 1")
-    if not data.cuts or sorted(set(data.cuts)) != data.cuts or not 0 < data.cuts[0] <= data.cuts[-1] < 1:
+    increasing = data.cuts and sorted(set(data.cuts)) == data.cuts
+    if not increasing or not 0 < data.cuts[0] <= data.cuts[-1] < 1:
         raise UserError("data.cuts: increasing shares between 0 and 1")
     if not 1 <= rid.min_keep <= rid.max_keep:
         raise UserError("rid.min_keep: between 1 and rid.max_keep")
@@ -279,14 +281,15 @@ def _check(config: Config) -> None:
     unknown = set(dpo.negatives) - {"utility", "diversity", "joint"}
     if unknown or not dpo.negatives:
         raise UserError("dpo.negatives: some of utility, diversity, joint")
-    positive = ["world.users", "world.days", "rid.batch_users", "rid.activity_groups", "ranker.depth_cap",
-                "generator.list_size", "generator.max_new_tokens", "generator.head_chunk", "base.lists",
-                "sit.batch_users", "dpo.rounds", "dpo.samples", "dpo.beam", "dpo.expand",
+    positive = ["world.users", "world.days", "rid.batch_users", "rid.activity_groups",
+                "ranker.depth_cap", "generator.list_size", "generator.max_new_tokens",
+                "generator.head_chunk", "base.lists", "sit.batch_users", "dpo.rounds",
+                "dpo.samples", "dpo.beam", "dpo.expand",
                 "dpo.batch_users", "dpo.checkpoints", "eval.lists", "rid.temperature", "dpo.beta",
                 "generator.temperature", "data.max_errors"]
     for key in positive:
         section, name = key.split(".")
-        if getattr(getattr(config, section), name) <= 0:
+        if not getattr(getattr(config, section), name) > 0:  # nan is refused too
             raise UserError(f"{key}: must be above 0")
 
 
@@ -312,8 +315,8 @@ def atomic_path(path: str | Path):
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        files = [p for p in temporary.rglob("*") if p.is_file()] if temporary.is_dir() else [temporary]
-        for file in files:
+        paths = temporary.rglob("*") if temporary.is_dir() else [temporary]
+        for file in filter(Path.is_file, paths):
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
         if path.is_dir() and temporary.is_dir():  # rename cannot replace a folder that is not empty
@@ -327,8 +330,9 @@ def atomic_path(path: str | Path):
 
 
 def write_json(path: str | Path, value) -> None:
+    text = json.dumps(value, indent=1, ensure_ascii=False)
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def read_json(path: str | Path):
@@ -388,7 +392,7 @@ def environment(config: Config) -> dict:
             return None
 
     def git(*words):
-        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else None
 
     packages = ["torch", "transformers", "peft", "bitsandbytes", "sentence-transformers", "numpy",

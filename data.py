@@ -9,21 +9,31 @@ the content of the row: these are people's histories.
 from __future__ import annotations
 
 import argparse
+import bisect
+import contextlib
 import hashlib
+import itertools
 import json
 import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Literal
 
 from pydantic import (
-    AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints,
-    ValidationError, model_validator,
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
 )
 
 from config import UserError, atomic_path, script
@@ -34,27 +44,30 @@ class DataError(UserError):
 
 
 def _one_line(value):
-    """Collapse white space and control characters; lone surrogates cannot be encoded, so drop them."""
+    """Collapse space and control characters; drop lone surrogates, which nothing can encode."""
     if not isinstance(value, str):
         return value
     value = re.sub(r"[\ud800-\udfff]", "", value)
     return " ".join(re.sub(r"[\x00-\x1f\x7f]", " ", value).split())
 
 
+def _label(key) -> str:
+    """A key of a row, safe and short enough for a message."""
+    return _one_line(str(key))[:40]
+
+
 def _stamp(value):
     """ISO 8601 text, with or without a zone, to naive UTC."""
-    if value is None or isinstance(value, datetime):
-        return value
-    if not isinstance(value, str):
-        raise ValueError("an ISO 8601 time or null is expected")
+    if value is None:
+        return None
     try:
-        moment = datetime.fromisoformat(value)
-    except ValueError:
-        raise ValueError("not an ISO 8601 time") from None
-    return moment.astimezone(UTC).replace(tzinfo=None) if moment.tzinfo else moment
+        moment = value if isinstance(value, datetime) else datetime.fromisoformat(value)
+        return moment.astimezone(UTC).replace(tzinfo=None) if moment.tzinfo else moment
+    except (TypeError, ValueError, OverflowError):  # overflow: in UTC before year 1
+        raise ValueError("neither an ISO 8601 time nor null") from None
 
 
-Text = Annotated[str, BeforeValidator(_one_line)]
+Text = Annotated[str, BeforeValidator(_one_line)]  # one line, encodable, perhaps empty
 Name = Annotated[Text, StringConstraints(min_length=1, max_length=200)]
 Stamp = Annotated[datetime | None, BeforeValidator(_stamp)]
 Sentence = Annotated[Text, StringConstraints(min_length=1)]
@@ -62,6 +75,15 @@ Sentence = Annotated[Text, StringConstraints(min_length=1)]
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_extra(cls, value, info: ValidationInfo):
+        """Count the keys that no field takes in the reader's Counter, as `record.key`."""
+        if info.context is not None and isinstance(value, dict):
+            extra = value.keys() - cls.model_fields.keys()
+            info.context.update(f"{cls.__name__.lower()}.{_label(key)}" for key in extra)
+        return value
 
 
 class Message(_Record):
@@ -84,7 +106,7 @@ class Session(_Record):
 
 class User(_Record):
     user_id: Name
-    profile: dict[str, Text] | None = None
+    profile: dict[Text, Text] | None = None
     sessions: list[Session]
 
 
@@ -105,7 +127,7 @@ class Impression(_Record):
 # ---------------------------------------------------------------------------------- read and write
 
 
-def _lines(path: str | Path):
+def _lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
     try:
         with open(path, "rb") as file:
             yield from enumerate(file, 1)
@@ -113,64 +135,65 @@ def _lines(path: str | Path):
         raise DataError(f"{path}: {error.strerror or error}") from None
 
 
-def _parse(line: bytes):
-    """One JSON object, or ValueError with `field: reason`."""
-    def refuse(name):
-        raise ValueError(f"line: {name} is not JSON")
+def _refuse_constant(name: str):
+    raise ValueError(f"{name} is no number in JSON")
 
+
+def _parse(line: bytes) -> dict:
+    """Return the one JSON object of a line, or raise ValueError with `field: reason`."""
     try:
-        value = json.loads(line.decode("utf-8"), parse_constant=refuse)
+        value = json.loads(line.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except UnicodeDecodeError:
         raise ValueError("line: not UTF-8") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"line: not JSON ({error.msg} at column {error.colno})") from None
     except RecursionError:
         raise ValueError("line: nested too deeply") from None
+    except ValueError as error:  # NaN, Infinity, an integer of thousands of digits
+        raise ValueError(f"line: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError("line: not a JSON object")
     return value
 
 
-def _reasons(error: ValidationError) -> list[str]:
-    found = []
+def _reasons(error: ValidationError) -> Iterator[str]:
+    """Yield `field: reason` for each fault that pydantic found in one row."""
     for item in error.errors(include_input=False, include_url=False):
-        where = ".".join(map(str, item["loc"]))
+        where = ".".join(map(_label, item["loc"]))
         reason = item["msg"].removeprefix("Value error, ")
         if item["type"] == "value_error" and re.match(r"[a-z]+: ", reason):  # names its own field
-            field, reason = reason.split(": ", 1)
-            where = f"{where}.{field}" if where else field
-        found.append(f"{where or 'line'}: {reason}")
-    return found
+            yield f"{where}.{reason}" if where else reason
+        else:
+            yield f"{where or 'line'}: {reason}"
 
 
 def _read(path: str | Path, record: type[BaseModel], max_errors: int, check=None) -> list:
-    rows, errors, extra = [], [], Counter()
+    """Read each row as a `record`; `check(row)` refuses one by ValueError with `field: reason`."""
+    rows, errors, found, extra = [], [], 0, Counter()
     for number, line in _lines(path):
         if not line.strip():
             continue
         try:
-            value = _parse(line)
-            extra.update(value.keys() - record.model_fields.keys())
-            sessions = value.get("sessions") if record is User else None
-            for session in sessions if isinstance(sessions, list) else ():
-                if isinstance(session, dict):
-                    extra.update(f"sessions.{k}" for k in session.keys() - Session.model_fields.keys())
-            row = record.model_validate(value)
+            row = record.model_validate(_parse(line), context=extra)
             if check:
                 check(row)
             rows.append(row)
-        except ValidationError as error:
-            errors += [f"{path}:{number}: {reason}" for reason in _reasons(error)]
+            continue
+        except ValidationError as error:  # is a ValueError too
+            reasons = list(_reasons(error))
         except ValueError as error:
-            errors.append(f"{path}:{number}: {error}")
+            reasons = [str(error)]
+        errors += [f"{path}:{number}: {reason}" for reason in reasons[: max_errors - len(errors)]]
+        found += len(reasons)
     if errors:
-        more = f"\n... and {len(errors) - max_errors} more" if len(errors) > max_errors else ""
-        raise DataError("\n".join(errors[:max_errors]) + more)
+        more = [f"... and {found - len(errors)} more"] if found > len(errors) else []
+        raise DataError("\n".join(errors + more))
     if not rows:
         raise DataError(f"{path}:1: line: the file holds no rows")
     if extra:
-        keys = ", ".join(f"{name} ({n}x)" for name, n in sorted(extra.items()))
-        print(f"{path}: ignored keys: {keys}", file=sys.stderr)
+        keys = [f"{name} ({count} times)" for name, count in extra.most_common(20)]
+        more = f" and {len(extra) - 20} more" if len(extra) > 20 else ""
+        print(f"{path}: ignored keys: {', '.join(keys)}{more}", file=sys.stderr)
     return rows
 
 
@@ -183,7 +206,7 @@ def read_users(path: str | Path, max_errors: int = 20) -> list[User]:
 
     def once(user: User):
         if user.user_id in seen:
-            raise ValueError("user_id: stands on an earlier line already")
+            raise ValueError("user_id: stands on an earlier line too")
         seen.add(user.user_id)
 
     return [_sorted(user) for user in _read(path, User, max_errors, once)]
@@ -220,84 +243,103 @@ def write_impressions(path: str | Path, impressions: Iterable[Impression]) -> No
 
 def split_users(user_ids: Iterable[str], shares: dict[str, float], seed: int) -> dict[str, str]:
     """Assign each user to a split by a hash of its id: adding users moves nobody."""
+    names, ends = list(shares), list(itertools.accumulate(shares.values()))
     result = {}
     for user_id in user_ids:
         bits = hashlib.sha256(f"{seed}/{user_id}".encode()).digest()[:8]
-        point, name = int.from_bytes(bits, "big") / 2**64, None
-        for name, share in shares.items():
-            point -= share
-            if point < 0:
-                break
-        result[user_id] = name
+        point = int.from_bytes(bits, "big") / 2**64 * ends[-1]  # in [0, sum of shares]
+        result[user_id] = names[min(bisect.bisect_right(ends, point), len(names) - 1)]
     return result
 
 
 def cut_sessions(user: User, share: float) -> tuple[list[Session], list[Session]]:
-    """(history, future): the first `share` of the sessions; both sides non-empty from two on."""
+    """Return (history, future): the first `share` of the sessions, rounded up, and the rest.
+
+    From two sessions on neither side is empty; a single session is history.
+    """
     n = len(user.sessions)
-    k = min(max(1, math.ceil(share * n)), n - 1) if n > 1 else n
+    k = math.ceil(round(share * n, 6))  # 0.55 * 100 is 55.000000000000007
+    k = min(max(1, k), n - 1) if n > 1 else n
     return user.sessions[:k], user.sessions[k:]
 
 
 def cut_time(user: User, share: float) -> datetime | None:
-    """When the future of `cut_sessions` begins; None if there is none or it has no time."""
+    """Return when the future of `cut_sessions` begins; None if there is none or it has no time."""
     future = cut_sessions(user, share)[1]
     return future[0].timestamp if future else None
 
 
-_CJK = re.compile(r"[㐀-鿿]")
-_LATIN = re.compile(r"[A-Za-z]+")
+_SCRIPTS = {"zh": re.compile(r"[\u3400-\u9fff]"),  # a character of Chinese says what a word does
+            "en": re.compile(r"[A-Za-z\u00c0-\u024f]+"),
+            "other": re.compile(r"[^\W\d_A-Za-z\u00c0-\u024f\u3400-\u9fff]+")}
 
 
 def language(text: str) -> str:
-    """'zh' if Chinese characters outnumber Latin words, 'en' for Latin script, else 'other'."""
-    chinese, latin = len(_CJK.findall(text)), len(_LATIN.findall(text))
-    if chinese > latin:
-        return "zh"
-    return "en" if latin else "other"
+    """Return the script that dominates: "zh" (Chinese characters), "en" (Latin words), "other"."""
+    counts = {name: len(script.findall(text)) for name, script in _SCRIPTS.items()}
+    return max(counts, key=counts.get) if any(counts.values()) else "other"
 
 
 # ------------------------------------------------------------------------------------------ check
 
 
+def _is_robot(user: User) -> bool:
+    """At least 20 sessions and nine in ten of them word for word the same."""
+    texts = Counter(s.summary for s in user.sessions if s.summary)
+    n = len(user.sessions)
+    return n >= 20 and max(texts.values(), default=0) >= 0.9 * n
+
+
+def _spread(values: list[int]) -> str:
+    return f"min {min(values)}, median {median(values):g}, max {max(values)}" if values else "none"
+
+
 def describe_users(users: list[User]) -> dict[str, object]:
-    """What a users file holds, as label -> figure."""
-    counts = [len(u.sessions) for u in users]
+    """Return what a users file holds, as label -> figure."""
     sessions = [s for u in users for s in u.sessions]
     texts = [s.summary for s in sessions if s.summary]
-    repeats = sum(len(t) - len(set(t)) for u in users
-                  for t in [[s.summary for s in u.sessions if s.summary]])
-    robots = [u for u in users if len(u.sessions) >= 20 and
-              Counter(s.summary for s in u.sessions).most_common(1)[0][1] >= 0.9 * len(u.sessions)]
-    lengths = sorted(map(len, texts)) or [0]
+    distinct = sum(len({s.summary for s in u.sessions if s.summary}) for u in users)
+    languages = Counter(map(language, texts)).most_common()
     return {
-        "users": len(users), "sessions": len(sessions),
-        "sessions per user (min, median, max)":
-            f"{min(counts)}, {median(counts):g}, {max(counts)}",
-        "summaries that repeat the user's own, word for word":
-            f"{repeats / max(1, len(texts)):.1%}",
-        "languages": dict(Counter(map(language, texts)).most_common()),
-        "summary length in characters (min, median, max)":
-            f"{lengths[0]}, {median(lengths):g}, {lengths[-1]}",
+        "users": len(users),
+        "sessions": len(sessions),
+        "sessions per user": _spread([len(u.sessions) for u in users]),
+        "exact repeats within a user": f"{1 - distinct / max(1, len(texts)):.1%}",
+        "languages": ", ".join(f"{name} {n / len(texts):.1%}" for name, n in languages),
+        "characters per summary": _spread([len(text) for text in texts]),
         "sessions without a summary": len(sessions) - len(texts),
-        "sessions without a time": sum(s.timestamp is None for s in sessions),
+        "sessions without a timestamp": sum(s.timestamp is None for s in sessions),
         "users without a profile": sum(not u.profile for u in users),
-        "users without a session": counts.count(0), "likely robots": len(robots),
+        "users without a session": sum(not u.sessions for u in users),
+        "likely robots": sum(map(_is_robot, users)),
     }
 
 
 def describe_impressions(impressions: list[Impression]) -> dict[str, object]:
-    """What an impressions file holds, as label -> figure."""
+    """Return what an impressions file holds, as label -> figure."""
     shown = Counter(slot for i in impressions for slot in range(len(i.starters)))
     clicked = Counter(slot for i in impressions for slot in set(i.clicked))
+    by_slot = [f"{clicked[slot]} ({clicked[slot] / n:.1%})" for slot, n in sorted(shown.items())]
+    unclicked = sum(not i.clicked for i in impressions)
     return {
-        "lists": len(impressions), "users": len({i.user_id for i in impressions}),
-        "distinct starters": len({s for i in impressions for s in i.starters}),
-        "lists without a click": f"{sum(not i.clicked for i in impressions) / len(impressions):.1%}",
-        "click rate by slot": " ".join(f"{clicked[s] / shown[s]:.3f}" for s in sorted(shown)),
-        "lists without a time": sum(i.timestamp is None for i in impressions),
+        "lists": len(impressions),
+        "users": len({i.user_id for i in impressions}),
+        "starters per list": _spread([len(i.starters) for i in impressions]),
+        "distinct starters": len({text for i in impressions for text in i.starters}),
+        "starters clicked": f"{clicked.total() / shown.total():.1%}",
+        "lists without a click": f"{unclicked / len(impressions):.1%}",
+        "clicks by slot": ", ".join(by_slot),
+        "lists without a timestamp": sum(i.timestamp is None for i in impressions),
         "lists without sessions_after": sum(i.sessions_after is None for i in impressions),
     }
+
+
+def _holds_impressions(path: str | Path) -> bool:
+    """Decide by the keys of the first line that is a JSON object."""
+    for _, line in _lines(path):
+        with contextlib.suppress(ValueError):
+            return "starters" in _parse(line)
+    return False
 
 
 def main() -> None:
@@ -305,14 +347,9 @@ def main() -> None:
     parser.add_argument("command", choices=["check"])
     parser.add_argument("file")
     path = parser.parse_args().file
-    first = next((line for _, line in _lines(path) if line.strip()), b"{}")
-    try:
-        shown = "starters" in _parse(first)
-    except ValueError:
-        shown = False
-    figures = describe_impressions(read_impressions(path)) if shown else describe_users(read_users(path))
-    for label, figure in figures.items():
-        print(f"{label}: {figure}")
+    figures = (describe_impressions(read_impressions(path)) if _holds_impressions(path)
+               else describe_users(read_users(path)))
+    print("\n".join(f"{label + ':':30} {figure}" for label, figure in figures.items()))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,179 @@
+"""Settings are typed and checked; files and folders are whole or as they were."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import yaml
+
+from config import (
+    ROOT,
+    Config,
+    RunFolder,
+    UserError,
+    atomic_path,
+    digest,
+    load_config,
+    read_json,
+    read_tensors,
+    script,
+    write_json,
+    write_tensors,
+)
+
+WORDS = {"taxonomy.yaml", "base_corpus.yaml"}  # the embedded default's texts, no settings
+SHIPPED = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if path.name not in WORDS]
+
+
+def refusal(*arguments) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(*arguments)
+    return str(caught.value)
+
+
+def test_defaults_load_and_only_the_name_is_filled_in():
+    loaded = load_config()
+    assert loaded.run.name == "tiny"
+    assert dataclasses.replace(loaded, run=Config().run) == Config()
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_configs_load_unedited(path):
+    assert load_config(path).run.name == path.stem
+
+
+def test_tiny_is_shipped_and_repeats_no_default():
+    assert yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text()) == {"run": {"name": "tiny"}}
+
+
+def test_words_override_the_file_and_the_file_the_defaults(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("dpo: {beta: 0.3, rounds: 2}\nrid:\n  learning_rate: 1e-5\n")
+    config = load_config(path, ["dpo.beta=1e-5", "data.cuts=[0.5]", "generator.load_in_4bit=true"])
+    assert (config.dpo.beta, config.dpo.rounds, config.rid.learning_rate) == (1e-5, 2, 1e-5)
+    assert config.data.cuts == [0.5] and config.generator.load_in_4bit is True
+    assert config.dpo.margin == Config().dpo.margin
+
+
+def test_the_run_is_named_after_the_users_file():
+    assert load_config(None, ["data.users=logs/forum.jsonl"]).run.name == "forum"
+
+
+@pytest.mark.parametrize("word, nearest", [
+    ("dpo.bta=1", "dpo.beta"), ("dop.beta=1", "dpo"), ("rid.learning_rte=1", "rid.learning_rate")])
+def test_a_typo_is_refused_with_the_nearest_name(word, nearest, tmp_path):
+    assert f"did you mean '{nearest}'?" in refusal(None, [word])
+    (section, key), value = word.split("=")[0].split("."), word.split("=")[1]
+    path = tmp_path / "typo.yaml"
+    path.write_text(f"{section}: {{{key}: {value}}}\n")
+    assert refusal(path).startswith(f"{path}: ") and nearest in refusal(path)
+
+
+@pytest.mark.parametrize("word", [
+    "dpo.beta=much", "dpo.rounds=1.5", "dpo.rounds=null", "generator.load_in_4bit=maybe",
+    "data.cuts=0.4", "data.cuts=[early]", "run.name=[a]", "run.seed={a: 1}", "run.name=${nowhere}",
+    "data.cuts=[0.8,0.4]", "data.cuts=[]", "data.train=0.9", "rid.min_keep=9",
+    "dpo.weight=2", "dpo.reference=base", "dpo.negatives=[none]", "dpo.samples=0", "dpo.beta=nan",
+    "run.name=../up", "world.users=-1"])
+def test_a_wrong_value_is_refused_with_its_setting(word):
+    message = refusal(None, [word])
+    assert word.split("=")[0] in message.replace(f"'{word}'", "") and "\n" not in message
+
+
+@pytest.mark.parametrize("word", [
+    "dpo.beta", "--dpo.beta=1", "=1", "dpo=1", "dpo.beta={", "run=null"])
+def test_what_is_no_setting_is_refused(word):
+    assert word.split("=")[0] in refusal(None, [word])
+
+
+@pytest.mark.parametrize("content", [
+    b"[1, 2]", b"dpo: [", b"text", b"\xff\xfe", b"dpo:\n\tbeta: 1"])
+def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    assert refusal(path).startswith(f"{path}: ")
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path):
+    assert str(tmp_path / "none.yaml") in refusal(tmp_path / "none.yaml")
+
+
+# ------------------------------------------------------------------------------ files and folders
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "deep" / "value.json"
+    write_json(path, {"a": "é"})
+    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
+        temporary.write_text("half")
+        assert temporary.parent == path.parent
+        raise RuntimeError
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert read_json(path) == {"a": "é"}
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "adapter"
+    for name in ("first", "second"):
+        with atomic_path(path) as temporary:
+            (temporary / "inner").mkdir(parents=True)
+            (temporary / "inner" / name).write_text(name)
+        assert [file.name for file in (path / "inner").iterdir()] == [name]
+    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
+        temporary.mkdir()
+        raise RuntimeError
+    assert (path / "inner" / "second").read_text() == "second"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_tensors_read_back_bit_for_bit(tmp_path):
+    tensors = {"a": torch.randn(3, 4, requires_grad=True).T, "b": torch.arange(5)}
+    write_tensors(tmp_path / "t.safetensors", tensors)
+    for name, tensor in read_tensors(tmp_path / "t.safetensors").items():
+        assert torch.equal(tensor, tensors[name]) and tensor.dtype == tensors[name].dtype
+
+
+@pytest.fixture
+def config(tmp_path) -> Config:
+    users = tmp_path / "users.jsonl"
+    users.write_text("{}\n")
+    return load_config(None, [f"run.root={tmp_path / 'runs'}", f"data.users={users}"])
+
+
+def test_a_stage_is_done_only_with_the_key_it_ran_with(config):
+    run = RunFolder(config)
+    assert not run.is_done("rid", "k1")
+    run.mark_done("rid", "k1", auc=0.7)
+    again = RunFolder(config)
+    assert again.is_done("rid", "k1") and not again.is_done("rid", "k2")
+    assert not again.is_done("sit", "k1") and read_json(again / "rid" / "done.json")["auc"] == 0.7
+
+
+def test_a_run_folder_explains_itself(config):
+    run = RunFolder(config)
+    assert load_config(run / "config.yaml") == config
+    assert list(read_json(run / "environment.json")["data"]) == [config.data.users]
+    assert read_json(run / "environment.json")["versions"]["torch"] == torch.__version__
+    run.log("rid", auc=0.5)
+    run.log("rid", auc=0.6)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["auc"] for line in lines] == [0.5, 0.6]
+
+
+def test_the_digest_changes_with_any_setting():
+    changed = load_config(None, ["dpo.beta=0.2"])
+    assert digest(load_config()) == digest(load_config()) != digest(changed)
+    assert digest(load_config().rid) == digest(changed.rid)
+
+
+def test_a_user_error_is_one_message_and_exit_code_2(capsys):
+    def main():
+        raise UserError("data.jsonl:3: user_id: missing")
+
+    with pytest.raises(SystemExit) as caught:
+        script(main)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: data.jsonl:3: user_id: missing\n"
