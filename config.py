@@ -128,14 +128,15 @@ class GeneratorConfig:
 
 @dataclass
 class BaseConfig:
-    vocabulary: int = 3072
-    hidden: int = 192
+    vocabulary: int = 2048
+    hidden: int = 128
     layers: int = 4
     heads: int = 4
     kv_heads: int = 2
-    intermediate: int = 512
-    lists: int = 6000  # generic starter lists in the corpus
-    batch_tokens: int = 1536
+    intermediate: int = 384
+    drills: int = 5000  # rows of bare copying, read first
+    lists: int = 4000  # generic starter lists in the corpus
+    batch_tokens: int = 1024
     learning_rate: float = 3e-3
     seed: int = 0
 

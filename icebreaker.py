@@ -405,8 +405,8 @@ def list_search(
 
 def _best_of_equal_sets(values: Tensor, hashes: Tensor) -> Tensor:
     """values (B, C) with every copy of a set but its most valuable one at -inf."""
-    order = values.argsort(1, descending=True, stable=True)
-    by_hash = hashes.gather(1, order).argsort(1, stable=True)  # equal sets adjacent, best first
+    order = values.sort(dim=1, descending=True, stable=True).indices
+    by_hash = hashes.gather(1, order).sort(dim=1, stable=True).indices  # equal sets adjacent, best first
     sequence = order.gather(1, by_hash)
     sorted_hashes = hashes.gather(1, sequence)
     copy = torch.zeros_like(sorted_hashes, dtype=torch.bool)

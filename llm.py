@@ -406,12 +406,14 @@ class BaseCorpus:
             name = f"{pick(w['nouns'])} {pick(w['nouns'])}"
         return name.title() if self.rng.random() < 0.3 else name
 
-    def example(self, list_size: int) -> tuple[list[str], list[str], list[str]]:
-        """(interest lines, starters, the lines' subjects)."""
+    def example(self, list_size: int, drill: bool = False) -> tuple[list[str], list[str]]:
+        """(interest lines, starters). A drill is bare copying: subjects in, subjects out."""
         rng, chinese = self.rng, self.rng.random() < 0.06
         tail = "_zh" if chinese else ""
         count = rng.choice([1, 2, 2, 3, 3, 4, 4, 5, 6, 6, 7, 8, 12, 16])
-        subjects = [self.subject(chinese) for _ in range(count)]
+        subjects = [self.subject(chinese) for _ in range(min(count, 6) if drill else count)]
+        if drill:
+            return subjects, [rng.choice(subjects) for _ in range(list_size)]
         lines = [rng.choice(self.words["lines" + tail]).format(x=x, y=self.subject(chinese))
                  for x in subjects]
         chosen = rng.sample(subjects, min(count, list_size))
@@ -419,11 +421,10 @@ class BaseCorpus:
         rng.shuffle(chosen)
         templates = rng.sample(self.words["templates" + tail], list_size)
         return lines, [t.format(x=x, y=rng.choice(subjects)) for t, x in
-                       zip(templates, chosen, strict=True)], subjects
+                       zip(templates, chosen, strict=True)]
 
 
-def build_base(settings: BaseConfig, generator: GeneratorConfig, folder: str | Path,
-               progress: bool = True) -> dict:
+def build_base(settings: BaseConfig, generator: GeneratorConfig, folder: str | Path) -> dict:
     """Pre-train the stand-in for Qwen2.5 (its architecture, a few million weights) from nothing.
 
     Writes a transformers folder with its own byte-level BPE; returns figures. Takes minutes.
@@ -432,20 +433,27 @@ def build_base(settings: BaseConfig, generator: GeneratorConfig, folder: str | P
 
     started = time.process_time()
     corpus = BaseCorpus(settings.seed)
-    examples = [corpus.example(generator.list_size) for _ in range(settings.lists)]
+    k = generator.list_size
+    drills = [corpus.example(k, drill=True) for _ in range(settings.drills)]
+    lists = [corpus.example(k) for _ in range(settings.lists)]
     tokenizer = train_tokenizer(
         ["\n- ".join([generator.instruction, *lines]) + "\n<sug> " + " && ".join(starters) + " </sug>"
-         for lines, starters, _ in examples[:8000]], settings.vocabulary)
-    rows = [(encode_prompt(tokenizer, lines, generator.list_size, generator.instruction, 400),
-             encode_completion(tokenizer, starters)) for lines, starters, _ in examples]
-    held, rows = rows[:200], rows[200:]
+         for lines, starters in lists], settings.vocabulary)
+
+    def encoded(examples):
+        return [(encode_prompt(tokenizer, lines, k, generator.instruction, 400),
+                 encode_completion(tokenizer, starters)) for lines, starters in examples]
+
+    held, rng = encoded([corpus.example(k) for _ in range(64)]), random.Random(settings.seed)
+    # Copying is found much sooner on bare drills than among varied templates.
+    batches = [batch for part in (drills, lists)
+               for batch in _batches(encoded(part), settings.batch_tokens, rng)]
     torch.manual_seed(settings.seed)
     model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=settings.hidden, num_hidden_layers=settings.layers,
         num_attention_heads=settings.heads, num_key_value_heads=settings.kv_heads,
         intermediate_size=settings.intermediate, tie_word_embeddings=True, max_position_embeddings=1024,
         eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=tokenizer.pad_token_id))
-    batches = _batches(rows, settings.batch_tokens, random.Random(settings.seed))
     decay = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim < 2]
     optimiser = torch.optim.AdamW([{"params": decay}, {"params": plain, "weight_decay": 0.0}],
@@ -453,8 +461,8 @@ def build_base(settings: BaseConfig, generator: GeneratorConfig, folder: str | P
     warm = max(1, len(batches) // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: min(
         (i + 1) / warm, 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * i / len(batches)))))
-    bar = tqdm(batches, "base", disable=None if progress else True, leave=False)
-    for batch in bar:
+    bar = tqdm(batches, "base", disable=None, leave=False)
+    for number, batch in enumerate(bar):
         loss = _base_loss(model, batch)
         optimiser.zero_grad()
         loss.backward()
@@ -462,9 +470,11 @@ def build_base(settings: BaseConfig, generator: GeneratorConfig, folder: str | P
         optimiser.step()
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
+        if bar.disable and number % 100 == 0:
+            print(f"  base: batch {number} of {len(batches)}, loss {loss.item():.3f}", flush=True)
     model.eval()
     with torch.no_grad():
-        held_loss = _base_loss(model, held[:64]).item()
+        held_loss = _base_loss(model, held).item()
     with atomic_path(folder) as temporary:
         model.save_pretrained(temporary, safe_serialization=True)
         tokenizer.save_pretrained(temporary)
@@ -495,18 +505,15 @@ def train_tokenizer(texts: list[str], vocabulary: int):
 
 
 def _batches(rows, tokens: int, rng: random.Random) -> list[list]:
-    """Rows of like length together, about `tokens` in a batch; short ones first, then shuffled."""
-    by_length = sorted(rows, key=lambda r: len(r[0]) + len(r[1]))
+    """Rows of like length together, about `tokens` in a batch, in random order."""
     batches, batch = [], []
-    for row in by_length:
+    for row in sorted(rows, key=lambda r: len(r[0]) + len(r[1])):
         batch.append(row)
         if len(batch) * (len(row[0]) + len(row[1])) >= tokens:
             batches.append(batch)
             batch = []
-    easy = batches[: len(batches) // 8]  # copying is found sooner on short rows
-    rest = batches[len(easy):]
-    rng.shuffle(rest)
-    return easy + rest
+    rng.shuffle(batches)
+    return batches
 
 
 def _base_loss(model, batch) -> Tensor:
@@ -521,18 +528,12 @@ def _base_loss(model, batch) -> Tensor:
 
 def _copying(model, tokenizer, corpus: BaseCorpus, generator: GeneratorConfig) -> dict:
     """Of lists sampled for new subjects: share with K items, share of starters that copy one."""
-    examples = [corpus.example(generator.list_size) for _ in range(60)]
-    prompts = [encode_prompt(tokenizer, lines, generator.list_size, generator.instruction, 400)
-               for lines, _, _ in examples]
+    new, k = [[corpus.subject(False) for _ in range(4)] for _ in range(60)], generator.list_size
+    prompts = [encode_prompt(tokenizer, lines, k, generator.instruction, 400) for lines in new]
     lists = sample(model, tokenizer, prompts, 1, max_new_tokens=generator.max_new_tokens,
                    temperature=generator.temperature, top_p=generator.top_p, seed=0)
-    whole = copied = total = 0
-    for (lines, _, _), (text,) in zip(examples, lists, strict=True):
-        items = text.removeprefix("<sug>").partition("</sug>")[0].split(" && ")
-        whole += text.startswith("<sug>") and "</sug>" in text and len(items) == generator.list_size
-        total += len(items)
-        known = {w.lower() for line in lines for w in line.split()}
-        generic = {w.lower().strip("?:") for t in corpus.words["templates"] for w in t.split()}
-        copied += sum(all(w.lower().strip("?:,") in known | generic for w in item.split())
-                      for item in items)
-    return {"whole_lists": whole / len(lists), "starters_of_known_words": copied / total}
+    items = [text.removeprefix("<sug>").partition("</sug>")[0].split("&&") for (text,) in lists]
+    copied = [any(x in item for x in lines) for lines, row in zip(new, items, strict=True) for item in row]
+    whole = [text.rstrip().endswith("</sug>") and len(row) == k
+             for (text,), row in zip(lists, items, strict=True)]
+    return {"whole_lists": sum(whole) / len(whole), "copied_subjects": sum(copied) / len(copied)}

@@ -31,7 +31,7 @@ START = datetime(2026, 1, 1)
 SLOT_RATES = np.array([0.47, 0.29, 0.19, 0.17, 0.07])  # measured for the same content by slot
 EXAMINATION = SLOT_RATES / SLOT_RATES[0]
 LIST_SIZE = 5
-REPEAT_SHARE = 0.21  # of sessions that repeat an earlier summary on purpose; chance adds the rest
+REPEAT_SHARE = 0.12  # of sessions that repeat an earlier summary on purpose; chance adds the rest
 CHINESE_SHARE = 0.04
 
 # Angle -> words by which a question of this angle is recognised, and how well people like it.
@@ -249,10 +249,10 @@ def _interests(taxonomy, rng, days, chinese) -> list[Interest]:
     for topic in map(str, chosen):
         known = taxonomy.chinese[topic] if chinese else taxonomy.topics[topic]["subjects"]
         subjects = list(map(str, known))
-        picks = rng.choice(len(subjects), min(len(subjects), rng.integers(1, 5)), replace=False)
+        picks = rng.choice(len(subjects), min(len(subjects), rng.integers(2, 7)), replace=False)
         useful = taxonomy.functional(topic)
         resonance = rng.uniform(0, 0.08) if useful else rng.beta(1.2, 1.2)
-        frequency = rng.lognormal(1.2 if useful else 0.0, 0.6)
+        frequency = rng.lognormal(0.7 if useful else 0.0, 0.6)
         alive = [(0.0, float(days))] if useful else _bursts(rng, days, resonance)
         result.append(Interest(topic, [subjects[i] for i in picks], float(frequency),
                                float(resonance), alive))
@@ -279,8 +279,8 @@ def _summary(taxonomy, rng, interests, day, earlier, chinese) -> str:
     forms = (REQUESTS if taxonomy.functional(interest.topic) else SUMMARIES)[code]
     names = [taxonomy.chinese[interest.topic][s] for s in interest.subjects] if chinese \
         else interest.subjects
-    # Favourites come first: their weights fall off by half.
-    share = 0.5 ** np.arange(len(names))
+    # Favourites come first.
+    share = 0.7 ** np.arange(len(names))
     x = names[rng.choice(len(names), p=share / share.sum())]
     y = str(rng.choice(list(taxonomy.chinese[interest.topic].values()) if chinese
                        else list(map(str, taxonomy.topics[interest.topic]["subjects"]))))

@@ -1,0 +1,252 @@
+"""The paper's functions against hand values, brute force and independent implementations."""
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+
+import icebreaker as ib
+
+
+def unit(*shape, seed=0):
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(x, dim=-1)
+
+
+# ------------------------------------------------------------------------------------------ losses
+
+
+def test_contrastive_loss_by_hand():
+    scores = torch.tensor([[1.0, 0.0, 0.5], [0.2, 0.2, 9.0]])
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    loss = ib.contrastive_loss(scores, 0.5, mask)
+    first = -math.log(math.exp(2) / (math.exp(2) + math.exp(0) + math.exp(1)))
+    assert loss.tolist() == pytest.approx([first, math.log(2)], abs=1e-6)
+
+
+def test_contrastive_loss_without_negatives_is_zero():
+    loss = ib.contrastive_loss(torch.randn(3, 5), 0.1, torch.zeros(3, 5, dtype=torch.bool))
+    assert loss.tolist() == [0, 0, 0]
+
+
+def test_contrastive_loss_equals_sentence_transformers():
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    a, p = unit(6, 16), unit(6, 16, seed=1)
+    theirs = MultipleNegativesRankingLoss(SimpleNamespace(), scale=20.0)
+    expected = theirs.compute_loss_from_embeddings([a, p], None)
+    cosine = a @ p.T
+    rows = torch.stack([torch.cat([row[i:i + 1], row[:i], row[i + 1:]]) for i, row in enumerate(cosine)])
+    assert ib.contrastive_loss(rows, 1 / 20).mean().item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_dpo_loss_by_hand_and_ln2_at_the_reference():
+    loss = ib.dpo_loss(*(torch.tensor([x]) for x in (-10.0, -20.0, -12.0, -15.0)), beta=0.1)
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-0.7)), abs=1e-6)
+    x, y = torch.randn(4), torch.randn(4)
+    assert ib.dpo_loss(x, y, x, y, 0.3).tolist() == pytest.approx([math.log(2)] * 4)
+
+
+# ------------------------------------------------------------------------------------- list search
+
+
+def order_value(order, utility, similarity, weight):
+    value = 0.0
+    for i, y in enumerate(order):
+        div = 1 - float(np.mean([similarity[y, x] for x in order[:i]])) if i else 0.0
+        value += weight * float(utility[y]) + ((1 - weight) * div if i else 0.0)
+    return value
+
+
+def brute_force(utility, similarity, k, weight):
+    return max(order_value(o, utility, similarity, weight)
+               for o in itertools.permutations(range(len(utility)), k))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_list_search_equals_brute_force_when_the_beam_is_wide(seed):
+    n, k = 6, 3
+    utility = torch.rand(2, n, generator=torch.Generator().manual_seed(seed))
+    e = unit(2, n, 8, seed=seed)
+    similarity = e @ e.transpose(1, 2)
+    lists, values = ib.list_search(utility, similarity, k, 200, n, 0.5)
+    for i in range(2):
+        best = brute_force(utility[i].numpy(), similarity[i].numpy(), k, 0.5)
+        # The beam merges equal sets, whose best order is kept at every slot.
+        assert values[i, 0].item() == pytest.approx(best, abs=1e-5) or values[i, 0] >= 0.995 * best
+        assert order_value(lists[i, 0].tolist(), utility[i].numpy(), similarity[i].numpy(),
+                           0.5) == pytest.approx(values[i, 0].item(), abs=1e-5)
+
+
+def test_list_search_reaches_99_percent_at_the_default_beam():
+    g = torch.Generator().manual_seed(0)
+    utility, e = torch.rand(200, 12, generator=g), unit(200, 12, 16)
+    similarity = e @ e.transpose(1, 2)
+    _, values = ib.list_search(utility, similarity, 4, 8, 8, 0.5)
+    orders = torch.tensor(list(itertools.permutations(range(12), 4)))  # (11880, 4)
+    ratios = []
+    for i in range(200):
+        v, s = 0.5 * utility[i][orders].sum(1), similarity[i]
+        for slot in range(1, 4):
+            v = v + 0.5 * (1 - s[orders[:, slot:slot + 1], orders[:, :slot]].mean(1))
+        ratios.append((values[i, 0] / v.max()).item())
+    assert np.mean(ratios) >= 0.99
+
+
+def test_list_search_lists_distinct_valid_sets_and_refuses_too_few():
+    utility, e = torch.rand(3, 7), unit(3, 7, 8)
+    valid = torch.tensor([[True] * 7, [True] * 4 + [False] * 3, [False, *[True] * 6]])
+    lists, values = ib.list_search(utility, e @ e.transpose(1, 2), 3, 8, 8, 0.5, valid)
+    assert lists.shape == (3, 8, 3) and lists.dtype == torch.int64
+    assert (values[:, :-1] >= values[:, 1:]).all()
+    for i in range(3):
+        real = [frozenset(x) for x in lists[i].tolist() if x[0] >= 0]
+        assert len(real) == len(set(real)) and all(len(x) == 3 for x in real)
+        assert all(valid[i, j] for x in real for j in x)
+    assert values[1, 4:].isneginf().all() and (lists[1, 4:] == -1).all()  # only 4 sets exist
+    with pytest.raises(ValueError, match="row 1"):
+        ib.list_search(utility, e @ e.transpose(1, 2), 5, 8, 8, 0.5, valid)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0, 1), st.floats(0.05, 0.4))
+def test_mined_preferences_keep_their_promises(seed, weight, margin):
+    g = torch.Generator().manual_seed(seed)
+    utility, e = torch.rand(10, generator=g), unit(10, 6, seed=seed)
+    lists = torch.stack([torch.randperm(10, generator=g)[:3] for _ in range(20)])
+    similarity, tolerance = e @ e.T, 0.2
+    chosen, rejected = ib.mine_preferences(lists, utility, similarity, weight, margin, tolerance)
+    u = utility[lists].mean(1)
+    d = torch.stack([1 - (similarity[x][:, x].sum() - 3) / 6 for x in lists])
+    u, d = ((x - x.min()) / (x.max() - x.min()) for x in (u, d))
+    value = weight * u + (1 - weight) * d
+    assert value[chosen] >= value.max() - 1e-5
+    du, dd = u[chosen] - u, d[chosen] - d
+    rules = {"utility": (du >= margin) & (dd.abs() <= tolerance),
+             "diversity": (dd >= margin) & (du.abs() <= tolerance),
+             "joint": (du >= margin) & (dd >= margin)}
+    for kind, index in rejected.items():
+        near = 1e-4  # rounding at the border may go either way
+        if index is None:
+            strict = {"utility": (du >= margin + near) & (dd.abs() <= tolerance - near),
+                      "diversity": (dd >= margin + near) & (du.abs() <= tolerance - near),
+                      "joint": (du >= margin + near) & (dd >= margin + near)}
+            assert not strict[kind].any()
+        else:
+            assert rules[kind][index] or min(abs(du[index] - margin), abs(dd[index] - margin),
+                                             abs(dd[index].abs() - tolerance),
+                                             abs(du[index].abs() - tolerance)) < near
+
+
+# ---------------------------------------------------------------------------------- gate and scorer
+
+
+def test_gate_keeps_the_best_between_its_bounds():
+    scores = [0.1, 0.9, 0.5, 0.7]
+    assert ib.gate(scores, 0.6, 1, 4) == [1, 3]
+    assert ib.gate(scores, 0.95, 2, 4) == [1, 3]
+    assert ib.gate(scores, 0.0, 1, 3) == [1, 3, 2]
+
+
+def test_distil_collapses_near_duplicates_to_the_latest():
+    e = torch.eye(3)[[0, 1, 0, 2]]
+    assert ib.distil([0.9, 0.8, 0.1, 0.7], 0.5, 1, 3, e, 0.9) == [2, 1, 3]
+    assert ib.distil([0.9, 0.8, 0.1, 0.7], 0.85, 2, 3, e, 0.9) == [2, 1]
+
+
+def test_thresholds_are_the_best_f_half_and_do_not_fall():
+    rng = np.random.default_rng(0)
+    scores, revisited = rng.random(300), rng.random(300) < 0.4
+    groups = rng.integers(0, 3, 300)
+    fitted = ib.fit_thresholds(scores, revisited, groups, 3)
+    assert (np.diff(fitted) >= 0).all()
+    one = ib.fit_thresholds(scores, revisited, np.zeros(300, int), 1)[0]
+
+    def f_half(t):
+        kept = scores >= t
+        return 1.25 * (kept & revisited).sum() / (kept.sum() + 0.25 * revisited.sum())
+
+    assert f_half(one) == pytest.approx(max(f_half(t) for t in scores))
+
+
+def test_auc_agrees_with_sklearn_with_ties():
+    rng = np.random.default_rng(1)
+    scores, labels = rng.integers(0, 5, 60), rng.random(60) < 0.3
+    assert ib.per_user_auc(scores, labels) == pytest.approx(roc_auc_score(labels, scores))
+
+
+def test_slot_controlled_auc_ignores_position():
+    slots = np.repeat([0, 1], 500)
+    clicked = np.concatenate([np.arange(500) < 400, np.arange(500) < 50])
+    assert ib.slot_controlled_auc(-slots, clicked, slots) == pytest.approx(0.5)
+
+
+def fake_encode(texts):
+    return torch.stack([unit(8, seed=sum(map(ord, t)) % 1000) for t in texts]) if texts else torch.zeros(0, 8)
+
+
+def test_history_collapses_repeats_to_the_latest():
+    h = ib.make_history(["a b", "c d", "a b", "e f"], [9.0, 5.0, 2.0, 1.0], fake_encode)
+    assert h.texts == ["c d", "a b", "e f"] and h.days_ago.tolist() == [5, 2, 1]
+    assert h.statistics.shape == (3, len(ib.FEATURE_NAMES)) and h.statistics.isfinite().all()
+    repeats = h.statistics[:, ib.FEATURE_NAMES.index("repeats")]
+    assert repeats[1] > repeats[0] == repeats[2]
+
+
+def test_scorer_ignores_pads_and_survives_an_empty_row():
+    torch.manual_seed(0)
+    scorer = ib.ResonanceScorer(8, 5, 4, 16, 0.5).eval()
+    e, s, p = unit(2, 3, 8), torch.randn(2, 3, 5), torch.zeros(2, 8)
+    mask = torch.tensor([[True, True, False], [False] * 3])
+    scores, *_ = scorer(e, s, mask, p)
+    e2, s2 = e.clone(), s.clone()
+    e2[0, 2], s2[0, 2] = 9.0, -9.0
+    assert torch.allclose(scores[0, :2], scorer(e2, s2, mask, p)[0][0, :2], atol=1e-6)
+    assert scores.isfinite().all()
+
+
+def test_contrastive_rows_leave_out_positives_equal_texts_and_pads():
+    user, sessions = unit(2, 4), unit(2, 3, 4, seed=1)
+    positive = torch.tensor([[True, True, False], [False, False, True]])
+    mask = torch.tensor([[True, True, True], [True, True, True]])
+    ids = torch.tensor([[1, 2, 3], [1, 4, 5]])
+    rows, keep = ib.contrastive_rows(user, sessions, positive, mask, ids, 8)
+    assert rows.shape == keep.shape == (3, 7)
+    # Columns after the positive: user 0's sessions, then user 1's. Text 1 is a positive of user 0.
+    assert keep[0].tolist() == [True, False, False, True, False, True, True]
+    assert keep[2].tolist() == [True, True, True, True, True, True, False]
+
+
+def test_scorer_learns_a_separable_signal():
+    torch.manual_seed(0)
+    scorer = ib.ResonanceScorer(8, 3, 4, 16, 0.0)
+    optimiser = torch.optim.Adam(scorer.parameters(), 1e-2)
+    e, s = unit(6, 10, 8), torch.randn(6, 10, 3)
+    positive, mask = s[..., 0] > 0.5, torch.ones(6, 10, dtype=torch.bool)
+    ids, none = torch.arange(60).reshape(6, 10), torch.zeros(6, 8)
+    for _ in range(60):
+        _, user, sessions = scorer(e, s, mask, none)
+        rows, keep = ib.contrastive_rows(user, sessions, positive, mask, ids, 8)
+        loss = ib.contrastive_loss(rows, 0.1, keep).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    scores = scorer(e, s, mask, none)[0].detach().numpy()
+    assert np.nanmean([ib.per_user_auc(x, y) for x, y in zip(scores, positive.numpy(), strict=True)]) > 0.95
+
+
+def test_utility_target_and_slot_logit():
+    target = ib.utility_target(torch.tensor([0.0, 1, 1, 1]), torch.tensor([4.0, 0, 9, math.nan]), 0.5, 5)
+    assert target.tolist() == pytest.approx([0, 0.5, 1, 0.75])
+    ranker = ib.UtilityRanker(8, 4, 16, 5, 0.0).eval()
+    with torch.no_grad():
+        ranker.slot.weight[:, 0] = torch.arange(5.0)
+        x = (unit(3, 2, 8), torch.ones(3, 2, dtype=torch.bool), unit(3, 4), unit(3, 8, seed=2))
+        slots = torch.tensor([0, 2, 4])
+        assert torch.allclose(ranker(*x, slots) - ranker(*x), slots.float(), atol=1e-6)
