@@ -61,7 +61,7 @@ class DataConfig:
 
 @dataclass
 class WorldConfig:
-    users: int = 400
+    users: int = 320
     days: int = 120
     seed: int = 7
     median_sessions: int = 12  # 6 in a forum, 150 in a search log; heavy-tailed around it, 1 to 500
@@ -131,10 +131,9 @@ class BaseConfig:
     vocabulary: int = 2048
     hidden: int = 128
     layers: int = 4
-    heads: int = 4
+    heads: int = 2
     kv_heads: int = 2
     intermediate: int = 384
-    drills: int = 5000  # rows of bare copying, read first
     lists: int = 4000  # generic starter lists in the corpus
     batch_tokens: int = 1024
     learning_rate: float = 3e-3
@@ -143,16 +142,16 @@ class BaseConfig:
 
 @dataclass
 class SitConfig:
-    lists_per_user: int = 2
-    epochs: int = 3
+    lists_per_user: int = 1
+    epochs: int = 2
     learning_rate: float = 1e-3
     batch_users: int = 8
 
 
 @dataclass
 class DpoConfig:
-    rounds: int = 3
-    samples: int = 8  # lists sampled per user and round
+    rounds: int = 2
+    samples: int = 6  # lists sampled per user and round
     teacher_lists: int = 2  # lists of the teacher that join the pool
     beam: int = 8
     expand: int = 8
@@ -167,7 +166,7 @@ class DpoConfig:
     batch_users: int = 8
     reference: str = "round"  # "round": policy at the start of the round; "sit": the SIT policy
     sft_weight: float = 0.0
-    checkpoints: int = 3  # per round; the best by held-out utility and diversity is kept
+    checkpoints: int = 2  # per round; the best by held-out utility and diversity is kept
 
 
 @dataclass
@@ -210,12 +209,15 @@ def _refuse_unknown(tree: dict, where: str) -> None:
         if section not in sections:
             raise UserError(f"{where}: unknown section '{section}'{_nearest(section, sections)}")
         if not isinstance(values, dict):
-            raise UserError(f"{where}: {section}: holds settings (like {section}.key=value), "
-                            f"not a single value")
+            raise UserError(
+                f"{where}: {section}: holds settings (like {section}.key=value), not a single value"
+            )
         for key in values:
             if f"{section}.{key}" not in known:
-                raise UserError(f"{where}: unknown setting '{section}.{key}'"
-                                f"{_nearest(f'{section}.{key}', known)}")
+                raise UserError(
+                    f"{where}: unknown setting '{section}.{key}'"
+                    f"{_nearest(f'{section}.{key}', known)}"
+                )
 
 
 def _nearest(word: str, known) -> str:
@@ -264,8 +266,11 @@ def load_config(path: str | Path | None = None, overrides: list[str] = ()) -> Co
 def _check(config: Config) -> None:
     """Raise UserError for values of the right type that cannot work."""
     data, rid, dpo = config.data, config.rid, config.dpo
-    if not config.run.name or Path(config.run.name).name != config.run.name or \
-            config.run.name in (".", ".."):
+    if (
+        not config.run.name
+        or Path(config.run.name).name != config.run.name
+        or config.run.name in (".", "..")
+    ):
         raise UserError("run.name: one folder name, without a path")
     shares = [data.train, data.valid, data.judge, data.test]
     if any(share <= 0 for share in shares) or abs(sum(shares) - 1) > 1e-6:
@@ -282,12 +287,29 @@ def _check(config: Config) -> None:
     unknown = set(dpo.negatives) - {"utility", "diversity", "joint"}
     if unknown or not dpo.negatives:
         raise UserError("dpo.negatives: some of utility, diversity, joint")
-    positive = ["world.users", "world.days", "rid.batch_users", "rid.activity_groups",
-                "ranker.depth_cap", "generator.list_size", "generator.max_new_tokens",
-                "generator.head_chunk", "base.lists", "sit.batch_users", "dpo.rounds",
-                "dpo.samples", "dpo.beam", "dpo.expand",
-                "dpo.batch_users", "dpo.checkpoints", "eval.lists", "rid.temperature", "dpo.beta",
-                "generator.temperature", "data.max_errors"]
+    positive = [
+        "world.users",
+        "world.days",
+        "rid.batch_users",
+        "rid.activity_groups",
+        "ranker.depth_cap",
+        "generator.list_size",
+        "generator.max_new_tokens",
+        "generator.head_chunk",
+        "base.lists",
+        "sit.batch_users",
+        "dpo.rounds",
+        "dpo.samples",
+        "dpo.beam",
+        "dpo.expand",
+        "dpo.batch_users",
+        "dpo.checkpoints",
+        "eval.lists",
+        "rid.temperature",
+        "dpo.beta",
+        "generator.temperature",
+        "data.max_errors",
+    ]
     for key in positive:
         section, name = key.split(".")
         if not getattr(getattr(config, section), name) > 0:  # nan is refused too
@@ -386,6 +408,7 @@ class RunFolder:
 
 def environment(config: Config) -> dict:
     """What a figure of this run depends on besides the config: versions, commit, data, machine."""
+
     def version(name):
         try:
             return importlib.metadata.version(name)
@@ -396,18 +419,32 @@ def environment(config: Config) -> dict:
         done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else None
 
-    packages = ["torch", "transformers", "peft", "bitsandbytes", "sentence-transformers", "numpy",
-                "scikit-learn", "tokenizers", "omegaconf", "pydantic"]
+    packages = [
+        "torch",
+        "transformers",
+        "peft",
+        "bitsandbytes",
+        "sentence-transformers",
+        "numpy",
+        "scikit-learn",
+        "tokenizers",
+        "omegaconf",
+        "pydantic",
+    ]
     data = [path for path in (config.data.users, config.data.impressions) if path]
     try:
         commit, dirty = git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
     except OSError:  # no git on this machine
         commit, dirty = None, None
     return {
-        "command": sys.argv, "python": platform.python_version(), "machine": platform.platform(),
-        "processors": os.cpu_count(), "seed": config.run.seed,
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "processors": os.cpu_count(),
+        "seed": config.run.seed,
         "versions": {name: version(name) for name in packages},
-        "commit": commit, "uncommitted_changes": dirty,
+        "commit": commit,
+        "uncommitted_changes": dirty,
         "data": {path: file_digest(path) for path in data if Path(path).is_file()},
     }
 

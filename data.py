@@ -215,7 +215,8 @@ def read_users(path: str | Path, max_errors: int = 20) -> list[User]:
 def _sorted(user: User) -> User:
     if all(s.timestamp for s in user.sessions):
         return user.model_copy(
-            update={"sessions": sorted(user.sessions, key=lambda s: s.timestamp)})
+            update={"sessions": sorted(user.sessions, key=lambda s: s.timestamp)}
+        )
     return user
 
 
@@ -269,9 +270,11 @@ def cut_time(user: User, share: float) -> datetime | None:
     return future[0].timestamp if future else None
 
 
-_SCRIPTS = {"zh": re.compile(r"[\u3400-\u9fff]"),  # a character of Chinese says what a word does
-            "en": re.compile(r"[A-Za-z\u00c0-\u024f]+"),
-            "other": re.compile(r"[^\W\d_A-Za-z\u00c0-\u024f\u3400-\u9fff]+")}
+_SCRIPTS = {
+    "zh": re.compile(r"[\u3400-\u9fff]"),  # a character of Chinese says what a word does
+    "en": re.compile(r"[A-Za-z\u00c0-\u024f]+"),
+    "other": re.compile(r"[^\W\d_A-Za-z\u00c0-\u024f\u3400-\u9fff]+"),
+}
 
 
 def language(text: str) -> str:
@@ -347,8 +350,11 @@ def main() -> None:
     parser.add_argument("command", choices=["check"])
     parser.add_argument("file")
     path = parser.parse_args().file
-    figures = (describe_impressions(read_impressions(path)) if _holds_impressions(path)
-               else describe_users(read_users(path)))
+    figures = (
+        describe_impressions(read_impressions(path))
+        if _holds_impressions(path)
+        else describe_users(read_users(path))
+    )
     print("\n".join(f"{label + ':':30} {figure}" for label, figure in figures.items()))
 
 

@@ -21,9 +21,13 @@ from config import ROOT, atomic_path, load_config, script, write_json
 from icebreaker import list_diversity
 
 ORDER = ("PE", "PE+RID", "SFT", "SFT+DPO", "IceBreaker")
-PAPER = {"PE": ("–", "–", "29.03", "6.11"), "PE+RID": ("+0.69", "+0.32", "24.12", "4.99"),
-         "SFT": ("+0.73", "+0.39", "26.46", "5.17"), "SFT+DPO": ("+0.75", "+0.42", "13.75", "2.64"),
-         "IceBreaker": ("+0.82", "+0.74", "27.74", "5.01")}
+PAPER = {
+    "PE": ("–", "–", "29.03", "6.11"),
+    "PE+RID": ("+0.69", "+0.32", "24.12", "4.99"),
+    "SFT": ("+0.73", "+0.39", "26.46", "5.17"),
+    "SFT+DPO": ("+0.75", "+0.42", "13.75", "2.64"),
+    "IceBreaker": ("+0.82", "+0.74", "27.74", "5.01"),
+}
 LEGEND = """\
 - **R-User**: share of users whose mean ranker score is above PE's (ties count half), Eq. (9).
 - **R-Score**: mean lift in ranker score over PE, absolute, Eq. (10). The ranker gives values in
@@ -33,7 +37,7 @@ LEGEND = """\
 - **True clicks**: expected taps per shown list by the simulated world's hidden click model.
 - **Lexical**: distinct high-TF-IDF keywords per list. **Semantic**: distinct topic categories per
   list by a trained classifier. **Dissimilarity**: mean pairwise 1 - cosine within a list.
-- **Starters**: mean number left of a list after the filters. Brackets: 95 % bootstrap over users."""
+- **Starters**: mean number left of a list after the filters. Brackets: 95 % bootstrap."""
 
 
 def r_user(scores: dict[str, float], baseline: dict[str, float]) -> float:
@@ -60,8 +64,9 @@ def keywords(text: str) -> list[str]:
 
     words = re.findall(r"[a-z0-9][a-z0-9'-]+", text.lower())
     chinese = "".join(re.findall(r"[㐀-鿿]+", text))
-    return [w for w in words if w not in ENGLISH_STOP_WORDS] + \
-        [chinese[i:i + 2] for i in range(len(chinese) - 1)]
+    return [w for w in words if w not in ENGLISH_STOP_WORDS] + [
+        chinese[i : i + 2] for i in range(len(chinese) - 1)
+    ]
 
 
 class KeywordCounter:
@@ -86,8 +91,12 @@ class TopicClassifier:
     `accuracy` is measured on subjects that were left out of the fit.
     """
 
-    def __init__(self, encode: Callable, path: Path = ROOT / "configs" / "taxonomy.yaml",
-                 texts_per_category: int = 70):
+    def __init__(
+        self,
+        encode: Callable,
+        path: Path = ROOT / "configs" / "taxonomy.yaml",
+        texts_per_category: int = 70,
+    ):
         from sklearn.linear_model import LogisticRegression
 
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["categories"]
@@ -99,7 +108,7 @@ class TopicClassifier:
             texts += [forms[i % 3].format(name) for i, name in enumerate(picks)]
             labels += [category] * len(picks)
         order = rng.permutation(len(texts))
-        held, fit = order[: len(order) // 5], order[len(order) // 5:]
+        held, fit = order[: len(order) // 5], order[len(order) // 5 :]
         vectors, labels = np.asarray(encode(texts)), np.array(labels)
         self.encode = encode
         self.model = LogisticRegression(C=10, max_iter=500).fit(vectors[fit], labels[fit])
@@ -110,9 +119,16 @@ class TopicClassifier:
 
 
 def evaluate(
-    lists: dict[str, dict[str, list[list[str]]]], score: Callable | None, encode: Callable, *,
-    truth=None, train_score: Callable | None = None, bootstrap: int = 1000, seed: int = 0,
-    baseline: str = "PE", classifier: TopicClassifier | None = None,
+    lists: dict[str, dict[str, list[list[str]]]],
+    score: Callable | None,
+    encode: Callable,
+    *,
+    truth=None,
+    train_score: Callable | None = None,
+    bootstrap: int = 1000,
+    seed: int = 0,
+    baseline: str = "PE",
+    classifier: TopicClassifier | None = None,
 ) -> dict:
     """Every metric of every method.
 
@@ -124,17 +140,22 @@ def evaluate(
     users = list(lists[baseline])
     if any(set(rows) != set(users) for rows in lists.values()) or not users:
         raise ValueError("evaluate: every method needs lists for the same users, at least one")
-    count = KeywordCounter([y for m in lists.values() for rows in m.values() for x in rows for y in x])
+    count = KeywordCounter(
+        [y for m in lists.values() for rows in m.values() for x in rows for y in x]
+    )
     classifier = classifier or TopicClassifier(encode)
 
     def dissimilarity(_, x):
         vectors = encode(x)
         return float(list_diversity(vectors @ vectors.T)) if len(x) > 1 else 0.0
 
-    metrics = {"lexical": lambda _, x: count(x),
-               "semantic": lambda _, x: len(set(classifier.categories(x))),
-               "dissimilarity": dissimilarity, "starters": lambda _, x: len(x),
-               "empty": lambda _, x: float(not x)}
+    metrics = {
+        "lexical": lambda _, x: count(x),
+        "semantic": lambda _, x: len(set(classifier.categories(x))),
+        "dissimilarity": dissimilarity,
+        "starters": lambda _, x: len(x),
+        "empty": lambda _, x: float(not x),
+    }
     if score:
         metrics["utility"] = lambda u, x: float(np.mean(score(u, x))) if x else 0.0
     if train_score:
@@ -142,23 +163,38 @@ def evaluate(
     if truth:
         metrics["true_clicks"] = lambda u, x: truth.expected_clicks(u, x) if x else 0.0
 
-    per_user = {method: {name: {u: float(np.mean([f(u, x) for x in rows[u]])) for u in users}
-                         for name, f in metrics.items()} for method, rows in lists.items()}
+    per_user = {
+        method: {
+            name: {u: float(np.mean([f(u, x) for x in rows[u]])) for u in users}
+            for name, f in metrics.items()
+        }
+        for method, rows in lists.items()
+    }
     result = {}
     for method, values in per_user.items():
         figures = {name: float(np.mean(list(v.values()))) for name, v in values.items()}
         for name in ("lexical", "true_clicks"):
             if name in values:
                 figures[f"{name}_interval"] = bootstrap_interval(
-                    list(values[name].values()), bootstrap, seed)
+                    list(values[name].values()), bootstrap, seed
+                )
         if score and method != baseline:
             own, base = values["utility"], per_user[baseline]["utility"]
-            figures |= {"r_user": r_user(own, base), "r_score": r_score(own, base),
-                        "r_score_interval": bootstrap_interval(
-                            [own[u] - base[u] for u in users], bootstrap, seed)}
+            figures |= {
+                "r_user": r_user(own, base),
+                "r_score": r_score(own, base),
+                "r_score_interval": bootstrap_interval(
+                    [own[u] - base[u] for u in users], bootstrap, seed
+                ),
+            }
         result[method] = figures
-    return {"methods": result, "users": len(users), "lists_per_user": len(lists[baseline][users[0]]),
-            "classifier_accuracy": classifier.accuracy, "baseline": baseline}
+    return {
+        "methods": result,
+        "users": len(users),
+        "lists_per_user": len(lists[baseline][users[0]]),
+        "classifier_accuracy": classifier.accuracy,
+        "baseline": baseline,
+    }
 
 
 # ----------------------------------------------------------------------------------------- report
@@ -176,21 +212,37 @@ def _cell(figures: dict, name: str, form: str) -> str:
 
 def table_markdown(result: dict) -> str:
     """Table 1 as measured, what its columns mean, and the paper's figures."""
-    columns = [("R-User", "r_user", "+.2f"), ("R-Score", "r_score", "+.3f"),
-               ("Train ranker", "train_utility", ".3f"), ("True clicks", "true_clicks", ".3f"),
-               ("Lexical", "lexical", ".2f"), ("Semantic", "semantic", ".2f"),
-               ("Dissimilarity", "dissimilarity", ".3f"), ("Starters", "starters", ".2f")]
+    columns = [
+        ("R-User", "r_user", "+.2f"),
+        ("R-Score", "r_score", "+.3f"),
+        ("Train ranker", "train_utility", ".3f"),
+        ("True clicks", "true_clicks", ".3f"),
+        ("Lexical", "lexical", ".2f"),
+        ("Semantic", "semantic", ".2f"),
+        ("Dissimilarity", "dissimilarity", ".3f"),
+        ("Starters", "starters", ".2f"),
+    ]
     rows = result["methods"]
     columns = [c for c in columns if any(c[1] in figures for figures in rows.values())]
-    lines = [f"{result['users']} test users, {result['lists_per_user']} lists each, topic classifier "
-             f"accuracy {result['classifier_accuracy']:.2f}", "",
-             "| Method | " + " | ".join(title for title, _, _ in columns) + " |",
-             "|---" * (len(columns) + 1) + "|"]
+    lines = [
+        f"{result['users']} test users, {result['lists_per_user']} lists each, topic classifier "
+        f"accuracy {result['classifier_accuracy']:.2f}",
+        "",
+        "| Method | " + " | ".join(title for title, _, _ in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
     for method in [m for m in ORDER if m in rows] + [m for m in rows if m not in ORDER]:
         cells = [_cell(rows[method], name, form) for _, name, form in columns]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    lines += ["", LEGEND, "", "The paper's Table 1 (Qwen2.5-7B, its own platform and ranker):", "",
-              "| Method | R-User | R-Score | Lexical | Semantic |", "|---|---|---|---|---|"]
+    lines += [
+        "",
+        LEGEND,
+        "",
+        "The paper's Table 1 (Qwen2.5-7B, its own platform and ranker):",
+        "",
+        "| Method | R-User | R-Score | Lexical | Semantic |",
+        "|---|---|---|---|---|",
+    ]
     return "\n".join(lines + [f"| {m} | " + " | ".join(PAPER[m]) + " |" for m in ORDER]) + "\n"
 
 
@@ -206,8 +258,16 @@ def plot_frontier(result: dict, path: str | Path) -> None:
     for colour, (method, row) in zip(colours, result["methods"].items(), strict=False):
         x, (low, high) = row.get("r_score", 0.0), row.get("r_score_interval", (0.0, 0.0))
         y, (bottom, top) = row["lexical"], row["lexical_interval"]
-        axes.errorbar(x, y, [[y - bottom], [top - y]], [[x - low], [high - x]], fmt="o", ms=8,
-                      color=colour, capsize=3)
+        axes.errorbar(
+            x,
+            y,
+            [[y - bottom], [top - y]],
+            [[x - low], [high - x]],
+            fmt="o",
+            ms=8,
+            color=colour,
+            capsize=3,
+        )
         axes.annotate(method, (x, y), (8, 8), textcoords="offset points", color=colour, fontsize=12)
     axes.set_xlabel("utility: R-Score against PE (held-out ranker)", fontsize=12)
     axes.set_ylabel("distinct keywords per list", fontsize=12)
@@ -229,8 +289,15 @@ def examples_page(users: list[dict]) -> str:
     """Summaries, trigger interests and each method's starters of some users, as markdown."""
     lines = ["# Examples", "", "Users drawn at random; the first list of each method."]
     for user in users:
-        lines += ["", f"## {escape(user['user_id'])}", "", "Latest summaries: " +
-                  "; ".join(escape(t) for t in user["summaries"][:12]), "", "Trigger interests:", ""]
+        lines += [
+            "",
+            f"## {escape(user['user_id'])}",
+            "",
+            "Latest summaries: " + "; ".join(escape(t) for t in user["summaries"][:12]),
+            "",
+            "Trigger interests:",
+            "",
+        ]
         lines += [f"- {escape(text)} ({score:.2f})" for text, score in user["triggers"]]
         for method, starters in user["lists"].items():
             lines += ["", f"**{escape(method)}**", ""]
@@ -242,7 +309,10 @@ def write_report(result: dict, examples: list[dict], folder: str | Path) -> None
     """table.md, table.json, examples.md and, where there is a utility, utility_diversity.png."""
     folder = Path(folder)
     write_json(folder / "table.json", result)
-    for name, text in (("table.md", table_markdown(result)), ("examples.md", examples_page(examples))):
+    for name, text in (
+        ("table.md", table_markdown(result)),
+        ("examples.md", examples_page(examples)),
+    ):
         with atomic_path(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     if any("utility" in row for row in result["methods"].values()):

@@ -43,8 +43,16 @@ class History:
 _RAW = (
     ["similar_0.4", "similar_0.6"]
     + [f"similar_{c}_half_life_{h}" for c in (0.4, 0.6) for h in (3, 14, 45)]
-    + ["age", "gap_to_previous_similar", "span_of_similar", "token_frequency",
-       "density_0.5", "density_0.7", "density_0.85", "repeats"]
+    + [
+        "age",
+        "gap_to_previous_similar",
+        "span_of_similar",
+        "token_frequency",
+        "density_0.5",
+        "density_0.7",
+        "density_0.85",
+        "repeats",
+    ]
 )
 FEATURE_NAMES = _RAW + [f"rank_{name}" for name in _RAW] + ["history_length"]
 
@@ -74,7 +82,9 @@ def make_history(
     return History(texts, embeddings, statistics, days[latest], n, n / weeks)
 
 
-def history_statistics(texts: list[str], embeddings: Tensor, of: Tensor, days_ago: Tensor) -> Tensor:
+def history_statistics(
+    texts: list[str], embeddings: Tensor, of: Tensor, days_ago: Tensor
+) -> Tensor:
     """Statistics of each distinct text within its user's history, from the past only.
 
     embeddings (N, D) of distinct texts; of (S,): the text of every session; days_ago (S,).
@@ -87,7 +97,9 @@ def history_statistics(texts: list[str], embeddings: Tensor, of: Tensor, days_ag
     soft = {c: torch.sigmoid((cosine - c) * 20) for c in (0.4, 0.6)}
     columns = [soft[c].sum(1).log1p() for c in (0.4, 0.6)]
     for c in (0.4, 0.6):
-        columns += [(soft[c] * 0.5 ** (days_ago / half_life)).sum(1).log1p() for half_life in (3, 14, 45)]
+        columns += [
+            (soft[c] * 0.5 ** (days_ago / half_life)).sum(1).log1p() for half_life in (3, 14, 45)
+        ]
     own = of == torch.arange(n)[:, None]  # (N, S)
     age = torch.where(own, days_ago, torch.inf).amin(1)  # of the last occurrence
     similar = cosine > 0.6
@@ -102,7 +114,9 @@ def history_statistics(texts: list[str], embeddings: Tensor, of: Tensor, days_ag
     columns += [(cosine > c).float().mean(1) for c in (0.5, 0.7, 0.85)]
     columns.append(own.sum(1).float().log1p())
     raw = torch.stack(columns, 1)  # (N, F')
-    below = (raw[None] < raw[:, None]).float().sum(1) + 0.5 * (raw[None] == raw[:, None]).float().sum(1)
+    below = (raw[None] < raw[:, None]).float().sum(1) + 0.5 * (
+        raw[None] == raw[:, None]
+    ).float().sum(1)
     length = torch.full((n, 1), math.log1p(num_sessions) / 5)
     return torch.cat([raw / 3, below / n - 0.5, length], 1)
 
@@ -113,14 +127,20 @@ def _tokens(text: str) -> set[str]:
 
 
 def _token_frequency(texts: list[str], of: Tensor) -> Tensor:
-    """Mean log share of sessions that hold the text's words, words that all sessions share aside."""
+    """Mean log count of the sessions that hold the text's words; ubiquitous words weigh less."""
     tokens = [_tokens(text) for text in texts]
     count = Counter(t for i in of.tolist() for t in tokens[i])
     total = len(of)
     weight = {t: 1.0 - c / (total + 1) for t, c in count.items()}
-    return torch.tensor([
-        sum(weight[t] * math.log1p(count[t]) for t in ts) / max(1e-6, sum(weight[t] for t in ts))
-        if ts else 0.0 for ts in tokens])
+    return torch.tensor(
+        [
+            sum(weight[t] * math.log1p(count[t]) for t in ts)
+            / max(1e-6, sum(weight[t] for t in ts))
+            if ts
+            else 0.0
+            for ts in tokens
+        ]
+    )
 
 
 def frequency_scores(history: History) -> Tensor:
@@ -148,15 +168,17 @@ class ResonanceScorer(nn.Module):
         self.text = nn.Sequential(nn.Linear(embed_dim, text_dim), nn.Dropout(dropout))
         self.norm = nn.LayerNorm(num_stats)
         width = text_dim + num_stats
-        self.session = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout / 2),
-                                     nn.Linear(hidden, hidden))
+        self.session = nn.Sequential(
+            nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout / 2), nn.Linear(hidden, hidden)
+        )
         self.element = nn.Sequential(nn.Linear(width, hidden), nn.GELU())
         self.attention = nn.Linear(hidden, 1)
         self.profile = nn.Linear(embed_dim, hidden, bias=False)
         self.user = nn.Sequential(nn.GELU(), nn.Linear(hidden, hidden))
 
-    def forward(self, embeddings: Tensor, statistics: Tensor, mask: Tensor,
-                profile: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, embeddings: Tensor, statistics: Tensor, mask: Tensor, profile: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """embeddings (B, N, D), statistics (B, N, F), mask (B, N), profile (B, D) ->
         scores (B, N), unit user vectors (B, H), unit session vectors (B, N, H)."""
         x = torch.cat([self.text(embeddings), self.norm(statistics)], -1)  # (B, N, text + F)
@@ -169,8 +191,13 @@ class ResonanceScorer(nn.Module):
 
 
 def contrastive_rows(
-    user: Tensor, sessions: Tensor, positive: Tensor, mask: Tensor, text_ids: Tensor,
-    negatives_within: int, generator: torch.Generator | None = None,
+    user: Tensor,
+    sessions: Tensor,
+    positive: Tensor,
+    mask: Tensor,
+    text_ids: Tensor,
+    negatives_within: int,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One row per (user, positive): the positive, within-user and cross-user negatives.
 
@@ -257,15 +284,21 @@ def fit_thresholds(scores, revisited, groups, num_groups: int) -> np.ndarray:
 
 
 def gate(scores, threshold: float, min_keep: int, max_keep: int) -> list[int]:
-    """T_u = {h : s(u, h) >= tau_g(u)}, Eq. (4): indices, best first, min_keep to max_keep of them."""
+    """T_u = {h : s(u, h) >= tau_g(u)}, Eq. (4): indices, best first; min_keep to max_keep."""
     scores = np.asarray(scores)
     order = np.argsort(-scores, kind="stable")
     passed = int((scores >= threshold).sum())  # Eq. (4)
     return order[: min(max(passed, min_keep), max_keep)].tolist()
 
 
-def distil(scores, threshold: float, min_keep: int, max_keep: int, embeddings: Tensor,
-           duplicate_cosine: float) -> list[int]:
+def distil(
+    scores,
+    threshold: float,
+    min_keep: int,
+    max_keep: int,
+    embeddings: Tensor,
+    duplicate_cosine: float,
+) -> list[int]:
     """The gate, with near-duplicates collapsed to the latest (the highest index), best first."""
     cosine = embeddings @ embeddings.T
     passed = set(gate(scores, threshold, 0, len(scores)))
@@ -294,13 +327,24 @@ class UtilityRanker(nn.Module):
         self.starter = nn.Linear(embed_dim, hidden)
         self.interest = nn.Linear(embed_dim, hidden)
         self.user = nn.Linear(user_dim, hidden)
-        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(4 * hidden + 2, hidden), nn.GELU(),
-                                  nn.Dropout(dropout), nn.Linear(hidden, 1))
+        self.head = nn.Sequential(
+            nn.Dropout(dropout),
+            nn.Linear(4 * hidden + 2, hidden),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, 1),
+        )
         self.slot = nn.Embedding(num_slots, 1)
         nn.init.zeros_(self.slot.weight)
 
-    def forward(self, interests: Tensor, mask: Tensor, user: Tensor, starters: Tensor,
-                slots: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        interests: Tensor,
+        mask: Tensor,
+        user: Tensor,
+        starters: Tensor,
+        slots: Tensor | None = None,
+    ) -> Tensor:
         """interests (B, M, D), mask (B, M), user (B, H), starters (B, D), slots (B,) -> (B,)."""
         cosine = (interests @ starters[..., None]).squeeze(-1).masked_fill(~mask, -1.0)  # (B, M)
         weight = (cosine * 10).masked_fill(~mask, -1e4).softmax(-1) * mask
@@ -313,8 +357,9 @@ class UtilityRanker(nn.Module):
         return logits if slots is None else logits + self.slot(slots).squeeze(-1)
 
 
-def utility_target(clicked: Tensor, sessions_after: Tensor, click_share: float,
-                   depth_cap: int) -> Tensor:
+def utility_target(
+    clicked: Tensor, sessions_after: Tensor, click_share: float, depth_cap: int
+) -> Tensor:
     """Target (n,) in [0, 1]: click x (a + (1 - a) min(sessions_after, D) / D).
 
     sessions_after nan = unknown. Unstated: such a click counts as one of middling depth, so that
@@ -346,15 +391,22 @@ def expected_calibration_error(probabilities, targets, bins: int = 10) -> float:
     """Mean gap between predicted and observed rate over equal-count bins."""
     probabilities, targets = np.asarray(probabilities, float), np.asarray(targets, float)
     order = np.array_split(np.argsort(probabilities, kind="stable"), bins)
-    return float(sum(len(i) * abs(probabilities[i].mean() - targets[i].mean())
-                     for i in order if len(i)) / len(probabilities))
+    return float(
+        sum(len(i) * abs(probabilities[i].mean() - targets[i].mean()) for i in order if len(i))
+        / len(probabilities)
+    )
 
 
 # --------------------------------------------------------------------- list search, mining, DPO
 
 
 def list_search(
-    utility: Tensor, similarity: Tensor, list_size: int, beam: int, expand: int, weight: float,
+    utility: Tensor,
+    similarity: Tensor,
+    list_size: int,
+    beam: int,
+    expand: int,
+    weight: float,
     valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Algorithm 1: grow `beam` lists slot by slot by utility and marginal diversity.
@@ -406,7 +458,9 @@ def list_search(
 def _best_of_equal_sets(values: Tensor, hashes: Tensor) -> Tensor:
     """values (B, C) with every copy of a set but its most valuable one at -inf."""
     order = values.sort(dim=1, descending=True, stable=True).indices
-    by_hash = hashes.gather(1, order).sort(dim=1, stable=True).indices  # equal sets adjacent, best first
+    by_hash = (
+        hashes.gather(1, order).sort(dim=1, stable=True).indices
+    )  # equal sets adjacent, best first
     sequence = order.gather(1, by_hash)
     sorted_hashes = hashes.gather(1, sequence)
     copy = torch.zeros_like(sorted_hashes, dtype=torch.bool)
@@ -432,7 +486,11 @@ def list_diversity(similarity: Tensor, lists: Tensor | None = None) -> Tensor:
 
 
 def mine_preferences(
-    lists: Tensor, utility: Tensor, similarity: Tensor, weight: float, margin: float,
+    lists: Tensor,
+    utility: Tensor,
+    similarity: Tensor,
+    weight: float,
+    margin: float,
     tolerance: float,
 ) -> tuple[int, dict[str, int | None]]:
     """Eq. (8): the preferred list of one user and one dispreferred list of each kind.
@@ -450,8 +508,10 @@ def mine_preferences(
         "diversity": (d_gap, (d_gap >= margin) & (u_gap.abs() <= tolerance)),
         "joint": (u_gap + d_gap, (u_gap >= margin) & (d_gap >= margin)),
     }
-    return chosen, {kind: int(gap.masked_fill(~eligible, -torch.inf).argmax()) if eligible.any() else None
-                    for kind, (gap, eligible) in kinds.items()}
+    return chosen, {
+        kind: int(gap.masked_fill(~eligible, -torch.inf).argmax()) if eligible.any() else None
+        for kind, (gap, eligible) in kinds.items()
+    }
 
 
 def _min_max(x: Tensor) -> Tensor:
@@ -459,8 +519,13 @@ def _min_max(x: Tensor) -> Tensor:
     return (x - x.min()) / spread if spread > 1e-9 else torch.zeros_like(x)
 
 
-def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor,
-             ref_rejected: Tensor, beta: float) -> Tensor:
+def dpo_loss(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    beta: float,
+) -> Tensor:
     """Eq. (6): -log sigmoid(beta [(log pi/pi_ref)(Y+) - (log pi/pi_ref)(Y-)]).
 
     Summed log-probabilities of whole lists, (P,) each -> loss (P,). ln 2 where policy = reference.

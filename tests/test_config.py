@@ -60,8 +60,10 @@ def test_the_run_is_named_after_the_users_file():
     assert load_config(None, ["data.users=logs/forum.jsonl"]).run.name == "forum"
 
 
-@pytest.mark.parametrize("word, nearest", [
-    ("dpo.bta=1", "dpo.beta"), ("dop.beta=1", "dpo"), ("rid.learning_rte=1", "rid.learning_rate")])
+@pytest.mark.parametrize(
+    "word, nearest",
+    [("dpo.bta=1", "dpo.beta"), ("dop.beta=1", "dpo"), ("rid.learning_rte=1", "rid.learning_rate")],
+)
 def test_a_typo_is_refused_with_the_nearest_name(word, nearest, tmp_path):
     assert f"did you mean '{nearest}'?" in refusal(None, [word])
     (section, key), value = word.split("=")[0].split("."), word.split("=")[1]
@@ -70,25 +72,46 @@ def test_a_typo_is_refused_with_the_nearest_name(word, nearest, tmp_path):
     assert refusal(path).startswith(f"{path}: ") and nearest in refusal(path)
 
 
-@pytest.mark.parametrize("word", [
-    "dpo.beta=much", "dpo.rounds=1.5", "dpo.rounds=null", "generator.load_in_4bit=maybe",
-    "data.cuts=0.4", "data.cuts=[early]", "run.name=[a]", "run.seed={a: 1}", "run.name=${nowhere}",
-    "data.cuts=[0.8,0.4]", "data.cuts=[]", "data.train=0.9", "rid.min_keep=9",
-    "dpo.weight=2", "dpo.reference=base", "dpo.negatives=[none]", "dpo.samples=0", "dpo.beta=nan",
-    "run.name=../up", "world.users=-1"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        "dpo.beta=much",
+        "dpo.rounds=1.5",
+        "dpo.rounds=null",
+        "generator.load_in_4bit=maybe",
+        "data.cuts=0.4",
+        "data.cuts=[early]",
+        "run.name=[a]",
+        "run.seed={a: 1}",
+        "run.name=${nowhere}",
+        "data.cuts=[0.8,0.4]",
+        "data.cuts=[]",
+        "data.train=0.9",
+        "rid.min_keep=9",
+        "dpo.weight=2",
+        "dpo.reference=base",
+        "dpo.negatives=[none]",
+        "dpo.samples=0",
+        "dpo.beta=nan",
+        "run.name=../up",
+        "world.users=-1",
+    ],
+)
 def test_a_wrong_value_is_refused_with_its_setting(word):
     message = refusal(None, [word])
     assert word.split("=")[0] in message.replace(f"'{word}'", "") and "\n" not in message
 
 
-@pytest.mark.parametrize("word", [
-    "dpo.beta", "--dpo.beta=1", "=1", "dpo=1", "dpo.beta={", "run=null"])
+@pytest.mark.parametrize(
+    "word", ["dpo.beta", "--dpo.beta=1", "=1", "dpo=1", "dpo.beta={", "run=null"]
+)
 def test_what_is_no_setting_is_refused(word):
     assert word.split("=")[0] in refusal(None, [word])
 
 
-@pytest.mark.parametrize("content", [
-    b"[1, 2]", b"dpo: [", b"text", b"\xff\xfe", b"dpo:\n\tbeta: 1"])
+@pytest.mark.parametrize(
+    "content", [b"[1, 2]", b"dpo: [", b"text", b"\xff\xfe", b"dpo:\n\tbeta: 1"]
+)
 def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path, content):
     path = tmp_path / "bad.yaml"
     path.write_bytes(content)

@@ -22,14 +22,25 @@ def user_row(i: int) -> dict:
         {"session_id": f"s{k}", "timestamp": f"2026-05-0{k + 1}T09:00", "summary": f"{SECRET} {k}"}
         for k in range(3)
     ]
-    sessions.append({"session_id": "s3", "timestamp": None, "summary": None,
-                     "messages": [{"role": "user", "content": SECRET}]})
+    sessions.append(
+        {
+            "session_id": "s3",
+            "timestamp": None,
+            "summary": None,
+            "messages": [{"role": "user", "content": SECRET}],
+        }
+    )
     return {"user_id": f"u{i}", "profile": {"age": SECRET}, "sessions": sessions}
 
 
 def impression_row(i: int) -> dict:
-    return {"user_id": f"u{i}", "timestamp": "2026-05-01T09:00:00Z", "sessions_after": 3,
-            "starters": [f"{SECRET} {k}" for k in range(5)], "clicked": [2]}
+    return {
+        "user_id": f"u{i}",
+        "timestamp": "2026-05-01T09:00:00Z",
+        "sessions_after": 3,
+        "starters": [f"{SECRET} {k}" for k in range(5)],
+        "clicked": [2],
+    }
 
 
 def write_rows(path: Path, rows: list) -> Path:
@@ -46,9 +57,17 @@ def refusals(read, path: Path, **options) -> list[str]:
 
 
 def user(n: int, stamps=True) -> data.User:
-    row = {"user_id": "u", "sessions": [
-        {"session_id": f"s{i}", "summary": f"text {i}",
-         "timestamp": f"2026-01-{i % 28 + 1:02}" if stamps else None} for i in range(n)]}
+    row = {
+        "user_id": "u",
+        "sessions": [
+            {
+                "session_id": f"s{i}",
+                "summary": f"text {i}",
+                "timestamp": f"2026-01-{i % 28 + 1:02}" if stamps else None,
+            }
+            for i in range(n)
+        ],
+    }
     return data.User.model_validate(row)
 
 
@@ -57,14 +76,35 @@ def user(n: int, stamps=True) -> data.User:
 NOT_TEXT = (7, 1.5, True, [SECRET], {SECRET: 1})
 NOT_A_LIST = (None, 7, SECRET, {"0": SECRET})
 NOT_AN_OBJECT = (7, SECRET, [SECRET])
-BAD_STAMPS = (7, True, "", "yesterday", "2026-13-01", "2026-05-01T25:00", "0001-01-01T00:00+10:00",
-              [2026], f"2026-05-01 {SECRET}")
+BAD_STAMPS = (
+    7,
+    True,
+    "",
+    "yesterday",
+    "2026-13-01",
+    "2026-05-01T25:00",
+    "0001-01-01T00:00+10:00",
+    [2026],
+    f"2026-05-01 {SECRET}",
+)
 BAD_COUNTS = (-1, 1.0, True, "1", [1])
 EMPTY = ("", "  \n\t ", "\u0000", "\ud800")
 BAD_LINES = (  # (what stands in the file, field that is named)
-    b"{", b"[1, 2]", b"null", b"17", b'"text"', b"{'user_id': 1}", b"{} {}", b"\xff\xfe{\x00}\x00",
-    b'{"user_id": "\xe9"}', b'{"user_id": NaN}', b'{"x": [Infinity]}', b"[" * 200_000,
-    b'{"a":' * 100_000, b'{"user_id": "u\x01"}', b'{"n": ' + b"9" * 5000 + b"}",
+    b"{",
+    b"[1, 2]",
+    b"null",
+    b"17",
+    b'"text"',
+    b"{'user_id': 1}",
+    b"{} {}",
+    b"\xff\xfe{\x00}\x00",
+    b'{"user_id": "\xe9"}',
+    b'{"user_id": NaN}',
+    b'{"x": [Infinity]}',
+    b"[" * 200_000,
+    b'{"a":' * 100_000,
+    b'{"user_id": "u\x01"}',
+    b'{"n": ' + b"9" * 5000 + b"}",
 )
 
 # Path to the value, values to refuse there, field that the message names if it is not the path.
@@ -96,9 +136,14 @@ IMPRESSION_MUTATIONS = [
     (("sessions_after",), BAD_COUNTS, None),
 ]
 REMOVALS = {
-    "users": [("user_id",), ("sessions",), ("sessions", 0, "session_id"),
-              ("sessions", 0, "summary"), ("sessions", 3, "messages", 0, "role"),
-              ("sessions", 3, "messages", 0, "content")],
+    "users": [
+        ("user_id",),
+        ("sessions",),
+        ("sessions", 0, "session_id"),
+        ("sessions", 0, "summary"),
+        ("sessions", 3, "messages", 0, "role"),
+        ("sessions", 3, "messages", 0, "content"),
+    ],
     "impressions": [("user_id",), ("starters",), ("clicked",)],
 }
 
@@ -117,19 +162,28 @@ def changed(row: dict, path: tuple, value=None, remove=False) -> dict:
 
 def malformed(rng: random.Random) -> list[tuple[str, dict | bytes, str]]:
     """(kind of file, a row that must be refused, field that the refusal must name)."""
-    kinds = {"users": (user_row, USER_MUTATIONS),
-             "impressions": (impression_row, IMPRESSION_MUTATIONS)}
+    kinds = {
+        "users": (user_row, USER_MUTATIONS),
+        "impressions": (impression_row, IMPRESSION_MUTATIONS),
+    }
     cases = []
     for kind, (row, mutations) in kinds.items():
         cases += [(kind, line, "line") for line in BAD_LINES]
         whole = json.dumps(row(0)).encode()
         for place in rng.sample(range(1, len(whole)), 20):
-            cases += [(kind, whole[:place], "line"),
-                      (kind, whole[:place] + b"\xff" + whole[place:], "line")]
-        cases += [(kind, changed(row(0), path, remove=True), ".".join(map(str, path)))
-                  for path in REMOVALS[kind]]
-        cases += [(kind, changed(row(0), path, value), field or ".".join(map(str, path)))
-                  for path, values, field in mutations for value in values]
+            cases += [
+                (kind, whole[:place], "line"),
+                (kind, whole[:place] + b"\xff" + whole[place:], "line"),
+            ]
+        cases += [
+            (kind, changed(row(0), path, remove=True), ".".join(map(str, path)))
+            for path in REMOVALS[kind]
+        ]
+        cases += [
+            (kind, changed(row(0), path, value), field or ".".join(map(str, path)))
+            for path, values, field in mutations
+            for value in values
+        ]
     return cases
 
 
@@ -137,8 +191,10 @@ def test_each_malformed_file_is_refused_with_its_line_and_field(tmp_path):
     rng = random.Random(0)
     cases = malformed(rng)
     assert len(cases) >= 200
-    readers = {"users": (data.read_users, user_row),
-               "impressions": (data.read_impressions, impression_row)}
+    readers = {
+        "users": (data.read_users, user_row),
+        "impressions": (data.read_impressions, impression_row),
+    }
     for kind, bad, field in cases:
         read, row = readers[kind]
         rows = [row(i) for i in range(1, 5)]
@@ -156,8 +212,10 @@ def test_all_bad_lines_are_listed_up_to_the_limit(tmp_path):
     path = write_rows(tmp_path / "users.jsonl", rows)
     places = [(2, "line"), (4, "user_id"), (4, "sessions"), (6, "user_id")]
     lines = refusals(data.read_users, path)
-    assert [line.startswith(f"{path}:{n}: {field}: ") for (n, field), line in
-            zip(places, lines, strict=True)] == [True] * 4
+    assert [
+        line.startswith(f"{path}:{n}: {field}: ")
+        for (n, field), line in zip(places, lines, strict=True)
+    ] == [True] * 4
     assert refusals(data.read_users, path, max_errors=1) == [lines[0], "... and 3 more"]
 
 
@@ -188,9 +246,17 @@ def test_unknown_keys_are_counted_once_and_dropped(tmp_path, capsys):
 
 
 def test_text_becomes_one_line_that_can_be_encoded(tmp_path):
-    row = {"user_id": " u\ud8001 ", "sessions": [
-        {"session_id": "s", "summary": "  a\n\tb\u0000c \ud83d\ude00 \udc00\u2028d "},
-        {"session_id": "t", "summary": " \n ", "messages": [{"role": "user", "content": "x\ny"}]}]}
+    row = {
+        "user_id": " u\ud8001 ",
+        "sessions": [
+            {"session_id": "s", "summary": "  a\n\tb\u0000c \ud83d\ude00 \udc00\u2028d "},
+            {
+                "session_id": "t",
+                "summary": " \n ",
+                "messages": [{"role": "user", "content": "x\ny"}],
+            },
+        ],
+    }
     (read,) = data.read_users(write_rows(tmp_path / "users.jsonl", [row]))
     assert read.user_id == "u1"
     assert read.sessions[0].summary == "a b c \U0001f600 d"
@@ -199,8 +265,12 @@ def test_text_becomes_one_line_that_can_be_encoded(tmp_path):
 
 def test_timestamps_become_naive_utc_and_order_the_sessions(tmp_path):
     stamps = ["2026-05-02T01:00:00+02:00", "2026-05-01T22:59:59.5", "2026-05-01T08:00:00Z"]
-    row = {"user_id": "u", "sessions": [
-        {"session_id": str(i), "summary": "x", "timestamp": t} for i, t in enumerate(stamps)]}
+    row = {
+        "user_id": "u",
+        "sessions": [
+            {"session_id": str(i), "summary": "x", "timestamp": t} for i, t in enumerate(stamps)
+        ],
+    }
     (read,) = data.read_users(write_rows(tmp_path / "users.jsonl", [row]))
     assert [s.session_id for s in read.sessions] == ["2", "1", "0"]
     assert read.sessions[2].timestamp == datetime(2026, 5, 1, 23)
@@ -214,25 +284,45 @@ stamp = st.none() | st.datetimes(timezones=st.none() | st.timezones()).map(datet
 message = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": names})
 session = st.fixed_dictionaries(
     {"session_id": names, "timestamp": stamp, "summary": names},
-    optional={"messages": st.none() | st.lists(message, max_size=2)})
-user_rows = st.lists(st.fixed_dictionaries({
-    "user_id": names,
-    "profile": st.none() | st.dictionaries(names, st.text(max_size=5), max_size=2),
-    "sessions": st.lists(session, max_size=4)}), min_size=1, max_size=4,
-    unique_by=lambda row: data._one_line(row["user_id"]))
-impression_rows = st.lists(st.lists(names, min_size=1, max_size=5).flatmap(
-    lambda starters: st.fixed_dictionaries({
-        "user_id": names, "timestamp": stamp, "starters": st.just(starters),
-        "clicked": st.lists(st.integers(0, len(starters) - 1)),
-        "sessions_after": st.none() | st.integers(0, 10**6)})), min_size=1, max_size=4)
+    optional={"messages": st.none() | st.lists(message, max_size=2)},
+)
+user_rows = st.lists(
+    st.fixed_dictionaries(
+        {
+            "user_id": names,
+            "profile": st.none() | st.dictionaries(names, st.text(max_size=5), max_size=2),
+            "sessions": st.lists(session, max_size=4),
+        }
+    ),
+    min_size=1,
+    max_size=4,
+    unique_by=lambda row: data._one_line(row["user_id"]),
+)
+impression_rows = st.lists(
+    st.lists(names, min_size=1, max_size=5).flatmap(
+        lambda starters: st.fixed_dictionaries(
+            {
+                "user_id": names,
+                "timestamp": stamp,
+                "starters": st.just(starters),
+                "clicked": st.lists(st.integers(0, len(starters) - 1)),
+                "sessions_after": st.none() | st.integers(0, 10**6),
+            }
+        )
+    ),
+    min_size=1,
+    max_size=4,
+)
 
 
 @settings(max_examples=60, deadline=None)
 @given(user_rows, impression_rows)
 def test_what_is_written_reads_back_equal(tmp_path_factory, users, impressions):
     folder = tmp_path_factory.mktemp("round")
-    for rows, read, write in [(users, data.read_users, data.write_users),
-                              (impressions, data.read_impressions, data.write_impressions)]:
+    for rows, read, write in [
+        (users, data.read_users, data.write_users),
+        (impressions, data.read_impressions, data.write_impressions),
+    ]:
         records = read(write_rows(folder / "first.jsonl", rows))
         write(folder / "second.jsonl", records)
         assert len(records) == len(rows) and read(folder / "second.jsonl") == records
@@ -271,10 +361,19 @@ def test_cut_rounds_up_but_not_past_a_whole_number():
     assert data.cut_time(user(4, stamps=False), 0.5) is None
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("How do tides work?", "en"), ("如何学习Python", "zh"), ("比较Kyoto和Osaka", "zh"),
-    ("使用 iPhone and a Mac with it", "en"), ("Как работает iPhone?", "other"),
-    ("¿Qué es café?", "en"), ("2 + 2 = ?", "other"), ("", "other")])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("How do tides work?", "en"),
+        ("如何学习Python", "zh"),
+        ("比较Kyoto和Osaka", "zh"),
+        ("使用 iPhone and a Mac with it", "en"),
+        ("Как работает iPhone?", "other"),
+        ("¿Qué es café?", "en"),
+        ("2 + 2 = ?", "other"),
+        ("", "other"),
+    ],
+)
 def test_language(text, expected):
     assert data.language(text) == expected
 
@@ -283,8 +382,12 @@ def test_language(text, expected):
 
 
 def check(path: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, ROOT / "data.py", "check", path],
-                          capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, ROOT / "data.py", "check", path],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 def test_check_describes_a_users_file(tmp_path):
@@ -295,19 +398,30 @@ def test_check_describes_a_users_file(tmp_path):
     assert done.returncode == 0, done.stderr
     figures = dict(line.split(":", 1) for line in done.stdout.splitlines())
     expected = {
-        "users": "3", "sessions": "24", "sessions per user": "min 0, median 4, max 20",
-        "exact repeats within a user": "82.6%", "languages": "zh 87.0%, en 13.0%",
-        "characters per summary": "min 3, median 3, max 16", "sessions without a summary": "1",
-        "sessions without a timestamp": "21", "users without a profile": "1",
-        "users without a session": "1", "likely robots": "1"}
+        "users": "3",
+        "sessions": "24",
+        "sessions per user": "min 0, median 4, max 20",
+        "exact repeats within a user": "82.6%",
+        "languages": "zh 87.0%, en 13.0%",
+        "characters per summary": "min 3, median 3, max 16",
+        "sessions without a summary": "1",
+        "sessions without a timestamp": "21",
+        "users without a profile": "1",
+        "users without a session": "1",
+        "likely robots": "1",
+    }
     assert {label: figure.strip() for label, figure in figures.items()} == expected
 
 
 def test_check_describes_an_impressions_file_though_its_first_line_is_bad(tmp_path):
-    rows = [impression_row(1), impression_row(1) | {"clicked": []},
-            impression_row(2) | {"clicked": [0, 2], "sessions_after": None}]
+    rows = [
+        impression_row(1),
+        impression_row(1) | {"clicked": []},
+        impression_row(2) | {"clicked": [0, 2], "sessions_after": None},
+    ]
     figures = data.describe_impressions(
-        data.read_impressions(write_rows(tmp_path / "shown.jsonl", rows)))
+        data.read_impressions(write_rows(tmp_path / "shown.jsonl", rows))
+    )
     assert figures["lists"] == 3 and figures["users"] == 2 and figures["distinct starters"] == 5
     assert figures["starters clicked"] == "20.0%" and figures["lists without a click"] == "33.3%"
     assert figures["clicks by slot"] == "1 (33.3%), 0 (0.0%), 2 (66.7%), 0 (0.0%), 0 (0.0%)"

@@ -42,8 +42,12 @@ def test_contrastive_loss_equals_sentence_transformers():
     theirs = MultipleNegativesRankingLoss(SimpleNamespace(), scale=20.0)
     expected = theirs.compute_loss_from_embeddings([a, p], None)
     cosine = a @ p.T
-    rows = torch.stack([torch.cat([row[i:i + 1], row[:i], row[i + 1:]]) for i, row in enumerate(cosine)])
-    assert ib.contrastive_loss(rows, 1 / 20).mean().item() == pytest.approx(expected.item(), abs=1e-5)
+    rows = torch.stack(
+        [torch.cat([row[i : i + 1], row[:i], row[i + 1 :]]) for i, row in enumerate(cosine)]
+    )
+    assert ib.contrastive_loss(rows, 1 / 20).mean().item() == pytest.approx(
+        expected.item(), abs=1e-5
+    )
 
 
 def test_dpo_loss_by_hand_and_ln2_at_the_reference():
@@ -65,8 +69,10 @@ def order_value(order, utility, similarity, weight):
 
 
 def brute_force(utility, similarity, k, weight):
-    return max(order_value(o, utility, similarity, weight)
-               for o in itertools.permutations(range(len(utility)), k))
+    return max(
+        order_value(o, utility, similarity, weight)
+        for o in itertools.permutations(range(len(utility)), k)
+    )
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -80,8 +86,9 @@ def test_list_search_equals_brute_force_when_the_beam_is_wide(seed):
         best = brute_force(utility[i].numpy(), similarity[i].numpy(), k, 0.5)
         # The beam merges equal sets, whose best order is kept at every slot.
         assert values[i, 0].item() == pytest.approx(best, abs=1e-5) or values[i, 0] >= 0.995 * best
-        assert order_value(lists[i, 0].tolist(), utility[i].numpy(), similarity[i].numpy(),
-                           0.5) == pytest.approx(values[i, 0].item(), abs=1e-5)
+        assert order_value(
+            lists[i, 0].tolist(), utility[i].numpy(), similarity[i].numpy(), 0.5
+        ) == pytest.approx(values[i, 0].item(), abs=1e-5)
 
 
 def test_list_search_reaches_99_percent_at_the_default_beam():
@@ -94,7 +101,7 @@ def test_list_search_reaches_99_percent_at_the_default_beam():
     for i in range(200):
         v, s = 0.5 * utility[i][orders].sum(1), similarity[i]
         for slot in range(1, 4):
-            v = v + 0.5 * (1 - s[orders[:, slot:slot + 1], orders[:, :slot]].mean(1))
+            v = v + 0.5 * (1 - s[orders[:, slot : slot + 1], orders[:, :slot]].mean(1))
         ratios.append((values[i, 0] / v.max()).item())
     assert np.mean(ratios) >= 0.99
 
@@ -128,20 +135,31 @@ def test_mined_preferences_keep_their_promises(seed, weight, margin):
     value = weight * u + (1 - weight) * d
     assert value[chosen] >= value.max() - 1e-5
     du, dd = u[chosen] - u, d[chosen] - d
-    rules = {"utility": (du >= margin) & (dd.abs() <= tolerance),
-             "diversity": (dd >= margin) & (du.abs() <= tolerance),
-             "joint": (du >= margin) & (dd >= margin)}
+    rules = {
+        "utility": (du >= margin) & (dd.abs() <= tolerance),
+        "diversity": (dd >= margin) & (du.abs() <= tolerance),
+        "joint": (du >= margin) & (dd >= margin),
+    }
     for kind, index in rejected.items():
         near = 1e-4  # rounding at the border may go either way
         if index is None:
-            strict = {"utility": (du >= margin + near) & (dd.abs() <= tolerance - near),
-                      "diversity": (dd >= margin + near) & (du.abs() <= tolerance - near),
-                      "joint": (du >= margin + near) & (dd >= margin + near)}
+            strict = {
+                "utility": (du >= margin + near) & (dd.abs() <= tolerance - near),
+                "diversity": (dd >= margin + near) & (du.abs() <= tolerance - near),
+                "joint": (du >= margin + near) & (dd >= margin + near),
+            }
             assert not strict[kind].any()
         else:
-            assert rules[kind][index] or min(abs(du[index] - margin), abs(dd[index] - margin),
-                                             abs(dd[index].abs() - tolerance),
-                                             abs(du[index].abs() - tolerance)) < near
+            assert (
+                rules[kind][index]
+                or min(
+                    abs(du[index] - margin),
+                    abs(dd[index] - margin),
+                    abs(dd[index].abs() - tolerance),
+                    abs(du[index].abs() - tolerance),
+                )
+                < near
+            )
 
 
 # ---------------------------------------------------------------------------------- gate and scorer
@@ -188,7 +206,11 @@ def test_slot_controlled_auc_ignores_position():
 
 
 def fake_encode(texts):
-    return torch.stack([unit(8, seed=sum(map(ord, t)) % 1000) for t in texts]) if texts else torch.zeros(0, 8)
+    return (
+        torch.stack([unit(8, seed=sum(map(ord, t)) % 1000) for t in texts])
+        if texts
+        else torch.zeros(0, 8)
+    )
 
 
 def test_history_collapses_repeats_to_the_latest():
@@ -238,11 +260,16 @@ def test_scorer_learns_a_separable_signal():
         loss.backward()
         optimiser.step()
     scores = scorer(e, s, mask, none)[0].detach().numpy()
-    assert np.nanmean([ib.per_user_auc(x, y) for x, y in zip(scores, positive.numpy(), strict=True)]) > 0.95
+    assert (
+        np.nanmean([ib.per_user_auc(x, y) for x, y in zip(scores, positive.numpy(), strict=True)])
+        > 0.95
+    )
 
 
 def test_utility_target_and_slot_logit():
-    target = ib.utility_target(torch.tensor([0.0, 1, 1, 1]), torch.tensor([4.0, 0, 9, math.nan]), 0.5, 5)
+    target = ib.utility_target(
+        torch.tensor([0.0, 1, 1, 1]), torch.tensor([4.0, 0, 9, math.nan]), 0.5, 5
+    )
     assert target.tolist() == pytest.approx([0, 0.5, 1, 0.75])
     ranker = ib.UtilityRanker(8, 4, 16, 5, 0.0).eval()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Roles by rule: the parser takes any string, lists pass their own filters, matching is by subject."""
+"""Roles by rule: any string parses, lists pass their own filters, matching is by subject."""
 
 import random
 
@@ -11,9 +11,24 @@ from hypothesis import strategies as st
 import roles
 from data import Message
 
-MARKUP = st.lists(st.sampled_from(
-    ["<sug>", "</sug>", "<think>", "</think>", "&&", " a b", "1. ", '"', "\x00", "三体?", "\n- "]),
-    max_size=30).map("".join)
+MARKUP = st.lists(
+    st.sampled_from(
+        [
+            "<sug>",
+            "</sug>",
+            "<think>",
+            "</think>",
+            "&&",
+            " a b",
+            "1. ",
+            '"',
+            "\x00",
+            "三体?",
+            "\n- ",
+        ]
+    ),
+    max_size=30,
+).map("".join)
 
 
 def encode(texts):
@@ -32,18 +47,24 @@ def test_parser_never_raises_and_gives_a_reason_exactly_for_nothing(text):
     assert all(s == s.strip() and "&&" not in s and "\x00" not in s for s in parsed.starters)
 
 
-@pytest.mark.parametrize("text, starters", [
-    ("<think>x <sug>no</sug></think><sug> a b && c d </sug>", ("a b", "c d")),
-    ("<sug>old</sug> <sug>1. new one && \"two\"</sug><sug>cut", ("new one", "two")),
-    ("</think><sug> whole one? && cut sh", ("whole one?",)),
-    ("<sug>first && last is whole?", ("first", "last is whole?")),
-    ("nothing", ()), ("<sug> && </sug>", ()), ("<sug>cut", ())])
+@pytest.mark.parametrize(
+    "text, starters",
+    [
+        ("<think>x <sug>no</sug></think><sug> a b && c d </sug>", ("a b", "c d")),
+        ('<sug>old</sug> <sug>1. new one && "two"</sug><sug>cut', ("new one", "two")),
+        ("</think><sug> whole one? && cut sh", ("whole one?",)),
+        ("<sug>first && last is whole?", ("first", "last is whole?")),
+        ("nothing", ()),
+        ("<sug> && </sug>", ()),
+        ("<sug>cut", ()),
+    ],
+)
 def test_parser_cases(text, starters):
     assert roles.parse_starters(text).starters == starters
 
 
 def test_parser_is_linear():
-    for part in ("<sug>", "&& ", "1. ", '"', "</sug>", "- \""):
+    for part in ("<sug>", "&& ", "1. ", '"', "</sug>", '- "'):
         roles.parse_starters("<sug>" + part * 50_000)
 
 
@@ -55,21 +76,37 @@ def test_format_survives_the_parser(starters):
     assert not any(set("<>") & set(s) for s in once)
 
 
-@pytest.mark.parametrize("text, first", [
-    ("How to beat Malenia in Elden Ring", "Elden Ring"),
-    ("where to start with Baldur's Gate 3?", "Baldur's Gate 3"),
-    ("what is one piece theories", "one piece theories"),
-    ("怎么学习摄影", "摄影"), ("推荐《三体》类似的小说", "三体"),
-    ("Lord of the Rings vs Dune", "Lord of the Rings"), ("什么是量子计算？", "量子计算")])
+@pytest.mark.parametrize(
+    "text, first",
+    [
+        ("How to beat Malenia in Elden Ring", "Elden Ring"),
+        ("where to start with Baldur's Gate 3?", "Baldur's Gate 3"),
+        ("what is one piece theories", "one piece theories"),
+        ("怎么学习摄影", "摄影"),
+        ("推荐《三体》类似的小说", "三体"),
+        ("Lord of the Rings vs Dune", "Lord of the Rings"),
+        ("什么是量子计算？", "量子计算"),
+    ],
+)
 def test_key_phrases(text, first):
     assert roles.key_phrases(text)[0] == first
 
 
 def test_filters_name_their_reasons():
     kept, dropped = roles.filter_starters(
-        ["Quiz me on Dune", "quiz me on dune!", "One", "go go go Dune", "推荐三体类似的小说",
-         "My diabetes diet plan", "a <b>bold</b> idea", "Seen this one"],
-        ["Dune novels"], seen=["seen this one."])
+        [
+            "Quiz me on Dune",
+            "quiz me on dune!",
+            "One",
+            "go go go Dune",
+            "推荐三体类似的小说",
+            "My diabetes diet plan",
+            "a <b>bold</b> idea",
+            "Seen this one",
+        ],
+        ["Dune novels"],
+        seen=["seen this one."],
+    )
     assert kept == ["Quiz me on Dune"]
     assert dropped == {"duplicate": 2, "length": 1, "malformed": 2, "language": 1, "medical": 1}
 
@@ -81,9 +118,15 @@ def test_filters_never_raise_and_are_idempotent(starters):
     assert roles.filter_starters(kept, ["Dune novels"])[0] == kept
 
 
-@pytest.mark.parametrize("interests", [
-    ["one piece theories", "translate an email", "sourdough bread"], ["怎么学习摄影", "量子计算入门"],
-    ["Translate an email to German"], ["Dune", "推荐《三体》", "Elden Ring bosses"]])
+@pytest.mark.parametrize(
+    "interests",
+    [
+        ["one piece theories", "translate an email", "sourdough bread"],
+        ["怎么学习摄影", "量子计算入门"],
+        ["Translate an email to German"],
+        ["Dune", "推荐《三体》", "Elden Ring bosses"],
+    ],
+)
 def test_teacher_writes_n_fit_starters_the_same_each_time(interests):
     raw = roles.RuleTeacher().write(interests, 10, random.Random(3))
     starters = list(roles.parse_starters(raw).starters)
@@ -94,7 +137,8 @@ def test_teacher_writes_n_fit_starters_the_same_each_time(interests):
 
 def test_matcher_needs_a_subject_and_a_cosine():
     found = roles.RuleMatcher(encode).match(
-        ["Elden Ring bosses", "music tips", "Dune"], ["elden ring builds", "music guide", "dune!"])
+        ["Elden Ring bosses", "music tips", "Dune"], ["elden ring builds", "music guide", "dune!"]
+    )
     assert np.array_equal(found, np.diag([True, False, True]))
     assert roles.RuleMatcher(encode).match([], ["x"]).shape == (0, 1)
 
@@ -108,7 +152,14 @@ def test_judge_is_symmetric_and_prefers_subjects_to_chores():
 
 def test_summariser_takes_the_first_question():
     say = roles.RuleSummariser().summarise
-    assert say([Message(role="assistant", content="Hello"),
-                Message(role="user", content="What is Dune? Tell me.")]) == "What is Dune?"
+    assert (
+        say(
+            [
+                Message(role="assistant", content="Hello"),
+                Message(role="user", content="What is Dune? Tell me."),
+            ]
+        )
+        == "What is Dune?"
+    )
     assert len(say([Message(role="user", content="量" * 50)])) == 20
     assert say([Message(role="user", content="...")]) and say(None) == ""

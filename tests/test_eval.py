@@ -1,0 +1,88 @@
+"""Metrics by hand, and a report that user text cannot break."""
+
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluation
+
+
+def encode(texts):
+    rows = [
+        torch.randn(16, generator=torch.Generator().manual_seed(sum(map(ord, t)))) for t in texts
+    ]
+    return torch.nn.functional.normalize(torch.stack(rows), dim=1) if rows else torch.zeros(0, 16)
+
+
+class Classifier:
+    accuracy = 0.5
+
+    def categories(self, texts):
+        return [t.split()[-1] for t in texts]
+
+
+LISTS = {
+    "PE": {"a": [["tea time", "tea cup"]], "b": [["red wine", "red wine bar"]]},
+    "SFT": {"a": [["chess openings", "jazz piano"]], "b": [[]]},
+}
+
+
+def score(user, starters):
+    return np.array([0.9 if "chess" in s else 0.3 for s in starters])
+
+
+def test_r_user_and_r_score_by_hand():
+    scores, baseline = {"a": 0.5, "b": 0.2, "c": 0.3}, {"a": 0.4, "b": 0.2, "c": 0.6}
+    assert evaluation.r_user(scores, baseline) == pytest.approx(0.5)
+    assert evaluation.r_score(scores, baseline) == pytest.approx((0.1 + 0 - 0.3) / 3)
+
+
+def test_evaluate_counts_an_empty_list_as_nothing():
+    result = evaluation.evaluate(LISTS, score, encode, classifier=Classifier(), bootstrap=50)
+    sft = result["methods"]["SFT"]
+    assert sft["empty"] == 0.5 and sft["starters"] == 1
+    assert sft["utility"] == pytest.approx(0.3)  # user a: .6, user b: 0
+    assert sft["r_user"] == 0.5 and sft["r_score"] == pytest.approx((0.3 - 0.3) / 2)
+    assert sft["semantic"] == 1.0  # two categories for a, none for b
+    assert "r_user" not in result["methods"]["PE"]
+
+
+def test_evaluate_refuses_methods_with_other_users():
+    with pytest.raises(ValueError, match="same users"):
+        evaluation.evaluate({**LISTS, "X": {"a": [[]]}}, score, encode, classifier=Classifier())
+
+
+def test_keywords_of_varied_lists_outnumber_those_of_a_repeated_one():
+    varied, same = ["chess openings", "jazz piano", "学习古筝"], ["jazz piano"] * 3
+    count = evaluation.KeywordCounter(varied + same)
+    assert count(varied) > count(same) > 0 == count([])
+
+
+def test_bootstrap_covers_the_mean_and_repeats():
+    values = np.random.default_rng(0).normal(1, 1, 200)
+    low, high = evaluation.bootstrap_interval(values, 500, 0)
+    assert low < values.mean() < high
+    assert (low, high) == evaluation.bootstrap_interval(values, 500, 0)
+
+
+def test_report_is_written_and_user_text_stays_text(tmp_path):
+    result = evaluation.evaluate(LISTS, score, encode, classifier=Classifier(), bootstrap=50)
+    nasty = "<script>x</script> [link](http://a) | **bold**\n# head"
+    example = {
+        "user_id": "a",
+        "summaries": [nasty],
+        "triggers": [(nasty, 0.5)],
+        "lists": {"PE": [nasty]},
+    }
+    evaluation.write_report(result, [example], tmp_path)
+    page, table = (tmp_path / "examples.md").read_text(), (tmp_path / "table.md").read_text()
+    assert "<script" not in page and "[link]" not in page and "\n# head" not in page
+    assert "| PE |" in table and "| SFT |" in table and "+0.82" in table
+    assert (tmp_path / "utility_diversity.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_logs_there_are_no_utility_columns(tmp_path):
+    result = evaluation.evaluate(LISTS, None, encode, classifier=Classifier(), bootstrap=50)
+    assert "R-Score" not in evaluation.table_markdown(result).splitlines()[2]
+    evaluation.write_report(result, [], tmp_path)
+    assert not (tmp_path / "utility_diversity.png").exists()

@@ -1,0 +1,118 @@
+"""The simulated platform: deterministic, its logs look like real ones, its truth points right."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+import data
+import world
+from config import ROOT, WorldConfig
+
+SETTINGS = WorldConfig(users=400, seed=7)
+
+
+@pytest.fixture(scope="module")
+def made():
+    return world.generate(SETTINGS)
+
+
+def test_the_same_seed_gives_the_same_bytes(tmp_path):
+    small = WorldConfig(users=20, seed=3)
+    for name in ("a", "b"):
+        world.generate(small).write(tmp_path / name)
+    for file in ("users.jsonl", "impressions.jsonl", "truth/truth.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_taxonomy_is_as_large_as_promised():
+    taxonomy = world.Taxonomy()
+    names = [str(s).lower() for e in taxonomy.topics.values() for s in e["subjects"]]
+    assert len(set(taxonomy.category.values())) >= 12 and len(taxonomy.topics) >= 120
+    assert len(names) >= 2000 and len(set(names)) == len(names)
+
+
+def test_sessions_look_like_a_real_log(made):
+    counts = np.array([len(u.sessions) for u in made.users])
+    summaries = [[s.summary for s in u.sessions] for u in made.users]
+    repeats = sum(len(t) - len(set(t)) for t in summaries) / counts.sum()
+    assert 0.18 <= repeats <= 0.28
+    assert 8 <= np.median(counts) <= 16 and counts.max() > 5 * np.median(counts)
+    assert counts.min() >= 1 and counts.max() <= 500
+    lengths = [len(t) for row in summaries for t in row]
+    assert min(lengths) <= 6 and 300 < max(lengths) <= 900
+    chinese = np.mean([data.language(" ".join(t)) == "zh" for t in summaries])
+    assert 0.01 < chinese < 0.08
+    untimed = np.mean([all(s.timestamp is None for s in u.sessions) for u in made.users])
+    assert 0 < untimed < 0.06
+    assert any(len(t) >= 20 and Counter(t).most_common(1)[0][1] > 0.9 * len(t) for t in summaries)
+    assert any(u.profile is None for u in made.users)
+
+
+def test_taps_fall_with_the_slot_and_most_lists_get_none(made):
+    rate = np.mean([[slot in i.clicked for slot in range(5)] for i in made.impressions], axis=0)
+    assert np.allclose(rate / rate[0], world.EXAMINATION, atol=0.12)
+    assert 0.5 <= np.mean([not i.clicked for i in made.impressions]) <= 0.9
+    assert any(len(i.clicked) > 1 for i in made.impressions)
+
+
+def test_frequency_and_resonance_are_weakly_related_and_chores_do_not_resonate(made):
+    taxonomy = world.Taxonomy()
+    interests = [i for u in made.truth["users"].values() for i in u["interests"]]
+    chores = [i for i in interests if taxonomy.functional(i["topic"])]
+    others = [i for i in interests if not taxonomy.functional(i["topic"])]
+    pairs = np.array([(i["frequency"], i["resonance"]) for i in others])
+    assert abs(np.corrcoef(pairs.T)[0, 1]) < 0.2
+    assert max(i["resonance"] for i in chores) < 0.1
+    assert np.median([i["frequency"] for i in chores]) > np.median(pairs[:, 0])
+
+
+def test_the_log_holds_no_hidden_state(made, tmp_path):
+    made.write(tmp_path)
+    keys = {
+        k
+        for file in ("users", "impressions")
+        for line in (tmp_path / f"{file}.jsonl").read_text().splitlines()
+        for k in json.loads(line)
+    }
+    assert keys == {
+        "user_id",
+        "profile",
+        "sessions",
+        "timestamp",
+        "starters",
+        "clicked",
+        "sessions_after",
+    }
+
+
+def test_truth_points_in_the_right_direction(made):
+    truth = world.Truth(made.truth)
+    checked = 0
+    for user_id, user in made.truth["users"].items():
+        best = max(user["interests"], key=lambda i: i["resonance"])
+        if best["resonance"] < 0.8 or not any(b >= user["last_day"] for _, b in best["alive"]):
+            continue
+        good = f"Surprising facts about {best['subjects'][0]}"
+        p = truth.click_probabilities(user_id, [good, good, "Surprising facts about Zzyzx"])
+        assert p[0] > p[1] / world.EXAMINATION[1] > 0  # redundancy, slot bias taken out
+        assert p[0] > p[2] / world.EXAMINATION[2]
+        assert truth.resonance(user_id, good) > truth.resonance(user_id, "Zzyzx")
+        checked += 1
+    assert checked >= 3
+    some = next(iter(made.truth["users"]))
+    assert truth.click_probabilities(some, ["", "???", "a" * 5000, "x", "y", "z"]).shape == (6,)
+
+
+def test_only_the_world_stage_and_the_evaluation_see_the_hidden_truth():
+    """Training code may import world.py to write a log, and for nothing else before the evaluation."""
+    for name in ("icebreaker", "llm", "roles", "data", "eval", "config"):
+        assert "import world" not in (ROOT / f"{name}.py").read_text()
+    source = (ROOT / "train.py").read_text()
+    assert source.count("import world") == 2  # stage_world, stage_eval
+    assert source.count("load_truth") == 1
+    assert source.index("load_truth") > source.index("def stage_eval")
+    for uses in ("truth", "Truth"):
+        before = source[: source.index("def stage_eval")]
+        assert f"{uses}." not in before and f"{uses}(" not in before and f'/ "{uses}' not in before
