@@ -77,6 +77,12 @@ class Pipeline:
     """The run folder, and the lazily loaded things that several stages share."""
 
     def __init__(self, config: Config):
+        for name in ("users", "impressions"):
+            path = getattr(config.data, name)
+            if path and not Path(path).is_file():
+                raise UserError(f"data.{name}={path}: no such file")
+        if config.data.impressions and not config.data.users:
+            raise UserError("data.impressions: needs data.users, the people it was shown to")
         self.config, self.run = config, RunFolder(config)
         if config.data.users:
             self.users_file, self.impressions_file = config.data.users, config.data.impressions
@@ -1090,6 +1096,8 @@ def _short(figures: dict) -> str:
 
 def run_stages(config: Config, wanted: list[str]) -> None:
     """Run the wanted stages and, first, those they need; skip what is done with these settings."""
+    # Adam's averages of weights that hardly move become denormal, which slows a CPU several times.
+    torch.set_flush_denormal(True)
     p = Pipeline(config)
     needed = set(wanted)
     for stage in reversed(STAGES):

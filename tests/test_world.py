@@ -106,7 +106,7 @@ def test_truth_points_in_the_right_direction(made):
 
 
 def test_only_the_world_stage_and_the_evaluation_see_the_hidden_truth():
-    """Training code may import world.py to write a log, and for nothing else before the evaluation."""
+    """Training may import world.py to write a log, and for nothing else before the evaluation."""
     for name in ("icebreaker", "llm", "roles", "data", "eval", "config"):
         assert "import world" not in (ROOT / f"{name}.py").read_text()
     source = (ROOT / "train.py").read_text()
