@@ -937,7 +937,7 @@ def list_quality(p: Pipeline, ranker, states: list[State], sampled) -> tuple[flo
         for x in lists:
             embeddings = p.encoder(x)
             utility.append(utilities(ranker, state, embeddings).mean().item() if x else 0.0)
-            diversity.append(ib.list_diversity(embeddings @ embeddings.T) if len(x) > 1 else 0.0)
+            diversity.append(ib.list_diversity(embeddings @ embeddings.T).item())
     return float(np.mean(utility)), float(np.mean(diversity))
 
 
