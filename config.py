@@ -119,7 +119,7 @@ class GeneratorConfig:
     instruction: str = "Suggest {n} conversation starters about these interests."
     list_size: int = 5  # K
     max_prompt_tokens: int = 320
-    max_new_tokens: int = 96
+    max_new_tokens: int = 128
     temperature: float = 0.9
     top_p: float = 0.95
     sample_rows: int = 256  # sequences decoded together
@@ -134,7 +134,8 @@ class BaseConfig:
     heads: int = 2
     kv_heads: int = 2
     intermediate: int = 384
-    lists: int = 4000  # generic starter lists in the corpus
+    prompts: int = 2400  # in the generic corpus
+    lists: int = 3  # per prompt
     batch_tokens: int = 1024
     learning_rate: float = 3e-3
     seed: int = 0
@@ -296,6 +297,7 @@ def _check(config: Config) -> None:
         "generator.list_size",
         "generator.max_new_tokens",
         "generator.head_chunk",
+        "base.prompts",
         "base.lists",
         "sit.batch_users",
         "dpo.rounds",

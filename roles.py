@@ -344,6 +344,11 @@ def _angles(lang: str) -> list[list[tuple[frozenset[str], str]]]:
     return angles
 
 
+def templates(lang: str) -> list[str]:
+    """The teacher's questions about {x}, of every angle and kind."""
+    return [text for angle in _angles(lang) for _, text in angle]
+
+
 class RuleTeacher:
     """Writes starters from interests alone: a key phrase of each, in turn, under varied angles."""
 

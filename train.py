@@ -278,7 +278,9 @@ def stage_base(p: Pipeline) -> dict:
     folder = base_folder(p.config)
     if (folder / "figures.json").is_file():
         return {"cached": str(folder), **read_json(folder / "figures.json")}
-    figures = llm.build_base(p.config.base, p.config.generator, folder)
+    import base
+
+    figures = base.build_base(p.config.base, p.config.generator, folder)
     write_json(folder / "figures.json", figures)
     return figures
 

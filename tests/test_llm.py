@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+import base
 import llm
 from config import UserError
 
@@ -18,7 +19,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return llm.train_tokenizer(TEXTS * 3, 320)
+    return base.train_tokenizer(TEXTS * 3, 320)
 
 
 def tiny(tied: bool = True, vocabulary: int = 320):
