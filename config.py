@@ -79,6 +79,7 @@ class EncoderConfig:
 class RolesConfig:
     match_cosine: float = 0.45  # two summaries share a subject: a key phrase and this cosine ...
     match_cosine_alone: float = 0.85  # ... or this cosine alone
+    theme_share: float = 0.02  # phrases of more people than this are themes, no subjects
 
 
 @dataclass

@@ -428,11 +428,27 @@ def _spans(phrase: str) -> set[str]:
             for j in range(i + 1 + zh, len(units) + 1)}
 
 
-class RuleMatcher:
-    """Do an earlier and a later summary share a subject? (The paper asks an LLM.)"""
+def _unit(phrase: str) -> str:
+    """A phrase as the matcher compares it: lower-case words, or the Chinese text as it is."""
+    return phrase.casefold() if language(phrase) == "zh" else " ".join(_words(phrase))
 
-    def __init__(self, encode: Encode, cosine: float = 0.45, cosine_alone: float = 0.85):
+
+def themes(histories: Iterable[Iterable[str]], share: float) -> set[str]:
+    """Phrases that more than `share` of the people (at least five) use: themes, not subjects."""
+    people, total = Counter(), 0
+    for summaries in histories:
+        people.update({_unit(phrase) for text in set(summaries) for phrase in key_phrases(text)})
+        total += 1
+    return {phrase for phrase, n in people.items() if n > max(5, share * total)}
+
+
+class RuleMatcher:
+    """Do an earlier and a later summary share a specific subject? (The paper asks an LLM.)"""
+
+    def __init__(self, encode: Encode, cosine: float = 0.45, cosine_alone: float = 0.85,
+                 themes: Iterable[str] = ()):
         self.encode, self.cosine, self.cosine_alone = encode, cosine, cosine_alone
+        self.themes = set(themes)  # a shared theme is not enough
 
     def match(self, earlier: list[str], later: list[str]) -> np.ndarray:
         """Boolean (E, L): the same text, a cosine that suffices, or a cosine and a shared phrase."""
@@ -444,14 +460,13 @@ class RuleMatcher:
         same = (rows[:, None] == columns) & (rows[:, None] != "")
         return same | (cosine >= self.cosine_alone) | (shared & (cosine >= self.cosine))
 
-    @staticmethod
-    def _contained(whole: list[str], parts: list[str]) -> np.ndarray:
+    def _contained(self, whole: list[str], parts: list[str]) -> np.ndarray:
         """(len(whole), len(parts)): some key phrase of the whole contains one of the part."""
         where = defaultdict(list)
         for column, text in enumerate(parts):
-            for phrase in key_phrases(text):
-                zh = language(phrase) == "zh"
-                where[phrase.casefold() if zh else " ".join(_words(phrase))].append(column)
+            for phrase in map(_unit, key_phrases(text)):
+                if phrase not in self.themes:
+                    where[phrase].append(column)
         found = np.zeros((len(whole), len(parts)), dtype=bool)
         for row, text in enumerate(whole):
             for phrase in key_phrases(text):

@@ -290,9 +290,9 @@ def stage_base(p: Pipeline) -> dict:
 
 def stage_match(p: Pipeline) -> dict:
     """Mark which past summaries a later session revisits, for every user and cut."""
-    matcher = roles.RuleMatcher(
-        p.encoder, p.config.roles.match_cosine, p.config.roles.match_cosine_alone
-    )
+    r, everyone = p.config.roles, ([s.summary for s in u.sessions] for u in p.users.values())
+    themes = roles.themes(everyone, r.theme_share)
+    matcher = roles.RuleMatcher(p.encoder, r.match_cosine, r.match_cosine_alone, themes)
     labels: dict[str, list[list[int]]] = {}
     for user_id, histories in _bar(p.histories.items(), "match"):
         labels[user_id] = []

@@ -31,7 +31,8 @@ START = datetime(2026, 1, 1)
 SLOT_RATES = np.array([0.47, 0.29, 0.19, 0.17, 0.07])  # measured for the same content by slot
 EXAMINATION = SLOT_RATES / SLOT_RATES[0]
 LIST_SIZE = 5
-REPEAT_SHARE = 0.12  # of sessions that repeat an earlier summary on purpose; chance adds the rest
+REPEAT_SHARE = 0.2  # of sessions that repeat an earlier summary on purpose; chance adds the rest
+ONE_OFF_SHARE = 0.3  # of sessions about a topic that is no interest of the user
 CHINESE_SHARE = 0.04
 
 # Angle -> words by which a question of this angle is recognised, and how well people like it.
@@ -133,7 +134,12 @@ class Taxonomy:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))["categories"]
         self.topics = {topic: entry for topics in tree.values() for topic, entry in topics.items()}
         self.category = {topic: name for name, topics in tree.items() for topic in topics}
-        self.chinese = {t: e["zh"] for t, e in self.topics.items() if e.get("zh")}
+        self.english = {t: {str(s): str(s) for s in e["subjects"]} for t, e in self.topics.items()}
+        self.chinese = {
+            t: {str(s): str(name) for s, name in e["zh"].items()}
+            for t, e in self.topics.items()
+            if e.get("zh")
+        }
         self._topic_of, self._subject, self._word = {}, {}, {}
         for topic, entry in self.topics.items():
             for subject in map(str, entry["subjects"]):
@@ -143,6 +149,10 @@ class Taxonomy:
             for word in (topic, *map(str, entry.get("keywords") or ())):
                 self._word.setdefault(word.lower(), topic)
         self._find_subject, self._find_word = map(_lexicon, (self._subject, self._word))
+
+    def names(self, chinese: bool) -> dict[str, dict[str, str]]:
+        """topic -> subject -> its name in the user's language."""
+        return self.chinese if chinese else self.english
 
     def functional(self, topic: str) -> bool:
         return bool(self.topics[topic].get("functional"))
@@ -321,7 +331,7 @@ def _person(taxonomy, rng, settings, number, robot) -> tuple[data.User, dict]:
 
 
 def _interests(taxonomy, rng, days, chinese) -> list[Interest]:
-    names = sorted(taxonomy.chinese) if chinese else sorted(taxonomy.topics)
+    names = sorted(taxonomy.names(chinese))
     functional = [t for t in names if taxonomy.functional(t)]
     leisure = [t for t in names if not taxonomy.functional(t)]
     chosen = list(rng.choice(leisure, min(len(leisure), rng.integers(3, 10)), replace=False))
@@ -331,8 +341,7 @@ def _interests(taxonomy, rng, days, chinese) -> list[Interest]:
         )
     result = []
     for topic in map(str, chosen):
-        known = taxonomy.chinese[topic] if chinese else taxonomy.topics[topic]["subjects"]
-        subjects = list(map(str, known))
+        subjects = list(taxonomy.names(chinese)[topic])
         picks = rng.choice(len(subjects), min(len(subjects), rng.integers(2, 7)), replace=False)
         useful = taxonomy.functional(topic)
         resonance = rng.uniform(0, 0.08) if useful else rng.beta(1.2, 1.2)
@@ -357,32 +366,25 @@ def _bursts(rng, days, resonance) -> list[tuple[float, float]]:
 def _summary(taxonomy, rng, interests, day, earlier, chinese) -> str:
     if earlier and rng.random() < REPEAT_SHARE:
         return earlier[-1 - min(len(earlier) - 1, int(rng.exponential(6)))]
-    alive = [i for i in interests if i.is_alive(day)] or interests
-    weights = np.array([i.frequency for i in alive])
-    interest = alive[rng.choice(len(alive), p=weights / weights.sum())]
-    code = "zh" if chinese else "en"
-    forms = (REQUESTS if taxonomy.functional(interest.topic) else SUMMARIES)[code]
-    names = (
-        [taxonomy.chinese[interest.topic][s] for s in interest.subjects]
-        if chinese
-        else interest.subjects
-    )
-    # Favourites come first.
-    share = 0.7 ** np.arange(len(names))
-    x = names[rng.choice(len(names), p=share / share.sum())]
-    y = str(
-        rng.choice(
-            list(taxonomy.chinese[interest.topic].values())
-            if chinese
-            else list(map(str, taxonomy.topics[interest.topic]["subjects"]))
-        )
-    )
-    text = str(rng.choice(forms)).format(x=x, y=y, t=interest.topic)
+    if rng.random() < ONE_OFF_SHARE:
+        topic, favourites = str(rng.choice(sorted(taxonomy.names(chinese)))), []
+    else:
+        alive = [i for i in interests if i.is_alive(day)] or interests
+        weights = np.array([i.frequency for i in alive])
+        interest = alive[rng.choice(len(alive), p=weights / weights.sum())]
+        topic, favourites = interest.topic, interest.subjects
+    names, functional = taxonomy.names(chinese)[topic], taxonomy.functional(topic)
+    forms = (REQUESTS if functional else SUMMARIES)["zh" if chinese else "en"]
+    x, y = map(str, rng.choice(list(names.values()), 2))
+    if favourites and not functional:  # the object of a chore changes each time
+        share = 0.7 ** np.arange(len(favourites))  # favourites come best first
+        x = names[favourites[rng.choice(len(favourites), p=share / share.sum())]]
+    text = str(rng.choice(forms)).format(x=x, y=y, t=topic)
     if rng.random() < 0.004:  # somebody pastes half a page
         text = ". ".join(
             [text]
             + [
-                str(rng.choice(forms)).format(x=x, y=y, t=interest.topic)
+                str(rng.choice(forms)).format(x=x, y=y, t=topic)
                 for _ in range(rng.integers(8, 24))
             ]
         )[:900]
@@ -395,12 +397,7 @@ def _starter_pool(taxonomy, rng, size: int) -> list[str]:
     for _ in range(size * 4):
         topic = str(rng.choice(topics))
         chinese = topic in taxonomy.chinese and rng.random() < 0.05
-        names = list(
-            map(
-                str,
-                taxonomy.chinese[topic].values() if chinese else taxonomy.topics[topic]["subjects"],
-            )
-        )
+        names = list(taxonomy.names(chinese)[topic].values())
         form = str(
             rng.choice(
                 ("{x}怎么入门？", "推荐类似{x}的", "{x}的冷知识", "考考我{x}") if chinese else POOL
