@@ -144,7 +144,8 @@ class BaseConfig:
 
 @dataclass
 class SitConfig:
-    lists_per_user: int = 1
+    max_rows: int = 500  # users' interests at a cut that the teacher writes for; 0: all there are
+    lists_per_row: int = 1
     epochs: int = 2
     learning_rate: float = 1e-3
     batch_users: int = 8
@@ -153,6 +154,7 @@ class SitConfig:
 @dataclass
 class DpoConfig:
     rounds: int = 2
+    max_users: int = 160  # per round, drawn at random; 0: all there are
     samples: int = 6  # lists sampled per user and round
     teacher_lists: int = 2  # lists of the teacher that join the pool
     beam: int = 8
@@ -289,31 +291,11 @@ def _check(config: Config) -> None:
     unknown = set(dpo.negatives) - {"utility", "diversity", "joint"}
     if unknown or not dpo.negatives:
         raise UserError("dpo.negatives: some of utility, diversity, joint")
-    positive = [
-        "world.users",
-        "world.days",
-        "rid.batch_users",
-        "rid.activity_groups",
-        "ranker.depth_cap",
-        "generator.list_size",
-        "generator.max_new_tokens",
-        "generator.head_chunk",
-        "base.prompts",
-        "base.lists",
-        "sit.batch_users",
-        "dpo.rounds",
-        "dpo.samples",
-        "dpo.beam",
-        "dpo.expand",
-        "dpo.batch_users",
-        "dpo.checkpoints",
-        "eval.lists",
-        "rid.temperature",
-        "dpo.beta",
-        "generator.temperature",
-        "data.max_errors",
-    ]
-    for key in positive:
+    positive = """world.users world.days rid.batch_users rid.activity_groups rid.temperature
+        ranker.depth_cap generator.list_size generator.max_new_tokens generator.temperature
+        generator.head_chunk base.prompts base.lists sit.batch_users dpo.rounds dpo.samples dpo.beam
+        dpo.expand dpo.batch_users dpo.checkpoints dpo.beta eval.lists data.max_errors"""
+    for key in positive.split():
         section, name = key.split(".")
         if not getattr(getattr(config, section), name) > 0:  # nan is refused too
             raise UserError(f"{key}: must be above 0")
@@ -402,6 +384,10 @@ class RunFolder:
     def mark_done(self, stage: str, key: str, **figures) -> None:
         write_json(self.path / stage / "done.json", {"key": key, **figures})
 
+    def figures(self, stage: str) -> dict:
+        """What mark_done was given for this stage."""
+        return {k: v for k, v in read_json(self.path / stage / "done.json").items() if k != "key"}
+
     def log(self, stage: str, **figures) -> None:
         """Append one line to metrics.jsonl."""
         line = json.dumps({"time": round(time.time(), 1), "stage": stage, **figures})
@@ -422,18 +408,8 @@ def environment(config: Config) -> dict:
         done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else None
 
-    packages = [
-        "torch",
-        "transformers",
-        "peft",
-        "bitsandbytes",
-        "sentence-transformers",
-        "numpy",
-        "scikit-learn",
-        "tokenizers",
-        "omegaconf",
-        "pydantic",
-    ]
+    packages = """torch transformers peft bitsandbytes sentence-transformers numpy scikit-learn
+        tokenizers omegaconf pydantic""".split()
     data = [path for path in (config.data.users, config.data.impressions) if path]
     try:
         commit, dirty = git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import html
+import json
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from config import ROOT, atomic_path, load_config, script, write_json
+from config import ROOT, UserError, atomic_path, load_config, script, write_json
 from icebreaker import list_diversity
+from pipeline import Pipeline, progress, utilities
 
 ORDER = ("PE", "PE+RID", "SFT", "SFT+DPO", "IceBreaker")
 PAPER = {
@@ -285,38 +288,94 @@ def escape(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]()#+\-.!|~])", r"\\\1", html.escape(" ".join(text.split())))
 
 
-def examples_page(users: list[dict]) -> str:
-    """Summaries, trigger interests and each method's starters of some users, as markdown."""
+def examples_page(rows: list[dict], summaries: dict[str, list[str]], scores: dict) -> str:
+    """Summaries, trigger interests and each method's starters of some users, as markdown.
+
+    rows: of starters.jsonl; summaries: user -> texts, latest first; scores: user -> of interests.
+    """
     lines = ["# Examples", "", "Users drawn at random; the first list of each method."]
-    for user in users:
+    for row in rows:
+        user = row["user_id"]
+        latest = "; ".join(escape(text) for text in summaries[user][:12])
+        lines += ["", f"## {escape(user)}", "", f"Latest summaries: {latest}", ""]
+        lines += ["Trigger interests:", ""]
         lines += [
-            "",
-            f"## {escape(user['user_id'])}",
-            "",
-            "Latest summaries: " + "; ".join(escape(t) for t in user["summaries"][:12]),
-            "",
-            "Trigger interests:",
-            "",
+            f"- {escape(text)} ({score:.2f})"
+            for text, score in zip(row["interests"], scores[user], strict=True)
         ]
-        lines += [f"- {escape(text)} ({score:.2f})" for text, score in user["triggers"]]
-        for method, starters in user["lists"].items():
+        for method, lists in row["starters"].items():
             lines += ["", f"**{escape(method)}**", ""]
-            lines += [f"1. {escape(starter)}" for starter in starters] or ["(none left)"]
+            lines += [f"1. {escape(starter)}" for starter in lists[0]] or ["(none left)"]
     return "\n".join(lines) + "\n"
 
 
-def write_report(result: dict, examples: list[dict], folder: str | Path) -> None:
+def write_report(
+    result: dict, rows: list[dict], summaries: dict, scores: dict, folder: Path
+) -> None:
     """table.md, table.json, examples.md and, where there is a utility, utility_diversity.png."""
-    folder = Path(folder)
     write_json(folder / "table.json", result)
     for name, text in (
         ("table.md", table_markdown(result)),
-        ("examples.md", examples_page(examples)),
+        ("examples.md", examples_page(rows, summaries, scores)),
     ):
         with atomic_path(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     if any("utility" in row for row in result["methods"].values()):
         plot_frontier(result, folder / "utility_diversity.png")
+
+
+# ------------------------------------------------------------------------------------ the stage
+
+
+def methods(p: Pipeline) -> dict[str, tuple[Path | None, bool]]:
+    """Method -> (adapter, whether it is given the distilled interests)."""
+    table = {"PE": (None, False), "PE+RID": (None, True), "SFT": (p.run / "sit" / "adapter", True)}
+    if p.impressions:
+        table["SFT+DPO"] = (p.run / "dpo" / "vanilla" / "adapter", True)
+        table["IceBreaker"] = (p.run / "dpo" / f"round{p.config.dpo.rounds}" / "adapter", True)
+    return table
+
+
+def stage_eval(p: Pipeline) -> dict:
+    """Let every method write for the test users; judge the lists; write the report."""
+    settings = p.config.eval
+    states = {u: p.states[u][-1] for u in p.ids("test") if p.states[u][-1].interests}
+    if not states:
+        raise UserError("eval: no test user has a history; more users are needed")
+    whole = {u: p.histories[u][-1].texts[::-1] for u in states}  # latest first
+    lists: dict[str, dict[str, list[list[str]]]] = {}
+    for method, (adapter, distilled) in progress(methods(p).items(), "write starters"):
+        inputs = [s.interests if distilled else whole[u] for u, s in states.items()]
+        sampled = p.sample_lists(p.policy(adapter), inputs, settings.lists, p.seed("eval"))
+        lists[method] = dict(zip(states, sampled, strict=True))
+    rows = [
+        {"user_id": u, "interests": s.interests, "starters": {m: lists[m][u] for m in lists}}
+        for u, s in states.items()
+    ]
+    with atomic_path(p.run / "eval" / "starters.jsonl") as temporary:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        temporary.write_text(text, encoding="utf-8")
+    p.encoder(sorted({y for m in lists.values() for u in m.values() for x in u for y in x}))
+
+    def scorer(name: str) -> Callable | None:
+        if not p.impressions:
+            return None
+        ranker = p.ranker(name)
+        return lambda u, starters: utilities(ranker, states[u], p.encoder(starters)).numpy()
+
+    truth = None
+    if not p.config.data.users:  # only here, after training, is the world's hidden state opened
+        import world
+
+        truth = world.load_truth(p.run / "world")
+    result = evaluate(
+        lists, scorer("judge"), p.encoder, truth=truth, train_score=scorer("train"),
+        bootstrap=settings.bootstrap, seed=p.config.run.seed,
+    )
+    shown = random.Random(p.seed("examples")).sample(rows, min(len(rows), settings.examples))
+    scores = {u: s.scores for u, s in states.items()}
+    write_report(result, shown, whole, scores, p.run / "eval")
+    return {"test_users": len(states), "starters": str(p.run / "eval" / "starters.jsonl")}
 
 
 def main() -> None:

@@ -500,7 +500,7 @@ def mine_preferences(
     lower by >= margin. Of the eligible lists the one with the widest gap is taken (unstated; the
     clearest contrast gives the least noisy gradient from a learned ranker). None: no such list.
     """
-    u, d = _min_max(list_utility(utility, lists)), _min_max(list_diversity(similarity, lists))
+    u, d = min_max(list_utility(utility, lists)), min_max(list_diversity(similarity, lists))
     chosen = int((weight * u + (1 - weight) * d).argmax())  # Eq. (8)
     u_gap, d_gap = u[chosen] - u, d[chosen] - d  # (M,)
     kinds = {
@@ -514,9 +514,12 @@ def mine_preferences(
     }
 
 
-def _min_max(x: Tensor) -> Tensor:
-    spread = x.max() - x.min()
-    return (x - x.min()) / spread if spread > 1e-9 else torch.zeros_like(x)
+def min_max(x: Tensor, valid: Tensor | None = None) -> Tensor:
+    """x (..., N) scaled to [0, 1] along the last dimension, over its valid places only."""
+    valid = torch.ones_like(x, dtype=torch.bool) if valid is None else valid
+    low = x.masked_fill(~valid, torch.inf).amin(-1, keepdim=True)
+    spread = x.masked_fill(~valid, -torch.inf).amax(-1, keepdim=True) - low
+    return torch.where(valid & (spread > 1e-9), (x - low) / spread, 0.0)
 
 
 def dpo_loss(

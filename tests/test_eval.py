@@ -68,13 +68,8 @@ def test_bootstrap_covers_the_mean_and_repeats():
 def test_report_is_written_and_user_text_stays_text(tmp_path):
     result = evaluation.evaluate(LISTS, score, encode, classifier=Classifier(), bootstrap=50)
     nasty = "<script>x</script> [link](http://a) | **bold**\n# head"
-    example = {
-        "user_id": "a",
-        "summaries": [nasty],
-        "triggers": [(nasty, 0.5)],
-        "lists": {"PE": [nasty]},
-    }
-    evaluation.write_report(result, [example], tmp_path)
+    row = {"user_id": "a", "interests": [nasty], "starters": {"PE": [[nasty]]}}
+    evaluation.write_report(result, [row], {"a": [nasty]}, {"a": [0.5]}, tmp_path)
     page, table = (tmp_path / "examples.md").read_text(), (tmp_path / "table.md").read_text()
     assert "<script" not in page and "[link]" not in page and "\n# head" not in page
     assert "| PE |" in table and "| SFT |" in table and "+0.82" in table
@@ -84,5 +79,5 @@ def test_report_is_written_and_user_text_stays_text(tmp_path):
 def test_without_logs_there_are_no_utility_columns(tmp_path):
     result = evaluation.evaluate(LISTS, None, encode, classifier=Classifier(), bootstrap=50)
     assert "R-Score" not in evaluation.table_markdown(result).splitlines()[2]
-    evaluation.write_report(result, [], tmp_path)
+    evaluation.write_report(result, [], {}, {}, tmp_path)
     assert not (tmp_path / "utility_diversity.png").exists()

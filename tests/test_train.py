@@ -1,21 +1,100 @@
-"""Wrong input ends in one message; the README's map points at things that exist."""
+"""The pipeline in miniature: resumed, repeated and blind runs agree; wrong input is one message."""
 
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from config import ROOT
+import train
+from config import ROOT, load_config
+
+MICRO = """world.users=40 world.impressions_per_user=30 world.starter_pool=200 base.prompts=40
+    base.lists=2 base.hidden=64 base.layers=2 base.vocabulary=400 rid.epochs=2 ranker.epochs=2
+    generator.list_size=3 generator.max_new_tokens=24 sit.max_rows=8 sit.epochs=1 dpo.max_users=6
+    dpo.samples=2 dpo.checkpoints=1 data.train=0.3 data.judge=0.3 data.valid=0.2 data.test=0.2
+    eval.lists=1 eval.bootstrap=20 eval.examples=2""".split()
+
+
+def micro(root, *words):
+    return load_config(ROOT / "configs" / "tiny.yaml", [*MICRO, f"run.root={root}", *words])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run folder in which every stage ran without a break."""
+    root = tmp_path_factory.mktemp("whole")
+    train.run_stages(micro(root), list(train.STAGES))
+    return root / "tiny"
+
+
+def artifacts(run):
+    names = ("*.safetensors", "triggers.json", "gate.json", "pairs.json", "starters.jsonl")
+    files = [f for name in names for f in run.rglob(name) if "embeddings-" not in f.name]
+    return {str(f.relative_to(run)): f.read_bytes() for f in files}
+
+
+def test_a_killed_run_resumes_to_the_same_bytes_and_never_reads_the_truth(
+    finished, tmp_path, monkeypatch
+):
+    """The second run is killed in DPO's round 2, and trains with the hidden truth taken away."""
+    base = next(finished.parent.glob("base-*"))
+    shutil.copytree(base, tmp_path / base.name)
+    config, whole_align = micro(tmp_path), train.align
+    train.run_stages(config, ["world"])
+    truth = tmp_path / "tiny" / "world" / "truth"
+    truth.rename(tmp_path / "aside")
+
+    def killed(p, model, pairs, label, pick=None):
+        if label == "round 2":
+            raise KeyboardInterrupt
+        return whole_align(p, model, pairs, label, pick)
+
+    monkeypatch.setattr(train, "align", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.run_stages(config, ["dpo"])
+    monkeypatch.undo()
+    train.run_stages(config, ["dpo"])
+    (tmp_path / "aside").rename(truth)
+    train.run_stages(config, ["eval"])
+    expected = artifacts(finished)
+    assert len(expected) >= 10 and artifacts(tmp_path / "tiny") == expected
+
+
+def test_a_second_run_skips_everything_and_a_changed_setting_only_what_depends_on_it(
+    finished, capsys
+):
+    train.run_stages(micro(finished.parent), list(train.STAGES))
+    output = capsys.readouterr().out
+    assert output.count("already done") == len(train.STAGES) and "| IceBreaker |" in output
+    p = train.Pipeline(micro(finished.parent, "dpo.beta=0.3"))
+    done = [name for name in train.STAGES if p.run.is_done(name, train.stage_key(p, name))]
+    assert done == ["world", "base", "match", "rid", "ranker", "sit"]
+
+
+def test_dpo_starts_at_ln_2_and_logs_what_to_watch(finished):
+    p = train.Pipeline(micro(finished.parent))
+    for name, figures in p.run.figures("dpo").items():
+        if name != "seconds":
+            assert figures["first_loss"] == pytest.approx(0.693147, abs=1e-4)
+            assert {"chosen_logp", "rejected_logp", "margin"} <= figures.keys()
+    assert {"utility", "diversity"} == p.run.figures("dpo")["round 2"]["before"].keys()
+
+
+def test_own_users_without_logs_get_starters(finished, tmp_path, capsys):
+    shutil.copy(finished / "world" / "users.jsonl", tmp_path / "mine.jsonl")
+    words = f"data.users={tmp_path}/mine.jsonl", "run.name=mine"
+    train.run_stages(micro(finished.parent, *words), list(train.STAGES))
+    output = capsys.readouterr().out
+    assert output.count("no impressions") == 2 and "| SFT |" in output
+    assert "R-Score |" not in output.partition("The paper's")[0]
+    assert (finished.parent / "mine" / "eval" / "starters.jsonl").read_text().count("\n") > 1
 
 
 def run(*words, folder):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), f"run.root={folder}", *words],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-    )
+    command = [sys.executable, str(ROOT / "train.py"), f"run.root={folder}", *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
 
 
 @pytest.mark.parametrize(

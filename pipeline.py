@@ -1,0 +1,261 @@
+"""What the stages of one run share: its folder, data, histories, interests and models.
+
+Everything is loaded when first asked for, so that a stage that needs no model loads none. train.py
+writes what is read here; eval.py reads the same.
+
+Legend: B rows, N summaries, M interests, K slots, D embedding, F statistics, H user vector.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+import icebreaker as ib
+import llm
+import roles
+from config import Config, RunFolder, UserError, digest, read_json, read_tensors
+
+
+@dataclass(frozen=True)
+class State:
+    """What is known of a user at one cut of the log: the input of generator and ranker."""
+
+    user_id: str
+    interests: list[str]  # trigger interests T_u, best first
+    scores: list[float]
+    embeddings: torch.Tensor  # (M, D)
+    user: torch.Tensor  # (H,), E_u
+
+
+class Pipeline:
+    """One run: `p.users`, `p.histories`, `p.states`, `p.ranker(name)`, `p.sample_lists(...)`."""
+
+    def __init__(self, config: Config):
+        for name in ("users", "impressions"):
+            path = getattr(config.data, name)
+            if path and not Path(path).is_file():
+                raise UserError(f"data.{name}={path}: no such file")
+        if config.data.impressions and not config.data.users:
+            raise UserError("data.impressions: needs data.users, the people it was shown to")
+        self.config, self.run = config, RunFolder(config)
+        self.users_file, self.impressions_file = config.data.users, config.data.impressions
+        if not config.data.users:
+            self.users_file = self.run / "world" / "users.jsonl"
+            self.impressions_file = self.run / "world" / "impressions.jsonl"
+        self.shares = [*config.data.cuts, 1.0]  # the last one: everything up to now
+
+    def seed(self, *parts) -> int:
+        """A seed of its own for every purpose, from run.seed."""
+        return int(digest(self.config.run.seed, *parts)[:8], 16)
+
+    # ---------------------------------------------------------------------------- data and encoder
+
+    @cached_property
+    def encoder(self) -> llm.Encoder:
+        settings = self.config.encoder
+        cache = self.run / f"embeddings-{digest(settings.name)}.safetensors"
+        return llm.Encoder(settings.name, settings.batch_size, cache)
+
+    @cached_property
+    def users(self) -> dict[str, data.User]:
+        """Every user, with a summary for each session; what stays empty is left out."""
+        summarise = roles.RuleSummariser().summarise
+        users = {}
+        for user in data.read_users(self.users_file, self.config.data.max_errors):
+            sessions = [
+                s if s.summary else s.model_copy(update={"summary": summarise(s.messages)})
+                for s in user.sessions
+            ]
+            kept = [s for s in sessions if s.summary]
+            users[user.user_id] = user.model_copy(update={"sessions": kept})
+        return users
+
+    @cached_property
+    def impressions(self) -> list[data.Impression]:
+        if not self.impressions_file:
+            return []
+        rows = data.read_impressions(self.impressions_file, self.config.data.max_errors)
+        unknown = {row.user_id for row in rows} - self.users.keys()
+        if unknown:
+            raise UserError(
+                f"{self.impressions_file}: user_id: {len(unknown)} users of the impressions are "
+                f"not in {self.users_file}"
+            )
+        return rows
+
+    @cached_property
+    def splits(self) -> dict[str, str]:
+        d = self.config.data
+        shares = {"train": d.train, "valid": d.valid, "judge": d.judge, "test": d.test}
+        return data.split_users(self.users, shares, self.config.run.seed)
+
+    def ids(self, *splits: str) -> list[str]:
+        return [user_id for user_id in self.users if self.splits[user_id] in splits]
+
+    def parts(self, user_id: str, cut: int) -> tuple[list[data.Session], list[data.Session]]:
+        """(history, future) of a user at a cut; at the last one everything is history."""
+        user, share = self.users[user_id], self.shares[cut]
+        return (user.sessions, []) if share == 1.0 else data.cut_sessions(user, share)
+
+    # --------------------------------------------------------------------- histories and interests
+
+    @cached_property
+    def histories(self) -> dict[str, list[ib.History]]:
+        """One History per user and cut; the last is the whole history."""
+        self.encoder(sorted({s.summary for u in self.users.values() for s in u.sessions}))
+        cuts = range(len(self.shares))
+        return {user_id: [self._history(user_id, c) for c in cuts] for user_id in self.users}
+
+    def _history(self, user_id: str, cut: int) -> ib.History:
+        past, future = self.parts(user_id, cut)
+        stamps = [s.timestamp for s in past]
+        now = future[0].timestamp if future else max((s for s in stamps if s), default=None)
+        days = None
+        if now is not None and all(stamps):
+            days = [(now - s).total_seconds() / 86400 for s in stamps]
+        return ib.make_history([s.summary for s in past], days, self.encoder)
+
+    @cached_property
+    def profiles(self) -> dict[str, torch.Tensor]:
+        """Embedding (D,) of each user's profile; zeros where there is none."""
+        texts = {
+            u.user_id: "; ".join(f"{k}: {v}" for k, v in sorted((u.profile or {}).items()))
+            for u in self.users.values()
+        }
+        self.encoder(sorted({text for text in texts.values() if text}))
+        none = torch.zeros(self.encoder.dim)
+        return {u: self.encoder([text])[0] if text else none for u, text in texts.items()}
+
+    def scorer_batch(self, rows: list[tuple[str, int]]) -> dict[str, torch.Tensor]:
+        """Padded inputs of ResonanceScorer for (user, cut) rows."""
+        histories = [self.histories[user_id][cut] for user_id, cut in rows]
+        b, n = len(rows), max(len(h.texts) for h in histories)
+        batch = {
+            "embeddings": torch.zeros(b, n, self.encoder.dim),  # (B, N, D)
+            "statistics": torch.zeros(b, n, len(ib.FEATURE_NAMES)),  # (B, N, F)
+            "mask": torch.zeros(b, n, dtype=torch.bool),
+            "profile": torch.stack([self.profiles[user_id] for user_id, _ in rows]),  # (B, D)
+        }
+        for i, h in enumerate(histories):
+            m = len(h.texts)
+            batch["embeddings"][i, :m], batch["statistics"][i, :m] = h.embeddings, h.statistics
+            batch["mask"][i, :m] = True
+        return batch
+
+    @torch.no_grad()
+    def resonance(
+        self, scorer: ib.ResonanceScorer, rows: list[tuple[str, int]]
+    ) -> tuple[list[np.ndarray], torch.Tensor]:
+        """s(u, h) of every summary of every (user, cut) row, and the user vectors (rows, H)."""
+        scorer.eval()
+        scores, users = [], []
+        for start in range(0, len(rows), 32):
+            batch = self.scorer_batch(rows[start : start + 32])
+            s, user, _ = scorer(**batch)
+            scores += [row[m].numpy() for row, m in zip(s, batch["mask"], strict=True)]
+            users.append(user)
+        return scores, torch.cat(users)
+
+    @cached_property
+    def states(self) -> dict[str, list[State]]:
+        """What `rid` made of every user, one State per cut."""
+        rows = read_json(self.run / "rid" / "triggers.json")
+        vectors = read_tensors(self.run / "rid" / "users.safetensors")["vectors"]  # (U, cuts, H)
+        return {
+            user_id: [
+                State(user_id, cut["interests"], cut["scores"], self.encoder(cut["interests"]), v)
+                for cut, v in zip(cuts, vectors[i], strict=True)
+            ]
+            for i, (user_id, cuts) in enumerate(rows.items())
+        }
+
+    # -------------------------------------------------------------------------------- the generator
+
+    @property
+    def model_path(self) -> str:
+        return self.config.generator.model or str(base_folder(self.config))
+
+    @cached_property
+    def tokenizer(self):
+        return llm.load_tokenizer(self.model_path)
+
+    def policy(self, adapter: Path | None, trainable: bool = False):
+        """The generator with a saved adapter, or the bare base model."""
+        model = llm.load_generator(self.model_path, self.config.generator.load_in_4bit)
+        return llm.load_adapter(model, adapter, trainable) if adapter else model.eval()
+
+    def prompt(self, interests: list[str]) -> list[int]:
+        g = self.config.generator
+        return llm.encode_prompt(
+            self.tokenizer, interests, g.list_size, g.instruction, g.max_prompt_tokens
+        )
+
+    def sample_lists(
+        self, model, inputs: list[list[str]], n: int, seed: int
+    ) -> list[list[list[str]]]:
+        """n lists for each input, parsed and filtered: at most K starters each, perhaps none."""
+        g = self.config.generator
+        texts = llm.sample(
+            model, self.tokenizer, [self.prompt(i) for i in inputs], n, seed=seed,
+            max_new_tokens=g.max_new_tokens, temperature=g.temperature, top_p=g.top_p,
+            rows=g.sample_rows,
+        )
+        return [
+            [self.usable(text, interests) for text in row]
+            for row, interests in zip(texts, inputs, strict=True)
+        ]
+
+    def usable(self, text: str, interests: list[str]) -> list[str]:
+        """The starters of a completion that are fit to show for these interests, at most K."""
+        kept, _ = roles.filter_starters(roles.parse_starters(text).starters, interests)
+        return kept[: self.config.generator.list_size]
+
+    # ----------------------------------------------------------------------------------- the ranker
+
+    def new_ranker(self) -> ib.UtilityRanker:
+        r, k = self.config.ranker, self.config.generator.list_size
+        return ib.UtilityRanker(
+            self.encoder.dim, self.config.rid.hidden, r.hidden, num_slots=k, dropout=r.dropout
+        )
+
+    def ranker(self, name: str) -> ib.UtilityRanker:
+        """The fitted ranker "train" (for mining) or "judge" (for evaluation)."""
+        ranker = self.new_ranker()
+        ranker.load_state_dict(read_tensors(self.run / "ranker" / f"{name}.safetensors"))
+        return ranker.eval()
+
+
+def base_folder(config: Config) -> Path:
+    """The embedded base model is built once for all runs below run.root."""
+    g = config.generator
+    return Path(config.run.root) / f"base-{digest(config.base, g.instruction, g.list_size)}"
+
+
+def pad_states(states: list[State]) -> dict[str, torch.Tensor]:
+    """Inputs of UtilityRanker: interests (B, M, D), their mask (B, M), user vectors (B, H)."""
+    m = max(1, max(len(s.interests) for s in states))
+    interests = torch.zeros(len(states), m, states[0].embeddings.shape[1])
+    mask = torch.zeros(len(states), m, dtype=torch.bool)
+    for i, state in enumerate(states):
+        interests[i, : len(state.interests)] = state.embeddings
+        mask[i, : len(state.interests)] = True
+    return {"interests": interests, "mask": mask, "user": torch.stack([s.user for s in states])}
+
+
+@torch.no_grad()
+def utilities(ranker: ib.UtilityRanker, state: State, starters: torch.Tensor) -> torch.Tensor:
+    """r_util(u, y) in (0, 1) of starters (N, D) for one user -> (N,)."""
+    inputs = {k: x.expand(len(starters), *x.shape[1:]) for k, x in pad_states([state]).items()}
+    return torch.sigmoid(ranker(**inputs, starters=starters))
+
+
+def progress(items, label: str, **kwargs):
+    """A progress bar on a terminal, nothing elsewhere."""
+    return tqdm(items, desc=label, disable=None, leave=False, **kwargs)
