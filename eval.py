@@ -1,6 +1,7 @@
 """Judge lists of starters: utility by a held-out ranker, diversity, and the hidden truth beside it.
 
     python eval.py --config configs/tiny.yaml          # the same as train.py --stage eval
+    python eval.py --runs runs/seed7 runs/seed8        # finished runs side by side
 
 Metrics follow appendix B.1 of the paper. Unstated there, chosen here: which keywords count as
 high-weight (TF-IDF at or above the corpus median), and that diversity is counted per list.
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from config import ROOT, UserError, atomic_path, load_config, script, write_json
+from config import ROOT, UserError, atomic_path, load_config, read_json, script, write_json
 from icebreaker import list_diversity
 from pipeline import Pipeline, progress, utilities
 
@@ -203,6 +204,23 @@ def evaluate(
 # ----------------------------------------------------------------------------------------- report
 
 
+COLUMNS = [  # title, name in the figures, format
+    ("R-User", "r_user", "+.2f"),
+    ("R-Score", "r_score", "+.4f"),
+    ("Train ranker", "train_utility", ".4f"),
+    ("True clicks", "true_clicks", ".3f"),
+    ("Lexical", "lexical", ".2f"),
+    ("Semantic", "semantic", ".2f"),
+    ("Dissimilarity", "dissimilarity", ".3f"),
+    ("Starters", "starters", ".2f"),
+]
+
+
+def _header(columns) -> str:
+    titles = " | ".join(title for title, _, _ in columns)
+    return f"| Method | {titles} |\n" + "|---" * (len(columns) + 1) + "|"
+
+
 def _cell(figures: dict, name: str, form: str) -> str:
     if name not in figures:
         return "–"
@@ -215,24 +233,13 @@ def _cell(figures: dict, name: str, form: str) -> str:
 
 def table_markdown(result: dict) -> str:
     """Table 1 as measured, what its columns mean, and the paper's figures."""
-    columns = [
-        ("R-User", "r_user", "+.2f"),
-        ("R-Score", "r_score", "+.3f"),
-        ("Train ranker", "train_utility", ".3f"),
-        ("True clicks", "true_clicks", ".3f"),
-        ("Lexical", "lexical", ".2f"),
-        ("Semantic", "semantic", ".2f"),
-        ("Dissimilarity", "dissimilarity", ".3f"),
-        ("Starters", "starters", ".2f"),
-    ]
     rows = result["methods"]
-    columns = [c for c in columns if any(c[1] in figures for figures in rows.values())]
+    columns = [c for c in COLUMNS if any(c[1] in figures for figures in rows.values())]
     lines = [
         f"{result['users']} test users, {result['lists_per_user']} lists each, topic classifier "
         f"accuracy {result['classifier_accuracy']:.2f}",
         "",
-        "| Method | " + " | ".join(title for title, _, _ in columns) + " |",
-        "|---" * (len(columns) + 1) + "|",
+        _header(columns),
     ]
     for method in [m for m in ORDER if m in rows] + [m for m in rows if m not in ORDER]:
         cells = [_cell(rows[method], name, form) for _, name, form in columns]
@@ -324,6 +331,49 @@ def write_report(
         plot_frontier(result, folder / "utility_diversity.png")
 
 
+# ----------------------------------------------------------------------------- several runs beside
+
+
+def compare_runs(folders: list[Path]) -> str:
+    """Table 1 over runs (seeds of the world): means, ranges, and which claims held in which run."""
+    tables = [read_json(f / "eval" / "table.json")["methods"] for f in folders]
+    rid, ranker = ([read_json(f / s / "done.json") for f in folders] for s in ("rid", "ranker"))
+    lines = [
+        f"Mean over {len(folders)} runs ({', '.join(f.name for f in folders)}), range in brackets.",
+        "",
+        _header(COLUMNS),
+    ]
+    for method in ORDER:
+        rows = [t[method] for t in tables]
+        cells = [_range([r[n] for r in rows], f) if n in rows[0] else "–" for _, n, f in COLUMNS]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    ice, sft = ([t[method] for t in tables] for method in ("IceBreaker", "SFT"))
+    claims = [
+        ("IceBreaker's R-Score above SFT's",
+         [i["r_score"] - s["r_score"] for i, s in zip(ice, sft, strict=True)], 0.0),
+        ("IceBreaker's true clicks above SFT's",
+         [i["true_clicks"] - s["true_clicks"] for i, s in zip(ice, sft, strict=True)], 0.0),
+        ("IceBreaker's lexical diversity over SFT's, at least 0.9",
+         [i["lexical"] / s["lexical"] for i, s in zip(ice, sft, strict=True)], 0.9),
+        ("RID's AUC above recency", [r["auc"] - r["auc_recency"] for r in rid], 0.0),
+        ("RID's AUC above frequency", [r["auc"] - r["auc_frequency"] for r in rid], 0.0),
+        ("ranker AUC, slot controlled (train), above 0.6",
+         [r["train"]["auc_slot_controlled"] for r in ranker], 0.6),
+        ("ranker AUC, slot controlled (judge), above 0.6",
+         [r["judge"]["auc_slot_controlled"] for r in ranker], 0.6),
+    ]
+    lines += ["", "| Claim | by run | holds |", "|---|---|---|"]
+    for claim, values, least in claims:
+        held = sum(v > least for v in values)
+        cells = ", ".join(f"{v:.4f}" for v in values)
+        lines.append(f"| {claim} | {cells} | {held} of {len(values)} |")
+    return "\n".join([*lines, "", LEGEND]) + "\n"
+
+
+def _range(values: list[float], form: str) -> str:
+    return f"{np.mean(values):{form}} [{min(values):{form}}, {max(values):{form}}]"
+
+
 # ------------------------------------------------------------------------------------ the stage
 
 
@@ -383,9 +433,16 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", default=str(ROOT / "configs" / "tiny.yaml"))
+    parser.add_argument("--runs", nargs="+", type=Path, help="finished run folders, side by side")
     parser.add_argument("settings", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
-    train.run_stages(load_config(arguments.config, arguments.settings), ["eval"])
+    if not arguments.runs:
+        train.run_stages(load_config(arguments.config, arguments.settings), ["eval"])
+        return
+    for folder in arguments.runs:
+        if not (folder / "eval" / "table.json").is_file():
+            raise UserError(f"{folder}: no finished run (eval/table.json is missing)")
+    print(compare_runs(arguments.runs))
 
 
 if __name__ == "__main__":

@@ -88,23 +88,36 @@ def format_starters(starters: Iterable[str]) -> str:
 _TOKEN = re.compile(r"\w+(?:['\-./]\w+)*(?:\+\+|#)?")
 _INSIDE = frozenset("of the and no de la du von van".split())  # kept between two capitalised words
 _STOP = frozenset("""
-a about above add advice after again against all also am an and another any anyone anything are
-aren't around as ask asking at background be because been before behind being best better between
-both but by can can't cannot compare comparing compared could create describe deal detail details
-did didn't difference different differ discuss discussing do does doesn't doing don't during each
-either enjoy ever every everything exist explain explained explaining explanation few find for from
-get getting give given go going good great had happen happens has have having he help helping her
-here him his how i i'd i'll i'm i've if in instead into introduction is isn't it it's its just keep
-know learn learning let like look looking made make makes making many matter may me mean means might
-more most mostly much must my need needs new not now of off on one's only or other our out over own
-people please popular possible provide quick quickly really recommend recommendation recommendations
-recent same say search see set she should show side similar simple simply since so some someone
-something start started starting still stand stop such suggest suggestion suggestions take tell than
-that that's the their them then there these they thing things think this those thoughts through to
-today too towards translate try trying understand understanding up us use used useful uses using
-various versus very vs w want was way ways we well were what what's when where which while who whose
-why will with within without won't work working works worth would write you your
+a about above achieve achieved add adding advice affect affects after again against all allow
+allowed allows also am an and another any anyone anything apply applying approach are aren't around
+as ask asking assign at attend attending available avoid avoiding background be became because
+become becomes been before begin behind being best better between both bring build building built
+but buy buying by calculate called came can can't cannot change changed changes choose choosing come
+comes compare compared comparing consider considered contain contains convince correct correctly
+could cover create creating deal dealing decide decrease define defined demonstrate demonstrating
+describe detail details determine did didn't differ difference different discover discovering
+discuss discussing do does doesn't doing don't drink drinking during each eat eating effective
+either encourage end enjoy ever every everything exist explain explained explaining explanation feel
+feels few find follow for from gain get getting give given go going good great grow growing grown
+had handle happen happens hard has have having he help helping her here him his how i i'd i'll i'm
+i've if implement implementing improve improving in include increase increases increasing instead
+into introduce introduction involving is isn't it it's its just keep keeping know knowing learn
+learned learning let like long look looking lose made make makes making many matter may me mean
+means measure measuring might more most mostly motivate motivated much must my need needed needs new
+not now obtain of off on one's only or other our out over own people perceive perform please popular
+possible possibly prepare prevent prove provide proving put quick quickly read really recent
+recommend recommendation recommendations recommended reduce refer remove replace replaced represent
+require required run safe same say search see set she should show side similar simple simplest
+simply since so solve solving some someone something somewhere stand start started starting still
+stop store storing strong such suggest suggestion suggestions take taken taking talk taught teach
+teaches teaching tell terrible than that that's the their them then there these they thing things
+think this those thoughts through to today told too towards transition translate try trying turn
+understand understanding understood up us use used useful uses using various versus very vs w want
+was way ways we well were what what's when where which while who whose why will with within without
+won't work working works worth would write writing you your
 """.split())
+_LY_NOUNS = frozenset("ally anomaly assembly bully butterfly dragonfly family fly jelly lily".split())
+_MATHS = re.compile(r"\$[^$]*\$|\\\w+")
 _GENERIC = frozenset("""
 app art article basics beer beginner beginners book books business class code coffee computer course
 cooking data day days design education example examples exercise fact facts family film fitness food
@@ -170,7 +183,7 @@ def _runs(text: str) -> tuple[list[list[str]], list[list[str]]]:
             close(name, names)
             close(content, contents)
             first = first or any(c in ".?!:;\n" for c in gap)
-        stop = low in _STOP
+        stop = low in _STOP or (low.endswith("ly") and token == low and low not in _LY_NOUNS)
         marked = token[1:] != token[1:].lower() or (
             not token.isdigit() and any(c.isdigit() for c in token))
         if marked or token[0].isupper() and (not stop or (name and low in _INSIDE)):
@@ -193,7 +206,7 @@ def _runs(text: str) -> tuple[list[list[str]], list[list[str]]]:
 
 @lru_cache(maxsize=100_000)
 def _key_phrases(text: str) -> tuple[str, ...]:
-    text = unicodedata.normalize("NFKC", text[:2000]).replace("’", "'")
+    text = _MATHS.sub(" , ", unicodedata.normalize("NFKC", text[:2000]).replace("’", "'"))
     found = [q.strip() for q in _QUOTED.findall(text)]
     if language(text) == "zh":
         parts = re.findall(r"[㐀-鿿\w·+#\- ]+", _REQUEST_ZH.sub("\n", _QUOTED.sub("\n", text)))
