@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
+import warnings
 from pathlib import Path
 
 import torch
@@ -25,6 +27,16 @@ from tqdm import tqdm
 from config import UserError, atomic_path, read_tensors, write_tensors
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+def quiet_libraries() -> None:
+    """Silence notes of libraries about which a reader of the log can do nothing."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+
 
 # ---------------------------------------------------------------------------------------- encoder
 
@@ -49,9 +61,7 @@ class Encoder:
     def model(self):
         if self._model is None:
             from sentence_transformers import SentenceTransformer
-            from transformers.utils import logging
 
-            logging.disable_progress_bar()
             path = self.name or packaged_minilm()
             try:
                 self._model = SentenceTransformer(path, trust_remote_code=False)
@@ -137,9 +147,7 @@ def load_tokenizer(path: str):
 def load_generator(path: str, load_in_4bit: bool = False):
     """A causal LM from safetensors; float32 on a CPU, bfloat16 on a GPU, NF4 if asked for."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if gpu else torch.float32
     quantisation = (

@@ -733,6 +733,7 @@ def run_stages(config: Config, wanted: list[str]) -> None:
     """Run the wanted stages and, first, those they need; skip what is done with these settings."""
     # Adam's averages of weights that hardly move become denormal, which slows a CPU several times.
     torch.set_flush_denormal(True)
+    llm.quiet_libraries()
     p, needed = Pipeline(config), set(wanted)
     for name in reversed(STAGES):
         if name in needed:
