@@ -4,8 +4,9 @@ byte-level BPE, pre-trained here on generic starter lists, for where no model hu
     python train.py --stage base
 
 It knows what a fluent model knows of the task (short questions in a list, how to copy a subject out
-of a line), and nothing of any user or of the simulated platform: its subjects are invented names
-and random words of the encoder's vocabulary.
+of a line), and nothing of any user or of the simulated platform: its subjects are random words and
+word pieces of the encoder's vocabulary, joined to names that nearly all occur once, since copying
+unseen names is learned from many distinct ones.
 
 Legend: B rows, T tokens of a row, H hidden, V vocabulary.
 """
@@ -26,96 +27,103 @@ import roles
 from config import ROOT, BaseConfig, GeneratorConfig, atomic_path
 from llm import completion_logps, encode_completion, encode_prompt, packaged_minilm, sample
 
+Row = tuple[list[int], list[list[int]]]  # ids of a prompt, ids of its lists
+
 
 class BaseCorpus:
-    """Generic starter lists: prompts of interest lines, and a list that copies subjects from lines
-    drawn at random. Nearly every subject occurs once, since copying unseen names is learned from
-    many distinct ones."""
+    """Prompts of interest lines, and lists of starters about subjects named in those lines."""
 
     def __init__(self, seed: int):
         with open(ROOT / "configs" / "base_corpus.yaml", encoding="utf-8") as file:
             self.phrases = yaml.safe_load(file)
-        for code, tail in (("en", ""), ("zh", "_zh")):  # a fluent model knows the usual questions
-            self.phrases["templates" + tail] += roles.templates(code)
+        self.templates = {  # a fluent model knows the usual questions
+            "en": self.phrases["templates"] + roles.templates("en"),
+            "zh": self.phrases["templates_zh"] + roles.templates("zh"),
+        }
         vocabulary = Path(packaged_minilm(), "vocab.txt").read_text(encoding="utf-8").split("\n")
-        words = [w for w in vocabulary if w.isascii() and w.isalpha() and len(w) > 2]
+        letters = [w for w in vocabulary if w.isascii() and w.strip("#").isalpha()]
+        words = [w for w in letters if w[0] != "#" and len(w) > 2]
         self.common, self.rare = words[:400], words[400:]  # they are in order of frequency
+        self.pieces = [w[2:] for w in letters if w[0] == "#" and len(w) > 3]
         self.rng = random.Random(seed)
 
-    def invented(self, low: int, high: int) -> str:
-        return "".join(self.rng.choices(self.phrases["syllables"], k=self.rng.randint(low, high)))
-
-    def subject(self, chinese: bool) -> str:
+    def subject(self, code: str) -> str:
+        """A name or noun phrase, such as "coffee grinder" or "Baldur's Gate 3", of random words."""
         rng = self.rng
-        if chinese:
-            return "".join(rng.choices(self.phrases["characters_zh"], k=rng.randint(2, 4)))
-        kind = rng.random()
-        if kind < 0.3:
-            name = self.invented(2, 4).capitalize()
-            if rng.random() < 0.5:
-                name += rng.choice([" ", " ", "-", "'s ", " of ", " the "])
-                name += self.invented(1, 3).capitalize()
-            return name
-        if kind < 0.35:
-            return f"{self.invented(1, 2).upper()[:4]} {rng.randint(2, 2050)}"
-        if kind < 0.45:
-            return f"{rng.choice(self.rare)} {self.invented(2, 4)}"
-        name = " ".join(rng.choices(self.rare, k=rng.choice([1, 2, 2, 3])))
-        return name.title() if rng.random() < 0.5 else name
+        if code == "zh":  # level 1 of GB 2312: the most common characters
+            pairs = [(rng.randint(0xB0, 0xD6), rng.randint(0xA1, 0xFE)) for _ in range(4)]
+            return "".join(bytes(p).decode("gb2312") for p in pairs[: rng.choice([2, 2, 3, 4])])
+        words = rng.choices(self.rare, k=rng.choice([1, 2, 2, 2, 3, 3, 4]))
+        if len(words) < 4 and rng.random() < 0.4:  # a word that is in no dictionary
+            words[0] = rng.choice(self.rare)[:4] + rng.choice(self.pieces)
+            rng.shuffle(words)
+        if rng.random() < 0.1:
+            words.append(str(rng.choice([rng.randint(1, 9), rng.randint(10, 2050)])))
+        if rng.random() < 0.45:
+            return " ".join(words)
+        words = [w.upper() if len(w) < 6 and rng.random() < 0.06 else w.capitalize() for w in words]
+        joint = rng.choice([" "] * 14 + ["-", "-", "'s ", " of ", " the ", " & ", ""])
+        return " ".join([joint.join(words[:2]), *words[2:]])
 
-    def line(self, subject: str, chinese: bool) -> str:
-        """What somebody may have asked about a subject."""
-        rng, form = self.rng, "{x}"
-        if chinese or rng.random() < 0.5:
-            form = rng.choice(self.phrases["lines_zh" if chinese else "lines"])
+    def line(self, code: str, held_out: bool = False) -> tuple[str, list[str]]:
+        """What somebody may have asked, and the subjects in it."""
+        rng, kind = self.rng, self.rng.random()
+        tail, space = ("_zh", "") if code == "zh" else ("", " ")
+        if held_out:
+            form = rng.choice(self.phrases["held_out"])
+        elif kind < 0.15:
+            form = rng.choice(self.phrases["pairs" + tail])
         else:
-            before, after = rng.randint(0, 7), rng.randint(0, 4)
-            words = rng.choices(self.common, k=before + after)
-            form = " ".join([*words[:before], "{x}", *words[before:]])
-        text = form.format(x=subject, y=self.subject(chinese))
-        return text[0].upper() + text[1:] if rng.random() < 0.5 else text
+            before, after = (rng.choice(self.phrases[k + tail]) for k in ("openings", "endings"))
+            if code == "en" and kind < 0.4:  # any words, or the phrases would be learned by heart
+                before = " ".join(rng.choices(self.common, k=rng.choice([1, 2, 3, 4, 5, 6, 7, 25])))
+                after = " ".join(rng.choices(self.common, k=rng.randint(1, 6)))
+            parts = [[before, "{x}", after], [before, "{x}"], ["{x}", after], ["{x}"]]
+            form = space.join(rng.choices(parts, [5, 8, 3, 4])[0]).replace(" ?", "?")
+        if form[0] != "{" and rng.random() < 0.5:  # a subject stays as it is
+            form = form[0].upper() + form[1:]
+        names = {key: self.subject(code) for key in "xy" if f"{{{key}}}" in form}
+        return form.format(**names), list(names.values())
 
-    def example(self, list_size: int, num_lists: int) -> tuple[list[str], list[list[str]]]:
-        """Interest lines and some lists of starters for them."""
-        rng, chinese = self.rng, self.rng.random() < 0.06
-        count = rng.choice([1, 2, 2, 3, 3, 4, 4, 5, 6, 6, 7, 8, 12, 16])
-        subjects = [self.subject(chinese) for _ in range(count)]
-        lines = [self.line(x, chinese) for x in subjects]
-        return lines, [self.starters(subjects, chinese, list_size) for _ in range(num_lists)]
+    def prompt(self, code: str, count: int, held_out: bool = False) -> tuple[list, list]:
+        """`count` interest lines and the subjects in them."""
+        lines, subjects = zip(*[self.line(code, held_out) for _ in range(count)], strict=True)
+        return list(lines), [x for names in subjects for x in names]
 
-    def starters(self, subjects: list[str], chinese: bool, n: int) -> list[str]:
+    def starters(self, subjects: list[str], code: str, n: int) -> list[str]:
+        """n questions; no subject comes twice before each has come, if they suffice."""
         rng = self.rng
         chosen = rng.sample(subjects, min(len(subjects), n))
         chosen += rng.choices(subjects, k=n - len(chosen))
-        rng.shuffle(chosen)
-        templates = rng.sample(self.phrases["templates_zh" if chinese else "templates"], n)
-        return [
-            t.format(x=x, y=rng.choice(subjects)) for t, x in zip(templates, chosen, strict=True)
-        ]
+        forms = rng.sample(self.templates[code], n)
+        return [f.format(x=x, y=rng.choice(subjects)) for f, x in zip(forms, chosen, strict=True)]
+
+    def example(self, list_size: int, num_lists: int) -> tuple[list[str], list[list[str]]]:
+        """Interest lines and some lists of starters for them."""
+        code = "zh" if self.rng.random() < 0.05 else "en"
+        count = self.rng.choice([1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 8, 8, 10])
+        lines, subjects = self.prompt(code, count)
+        return lines, [self.starters(subjects, code, list_size) for _ in range(num_lists)]
 
 
 def build_base(settings: BaseConfig, generator: GeneratorConfig, folder: str | Path) -> dict:
-    """Pre-train the stand-in for Qwen2.5 (its architecture, a few million weights) from nothing.
+    """Pre-train the stand-in from random weights and a copy circuit (install_copy_circuit).
 
-    Nothing but for one thing: copying names is written into its initial weights, see
-    install_copy_circuit. Writes a transformers folder with its own byte-level BPE; returns figures.
-    Takes minutes.
+    Writes a transformers folder. Returns its size, the loss on held-out lists, what `_copying`
+    measures and CPU seconds. The same settings give the same weights. Takes minutes.
     """
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers.utils import logging
 
     started = time.process_time()
-    corpus = BaseCorpus(settings.seed)
-    k = generator.list_size
+    corpus, k = BaseCorpus(settings.seed), generator.list_size
     examples = [corpus.example(k, settings.lists) for _ in range(settings.prompts)]
     tokenizer = train_tokenizer(
         ["\n- ".join([generator.instruction, *lines]) for lines, _ in examples]
-        + [
-            f"\n<sug> {' && '.join(starters)} </sug>" for _, lists in examples for starters in lists
-        ],
+        + [f"\n<sug> {' && '.join(lists[0])} </sug>" for _, lists in examples],
         settings.vocabulary,
     )
 
-    def encoded(examples):
+    def encoded(examples) -> list[Row]:
         return [
             (
                 encode_prompt(tokenizer, lines, k, generator.instruction, 400),
@@ -124,8 +132,28 @@ def build_base(settings: BaseConfig, generator: GeneratorConfig, folder: str | P
             for lines, lists in examples
         ]
 
-    held = encoded([corpus.example(k, 1) for _ in range(64)])
-    batches = _batches(encoded(examples), settings.batch_tokens, random.Random(settings.seed))
+    model = new_model(settings, tokenizer)
+    rows = encoded(examples)
+    first = len(rows) * 3 // 10  # short prompts first: where a subject begins is learned sooner
+    rng = random.Random(settings.seed)
+    later = _batches(rows[first:], settings.batch_tokens)
+    rng.shuffle(later)
+    train(model, _batches(rows[:first], settings.batch_tokens) + later, settings)
+    new = BaseCorpus(settings.seed + 1)
+    with torch.no_grad():
+        held_loss = _loss(model, encoded([new.example(k, 1) for _ in range(64)])).item()
+    logging.disable_progress_bar()
+    with atomic_path(folder) as temporary:
+        model.save_pretrained(temporary, safe_serialization=True)
+        tokenizer.save_pretrained(temporary)
+    figures = {"parameters": model.num_parameters(), "held_out_loss": held_loss}
+    figures |= _copying(model, tokenizer, new, generator)
+    return figures | {"cpu_seconds": round(time.process_time() - started)}
+
+
+def new_model(settings: BaseConfig, tokenizer):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
     torch.manual_seed(settings.seed)
     model = Qwen2ForCausalLM(
         Qwen2Config(
@@ -139,26 +167,27 @@ def build_base(settings: BaseConfig, generator: GeneratorConfig, folder: str | P
             max_position_embeddings=1024,
             rope_parameters={"rope_type": "default", "rope_theta": 1e6},  # as Qwen2.5
             eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=None,
             pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
         )
     )
     install_copy_circuit(model)
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim < 2]
-    optimiser = torch.optim.AdamW(
-        [{"params": decay}, {"params": plain, "weight_decay": 0.0}],
-        settings.learning_rate,
-        betas=(0.9, 0.95),
-        weight_decay=0.05,
-    )
-    warm = max(1, len(batches) // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser,
-        lambda i: min(
-            (i + 1) / warm, 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * i / len(batches)))
-        ),
-    )
+    return model
+
+
+def train(model, batches: list[list[Row]], settings: BaseConfig) -> None:
+    """AdamW over the batches in their order; warm-up, a plateau, then a cosine to a twentieth."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    rate = settings.learning_rate
+    optimiser = torch.optim.AdamW(groups, rate, betas=(0.9, 0.95), weight_decay=0.01)
+
+    def factor(step: int) -> float:
+        done = max(0.0, step / len(batches) - 0.3) / 0.7
+        return min((step + 1) / 50, 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
     bar = tqdm(batches, "base", disable=None, leave=False)
     for number, batch in enumerate(bar):
         loss = _loss(model, batch)
@@ -168,21 +197,9 @@ def build_base(settings: BaseConfig, generator: GeneratorConfig, folder: str | P
         optimiser.step()
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
-        if bar.disable and number % 100 == 0:
+        if bar.disable and number % 200 == 0:
             print(f"  base: batch {number} of {len(batches)}, loss {loss.item():.3f}", flush=True)
     model.eval()
-    with torch.no_grad():
-        held_loss = _loss(model, held).item()
-    with atomic_path(folder) as temporary:
-        model.save_pretrained(temporary, safe_serialization=True)
-        tokenizer.save_pretrained(temporary)
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "batches": len(batches),
-        "held_out_loss": held_loss,
-        "cpu_seconds": round(time.process_time() - started),
-        **_copying(model, tokenizer, corpus, generator),
-    }
 
 
 @torch.no_grad()
@@ -226,22 +243,19 @@ def install_copy_circuit(model, width: int = 32, sharpness: float = 24.0) -> Non
 
 def train_tokenizer(texts: list[str], vocabulary: int):
     """Byte-level BPE with ChatML control tokens and template, as Qwen2.5 has."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # A Chinese character has the same tokens wherever it stands, so that it can be copied.
+    one_by_one = pre_tokenizers.Split(Regex("[一-鿿]"), "isolated")
+    bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([one_by_one, bytewise])
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocabulary,
-            special_tokens=special,
-            show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        ),
-    )
+    start = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "special_tokens": special}
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, show_progress=False, **start)
+    tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|endoftext|>",
@@ -256,10 +270,10 @@ def train_tokenizer(texts: list[str], vocabulary: int):
     return fast
 
 
-def _batches(rows, tokens: int, rng: random.Random) -> list[list]:
-    """Rows of like length together, about `tokens` in a batch, in random order."""
+def _batches(rows: list[Row], tokens: int) -> list[list[Row]]:
+    """Rows of like length together, about `tokens` in a batch, the shortest first."""
 
-    def length(row) -> int:
+    def length(row: Row) -> int:
         return len(row[0]) + sum(map(len, row[1]))
 
     batches, batch = [], []
@@ -268,37 +282,28 @@ def _batches(rows, tokens: int, rng: random.Random) -> list[list]:
         if len(batch) * length(row) >= tokens:
             batches.append(batch)
             batch = []
-    rng.shuffle(batches)
-    return batches
+    return batches + [batch] if batch else batches
 
 
-def _loss(model, batch) -> Tensor:
+def _loss(model, batch: list[Row]) -> Tensor:
     """Mean cross-entropy of the lists' tokens; prompts are read, not learned."""
-    prompts, lists = zip(*batch, strict=True)
-    logps = torch.cat(completion_logps(model, list(prompts), list(lists)))
+    prompts, lists = map(list, zip(*batch, strict=True))
+    logps = torch.cat(completion_logps(model, prompts, lists))
     return -logps.sum() / sum(len(x) for xs in lists for x in xs)
 
 
 def _copying(model, tokenizer, corpus: BaseCorpus, generator: GeneratorConfig) -> dict:
-    """Of lists sampled for new subjects: share with K items, share of starters that copy one."""
-    new, k = [[corpus.subject(False) for _ in range(4)] for _ in range(60)], generator.list_size
-    prompts = [encode_prompt(tokenizer, lines, k, generator.instruction, 400) for lines in new]
-    lists = sample(
-        model,
-        tokenizer,
-        prompts,
-        1,
-        max_new_tokens=generator.max_new_tokens,
-        temperature=generator.temperature,
-        top_p=generator.top_p,
-        seed=0,
-    )
-    items = [text.removeprefix("<sug>").partition("</sug>")[0].split("&&") for (text,) in lists]
-    copied = [
-        any(x in item for x in lines) for lines, row in zip(new, items, strict=True) for item in row
-    ]
-    whole = [
-        text.rstrip().endswith("</sug>") and len(row) == k
-        for (text,), row in zip(lists, items, strict=True)
-    ]
+    """Of lists sampled for new subjects, in lines of forms never trained on, 1 to 8 a prompt:
+    the share with K starters, and the share of starters that hold a whole subject."""
+    k = generator.list_size
+    new = [corpus.prompt("en", count, held_out=True) for count in range(1, 9) for _ in range(12)]
+    prompts = [encode_prompt(tokenizer, lines, k, generator.instruction, 400) for lines, _ in new]
+    names = ("max_new_tokens", "temperature", "top_p")
+    chosen = {name: getattr(generator, name) for name in names}
+    lists = sample(model, tokenizer, prompts, 1, seed=0, **chosen)
+    whole, copied = [], []
+    for (_, subjects), (text,) in zip(new, lists, strict=True):
+        starters = text.removeprefix("<sug>").partition("</sug>")[0].split("&&")
+        whole.append(text.rstrip().endswith("</sug>") and len(starters) == k)
+        copied += [any(x in starter for x in subjects) for starter in starters]
     return {"whole_lists": sum(whole) / len(whole), "copied_subjects": sum(copied) / len(copied)}

@@ -120,7 +120,7 @@ class GeneratorConfig:
     instruction: str = "Suggest {n} conversation starters about these interests."
     list_size: int = 5  # K
     max_prompt_tokens: int = 320
-    max_new_tokens: int = 128
+    max_new_tokens: int = 160
     temperature: float = 0.9
     top_p: float = 0.95
     sample_rows: int = 256  # sequences decoded together
@@ -134,10 +134,10 @@ class BaseConfig:
     layers: int = 4
     heads: int = 2
     kv_heads: int = 2
-    intermediate: int = 384
-    prompts: int = 2400  # in the generic corpus
+    intermediate: int = 256
+    prompts: int = 6000  # in the generic corpus
     lists: int = 3  # per prompt
-    batch_tokens: int = 1024
+    batch_tokens: int = 768
     learning_rate: float = 3e-3
     seed: int = 0
 
