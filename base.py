@@ -65,8 +65,11 @@ class BaseCorpus:
         joint = rng.choice([" "] * 14 + ["-", "-", "'s ", " of ", " the ", " & ", ""])
         return " ".join([joint.join(words[:2]), *words[2:]])
 
-    def line(self, code: str, held_out: bool = False) -> tuple[str, list[str]]:
-        """What somebody may have asked, and the subjects in it."""
+    def line(self, code: str, held_out: bool = False, bare: float = 0.0) -> tuple[str, list[str]]:
+        """What somebody may have asked (the subject alone for a share `bare`), and its subjects."""
+        if self.rng.random() < bare:
+            subject = self.subject(code)
+            return subject, [subject]
         rng, kind = self.rng, self.rng.random()
         tail, space = ("_zh", "") if code == "zh" else ("", " ")
         if held_out:
@@ -85,24 +88,34 @@ class BaseCorpus:
         names = {key: self.subject(code) for key in "xy" if f"{{{key}}}" in form}
         return form.format(**names), list(names.values())
 
-    def prompt(self, code: str, count: int, held_out: bool = False) -> tuple[list, list]:
+    def prompt(
+        self, code: str, count: int, held_out: bool = False, bare: float = 0.0
+    ) -> tuple[list[str], list[str]]:
         """`count` interest lines and the subjects in them."""
-        lines, subjects = zip(*[self.line(code, held_out) for _ in range(count)], strict=True)
+        rows = [self.line(code, held_out, bare) for _ in range(count)]
+        lines, subjects = zip(*rows, strict=True)
         return list(lines), [x for names in subjects for x in names]
 
     def starters(self, subjects: list[str], code: str, n: int) -> list[str]:
         """n questions; no subject comes twice before each has come, if they suffice."""
         rng = self.rng
-        chosen = rng.sample(subjects, min(len(subjects), n))
-        chosen += rng.choices(subjects, k=n - len(chosen))
+        # Mostly in the order of the lines, which is easier to learn than any order.
+        order = subjects if rng.random() < 0.7 else rng.sample(subjects, len(subjects))
+        chosen = [order[i % len(order)] for i in range(n)]
         forms = rng.sample(self.templates[code], n)
         return [f.format(x=x, y=rng.choice(subjects)) for f, x in zip(forms, chosen, strict=True)]
 
-    def example(self, list_size: int, num_lists: int) -> tuple[list[str], list[list[str]]]:
-        """Interest lines and some lists of starters for them."""
+    def example(
+        self, list_size: int, num_lists: int, done: float = 1.0
+    ) -> tuple[list[str], list[list[str]]]:
+        """Interest lines and some lists of starters for them; easy ones while `done` is small.
+
+        done: the share of the training that is behind.
+        """
         code = "zh" if self.rng.random() < 0.05 else "en"
-        count = self.rng.choice([1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 8, 8, 10])
-        lines, subjects = self.prompt(code, count)
+        most = 10 if done > 0.45 else 4 if done > 0.3 else 2 if done > 0.15 else 1
+        count = min(most, self.rng.choice([1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 8, 8, 10]))
+        lines, subjects = self.prompt(code, count, bare=max(0.5, 1 - 3 * done))
         return lines, [self.starters(subjects, code, list_size) for _ in range(num_lists)]
 
 
@@ -116,7 +129,8 @@ def build_base(settings: BaseConfig, generator: GeneratorConfig, folder: str | P
 
     started = time.process_time()
     corpus, k = BaseCorpus(settings.seed), generator.list_size
-    examples = [corpus.example(k, settings.lists) for _ in range(settings.prompts)]
+    n = settings.prompts
+    examples = [corpus.example(k, settings.lists, i / n) for i in range(n)]
     tokenizer = train_tokenizer(
         ["\n- ".join([generator.instruction, *lines]) for lines, _ in examples]
         + [f"\n<sug> {' && '.join(lists[0])} </sug>" for _, lists in examples],
@@ -133,12 +147,7 @@ def build_base(settings: BaseConfig, generator: GeneratorConfig, folder: str | P
         ]
 
     model = new_model(settings, tokenizer)
-    rows = encoded(examples)
-    first = len(rows) * 3 // 10  # short prompts first: where a subject begins is learned sooner
-    rng = random.Random(settings.seed)
-    later = _batches(rows[first:], settings.batch_tokens)
-    rng.shuffle(later)
-    train(model, _batches(rows[:first], settings.batch_tokens) + later, settings)
+    train(model, batches(encoded(examples), settings), settings)
     new = BaseCorpus(settings.seed + 1)
     with torch.no_grad():
         held_loss = _loss(model, encoded([new.example(k, 1) for _ in range(64)])).item()
@@ -171,21 +180,26 @@ def new_model(settings: BaseConfig, tokenizer):
             bos_token_id=None,
         )
     )
-    install_copy_circuit(model)
+    marks = (tokenizer.encode(x, add_special_tokens=False)[0] for x in ("-", "<"))
+    install_copy_circuit(model, *marks)
     return model
 
 
 def train(model, batches: list[list[Row]], settings: BaseConfig) -> None:
-    """AdamW over the batches in their order; warm-up, a plateau, then a cosine to a twentieth."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    """AdamW over the batches in their order; warm-up, a plateau, then a cosine to a thirtieth.
+
+    Attention and embeddings hold the copy circuit and move slower, or it would be lost at once.
+    """
+    slow = [p for n, p in model.named_parameters() if "self_attn" in n or "embed" in n]
+    known = {id(p) for p in slow}
+    rest = [p for p in model.parameters() if id(p) not in known]
     rate = settings.learning_rate
-    optimiser = torch.optim.AdamW(groups, rate, betas=(0.9, 0.95), weight_decay=0.01)
+    groups = [{"params": rest}, {"params": slow, "lr": 0.3 * rate}]
+    optimiser = torch.optim.AdamW(groups, rate, betas=(0.9, 0.95), weight_decay=0.0)
 
     def factor(step: int) -> float:
         done = max(0.0, step / len(batches) - 0.3) / 0.7
-        return min((step + 1) / 50, 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
+        return min((step + 1) / 50, 0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * done)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
     bar = tqdm(batches, "base", disable=None, leave=False)
@@ -203,42 +217,61 @@ def train(model, batches: list[list[Row]], settings: BaseConfig) -> None:
 
 
 @torch.no_grad()
-def install_copy_circuit(model, width: int = 32, sharpness: float = 24.0) -> None:
-    """Write an induction circuit into the initial weights of layers 0 and 1; they stay trainable.
+def install_copy_circuit(
+    model, line_mark: int, list_mark: int, width: int = 32, sharpness: float = 24.0
+) -> None:
+    """Write the copying of prompt text into the initial attention weights; they stay trainable.
 
     The stand-in must copy names it never saw from the prompt into its lists. A real Qwen2.5 has
     learned that; from random weights it would emerge only after many millions of tokens.
-    Embeddings leave the last `width` coordinates free. Layer 0, head 0 attends one token back, by
-    its biases alone, and writes a projection of that token there. Layer 1, head 0 looks for a place
-    whose previous token is the current one, and adds the embedding of the token found.
+    Embeddings leave the last `width` + 1 coordinates free. Layer 0, head 0 attends one token back,
+    by its biases alone, and writes a projection of that token there; head 1 notes whether
+    `list_mark` came before, so whether a place belongs to a list. Layer 1, head 0 (induction) looks
+    in the prompt for a place whose previous token is the current one, and adds the embedding of the
+    token found. Head 0 of the later layers does the same for places after `line_mark`, where the
+    subject of a line may begin.
     """
     config, decoder = model.config, model.model
     d, h = config.hidden_size, config.hidden_size // config.num_attention_heads
-    e, half = d - width, h // 2
+    half, flag, e = h // 2, d - width - 1, d - width
     embedding = decoder.embed_tokens.weight
     embedding.normal_(0, e**-0.5)  # rows of length 1
-    embedding[:, e:] = 0
+    embedding[:, flag:] = 0
     match = torch.linalg.qr(torch.randn(e, width))[0].T  # (width, e), orthonormal rows
-    copy = torch.linalg.qr(torch.randn(e, h))[0].T  # (h, e)
-    previous, induction = (layer.self_attn for layer in decoder.layers[:2])
-    for attention in (previous, induction):
+    # Content is compared in the slow rotary pairs, which hardly turn within a prompt.
+    slow = torch.cat([torch.arange(half - width // 2, half), torch.arange(h - width // 2, h)])
+    gain = (sharpness / d * 8 * (e / width) ** 0.5) ** 0.5
+    layers = [layer.self_attn for layer in decoder.layers]
+    for attention in layers:
         for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
             linear.weight[:h] = 0
             linear.bias[:h] = 0
         attention.o_proj.weight[:, :h] = 0
+    first, induction, *pointers = layers
     # Rotary pair i is (i, i + half). The score at distance t is the sum of cos((t - 1) f_i).
     f = decoder.rotary_emb.inv_freq
-    previous.q_proj.bias[:h] = sharpness * torch.cat([torch.cos(f), -torch.sin(f)])
-    previous.k_proj.bias[:half] = sharpness / 4
-    previous.v_proj.weight[:width, :e] = match
-    previous.o_proj.weight[e:, :width] = torch.eye(width) / (d / 2) ** 0.5
-    # Content is compared in the slow pairs, which hardly turn within a prompt.
-    slow = torch.cat([torch.arange(half - width // 2, half), torch.arange(h - width // 2, h)])
-    gain = (sharpness / d * 8 * (e / width) ** 0.5) ** 0.5
+    first.q_proj.bias[:h] = sharpness * torch.cat([torch.cos(f), -torch.sin(f)])
+    first.k_proj.bias[:half] = sharpness / 4
+    first.v_proj.weight[:width, :e] = match
+    first.o_proj.weight[e:, :width] = torch.eye(width) / (d / 2) ** 0.5
+    mark = embedding[list_mark, :e] * d**0.5  # as the attention sees it, behind the norm
+    first.q_proj.weight[h:] = first.k_proj.weight[h:] = first.v_proj.weight[h:] = 0
+    first.q_proj.bias[h + slow] = gain * match @ mark
+    first.k_proj.weight[h + slow, :e] = gain * match
+    first.v_proj.weight[h, :e] = mark / d
+    first.o_proj.weight[:, h:] = 0
+    first.o_proj.weight[flag, h] = 1.0
     induction.q_proj.weight[slow, :e] = gain * match
-    induction.k_proj.weight[slow, e:] = gain * torch.eye(width)
-    induction.v_proj.weight[:h, :e] = copy
-    induction.o_proj.weight[:e, :h] = copy.T * (4 * e / h / d**0.5)
+    for attention in (induction, *pointers):
+        strength = 4 if attention is induction else 1  # a guess must not drown a continuation
+        copy = torch.linalg.qr(torch.randn(e, h))[0].T  # (h, e)
+        attention.v_proj.weight[:h, :e] = copy
+        attention.o_proj.weight[:e, :h] = copy.T * (strength * e / h / d**0.5)
+        attention.k_proj.weight[slow, e:] = gain * torch.eye(width)
+        attention.q_proj.bias[half - width // 2 - 1] = -5.0  # not in a list
+        attention.k_proj.weight[half - width // 2 - 1, flag] = 5.0
+    for attention in pointers:
+        attention.q_proj.bias[slow] = gain * match @ embedding[line_mark, :e] * d**0.5
 
 
 def train_tokenizer(texts: list[str], vocabulary: int):
@@ -270,19 +303,25 @@ def train_tokenizer(texts: list[str], vocabulary: int):
     return fast
 
 
-def _batches(rows: list[Row], tokens: int) -> list[list[Row]]:
-    """Rows of like length together, about `tokens` in a batch, the shortest first."""
+def batches(rows: list[Row], settings: BaseConfig) -> list[list[Row]]:
+    """Batches of about `batch_tokens`: of like length within a stretch of 300 rows, which keep
+    their order, from easy to hard."""
 
     def length(row: Row) -> int:
         return len(row[0]) + sum(map(len, row[1]))
 
-    batches, batch = [], []
-    for row in sorted(rows, key=length):
-        batch.append(row)
-        if len(batch) * length(row) >= tokens:
-            batches.append(batch)
-            batch = []
-    return batches + [batch] if batch else batches
+    result, rng = [], random.Random(settings.seed)
+    for start in range(0, len(rows), 300):
+        stretch, batch = [], []
+        for row in sorted(rows[start : start + 300], key=length):
+            batch.append(row)
+            if len(batch) * length(row) >= settings.batch_tokens:
+                stretch.append(batch)
+                batch = []
+        stretch += [batch] if batch else []
+        rng.shuffle(stretch)
+        result += stretch
+    return result
 
 
 def _loss(model, batch: list[Row]) -> Tensor:

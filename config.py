@@ -61,12 +61,12 @@ class DataConfig:
 
 @dataclass
 class WorldConfig:
-    users: int = 320
+    users: int = 800
     days: int = 120
     seed: int = 7
     median_sessions: int = 12  # 6 in a forum, 150 in a search log; heavy-tailed around it, 1 to 500
     starter_pool: int = 3000  # distinct starters that the logging policy retrieves from
-    impressions_per_user: int = 20  # mean
+    impressions_per_user: int = 50  # mean
 
 
 @dataclass
@@ -85,7 +85,8 @@ class RolesConfig:
 @dataclass
 class RidConfig:
     text_dim: int = 32  # the text embedding is projected to this before it meets the statistics
-    hidden: int = 64  # width of E_u, E_h and of the space they share
+    hidden: int = 64  # width of E_u, E_h and of the space they share, per tower
+    towers: int = 4  # scorers whose cosines are averaged
     dropout: float = 0.5
     temperature: float = 0.1  # Eq. (3)
     learning_rate: float = 1e-3
@@ -101,12 +102,11 @@ class RidConfig:
 
 @dataclass
 class RankerConfig:
-    hidden: int = 64
-    dropout: float = 0.3
     learning_rate: float = 1e-3
+    slot_learning_rate: float = 0.02  # position explains most of a tap and must not wait for w
     epochs: int = 20
-    patience: int = 4
-    batch_impressions: int = 64
+    patience: int = 3
+    batch_impressions: int = 200
     click_share: float = 0.5  # a in click * (a + (1 - a) * min(sessions_after, D) / D)
     depth_cap: int = 5  # D
 
@@ -121,7 +121,7 @@ class GeneratorConfig:
     list_size: int = 5  # K
     max_prompt_tokens: int = 320
     max_new_tokens: int = 160
-    temperature: float = 0.9
+    temperature: float = 0.7
     top_p: float = 0.95
     sample_rows: int = 256  # sequences decoded together
     head_chunk: int = 512  # positions whose vocabulary row exists at once
@@ -135,18 +135,18 @@ class BaseConfig:
     heads: int = 2
     kv_heads: int = 2
     intermediate: int = 256
-    prompts: int = 6000  # in the generic corpus
-    lists: int = 3  # per prompt
-    batch_tokens: int = 768
-    learning_rate: float = 3e-3
+    prompts: int = 4000  # in the generic corpus
+    lists: int = 4  # per prompt
+    batch_tokens: int = 512
+    learning_rate: float = 2e-3
     seed: int = 0
 
 
 @dataclass
 class SitConfig:
-    max_rows: int = 500  # users' interests at a cut that the teacher writes for; 0: all there are
+    max_rows: int = 800  # users' interests at a cut that the teacher writes for; 0: all there are
     lists_per_row: int = 1
-    epochs: int = 2
+    epochs: int = 5
     learning_rate: float = 1e-3
     batch_users: int = 8
 
@@ -292,9 +292,10 @@ def _check(config: Config) -> None:
     if unknown or not dpo.negatives:
         raise UserError("dpo.negatives: some of utility, diversity, joint")
     positive = """world.users world.days rid.batch_users rid.activity_groups rid.temperature
-        ranker.depth_cap generator.list_size generator.max_new_tokens generator.temperature
-        generator.head_chunk base.prompts base.lists sit.batch_users dpo.rounds dpo.samples dpo.beam
-        dpo.expand dpo.batch_users dpo.checkpoints dpo.beta eval.lists data.max_errors"""
+        rid.towers ranker.depth_cap generator.list_size generator.max_new_tokens
+        generator.temperature generator.head_chunk base.prompts base.lists sit.batch_users
+        dpo.rounds dpo.samples dpo.beam dpo.expand dpo.batch_users dpo.checkpoints dpo.beta
+        eval.lists data.max_errors"""
     for key in positive.split():
         section, name = key.split(".")
         if not getattr(getattr(config, section), name) > 0:  # nan is refused too

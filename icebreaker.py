@@ -52,6 +52,8 @@ _RAW = (
         "density_0.7",
         "density_0.85",
         "repeats",
+        "sessions_since",
+        "similar_0.6_half_life_5_sessions",
     ]
 )
 FEATURE_NAMES = _RAW + [f"rank_{name}" for name in _RAW] + ["history_length"]
@@ -113,6 +115,10 @@ def history_statistics(
     columns.append(_token_frequency(texts, of))
     columns += [(cosine > c).float().mean(1) for c in (0.5, 0.7, 0.85)]
     columns.append(own.sum(1).float().log1p())
+    # Recency in sessions, beside days: people differ in how often they come.
+    since = torch.arange(num_sessions - 1, -1, -1, dtype=torch.float32)  # (S,) sessions after it
+    columns.append(torch.where(own, since, torch.inf).amin(1).log1p())
+    columns.append((soft[0.6] * 0.5 ** (since / 5)).sum(1).log1p())
     raw = torch.stack(columns, 1)  # (N, F')
     below = (raw[None] < raw[:, None]).float().sum(1) + 0.5 * (
         raw[None] == raw[:, None]
@@ -156,8 +162,8 @@ def recency_scores(history: History) -> Tensor:
 # --------------------------------------------------------------------------- RID: scorer and loss
 
 
-class ResonanceScorer(nn.Module):
-    """s(u, h) = cos(E_u(H_u, p_u), E_h(h)), Eq. (2).
+class Tower(nn.Module):
+    """E_u and E_h of Eq. (2).
 
     E_h: projected text beside history statistics. E_u: attention pooling of the same inputs, joined
     by the profile's embedding (zeros where there is none).
@@ -178,16 +184,36 @@ class ResonanceScorer(nn.Module):
 
     def forward(
         self, embeddings: Tensor, statistics: Tensor, mask: Tensor, profile: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """embeddings (B, N, D), statistics (B, N, F), mask (B, N), profile (B, D) ->
-        scores (B, N), unit user vectors (B, H), unit session vectors (B, N, H)."""
+        unit user vectors (B, H), unit session vectors (B, N, H)."""
         x = torch.cat([self.text(embeddings), self.norm(statistics)], -1)  # (B, N, text + F)
         sessions = F.normalize(self.session(x), dim=-1)  # (B, N, H)
         element = self.element(x)
         weight = self.attention(element).squeeze(-1).masked_fill(~mask, -1e4).softmax(-1) * mask
         pooled = (weight[..., None] * element).sum(1)  # (B, H)
         user = F.normalize(self.user(pooled + self.profile(profile)), dim=-1)
-        return (sessions @ user[..., None]).squeeze(-1), user, sessions  # Eq. (2)
+        return user, sessions
+
+
+class ResonanceScorer(nn.Module):
+    """s(u, h) = cos(E_u(H_u, p_u), E_h(h)), Eq. (2), of several towers trained side by side.
+
+    Their unit vectors are joined, so that the cosine is the mean of theirs: one tower alone varies
+    by several points of AUC with its seed.
+    """
+
+    def __init__(self, towers: int, *sizes):
+        super().__init__()
+        self.towers = nn.ModuleList(Tower(*sizes) for _ in range(towers))
+
+    def forward(
+        self, embeddings: Tensor, statistics: Tensor, mask: Tensor, profile: Tensor
+    ) -> Tensor:
+        """Inputs as of Tower -> scores (B, N)."""
+        pairs = [tower(embeddings, statistics, mask, profile) for tower in self.towers]
+        user, sessions = (torch.cat(x, -1) / len(pairs) ** 0.5 for x in zip(*pairs, strict=True))
+        return (sessions @ user[..., None]).squeeze(-1)  # Eq. (2)
 
 
 def contrastive_rows(
@@ -315,46 +341,54 @@ def distil(
 # ---------------------------------------------------------------------------------- utility ranker
 
 
-class UtilityRanker(nn.Module):
-    """r_util(u, y) = sigmoid(w . f(u, y)), Eq. (7), as logits.
+def tap_taste(starters: Tensor, surprise: Tensor) -> Tensor:
+    """What a user's earlier taps say of the user: (D + 1,), zeros where nothing was shown.
 
-    f: the starter, the starter against the trigger interests (attention and cosines), the user
-    vector. A logit per slot absorbs the position bias of logs; without slots it is left out.
+    starters (N, D) shown so far; surprise (N,): tapped (1 or 0) minus the mean tap rate of its
+    slot. Starters weighted by surprise are one gradient step of a personal w, from zero; the last
+    element is the user's own tap rate. 10 = shrinkage, in shown starters.
+    """
+    total = torch.cat([surprise @ starters, surprise.sum()[None]])
+    return total / math.sqrt(10 + len(surprise))
+
+
+class UtilityRanker(nn.Module):
+    """r_util(u, y) = sigmoid(w . f(u, y)), Eq. (7), as logits: linear in f, as it is written.
+
+    f: the starter, its cosines with the trigger interests, and the user vector, which is the taste
+    (tap_taste) against the starter. A logit per slot absorbs the position bias of logs; without
+    slots it is left out. Unstated: f. With some thousand taps hidden layers and products of user
+    and starter rank unseen users worse.
     """
 
-    def __init__(self, embed_dim: int, user_dim: int, hidden: int, num_slots: int, dropout: float):
+    MATCH = 6  # nearest interest, three soft counts of near ones, taste, tap rate
+
+    def __init__(self, embed_dim: int, num_slots: int):
         super().__init__()
-        self.starter = nn.Linear(embed_dim, hidden)
-        self.interest = nn.Linear(embed_dim, hidden)
-        self.user = nn.Linear(user_dim, hidden)
-        self.head = nn.Sequential(
-            nn.Dropout(dropout),
-            nn.Linear(4 * hidden + 2, hidden),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            nn.Linear(hidden, 1),
-        )
+        self.norm = nn.BatchNorm1d(self.MATCH, affine=False)
+        self.head = nn.Linear(embed_dim + self.MATCH, 1)
         self.slot = nn.Embedding(num_slots, 1)
+        nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.slot.weight)
 
     def forward(
         self,
         interests: Tensor,
         mask: Tensor,
-        user: Tensor,
+        taste: Tensor,
         starters: Tensor,
         slots: Tensor | None = None,
     ) -> Tensor:
-        """interests (B, M, D), mask (B, M), user (B, H), starters (B, D), slots (B,) -> (B,)."""
+        """interests (B, M, D) and mask (B, M), taste (B, D + 1), starters (B, D), slots (B,)
+        -> logits (B,)."""
         cosine = (interests @ starters[..., None]).squeeze(-1).masked_fill(~mask, -1.0)  # (B, M)
-        weight = (cosine * 10).masked_fill(~mask, -1e4).softmax(-1) * mask
-        matched = self.interest((weight[..., None] * interests).sum(1))  # (B, hidden)
-        starter, user = self.starter(starters), self.user(user)
-        best = cosine.amax(1, keepdim=True).clamp_min(0)
-        mean = (cosine * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)
-        f = torch.cat([starter, matched, starter * matched, starter * user, 3 * best, 3 * mean], -1)
-        logits = self.head(F.gelu(f)).squeeze(-1)
-        return logits if slots is None else logits + self.slot(slots).squeeze(-1)
+        near = [torch.sigmoid((cosine - c) * 20).sum(1) for c in (0.3, 0.45, 0.6)]
+        liked = (taste[:, :-1] * starters).sum(1)
+        nearest = cosine.amax(1).clamp_min(0)
+        match = torch.stack([nearest, *near, liked, taste[:, -1]], 1)  # (B, MATCH)
+        # Elements of a unit vector are small: 8 brings them to the scale of the rest.
+        logits = self.head(torch.cat([8 * starters, self.norm(match)], 1)).squeeze(1)  # Eq. (7)
+        return logits if slots is None else logits + self.slot(slots).squeeze(1)
 
 
 def utility_target(

@@ -3,12 +3,14 @@
 Everything is loaded when first asked for, so that a stage that needs no model loads none. train.py
 writes what is read here; eval.py reads the same.
 
-Legend: B rows, N summaries, M interests, K slots, D embedding, F statistics, H user vector.
+Legend: B rows, N summaries or starters, M interests, K slots, D embedding, F statistics.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 
@@ -31,7 +33,7 @@ class State:
     interests: list[str]  # trigger interests T_u, best first
     scores: list[float]
     embeddings: torch.Tensor  # (M, D)
-    user: torch.Tensor  # (H,), E_u
+    taste: torch.Tensor  # (D + 1,), ib.tap_taste of the lists shown before
 
 
 class Pipeline:
@@ -152,28 +154,60 @@ class Pipeline:
     @torch.no_grad()
     def resonance(
         self, scorer: ib.ResonanceScorer, rows: list[tuple[str, int]]
-    ) -> tuple[list[np.ndarray], torch.Tensor]:
-        """s(u, h) of every summary of every (user, cut) row, and the user vectors (rows, H)."""
+    ) -> list[np.ndarray]:
+        """s(u, h) of every summary of every (user, cut) row."""
         scorer.eval()
-        scores, users = [], []
+        scores = []
         for start in range(0, len(rows), 32):
             batch = self.scorer_batch(rows[start : start + 32])
-            s, user, _ = scorer(**batch)
-            scores += [row[m].numpy() for row, m in zip(s, batch["mask"], strict=True)]
-            users.append(user)
-        return scores, torch.cat(users)
+            s = scorer(**batch)
+            scores += [row[mask].numpy() for row, mask in zip(s, batch["mask"], strict=True)]
+        return scores
+
+    @cached_property
+    def slot_rates(self) -> torch.Tensor:
+        """Mean click rate by slot among the train users (K,); later slots count as the last."""
+        k, train = self.config.generator.list_size, set(self.ids("train"))
+        shown, taps = torch.zeros(k), torch.zeros(k)
+        for impression in self.impressions:
+            if impression.user_id in train:
+                for slot in range(len(impression.starters)):
+                    shown[min(slot, k - 1)] += 1
+                    taps[min(slot, k - 1)] += slot in impression.clicked
+        return taps / shown.clamp_min(1)
+
+    def tastes(self, user: data.User, shown: list[data.Impression]) -> list[torch.Tensor]:
+        """What the lists shown to a user before each cut say of the taste: one (D + 1,) a cut."""
+        rows = [(i.timestamp, y, slot, slot in i.clicked) for i in shown for slot, y in
+                enumerate(i.starters) if i.timestamp]
+        starters = self.encoder([y for _, y, _, _ in rows])  # (N, D)
+        slots = torch.tensor([slot for _, _, slot, _ in rows], dtype=torch.long)
+        taps = torch.tensor([tap for _, _, _, tap in rows], dtype=torch.float32)
+        surprise = taps - self.slot_rates[slots.clamp_max(len(self.slot_rates) - 1)]
+        result = []
+        for share in self.shares:
+            now = data.cut_time(user, share) if share < 1 else datetime.max
+            past = torch.tensor([bool(now) and t < now for t, *_ in rows], dtype=torch.bool)
+            result.append(ib.tap_taste(starters[past], surprise[past]))
+        return result
 
     @cached_property
     def states(self) -> dict[str, list[State]]:
         """What `rid` made of every user, one State per cut."""
-        rows = read_json(self.run / "rid" / "triggers.json")
-        vectors = read_tensors(self.run / "rid" / "users.safetensors")["vectors"]  # (U, cuts, H)
+        triggers, shown = read_json(self.run / "rid" / "triggers.json"), defaultdict(list)
+        for impression in self.impressions:
+            shown[impression.user_id].append(impression)
+        self.encoder(sorted({y for i in self.impressions for y in i.starters}))
         return {
             user_id: [
-                State(user_id, cut["interests"], cut["scores"], self.encoder(cut["interests"]), v)
-                for cut, v in zip(cuts, vectors[i], strict=True)
+                State(
+                    user_id, cut["interests"], cut["scores"], self.encoder(cut["interests"]), taste
+                )
+                for cut, taste in zip(
+                    cuts, self.tastes(self.users[user_id], shown[user_id]), strict=True
+                )
             ]
-            for i, (user_id, cuts) in enumerate(rows.items())
+            for user_id, cuts in triggers.items()
         }
 
     # -------------------------------------------------------------------------------- the generator
@@ -220,10 +254,7 @@ class Pipeline:
     # ----------------------------------------------------------------------------------- the ranker
 
     def new_ranker(self) -> ib.UtilityRanker:
-        r, k = self.config.ranker, self.config.generator.list_size
-        return ib.UtilityRanker(
-            self.encoder.dim, self.config.rid.hidden, r.hidden, num_slots=k, dropout=r.dropout
-        )
+        return ib.UtilityRanker(self.encoder.dim, self.config.generator.list_size)
 
     def ranker(self, name: str) -> ib.UtilityRanker:
         """The fitted ranker "train" (for mining) or "judge" (for evaluation)."""
@@ -239,14 +270,14 @@ def base_folder(config: Config) -> Path:
 
 
 def pad_states(states: list[State]) -> dict[str, torch.Tensor]:
-    """Inputs of UtilityRanker: interests (B, M, D), their mask (B, M), user vectors (B, H)."""
+    """Inputs of UtilityRanker: interests (B, M, D), their mask (B, M), tastes (B, D + 1)."""
     m = max(1, max(len(s.interests) for s in states))
     interests = torch.zeros(len(states), m, states[0].embeddings.shape[1])
     mask = torch.zeros(len(states), m, dtype=torch.bool)
     for i, state in enumerate(states):
         interests[i, : len(state.interests)] = state.embeddings
         mask[i, : len(state.interests)] = True
-    return {"interests": interests, "mask": mask, "user": torch.stack([s.user for s in states])}
+    return {"interests": interests, "mask": mask, "taste": torch.stack([s.taste for s in states])}
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ inputs have not changed is skipped; a stage whose predecessors are missing runs 
 Departures from the paper: LoRA instead of full fine-tuning; the teacher and the revisit matcher are
 offline rules over text (roles.py); the platform is simulated (world.py) unless logs are given.
 
-Legend: B rows, N candidates, M lists or interests, K slots, P pairs, D embedding, H user vector.
+Legend: B rows, N candidates, M lists or interests, K slots, P pairs, D embedding.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def stage_rid(p: Pipeline) -> dict:
         "thresholds": thresholds,
         "kept_per_user": kept,
         "unseen_users": len({u for u, _ in unseen}),
-        "auc": revisits.auc(unseen, p.resonance(scorer, unseen)[0]) if unseen else float("nan"),
+        "auc": revisits.auc(unseen, p.resonance(scorer, unseen)) if unseen else float("nan"),
     } | {
         f"auc_{name}": revisits.auc(unseen, [score(p.histories[u][c]).numpy() for u, c in unseen])
         for name, score in baselines.items()
@@ -160,6 +160,7 @@ def fit_scorer(p: Pipeline, revisits: Revisits, train, valid) -> tuple[ib.Resona
     settings = p.config.rid
     torch.manual_seed(p.seed("rid"))
     scorer = ib.ResonanceScorer(
+        settings.towers,
         p.encoder.dim,
         len(ib.FEATURE_NAMES),
         settings.text_dim,
@@ -191,17 +192,18 @@ def fit_scorer(p: Pipeline, revisits: Revisits, train, valid) -> tuple[ib.Resona
                 ids[i, : len(texts)] = torch.tensor(
                     [text_id.setdefault(t, len(text_id)) for t in texts]
                 )
-            _, user, sessions = scorer(**batch)
-            scores, counts = ib.contrastive_rows(
-                user, sessions, positive, batch["mask"], ids, settings.negatives_within, lottery
-            )
-            loss = ib.contrastive_loss(scores, settings.temperature, counts).mean()  # Eq. (3)
             optimiser.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(scorer.parameters(), 1.0)
+            for tower in scorer.towers:
+                user, sessions = tower(**batch)
+                scores, counts = ib.contrastive_rows(
+                    user, sessions, positive, batch["mask"], ids, settings.negatives_within, lottery
+                )
+                loss = ib.contrastive_loss(scores, settings.temperature, counts).mean()  # Eq. (3)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
+                losses.append(loss.item())
             optimiser.step()
-            losses.append(loss.item())
-        auc = revisits.auc(valid, p.resonance(scorer, valid)[0])
+        auc = revisits.auc(valid, p.resonance(scorer, valid))
         p.run.log("rid", epoch=epoch, loss=float(np.mean(losses)), valid_auc=auc)
         if auc > best_auc:
             best, best_auc, waited = {k: v.clone() for k, v in scorer.state_dict().items()}, auc, 0
@@ -216,7 +218,7 @@ def fit_scorer(p: Pipeline, revisits: Revisits, train, valid) -> tuple[ib.Resona
 
 def fit_gate(p: Pipeline, revisits: Revisits, scorer, valid, edges) -> list[float]:
     """A threshold for each activity group, from held-out users."""
-    scores, _ = p.resonance(scorer, valid)
+    scores = p.resonance(scorer, valid)
     groups = [
         np.full(len(s), ib.activity_group(p.histories[u][c].sessions_per_week, edges))
         for (u, c), s in zip(valid, scores, strict=True)
@@ -229,14 +231,11 @@ def fit_gate(p: Pipeline, revisits: Revisits, scorer, valid, edges) -> list[floa
 
 
 def distil_all(p: Pipeline, scorer, edges, thresholds) -> float:
-    """Write every user's trigger interests and user vector at every cut; mean number kept."""
+    """Write every user's trigger interests at every cut; return the mean number kept."""
     settings = p.config.rid
     everyone = [(u, c) for u in p.users for c in range(len(p.shares)) if p.histories[u][c].texts]
-    found = dict(zip(everyone, zip(*p.resonance(scorer, everyone), strict=True), strict=True))
     triggers = {u: [{"interests": [], "scores": []} for _ in p.shares] for u in p.users}
-    vectors = torch.zeros(len(p.users), len(p.shares), settings.hidden)
-    number = {user_id: i for i, user_id in enumerate(p.users)}
-    for (user_id, cut), (scores, vector) in found.items():
+    for (user_id, cut), scores in zip(everyone, p.resonance(scorer, everyone), strict=True):
         history = p.histories[user_id][cut]
         keep = ib.distil(
             scores,
@@ -246,13 +245,11 @@ def distil_all(p: Pipeline, scorer, edges, thresholds) -> float:
             history.embeddings,
             settings.duplicate_cosine,
         )
-        vectors[number[user_id], cut] = vector
         triggers[user_id][cut] = {
             "interests": [history.texts[j] for j in keep],
             "scores": [float(scores[j]) for j in keep],
         }
     write_json(p.run / "rid" / "triggers.json", triggers)
-    write_tensors(p.run / "rid" / "users.safetensors", {"vectors": vectors})
     return float(np.mean([len(cuts[-1]["interests"]) for cuts in triggers.values()]))
 
 
@@ -312,7 +309,14 @@ def fit_ranker(p: Pipeline, pairs, name: str) -> ib.UtilityRanker:
     states, stop_states = (pad_states([s for _, s in side]) for side in (fit, stop))
     torch.manual_seed(p.seed("ranker", name))
     ranker = p.new_ranker()
-    optimiser = torch.optim.AdamW(ranker.parameters(), settings.learning_rate, weight_decay=0.05)
+    with torch.no_grad():
+        ranker.head.bias.fill_(torch.logit(rows["targets"].mean().clamp(0.001, 0.999)))
+    slots = {"params": ranker.slot.parameters(), "lr": settings.slot_learning_rate}
+    optimiser = torch.optim.AdamW(
+        [{"params": ranker.head.parameters(), "weight_decay": 0.05}, slots],
+        settings.learning_rate,
+        weight_decay=0.0,
+    )
     size = settings.batch_impressions * p.config.generator.list_size
     every = torch.arange(len(stop_rows["owner"]))
     best, best_loss, waited = None, float("inf"), 0

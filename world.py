@@ -19,6 +19,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +150,7 @@ class Taxonomy:
             for word in (topic, *map(str, entry.get("keywords") or ())):
                 self._word.setdefault(word.lower(), topic)
         self._find_subject, self._find_word = map(_lexicon, (self._subject, self._word))
+        self.understand = cache(self._understand)
 
     def names(self, chinese: bool) -> dict[str, dict[str, str]]:
         """topic -> subject -> its name in the user's language."""
@@ -157,7 +159,7 @@ class Taxonomy:
     def functional(self, topic: str) -> bool:
         return bool(self.topics[topic].get("functional"))
 
-    def understand(self, text: str) -> tuple[str | None, frozenset[str], str]:
+    def _understand(self, text: str) -> tuple[str | None, frozenset[str], str]:
         """(topic or None, named subjects, angle) of any text, by words alone."""
         low = text.lower()
         found = [self._subject[m] for m in self._find_subject.findall(low)]

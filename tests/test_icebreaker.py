@@ -223,13 +223,13 @@ def test_history_collapses_repeats_to_the_latest():
 
 def test_scorer_ignores_pads_and_survives_an_empty_row():
     torch.manual_seed(0)
-    scorer = ib.ResonanceScorer(8, 5, 4, 16, 0.5).eval()
+    scorer = ib.ResonanceScorer(2, 8, 5, 4, 16, 0.5).eval()
     e, s, p = unit(2, 3, 8), torch.randn(2, 3, 5), torch.zeros(2, 8)
     mask = torch.tensor([[True, True, False], [False] * 3])
-    scores, *_ = scorer(e, s, mask, p)
+    scores = scorer(e, s, mask, p)
     e2, s2 = e.clone(), s.clone()
     e2[0, 2], s2[0, 2] = 9.0, -9.0
-    assert torch.allclose(scores[0, :2], scorer(e2, s2, mask, p)[0][0, :2], atol=1e-6)
+    assert torch.allclose(scores[0, :2], scorer(e2, s2, mask, p)[0, :2], atol=1e-6)
     assert scores.isfinite().all()
 
 
@@ -245,21 +245,27 @@ def test_contrastive_rows_leave_out_positives_equal_texts_and_pads():
     assert keep[2].tolist() == [True, True, True, True, True, True, False]
 
 
+def test_the_joined_cosine_is_the_mean_of_the_towers():
+    scorer = ib.ResonanceScorer(3, 8, 5, 4, 16, 0.5).eval()
+    x = unit(2, 3, 8), torch.randn(2, 3, 5), torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, 8)
+    each = [(h @ u[..., None]).squeeze(-1) for u, h in (tower(*x) for tower in scorer.towers)]
+    assert torch.allclose(scorer(*x), torch.stack(each).mean(0), atol=1e-6)
+
+
 def test_scorer_learns_a_separable_signal():
     torch.manual_seed(0)
-    scorer = ib.ResonanceScorer(8, 3, 4, 16, 0.0)
+    scorer = ib.ResonanceScorer(2, 8, 3, 4, 16, 0.0)
     optimiser = torch.optim.Adam(scorer.parameters(), 1e-2)
     e, s = unit(6, 10, 8), torch.randn(6, 10, 3)
     positive, mask = s[..., 0] > 0.5, torch.ones(6, 10, dtype=torch.bool)
     ids, none = torch.arange(60).reshape(6, 10), torch.zeros(6, 8)
     for _ in range(60):
-        _, user, sessions = scorer(e, s, mask, none)
-        rows, keep = ib.contrastive_rows(user, sessions, positive, mask, ids, 8)
-        loss = ib.contrastive_loss(rows, 0.1, keep).mean()
         optimiser.zero_grad()
-        loss.backward()
+        for tower in scorer.towers:
+            rows, keep = ib.contrastive_rows(*tower(e, s, mask, none), positive, mask, ids, 8)
+            ib.contrastive_loss(rows, 0.1, keep).mean().backward()
         optimiser.step()
-    scores = scorer(e, s, mask, none)[0].detach().numpy()
+    scores = scorer(e, s, mask, none).detach().numpy()
     assert (
         np.nanmean([ib.per_user_auc(x, y) for x, y in zip(scores, positive.numpy(), strict=True)])
         > 0.95
@@ -271,9 +277,23 @@ def test_utility_target_and_slot_logit():
         torch.tensor([0.0, 1, 1, 1]), torch.tensor([4.0, 0, 9, math.nan]), 0.5, 5
     )
     assert target.tolist() == pytest.approx([0, 0.5, 1, 0.75])
-    ranker = ib.UtilityRanker(8, 4, 16, 5, 0.0).eval()
+    ranker = ib.UtilityRanker(8, 5).eval()
     with torch.no_grad():
         ranker.slot.weight[:, 0] = torch.arange(5.0)
-        x = (unit(3, 2, 8), torch.ones(3, 2, dtype=torch.bool), unit(3, 4), unit(3, 8, seed=2))
+        x = (unit(3, 2, 8), torch.ones(3, 2, dtype=torch.bool), unit(3, 9), unit(3, 8, seed=2))
         slots = torch.tensor([0, 2, 4])
         assert torch.allclose(ranker(*x, slots) - ranker(*x), slots.float(), atol=1e-6)
+
+
+def test_taste_points_to_what_was_tapped_and_away_from_what_was_not():
+    starters = unit(2, 8)
+    taste = ib.tap_taste(starters, torch.tensor([0.8, -0.2]))
+    liked = starters @ taste[:-1]
+    assert liked[0] > liked[1] and taste[-1] == pytest.approx(0.6 / math.sqrt(12))
+    assert ib.tap_taste(starters[:0], torch.zeros(0)).tolist() == [0.0] * 9
+
+
+def test_min_max_scales_valid_places_only():
+    x = torch.tensor([[1.0, 3.0, 99.0], [2.0, 2.0, 2.0]])
+    valid = torch.tensor([[True, True, False], [True] * 3])
+    assert ib.min_max(x, valid).tolist() == [[0, 1, 0], [0, 0, 0]]

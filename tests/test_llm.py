@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import base
+import icebreaker as ib
 import llm
 from config import UserError
 
@@ -68,6 +69,46 @@ def test_tree_rows_equal_one_sequence_at_a_time(rows, tied, chunk):
         strict=True,
     ):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item() + 1e-7)
+
+
+def test_dpo_loss_equals_trl(tokenizer, tmp_path):
+    """The whole step: tree rows and dpo_loss against TRL's trainer on one batch of pairs."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    size = len(tokenizer)
+    policy, reference = tiny(vocabulary=size), tiny(vocabulary=size)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    pairs = [
+        {"prompt": "- chess", "chosen": "<sug> What is chess? </sug>", "rejected": "<sug> x"},
+        {"prompt": "- Kyoto gardens", "chosen": "<sug> Visit Kyoto", "rejected": "chess openings"},
+    ]
+    settings = DPOConfig(
+        str(tmp_path), beta=0.3, per_device_train_batch_size=2, report_to=[], use_cpu=True
+    )
+    trainer = DPOTrainer(
+        policy, reference, settings, train_dataset=Dataset.from_list(pairs),
+        processing_class=tokenizer,
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    theirs = trainer.compute_loss(policy, dict(batch))
+    rows = []
+    for ids, scored, real in zip(
+        batch["input_ids"], batch["completion_mask"], batch["attention_mask"], strict=True
+    ):
+        prompt = ids[(real == 1) & (scored == 0)].tolist()
+        rows.append((prompt, [ids[scored == 1].tolist()]))
+    prompts, completions = map(list, zip(*rows, strict=True))
+    with torch.no_grad():
+        policy, reference = (
+            torch.cat(llm.completion_logps(m.eval(), prompts, completions))
+            for m in (policy, reference)
+        )
+    ours = ib.dpo_loss(*policy.chunk(2), *reference.chunk(2), beta=0.3).mean()
+    assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
+    assert abs(ours.item() - 0.693147) > 1e-3
 
 
 def test_empty_completion_is_refused():

@@ -1,0 +1,99 @@
+"""The generic corpus is well-formed, and the same settings give the same model."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+import base
+import roles
+from config import BaseConfig, GeneratorConfig
+
+MICRO = BaseConfig(
+    vocabulary=400, hidden=128, layers=2, heads=2, kv_heads=2, intermediate=32, prompts=24, lists=2
+)
+
+
+@pytest.fixture(scope="module")
+def examples():
+    corpus = base.BaseCorpus(3)
+    return [corpus.example(5, 2) for _ in range(400)]
+
+
+def test_lists_have_k_distinct_starters_that_parse_back(examples):
+    for _, lists in examples:
+        for starters in lists:
+            parsed = roles.parse_starters(roles.format_starters(starters)).starters
+            assert len(set(starters)) == len(parsed) == 5
+
+
+@pytest.mark.parametrize("code", ["en", "zh"])
+@pytest.mark.parametrize("held_out", [False, True])
+def test_every_starter_holds_a_subject_that_a_line_holds(code, held_out):
+    corpus = base.BaseCorpus(4)
+    if held_out and code == "zh":
+        pytest.skip("held-out forms are English")
+    for count in range(1, 9):
+        lines, subjects = corpus.prompt(code, count, held_out)
+        starters = corpus.starters(subjects, code, 5)
+        assert len(lines) == count
+        assert all(any(x in line for line in lines) for x in subjects)
+        assert all(any(x in starter for x in subjects) for starter in starters)
+        named = {x for x in subjects if any(x in starter for starter in starters)}
+        assert len(named) >= min(5, len(set(subjects)))
+
+
+def test_subjects_are_nearly_all_distinct():
+    corpus = base.BaseCorpus(0)
+    names = [corpus.subject("en") for _ in range(5000)]
+    assert len(set(names)) > 0.9 * len(names)
+    assert len({corpus.subject("zh") for _ in range(500)}) > 490
+
+
+def test_held_out_forms_are_never_trained_on():
+    phrases = base.BaseCorpus(0).phrases
+    known = set(phrases["openings"] + phrases["pairs"])
+    assert known.isdisjoint(form.split(" {x}")[0] for form in phrases["held_out"])
+
+
+def test_the_first_examples_are_the_easy_ones():
+    corpus = base.BaseCorpus(6)
+    lines, lists = corpus.example(5, 2, done=0.0)
+    assert len(lines) == 1 and all(lines[0] in starter for x in lists for starter in x)
+    assert max(len(corpus.example(5, 1)[0]) for _ in range(100)) == 10
+
+
+def test_the_seed_decides_the_corpus(examples):
+    again, other = base.BaseCorpus(3), base.BaseCorpus(5)
+    assert [again.example(5, 2) for _ in range(400)] == examples
+    assert other.example(5, 2) != examples[0]
+
+
+def test_batches_hold_every_row_once():
+    rng = random.Random(0)
+    rows = [([i] * rng.randint(1, 9), [[i] * rng.randint(1, 9)]) for i in range(50)]
+    batches = base.batches(rows, BaseConfig(batch_tokens=40))
+    assert sorted(row[0][0] for batch in batches for row in batch) == list(range(50))
+    assert len(batches) > 3
+
+
+def test_a_base_model_loads_in_transformers_and_is_the_same_twice(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    generator = GeneratorConfig(max_new_tokens=12)
+    figures = [base.build_base(MICRO, generator, tmp_path / name) for name in "ab"]
+    a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
+    assert a == b
+    assert figures[0]["held_out_loss"] == figures[1]["held_out_loss"]
+    assert 0 <= figures[0]["copied_subjects"] <= 1
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a")
+    assert model.config.model_type == "qwen2" and len(tokenizer) == model.config.vocab_size
+    assert (
+        tokenizer.decode(tokenizer.encode("吉他 and Baldur's Gate 3")) == "吉他 and Baldur's Gate 3"
+    )
+
+
+def test_the_taxonomy_of_the_simulated_platform_is_never_read():
+    assert "taxonomy" not in Path(base.__file__).read_text(encoding="utf-8")
+    assert "world" not in vars(base)
