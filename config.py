@@ -159,23 +159,23 @@ class DpoConfig:
     teacher_lists: int = 2  # lists of the teacher that join the pool
     beam: int = 8
     expand: int = 8
-    weight: float = 0.5  # lambda: utility against diversity
+    weight: float = 0.4  # lambda: utility against diversity
     margin: float = 0.2  # a rejected list is lower by at least this (after min-max within the user)
     tolerance: float = 0.2  # ... while the other dimension differs by at most this
     random_lists: int = 8  # random draws from the pool among the lists considered
     negatives: list[str] = field(default_factory=lambda: ["utility", "diversity", "joint"])
     beta: float = 0.1
-    learning_rate: float = 3e-4
+    learning_rate: float = 2e-4
     passes: int = 1  # over the accumulated pairs, per round
     batch_users: int = 8
     reference: str = "round"  # "round": policy at the start of the round; "sit": the SIT policy
-    sft_weight: float = 0.0
+    sft_weight: float = 1.0  # of the chosen lists' mean log-probability per token beside Eq. (6)
     checkpoints: int = 2  # per round; the best by held-out utility and diversity is kept
 
 
 @dataclass
 class EvalConfig:
-    lists: int = 4  # lists sampled per user and method
+    lists: int = 2  # sampled per user and method
     bootstrap: int = 1000
     examples: int = 6  # users on the page of examples
 

@@ -636,7 +636,9 @@ def stage_dpo(p: Pipeline) -> dict:
         pairs = pairs + read_json(p.run / folder / "pairs.json")
     folder, key = "dpo/vanilla", digest(stage_key(p, "dpo"), "vanilla")
     if not p.run.is_done(folder, key):
-        clicked = click_pairs(p)
+        clicked, rng = click_pairs(p), random.Random(p.seed("clicked"))
+        # As many pairs as IceBreaker learned from: their kinds are compared, not their number.
+        clicked = rng.sample(clicked, min(len(clicked), sum(len(x["rejected"]) for x in pairs)))
         model = p.policy(p.run / "sit" / "adapter", trainable=True)
         made = align(p, model, clicked, "clicked against ignored")
         llm.save_adapter(model, p.run / folder / "adapter")
