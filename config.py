@@ -39,7 +39,7 @@ class UserError(Exception):
 
 @dataclass
 class RunConfig:
-    name: str = ""  # the run folder is root/name; empty: the name of data.users, or "tiny"
+    name: str = ""  # the run folder is root/name; empty: named after data.users or the config file
     root: str = "runs"
     seed: int = 0  # every random choice outside the simulated world
 
@@ -262,7 +262,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] = ()) -> Co
         except OmegaConfBaseException as error:
             setting = getattr(error, "full_key", None) or "setting"
             raise UserError(f"{where}: {setting}: {str(error).splitlines()[0]}") from None
-    config.run.name = config.run.name or Path(config.data.users or "tiny").stem
+    config.run.name = config.run.name or Path(config.data.users or path or "tiny").stem
     _check(config)
     return config
 

@@ -79,11 +79,13 @@ class KeywordCounter:
     def __init__(self, starters: list[str]):
         from sklearn.feature_extraction.text import TfidfVectorizer
 
-        self.vectoriser = TfidfVectorizer(analyzer=keywords).fit(starters)
-        self.threshold = float(np.median(self.vectoriser.transform(starters).data))
+        self.vectoriser = None  # where no method wrote a keyword
+        if any(map(keywords, starters)):
+            self.vectoriser = TfidfVectorizer(analyzer=keywords).fit(starters)
+            self.threshold = float(np.median(self.vectoriser.transform(starters).data))
 
     def __call__(self, starters: list[str]) -> int:
-        if not starters:
+        if not starters or not self.vectoriser:
             return 0
         matrix = self.vectoriser.transform(starters)
         return len(set(matrix.indices[matrix.data >= self.threshold]))

@@ -56,6 +56,7 @@ def test_keywords_of_varied_lists_outnumber_those_of_a_repeated_one():
     varied, same = ["chess openings", "jazz piano", "学习古筝"], ["jazz piano"] * 3
     count = evaluation.KeywordCounter(varied + same)
     assert count(varied) > count(same) > 0 == count([])
+    assert evaluation.KeywordCounter([])(["the"]) == 0
 
 
 def test_bootstrap_covers_the_mean_and_repeats():

@@ -86,7 +86,8 @@ def test_dpo_loss_equals_trl(tokenizer, tmp_path):
         {"prompt": "- Kyoto gardens", "chosen": "<sug> Visit Kyoto", "rejected": "chess openings"},
     ]
     settings = DPOConfig(
-        str(tmp_path), beta=0.3, per_device_train_batch_size=2, report_to=[], use_cpu=True
+        str(tmp_path), beta=0.3, per_device_train_batch_size=2, report_to=[], use_cpu=True,
+        bf16=False,
     )
     trainer = DPOTrainer(
         policy, reference, settings, train_dataset=Dataset.from_list(pairs),

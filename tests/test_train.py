@@ -84,8 +84,8 @@ def test_dpo_starts_at_ln_2_and_logs_what_to_watch(finished):
 
 def test_own_users_without_logs_get_starters(finished, tmp_path, capsys):
     shutil.copy(finished / "world" / "users.jsonl", tmp_path / "mine.jsonl")
-    words = f"data.users={tmp_path}/mine.jsonl", "run.name=mine"
-    train.run_stages(micro(finished.parent, *words), list(train.STAGES))
+    config = micro(finished.parent, f"data.users={tmp_path}/mine.jsonl")
+    train.run_stages(config, list(train.STAGES))
     output = capsys.readouterr().out
     assert output.count("no impressions") == 2 and "| SFT |" in output
     assert "R-Score |" not in output.partition("The paper's")[0]
