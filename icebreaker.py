@@ -357,8 +357,8 @@ class UtilityRanker(nn.Module):
 
     f: the starter, its cosines with the trigger interests, and the user vector, which is the taste
     (tap_taste) against the starter. A logit per slot absorbs the position bias of logs; without
-    slots it is left out. Unstated: f. With some thousand taps hidden layers and products of user
-    and starter rank unseen users worse.
+    slots it is left out. Unstated: f. E_u of RID is not in it (untried). With some thousand taps a
+    hidden layer ranked unseen users no better, and products of statistics and starter worse.
     """
 
     MATCH = 6  # nearest interest, three soft counts of near ones, taste, tap rate
