@@ -200,7 +200,7 @@ class ResonanceScorer(nn.Module):
     """s(u, h) = cos(E_u(H_u, p_u), E_h(h)), Eq. (2), of several towers trained side by side.
 
     Their unit vectors are joined, so that the cosine is the mean of theirs: one tower alone varies
-    by several points of AUC with its seed.
+    with its seed.
     """
 
     def __init__(self, towers: int, *sizes):

@@ -703,10 +703,10 @@ class Stage:
 
 STAGES = {
     "world": Stage(stage_world, (), ("world", "data")),
-    "base": Stage(stage_base, (), ("base",)),
+    "base": Stage(stage_base, (), ("base", "generator")),
     "match": Stage(stage_match, ("world",), ("encoder", "roles")),
     "rid": Stage(stage_rid, ("match",), ("rid",)),
-    "ranker": Stage(stage_ranker, ("rid",), ("ranker",)),
+    "ranker": Stage(stage_ranker, ("rid",), ("ranker", "generator")),  # K slots
     "sit": Stage(stage_sit, ("rid", "base"), ("generator", "sit")),
     "dpo": Stage(stage_dpo, ("sit", "ranker"), ("dpo",)),
     "eval": Stage(evaluation.stage_eval, ("dpo",), ("eval",)),

@@ -5,7 +5,8 @@
 DIR holds users.jsonl and impressions.jsonl, which is all that a real log would hold, and apart
 from them truth/truth.json, the hidden state, which only the evaluation may read. The world
 understands a starter by its own lexicon (configs/taxonomy.yaml), whoever wrote it; it knows nothing
-of the methods. Every number below is a plausible choice made once, not fitted to any result.
+of the methods. Every number below is a plausible choice, not fitted to any result;
+REPEAT_SHARE and ONE_OFF_SHARE were set so that repeats and revisits are as many as in real logs.
 
 Hidden state of a user: interests (a topic and favourite subjects in it), each with a frequency and
 a resonance that are only weakly related (functional requests are frequent and resonate with

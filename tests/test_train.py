@@ -68,9 +68,13 @@ def test_a_second_run_skips_everything_and_a_changed_setting_only_what_depends_o
     train.run_stages(micro(finished.parent), list(train.STAGES))
     output = capsys.readouterr().out
     assert output.count("already done") == len(train.STAGES) and "| IceBreaker |" in output
-    p = train.Pipeline(micro(finished.parent, "dpo.beta=0.3"))
-    done = [name for name in train.STAGES if p.run.is_done(name, train.stage_key(p, name))]
-    assert done == ["world", "base", "match", "rid", "ranker", "sit"]
+    for word, expected in {
+        "dpo.beta=0.3": ["world", "base", "match", "rid", "ranker", "sit"],
+        "generator.list_size=4": ["world", "match", "rid"],  # the base and the ranker depend on K
+    }.items():
+        p = train.Pipeline(micro(finished.parent, word))
+        done = [name for name in train.STAGES if p.run.is_done(name, train.stage_key(p, name))]
+        assert done == expected
 
 
 def test_dpo_starts_at_ln_2_and_logs_what_to_watch(finished):
