@@ -94,6 +94,8 @@ class RidConfig:
     patience: int = 5  # epochs without a better held-out per-user AUC
     batch_users: int = 16
     negatives_within: int = 32  # per positive
+    encoder_learning_rate: float = 0.0  # above 0: the encoder of E_u and E_h is fine-tuned too
+    encoder_recompute: bool = False  # gradient caching: activations of one encoder.batch_size
     activity_groups: int = 3
     min_keep: int = 2
     max_keep: int = 6
@@ -123,8 +125,12 @@ class GeneratorConfig:
     max_new_tokens: int = 160
     temperature: float = 0.7
     top_p: float = 0.95
+    top_k: int = 50  # only these are drawn from; 0: all
+    sampler: str = "fast"  # or "generate": token for token what transformers' generate draws
     sample_rows: int = 256  # sequences decoded together
-    head_chunk: int = 512  # positions whose vocabulary row exists at once
+    head_chunk: int = 256  # positions whose vocabulary row exists at once
+    attention: str = "sdpa"  # of training; "flex_attention": faster on a GPU for long rows
+    gradient_checkpointing: bool = False  # less memory, a third more time
 
 
 @dataclass
@@ -288,6 +294,12 @@ def _check(config: Config) -> None:
         raise UserError("dpo.weight: between 0 (diversity only) and 1 (utility only)")
     if dpo.reference not in ("round", "sit"):
         raise UserError("dpo.reference: 'round' or 'sit'")
+    if config.generator.sampler not in ("fast", "generate"):
+        raise UserError("generator.sampler: 'fast' or 'generate'")
+    if config.generator.attention not in ("sdpa", "flex_attention"):
+        raise UserError("generator.attention: 'sdpa' or 'flex_attention'")
+    if config.generator.top_k < 0:
+        raise UserError("generator.top_k: 0 (all tokens) or more")
     unknown = set(dpo.negatives) - {"utility", "diversity", "joint"}
     if unknown or not dpo.negatives:
         raise UserError("dpo.negatives: some of utility, diversity, joint")

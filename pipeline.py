@@ -52,6 +52,7 @@ class Pipeline:
             self.users_file = self.run / "world" / "users.jsonl"
             self.impressions_file = self.run / "world" / "impressions.jsonl"
         self.shares = [*config.data.cuts, 1.0]  # the last one: everything up to now
+        self.tuned_encoder = None  # of the scorer, where rid fine-tunes one
 
     def seed(self, *parts) -> int:
         """A seed of its own for every purpose, from run.seed."""
@@ -149,6 +150,11 @@ class Pipeline:
             m = len(h.texts)
             batch["embeddings"][i, :m], batch["statistics"][i, :m] = h.embeddings, h.statistics
             batch["mask"][i, :m] = True
+        if self.tuned_encoder is not None:
+            texts = [text for h in histories for text in h.texts]
+            size, recompute = self.config.encoder.batch_size, self.config.rid.encoder_recompute
+            vectors = llm.embed(self.tuned_encoder, texts, size, recompute)
+            batch["embeddings"][batch["mask"]] = vectors.to(batch["embeddings"].device)
         return batch
 
     @torch.no_grad()
@@ -222,7 +228,8 @@ class Pipeline:
 
     def policy(self, adapter: Path | None, trainable: bool = False):
         """The generator with a saved adapter, or the bare base model."""
-        model = llm.load_generator(self.model_path, self.config.generator.load_in_4bit)
+        g = self.config.generator
+        model = llm.load_generator(self.model_path, g.load_in_4bit, g.gradient_checkpointing)
         return llm.load_adapter(model, adapter, trainable) if adapter else model.eval()
 
     def prompt(self, interests: list[str]) -> list[int]:
@@ -239,7 +246,7 @@ class Pipeline:
         texts = llm.sample(
             model, self.tokenizer, [self.prompt(i) for i in inputs], n, seed=seed,
             max_new_tokens=g.max_new_tokens, temperature=g.temperature, top_p=g.top_p,
-            rows=g.sample_rows,
+            top_k=g.top_k, rows=g.sample_rows, sampler=g.sampler,
         )
         return [
             [self.usable(text, interests) for text in row]

@@ -16,6 +16,7 @@ Legend: B rows, N candidates, M lists or interests, K slots, P pairs, D embeddin
 from __future__ import annotations
 
 import argparse
+import copy
 import random
 import resource
 import time
@@ -36,6 +37,7 @@ from config import (
     ROOT,
     Config,
     UserError,
+    atomic_path,
     digest,
     file_digest,
     load_config,
@@ -168,6 +170,11 @@ def fit_scorer(p: Pipeline, revisits: Revisits, train, valid) -> tuple[ib.Resona
         settings.dropout,
     )
     optimiser = torch.optim.AdamW(scorer.parameters(), settings.learning_rate, weight_decay=0.01)
+    if settings.encoder_learning_rate:
+        p.tuned_encoder = copy.deepcopy(p.encoder.model).eval()
+        weights = {"params": p.tuned_encoder.parameters(), "lr": settings.encoder_learning_rate}
+        optimiser.add_param_group(weights)
+    trained = torch.nn.ModuleList([*scorer.towers, *([p.tuned_encoder] if p.tuned_encoder else [])])
     shuffle = random.Random(p.seed("rid", "order"))
     lottery = torch.Generator().manual_seed(p.seed("rid", "negatives"))
     text_id: dict[str, int] = {}
@@ -192,27 +199,32 @@ def fit_scorer(p: Pipeline, revisits: Revisits, train, valid) -> tuple[ib.Resona
                 ids[i, : len(texts)] = torch.tensor(
                     [text_id.setdefault(t, len(text_id)) for t in texts]
                 )
-            optimiser.zero_grad()
+            loss = 0.0
             for tower in scorer.towers:
                 user, sessions = tower(**batch)
                 scores, counts = ib.contrastive_rows(
                     user, sessions, positive, batch["mask"], ids, settings.negatives_within, lottery
                 )
-                loss = ib.contrastive_loss(scores, settings.temperature, counts).mean()  # Eq. (3)
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
-                losses.append(loss.item())
+                loss = loss + ib.contrastive_loss(scores, settings.temperature, counts).mean()
+            optimiser.zero_grad()
+            loss.backward()  # Eq. (3), of every tower
+            for part in trained:
+                torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0)
             optimiser.step()
+            losses.append(loss.item() / len(scorer.towers))
         auc = revisits.auc(valid, p.resonance(scorer, valid))
         p.run.log("rid", epoch=epoch, loss=float(np.mean(losses)), valid_auc=auc)
         if auc > best_auc:
-            best, best_auc, waited = {k: v.clone() for k, v in scorer.state_dict().items()}, auc, 0
+            best, best_auc, waited = {k: v.clone() for k, v in trained.state_dict().items()}, auc, 0
         else:
             waited += 1
             if waited > settings.patience:
                 break
-    scorer.load_state_dict(best)
-    write_tensors(p.run / "rid" / "scorer.safetensors", best)
+    trained.load_state_dict(best)
+    write_tensors(p.run / "rid" / "scorer.safetensors", scorer.state_dict())
+    if p.tuned_encoder is not None:
+        with atomic_path(p.run / "rid" / "encoder") as temporary:
+            p.tuned_encoder.save(str(temporary))
     return scorer, best_auc
 
 
@@ -401,8 +413,7 @@ def stage_sit(p: Pipeline) -> dict:
             "sit: the teacher wrote no full list for any user; generator.list_size may be larger "
             "than the interests allow"
         )
-    base = llm.load_generator(p.model_path, g.load_in_4bit)
-    model = llm.add_lora(base, g.lora_rank, g.lora_alpha, p.seed("lora"))
+    model = llm.add_lora(p.policy(None), g.lora_rank, g.lora_alpha, p.seed("lora"))
     size = settings.batch_users
     optimiser, schedule = new_optimiser(
         model, settings.learning_rate, settings.epochs * -(-len(rows) // size)
@@ -430,7 +441,8 @@ def stage_sit(p: Pipeline) -> dict:
 def list_logps(p: Pipeline, model, rows) -> list[torch.Tensor]:
     """Summed log-probabilities of the lists of each (prompt ids, [list ids, ...]) row."""
     prompts, lists = zip(*rows, strict=True)
-    return llm.completion_logps(model, list(prompts), list(lists), p.config.generator.head_chunk)
+    g = p.config.generator
+    return llm.completion_logps(model, list(prompts), list(lists), g.head_chunk, g.attention)
 
 
 def new_optimiser(model, learning_rate: float, steps: int):

@@ -106,6 +106,18 @@ def test_list_search_reaches_99_percent_at_the_default_beam():
     assert np.mean(ratios) >= 0.99
 
 
+def test_list_search_takes_256_candidates_and_lists_of_ten():
+    utility, e = unit(2, 256, seed=5).abs(), unit(2, 256, 16, seed=6)
+    lists, values = ib.list_search(utility, e @ e.transpose(1, 2), 10, 8, 256, 0.5)
+    assert lists.shape == (2, 8, 10) and (values[:, :-1] >= values[:, 1:]).all()
+    for row, u, s in zip(lists, utility, e @ e.transpose(1, 2), strict=True):
+        assert all(len(set(x)) == 10 for x in row.tolist())
+        greedy, _ = ib.list_search(u[None], s[None], 10, 1, 256, 0.5)
+        assert order_value(row[0].tolist(), u, s, 0.5) >= order_value(
+            greedy[0, 0].tolist(), u, s, 0.5
+        )
+
+
 def test_list_search_lists_distinct_valid_sets_and_refuses_too_few():
     utility, e = torch.rand(3, 7), unit(3, 7, 8)
     valid = torch.tensor([[True] * 7, [True] * 4 + [False] * 3, [False, *[True] * 6]])

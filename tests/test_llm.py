@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentence_transformers import SentenceTransformer
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import base
@@ -38,37 +40,155 @@ def tiny(tied: bool = True, vocabulary: int = 320):
     ).eval()
 
 
+def with_lora(model):
+    """An adapter that does something: a fresh one leaves the model as it is."""
+    model = llm.add_lora(model, 4, 8, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1, generator=generator)
+    return model
+
+
 def one_at_a_time(model, prompt, completion):
     ids = torch.tensor([prompt + completion])
-    logps = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    logps = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
     return logps.gather(1, torch.tensor(completion)[:, None]).sum()
 
 
-tokens = st.lists(st.integers(0, 319), min_size=1, max_size=9)
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    st.lists(st.tuples(tokens, st.lists(tokens, min_size=1, max_size=4)), min_size=1, max_size=3),
-    st.booleans(),
-    st.integers(1, 40),
-)
-def test_tree_rows_equal_one_sequence_at_a_time(rows, tied, chunk):
-    model = llm.add_lora(tiny(tied), 4, 8, seed=0)
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(p, std=0.1)
-    prompts, completions = map(list, zip(*rows, strict=True))
-    got = torch.cat(llm.completion_logps(model, prompts, completions, chunk))
-    expected = torch.stack([one_at_a_time(model, p, c) for p, cs in rows for c in cs])
-    assert torch.allclose(got, expected, atol=1e-4)
+def gradient(model, value):
     weights = [p for p in model.parameters() if p.requires_grad]
-    for a, b in zip(
-        torch.autograd.grad(got.sum(), weights),
-        torch.autograd.grad(expected.sum(), weights),
-        strict=True,
-    ):
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item() + 1e-7)
+    return torch.cat([g.flatten() for g in torch.autograd.grad(value, weights)])
+
+
+def difference(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def check_exact(model, rows, logp_error=2e-4, gradient_error=1e-5, **kwargs):
+    """Tree rows against one sequence at a time. Signs tell the lists apart, as in DPO."""
+    prompts, completions = map(list, zip(*rows, strict=True))
+    got = torch.cat(llm.completion_logps(model, prompts, completions, **kwargs))
+    expected = torch.stack([one_at_a_time(model, p, c) for p, cs in rows for c in cs])
+    assert (got - expected).abs().max() < logp_error
+    sign = 1 - 1.5 * (torch.arange(len(got)) % 2)
+    assert (
+        difference(gradient(model, (sign * got).sum()), gradient(model, (sign * expected).sum()))
+        < gradient_error
+    )
+
+
+tokens = st.lists(st.integers(0, 319), min_size=1, max_size=9)
+lists = st.lists(tokens, min_size=1, max_size=5)
+trees = st.lists(st.tuples(tokens, lists), min_size=1, max_size=5)
+TREES = [
+    ([1, 2, 3, 4, 5, 6, 7], [[8, 9], [10, 11, 12], [8, 9]]),  # as long as the next two together
+    ([1], [[2], [3, 4]]),
+    ([5, 6], [[7]]),
+    ([9] * 20, [[8] * 12, [7]]),
+]
+
+
+@settings(max_examples=30, deadline=None)
+@given(trees, st.booleans(), st.integers(1, 40))
+def test_tree_rows_equal_one_sequence_at_a_time(rows, tied, chunk):
+    check_exact(with_lora(tiny(tied)), rows, head_chunk=chunk)
+
+
+@settings(max_examples=10, deadline=None)
+@given(trees, st.booleans())
+def test_tree_rows_are_exact_when_the_head_is_trained_too(rows, tied):
+    check_exact(tiny(tied), rows, head_chunk=3)
+
+
+def test_tree_rows_are_exact_in_4_bit(tmp_path):
+    tiny().save_pretrained(tmp_path / "model")
+    model = with_lora(llm.load_generator(str(tmp_path / "model"), load_in_4bit=True))
+    assert any("4bit" in type(m).__name__ for m in model.modules())
+    check_exact(model, TREES)
+
+
+def test_bfloat16_differs_by_its_rounding_only():
+    """Beside float32, tree rows err no more than single sequences do (both about 1 %)."""
+    full, half = with_lora(tiny()), with_lora(tiny()).bfloat16()
+    prompts, completions = map(list, zip(*TREES, strict=True))
+    exact = torch.cat(llm.completion_logps(full, prompts, completions))
+    tree = torch.cat(llm.completion_logps(half, prompts, completions))
+    alone = torch.stack([one_at_a_time(half, p, c) for p, cs in TREES for c in cs])
+    assert 0 < difference(tree, exact) < 2 * difference(alone, exact) + 1e-3
+    slopes = [gradient(m, x.sum()).float() for m, x in ((full, exact), (half, tree), (half, alone))]
+    assert difference(slopes[1], slopes[0]) < 2 * difference(slopes[2], slopes[0]) + 1e-3
+
+
+def test_gradient_checkpointing_recomputes_layers_and_changes_nothing(monkeypatch):
+    model, calls = with_lora(tiny()), []
+    prompts, completions = map(list, zip(*TREES, strict=True))
+    plain = gradient(model, torch.cat(llm.completion_logps(model, prompts, completions)).sum())
+    layer = model.get_base_model().model.layers[0]
+    layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    got = torch.cat(llm.completion_logps(model, prompts, completions)).sum()
+    assert len(calls) == 1
+    assert torch.equal(gradient(model, got), plain) and len(calls) == 2
+    assert not any(m.training for m in model.modules())
+
+
+def test_short_trees_share_a_row_and_none_grows_beyond_the_longest():
+    rows = llm.tree_rows(*map(list, zip(*TREES, strict=True)))
+    assert rows.ids.shape == (2, 33)
+    used = (rows.branch >= 0).sum(1).tolist()
+    assert used == [33, 14 + 4 + 3]
+    # The docstring's example.
+    example = llm.tree_rows([[10, 11, 12], [20]], [[[1, 2], [3]], [[4]]])
+    assert example.source.tolist()[:3] == [2, 3, 2]
+    assert example.branch[0].tolist() == [0, 0, 0, 1, 1, 2]
+
+
+def test_flex_attention_gives_the_same_log_probabilities():
+    """Its mask, in PyTorch's own eager form: the kernel is compiled on a GPU only."""
+    model = with_lora(tiny())
+    prompts, completions = map(list, zip(*TREES, strict=True))
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        flex = llm.completion_logps(model, prompts, completions, attention="flex_attention")
+        dense = llm.completion_logps(model, prompts, completions)
+    assert torch.allclose(torch.cat(flex), torch.cat(dense), atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+def test_gradients_agree_on_a_gpu(attention):
+    model = with_lora(tiny()).cuda()
+    prompts, completions = map(list, zip(*TREES, strict=True))
+    got = torch.cat(llm.completion_logps(model, prompts, completions, attention=attention)).sum()
+    gpu = gradient(model, got).cpu()
+    model = model.cpu()
+    cpu = gradient(model, torch.cat(llm.completion_logps(model, prompts, completions)).sum())
+    assert difference(gpu, cpu) < 1e-3
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any tensor made under it holds."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor) and x.untyped_storage().nbytes():
+                self.size = max(self.size, x.numel())
+        return out
+
+
+@pytest.mark.parametrize("trained_head", [False, True])
+def test_no_more_vocabulary_rows_than_a_chunk_exist(trained_head):
+    vocabulary = 4000
+    model = tiny(tied=False, vocabulary=vocabulary)
+    model = model if trained_head else with_lora(model)
+    rows = [[7] * 60] * 4, [[[8] * 20] * 3] * 4
+    with Largest() as largest:
+        torch.cat(llm.completion_logps(model, *rows, head_chunk=8)).sum().backward()
+    # The head and its gradient are vocabulary x 32; 240 positions are scored.
+    assert largest.size <= vocabulary * 32
 
 
 def test_dpo_loss_equals_trl(tokenizer, tmp_path):
@@ -117,22 +237,74 @@ def test_empty_completion_is_refused():
         llm.completion_logps(tiny(), [[1]], [[[]]])
 
 
-def test_greedy_sampling_equals_generate_at_mixed_prompt_lengths(tokenizer):
-    model = tiny(vocabulary=len(tokenizer))
-    prompts = [[5, 6, 7], [9], [30, 31, 32, 33, 34, 35]]
-    got = llm.sample(
-        model, tokenizer, prompts, 2, max_new_tokens=12, temperature=0, top_p=1, seed=0
+def by_generate(model, tokenizer, prompts, n, seed, **kwargs):
+    """What transformers' generate writes for a left-padded batch."""
+    width, pad = max(map(len, prompts)), tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
+    real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    torch.manual_seed(seed)
+    out = model.generate(
+        ids, attention_mask=real, num_return_sequences=n, pad_token_id=pad,
+        eos_token_id=tokenizer.eos_token_id, tokenizer=tokenizer, **kwargs,
     )
-    for prompt, texts in zip(prompts, got, strict=True):
-        out = model.generate(
-            torch.tensor([prompt]),
-            max_new_tokens=12,
-            do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+    texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+    return [texts[i * n : (i + 1) * n] for i in range(len(prompts))]
+
+
+PROMPTS = [[5, 6, 7], [9], [30, 31, 32, 33, 34, 35]]
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, 0, 1.0), (0.7, 50, 0.9), (1.3, 5, 1)])
+def test_sampling_draws_the_tokens_of_generate(tokenizer, temperature, top_k, top_p):
+    """Also where some samples end early and their places are given up."""
+    model = tiny(vocabulary=len(tokenizer))
+    with torch.no_grad():  # make ends likely
+        model.model.embed_tokens.weight[tokenizer.eos_token_id] *= 3
+    chosen = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "max_new_tokens": 20}
+    for seed in range(3):
+        ours = llm.sample(
+            model, tokenizer, PROMPTS, 5, seed=seed, sampler="generate", stop="", **chosen
         )
-        expected = tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
-        assert texts == [expected, expected]
+        theirs = by_generate(model, tokenizer, PROMPTS, 5, seed, do_sample=True, **chosen)
+        assert ours == theirs
+    assert len({len(x) for own in ours for x in own}) > 3
+
+
+@pytest.mark.parametrize("sampler", ["fast", "generate"])
+def test_greedy_sampling_equals_generate_at_mixed_prompt_lengths(tokenizer, sampler):
+    model = tiny(vocabulary=len(tokenizer))
+    got = llm.sample(
+        model, tokenizer, PROMPTS, 2, max_new_tokens=12, temperature=0, top_p=1, seed=0, stop="",
+        sampler=sampler,
+    )
+    expected = by_generate(
+        model, tokenizer, PROMPTS, 1, 0, do_sample=False, max_new_tokens=12
+    )
+    assert got == [x * 2 for x in expected]
+
+
+def test_sampling_stops_at_the_closing_field_as_generate_does(tokenizer):
+    """A model that writes ` </sug> chess` over and over: its text ends with the field."""
+    word = tokenizer.encode(" </sug> chess", add_special_tokens=False)
+    model = tiny(vocabulary=len(tokenizer))
+
+    rows = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(1)))[0]
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "o_proj" in name or "down_proj" in name:
+                p.zero_()  # hidden = embedding of the last token
+        model.lm_head.weight = torch.nn.Parameter(torch.zeros(len(tokenizer), 32))
+        for i, token in enumerate(word):
+            model.model.embed_tokens.weight[token] = rows[i]
+            model.lm_head.weight[word[(i + 1) % len(word)]] = 5 * rows[i]
+    chosen = {"max_new_tokens": 25}
+    ours = llm.sample(
+        model, tokenizer, [[word[-1]]], 2, temperature=0, top_p=1, seed=0, **chosen
+    )
+    theirs = by_generate(
+        model, tokenizer, [[word[-1]]], 1, 0, do_sample=False, stop_strings=["</sug>"], **chosen,
+    )
+    assert ours == [theirs[0] * 2] and ours[0][0] == " </sug>"
 
 
 def test_sampling_repeats_by_seed_and_varies_within(tokenizer):
@@ -146,10 +318,16 @@ def test_sampling_repeats_by_seed_and_varies_within(tokenizer):
     assert len({*first[0], *first[1]}) > 1
 
 
-def test_top_p_draws_only_from_the_nucleus():
-    logits = torch.tensor([[3.0, 2.9, -5.0, -6.0]]).expand(400, -1)
-    drawn = llm._draw(logits, 1.0, 0.9, torch.Generator().manual_seed(0))
-    assert set(drawn.tolist()) == {0, 1}
+@pytest.mark.parametrize("top_k, top_p, kept", [(0, 0.9, 3), (2, 1.0, 2), (3, 0.6, 2), (0, 1.0, 4)])
+def test_the_fast_sampler_draws_by_probability_from_top_k_then_top_p(top_k, top_p, kept):
+    p = torch.tensor([0.5, 0.3, 0.15, 0.05])[[2, 0, 3, 1]]
+    draw = llm._FastDraw(1.0, top_p, top_k, seed=0)
+    number = torch.arange(20_000).expand(1, -1)
+    drawn = draw(p.log().expand(1, 20_000, 4), torch.tensor([0]), number, (1, 20_000))
+    share = torch.bincount(drawn.flatten(), minlength=4) / 20_000
+    expected = torch.where(p >= p.sort(descending=True).values[kept - 1], p, 0)
+    assert torch.allclose(share, expected / expected.sum(), atol=0.015)
+    assert (share > 0).sum() == kept
 
 
 def test_control_tokens_in_user_text_stay_text(tokenizer):
@@ -202,3 +380,22 @@ def test_packaged_encoder_is_the_original_and_caches(tmp_path):
     encoder.save()
     again = llm.Encoder(cache=tmp_path / "cache.safetensors")
     assert torch.equal(again(["Kyoto"])[0], rows[1]) and again._model is None
+
+
+def test_embed_reads_each_text_once_and_recomputation_changes_no_gradient():
+    model = SentenceTransformer(llm.packaged_minilm()).eval()
+    texts = ["chess openings", "Kyoto in autumn, by train and on foot", "chess openings", "bread"]
+    expected = torch.from_numpy(model.encode(texts, normalize_embeddings=True))
+    read, weight = [], model[0].auto_model.encoder.layer[0].output.dense.weight
+    model.preprocess = lambda batch, own=model.preprocess: read.extend(batch) or own(batch)
+    slopes = []
+    for recompute in (False, True):
+        read.clear()
+        vectors = llm.embed(model, texts, 2, recompute)
+        assert torch.allclose(vectors, expected, atol=1e-5) and torch.equal(vectors[0], vectors[2])
+        assert sorted(read) == sorted(set(texts))
+        model.zero_grad()
+        (vectors[0] @ vectors[1] - vectors[2] @ vectors[3]).backward()
+        assert len(read) == (6 if recompute else 3)
+        slopes.append(weight.grad.clone())
+    assert difference(*slopes) < 1e-6

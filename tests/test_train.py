@@ -1,14 +1,17 @@
 """The pipeline in miniature: resumed, repeated and blind runs agree; wrong input is one message."""
 
+import json
 import re
 import shutil
 import subprocess
 import sys
 
 import pytest
+from sentence_transformers import SentenceTransformer
 
 import train
 from config import ROOT, load_config
+from llm import packaged_minilm
 
 MICRO = """world.users=40 world.impressions_per_user=30 world.starter_pool=200 base.prompts=40
     base.lists=2 base.layers=2 base.vocabulary=400 rid.epochs=2 ranker.epochs=2
@@ -84,6 +87,23 @@ def test_dpo_starts_at_ln_2_and_logs_what_to_watch(finished):
             assert figures["first_loss"] == pytest.approx(0.693147, abs=1e-4)
             assert {"chosen_logp", "rejected_logp", "margin"} <= figures.keys()
     assert {"utility", "diversity"} == p.run.figures("dpo")["round 2"]["before"].keys()
+
+
+def test_the_scorers_encoder_can_be_tuned(finished, tmp_path):
+    """Its text vectors change, and gradient caching changes nothing."""
+    shutil.copytree(finished.parent / "tiny", tmp_path / "tiny")
+    scores = []
+    for word in ("rid.encoder_recompute=false", "rid.encoder_recompute=true"):
+        config = micro(tmp_path, "rid.encoder_learning_rate=1e-4", "rid.epochs=1", word)
+        train.run_stages(config, ["rid"])
+        scores.append(json.loads((tmp_path / "tiny" / "rid" / "triggers.json").read_text()))
+    flat = [
+        [x for user in sorted(made) for cut in made[user] for x in cut["scores"]] for made in scores
+    ]
+    assert flat[0] == pytest.approx(flat[1], abs=1e-4)
+    tuned = SentenceTransformer(str(tmp_path / "tiny" / "rid" / "encoder"))
+    plain = SentenceTransformer(packaged_minilm())
+    assert abs(tuned.encode("chess openings") - plain.encode("chess openings")).max() > 1e-3
 
 
 def test_own_users_without_logs_get_starters(finished, tmp_path, capsys):

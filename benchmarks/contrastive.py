@@ -1,0 +1,103 @@
+"""A contrastive step of the text encoder beside sentence-transformers' ranking losses.
+
+    python -m benchmarks.contrastive
+
+Anchor: a user's history as one text; a later revisited summary is its positive, a never revisited
+one its hard negative. Four rows a user repeat the anchor and the negative: each text is encoded
+once here. Texts come from the simulated platform; both sides compute the same loss.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss,
+    MultipleNegativesRankingLoss,
+)
+
+import icebreaker as ib
+import llm
+import world
+from benchmarks.common import Row, prepare, report, seconds
+from config import WorldConfig
+
+SCALE, MINI_BATCH = 20.0, 8
+
+
+def triplets(users: int, rows_per_user: int) -> list[tuple[str, str, str]]:
+    """(history, positive, negative) texts of simulated users."""
+    logs = world.generate(WorldConfig(users=400, impressions_per_user=1, starter_pool=200))
+    rows = []
+    for user in logs.users:
+        texts = list(dict.fromkeys(s.summary for s in user.sessions if s.summary))
+        if 10 <= len(texts) <= 40:
+            anchor, negative = "; ".join(texts[:-5]), texts[-1]
+            rows += [(anchor, y, negative) for y in texts[-5 : -5 + rows_per_user]]
+        if len(rows) == users * rows_per_user:
+            return rows
+    raise AssertionError("too few users")
+
+
+def compare(rows, cached: bool):
+    """Median CPU seconds of both, and the error of our gradient."""
+    ours_model = SentenceTransformer(llm.packaged_minilm()).eval()
+    peer_model = copy.deepcopy(ours_model)
+    n, texts = len(rows), [text for column in zip(*rows, strict=True) for text in column]
+
+    def ours() -> float:
+        ours_model.zero_grad()
+        e = llm.embed(ours_model, texts, MINI_BATCH, recompute=cached)  # anchors, positives, ...
+        scores = e[:n] @ e[n:].T  # (n, 2 n): each anchor against every positive and negative
+        own = torch.arange(n)
+        rest = torch.ones_like(scores, dtype=torch.bool)
+        rest[own, own] = False
+        ordered = torch.cat([scores[own, own][:, None], scores[rest].view(n, -1)], 1)
+        loss = ib.contrastive_loss(ordered, 1 / SCALE).mean()
+        loss.backward()
+        return loss.item()
+
+    criterion = (
+        CachedMultipleNegativesRankingLoss(peer_model, SCALE, mini_batch_size=MINI_BATCH)
+        if cached
+        else MultipleNegativesRankingLoss(peer_model, SCALE)
+    )
+
+    def peer() -> float:
+        peer_model.zero_grad()
+        features = [peer_model.preprocess(list(column)) for column in zip(*rows, strict=True)]
+        loss = criterion(features, None)
+        loss.backward()
+        return loss.item()
+
+    a, b = ours(), peer()
+    g, h = (
+        torch.cat([p.grad.flatten() for p in m.parameters() if p.grad is not None])
+        for m in (ours_model, peer_model)
+    )
+    error = ((g - h).norm() / h.norm()).item()
+    assert abs(a - b) < 1e-4 and error < 1e-3, (a, b, error)
+    return seconds({"ours": ours, "peer": peer}), f"gradients differ by {error:.0e}"
+
+
+def main() -> None:
+    prepare()
+    repeated, distinct = triplets(8, 4), [row for row in triplets(32, 1)]
+    rows = []
+    for name, data, cached, asked in (
+        ("32 rows of 8 users", repeated, False, 3),
+        ("32 rows, no text repeated", distinct, False, 1),
+        ("32 rows of 8 users, gradient caching", repeated, True, None),
+    ):
+        peer = "CachedMultipleNegativesRankingLoss" if cached else "MultipleNegativesRankingLoss"
+        times, note = compare(data, cached)
+        rows.append(
+            Row(f"contrastive step, {name}", peer, times["ours"], times["peer"], asked, note=note)
+        )
+    report("Contrastive step", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Value and time of the lists that search, MMR and DPP (pyversity) choose from the same candidates.
+
+    python -m benchmarks.list_quality
+
+Value: what Eq. (8) prefers, lambda U + (1 - lambda) D with U the mean utility (min-max scaled among
+the user's candidates) and D the mean pairwise cosine dissimilarity. MMR and DPP take a setting of
+their own for the balance: the best of five is shown, chosen for them in hindsight.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import torch
+from pyversity import Strategy, diversify
+
+import icebreaker as ib
+import llm
+import world
+from benchmarks.common import prepare, seconds
+from config import WorldConfig
+
+USERS, N, K, WEIGHT = 64, 64, 6, 0.4
+
+
+def candidates() -> tuple[torch.Tensor, torch.Tensor]:
+    """Utilities (USERS, N) in [0, 1] at random, and real sentence vectors (USERS, N, D)."""
+    logs = world.generate(WorldConfig(users=60, impressions_per_user=40, starter_pool=2000))
+    starters = sorted({y for shown in logs.impressions for y in shown.starters})
+    vectors = llm.Encoder()(starters)
+    picks = torch.stack([torch.randperm(len(starters))[:N] for _ in range(USERS)])
+    return ib.min_max(torch.rand(USERS, N)), vectors[picks]
+
+
+def main() -> None:
+    prepare()
+    utility, e = candidates()
+    similarity = e @ e.transpose(1, 2)
+    numbers, vectors = utility.numpy(), e.numpy()
+
+    def value(lists) -> float:
+        """Mean over users of lambda U + (1 - lambda) D; lists: K indices a user."""
+        scores = []
+        for u, s, x in zip(utility, similarity, torch.as_tensor(np.array(lists)), strict=True):
+            own = x[None]
+            u, d = ib.list_utility(u, own), ib.list_diversity(s, own)
+            scores.append((WEIGHT * u + (1 - WEIGHT) * d).item())
+        return float(np.mean(scores))
+
+    def search(beam: int, expand: int):
+        lists, _ = ib.list_search(utility, similarity, K, beam, expand, WEIGHT)
+        return lists[:, 0].tolist()
+
+    def pyversity(strategy, diversity: float):
+        return [
+            diversify(vectors[i], numbers[i], K, strategy, diversity).indices.tolist()
+            for i in range(USERS)
+        ]
+
+    methods = {
+        "list search, beam 8, expand 8": lambda: search(8, 8),
+        "list search, beam 1, expand 8 (greedy)": lambda: search(1, 8),
+        "list search, beam 8, expand 64": lambda: search(8, N),
+        "list search, beam 64, expand 64": lambda: search(64, N),
+        "highest utility": lambda: utility.topk(K).indices.tolist(),
+    }
+    for strategy in (Strategy.MMR, Strategy.DPP):
+        settings = (0.1, 0.3, 0.5, 0.7, 0.9)
+        best = max(settings, key=lambda x, s=strategy: value(pyversity(s, x)))
+        name = f"pyversity {strategy.name}, diversity {best} (best of five)"
+        methods[name] = lambda s=strategy, x=best: pyversity(s, x)
+    times = seconds(methods)
+    rows = [
+        {"method": name, "value": value(run()), "ms_per_user": 1000 * times[name] / USERS}
+        for name, run in methods.items()
+    ]
+    print(f"\nLists of {K} from {N} candidates, {USERS} users, lambda = {WEIGHT}\n")
+    print("| method | value | CPU ms a user |\n|---|---|---|")
+    for r in sorted(rows, key=lambda r: -r["value"]):
+        print(f"| {r['method']} | {r['value']:.4f} | {r['ms_per_user']:.2f} |")
+    print("\n" + json.dumps({"benchmark": "List quality", "quality": rows}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

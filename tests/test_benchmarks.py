@@ -1,0 +1,46 @@
+"""The comparisons compare the same work; `python -m benchmarks` measures it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import icebreaker as ib
+from benchmarks import common, list_search
+from config import ROOT
+
+
+def test_plain_and_vectorised_search_agree(monkeypatch):
+    monkeypatch.setattr(list_search, "K", 4)
+    utility = torch.rand(3, 20, generator=torch.Generator().manual_seed(0))
+    e = torch.randn(3, 20, 8, generator=torch.Generator().manual_seed(1))
+    similarity = torch.nn.functional.normalize(e, dim=-1)
+    similarity = similarity @ similarity.transpose(1, 2)
+    _, values = ib.list_search(
+        utility, similarity, 4, list_search.BEAM, list_search.EXPAND, list_search.WEIGHT
+    )
+    for row, u, s in zip(values, utility.tolist(), similarity.tolist(), strict=True):
+        assert row.tolist() == pytest.approx(list_search.plain_search(u, s), abs=1e-5)
+
+
+def test_candidates_take_turns_and_the_first_turn_is_not_measured():
+    calls = []
+    times = common.seconds({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
+    assert calls == ["a", "b"] * 3 and times.keys() == {"a", "b"}
+
+
+def test_the_table_shows_the_ratio_beside_what_was_asked():
+    text = common.table([common.Row("work", "peer", 2.0, 9.0, 4)])
+    assert "| work | peer | 2 | 9 | **4.5×** | 4× | – |" in text
+
+
+def test_the_gpu_script_runs_in_small():
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", "--small"], capture_output=True, text=True,
+        cwd=ROOT, check=True,
+    )
+    made = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [m["4bit"] for m in made] == [False, True]
+    assert all(step["tokens_per_s"] > 0 for m in made for step in m["dpo"])
