@@ -452,54 +452,57 @@ def list_search(
     exist the rest is -1 and -inf. Raises ValueError if a row has fewer than K valid candidates.
     """
     b, n = utility.shape
-    valid = torch.ones_like(utility, dtype=torch.bool) if valid is None else valid
-    if list_size < 1 or (valid.sum(1) < list_size).any():
-        row = int((valid.sum(1) < list_size).nonzero()[0]) if list_size >= 1 else 0
+    if valid is not None:
+        utility = utility.masked_fill(~valid, -torch.inf)
+    # No beam looks further down than this: its own items and the `expand` best that remain.
+    m = min(n, expand + list_size - 1)
+    utility, items = utility.topk(m)  # (B, M), best first
+    free = utility.isfinite()[:, None]  # (B, W, M): not yet in the beam's list
+    short = free.sum((1, 2)) < list_size
+    if list_size < 1 or short.any():
+        row = int(short.int().argmax())
         raise ValueError(f"list_search: row {row} has fewer than {list_size} valid candidates")
-    expand = min(expand, n)
+    pair = items[:, :, None] * n + items[:, None]  # (B, M, M)
+    similarity = similarity.flatten(1).gather(1, pair.flatten(1)).view(b, m, m)
     # A set's hash is the sum of its members' random 60-bit numbers: order-free, and two of some
     # thousand sets collide with a chance of about 1e-12.
-    code = torch.randint(2**60, (n,), generator=torch.Generator().manual_seed(0)).to(utility.device)
-    lists = torch.full((b, 1, 0), -1, device=utility.device)
-    values = torch.zeros(b, 1, dtype=utility.dtype, device=utility.device)
-    hashes = torch.zeros(b, 1, dtype=torch.long, device=utility.device)
-    free = valid[:, None]  # (B, W, N): not yet in the beam's list
-    closeness = torch.zeros(b, 1, n, dtype=utility.dtype, device=utility.device)  # sum of cosines
+    code = torch.randint(2**60, (m,), generator=torch.Generator().manual_seed(0)).to(utility.device)
+    values = utility.new_zeros(b, 1)  # (B, W)
+    lists, hashes = items.new_zeros(b, 1, 0), items.new_zeros(b, 1)
+    closeness = utility.new_zeros(b, 1, m)  # sum of cosines to the beam's items
     for slot in range(list_size):
-        width = lists.shape[1]
-        ranked = utility[:, None].expand(b, width, n).masked_fill(~free, -torch.inf)
-        top, new = ranked.topk(expand, -1)  # (B, W, E)
-        gain = weight * top
+        gain = weight * utility[:, None].expand_as(closeness)
         if slot:
-            gain = gain + (1 - weight) * (1 - closeness.gather(2, new) / slot)
-        grown = (values[..., None] + gain).flatten(1)  # (B, W * E)
-        hashed = (hashes[..., None] + code[new]).flatten(1)
-        grown = _best_of_equal_sets(grown, hashed)
-        values, pick = grown.topk(min(beam, grown.shape[1]), -1)  # (B, W')
-        parent, item = pick // expand, new.flatten(1).gather(1, pick)
-        keep = parent[..., None].expand(-1, -1, slot)
-        lists = torch.cat([lists.gather(1, keep), item[..., None]], -1)  # (B, W', slot + 1)
-        hashes = hashed.gather(1, pick)
-        wide = parent[..., None].expand(-1, -1, n)
-        free = free.expand(b, width, n).gather(1, wide).scatter(2, item[..., None], False)
-        rows = similarity.gather(1, item[..., None].expand(-1, -1, n))  # (B, W', N)
-        closeness = closeness.gather(1, wide) + rows
+            gain = gain + (1 - weight) * (1 - closeness / slot)
+        tried = free & (free.cumsum(-1) <= expand)
+        grown = (values[..., None] + gain).masked_fill(~tried, -torch.inf)  # (B, W, M)
+        hashed = hashes[..., None] + code
+        values, pick = _best_distinct(grown.flatten(1), hashed.flatten(1), beam, slot + 1)
+        parent, item = pick // m, pick % m  # (B, W')
+        hashes = hashed.flatten(1).gather(1, pick)
+        above, new = (x[..., None].expand(-1, -1, m) for x in (parent, item))
+        lists = torch.cat([lists.gather(1, above[..., :slot]), item[..., None]], -1)
+        free = free.gather(1, above).scatter(2, item[..., None], False)  # (B, W', M)
+        closeness = closeness.gather(1, above) + similarity.gather(1, new)
+    lists = items[:, None].expand(-1, lists.shape[1], m).gather(2, lists)  # (B, W', K)
     lists = lists.masked_fill(values.isneginf()[..., None], -1)
     missing = beam - lists.shape[1]
     return F.pad(lists, (0, 0, 0, missing), value=-1), F.pad(values, (0, missing), value=-torch.inf)
 
 
-def _best_of_equal_sets(values: Tensor, hashes: Tensor) -> Tensor:
-    """values (B, C) with every copy of a set but its most valuable one at -inf."""
-    order = values.sort(dim=1, descending=True, stable=True).indices
-    by_hash = (
-        hashes.gather(1, order).sort(dim=1, stable=True).indices
-    )  # equal sets adjacent, best first
-    sequence = order.gather(1, by_hash)
-    sorted_hashes = hashes.gather(1, sequence)
-    copy = torch.zeros_like(sorted_hashes, dtype=torch.bool)
-    copy[:, 1:] = sorted_hashes[:, 1:] == sorted_hashes[:, :-1]
-    return values.masked_fill(torch.zeros_like(copy).scatter(1, sequence, copy), -torch.inf)
+def _best_distinct(
+    values: Tensor, hashes: Tensor, count: int, copies: int
+) -> tuple[Tensor, Tensor]:
+    """The `count` best of values (B, C) and their places, no set twice; -inf where none is left.
+
+    copies: how often a set can occur, so that enough of them are looked at.
+    """
+    ranked, order = values.topk(min(values.shape[1], count * copies))  # (B, L)
+    sets, by_set = hashes.gather(1, order).sort(dim=1, stable=True)  # equal sets, best first
+    copy = F.pad(sets[:, 1:] == sets[:, :-1], (1, 0))
+    copy = torch.zeros_like(copy).scatter(1, by_set, copy)
+    best, place = ranked.masked_fill(copy, -torch.inf).topk(min(count, ranked.shape[1]))
+    return best, order.gather(1, place)
 
 
 def list_utility(utility: Tensor, lists: Tensor) -> Tensor:

@@ -18,11 +18,13 @@ def test_plain_and_vectorised_search_agree(monkeypatch):
     e = torch.randn(3, 20, 8, generator=torch.Generator().manual_seed(1))
     similarity = torch.nn.functional.normalize(e, dim=-1)
     similarity = similarity @ similarity.transpose(1, 2)
-    _, values = ib.list_search(
-        utility, similarity, 4, list_search.BEAM, list_search.EXPAND, list_search.WEIGHT
-    )
-    for row, u, s in zip(values, utility.tolist(), similarity.tolist(), strict=True):
-        assert row.tolist() == pytest.approx(list_search.plain_search(u, s), abs=1e-5)
+    for expand in (4, 20):
+        _, values = ib.list_search(
+            utility, similarity, 4, list_search.BEAM, expand, list_search.WEIGHT
+        )
+        for row, u, s in zip(values, utility.tolist(), similarity.tolist(), strict=True):
+            expected = list_search.plain_search(u, s, expand)
+            assert row.tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_candidates_take_turns_and_the_first_turn_is_not_measured():
