@@ -129,8 +129,8 @@ class GeneratorConfig:
     sampler: str = "fast"  # or "generate": token for token what transformers' generate draws
     sample_rows: int = 256  # sequences decoded together
     head_chunk: int = 256  # positions whose vocabulary row exists at once
-    attention: str = "sdpa"  # of training; "flex_attention": faster on a GPU for long rows
-    gradient_checkpointing: bool = False  # less memory, a third more time
+    attention: str = "sdpa"  # of training; "flex_attention" skips masked blocks, on a GPU only
+    gradient_checkpointing: bool = False  # layers are computed again in backward: less memory
 
 
 @dataclass
@@ -298,14 +298,17 @@ def _check(config: Config) -> None:
         raise UserError("generator.sampler: 'fast' or 'generate'")
     if config.generator.attention not in ("sdpa", "flex_attention"):
         raise UserError("generator.attention: 'sdpa' or 'flex_attention'")
-    if config.generator.top_k < 0:
-        raise UserError("generator.top_k: 0 (all tokens) or more")
+    if config.generator.top_k < 0 or not 0 < config.generator.top_p <= 1:
+        raise UserError("generator.top_k: 0 (all tokens) or more; generator.top_p: in (0, 1]")
+    if rid.encoder_learning_rate < 0:
+        raise UserError("rid.encoder_learning_rate: 0 (the encoder stays as it is) or more")
     unknown = set(dpo.negatives) - {"utility", "diversity", "joint"}
     if unknown or not dpo.negatives:
         raise UserError("dpo.negatives: some of utility, diversity, joint")
     positive = """world.users world.days rid.batch_users rid.activity_groups rid.temperature
         rid.towers ranker.depth_cap generator.list_size generator.max_new_tokens
-        generator.temperature generator.head_chunk base.prompts base.lists sit.batch_users
+        generator.temperature generator.head_chunk generator.sample_rows encoder.batch_size
+        base.prompts base.lists sit.batch_users
         dpo.rounds dpo.samples dpo.beam dpo.expand dpo.batch_users dpo.checkpoints dpo.beta
         eval.lists data.max_errors"""
     for key in positive.split():

@@ -451,6 +451,8 @@ def list_search(
     Returns lists (B, beam, K) int64 and values (B, beam), best first; where fewer distinct lists
     exist the rest is -1 and -inf. Raises ValueError if a row has fewer than K valid candidates.
     """
+    if list_size < 1 or expand < 1 or beam < 1:
+        raise ValueError("list_search: list_size, beam and expand are at least 1")
     b, n = utility.shape
     if valid is not None:
         utility = utility.masked_fill(~valid, -torch.inf)
@@ -459,7 +461,7 @@ def list_search(
     utility, items = utility.topk(m)  # (B, M), best first
     free = utility.isfinite()[:, None]  # (B, W, M): not yet in the beam's list
     short = free.sum((1, 2)) < list_size
-    if list_size < 1 or short.any():
+    if short.any():
         row = int(short.int().argmax())
         raise ValueError(f"list_search: row {row} has fewer than {list_size} valid candidates")
     pair = items[:, :, None] * n + items[:, None]  # (B, M, M)

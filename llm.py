@@ -4,15 +4,17 @@
 
 Preference lists of one user share a long prompt, so log-probabilities are computed on *tree rows*,
 `[prompt | list 0 | list 1 | ...]`: a mask lets each list see the prompt and itself only, positions
-restart after the prompt, and the result equals one sequence at a time (tests/test_llm.py).
+restart after the prompt, and the result equals one sequence at a time (tests/test_llm.py). Sampling
+grows the same tree, one token a branch at each step.
 
-Legend: B prompts, C completions of a prompt, T tokens of a row, S scored positions, H hidden,
-V vocabulary.
+Legend: B rows, C completions of a prompt, T tokens of a row, S scored positions, H hidden,
+V vocabulary; in sampling B prompts, n samples of each, Q those still open.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import logging
@@ -26,7 +28,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from config import UserError, atomic_path, read_tensors, write_tensors
 
@@ -51,10 +52,12 @@ class Encoder:
     `encoder(texts)` -> float32 (n, D). Raises UserError if the model cannot be loaded.
     """
 
-    def __init__(self, name: str = "", batch_size: int = 64, cache: str | Path | None = None):
+    def __init__(
+        self, name: str = "", batch_size: int = 64, cache: str | Path | None = None, model=None
+    ):
         self.name, self.batch_size = name, batch_size
         self.cache = Path(cache) if cache else None
-        self._model, self._known, self._saved = None, {}, 0
+        self._model, self._known, self._saved = model, {}, 0
         if self.cache and self.cache.is_file():
             stored = read_tensors(self.cache)
             keys = [bytes(row) for row in stored["keys"].numpy()]
@@ -282,12 +285,23 @@ def encode_completion(tokenizer, starters: list[str]) -> list[int]:
 # ----------------------------------------------------------------------------------- tree of tokens
 
 
-def _parts(model):
-    """(decoder, head) below PEFT's and the causal LM's wrappers."""
+def _parts(model, length: int):
+    """(decoder, head) below PEFT's and the causal LM's wrappers, for texts of `length` tokens.
+
+    Raises UserError where a linear head on full attention is not what the model computes.
+    """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(causal.config, name, None) not in (None, 1.0):
+    config = causal.config
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
+        if getattr(config, name, None) not in (None, 1.0):
             raise UserError(f"generator.model: {name} of this architecture is not supported")
+    other = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    window = getattr(config, "sliding_window", None) or 0
+    if other - {"sliding_attention"} or (other and length > window):
+        raise UserError(
+            f"generator.model: {', '.join(sorted(other))} layers see less than a text of {length} "
+            f"tokens; lower generator.max_prompt_tokens or name a model of full attention"
+        )
     return causal.get_decoder(), causal.get_output_embeddings()
 
 
@@ -323,13 +337,13 @@ def _dense(seen, b: int, q: int, k: int, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TreeRows:
-    """Users in rows. A prompt of 3 with lists of 2 and 1, then a prompt of 1 with a list of 1:
+    """Trees in rows: prompt p with lists a and b; prompts q and r, of a list each, share a row.
 
-    ids        p0 p1 p2 a0 a1 b0 q0 c0
-    position    0  1  2  3  4  3  0  1   # each list goes on where its prompt ends
-    branch      0  0  0  1  1  2  3  4   # one number for a prompt, one for each list; -1 is a pad
-    trunk       0  0  0  0  0  0  3  3   # the branch of its prompt
-    source          2  3  2        6     # a0, a1, b0, c0 are predicted from p2, a0, p2, q0
+    ids        p0 p1 p2 a0 a1 b0 | q0 q1 c0 r0 d0 pad
+    position    0  1  2  3  4  3 |  0  1  2  0  1  0    # a list goes on where its prompt ends
+    branch      0  0  0  1  1  2 |  0  0  1  2  3 -1    # a number for each prompt and each list
+    trunk       0  0  0  0  0  0 |  0  0  0  2  2 -1    # the branch of its prompt
+    source               2  3  2 |        7     9       # a0 is predicted from p2, a1 from a0, ...
     """
 
     ids: Tensor  # (B, T)
@@ -339,10 +353,15 @@ class TreeRows:
     source: Tensor  # (S,), indices into the flattened rows, in the order of prompts and lists
 
 
-def tree_rows(prompts: list[list[int]], completions: list[list[list[int]]]) -> TreeRows:
-    """One tree a prompt, several short ones packed into a row: none outgrows the longest tree."""
+def tree_rows(
+    prompts: list[list[int]], completions: list[list[list[int]]], multiple: int = 1
+) -> TreeRows:
+    """One tree a prompt, several short ones packed into a row: none outgrows the longest tree.
+
+    The width T is a multiple of `multiple`.
+    """
     size = [len(p) + sum(map(len, cs)) for p, cs in zip(prompts, completions, strict=True)]
-    width = max(size)
+    width = -(-max(size) // multiple) * multiple
     packed: list[list[int]] = []
     for i in sorted(range(len(size)), key=lambda i: -size[i]):  # first fit, longest first
         row = next((r for r in packed if sum(size[j] for j in r) + size[i] <= width), None)
@@ -379,19 +398,22 @@ def completion_logps(
 
     Differentiable. head_chunk: positions whose vocabulary row exists at once; attention: "sdpa"
     (a dense mask, everywhere) or "flex_attention" (a block mask; its backward needs a GPU).
-    Raises ValueError for an empty prompt or completion.
+    Raises ValueError if there is no completion, or an empty prompt or completion.
     """
     if any(not p for p in prompts) or any(not c for cs in completions for c in cs):
         raise ValueError("completion_logps: prompts and completions hold at least one token")
-    decoder, head = _parts(model)
+    if not any(completions):
+        raise ValueError("completion_logps: no completion")
+    longest = max(len(p) + len(c) for p, cs in zip(prompts, completions, strict=True) for c in cs)
+    decoder, head = _parts(model, longest)
     _use_attention(decoder, attention)
-    device, rows = head.weight.device, tree_rows(prompts, completions)
-    branch, (b, t) = rows.branch.to(device), rows.ids.shape
+    flex = attention == "flex_attention"
+    rows = tree_rows(prompts, completions, multiple=128 if flex else 1)  # 128: a block of its mask
+    device, (b, t) = head.weight.device, rows.ids.shape
+    branch = rows.branch.to(device)
     seen = _tree_mask(branch, rows.trunk.to(device), branch, 0)
-    if attention == "flex_attention":
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        mask = create_block_mask(seen, b, None, t, t, device=device)
+    if flex:
+        mask = _compiled_block_mask()(seen, b, None, t, t, device=device)
     else:
         mask = _dense(seen, b, t, t, like=decoder.get_input_embeddings().weight)
     with _recomputing(decoder):
@@ -409,33 +431,45 @@ def completion_logps(
     return list(sums.split([len(cs) for cs in completions]))
 
 
+@functools.cache
+def _compiled_block_mask():
+    """Compiled once; without it the mask would be made as a dense one first."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return torch.compile(create_block_mask, dynamic=True)
+
+
 @contextlib.contextmanager
 def _recomputing(decoder):
     """Let gradient checkpointing act: transformers asks each layer for training mode, which the
     modules below it (dropout) must not be in where log-probabilities are compared."""
-    layers = [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
-    for layer in layers:
-        layer.training = torch.is_grad_enabled()
-    yield
-    for layer in layers:
-        layer.training = False
+    layers = [m for m in decoder.modules() if getattr(m, "gradient_checkpointing", False)]
+    before = [layer.training for layer in layers]
+    try:
+        for layer in layers:
+            layer.training = torch.is_grad_enabled()
+        yield
+    finally:
+        for layer, training in zip(layers, before, strict=True):
+            layer.training = training
 
 
 def _token_logps(head, hidden: Tensor, targets: Tensor, chunk: int) -> Tensor:
     """log p(target | hidden), (S,): at most `chunk` vocabulary rows exist at once."""
-    if type(head) is torch.nn.Linear and not head.weight.requires_grad:
-        return FrozenHeadLogps.apply(hidden, head.weight, head.bias, targets, chunk)
+    frozen = not any(p.requires_grad for p in head.parameters())
+    if frozen and type(head) is torch.nn.Linear:
+        return _FrozenHeadLogps.apply(hidden, head.weight, head.bias, targets, chunk)
 
-    def some(h: Tensor, y: Tensor) -> Tensor:
+    def chunk_logps(h: Tensor, y: Tensor) -> Tensor:
         return -F.cross_entropy(head(h).float(), y, reduction="none")
 
-    parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    chunks = zip(hidden.split(chunk), targets.split(chunk), strict=True)
     if not torch.is_grad_enabled() or len(targets) <= chunk:
-        return torch.cat([some(h, y) for h, y in parts])
-    return torch.cat([checkpoint(some, h, y, use_reentrant=False) for h, y in parts])
+        return torch.cat([chunk_logps(h, y) for h, y in chunks])
+    return torch.cat([checkpoint(chunk_logps, h, y, use_reentrant=False) for h, y in chunks])
 
 
-class FrozenHeadLogps(torch.autograd.Function):
+class _FrozenHeadLogps(torch.autograd.Function):
     """log p(target | hidden), (S,), under a head W (V, H) that LoRA leaves as it is.
 
     d log p(y) / d hidden = W[y] - sum_v p(v) W[v] is known as soon as the logits are. They are
@@ -443,7 +477,7 @@ class FrozenHeadLogps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, chunk):
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets, chunk: int):
         logps, slopes = [], []
         for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):
             p = F.linear(h, weight, bias).float()  # logits, (chunk, V)
@@ -457,7 +491,8 @@ class FrozenHeadLogps(torch.autograd.Function):
         return torch.cat(logps)
 
     @staticmethod
-    def backward(ctx, grad):
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
         (slope,) = ctx.saved_tensors
         return grad[:, None].to(slope) * slope, None, None, None, None
 
@@ -484,18 +519,22 @@ def sample(
     """n completions of each prompt, as text; temperature 0 is greedy. Deterministic for a seed.
 
     sampler "fast" draws from the top_k likeliest tokens only (0: all), of these from the smallest
-    set that holds top_p: not the distribution of top_p alone. "generate" draws the very tokens
-    that transformers' generate(num_return_sequences=n) draws after torch.manual_seed(seed), as
-    long as `rows` lets all prompts into one batch. A completion ends with the end token or `stop`.
-    Prompts given as text are encoded plainly: control tokens in them are not parsed.
+    set that holds top_p: not the distribution of top_p alone. "generate" uses the random numbers
+    of transformers' generate(num_return_sequences=n) after torch.manual_seed(seed), as long as
+    `rows` lets all prompts into one batch: the same tokens, but where logits tie within rounding.
+    A completion ends with the end token or with the text `stop`. Prompts given as text are encoded
+    plainly: control tokens in them are not parsed.
+    Raises ValueError for an empty prompt, n < 1 or an unknown sampler.
     """
     encoded = [_encode_text(tokenizer, p) if isinstance(p, str) else p for p in prompts]
+    if n < 1 or sampler not in SAMPLERS or not all(encoded):
+        raise ValueError(f"sample: n >= 1, no empty prompt, sampler of {', '.join(SAMPLERS)}")
     size = max(1, rows // n)
     order = list(range(len(encoded)))
     if len(order) > size:  # like lengths together
         order.sort(key=lambda i: len(encoded[i]))
     result: list[list[str]] = [[] for _ in encoded]
-    draw = (_FastDraw if sampler == "fast" else _GenerateDraw)(temperature, top_p, top_k, seed)
+    draw = SAMPLERS[sampler](temperature, top_p, top_k, seed)
     ended = _Ends(model, tokenizer, stop)
     for start in tqdm(range(0, len(order), size), "sample", disable=None, leave=False):
         batch = order[start : start + size]
@@ -513,52 +552,52 @@ def _decode(model, prompts, n: int, max_new_tokens: int, draw, ended, pad: int) 
     A tree grows: the prompt is read once as trunk, and each step adds one token to each of its n
     branches. The cache holds the prompt once, not n times.
     """
-    decoder, head = _parts(model)
+    b, width = len(prompts), max(map(len, prompts))
+    decoder, head = _parts(model, width + max_new_tokens)
     _use_attention(decoder, "sdpa")
     weight, device = decoder.get_input_embeddings().weight, head.weight.device
-    b, width = len(prompts), max(map(len, prompts))
+    layers = range(decoder.config.num_hidden_layers)
+    cache = Cache([_Buffer(width + n * max_new_tokens) for _ in layers])
+
+    def read(ids: Tensor, position: Tensor, seen) -> Tensor:
+        """ids, position (B, Q), which the cache takes in -> hidden states (B, Q, H)."""
+        past = cache.get_seq_length()
+        return decoder(
+            input_ids=ids,
+            position_ids=position,
+            attention_mask=_dense(seen, *ids.shape, past + ids.shape[1], weight),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+
     length = torch.tensor([len(p) for p in prompts], device=device)
     ids = torch.tensor([p + [pad] * (width - len(p)) for p in prompts], device=device)  # (B, T)
     position = torch.arange(width, device=device).expand(b, width)
     branch = -(position >= length[:, None]).long()  # (B, T): 0 prompt, -1 pad; samples from 1
-    layers = range(decoder.config.num_hidden_layers)
-    cache = Cache([_Buffer(width + n * max_new_tokens) for _ in layers])
-    mask = _dense(_tree_mask(branch, branch, branch, 0), b, width, width, weight)
-    hidden = decoder(
-        input_ids=ids, position_ids=position, attention_mask=mask, past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state  # (B, T, H)
+    hidden = read(ids, position, _tree_mask(branch, branch, branch, 0))
     last = hidden[torch.arange(b, device=device), length - 1]  # (B, H)
     logits = head(last).float()[:, None].expand(b, n, -1)  # (B, n, V)
-    user = torch.arange(b, device=device)  # prompts with an open sample
-    number = torch.arange(n, device=device).expand(b, n)  # (B, Q): the sample that a slot grows
-    tokens = torch.full((b, n + 1, max_new_tokens), pad, device=device)  # sample n: nobody's
+    prompt = torch.arange(b, device=device)  # (B,): those with an open sample
+    sample = torch.arange(n, device=device).expand(b, n)  # (B, Q): the one that each slot grows
+    tokens = torch.full((b, n + 1, max_new_tokens), pad, device=device)  # sample n is nobody's
     for i in range(max_new_tokens):
-        token = draw(logits, user, number, (b, n))  # (B, Q)
-        tokens[user[:, None], number, i] = token
-        number = number.masked_fill(ended(token, tokens[..., : i + 1], user, number), n)
-        open_ = number < n
-        if not open_.any() or i + 1 == max_new_tokens:
+        token = draw(logits, prompt, sample, (b, n))  # (B, Q)
+        tokens[prompt[:, None], sample, i] = token
+        sample = sample.masked_fill(ended(token, tokens[..., : i + 1], prompt, sample), n)
+        going = sample < n  # (B, Q)
+        if not going.any() or i + 1 == max_new_tokens:
             break
-        slots = int(open_.sum(1).max())
-        if slots < number.shape[1]:  # open slots first, the rest of the columns away
-            kept = open_.sort(dim=1, descending=True, stable=True).indices[:, :slots]
-            number, token = number.gather(1, kept), token.gather(1, kept)
-        some = open_.any(1)
-        if some.float().mean() < 0.75:  # dropping a prompt copies the cache: once it saves enough
-            cache.batch_select_indices(some.nonzero().flatten())
-            user, number, token, branch = (x[some] for x in (user, number, token, branch))
-        past = branch.shape[1]
-        branch = torch.cat([branch, number + 1], 1)
-        seen = _tree_mask(number + 1, torch.zeros_like(number), branch, past)
-        hidden = decoder(
-            input_ids=token,
-            position_ids=(length[user] + i)[:, None].expand_as(token),
-            attention_mask=_dense(seen, *number.shape, branch.shape[1], weight),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        logits = head(hidden).float()  # (B, Q, V)
+        slots = int(going.sum(1).max())
+        if slots < sample.shape[1]:  # open slots first, the rest of the columns away
+            kept = going.sort(dim=1, descending=True, stable=True).indices[:, :slots]
+            sample, token = sample.gather(1, kept), token.gather(1, kept)
+        rows = going.any(1)
+        if rows.float().mean() < 0.75:  # dropping a prompt copies the cache: once it saves enough
+            cache.batch_select_indices(rows.nonzero().flatten())
+            prompt, sample, token, branch = (x[rows] for x in (prompt, sample, token, branch))
+        past, branch = branch.shape[1], torch.cat([branch, sample + 1], 1)
+        seen = _tree_mask(sample + 1, torch.zeros_like(sample), branch, past)
+        logits = head(read(token, (length[prompt] + i)[:, None].expand_as(token), seen)).float()
     return tokens[:, :n]
 
 
@@ -591,29 +630,32 @@ class _Ends:
         settings = getattr(model, "generation_config", None)
         more = settings.eos_token_id if settings else None
         ends = {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])} - {None}
-        self.ends, self.tokenizer, self.stop = torch.tensor(sorted(ends)), tokenizer, stop
         last = [i for text, i in tokenizer.get_vocab().items() if stop and stop[-1] in text]
-        self.last = torch.tensor(sorted(last))  # only these can complete it
+        device = next(model.parameters()).device
+        self.ends = torch.tensor(sorted(ends), device=device)
+        self.last = torch.tensor(sorted(last), device=device)  # only these can complete `stop`
+        self.tokenizer, self.stop = tokenizer, stop
 
-    def __call__(self, token: Tensor, tokens: Tensor, user: Tensor, number: Tensor) -> Tensor:
+    def __call__(self, token: Tensor, tokens: Tensor, prompt: Tensor, sample: Tensor) -> Tensor:
         """token (B, Q), drawn last; tokens (prompts, n + 1, i + 1), all so far -> bool (B, Q)."""
-        done = torch.isin(token, self.ends.to(token.device))
-        row, slot = torch.isin(token, self.last.to(token.device)).nonzero(as_tuple=True)
+        done = torch.isin(token, self.ends)
+        row, slot = torch.isin(token, self.last).nonzero(as_tuple=True)
         if len(row):
-            ids = tokens[user[row], number[row, slot], -len(self.stop) - 1 :]
+            # `stop` lies within as many tokens as it has bytes, whatever they are.
+            ids = tokens[prompt[row], sample[row, slot], -len(self.stop.encode()) :]
             texts = self.tokenizer.batch_decode(ids)
             done[row, slot] |= torch.tensor([self.stop in t for t in texts], device=token.device)
         return done
 
 
 class _FastDraw:
-    """One uniform number a sample, drawn on the CPU: the same tokens on every device."""
+    """One uniform number a sample and step, drawn on the CPU: the same on every device."""
 
     def __init__(self, temperature: float, top_p: float, top_k: int, seed: int):
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
         self.random = torch.Generator().manual_seed(seed)
 
-    def __call__(self, logits: Tensor, user: Tensor, number: Tensor, shape: tuple[int, int]):
+    def __call__(self, logits: Tensor, prompt: Tensor, sample: Tensor, shape: tuple[int, int]):
         """logits (B, Q, V) of the open slots of `shape` = (prompts, n) samples -> tokens (B, Q)."""
         if self.temperature == 0:
             return logits.argmax(-1)
@@ -624,12 +666,12 @@ class _FastDraw:
         mass = p.cumsum(-1)
         p = p.masked_fill(mass - p >= self.top_p, 0)
         mass = p.cumsum(-1)
-        place = torch.searchsorted(mass, u[user[:, None], number][..., None] * mass[..., -1:])
+        place = torch.searchsorted(mass, u[prompt[:, None], sample][..., None] * mass[..., -1:])
         return token.gather(-1, place.clamp_max(p.shape[-1] - 1)).squeeze(-1)
 
 
 class _GenerateDraw:
-    """The tokens of transformers' generate: its warpers, and the noise of torch.multinomial."""
+    """As transformers' generate draws: its warpers, and the noise of torch.multinomial."""
 
     def __init__(self, temperature: float, top_p: float, top_k: int, seed: int):
         from transformers import (
@@ -648,7 +690,7 @@ class _GenerateDraw:
         if top_p < 1:
             self.warpers.append(TopPLogitsWarper(top_p))
 
-    def __call__(self, logits: Tensor, user: Tensor, number: Tensor, shape: tuple[int, int]):
+    def __call__(self, logits: Tensor, prompt: Tensor, sample: Tensor, shape: tuple[int, int]):
         """As of _FastDraw."""
         if self.greedy:
             return logits.argmax(-1)
@@ -656,5 +698,8 @@ class _GenerateDraw:
         self.random = self.random or torch.Generator(logits.device).manual_seed(self.seed)
         scores = self.warpers(None, logits.flatten(0, 1))  # (B * Q, V)
         noise = torch.empty(b * n, v, device=logits.device).exponential_(generator=self.random)
-        own = noise[(user[:, None] * n + number.clamp_max(n - 1)).flatten()]
-        return (scores.softmax(-1) / own).argmax(-1).view(number.shape)
+        own = noise[(prompt[:, None] * n + sample.clamp_max(n - 1)).flatten()]
+        return (scores.softmax(-1) / own).argmax(-1).view(sample.shape)
+
+
+SAMPLERS = {"fast": _FastDraw, "generate": _GenerateDraw}

@@ -46,13 +46,14 @@ class Pipeline:
                 raise UserError(f"data.{name}={path}: no such file")
         if config.data.impressions and not config.data.users:
             raise UserError("data.impressions: needs data.users, the people it was shown to")
+        if config.generator.attention == "flex_attention" and not torch.cuda.is_available():
+            raise UserError("generator.attention=flex_attention: needs a GPU; 'sdpa' needs none")
         self.config, self.run = config, RunFolder(config)
         self.users_file, self.impressions_file = config.data.users, config.data.impressions
         if not config.data.users:
             self.users_file = self.run / "world" / "users.jsonl"
             self.impressions_file = self.run / "world" / "impressions.jsonl"
         self.shares = [*config.data.cuts, 1.0]  # the last one: everything up to now
-        self.tuned_encoder = None  # of the scorer, where rid fine-tunes one
 
     def seed(self, *parts) -> int:
         """A seed of its own for every purpose, from run.seed."""
@@ -136,8 +137,8 @@ class Pipeline:
         none = torch.zeros(self.encoder.dim)
         return {u: self.encoder([text])[0] if text else none for u, text in texts.items()}
 
-    def scorer_batch(self, rows: list[tuple[str, int]]) -> dict[str, torch.Tensor]:
-        """Padded inputs of ResonanceScorer for (user, cut) rows."""
+    def scorer_batch(self, rows: list[tuple[str, int]], encode=None) -> dict[str, torch.Tensor]:
+        """Padded inputs of ResonanceScorer for (user, cut) rows; `encode` replaces the encoder."""
         histories = [self.histories[user_id][cut] for user_id, cut in rows]
         b, n = len(rows), max(len(h.texts) for h in histories)
         batch = {
@@ -150,22 +151,20 @@ class Pipeline:
             m = len(h.texts)
             batch["embeddings"][i, :m], batch["statistics"][i, :m] = h.embeddings, h.statistics
             batch["mask"][i, :m] = True
-        if self.tuned_encoder is not None:
-            texts = [text for h in histories for text in h.texts]
-            size, recompute = self.config.encoder.batch_size, self.config.rid.encoder_recompute
-            vectors = llm.embed(self.tuned_encoder, texts, size, recompute)
+        if encode:
+            vectors = encode([text for h in histories for text in h.texts])
             batch["embeddings"][batch["mask"]] = vectors.to(batch["embeddings"].device)
         return batch
 
     @torch.no_grad()
     def resonance(
-        self, scorer: ib.ResonanceScorer, rows: list[tuple[str, int]]
+        self, scorer: ib.ResonanceScorer, rows: list[tuple[str, int]], encode=None
     ) -> list[np.ndarray]:
-        """s(u, h) of every summary of every (user, cut) row."""
+        """s(u, h) of every summary of every (user, cut) row; `encode` as of scorer_batch."""
         scorer.eval()
         scores = []
         for start in range(0, len(rows), 32):
-            batch = self.scorer_batch(rows[start : start + 32])
+            batch = self.scorer_batch(rows[start : start + 32], encode)
             s = scorer(**batch)
             scores += [row[mask].numpy() for row, mask in zip(s, batch["mask"], strict=True)]
         return scores

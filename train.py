@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import random
 import resource
 import time
@@ -136,13 +137,13 @@ def stage_rid(p: Pipeline) -> dict:
             f"{p.users_file}: no user comes back to an earlier subject (checked {len(p.users)} "
             f"users), so there is nothing to learn from; more users or longer histories are needed"
         )
-    scorer, valid_auc = fit_scorer(p, revisits, train, valid)
+    score, valid_auc = fit_scorer(p, revisits, train, valid)
     activity = [p.histories[u][c].sessions_per_week for u, c in train]
     groups = p.config.rid.activity_groups
     edges = np.quantile(activity, np.arange(1, groups) / groups).tolist()
-    thresholds = fit_gate(p, revisits, scorer, valid, edges)
+    thresholds = fit_gate(p, revisits, score, valid, edges)
     write_json(p.run / "rid" / "gate.json", {"edges": edges, "thresholds": thresholds})
-    kept = distil_all(p, scorer, edges, thresholds)
+    kept = distil_all(p, score, edges, thresholds)
     baselines = {"recency": ib.recency_scores, "frequency": ib.frequency_scores}
     return {
         "train_users": len({u for u, _ in train}),
@@ -150,15 +151,18 @@ def stage_rid(p: Pipeline) -> dict:
         "thresholds": thresholds,
         "kept_per_user": kept,
         "unseen_users": len({u for u, _ in unseen}),
-        "auc": revisits.auc(unseen, p.resonance(scorer, unseen)) if unseen else float("nan"),
+        "auc": revisits.auc(unseen, score(unseen)) if unseen else float("nan"),
     } | {
-        f"auc_{name}": revisits.auc(unseen, [score(p.histories[u][c]).numpy() for u, c in unseen])
-        for name, score in baselines.items()
+        f"auc_{name}": revisits.auc(unseen, [rank(p.histories[u][c]).numpy() for u, c in unseen])
+        for name, rank in baselines.items()
     }
 
 
-def fit_scorer(p: Pipeline, revisits: Revisits, train, valid) -> tuple[ib.ResonanceScorer, float]:
-    """Minimise Eq. (3); the epoch with the best AUC on held-out users stays."""
+def fit_scorer(p: Pipeline, revisits: Revisits, train, valid) -> tuple[Callable, float]:
+    """Minimise Eq. (3); the epoch with the best AUC on held-out users stays.
+
+    Returns (user, cut) rows -> s(u, h) of their summaries, and that AUC.
+    """
     settings = p.config.rid
     torch.manual_seed(p.seed("rid"))
     scorer = ib.ResonanceScorer(
@@ -170,11 +174,20 @@ def fit_scorer(p: Pipeline, revisits: Revisits, train, valid) -> tuple[ib.Resona
         settings.dropout,
     )
     optimiser = torch.optim.AdamW(scorer.parameters(), settings.learning_rate, weight_decay=0.01)
+    trained, tuned, embed = [*scorer.towers], None, None
     if settings.encoder_learning_rate:
-        p.tuned_encoder = copy.deepcopy(p.encoder.model).eval()
-        weights = {"params": p.tuned_encoder.parameters(), "lr": settings.encoder_learning_rate}
+        tuned, size = copy.deepcopy(p.encoder.model).eval(), p.config.encoder.batch_size
+        embed = functools.partial(
+            llm.embed, tuned, batch_size=size, recompute=settings.encoder_recompute
+        )
+        weights = {"params": tuned.parameters(), "lr": settings.encoder_learning_rate}
         optimiser.add_param_group(weights)
-    trained = torch.nn.ModuleList([*scorer.towers, *([p.tuned_encoder] if p.tuned_encoder else [])])
+        trained.append(tuned)
+    trained = torch.nn.ModuleList(trained)
+
+    def score(rows: list[tuple[str, int]]) -> list[np.ndarray]:
+        return p.resonance(scorer, rows, llm.Encoder(model=tuned) if tuned else None)
+
     shuffle = random.Random(p.seed("rid", "order"))
     lottery = torch.Generator().manual_seed(p.seed("rid", "negatives"))
     text_id: dict[str, int] = {}
@@ -190,7 +203,7 @@ def fit_scorer(p: Pipeline, revisits: Revisits, train, valid) -> tuple[ib.Resona
         losses = []
         for start in range(0, len(order), settings.batch_users):
             rows = order[start : start + settings.batch_users]
-            batch = p.scorer_batch(rows)
+            batch = p.scorer_batch(rows, embed)
             positive = torch.zeros_like(batch["mask"])
             ids = torch.full(positive.shape, -1)
             for i, (user_id, cut) in enumerate(rows):
@@ -212,7 +225,7 @@ def fit_scorer(p: Pipeline, revisits: Revisits, train, valid) -> tuple[ib.Resona
                 torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0)
             optimiser.step()
             losses.append(loss.item() / len(scorer.towers))
-        auc = revisits.auc(valid, p.resonance(scorer, valid))
+        auc = revisits.auc(valid, score(valid))
         p.run.log("rid", epoch=epoch, loss=float(np.mean(losses)), valid_auc=auc)
         if auc > best_auc:
             best, best_auc, waited = {k: v.clone() for k, v in trained.state_dict().items()}, auc, 0
@@ -222,15 +235,15 @@ def fit_scorer(p: Pipeline, revisits: Revisits, train, valid) -> tuple[ib.Resona
                 break
     trained.load_state_dict(best)
     write_tensors(p.run / "rid" / "scorer.safetensors", scorer.state_dict())
-    if p.tuned_encoder is not None:
+    if tuned:
         with atomic_path(p.run / "rid" / "encoder") as temporary:
-            p.tuned_encoder.save(str(temporary))
-    return scorer, best_auc
+            tuned.save(str(temporary))
+    return score, best_auc
 
 
-def fit_gate(p: Pipeline, revisits: Revisits, scorer, valid, edges) -> list[float]:
+def fit_gate(p: Pipeline, revisits: Revisits, score, valid, edges) -> list[float]:
     """A threshold for each activity group, from held-out users."""
-    scores = p.resonance(scorer, valid)
+    scores = score(valid)
     groups = [
         np.full(len(s), ib.activity_group(p.histories[u][c].sessions_per_week, edges))
         for (u, c), s in zip(valid, scores, strict=True)
@@ -242,12 +255,12 @@ def fit_gate(p: Pipeline, revisits: Revisits, scorer, valid, edges) -> list[floa
     return fitted.tolist()
 
 
-def distil_all(p: Pipeline, scorer, edges, thresholds) -> float:
+def distil_all(p: Pipeline, score, edges, thresholds) -> float:
     """Write every user's trigger interests at every cut; return the mean number kept."""
     settings = p.config.rid
     everyone = [(u, c) for u in p.users for c in range(len(p.shares)) if p.histories[u][c].texts]
     triggers = {u: [{"interests": [], "scores": []} for _ in p.shares] for u in p.users}
-    for (user_id, cut), scores in zip(everyone, p.resonance(scorer, everyone), strict=True):
+    for (user_id, cut), scores in zip(everyone, score(everyone), strict=True):
         history = p.histories[user_id][cut]
         keep = ib.distil(
             scores,

@@ -7,8 +7,10 @@ slowed alike, and their ratio stands. `python -m benchmarks.dpo` runs one compar
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -18,13 +20,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-warnings.filterwarnings("ignore")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+import torch
 
-import torch  # noqa: E402
+from llm import quiet_libraries
 
-from llm import quiet_libraries  # noqa: E402
+PACKAGES = ("torch", "transformers", "peft", "trl", "sentence-transformers", "pyversity")
 
 
 @dataclass
@@ -38,11 +38,22 @@ class Row:
     at_least: float | None  # the ratio that the project set out for
     ours_gb: float | None = None  # peak memory of a process that does nothing else
     peer_gb: float | None = None
+    memory_at_least: float | None = None
     note: str = ""
 
     @property
     def ratio(self) -> float:
         return self.peer_s / self.ours_s
+
+    @property
+    def memory_ratio(self) -> float | None:
+        return self.peer_gb / self.ours_gb if self.ours_gb else None
+
+    @property
+    def missed(self) -> bool:
+        """Whether a ratio is below what was asked."""
+        memory = self.memory_at_least and self.memory_ratio < self.memory_at_least
+        return bool(memory or (self.at_least and self.ratio < self.at_least))
 
 
 def seconds(candidates: dict[str, Callable[[], object]], repeats: int = 5) -> dict[str, float]:
@@ -56,6 +67,25 @@ def seconds(candidates: dict[str, Callable[[], object]], repeats: int = 5) -> di
             if turn:
                 times[name].append(time.process_time() - started)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def same_step(
+    ours: Callable[[], float], peer: Callable[[], float], our_model, peer_model, tolerance=1e-4
+) -> str:
+    """Assert that both steps give one loss and one gradient; say by how much the gradients differ.
+
+    The steps zero the gradients of their model first and leave those of the loss that they return.
+    """
+    made = []
+    for step, model in ((ours, our_model), (peer, peer_model)):
+        loss = step()
+        slopes = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        made.append((loss, torch.cat(slopes).clone()))
+    (a, g), (b, h) = made
+    error = ((g - h).norm() / h.norm()).item()
+    if abs(a - b) > 1e-3 or error > tolerance:
+        raise AssertionError(f"not the same work: losses {a} and {b}, gradients differ by {error}")
+    return f"gradients differ by {error:.0e}"
 
 
 def peak_gb(module: str, *words: str) -> float:
@@ -79,8 +109,10 @@ def table(rows: list[Row]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
-        memory = f"{r.ours_gb:.1f} : {r.peer_gb:.1f}" if r.ours_gb and r.peer_gb else "–"
-        asked = f"{r.at_least:g}×" if r.at_least else "–"
+        memory, asked = "–", f"{r.at_least:g}×" if r.at_least else "–"
+        if r.ours_gb:
+            memory = f"{r.ours_gb:.1f} : {r.peer_gb:.1f} = {r.memory_ratio:.1f}×"
+            memory += f" (asked {r.memory_at_least:g}×)" if r.memory_at_least else ""
         lines.append(
             f"| {r.work} | {r.peer} | {r.ours_s:.3g} | {r.peer_s:.3g} | **{r.ratio:.1f}×** | "
             f"{asked} | {memory} | {r.note} |"
@@ -88,13 +120,33 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def machine() -> dict[str, object]:
+    info = Path("/proc/cpuinfo")
+    names = [
+        line.partition(":")[2].strip()
+        for line in (info.read_text().splitlines() if info.is_file() else [])
+        if line.startswith("model name")
+    ]
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
 def report(name: str, rows: list[Row]) -> None:
     """Print the table, and one JSON line for the machine."""
     print(f"\n{name}\n\n{table(rows)}\n")
-    print(json.dumps({"benchmark": name, "rows": [asdict(r) for r in rows]}), flush=True)
+    lines = [asdict(r) | {"ratio": r.ratio, "memory_ratio": r.memory_ratio} for r in rows]
+    print(json.dumps({"benchmark": name, "machine": machine(), "rows": lines}), flush=True)
 
 
 def prepare() -> None:
+    """One thread, the same random numbers each time, no warnings between the figures."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     torch.set_flush_denormal(True)

@@ -1,11 +1,13 @@
 """A DPO step and sampling with a model of Qwen2.5-7B's shape on one GPU.
 
-    python -m benchmarks.gpu            # random weights: as fast and large as real ones
-    python -m benchmarks.gpu --small    # a small shape on any machine, to try the script
+    python -m benchmarks.gpu > results/gpu.jsonl   # random weights: as fast and large as real ones
+    python -m benchmarks.gpu --small               # a small shape on any machine, to try it
 
 For bf16 and 4-bit (NF4), prompts of 512 and 2,048: tokens/s, share of the card's dense bf16 peak
 (model FLOP only: recomputed layers do not count as work), peak memory, and whether the step also
-fits under 24 GB. Sampling: tokens/s against reading the weights once per token from memory.
+fits under 24 GB; TRL's step beside it (in bf16). Sampling: tokens/s, and the share of the memory's
+bandwidth that reading the weights once a step takes (prefill included in the time). Memory is that
+of a step: AdamW's state of the adapter (0.3 GB at 7B) comes to it. Never run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -18,12 +20,15 @@ from pathlib import Path
 
 import torch
 
-import icebreaker as ib
 import llm
 from benchmarks.common import quiet_libraries
+from benchmarks.dpo import our_step, trl_step
 
 # Dense bf16 TFLOP/s and memory GB/s of data-sheets; a card that is not listed gets no share.
-CARDS = {"H100": (989, 3350), "H200": (989, 4800), "A100": (312, 2039), "4090": (165, 1008)}
+CARDS = {
+    "H100 80GB HBM3": (989, 3350), "H200": (989, 4800), "A100-SXM4-80GB": (312, 2039),
+    "RTX 4090": (165, 1008),
+}
 LISTS, LIST_TOKENS = 4, 64  # one chosen and three rejected lists
 
 
@@ -44,15 +49,8 @@ def save_random_model(folder: Path, small: bool) -> None:
         tie_word_embeddings=False, max_position_embeddings=32_768,
     )
     torch.manual_seed(0)
-    with torch.device(device()):
-        torch.set_default_dtype(torch.bfloat16)
-        model = Qwen2ForCausalLM(config)
-        torch.set_default_dtype(torch.float32)
-    model.save_pretrained(folder)
-
-
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 
 
 def timed(run, repeats: int = 3) -> float:
@@ -73,26 +71,21 @@ def peak_gb() -> float:
     return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else float("nan")
 
 
-def dpo_step(model, length: int, attention: str):
+def work(model, length: int):
+    """(prompt, lists, reference log-probabilities) of one user."""
     size = model.config.vocab_size
     prompt = torch.randint(10, size, (length,)).tolist()
     lists = [torch.randint(10, size, (LIST_TOKENS,)).tolist() for _ in range(LISTS)]
-
-    def run() -> None:
-        (logps,) = llm.completion_logps(model, [prompt], [lists], attention=attention)
-        rejected = logps[1:]
-        chosen = logps[:1].expand_as(rejected)
-        ib.dpo_loss(chosen, rejected, chosen.detach(), rejected.detach(), 0.1).mean().backward()
-        model.zero_grad()
-
-    return run, length + LISTS * LIST_TOKENS
+    return prompt, lists, torch.zeros(LISTS)
 
 
-def measure_step(model, length: int, attention: str, peak_tflops: float | None) -> dict:
+def measure_step(model, length: int, how: str, peak_tflops: float | None) -> dict:
+    """how: an attention of ours, or "trl"."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    run, row = dpo_step(model, length, attention)
-    seconds = timed(run)
+    user = work(model, length)
+    seconds = timed(trl_step(model, *user) if how == "trl" else our_step(model, *user, how))
+    row = length + LISTS * LIST_TOKENS  # TRL computes more tokens for the same work
     config = model.config
     weights = config.num_hidden_layers * (
         2 * config.hidden_size**2
@@ -102,7 +95,7 @@ def measure_step(model, length: int, attention: str, peak_tflops: float | None) 
     # Forward, and the gradient in the input (frozen weights have none): 4 FLOP a weight.
     flop = 4 * weights * row + 4 * config.vocab_size * config.hidden_size * LISTS * LIST_TOKENS
     return {
-        "prompt": length, "attention": attention, "seconds": seconds, "tokens_per_s": row / seconds,
+        "prompt": length, "how": how, "seconds": seconds, "tokens_per_s": row / seconds,
         "share_of_peak": flop / seconds / 1e12 / peak_tflops if peak_tflops else None,
         "peak_gb": peak_gb(),
     }
@@ -114,7 +107,7 @@ def measure_24_gb(model, length: int) -> bool:
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, 24e9 / total))
     try:
-        dpo_step(model, length, "sdpa")[0]()
+        our_step(model, *work(model, length))()
         return True
     except torch.OutOfMemoryError:
         return False
@@ -148,7 +141,7 @@ def main() -> None:
     quiet_libraries()
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     tflops, bandwidth = next((v for k, v in CARDS.items() if k in name), (None, None))
-    attentions = ("sdpa", "flex_attention") if torch.cuda.is_available() else ("sdpa",)
+    ways = ("sdpa", "flex_attention", "trl") if torch.cuda.is_available() else ("sdpa", "trl")
     with tempfile.TemporaryDirectory() as folder:
         save_random_model(Path(folder), small)
         for in_4bit in (False, True):
@@ -156,7 +149,11 @@ def main() -> None:
             model = llm.add_lora(base, 16, 32, seed=0)
             made = {"device": name, "torch": torch.__version__, "4bit": in_4bit, "dpo": []}
             for length in (32, 64) if small else (512, 2048):
-                steps = [measure_step(model, length, a, tflops) for a in attentions]
+                steps = [
+                    measure_step(model, length, how, tflops)
+                    for how in ways
+                    if how != "trl" or not in_4bit
+                ]
                 if torch.cuda.is_available():
                     steps[0]["fits_24_gb"] = measure_24_gb(model, length)
                 made["dpo"] += steps

@@ -1,9 +1,10 @@
-"""Sampling n lists of one prompt beside transformers' generate(num_return_sequences=n).
+"""Sampling n lists of each prompt beside transformers' generate(num_return_sequences=n).
 
     python -m benchmarks.sampling
 
 generate reads the prompt n times and sorts the whole vocabulary at each token. Our "generate" mode
 draws the same tokens; the fast sampler cuts to the top_k first and draws with other random numbers.
+In the tree every step reads the other samples' tokens too (masked), so long lists gain less.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 import llm
 from benchmarks.common import Row, prepare, qwen, report, seconds, tokens
 
-N, PROMPT, NEW, VOCABULARY = 16, 384, 24, 151_936
+N, VOCABULARY = 16, 151_936
 CHOSEN = {"temperature": 0.7, "top_k": 50, "top_p": 0.95}
 
 
@@ -27,40 +28,53 @@ def word_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0", pad_token="w1")
 
 
-@torch.no_grad()
-def main() -> None:
-    prepare()
-    model, tokenizer, prompt = qwen(), word_tokenizer(), tokens(PROMPT)
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * 8)  # peaked, as trained ones
+def compare(model, tokenizer, lengths: list[int], new: int, repeats: int) -> dict[str, float]:
+    """CPU seconds of generate and of both samplers, after a check that the tokens are the same."""
+    prompts = [tokens(n) for n in lengths]
+    width = max(lengths)
+    ids = torch.tensor([[1] * (width - len(p)) + p for p in prompts])
+    real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
 
     def ours(sampler: str) -> list[str]:
-        return llm.sample(
-            model, tokenizer, [prompt], N, seed=0, max_new_tokens=NEW, sampler=sampler, **CHOSEN
-        )[0]
+        lists = llm.sample(
+            model, tokenizer, prompts, N, seed=0, max_new_tokens=new, sampler=sampler, stop="",
+            **CHOSEN,
+        )
+        return [y for own in lists for y in own]
 
     def generate() -> list[str]:
         torch.manual_seed(0)
-        ids = torch.tensor([prompt])
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), num_return_sequences=N, do_sample=True,
-            max_new_tokens=NEW, **CHOSEN,
+            ids, attention_mask=real, num_return_sequences=N, do_sample=True, max_new_tokens=new,
+            **CHOSEN,
         )
-        return tokenizer.batch_decode(out[:, PROMPT:], skip_special_tokens=True)
+        return tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
 
     assert ours("generate") == generate()
-    times = seconds(
-        {"same": lambda: ours("generate"), "fast": lambda: ours("fast"), "generate": generate}
-    )
-    work = f"sampling {N} lists, prompt {PROMPT}, {NEW} new tokens"
-    report(
-        "Sampling",
-        [
-            Row(f"{work}, the same tokens", "generate", times["same"], times["generate"], 1.5,
-                note="tokens equal"),
-            Row(f"{work}, fast sampler", "generate", times["fast"], times["generate"], 3,
-                note="other random numbers, same top-k and top-p"),
-        ],
-    )
+    candidates = {name: lambda x=name: ours(x) for name in ("generate", "fast")}
+    return seconds({**candidates, "peer": generate}, repeats)
+
+
+@torch.no_grad()
+def main() -> None:
+    prepare()
+    model, tokenizer = qwen(), word_tokenizer()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * 8)  # peaked, as trained ones
+    rows = []
+    for lengths, new, repeats, asked in (
+        ([384], 24, 5, {"generate": 1.5, "fast": 3}),
+        ([384], 160, 3, {}),
+        ([96, 192, 384], 24, 3, {}),
+    ):
+        times = compare(model, tokenizer, lengths, new, repeats)
+        work = f"sampling {N} lists, prompt {', '.join(map(str, lengths))}, {new} new tokens"
+        rows += [
+            Row(f"{work}, the same tokens", "generate", times["generate"], times["peer"],
+                asked.get("generate"), note="tokens equal"),
+            Row(f"{work}, fast sampler", "generate", times["fast"], times["peer"],
+                asked.get("fast"), note="other random numbers, same top-k and top-p"),
+        ]
+    report("Sampling", rows)
 
 
 if __name__ == "__main__":

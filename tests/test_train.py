@@ -89,10 +89,13 @@ def test_dpo_starts_at_ln_2_and_logs_what_to_watch(finished):
     assert {"utility", "diversity"} == p.run.figures("dpo")["round 2"]["before"].keys()
 
 
-def test_the_scorers_encoder_can_be_tuned(finished, tmp_path):
+def test_the_scorers_encoder_can_be_tuned(finished, tmp_path, monkeypatch):
     """Its text vectors change, and gradient caching changes nothing."""
     shutil.copytree(finished.parent / "tiny", tmp_path / "tiny")
-    scores = []
+    scores, asked, embed = [], [], train.llm.embed
+    monkeypatch.setattr(
+        train.llm, "embed", lambda *a, **k: asked.append(k["recompute"]) or embed(*a, **k)
+    )
     for word in ("rid.encoder_recompute=false", "rid.encoder_recompute=true"):
         config = micro(tmp_path, "rid.encoder_learning_rate=1e-4", "rid.epochs=1", word)
         train.run_stages(config, ["rid"])
@@ -100,7 +103,7 @@ def test_the_scorers_encoder_can_be_tuned(finished, tmp_path):
     flat = [
         [x for user in sorted(made) for cut in made[user] for x in cut["scores"]] for made in scores
     ]
-    assert flat[0] == pytest.approx(flat[1], abs=1e-4)
+    assert flat[0] == pytest.approx(flat[1], abs=1e-4) and {*asked} == {True, False}
     tuned = SentenceTransformer(str(tmp_path / "tiny" / "rid" / "encoder"))
     plain = SentenceTransformer(packaged_minilm())
     assert abs(tuned.encode("chess openings") - plain.encode("chess openings")).max() > 1e-3
