@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 import roles
 from config import ROOT, BaseConfig, GeneratorConfig, atomic_path
-from llm import completion_logps, encode_completion, encode_prompt, packaged_minilm, sample
+from encoder import packaged_minilm
+from llm import completion_logps, encode_completion, encode_prompt, sample
 
 Row = tuple[list[int], list[list[int]]]  # ids of a prompt, ids of its lists
 

@@ -23,6 +23,7 @@ import icebreaker as ib
 import llm
 import roles
 from config import Config, RunFolder, UserError, digest, read_json, read_tensors
+from encoder import Encoder
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,10 @@ class Pipeline:
     # ---------------------------------------------------------------------------- data and encoder
 
     @cached_property
-    def encoder(self) -> llm.Encoder:
+    def encoder(self) -> Encoder:
         settings = self.config.encoder
         cache = self.run / f"embeddings-{digest(settings.name)}.safetensors"
-        return llm.Encoder(settings.name, settings.batch_size, cache)
+        return Encoder(settings.name, settings.batch_size, cache)
 
     @cached_property
     def users(self) -> dict[str, data.User]:

@@ -47,6 +47,7 @@ from config import (
     write_json,
     write_tensors,
 )
+from encoder import Encoder, embed
 from pipeline import Pipeline, State, base_folder, pad_states, progress, utilities
 
 # ------------------------------------------------------------------------------------ world, base
@@ -174,11 +175,11 @@ def fit_scorer(p: Pipeline, revisits: Revisits, train, valid) -> tuple[Callable,
         settings.dropout,
     )
     optimiser = torch.optim.AdamW(scorer.parameters(), settings.learning_rate, weight_decay=0.01)
-    trained, tuned, embed = [*scorer.towers], None, None
+    trained, tuned, encode = [*scorer.towers], None, None
     if settings.encoder_learning_rate:
         tuned, size = copy.deepcopy(p.encoder.model).eval(), p.config.encoder.batch_size
-        embed = functools.partial(
-            llm.embed, tuned, batch_size=size, recompute=settings.encoder_recompute
+        encode = functools.partial(
+            embed, tuned, batch_size=size, recompute=settings.encoder_recompute
         )
         weights = {"params": tuned.parameters(), "lr": settings.encoder_learning_rate}
         optimiser.add_param_group(weights)
@@ -186,7 +187,7 @@ def fit_scorer(p: Pipeline, revisits: Revisits, train, valid) -> tuple[Callable,
     trained = torch.nn.ModuleList(trained)
 
     def score(rows: list[tuple[str, int]]) -> list[np.ndarray]:
-        return p.resonance(scorer, rows, llm.Encoder(model=tuned) if tuned else None)
+        return p.resonance(scorer, rows, Encoder(model=tuned) if tuned else None)
 
     shuffle = random.Random(p.seed("rid", "order"))
     lottery = torch.Generator().manual_seed(p.seed("rid", "negatives"))
@@ -203,7 +204,7 @@ def fit_scorer(p: Pipeline, revisits: Revisits, train, valid) -> tuple[Callable,
         losses = []
         for start in range(0, len(order), settings.batch_users):
             rows = order[start : start + settings.batch_users]
-            batch = p.scorer_batch(rows, embed)
+            batch = p.scorer_batch(rows, encode)
             positive = torch.zeros_like(batch["mask"])
             ids = torch.full(positive.shape, -1)
             for i, (user_id, cut) in enumerate(rows):

@@ -20,10 +20,10 @@ from sentence_transformers.sentence_transformer.losses import (
 )
 
 import icebreaker as ib
-import llm
 import world
 from benchmarks.common import Row, prepare, report, same_step, seconds
 from config import WorldConfig
+from encoder import embed, packaged_minilm
 
 SCALE, MINI_BATCH = 20.0, 8
 
@@ -44,13 +44,13 @@ def triplets(users: int, rows_per_user: int) -> list[tuple[str, str, str]]:
 
 def compare(rows, cached: bool):
     """Median CPU seconds of both, and how far our gradient differs."""
-    ours_model = SentenceTransformer(llm.packaged_minilm()).eval()
+    ours_model = SentenceTransformer(packaged_minilm()).eval()
     peer_model = copy.deepcopy(ours_model)
     n, texts = len(rows), [text for column in zip(*rows, strict=True) for text in column]
 
     def ours() -> float:
         ours_model.zero_grad()
-        e = llm.embed(ours_model, texts, MINI_BATCH, recompute=cached)  # anchors, positives, ...
+        e = embed(ours_model, texts, MINI_BATCH, recompute=cached)  # anchors, positives, ...
         scores = e[:n] @ e[n:].T  # (n, 2 n): each anchor against every positive and negative
         own = torch.arange(n)
         rest = torch.ones_like(scores, dtype=torch.bool)

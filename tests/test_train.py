@@ -11,7 +11,7 @@ from sentence_transformers import SentenceTransformer
 
 import train
 from config import ROOT, load_config
-from llm import packaged_minilm
+from encoder import packaged_minilm
 
 MICRO = """world.users=40 world.impressions_per_user=30 world.starter_pool=200 base.prompts=40
     base.lists=2 base.layers=2 base.vocabulary=400 rid.epochs=2 ranker.epochs=2
@@ -92,9 +92,9 @@ def test_dpo_starts_at_ln_2_and_logs_what_to_watch(finished):
 def test_the_scorers_encoder_can_be_tuned(finished, tmp_path, monkeypatch):
     """Its text vectors change, and gradient caching changes nothing."""
     shutil.copytree(finished.parent / "tiny", tmp_path / "tiny")
-    scores, asked, embed = [], [], train.llm.embed
+    scores, asked, embed = [], [], train.embed
     monkeypatch.setattr(
-        train.llm, "embed", lambda *a, **k: asked.append(k["recompute"]) or embed(*a, **k)
+        train, "embed", lambda *a, **k: asked.append(k["recompute"]) or embed(*a, **k)
     )
     for word in ("rid.encoder_recompute=false", "rid.encoder_recompute=true"):
         config = micro(tmp_path, "rid.encoder_learning_rate=1e-4", "rid.epochs=1", word)
