@@ -33,7 +33,7 @@ def tiny(tied: bool = True, vocabulary: int = 320, hidden: int = 32, **more):
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
-            intermediate_size=48,
+            intermediate_size=2 * hidden,
             tie_word_embeddings=tied,
             **more,
         )
