@@ -116,6 +116,7 @@ class RankerConfig:
 @dataclass
 class GeneratorConfig:
     model: str = ""  # hub id or local folder; empty: the embedded base model of `--stage base`
+    revision: str = ""  # of a hub id; empty: main
     load_in_4bit: bool = False
     lora_rank: int = 16
     lora_alpha: int = 32

@@ -1,6 +1,7 @@
 """Records of users and shown lists: JSONL in and out, checks, splits by user, cuts by time.
 
     python data.py check users.jsonl
+    python data.py export trl runs/tiny --out pairs.jsonl     # for TRL's DPOTrainer
 
 Every bad line is reported as `file:line: field: reason`, all of them up to a limit, and never with
 the content of the row: these are people's histories.
@@ -24,6 +25,7 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Literal
 
+from omegaconf import OmegaConf
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -36,7 +38,7 @@ from pydantic import (
     model_validator,
 )
 
-from config import UserError, atomic_path, script
+from config import UserError, atomic_path, read_json, script
 
 
 class DataError(UserError):
@@ -337,6 +339,40 @@ def describe_impressions(impressions: list[Impression]) -> dict[str, object]:
     }
 
 
+# ----------------------------------------------------------------------- what the generator reads
+
+
+def plain(text: str) -> str:
+    """Text that can neither open or close a <sug> field nor part two starters."""
+    return text.replace("<", "(").replace(">", ")").replace("&&", "&")
+
+
+def list_text(starters: list[str]) -> str:
+    return f"<sug> {' && '.join(map(plain, starters))} </sug>"
+
+
+def export_trl(run: str | Path) -> Iterator[dict]:
+    """Preference pairs of a finished run's DPO rounds, as TRL's DPOTrainer takes them.
+
+    Conversations: the prompt's chat template is the tokenizer's, as in training here. Raises
+    UserError if the folder is no run with DPO rounds.
+    """
+    rounds = sorted(Path(run).glob("dpo/round*/pairs.json"))
+    if not rounds:
+        raise UserError(f"{run}: no dpo/round*/pairs.json; run train.py --stage dpo first")
+    settings = OmegaConf.load(Path(run) / "config.yaml").generator
+    for path in rounds:
+        for pair in read_json(path):
+            lines = "".join(f"\n- {plain(interest)}" for interest in pair["interests"])
+            text = settings.instruction.format(n=settings.list_size) + lines
+            for rejected in pair["rejected"].values():
+                sides = {"chosen": pair["chosen"], "rejected": rejected}
+                yield {"prompt": [{"role": "user", "content": text}]} | {
+                    side: [{"role": "assistant", "content": list_text(starters)}]
+                    for side, starters in sides.items()
+                }
+
+
 def _holds_impressions(path: str | Path) -> bool:
     """Decide by the keys of the first line that is a JSON object."""
     for _, line in _lines(path):
@@ -346,10 +382,22 @@ def _holds_impressions(path: str | Path) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Say what a users or impressions file holds.")
-    parser.add_argument("command", choices=["check"])
-    parser.add_argument("file")
-    path = parser.parse_args().file
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    check = commands.add_parser("check", help="say what a users or impressions file holds")
+    check.add_argument("file")
+    export = commands.add_parser("export", help="preference pairs of a run for another trainer")
+    export.add_argument("kind", choices=["trl"])
+    export.add_argument("run", help="folder of a finished run")
+    export.add_argument("--out", required=True)
+    arguments = parser.parse_args()
+    if arguments.command == "export":
+        lines = [json.dumps(pair, ensure_ascii=False) for pair in export_trl(arguments.run)]
+        with atomic_path(arguments.out) as temporary:
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        print(f"{len(lines)} pairs written to {arguments.out}")
+        return
+    path = arguments.file
     figures = (
         describe_impressions(read_impressions(path))
         if _holds_impressions(path)

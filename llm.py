@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 
+import data
 from config import UserError, atomic_path
 
 
@@ -42,21 +43,26 @@ def quiet_libraries() -> None:
 # ---------------------------------------------------------------------------------------- loading
 
 
-def _load(loader, path: str, **kwargs):
+def _load(loader, path: str, revision: str, **kwargs):
     try:
-        return loader(path, trust_remote_code=False, **kwargs)
+        return loader(path, revision=revision or "main", trust_remote_code=False, **kwargs)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(
-            f"generator.model={path}: cannot be loaded ({str(error).splitlines()[0]}); "
-            f"name a local folder, or leave it empty for the embedded model"
-        ) from None
+        reason = " ".join(str(error).split())[:200]
+        if "bitsandbytes" in reason:
+            advice = "set generator.load_in_4bit=false"
+        else:
+            advice = (
+                "name a local folder (where a hub can be reached: hf download MODEL --local-dir "
+                "FOLDER), or leave it empty for the embedded model"
+            )
+        raise UserError(f"generator.model={path}: cannot be loaded ({reason}); {advice}") from None
 
 
-def load_tokenizer(path: str):
+def load_tokenizer(path: str, revision: str = ""):
     """The tokenizer; pad differs from the end token, or the end would never be learned."""
     from transformers import AutoTokenizer
 
-    tokenizer = _load(AutoTokenizer.from_pretrained, path)
+    tokenizer = _load(AutoTokenizer.from_pretrained, path, revision)
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         others = [t for t in tokenizer.all_special_ids if t != tokenizer.eos_token_id]
         if not others:
@@ -65,8 +71,17 @@ def load_tokenizer(path: str):
     return tokenizer
 
 
-def load_generator(path: str, load_in_4bit: bool = False, gradient_checkpointing: bool = False):
-    """A causal LM from safetensors; float32 on a CPU, bfloat16 on a GPU, NF4 if asked for."""
+def load_generator(
+    path: str,
+    load_in_4bit: bool = False,
+    gradient_checkpointing: bool = False,
+    revision: str = "",
+):
+    """A causal LM from safetensors; float32 on a CPU, bfloat16 on a GPU, NF4 if asked for.
+
+    path: a local folder or a hub id, of which `revision` is taken. Raises UserError with what to
+    do where it cannot be loaded.
+    """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     gpu = torch.cuda.is_available()
@@ -84,6 +99,7 @@ def load_generator(path: str, load_in_4bit: bool = False, gradient_checkpointing
     model = _load(
         AutoModelForCausalLM.from_pretrained,
         path,
+        revision,
         use_safetensors=True,
         dtype=dtype,
         quantization_config=quantisation,
@@ -120,6 +136,18 @@ def save_adapter(model, folder: str | Path) -> None:
         model.save_pretrained(temporary, safe_serialization=True)
 
 
+def merge_adapter(model, adapter: str | Path, tokenizer, folder: str | Path, card: str) -> None:
+    """Write the model with the adapter added into its weights, its tokenizer and a model card.
+
+    model: in 16 or 32 bit. Into a 4-bit base the sum would be rounded to 4 bit again.
+    """
+    merged = load_adapter(model, adapter, trainable=False).merge_and_unload()
+    with atomic_path(folder) as temporary:
+        merged.save_pretrained(temporary, safe_serialization=True)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
 def load_adapter(model, folder: str | Path, trainable: bool):
     from peft import PeftModel
 
@@ -149,17 +177,12 @@ def encode_prompt(
     tail = tokenizer.encode(after, add_special_tokens=False)
     room, body = max_tokens - len(head) - len(tail), []
     for interest in interests:
-        line = _encode_text(tokenizer, f"\n- {_plain(interest)}")
+        line = _encode_text(tokenizer, f"\n- {data.plain(interest)}")
         if len(body) + len(line) > room:
             body += line[:room] if not body else []  # one interest, even if it must be cut
             break
         body += line
     return head + body + tail
-
-
-def _plain(text: str) -> str:
-    """Angle brackets would let a summary open or close a <sug> field."""
-    return text.replace("<", "(").replace(">", ")")
 
 
 def _encode_text(tokenizer, text: str) -> list[int]:
@@ -168,8 +191,7 @@ def _encode_text(tokenizer, text: str) -> list[int]:
 
 def encode_completion(tokenizer, starters: list[str]) -> list[int]:
     """Ids of `<sug> a && b </sug>` and the end token."""
-    text = " && ".join(_plain(starter) for starter in starters)
-    return _encode_text(tokenizer, f"<sug> {text} </sug>") + [tokenizer.eos_token_id]
+    return _encode_text(tokenizer, data.list_text(starters)) + [tokenizer.eos_token_id]
 
 
 # ----------------------------------------------------------------------------------- tree of tokens

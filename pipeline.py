@@ -224,12 +224,14 @@ class Pipeline:
 
     @cached_property
     def tokenizer(self):
-        return llm.load_tokenizer(self.model_path)
+        return llm.load_tokenizer(self.model_path, self.config.generator.revision)
 
     def policy(self, adapter: Path | None, trainable: bool = False):
         """The generator with a saved adapter, or the bare base model."""
         g = self.config.generator
-        model = llm.load_generator(self.model_path, g.load_in_4bit, g.gradient_checkpointing)
+        model = llm.load_generator(
+            self.model_path, g.load_in_4bit, g.gradient_checkpointing, g.revision
+        )
         return llm.load_adapter(model, adapter, trainable) if adapter else model.eval()
 
     def prompt(self, interests: list[str]) -> list[int]:

@@ -4,8 +4,9 @@
     python train.py --stage dpo dpo.beta=0.2           # one stage (and what it needs)
     python train.py data.users=mine.jsonl              # your own users (see README)
 
-Stages: world -> base -> match -> rid -> ranker -> sit -> dpo -> eval. A stage whose settings and
-inputs have not changed is skipped; a stage whose predecessors are missing runs them first.
+Stages: world -> base -> match -> rid -> ranker -> sit -> dpo -> eval, and merge where asked for. A
+stage whose settings and inputs have not changed is skipped; a stage whose predecessors are missing
+runs them first.
 
 Departures from the paper: LoRA instead of full fine-tuning; the teacher and the revisit matcher are
 offline rules over text (roles.py); the platform is simulated (world.py) unless logs are given.
@@ -717,6 +718,29 @@ def click_pairs(p: Pipeline) -> list[dict]:
     ]
 
 
+# ------------------------------------------------------------------------------------------ merge
+
+
+def stage_merge(p: Pipeline) -> dict:
+    """The latest policy as a plain 16-bit model (32-bit on a CPU), for servers without adapters."""
+    adapter = p.run / "sit" / "adapter"
+    if p.impressions:
+        adapter = p.run / "dpo" / f"round{p.config.dpo.rounds}" / "adapter"
+    g, folder = p.config.generator, p.run / "merge" / "model"
+    base = llm.load_generator(p.model_path, load_in_4bit=False, revision=g.revision)
+    # The folder's name is of this machine, and is left out of what may be published.
+    name = Path(p.model_path).name if Path(p.model_path).is_dir() else p.model_path
+    card = (
+        f"# Conversation starters\n\nWeights of `{name}` with the LoRA adapter "
+        f"`{adapter.relative_to(p.run.path)}` of an IceBreaker run (config `{digest(p.config)}`) "
+        f"merged in, {str(base.dtype).removeprefix('torch.')}.\n\nPrompt: the chat template "
+        f"around `{g.instruction.format(n=g.list_size)}` and one line `- interest` for each "
+        f"interest, best first. Answer: `<sug> a && b && ... </sug>`.\n"
+    )
+    llm.merge_adapter(base, adapter, p.tokenizer, folder, card)
+    return {"folder": str(folder), "adapter": str(adapter), "dtype": str(base.dtype)}
+
+
 # ------------------------------------------------------------------------------------------- main
 
 
@@ -736,7 +760,9 @@ STAGES = {
     "sit": Stage(stage_sit, ("rid", "base"), ("generator", "sit")),
     "dpo": Stage(stage_dpo, ("sit", "ranker"), ("dpo",)),
     "eval": Stage(evaluation.stage_eval, ("dpo",), ("eval",)),
+    "merge": Stage(stage_merge, ("dpo",), ("generator",)),
 }
+ALL = [name for name in STAGES if name != "merge"]  # run where nothing else is asked for
 
 
 def stage_key(p: Pipeline, name: str) -> str:
@@ -761,6 +787,27 @@ def _short(figures: dict) -> str:
     return ", ".join(f"{name} {show(value)}" for name, value in figures.items())
 
 
+def out_of_memory(config: Config, stage: str) -> str:
+    """What was in the GPU's memory, and the next setting to change."""
+    g, batch = config.generator, getattr(getattr(config, stage), "batch_users", None)
+    if stage in ("dpo", "eval") and g.sample_rows > 32:
+        advice = f"generator.sample_rows={g.sample_rows // 2}"
+    elif batch and batch > 1:
+        advice = f"{stage}.batch_users={batch // 2}"
+    elif not g.gradient_checkpointing:
+        advice = "generator.gradient_checkpointing=true"
+    elif not g.load_in_4bit:
+        advice = "generator.load_in_4bit=true"
+    else:
+        advice = f"generator.max_prompt_tokens={g.max_prompt_tokens // 2}"
+    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+    users = f"batches of {batch} users, " if batch else ""
+    return (
+        f"{stage}: the GPU's memory is full ({users}prompts of up to {g.max_prompt_tokens} tokens, "
+        f"peak {peak:.1f} GiB); try {advice}"
+    )
+
+
 def run_stages(config: Config, wanted: list[str]) -> None:
     """Run the wanted stages and, first, those they need; skip what is done with these settings."""
     # Adam's averages of weights that hardly move become denormal, which slows a CPU several times.
@@ -777,7 +824,10 @@ def run_stages(config: Config, wanted: list[str]) -> None:
             continue
         print(f"{name}: running{note}", flush=True)
         started = time.time()
-        figures = STAGES[name].run(p)
+        try:
+            figures = STAGES[name].run(p)
+        except torch.OutOfMemoryError:
+            raise UserError(out_of_memory(config, name)) from None
         p.encoder.save()
         figures["seconds"] = round(time.time() - started, 1)
         p.run.mark_done(name, key, **figures)
@@ -797,7 +847,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = load_config(arguments.config, arguments.settings)
     stages = arguments.stage or ["all"]
-    run_stages(config, list(STAGES) if "all" in stages else stages)
+    run_stages(config, ALL if "all" in stages else stages)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import PeftModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -106,6 +107,23 @@ def test_tree_rows_are_exact_in_4_bit(tmp_path):
     model = with_lora(llm.load_generator(str(tmp_path / "model"), load_in_4bit=True))
     assert any("4bit" in type(m).__name__ for m in model.modules())
     check_exact(model, TREES)
+
+
+def test_a_generation_in_4_bit_leaves_later_gradients_as_they_were(tmp_path, tokenizer):
+    """On a CPU with AVX512-BF16, bitsandbytes would repack the weights during the generation."""
+    tiny(hidden=64, vocabulary=len(tokenizer)).save_pretrained(tmp_path / "model")
+    model = with_lora(llm.load_generator(str(tmp_path / "model"), load_in_4bit=True))
+    assert not any(getattr(m, "support_avx512bf16_for_cpu", False) for m in model.modules())
+    prompts, completions = map(list, zip(*TREES, strict=True))
+
+    def slope():
+        return gradient(model, torch.cat(llm.completion_logps(model, prompts, completions)).sum())
+
+    before = slope()
+    llm.sample(
+        model, tokenizer, [[5, 6]], 2, max_new_tokens=4, temperature=1, top_p=1, seed=0
+    )
+    assert torch.equal(slope(), before)
 
 
 def test_bfloat16_differs_by_its_rounding_only():
@@ -408,6 +426,38 @@ def test_adapter_round_trip_is_exact(tmp_path, tokenizer):
     assert any(p.requires_grad for p in again.parameters())
 
 
-def test_missing_model_is_one_clear_error(tmp_path):
-    with pytest.raises(UserError, match="generator.model="):
+def test_missing_model_is_one_clear_error(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="generator.model=.*name a local folder"):
         llm.load_generator(str(tmp_path / "nothing"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="hf download"):
+        llm.load_generator("Qwen/Qwen2.5-0.5B-Instruct", revision="main")
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    tiny().save_pretrained(tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    torch.save({}, tmp_path / "model" / "pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(UserError, match="generator.model="):
+        llm.load_generator(str(tmp_path / "model"))
+
+
+def test_a_merged_model_gives_the_logits_of_the_adapter(tmp_path, tokenizer):
+    plain = tiny(vocabulary=len(tokenizer))
+    model = with_lora(tiny(vocabulary=len(tokenizer)))
+    llm.save_adapter(model, tmp_path / "adapter")
+    llm.merge_adapter(plain, tmp_path / "adapter", tokenizer, tmp_path / "merged", "# card")
+    merged = llm.load_generator(str(tmp_path / "merged"))
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.allclose(merged(ids).logits, model(ids).logits, atol=1e-5)
+    assert (tmp_path / "merged" / "README.md").read_text() == "# card"
+    assert llm.load_tokenizer(str(tmp_path / "merged")).chat_template
+
+
+def test_a_saved_adapter_loads_in_plain_peft(tmp_path):
+    model = with_lora(tiny())
+    llm.save_adapter(model, tmp_path / "adapter")
+    plain = PeftModel.from_pretrained(tiny(), tmp_path / "adapter")
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(plain(ids).logits, model(ids).logits)

@@ -1,5 +1,6 @@
 """The pipeline in miniature: resumed, repeated and blind runs agree; wrong input is one message."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -7,10 +8,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from sentence_transformers import SentenceTransformer
+from transformers import AutoModelForCausalLM
 
+import llm
 import train
-from config import ROOT, load_config
+from config import ROOT, UserError, load_config, read_json
 from encoder import packaged_minilm
 
 MICRO = """world.users=40 world.impressions_per_user=30 world.starter_pool=200 base.prompts=40
@@ -60,7 +64,7 @@ def test_a_killed_run_resumes_to_the_same_bytes_and_never_reads_the_truth(
     monkeypatch.undo()
     train.run_stages(config, ["dpo"])
     (tmp_path / "aside").rename(truth)
-    train.run_stages(config, ["eval"])
+    train.run_stages(config, ["eval", "merge"])
     expected = artifacts(finished)
     assert len(expected) >= 10 and artifacts(tmp_path / "tiny") == expected
 
@@ -78,6 +82,57 @@ def test_a_second_run_skips_everything_and_a_changed_setting_only_what_depends_o
         p = train.Pipeline(micro(finished.parent, word))
         done = [name for name in train.STAGES if p.run.is_done(name, train.stage_key(p, name))]
         assert done == expected
+
+
+def test_exported_pairs_train_in_trl_as_they_are(finished, tmp_path):
+    """Its prompts and lists have the tokens that we train on."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    p = train.Pipeline(micro(finished.parent))  # writes the config of the run
+    out = tmp_path / "pairs.jsonl"
+    command = [sys.executable, ROOT / "data.py", "export", "trl", finished, "--out", out]
+    subprocess.run(command, check=True)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    pairs = [x for n in (1, 2) for x in read_json(finished / f"dpo/round{n}/pairs.json")]
+    assert len(rows) == sum(len(x["rejected"]) for x in pairs) > 0
+    settings = DPOConfig(
+        str(tmp_path / "trl"), report_to=[], use_cpu=True, bf16=False, max_steps=1, max_length=None,
+        per_device_train_batch_size=1,
+    )
+    trainer = DPOTrainer(
+        p.policy(None), None, settings, train_dataset=Dataset.from_list(rows),
+        processing_class=p.tokenizer,
+    )
+    first = trainer.train_dataset[0]
+    assert first["prompt_ids"] == p.prompt(pairs[0]["interests"])
+    ours = llm.encode_completion(p.tokenizer, pairs[0]["chosen"])
+    assert first["chosen_ids"][: len(ours)] == ours  # TRL keeps the template's last line break
+    assert trainer.train().training_loss == pytest.approx(0.693147, abs=1e-3)
+
+
+def test_a_full_gpu_names_the_next_setting(finished, monkeypatch):
+    def full(p):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    stage = dataclasses.replace(train.STAGES["sit"], run=full)
+    monkeypatch.setitem(train.STAGES, "sit", stage)
+    for word, advice in (
+        ("sit.batch_users=4", "try sit.batch_users=2"),
+        ("sit.batch_users=1", "try generator.gradient_checkpointing=true"),
+    ):
+        config = micro(finished.parent, "sit.learning_rate=1e-5", word)
+        with pytest.raises(UserError, match=f"sit: the GPU's memory is full.*{advice}"):
+            train.run_stages(config, ["sit"])
+
+
+def test_merge_writes_a_plain_model_with_its_card(finished):
+    folder = finished / "merge" / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
+    assert not hasattr(model, "peft_config") and (folder / "tokenizer.json").is_file()
+    card = (folder / "README.md").read_text()
+    assert "dpo/round2/adapter" in card and str(finished) not in card
+    assert "merge" not in train.ALL
 
 
 def test_dpo_starts_at_ln_2_and_logs_what_to_watch(finished):
