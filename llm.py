@@ -392,12 +392,14 @@ class _FrozenHeadLogps(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets, chunk: int):
         logps, slopes = [], []
         for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-            p = F.linear(h, weight, bias).float()  # logits, (chunk, V)
-            p -= p.logsumexp(1, keepdim=True)
-            logps.append(p.gather(1, y[:, None]).squeeze(1))
+            p = F.linear(h, weight, bias).float()  # logits, (chunk, V); changed in place below
+            p -= p.amax(1, keepdim=True)
+            target = p.gather(1, y[:, None])
+            total = p.exp_().sum(1, keepdim=True)
+            logps.append((target - total.log()).squeeze(1))
             if ctx.needs_input_grad[0]:
-                p.exp_()[torch.arange(len(y)), y] -= 1
-                slopes.append(-(p.to(weight.dtype) @ weight))  # (chunk, H)
+                p.div_(-total).scatter_add_(1, y[:, None], torch.ones_like(target))
+                slopes.append(p.to(weight.dtype) @ weight)  # (chunk, H)
         if slopes:
             ctx.save_for_backward(torch.cat(slopes))
         return torch.cat(logps)

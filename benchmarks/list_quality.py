@@ -19,7 +19,7 @@ from pyversity import Strategy, diversify
 
 import icebreaker as ib
 import world
-from benchmarks.common import prepare, seconds
+from benchmarks.common import machine, prepare, seconds
 from config import WorldConfig
 from encoder import Encoder
 
@@ -33,13 +33,6 @@ def candidates() -> tuple[torch.Tensor, torch.Tensor]:
     vectors = Encoder()(starters)
     picks = torch.stack([torch.randperm(len(starters))[:N] for _ in range(USERS)])
     return ib.min_max(torch.rand(USERS, N)), vectors[picks]
-
-
-def quality_table(rows: list[dict]) -> str:
-    lines = ["| method | value | CPU ms a user |", "|---|---|---|"]
-    for r in sorted(rows, key=lambda r: -r["value"]):
-        lines.append(f"| {r['method']} | {r['value']:.4f} | {r['ms_per_user']:.2f} |")
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -80,13 +73,17 @@ def main() -> None:
         name = f"pyversity {strategy.name}, diversity {best} (best of five)"
         methods[name] = lambda s=strategy, x=best: pyversity(s, x)
     times = seconds(methods)
-    rows = [
-        {"method": name, "value": value(run()), "ms_per_user": 1000 * times[name] / USERS}
-        for name, run in methods.items()
-    ]
-    print(f"\nLists of {K} from {N} candidates, {USERS} users, lambda = {WEIGHT}\n")
-    print(quality_table(rows))
-    print("\n" + json.dumps({"benchmark": "List quality", "quality": rows}), flush=True)
+    values = {name: value(run()) for name, run in methods.items()}
+    lines = ["| method | value | CPU ms a user |", "|---|---|---|"]
+    for name in sorted(values, key=lambda name: -values[name]):
+        lines.append(f"| {name} | {values[name]:.4f} | {1000 * times[name] / USERS:.2f} |")
+    text = (
+        f"Lists of {K} from {N} real starters with random utilities, {USERS} users. Value is "
+        f"lambda U + (1 - lambda) D at lambda {WEIGHT}, mean over users."
+    )
+    print(f"\n{text}\n\n" + "\n".join(lines) + "\n")
+    made = {"benchmark": "List quality against time", "text": text, "table": "\n".join(lines)}
+    print(json.dumps(made | {"machine": machine()}), flush=True)
 
 
 if __name__ == "__main__":

@@ -63,8 +63,8 @@ def main() -> None:
     rows = []
     for lengths, new, repeats, asked in (
         ([384], 24, 5, {"generate": 1.5, "fast": 3}),
-        ([384], 160, 3, {}),
-        ([96, 192, 384], 24, 3, {}),
+        ([384], 160, 2, {}),
+        ([96, 192, 384], 24, 2, {}),
     ):
         times = compare(model, tokenizer, lengths, new, repeats)
         work = f"sampling {N} lists, prompt {', '.join(map(str, lengths))}, {new} new tokens"
