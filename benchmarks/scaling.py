@@ -12,8 +12,6 @@ import json
 import platform
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import torch
 
@@ -25,17 +23,17 @@ LESS = "sit.max_rows=0 sit.epochs=1 dpo.max_users=0 dpo.rounds=1 dpo.samples=3 d
 LESS += " eval.lists=1 rid.epochs=10 rid.patience=10 ranker.epochs=5 ranker.patience=5"
 
 
-def stage_seconds(users: int, root: str) -> dict[str, float]:
-    words = [*LESS.split(), f"world.users={users}", f"run.name=users{users}", f"run.root={root}"]
-    subprocess.run([sys.executable, str(ROOT / "train.py"), *words], check=True)
-    lines = (Path(root) / f"users{users}" / "metrics.jsonl").read_text().splitlines()
+def stage_seconds(users: int) -> dict[str, float]:
+    """Runs in runs/scaling<users>, beside the base model that is shared."""
+    words = [*LESS.split(), f"world.users={users}", f"run.name=scaling{users}"]
+    subprocess.run([sys.executable, "train.py", *words], check=True, cwd=ROOT)
+    lines = (ROOT / "runs" / f"scaling{users}" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     return {r["stage"]: r["seconds"] for r in rows if "seconds" in r}
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as root:
-        taken = {users: stage_seconds(users, root) for users in SIZES}
+    taken = {users: stage_seconds(users) for users in SIZES}
     lines = [
         "# Milliseconds per user by stage\n",
         "```bash\npython -m benchmarks.scaling\n```\n",
