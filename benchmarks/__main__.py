@@ -45,8 +45,8 @@ def page(made: dict[str, dict]) -> str:
     lines = [
         "# Beside the peers\n",
         "```bash\npip install -r requirements-dev.txt && python -m benchmarks\n```\n",
-        "CPU seconds of one thread, candidates in turn in one process, medians of five; peak "
-        "memory of a process that does nothing else.\n",
+        "CPU seconds of one thread, candidates in turn in one process, medians of five "
+        "(sampling 96 tokens: once); peak memory of a process that does nothing else.\n",
         *(
             ", ".join(f"{name} {value}" for name, value in json.loads(one).items()) + ".\n"
             for one in sorted(machines)

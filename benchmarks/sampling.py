@@ -28,7 +28,7 @@ def word_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0", pad_token="w1")
 
 
-def compare(model, tokenizer, lengths: list[int], new: int) -> dict[str, float]:
+def compare(model, tokenizer, lengths: list[int], new: int, repeats: int) -> dict[str, float]:
     """CPU seconds of generate and of both samplers, after a check that the tokens are the same."""
     prompts = [tokens(n) for n in lengths]
     width = max(lengths)
@@ -52,7 +52,7 @@ def compare(model, tokenizer, lengths: list[int], new: int) -> dict[str, float]:
 
     assert ours("generate") == generate()
     candidates = {name: lambda x=name: ours(x) for name in ("generate", "fast")}
-    return seconds({**candidates, "peer": generate})
+    return seconds({**candidates, "peer": generate}, repeats)
 
 
 @torch.no_grad()
@@ -61,11 +61,11 @@ def main() -> None:
     model, tokenizer = qwen(), word_tokenizer()
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * 8)  # peaked, as trained ones
     rows = []
-    for lengths, new, asked in (
-        ([384], 24, {"generate": 1.5, "fast": 3}),
-        ([384], 96, {}),
+    for lengths, new, repeats, asked in (
+        ([384], 24, 5, {"generate": 1.5, "fast": 3}),
+        ([384], 96, 1, {}),  # takes minutes: measured once
     ):
-        times = compare(model, tokenizer, lengths, new)
+        times = compare(model, tokenizer, lengths, new, repeats)
         work = f"sampling {N} lists, prompt {', '.join(map(str, lengths))}, {new} new tokens"
         rows += [
             Row(f"{work}, the same tokens", "generate", times["generate"], times["peer"],
