@@ -11,3 +11,9 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _exact_floats():
+    """A training run flushes tiny numbers to zero, for the whole process; hypothesis refuses that."""
+    torch.set_flush_denormal(False)
