@@ -15,5 +15,5 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _exact_floats():
-    """A training run flushes tiny numbers to zero, for the whole process; hypothesis refuses that."""
+    """A training run flushes tiny numbers to zero for the whole process; hypothesis objects."""
     torch.set_flush_denormal(False)
