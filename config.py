@@ -127,7 +127,7 @@ class GeneratorConfig:
     temperature: float = 0.7
     top_p: float = 0.95
     top_k: int = 50  # only these are drawn from; 0: all
-    sampler: str = "fast"  # or "generate": token for token what transformers' generate draws
+    sampler: str = "fast"  # or "generate": the random numbers of transformers' generate
     sample_rows: int = 256  # sequences decoded together
     head_chunk: int = 256  # positions whose vocabulary row exists at once
     attention: str = "sdpa"  # of training; "flex_attention" skips masked blocks, on a GPU only

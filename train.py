@@ -789,7 +789,7 @@ def _short(figures: dict) -> str:
 
 def out_of_memory(config: Config, stage: str) -> str:
     """What was in the GPU's memory, and the next setting to change."""
-    g, batch = config.generator, getattr(getattr(config, stage), "batch_users", None)
+    g, batch = config.generator, getattr(getattr(config, stage, None), "batch_users", None)
     if stage in ("dpo", "eval") and g.sample_rows > 32:
         advice = f"generator.sample_rows={g.sample_rows // 2}"
     elif batch and batch > 1:

@@ -2,10 +2,11 @@
 
     python -m benchmarks.contrastive
 
-Anchor: a user's history as one text; a later revisited summary is its positive, a never revisited
-one its hard negative. Four rows a user repeat the anchor and the negative: each text is encoded
-once here, in mini-batches of like length, whose activations a CPU's caches hold better than those
-of the whole batch. Texts come from the simulated platform; both sides compute the same loss.
+Anchor: a user's history as one text; a later summary stands for its positive, the latest for a hard
+negative (time is measured here, not quality). Four rows a user repeat the anchor and the negative:
+each text is encoded once here, in mini-batches of like length, whose activations a CPU's caches
+hold better than those of the whole batch. Texts come from the simulated platform; both sides
+compute the same loss.
 """
 
 from __future__ import annotations

@@ -78,8 +78,8 @@ def main() -> None:
     for name in sorted(values, key=lambda name: -values[name]):
         lines.append(f"| {name} | {values[name]:.4f} | {1000 * times[name] / USERS:.2f} |")
     text = (
-        f"Lists of {K} from {N} real starters with random utilities, {USERS} users. Value is "
-        f"lambda U + (1 - lambda) D at lambda {WEIGHT}, mean over users."
+        f"Lists of {K} from {N} starters of the simulated platform with random utilities, {USERS} "
+        f"users. Value is lambda U + (1 - lambda) D at lambda {WEIGHT}, mean over users."
     )
     print(f"\n{text}\n\n" + "\n".join(lines) + "\n")
     made = {"benchmark": "List quality against time", "text": text, "table": "\n".join(lines)}

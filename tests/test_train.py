@@ -124,6 +124,7 @@ def test_a_full_gpu_names_the_next_setting(finished, monkeypatch):
         config = micro(finished.parent, "sit.learning_rate=1e-5", word)
         with pytest.raises(UserError, match=f"sit: the GPU's memory is full.*{advice}"):
             train.run_stages(config, ["sit"])
+    assert all("; try " in train.out_of_memory(config, name) for name in train.STAGES)
 
 
 def test_merge_writes_a_plain_model_with_its_card(finished):
