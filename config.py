@@ -77,9 +77,30 @@ class EncoderConfig:
 
 @dataclass
 class RolesConfig:
+    # Who plays each role: "rules" (roles.py), an LLM at `endpoint`, or the local "generator".
+    teacher: str = "rules"
+    matcher: str = "rules"
+    judge: str = "rules"
+    summariser: str = "rules"
+    match_candidates: int = 3  # later summaries that an LLM compares with an earlier one ...
+    match_floor: float = 0.3  # ... of those at least this near by cosine
     match_cosine: float = 0.45  # two summaries share a subject: a key phrase and this cosine ...
     match_cosine_alone: float = 0.85  # ... or this cosine alone
     theme_share: float = 0.02  # phrases of more people than this are themes, no subjects
+
+
+@dataclass
+class EndpointConfig:
+    """An OpenAI-compatible server of chat completions, for roles."""
+
+    base_url: str = ""  # empty: OPENAI_BASE_URL of the environment
+    model: str = ""
+    key_env: str = "OPENAI_API_KEY"  # the variable that holds the key; the key stands in no file
+    concurrency: int = 8  # calls in flight
+    retries: int = 4  # after 429, 5xx and time-outs, with growing pauses
+    timeout: float = 60.0  # seconds
+    temperature: float = 0.7
+    max_tokens: int = 1024
 
 
 @dataclass
@@ -129,6 +150,7 @@ class GeneratorConfig:
     top_k: int = 50  # only these are drawn from; 0: all
     sampler: str = "fast"  # or "generate": the random numbers of transformers' generate
     sample_rows: int = 256  # sequences decoded together
+    endpoint: str = ""  # http://host/v1 of a server with the saved adapters, to sample from instead
     head_chunk: int = 256  # positions whose vocabulary row exists at once
     attention: str = "sdpa"  # of training; "flex_attention" skips masked blocks, on a GPU only
     gradient_checkpointing: bool = False  # layers are computed again in backward: less memory
@@ -194,6 +216,7 @@ class Config:
     world: WorldConfig = field(default_factory=WorldConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     roles: RolesConfig = field(default_factory=RolesConfig)
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
     rid: RidConfig = field(default_factory=RidConfig)
     ranker: RankerConfig = field(default_factory=RankerConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
@@ -303,11 +326,17 @@ def _check(config: Config) -> None:
         raise UserError("generator.top_k: 0 (all tokens) or more; generator.top_p: in (0, 1]")
     if rid.encoder_learning_rate < 0:
         raise UserError("rid.encoder_learning_rate: 0 (the encoder stays as it is) or more")
+    for role in ("teacher", "matcher", "judge", "summariser"):
+        if getattr(config.roles, role) not in ("rules", "endpoint", "generator"):
+            raise UserError(f"roles.{role}: 'rules', 'endpoint' or 'generator'")
+    if config.endpoint.retries < 0:
+        raise UserError("endpoint.retries: 0 or more")
     unknown = set(dpo.negatives) - {"utility", "diversity", "joint"}
     if unknown or not dpo.negatives:
         raise UserError("dpo.negatives: some of utility, diversity, joint")
     positive = """world.users world.days rid.batch_users rid.activity_groups rid.temperature
-        rid.towers ranker.depth_cap generator.list_size generator.max_new_tokens
+        rid.towers roles.match_candidates endpoint.concurrency endpoint.timeout
+        endpoint.max_tokens ranker.depth_cap generator.list_size generator.max_new_tokens
         generator.temperature generator.head_chunk generator.sample_rows encoder.batch_size
         base.prompts base.lists sit.batch_users
         dpo.rounds dpo.samples dpo.beam dpo.expand dpo.batch_users dpo.checkpoints dpo.beta
@@ -329,17 +358,62 @@ def file_digest(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
+# -------------------------------------------------------------------- processes of one torchrun
+
+
+def processes() -> tuple[int, int]:
+    """(number of this process, how many there are) in a `torchrun` launch; (0, 1) outside one."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def meet() -> None:
+    """Wait until every process is here."""
+    if processes()[1] > 1:
+        import torch
+
+        torch.distributed.barrier()
+
+
+def share(items) -> list:
+    """The items that are this process's work: one in turn for each process."""
+    number, count = processes()
+    return list(items)[number::count]
+
+
+def gather(own: list) -> list:
+    """What every process made of its `share`, in the order of the whole; JSON values only."""
+    _, count = processes()
+    if count == 1:
+        return own
+    import torch
+
+    text = torch.frombuffer(bytearray(json.dumps(own).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(count)]
+    torch.distributed.all_gather(sizes, torch.tensor([len(text)]))
+    texts = [torch.zeros(int(max(sizes)), dtype=torch.uint8) for _ in sizes]
+    padded = torch.nn.functional.pad(text, (0, len(texts[0]) - len(text)))
+    torch.distributed.all_gather(texts, padded)
+    parts = [json.loads(bytes(t[:n].tolist())) for t, n in zip(texts, sizes, strict=True)]
+    return [parts[i % count][i // count] for i in range(sum(map(len, parts)))]
+
+
+# -------------------------------------------------------------------------------- whole or absent
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | Path):
     """Yield a temporary path beside `path`; on success sync it and rename it into place.
 
-    Works for a file or a folder. A killed process leaves the old content or none, never half.
+    Works for a file or a folder. A killed process leaves the old content or none, never half. Of
+    several processes, which all have the same to write, the first one's stays.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        if processes()[0] > 0:
+            return
         paths = temporary.rglob("*") if temporary.is_dir() else [temporary]
         for file in filter(Path.is_file, paths):
             with open(file, "rb") as handle:
@@ -399,7 +473,10 @@ class RunFolder:
         return marker.is_file() and read_json(marker)["key"] == key
 
     def mark_done(self, stage: str, key: str, **figures) -> None:
+        """Say so on disk. All processes come here together: none asks `is_done` meanwhile."""
+        meet()
         write_json(self.path / stage / "done.json", {"key": key, **figures})
+        meet()
 
     def figures(self, stage: str) -> dict:
         """What mark_done was given for this stage."""
@@ -407,6 +484,8 @@ class RunFolder:
 
     def log(self, stage: str, **figures) -> None:
         """Append one line to metrics.jsonl."""
+        if processes()[0] > 0:
+            return
         line = json.dumps({"time": round(time.time(), 1), "stage": stage, **figures})
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(line + "\n")

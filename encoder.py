@@ -54,6 +54,7 @@ class Encoder:
                     f"encoder.name={self.name}: cannot be loaded "
                     f"({str(error).splitlines()[0]}); empty = the packaged MiniLM"
                 ) from None
+            self._model.tokenizer.split_special_tokens = True  # "[SEP]" in a text is text
         return self._model
 
     @torch.no_grad()

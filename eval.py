@@ -395,7 +395,7 @@ def stage_eval(p: Pipeline) -> dict:
     lists: dict[str, dict[str, list[list[str]]]] = {}
     for method, (adapter, distilled) in progress(methods(p).items(), "write starters"):
         inputs = [s.interests if distilled else whole[u] for u, s in states.items()]
-        sampled = p.sample_lists(p.policy(adapter), inputs, settings.lists, p.seed("eval"))
+        sampled = p.write_lists(adapter, inputs, settings.lists, p.seed("eval"))
         lists[method] = dict(zip(states, sampled, strict=True))
     rows = [
         {"user_id": u, "interests": s.interests, "starters": {m: lists[m][u] for m in lists}}

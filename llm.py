@@ -17,6 +17,7 @@ import contextlib
 import functools
 import logging
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 
 import data
-from config import UserError, atomic_path
+from config import UserError, atomic_path, digest, processes
 
 
 def quiet_libraries() -> None:
@@ -103,7 +104,7 @@ def load_generator(
         use_safetensors=True,
         dtype=dtype,
         quantization_config=quantisation,
-        device_map={"": "cuda" if gpu else "cpu"},
+        device_map={"": torch.cuda.current_device() if gpu else "cpu"},
     )
     for module in model.modules():
         # On a CPU with AVX512-BF16, bitsandbytes repacks the weights at the first eval-mode
@@ -186,7 +187,19 @@ def encode_prompt(
 
 
 def _encode_text(tokenizer, text: str) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    """Ids of somebody's text, among which is no added token, whatever the text says.
+
+    split_special_tokens leaves out special tokens only, not the others that were added (<tool_call>
+    of Qwen2.5): a text with one of these is encoded a character at a time.
+    """
+    encode = functools.partial(
+        tokenizer.encode, add_special_tokens=False, split_special_tokens=True
+    )
+    ids = encode(text)
+    if tokenizer.added_tokens_decoder.keys().isdisjoint(ids):
+        return ids
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    return [i for c in text if c not in added for i in encode(c)]
 
 
 def encode_completion(tokenizer, starters: list[str]) -> list[int]:
@@ -343,6 +356,25 @@ def completion_logps(
     return list(sums.split([len(cs) for cs in completions]))
 
 
+class _Logps(torch.nn.Module):
+    """completion_logps as the forward of a module, which is what DDP wraps."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args) -> list[Tensor]:
+        return completion_logps(self.model, *args)
+
+
+def averaged_gradients(model) -> Callable[..., list[Tensor]]:
+    """completion_logps of a model whose gradients DDP averages over the processes of a torchrun."""
+    if processes()[1] == 1:
+        return functools.partial(completion_logps, model)
+    # The base and the adapters were loaded alike everywhere, so nothing need be sent at the start.
+    return torch.nn.parallel.DistributedDataParallel(_Logps(model), init_sync=False)
+
+
 @functools.cache
 def _compiled_block_mask():
     """Compiled once; without it the mask would be made as a dense one first."""
@@ -429,8 +461,12 @@ def sample(
     rows: int = 256,
     sampler: str = "fast",
     stop: str = "</sug>",
+    numbers: Sequence[int] | None = None,
 ) -> list[list[str]]:
     """n completions of each prompt, as text; temperature 0 is greedy. Deterministic for a seed.
+
+    numbers: of each prompt, 0, 1, 2, ... if left out. The random numbers of the "fast" sampler are
+    a prompt's own, by seed and number, whatever prompts are decoded beside it.
 
     sampler "fast" draws from the top_k likeliest tokens only (0: all), of these from the smallest
     set that holds top_p: not the distribution of top_p alone. "generate" uses the random numbers
@@ -444,7 +480,7 @@ def sample(
     if n < 1 or sampler not in SAMPLERS or not all(encoded):
         raise ValueError(f"sample: n >= 1, no empty prompt, sampler of {', '.join(SAMPLERS)}")
     size = max(1, rows // n)
-    order = list(range(len(encoded)))
+    numbers, order = numbers or range(len(encoded)), list(range(len(encoded)))
     if len(order) > size:  # like lengths together
         order.sort(key=lambda i: len(encoded[i]))
     result: list[list[str]] = [[] for _ in encoded]
@@ -453,6 +489,7 @@ def sample(
     for start in tqdm(range(0, len(order), size), "sample", disable=None, leave=False):
         batch = order[start : start + size]
         own = [encoded[i] for i in batch]
+        draw.begin([numbers[i] for i in batch], n, max_new_tokens)
         tokens = _decode(model, own, n, max_new_tokens, draw, ended, tokenizer.pad_token_id)
         texts = tokenizer.batch_decode(tokens.flatten(0, 1), skip_special_tokens=True)
         for j, i in enumerate(batch):
@@ -495,7 +532,7 @@ def _decode(model, prompts, n: int, max_new_tokens: int, draw, ended, pad: int) 
     sample = torch.arange(n, device=device).expand(b, n)  # (B, Q): the one that each slot grows
     tokens = torch.full((b, n + 1, max_new_tokens), pad, device=device)  # sample n is nobody's
     for i in range(max_new_tokens):
-        token = draw(logits, prompt, sample, (b, n))  # (B, Q)
+        token = draw(logits, prompt, sample, i)  # (B, Q)
         tokens[prompt[:, None], sample, i] = token
         sample = sample.masked_fill(ended(token, tokens[..., : i + 1], prompt, sample), n)
         going = sample < n  # (B, Q)
@@ -566,21 +603,26 @@ class _FastDraw:
     """One uniform number a sample and step, drawn on the CPU: the same on every device."""
 
     def __init__(self, temperature: float, top_p: float, top_k: int, seed: int):
-        self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
-        self.random = torch.Generator().manual_seed(seed)
+        self.temperature, self.top_p, self.top_k, self.seed = temperature, top_p, top_k, seed
 
-    def __call__(self, logits: Tensor, prompt: Tensor, sample: Tensor, shape: tuple[int, int]):
-        """logits (B, Q, V) of the open slots of `shape` = (prompts, n) samples -> tokens (B, Q)."""
+    def begin(self, numbers: list[int], n: int, steps: int) -> None:
+        """A new batch: the numbers of its prompts, samples of each, tokens of each at most."""
+        seeds = (int(digest(self.seed, number), 16) for number in numbers)
+        own = [torch.rand(n, steps, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        self.uniform = F.pad(torch.stack(own), (0, 0, 0, 1))  # (prompts, n + 1, steps)
+
+    def __call__(self, logits: Tensor, prompt: Tensor, sample: Tensor, step: int) -> Tensor:
+        """logits (B, Q, V) of the open slots -> tokens (B, Q)."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        b, n = shape
-        u = F.pad(torch.rand(b, n, generator=self.random), (0, 1)).to(logits.device)
+        self.uniform = self.uniform.to(logits.device)
         value, token = logits.topk(min(self.top_k or logits.shape[-1], logits.shape[-1]))
         p = (value / self.temperature).softmax(-1)
         mass = p.cumsum(-1)
         p = p.masked_fill(mass - p >= self.top_p, 0)
         mass = p.cumsum(-1)
-        place = torch.searchsorted(mass, u[prompt[:, None], sample][..., None] * mass[..., -1:])
+        u = self.uniform[prompt[:, None], sample, step]  # (B, Q)
+        place = torch.searchsorted(mass, u[..., None] * mass[..., -1:])
         return token.gather(-1, place.clamp_max(p.shape[-1] - 1)).squeeze(-1)
 
 
@@ -604,11 +646,14 @@ class _GenerateDraw:
         if top_p < 1:
             self.warpers.append(TopPLogitsWarper(top_p))
 
-    def __call__(self, logits: Tensor, prompt: Tensor, sample: Tensor, shape: tuple[int, int]):
+    def begin(self, numbers: list[int], n: int, steps: int) -> None:
+        self.b, self.n = len(numbers), n
+
+    def __call__(self, logits: Tensor, prompt: Tensor, sample: Tensor, step: int) -> Tensor:
         """As of _FastDraw."""
         if self.greedy:
             return logits.argmax(-1)
-        (b, n), v = shape, logits.shape[-1]
+        b, n, v = self.b, self.n, logits.shape[-1]
         self.random = self.random or torch.Generator(logits.device).manual_seed(self.seed)
         scores = self.warpers(None, logits.flatten(0, 1))  # (B * Q, V)
         noise = torch.empty(b * n, v, device=logits.device).exponential_(generator=self.random)

@@ -8,7 +8,7 @@ Legend: B rows, N summaries or starters, M interests, K slots, D embedding, F st
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -22,7 +22,17 @@ import data
 import icebreaker as ib
 import llm
 import roles
-from config import Config, RunFolder, UserError, digest, read_json, read_tensors
+from config import (
+    Config,
+    RunFolder,
+    UserError,
+    digest,
+    gather,
+    processes,
+    read_json,
+    read_tensors,
+    share,
+)
 from encoder import Encoder
 
 
@@ -49,12 +59,22 @@ class Pipeline:
             raise UserError("data.impressions: needs data.users, the people it was shown to")
         if config.generator.attention == "flex_attention" and not torch.cuda.is_available():
             raise UserError("generator.attention=flex_attention: needs a GPU; 'sdpa' needs none")
+        self._check_players(config)
         self.config, self.run = config, RunFolder(config)
+        self._chats: dict = {}
         self.users_file, self.impressions_file = config.data.users, config.data.impressions
         if not config.data.users:
             self.users_file = self.run / "world" / "users.jsonl"
             self.impressions_file = self.run / "world" / "impressions.jsonl"
         self.shares = [*config.data.cuts, 1.0]  # the last one: everything up to now
+
+    @staticmethod
+    def _check_players(config: Config) -> None:
+        """Raise UserError now, not after hours, if an endpoint that will be asked is not set."""
+        if "endpoint" in vars(config.roles).values():
+            import chat
+
+            chat.Endpoint(config.endpoint)
 
     def seed(self, *parts) -> int:
         """A seed of its own for every purpose, from run.seed."""
@@ -69,14 +89,19 @@ class Pipeline:
         return Encoder(settings.name, settings.batch_size, cache)
 
     @cached_property
+    def logged_users(self) -> list[data.User]:
+        """Every user as in the file; sessions may have messages in place of a summary."""
+        return data.read_users(self.users_file, self.config.data.max_errors)
+
+    @cached_property
     def users(self) -> dict[str, data.User]:
-        """Every user, with a summary for each session; what stays empty is left out."""
-        summarise = roles.RuleSummariser().summarise
-        users = {}
-        for user in data.read_users(self.users_file, self.config.data.max_errors):
+        """Every user after `summarize`; sessions that got no summary are left out."""
+        made, users = read_json(self.run / "summarize" / "summaries.json"), {}
+        for user in self.logged_users:
+            own = made.get(user.user_id, {})  # number of a session -> its summary
             sessions = [
-                s if s.summary else s.model_copy(update={"summary": summarise(s.messages)})
-                for s in user.sessions
+                s if s.summary else s.model_copy(update={"summary": own.get(str(i))})
+                for i, s in enumerate(user.sessions)
             ]
             kept = [s for s in sessions if s.summary]
             users[user.user_id] = user.model_copy(update={"sessions": kept})
@@ -87,7 +112,7 @@ class Pipeline:
         if not self.impressions_file:
             return []
         rows = data.read_impressions(self.impressions_file, self.config.data.max_errors)
-        unknown = {row.user_id for row in rows} - self.users.keys()
+        unknown = {row.user_id for row in rows} - {u.user_id for u in self.logged_users}
         if unknown:
             raise UserError(
                 f"{self.impressions_file}: user_id: {len(unknown)} users of the impressions are "
@@ -191,8 +216,8 @@ class Pipeline:
         taps = torch.tensor([tap for _, _, _, tap in rows], dtype=torch.float32)
         surprise = taps - self.slot_rates[slots.clamp_max(len(self.slot_rates) - 1)]
         result = []
-        for share in self.shares:
-            now = data.cut_time(user, share) if share < 1 else datetime.max
+        for cut in self.shares:
+            now = data.cut_time(user, cut) if cut < 1 else datetime.max
             past = torch.tensor([bool(now) and t < now for t, *_ in rows], dtype=torch.bool)
             result.append(ib.tap_taste(starters[past], surprise[past]))
         return result
@@ -243,22 +268,65 @@ class Pipeline:
     def sample_lists(
         self, model, inputs: list[list[str]], n: int, seed: int
     ) -> list[list[list[str]]]:
-        """n lists for each input, parsed and filtered: at most K starters each, perhaps none."""
-        g = self.config.generator
+        """n lists for each input, parsed and filtered: at most K starters each, perhaps none.
+
+        The processes of a torchrun sample a share each.
+        """
+        g, own = self.config.generator, share(range(len(inputs)))
         texts = llm.sample(
-            model, self.tokenizer, [self.prompt(i) for i in inputs], n, seed=seed,
+            model, self.tokenizer, [self.prompt(inputs[i]) for i in own], n, seed=seed,
             max_new_tokens=g.max_new_tokens, temperature=g.temperature, top_p=g.top_p,
-            top_k=g.top_k, rows=g.sample_rows, sampler=g.sampler,
+            top_k=g.top_k, rows=g.sample_rows, sampler=g.sampler, numbers=own,
         )
-        return [
-            [self.usable(text, interests) for text in row]
-            for row, interests in zip(texts, inputs, strict=True)
-        ]
+        return self._usable_lists(gather(texts), inputs)
+
+    def write_lists(
+        self, adapter: Path | None, inputs: list[list[str]], n: int, seed: int, model=None
+    ) -> list[list[list[str]]]:
+        """As sample_lists, by a saved adapter (None: the base): from generator.endpoint if it is
+        set, where the model of that name is asked; or here, `model` being loaded already."""
+        g = self.config.generator
+        if not g.endpoint:
+            return self.sample_lists(model or self.policy(adapter), inputs, n, seed)
+        import chat
+
+        name = adapter.parent.name if adapter else g.model  # sit, round1, round2, ..., vanilla
+        prompts = [self.prompt_text(x) for x in share(inputs)]
+        server = chat.Chat(chat.Endpoint(self.served(name)), self.answers)
+        return self._usable_lists(gather(server.sample(prompts, n, seed)), inputs)
+
+    def _usable_lists(self, texts, inputs) -> list[list[list[str]]]:
+        return [[self.usable(t, x) for t in row] for row, x in zip(texts, inputs, strict=True)]
 
     def usable(self, text: str, interests: list[str]) -> list[str]:
         """The starters of a completion that are fit to show for these interests, at most K."""
-        kept, _ = roles.filter_starters(roles.parse_starters(text).starters, interests)
-        return kept[: self.config.generator.list_size]
+        return self.fit_to_show(text, interests)[: self.config.generator.list_size]
+
+    @staticmethod
+    def fit_to_show(text: str, interests: list[str]) -> list[str]:
+        return roles.filter_starters(roles.parse_starters(text).starters, interests)[0]
+
+    # ------------------------------------------------------------------------------------------ LLM
+
+    def chat(self, player: str):
+        """The LLM that plays roles: "endpoint", or "generator", the base without an adapter."""
+        import chat
+
+        if player not in self._chats:
+            if player == "endpoint":
+                backend = chat.Endpoint(self.config.endpoint)
+            else:
+                backend = chat.Local(self.policy(None), self.tokenizer)
+            self._chats[player] = chat.Chat(backend, Path(self.config.run.root) / "answers.sqlite")
+        return self._chats[player]
+
+    def calls(self) -> dict[str, dict]:
+        """What became of the calls to LLMs since this was last asked; {} if there were none."""
+        found: Counter = Counter()
+        for chat in self._chats.values():
+            found.update(chat.counts)
+            chat.counts.clear()
+        return {"calls": dict(found)} if found else {}
 
     # ----------------------------------------------------------------------------------- the ranker
 
@@ -297,5 +365,6 @@ def utilities(ranker: ib.UtilityRanker, state: State, starters: torch.Tensor) ->
 
 
 def progress(items, label: str, **kwargs):
-    """A progress bar on a terminal, nothing elsewhere."""
-    return tqdm(items, desc=label, disable=None, leave=False, **kwargs)
+    """A progress bar on a terminal, nothing elsewhere, and only of the first process."""
+    disable = True if processes()[0] else None
+    return tqdm(items, desc=label, disable=disable, leave=False, **kwargs)

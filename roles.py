@@ -425,11 +425,30 @@ class RuleTeacher:
         return None
 
 
+def covering(starters: list[str], interests: list[str], k: int, encode: Encode) -> list[str]:
+    """At most k starters that cover the interests: from each interest in turn its next starter.
+
+    A starter is of the interest that it is nearest to. Order within an interest stays.
+    """
+    if not starters or not interests:
+        return starters[:k]
+    owner = _cosines(encode, starters, interests).argmax(1)
+    turn = [sum(owner[:i] == o) for i, o in enumerate(owner)]  # how many its interest had before
+    order = sorted(range(len(starters)), key=lambda i: (turn[i], owner[i]))
+    return [starters[i] for i in order[:k]]
+
+
 # --------------------------------------------------------------------- matcher, judge, summariser
 
 
 def _cosines(encode: Encode, a: list[str], b: list[str]) -> np.ndarray:
     return (encode(a) @ encode(b).T).cpu().numpy()  # (len(a), len(b))
+
+
+def same_text(a: list[str], b: list[str]) -> np.ndarray:
+    """Boolean (len(a), len(b)): equal but for case and punctuation."""
+    rows, columns = (np.array([_normal(t) for t in texts]) for texts in (a, b))
+    return (rows[:, None] == columns) & (rows[:, None] != "")
 
 
 def _spans(phrase: str) -> set[str]:
@@ -463,14 +482,17 @@ class RuleMatcher:
         self.encode, self.cosine, self.cosine_alone = encode, cosine, cosine_alone
         self.themes = set(themes)  # a shared theme is not enough
 
-    def match(self, earlier: list[str], later: list[str]) -> np.ndarray:
-        """Boolean (E, L): the same text, a cosine that suffices, or a cosine and a shared phrase."""
+    def match(self, jobs: Sequence[tuple[list[str], list[str]]]) -> list[np.ndarray]:
+        """(E, L) of 1 (match) and 0 for each (earlier, later) job."""
+        return [self._matches(*job).astype(np.int8) for job in jobs]
+
+    def _matches(self, earlier: list[str], later: list[str]) -> np.ndarray:
+        """The same text, a cosine that suffices, or a cosine and a shared phrase."""
         if not earlier or not later:
             return np.zeros((len(earlier), len(later)), dtype=bool)
         cosine = _cosines(self.encode, earlier, later)  # (E, L)
         shared = self._contained(earlier, later) | self._contained(later, earlier).T
-        rows, columns = (np.array([_normal(t) for t in texts]) for texts in (earlier, later))
-        same = (rows[:, None] == columns) & (rows[:, None] != "")
+        same = same_text(earlier, later)
         return same | (cosine >= self.cosine_alone) | (shared & (cosine >= self.cosine))
 
     def _contained(self, whole: list[str], parts: list[str]) -> np.ndarray:

@@ -4,12 +4,16 @@
     python train.py --stage dpo dpo.beta=0.2           # one stage (and what it needs)
     python train.py data.users=mine.jsonl              # your own users (see README)
 
-Stages: world -> base -> match -> rid -> ranker -> sit -> dpo -> eval, and merge where asked for. A
-stage whose settings and inputs have not changed is skipped; a stage whose predecessors are missing
-runs them first.
+    python train.py --plan --config configs/qwen2.5-7b.yaml     # what a run would need; --doctor
+    torchrun --nproc-per-node=2 train.py --stage dpo   # on two GPUs
 
-Departures from the paper: LoRA instead of full fine-tuning; the teacher and the revisit matcher are
-offline rules over text (roles.py); the platform is simulated (world.py) unless logs are given.
+Stages: world -> base -> summarize -> match -> rid -> ranker -> sit -> dpo -> eval, and merge where
+asked for. A stage whose settings and inputs have not changed is skipped; a stage whose predecessors
+are missing runs them first.
+
+Departures from the paper: LoRA instead of full fine-tuning; teacher and revisit matcher are offline
+rules over text (roles.py) unless an LLM is named (chat.py); the platform is simulated (world.py)
+unless logs are given.
 
 Legend: B rows, N candidates, M lists or interests, K slots, P pairs, D embedding.
 """
@@ -17,14 +21,19 @@ Legend: B rows, N candidates, M lists or interests, K slots, P pairs, D embeddin
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import functools
+import operator
+import os
 import random
 import resource
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -42,9 +51,12 @@ from config import (
     atomic_path,
     digest,
     file_digest,
+    gather,
     load_config,
+    processes,
     read_json,
     script,
+    share,
     write_json,
     write_tensors,
 )
@@ -61,8 +73,8 @@ def stage_world(p: Pipeline) -> dict:
 
         world.generate(p.config.world).write(p.run / "world")
     return {
-        "users": len(p.users),
-        "sessions": sum(len(u.sessions) for u in p.users.values()),
+        "users": len(p.logged_users),
+        "sessions": sum(len(u.sessions) for u in p.logged_users),
         "impressions": len(p.impressions),
     }
 
@@ -81,50 +93,92 @@ def stage_base(p: Pipeline) -> dict:
     return {"folder": str(folder), **read_json(folder / "figures.json")}
 
 
-# ------------------------------------------------------------------------------------- match, rid
+# -------------------------------------------------------------------------- summarize, match, rid
+
+
+def stage_summarize(p: Pipeline) -> dict:
+    """Write a summary of every session that came with messages alone."""
+    missing = [
+        (user.user_id, i, session.messages)
+        for user in p.logged_users
+        for i, session in enumerate(user.sessions)
+        if not session.summary
+    ]
+    messages = [m for *_, m in missing]
+    if p.config.roles.summariser == "rules":
+        made = [roles.RuleSummariser().summarise(m) for m in messages]
+    else:
+        import chat
+
+        made = chat.LLMSummariser(p.chat(p.config.roles.summariser)).summarise(messages)
+    summaries: dict[str, dict[str, str]] = {}
+    for (user_id, i, _), text in zip(missing, made, strict=True):
+        if text:
+            summaries.setdefault(user_id, {})[str(i)] = text
+    write_json(p.run / "summarize" / "summaries.json", summaries)
+    return {"without_summary": len(missing), "still": sum(not text for text in made), **p.calls()}
 
 
 def stage_match(p: Pipeline) -> dict:
     """Mark which past summaries a later session revisits, for every user and cut."""
-    settings = p.config.roles
-    everyone = ([s.summary for s in u.sessions] for u in p.users.values())
-    matcher = roles.RuleMatcher(
-        p.encoder,
-        settings.match_cosine,
-        settings.match_cosine_alone,
-        roles.themes(everyone, settings.theme_share),
-    )
-    labels: dict[str, list[list[int]]] = {}
-    for user_id, histories in progress(p.histories.items(), "match"):
-        labels[user_id] = []
-        for cut, history in enumerate(histories[:-1]):
-            later = sorted({s.summary for s in p.parts(user_id, cut)[1]})
-            labels[user_id].append(matcher.match(history.texts, later).any(1).astype(int).tolist())
+    cuts = range(len(p.config.data.cuts))
+    rows = [(user_id, cut) for user_id in p.users for cut in cuts]
+    jobs = [
+        (p.histories[u][c].texts, sorted({s.summary for s in p.parts(u, c)[1]})) for u, c in rows
+    ]
+    settings, labels = p.config.roles, {user_id: [] for user_id in p.users}
+    if settings.matcher == "rules":
+        everyone = ([s.summary for s in u.sessions] for u in p.users.values())
+        matcher = roles.RuleMatcher(
+            p.encoder,
+            settings.match_cosine,
+            settings.match_cosine_alone,
+            roles.themes(everyone, settings.theme_share),
+        )
+    else:
+        import chat
+
+        matcher = chat.LLMMatcher(
+            p.chat(settings.matcher), p.encoder, settings.match_candidates, settings.match_floor
+        )
+    for (user_id, _), found in zip(rows, matcher.match(jobs), strict=True):  # (E, L) each
+        labels[user_id].append(np.where((found > 0).any(1), 1, found.min(1, initial=0)).tolist())
     write_json(p.run / "match" / "revisited.json", labels)
-    flat = [x for cuts in labels.values() for cut in cuts for x in cut]
-    return {"summaries": len(flat), "revisited_share": float(np.mean(flat)) if flat else 0.0}
+    flat = np.array([x for own in labels.values() for cut in own for x in cut])
+    known = flat[flat >= 0]
+    return {
+        "summaries": len(flat),
+        "unknown": len(flat) - len(known),
+        "revisited_share": float(known.mean()) if len(known) else 0.0,
+        **p.calls(),
+    }
 
 
 class Revisits:
-    """Labels of `match`: which summaries of a (user, cut) row a later session revisited."""
+    """Labels of `match`: which summaries of a (user, cut) row a later session revisited.
+
+    1 revisited, 0 not, -1 unknown (the matcher's call failed): these are neither.
+    """
 
     def __init__(self, p: Pipeline):
         self.labels = read_json(p.run / "match" / "revisited.json")
         self.cuts = range(len(p.config.data.cuts))
 
     def __getitem__(self, row: tuple[str, int]) -> np.ndarray:
-        return np.array(self.labels[row[0]][row[1]], bool)  # (N,)
+        return np.array(self.labels[row[0]][row[1]], int)  # (N,)
 
     def rows(self, ids: list[str]) -> list[tuple[str, int]]:
         """(user, cut) rows with both a revisited and a never-revisited summary."""
         rows = [(user_id, cut) for user_id in ids for cut in self.cuts]
-        return [row for row in rows if 0 < self[row].sum() < len(self[row])]
+        return [row for row in rows if {0, 1} <= {*self[row].tolist()}]
 
     def auc(self, rows: list[tuple[str, int]], scores: list[np.ndarray]) -> float:
         """Mean over users of the AUC of "revisited later" (each user's cuts averaged first)."""
         by_user: dict[str, list[float]] = {}
         for row, s in zip(rows, scores, strict=True):
-            by_user.setdefault(row[0], []).append(ib.per_user_auc(s, self[row]))
+            known = self[row] >= 0
+            auc = ib.per_user_auc(s[known], self[row][known])
+            by_user.setdefault(row[0], []).append(auc)
         return float(np.mean([np.mean(v) for v in by_user.values()])) if by_user else float("nan")
 
 
@@ -206,11 +260,11 @@ def fit_scorer(p: Pipeline, revisits: Revisits, train, valid) -> tuple[Callable,
         for start in range(0, len(order), settings.batch_users):
             rows = order[start : start + settings.batch_users]
             batch = p.scorer_batch(rows, encode)
-            positive = torch.zeros_like(batch["mask"])
-            ids = torch.full(positive.shape, -1)
+            label = torch.full(batch["mask"].shape, -1)
+            ids = torch.full(label.shape, -1)
             for i, (user_id, cut) in enumerate(rows):
                 texts = p.histories[user_id][cut].texts
-                positive[i, : len(texts)] = torch.from_numpy(revisits[user_id, cut])
+                label[i, : len(texts)] = torch.from_numpy(revisits[user_id, cut])
                 ids[i, : len(texts)] = torch.tensor(
                     [text_id.setdefault(t, len(text_id)) for t in texts]
                 )
@@ -218,7 +272,7 @@ def fit_scorer(p: Pipeline, revisits: Revisits, train, valid) -> tuple[Callable,
             for tower in scorer.towers:
                 user, sessions = tower(**batch)
                 scores, counts = ib.contrastive_rows(
-                    user, sessions, positive, batch["mask"], ids, settings.negatives_within, lottery
+                    user, sessions, label == 1, label >= 0, ids, settings.negatives_within, lottery
                 )
                 loss = loss + ib.contrastive_loss(scores, settings.temperature, counts).mean()
             optimiser.zero_grad()
@@ -251,8 +305,10 @@ def fit_gate(p: Pipeline, revisits: Revisits, score, valid, edges) -> list[float
         for (u, c), s in zip(valid, scores, strict=True)
     ]
     labels = [revisits[row] for row in valid]
+    score, label, group = map(np.concatenate, (scores, labels, groups))
+    known = label >= 0
     fitted = ib.fit_thresholds(
-        *map(np.concatenate, (scores, labels, groups)), p.config.rid.activity_groups
+        score[known], label[known], group[known], p.config.rid.activity_groups
     )
     return fitted.tolist()
 
@@ -402,9 +458,30 @@ def stage_ranker(p: Pipeline) -> dict:
 # -------------------------------------------------------------------------------------------- sit
 
 
-def teacher_lists(p: Pipeline, interests: list[str], n: int, rng: random.Random) -> list[list[str]]:
-    teacher, k = roles.RuleTeacher(), p.config.generator.list_size
-    return [p.usable(teacher.write(interests, k, rng), interests) for _ in range(n)]
+def teacher_lists(p: Pipeline, states: list[State], n: int, purpose: str) -> list[list[list[str]]]:
+    """n lists of the teacher for each state, filtered; fewer where an LLM's call failed.
+
+    The processes of a torchrun ask for a share each.
+    """
+    k, player = p.config.generator.list_size, p.config.roles.teacher
+    orders = [
+        (s.interests, p.seed("teacher", purpose, s.interests, i))
+        for s in share(states)
+        for i in range(n)
+    ]
+    if player == "rules":
+        teacher = roles.RuleTeacher()
+        texts = [teacher.write(x, k, random.Random(seed)) for x, seed in orders]
+        lists = [p.usable(text, x) for text, (x, _) in zip(texts, orders, strict=True)]
+    else:
+        import chat
+
+        inputs, seeds = [x for x, _ in orders], [seed for _, seed in orders]
+        texts = chat.LLMTeacher(p.chat(player)).write(inputs, k, seeds)
+        lists = [text and roles.covering(p.fit_to_show(text, x), x, k, p.encoder)
+                 for text, x in zip(texts, inputs, strict=True)]  # None where the call failed
+    return gather([[x for x in lists[i : i + n] if x is not None]
+                   for i in range(0, len(lists), n)])
 
 
 def chosen_states(p: Pipeline, cuts: list[int], limit: int, rng: random.Random) -> list[State]:
@@ -417,8 +494,9 @@ def stage_sit(p: Pipeline) -> dict:
     """Supervised interest-expanded instruction tuning (Eq. 5) on the teacher's lists."""
     settings, g, rng = p.config.sit, p.config.generator, random.Random(p.seed("sit"))
     rows, short = [], 0
-    for state in chosen_states(p, list(range(len(p.config.data.cuts))), settings.max_rows, rng):
-        lists = teacher_lists(p, state.interests, settings.lists_per_row, rng)
+    states = chosen_states(p, list(range(len(p.config.data.cuts))), settings.max_rows, rng)
+    taught = teacher_lists(p, states, settings.lists_per_row, "sit")
+    for state, lists in zip(states, taught, strict=True):
         full = [llm.encode_completion(p.tokenizer, x) for x in lists if len(x) == g.list_size]
         short += len(lists) - len(full)
         if full:
@@ -433,37 +511,61 @@ def stage_sit(p: Pipeline) -> dict:
     optimiser, schedule = new_optimiser(
         model, settings.learning_rate, settings.epochs * -(-len(rows) // size)
     )
-    losses = []
+    policy, losses = llm.averaged_gradients(model), []
     for epoch in range(settings.epochs):
         rng.shuffle(rows)
         for start in progress(range(0, len(rows), size), f"sit epoch {epoch + 1}"):
             batch = rows[start : start + size]
             tokens = sum(len(y) for _, lists in batch for y in lists)
-            loss = -torch.cat(list_logps(p, model, batch)).sum() / tokens  # Eq. (5), per token
+            own, factor = part_of(batch)
+            loss = -torch.cat(list_logps(p, policy, own)).sum() / tokens * factor  # Eq. (5)
+            losses.append(float(np.mean(gather([loss.item()]))))
+            rate = schedule.get_last_lr()[0]
             step(model, optimiser, schedule, loss)
-            losses.append(loss.item())
-            p.run.log("sit", epoch=epoch, loss=loss.item(), learning_rate=schedule.get_last_lr()[0])
+            p.run.log("sit", epoch=epoch, loss=losses[-1], learning_rate=rate)
     llm.save_adapter(model, p.run / "sit" / "adapter")
-    last = losses[-(-len(rows) // size) :]
+    last = losses[(settings.epochs - 1) * -(-len(rows) // size) :]  # of the last epoch
     return {
         "rows": len(rows),
         "short_lists_left_out": short,
         "first_loss": losses[0],
         "loss": float(np.mean(last)),
+        **p.calls(),
     }
 
 
-def list_logps(p: Pipeline, model, rows) -> list[torch.Tensor]:
-    """Summed log-probabilities of the lists of each (prompt ids, [list ids, ...]) row."""
+def list_logps(p: Pipeline, policy: Callable, rows) -> list[torch.Tensor]:
+    """Summed log-probabilities of the lists of each (prompt ids, [list ids, ...]) row.
+
+    policy: llm.averaged_gradients(model), as long as gradients are wanted.
+    """
     prompts, lists = zip(*rows, strict=True)
     g = p.config.generator
-    return llm.completion_logps(model, list(prompts), list(lists), g.head_chunk, g.attention)
+    return policy(list(prompts), list(lists), g.head_chunk, g.attention)
+
+
+def part_of(batch: list) -> tuple[list, float]:
+    """This process's part of a global batch, and the factor of its loss.
+
+    DDP averages the gradients, so a share of a sum counts as often as there are processes. One
+    without a share computes a row for nothing: DDP waits for all.
+    """
+    own = share(batch)
+    return (own, float(processes()[1])) if own else (batch[:1], 0.0)
 
 
 def new_optimiser(model, learning_rate: float, steps: int):
-    """AdamW on the LoRA weights; a tenth of the steps warming up, then linear to zero."""
+    """AdamW on the LoRA weights; a tenth of the steps warming up, then linear to zero.
+
+    Its eps lies above the rounding noise of gradients (1e-9), which at the usual 1e-8 moves weights
+    that nothing else moves, in a direction that depends on the order of a sum.
+    """
     optimiser = torch.optim.AdamW(
-        [w for w in model.parameters() if w.requires_grad], learning_rate, weight_decay=0.0
+        [w for w in model.parameters() if w.requires_grad],
+        learning_rate,
+        eps=1e-6,
+        weight_decay=0.0,
+        fused=True,
     )
     warm = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -497,21 +599,19 @@ def score_pools(p: Pipeline, ranker, states: list[State], pools: list[list[str]]
     return utility, similarity, valid
 
 
-def mine_round(p: Pipeline, ranker, states: list[State], sampled, rng: random.Random):
-    """Sampled lists -> pool -> list search (Algorithm 1) -> chosen and rejected lists (Eq. 8).
+def mine_round(p: Pipeline, ranker, states: list[State], lists) -> tuple[list[dict], Counter]:
+    """Lists -> pool -> list search (Algorithm 1) -> chosen and rejected lists (Eq. 8).
 
-    Returns the preference pairs, and counts of what was found and what was not.
+    lists: those sampled for each state, and the teacher's. Returns for each state the preference
+    pair ({} if there is none), and counts of what was found and what was not.
     """
     settings, k = p.config.dpo, p.config.generator.list_size
-    lists = [
-        x + teacher_lists(p, state.interests, settings.teacher_lists, rng)
-        for state, x in zip(states, sampled, strict=True)
-    ]
     pools = [sorted({y for x in own for y in x}) for own in lists]
     rich = [i for i, pool in enumerate(pools) if len(pool) >= k]
     counts = Counter(users=len(states), too_few_candidates=len(states) - len(rich), pairs=0)
+    found_for: list[dict] = [{} for _ in states]
     if not rich:
-        return [], counts
+        return found_for, counts
     states, lists, pools = ([x[i] for i in rich] for x in (states, lists, pools))
     utility, similarity, valid = score_pools(p, ranker, states, pools)
     beams, _ = ib.list_search(
@@ -523,12 +623,14 @@ def mine_round(p: Pipeline, ranker, states: list[State], sampled, rng: random.Ra
         settings.weight,
         valid,
     )
-    pairs = []
     for i, (state, own, pool) in enumerate(zip(states, lists, pools, strict=True)):
+        rng = random.Random(p.seed("mine", state.user_id, pool))
         n, number = len(pool), {y: j for j, y in enumerate(pool)}
         considered = [x for x in beams[i].tolist() if x[0] >= 0]
         considered += [[number[y] for y in x] for x in own if len(x) == k]
         considered += [rng.sample(range(n), k) for _ in range(settings.random_lists)]
+        # A set counts once, in the order that came first: rounding is not to choose among orders.
+        considered = [*{frozenset(x): x for x in considered[::-1]}.values()][::-1]
         chosen, rejected = ib.mine_preferences(
             torch.tensor(considered),
             utility[i, :n],
@@ -543,10 +645,10 @@ def mine_round(p: Pipeline, ranker, states: list[State], sampled, rng: random.Ra
         kinds = {kind: texts[j] for kind, j in found.items() if j is not None}
         counts["pairs"] += len(kinds)
         if kinds:
-            pairs.append(
-                {"interests": state.interests, "chosen": texts[chosen], "rejected": kinds}
-            )
-    return pairs, counts
+            found_for[rich[i]] = {
+                "interests": state.interests, "chosen": texts[chosen], "rejected": kinds
+            }
+    return found_for, counts
 
 
 def align(p: Pipeline, model, pairs: list[dict], label: str, pick: Callable | None = None) -> dict:
@@ -563,37 +665,31 @@ def align(p: Pipeline, model, pairs: list[dict], label: str, pick: Callable | No
         )
         for x in pairs
     ]
-    reference = reference_logps(p, model, rows, label)
-    size = settings.batch_users
+    size, order = settings.batch_users, rng.sample(range(len(rows)), len(rows))
+    reference = reference_logps(p, model, rows, order, label)
     steps = settings.passes * -(-len(rows) // size)
     marks = {round(steps * (i + 1) / settings.checkpoints) for i in range(settings.checkpoints)}
     optimiser, schedule = new_optimiser(model, settings.learning_rate, steps)
     best, best_value = (lora_weights(model), pick(model)) if pick else (None, None)
-    log = []
-    order: list[int] = []
+    policy, log = llm.averaged_gradients(model), []
     for number in progress(range(1, steps + 1), f"dpo {label}"):
         order = order or rng.sample(range(len(rows)), len(rows))
         batch, order = order[:size], order[size:]
-        policy = list_logps(p, model, [rows[i] for i in batch])  # one (1 + rejected,) a user
-        both = policy, [reference[i] for i in batch]
+        own, factor = part_of(batch)
+        logps = list_logps(p, policy, [rows[i] for i in own])  # one (1 + rejected,) a user
+        both = logps, [reference[i] for i in own]
         chosen, ref_chosen = (torch.cat([y[:1].expand(len(y) - 1) for y in x]) for x in both)
         rejected, ref_rejected = (torch.cat([y[1:] for y in x]) for x in both)  # (P,)
-        loss = ib.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, settings.beta).mean()
-        log.append(
-            {
-                "loss": loss.item(),
-                "margin": (chosen - ref_chosen - rejected + ref_rejected).mean().item(),
-                "chosen_logp": chosen.mean().item(),
-                "rejected_logp": rejected.mean().item(),
-                "chosen_logp_change": (chosen - ref_chosen).mean().item(),
-                "learning_rate": schedule.get_last_lr()[0],
-            }
-        )
-        p.run.log("dpo", round=label, step=number, **log[-1])
+        losses = ib.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, settings.beta)  # Eq. (6)
+        columns = torch.stack([losses, chosen, rejected, ref_chosen, ref_rejected])
+        log.append(dpo_figures(gather([columns.tolist()] if factor else [])))
+        rate = schedule.get_last_lr()[0]
+        p.run.log("dpo", round=label, step=number, **log[-1], learning_rate=rate)
+        loss = losses.sum() / sum(len(rows[i][1]) - 1 for i in batch)
         if settings.sft_weight:
             tokens = sum(len(rows[i][1][0]) for i in batch)
-            loss = loss - settings.sft_weight * sum(x[0] for x in policy) / tokens
-        step(model, optimiser, schedule, loss)
+            loss = loss - settings.sft_weight * sum(x[0] for x in logps) / tokens
+        step(model, optimiser, schedule, loss * factor)
         if pick and number in marks:
             value = pick(model)
             p.run.log("dpo", round=label, step=number, held_out=value)
@@ -622,16 +718,32 @@ def lora_weights(model) -> dict[str, torch.Tensor]:
     return {k: v.detach().clone() for k, v in model.named_parameters() if v.requires_grad}
 
 
+def dpo_figures(columns: list) -> dict[str, float]:
+    """Means over pairs; columns: of each process loss, chosen, rejected and their references."""
+    loss, chosen, rejected, ref_chosen, ref_rejected = np.concatenate(columns, axis=1)  # (P,) each
+    return {
+        "loss": float(loss.mean()),
+        "margin": float((chosen - ref_chosen - rejected + ref_rejected).mean()),
+        "chosen_logp": float(chosen.mean()),
+        "rejected_logp": float(rejected.mean()),
+        "chosen_logp_change": float((chosen - ref_chosen).mean()),
+    }
+
+
 @torch.no_grad()
-def reference_logps(p: Pipeline, model, rows, label: str) -> list[torch.Tensor]:
+def reference_logps(p: Pipeline, model, rows, order: list[int], label: str) -> list[torch.Tensor]:
+    """Of all rows; batched as the first pass over them, so that its first loss is ln 2 exactly."""
     if p.config.dpo.reference == "sit" and label != "round 1":
         model = p.policy(p.run / "sit" / "adapter")
-    size = p.config.dpo.batch_users
-    return [
-        x
-        for start in progress(range(0, len(rows), size), f"reference {label}")
-        for x in list_logps(p, model, rows[start : start + size])
-    ]
+    policy, size = functools.partial(llm.completion_logps, model), p.config.dpo.batch_users
+    found: dict[int, torch.Tensor] = {}
+    for start in progress(range(0, len(order), size), f"reference {label}"):
+        batch = order[start : start + size]
+        own, factor = part_of(batch)
+        logps = list_logps(p, policy, [rows[i] for i in own])
+        made = gather([x.tolist() for x in logps] if factor else [])
+        found |= zip(batch, map(torch.tensor, made), strict=True)
+    return [found[i].to(logps[0].device) for i in range(len(rows))]
 
 
 def list_quality(p: Pipeline, ranker, states: list[State], sampled) -> dict[str, float]:
@@ -680,10 +792,14 @@ def dpo_round(p: Pipeline, number: int, adapter: Path, earlier: list[dict]) -> d
     cut = min(number, len(p.config.data.cuts)) - 1  # early, middle, latest slice of the log
     states = chosen_states(p, [cut], settings.max_users, random.Random(p.seed("users", number)))
     model = p.policy(adapter, trainable=True)
-    sampled = p.sample_lists(
-        model, [s.interests for s in states], settings.samples, p.seed("dpo", number)
+    sampled = p.write_lists(
+        adapter, [s.interests for s in states], settings.samples, p.seed("dpo", number), model
     )
-    new, counts = mine_round(p, ranker, states, sampled, random.Random(p.seed("mine", number)))
+    taught = teacher_lists(p, states, settings.teacher_lists, f"round {number}")
+    lists = [x + y for x, y in zip(sampled, taught, strict=True)]
+    found, counts = mine_round(p, ranker, share(states), share(lists))
+    new = [pair for pair in gather(found) if pair]
+    counts = sum_counts(gather([dict(counts)]))
     if not earlier + new:
         raise UserError("dpo: no preference pair found; lower dpo.margin or raise dpo.samples")
     start: dict[str, float] = {}
@@ -701,7 +817,11 @@ def dpo_round(p: Pipeline, number: int, adapter: Path, earlier: list[dict]) -> d
     made = align(p, model, earlier + new, f"round {number}", held_out if valid else None)
     llm.save_adapter(model, folder / "adapter")
     write_json(folder / "pairs.json", new)
-    return {"before": list_quality(p, ranker, states, sampled), **counts, **made}
+    return {"before": list_quality(p, ranker, states, sampled), **counts, **made, **p.calls()}
+
+
+def sum_counts(parts: list[dict]) -> dict[str, int]:
+    return {name: sum(part.get(name, 0) for part in parts) for part in parts for name in part}
 
 
 def click_pairs(p: Pipeline) -> list[dict]:
@@ -748,19 +868,23 @@ def stage_merge(p: Pipeline) -> dict:
 class Stage:
     run: Callable[[Pipeline], dict]  # returns the figures of its closing line
     needs: tuple[str, ...]  # earlier stages
-    settings: tuple[str, ...]  # sections of the config that its result depends on
+    settings: tuple[str, ...]  # sections and settings that its result depends on
+    alone: bool = False  # of several processes the first does all
 
+
+MATCHER = [f"roles.{n}" for n in vars(Config().roles) if n.startswith(("match", "theme"))]
 
 STAGES = {
-    "world": Stage(stage_world, (), ("world", "data")),
-    "base": Stage(stage_base, (), ("base", "generator")),
-    "match": Stage(stage_match, ("world",), ("encoder", "roles")),
-    "rid": Stage(stage_rid, ("match",), ("rid",)),
-    "ranker": Stage(stage_ranker, ("rid",), ("ranker", "generator")),  # K slots
-    "sit": Stage(stage_sit, ("rid", "base"), ("generator", "sit")),
+    "world": Stage(stage_world, (), ("world", "data"), True),
+    "base": Stage(stage_base, (), ("base", "generator"), True),
+    "summarize": Stage(stage_summarize, ("world",), ("roles.summariser", "endpoint.model"), True),
+    "match": Stage(stage_match, ("summarize",), ("encoder", *MATCHER, "endpoint.model"), True),
+    "rid": Stage(stage_rid, ("match",), ("rid",), True),
+    "ranker": Stage(stage_ranker, ("rid",), ("ranker", "generator"), True),  # K slots
+    "sit": Stage(stage_sit, ("rid", "base"), ("generator", "sit", "roles.teacher")),
     "dpo": Stage(stage_dpo, ("sit", "ranker"), ("dpo",)),
     "eval": Stage(evaluation.stage_eval, ("dpo",), ("eval",)),
-    "merge": Stage(stage_merge, ("dpo",), ("generator",)),
+    "merge": Stage(stage_merge, ("dpo",), ("generator",), True),
 }
 ALL = [name for name in STAGES if name != "merge"]  # run where nothing else is asked for
 
@@ -770,8 +894,10 @@ def stage_key(p: Pipeline, name: str) -> str:
     stage, files = STAGES[name], []
     if name == "world" and p.config.data.users:
         files = [file_digest(f) for f in (p.users_file, p.impressions_file) if f]
-    sections = [getattr(p.config, section) for section in stage.settings]
-    return digest(name, p.config.run.seed, sections, files, [stage_key(p, s) for s in stage.needs])
+    config = copy.deepcopy(p.config)
+    config.generator.endpoint = ""  # where a policy is sampled from makes it no other policy
+    values = [operator.attrgetter(setting)(config) for setting in stage.settings]
+    return digest(name, p.config.run.seed, values, files, [stage_key(p, s) for s in stage.needs])
 
 
 def _short(figures: dict) -> str:
@@ -824,8 +950,10 @@ def run_stages(config: Config, wanted: list[str]) -> None:
             continue
         print(f"{name}: running{note}", flush=True)
         started = time.time()
+        figures: dict = {}
         try:
-            figures = STAGES[name].run(p)
+            if processes()[0] == 0 or not STAGES[name].alone:
+                figures = STAGES[name].run(p)
         except torch.OutOfMemoryError:
             raise UserError(out_of_memory(config, name)) from None
         p.encoder.save()
@@ -839,15 +967,47 @@ def run_stages(config: Config, wanted: list[str]) -> None:
     print(f"Everything is in {p.run.path}; peak memory {peak:.1f} GiB")
 
 
+@contextlib.contextmanager
+def joined_processes():
+    """What `torchrun` started meets here; only the first process prints."""
+    number, count = processes()
+    if count == 1:
+        yield
+        return
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # The first process works alone in some stages, and the others wait for it.
+    torch.distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(days=7)
+    )
+    try:
+        with (
+            open(os.devnull, "w") as nothing,
+            contextlib.redirect_stdout(nothing if number else sys.stdout),
+        ):
+            yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--stage", action="append", choices=[*STAGES, "all"], help="default: all")
     parser.add_argument("--config", default=str(ROOT / "configs" / "tiny.yaml"))
+    parser.add_argument("--plan", action="store_true", help="memory and tokens; loads nothing")
+    parser.add_argument("--doctor", action="store_true", help="what this machine has and lacks")
     parser.add_argument("settings", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
     config = load_config(arguments.config, arguments.settings)
+    if arguments.plan or arguments.doctor:
+        import plan
+
+        print(plan.plan(config) if arguments.plan else plan.doctor(config))
+        return
     stages = arguments.stage or ["all"]
-    run_stages(config, ALL if "all" in stages else stages)
+    with joined_processes():
+        run_stages(config, ALL if "all" in stages else stages)
 
 
 if __name__ == "__main__":

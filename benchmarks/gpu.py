@@ -121,6 +121,8 @@ def measure_sampling(model, n: int, length: int, new: int, bandwidth: float | No
     prompts = [torch.randint(10, size, (length,)).tolist() for _ in range(4)]
     draw = llm._FastDraw(0.7, 0.95, 50, seed=0)
 
+    draw.begin([*range(len(prompts))], n, new)
+
     def never(token, *_):
         return torch.zeros_like(token, dtype=torch.bool)
 

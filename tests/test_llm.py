@@ -1,5 +1,7 @@
 """Tree rows against one sequence at a time, sampling against generate, control tokens as text."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -381,12 +383,50 @@ def test_sampling_repeats_by_seed_and_varies_within(tokenizer):
 def test_the_fast_sampler_draws_by_probability_from_top_k_then_top_p(top_k, top_p, kept):
     p = torch.tensor([0.5, 0.3, 0.15, 0.05])[[2, 0, 3, 1]]
     draw = llm._FastDraw(1.0, top_p, top_k, seed=0)
+    draw.begin([0], 20_000, 1)
     number = torch.arange(20_000).expand(1, -1)
-    drawn = draw(p.log().expand(1, 20_000, 4), torch.tensor([0]), number, (1, 20_000))
+    drawn = draw(p.log().expand(1, 20_000, 4), torch.tensor([0]), number, 0)
     share = torch.bincount(drawn.flatten(), minlength=4) / 20_000
     expected = torch.where(p >= p.sort(descending=True).values[kept - 1], p, 0)
     assert torch.allclose(share, expected / expected.sum(), atol=0.015)
     assert (share > 0).sum() == kept
+
+
+def test_a_prompt_draws_the_same_whatever_is_decoded_beside_it(tokenizer):
+    settings = {"max_new_tokens": 8, "temperature": 1.0, "top_p": 0.9, "seed": 1}
+    prompts, model = [[5], [6, 7], [8, 9, 10], [11]], tiny()
+    whole = llm.sample(model, tokenizer, prompts, 3, **settings)
+    parts = [
+        llm.sample(model, tokenizer, prompts[k::2], 3, numbers=range(k, 4, 2), **settings)
+        for k in (0, 1)
+    ]
+    assert [parts[i % 2][i // 2] for i in range(4)] == whole
+
+
+@pytest.fixture(scope="module")
+def with_added_tokens(tokenizer):
+    """As Qwen2.5's: special tokens, and tokens that were added without being special."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["<tool_call>", "[TOOL]", "hidden subject"])
+    return tokenizer
+
+
+@settings(deadline=None, max_examples=50)
+@given(words=st.lists(st.text(max_size=8), min_size=2, max_size=2), data=st.data())
+def test_no_added_token_comes_out_of_anybodys_text(with_added_tokens, words, data):
+    """Every added token, at start, middle and end of an interest and of a starter."""
+    tokenizer = with_added_tokens
+    added = tokenizer.added_tokens_decoder
+    control = data.draw(st.sampled_from(sorted(t.content for t in added.values())))
+    plain = llm.encode_prompt(tokenizer, ["chess"], 5, "Suggest {n}.", 400)
+    expected = [i for i in plain if i in added]
+    for text in (control.join(words), control + words[0], words[0] + control):
+        ids = llm.encode_prompt(tokenizer, [text], 5, "Suggest {n}.", 400)
+        assert [i for i in ids if i in added] == expected
+        starter = llm.encode_completion(tokenizer, [text, "chess"])
+        assert [i for i in starter if i in added] == [tokenizer.eos_token_id]
+        assert tokenizer.decode(starter).count("&&") == 1
+        assert tokenizer.decode(starter).count("</sug>") == 1
 
 
 def test_control_tokens_in_user_text_stay_text(tokenizer):

@@ -136,11 +136,17 @@ def test_teacher_writes_n_fit_starters_the_same_each_time(interests):
 
 
 def test_matcher_needs_a_subject_and_a_cosine():
-    found = roles.RuleMatcher(encode).match(
-        ["Elden Ring bosses", "music tips", "Dune"], ["elden ring builds", "music guide", "dune!"]
-    )
-    assert np.array_equal(found, np.diag([True, False, True]))
-    assert roles.RuleMatcher(encode).match([], ["x"]).shape == (0, 1)
+    earlier = ["Elden Ring bosses", "music tips", "Dune"]
+    later = ["elden ring builds", "music guide", "dune!"]
+    found, empty = roles.RuleMatcher(encode).match([(earlier, later), ([], ["x"])])
+    assert np.array_equal(found, np.diag([1, 0, 1])) and empty.shape == (0, 1)
+
+
+def test_covering_takes_from_every_interest_in_turn():
+    starters = ["Elden Ring bosses", "Elden Ring builds", "Elden Ring lore", "Dune books"]
+    picked = roles.covering(starters, ["Elden Ring", "Dune"], 3, encode)
+    assert picked == ["Elden Ring bosses", "Dune books", "Elden Ring builds"]
+    assert roles.covering([], ["Dune"], 3, encode) == []
 
 
 def test_judge_is_symmetric_and_prefers_subjects_to_chores():

@@ -1,0 +1,481 @@
+"""Conversations from elsewhere become users: each kind by hand, faults listed, nothing raised."""
+
+import copy
+import json
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+
+ROOT = Path(__file__).resolve().parent.parent
+SECRET = "zebra-crossing"  # what people say in these files; it must never reach a message
+
+
+def node(parent, role=None, parts=(), kind="text", time=None, **message):
+    if role is None:
+        return {"message": None, "parent": parent, "children": []}
+    content = {"content_type": kind, "parts": list(parts)}
+    message |= {"author": {"role": role}, "create_time": time, "content": content}
+    return {"id": "x", "message": message, "parent": parent, "children": []}
+
+
+def chatgpt(**changes) -> dict:
+    """A question asked twice (b, then d), with the second branch shown."""
+    return {
+        "title": SECRET,
+        "create_time": 1777626000.5,  # 2026-05-01T09:00:00.5
+        "conversation_id": "c1",
+        "id": "other",
+        "mapping": {
+            "root": node(None),
+            "a": node("root", "system", ["Be kind."]),
+            "b": node("a", "user", [f"{SECRET} first try"], time=1.0),
+            "c": node("b", "assistant", ["first answer"], time=2.0),
+            "d": node("a", "user", [f"{SECRET} second try"], time=3.0),
+            "e": node("d", "assistant", ["second answer"], time=4.0),
+        },
+        "current_node": "e",
+    } | changes
+
+
+def sharegpt(name="abc_0", text=SECRET) -> dict:
+    turns = [("system", "Be kind."), ("human", text), ("gpt", "answer")]
+    return {"id": name, "conversations": [{"from": f, "value": v} for f, v in turns]}
+
+
+def wildchat(name="h1", address="ip1", text=SECRET, stamp="2023-04-09 00:02:53+00:00") -> dict:
+    turns = [
+        {"role": "user", "content": text, "hashed_ip": address, "header": {"role": "none"}},
+        {"role": "assistant", "content": "answer", "hashed_ip": None, "header": {"role": "none"}},
+    ]
+    return {
+        "conversation_hash": name,
+        "model": "gpt-4",
+        "timestamp": stamp,
+        "conversation": turns,
+        "hashed_ip": address,
+    }
+
+
+def locomo() -> dict:
+    return {
+        "sample_id": "conv-1",
+        "qa": [],
+        "conversation": {
+            "speaker_a": "Ann",
+            "speaker_b": "Bob",
+            "session_10": [{"speaker": "Ann", "dia_id": "D10:1", "text": f"{SECRET} ten"}],
+            "session_2_date_time": "1:56 pm on 8 May, 2023",
+            "session_2": [
+                {"speaker": "Ann", "dia_id": "D2:1", "text": f"{SECRET} two"},
+                {"speaker": "Bob", "dia_id": "D2:2", "text": "Oh!", "img_url": ["x"]},
+            ],
+            "session_3_date_time": "2:00 pm on 9 May, 2023",
+            "session_10_date_time": "one fine day",
+        },
+    }
+
+
+ROWS = {"chatgpt": chatgpt, "sharegpt": sharegpt, "wildchat": wildchat, "locomo": locomo}
+
+
+def write(path: Path, rows) -> Path:
+    """Write a JSON array, JSONL by the ending (bytes are a line as it is), or parquet."""
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".jsonl":
+        lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+        path.write_bytes(b"\n".join(lines))
+    else:
+        path.write_text(json.dumps(rows))
+    return path
+
+
+def imported(kind: str, *paths: Path, **options) -> tuple[list[data.User], str]:
+    out = paths[0].with_name("users.jsonl")
+    made = data.import_users(kind, list(paths), out, **options)
+    return data.read_users(out), made.replace(str(out), "OUT")
+
+
+def refusal(kind: str, path: Path) -> list[str]:
+    out = path.with_name("users.jsonl")
+    with pytest.raises(data.DataError) as caught:
+        data.import_users(kind, [path], out)
+    assert not out.exists() and SECRET not in str(caught.value)
+    return str(caught.value).replace(f"{path}:", "FILE:").splitlines()
+
+
+def said(session: data.Session) -> list[tuple[str, str]]:
+    return [(message.role, message.content) for message in session.messages]
+
+
+# ---------------------------------------------------------------------------------------- chatgpt
+
+
+def shown(tmp_path: Path, conversation: dict) -> list[str]:
+    (user,), _ = imported("chatgpt", write(tmp_path / "conversations.json", [conversation]))
+    return [message.content for message in user.sessions[0].messages]
+
+
+def test_a_chatgpt_conversation_is_the_branch_that_was_shown(tmp_path):
+    path = write(tmp_path / "conversations.json", [chatgpt()])
+    (user,), made = imported("chatgpt", path, me="u17")
+    assert made == "1 users, 1 sessions (2 messages) written to OUT"
+    assert user.user_id == "u17" and user.sessions[0].summary is None
+    assert user.sessions[0].session_id == "c1"
+    assert user.sessions[0].timestamp == datetime(2026, 5, 1, 9, 0, 0, 500000)
+    assert said(user.sessions[0]) == [
+        ("user", f"{SECRET} second try"),
+        ("assistant", "second answer"),
+    ]
+    assert shown(tmp_path, chatgpt(current_node="c")) == [f"{SECRET} first try", "first answer"]
+
+
+@pytest.mark.parametrize("current", [None, "gone"])
+def test_without_a_current_node_the_latest_leaf_counts(tmp_path, current):
+    assert shown(tmp_path, chatgpt(current_node=current))[-1] == "second answer"
+    older = chatgpt(current_node=current)
+    older["mapping"]["c"]["message"]["create_time"] = 5.0
+    assert shown(tmp_path, older)[-1] == "first answer"
+    untimed = chatgpt(current_node=current)
+    for each in untimed["mapping"].values():
+        if each["message"]:
+            each["message"]["create_time"] = None
+    assert shown(tmp_path, untimed)[-1] == "second answer"  # the last in the file
+
+
+def test_cycles_and_lost_parents_end_a_branch(tmp_path):
+    cycle = chatgpt()
+    cycle["mapping"]["d"]["parent"] = "e"
+    assert shown(tmp_path, cycle) == [f"{SECRET} second try", "second answer"]
+    lost = chatgpt()
+    lost["mapping"]["d"]["parent"] = "gone"
+    assert shown(tmp_path, lost) == [f"{SECRET} second try", "second answer"]
+    loop = {"a": node("b", "user", ["x"]), "b": node("a", "assistant", ["y"])}  # no leaf at all
+    path = write(
+        tmp_path / "loop.json",
+        [chatgpt(), chatgpt(conversation_id="c2", mapping=loop, current_node=None)],
+    )
+    (user,), made = imported("chatgpt", path)
+    assert len(user.sessions) == 1 and "; 1 conversations without a user's words left out" in made
+
+
+def test_images_code_and_calls_of_tools_are_no_text(tmp_path):
+    image = {"content_type": "image_asset_pointer", "asset_pointer": "file-service://x"}
+    voice = {"content_type": "audio_transcription", "text": "spoken", "direction": "in"}
+    steps = [
+        node(None, "user", [image, "What is", "this?"], "multimodal_text"),
+        node("0", "assistant", ["search()"], "code", recipient="browser"),
+        node("1", "assistant", ["remembers"], recipient="bio"),
+        node("2", "tool", ["found it"]),
+        node("3", "assistant", ["A cat."], recipient="all"),
+        node("4", "user", [image], "multimodal_text"),
+        node("5", "user", [voice], "multimodal_text"),
+        node("6", "assistant", [], "thoughts", weight=1.0),
+        node("7", "assistant", ["", " \n"]),
+    ]
+    steps[7]["message"]["content"] = {"content_type": "thoughts", "thoughts": []}
+    mapping = {str(i): step for i, step in enumerate(steps)}
+    assert shown(tmp_path, chatgpt(mapping=mapping, current_node="8")) == [
+        "What is this?",
+        "A cat.",
+        "spoken",
+    ]
+
+
+def test_sessions_stand_in_time_order_where_all_have_a_time_and_only_once(tmp_path):
+    times = {"c1": 3e9, "c2": 1e9, "c3": 2e9}
+    rows = [chatgpt(conversation_id=name, create_time=t) for name, t in times.items()]
+    rows += [chatgpt(conversation_id=None, id="c2"), chatgpt(conversation_id="c9", mapping={})]
+    (user,), made = imported("chatgpt", write(tmp_path / "conversations.json", rows))
+    assert [s.session_id for s in user.sessions] == ["c2", "c3", "c1"]
+    assert made == (
+        "1 users, 3 sessions (6 messages) written to OUT"
+        "; 1 conversations seen before left out"
+        "; 1 conversations without a user's words left out"
+    )
+    rows[0]["create_time"] = None
+    (user,), _ = imported("chatgpt", write(tmp_path / "conversations.json", rows))
+    assert [s.session_id for s in user.sessions] == ["c1", "c2", "c3"]
+    assert user.sessions[0].timestamp is None
+
+
+# ------------------------------------------------------------------- sharegpt, wildchat and locomo
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_parts_of_a_sharegpt_id_are_the_sessions_of_one_user(tmp_path, ending):
+    rows = [sharegpt(f"abc_{n}", f"text {n}") for n in (10, 2, 0)]
+    rows += [sharegpt("d_e_1"), sharegpt("f"), {"id": "abc_11", "conversations": []}]
+    users, made = imported("sharegpt", write(tmp_path / f"rows.{ending}", rows))
+    assert {u.user_id: [s.session_id for s in u.sessions] for u in users} == {
+        "abc": ["abc_0", "abc_2", "abc_10"],
+        "d_e": ["d_e_1"],
+        "f": ["f"],
+    }
+    assert said(users[0].sessions[1]) == [
+        ("system", "Be kind."),
+        ("user", "text 2"),
+        ("assistant", "answer"),
+    ]
+    assert made.endswith("; 1 conversations without a user's words left out")
+
+
+def test_several_files_are_one_data_set(tmp_path):
+    first = write(tmp_path / "part1.json", [sharegpt("abc_1"), sharegpt("abc_2")])
+    second = write(tmp_path / "part2.jsonl", [sharegpt("abc_0"), sharegpt("abc_2")])
+    (user,), made = imported("sharegpt", first, second)
+    assert [s.session_id for s in user.sessions] == ["abc_0", "abc_1", "abc_2"]
+    assert "; 1 conversations seen before left out" in made
+
+
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+def test_wildchat_users_are_hashed_addresses(tmp_path, ending):
+    stamp = datetime(2023, 4, 10, 1, tzinfo=UTC) if ending == "parquet" else "2023-04-10T01:00:00Z"
+    early = datetime(2023, 4, 9, 1, tzinfo=UTC) if ending == "parquet" else "2023-04-09 01:00:00"
+    rows = [
+        wildchat("h1", "ip1", stamp=stamp),
+        wildchat("h2", "ip1", stamp=early),
+        wildchat("h3", "ip2", stamp=None),
+        wildchat("h4", None, stamp=early),
+        wildchat("h5", "ip3", text=None, stamp=early),
+        wildchat("h1", "ip1", stamp=stamp),
+    ]
+    rows[2]["hashed_ip"] = None  # then the one of a message
+    users, made = imported("wildchat", write(tmp_path / f"rows.{ending}", rows))
+    assert {u.user_id: [s.session_id for s in u.sessions] for u in users} == {
+        "ip1": ["h2", "h1"],
+        "ip2": ["h3"],
+        "h4": ["h4"],
+    }
+    assert users[0].sessions[1].timestamp == datetime(2023, 4, 10, 1)
+    assert said(users[1].sessions[0]) == [("user", SECRET), ("assistant", "answer")]
+    assert "; 1 conversations without a user's words left out" in made
+    assert "; 1 conversations seen before left out" in made
+
+
+def test_only_the_needed_columns_of_parquet_are_read(tmp_path):
+    path = write(tmp_path / "rows.parquet", [wildchat()])
+    (row,) = data._parquet(path)
+    assert row.keys() == wildchat().keys() - {"model"}
+    assert row["conversation"][0] == {"role": "user", "content": SECRET, "hashed_ip": "ip1"}
+
+
+def test_both_people_of_a_locomo_sample_are_users(tmp_path):
+    (ann, bob), made = imported("locomo", write(tmp_path / "locomo10.json", [locomo()]))
+    assert made == (
+        "2 users, 3 sessions (5 messages) written to OUT"
+        "; 1 conversations without a user's words left out"
+    )
+    assert (ann.user_id, bob.user_id) == ("conv-1/Ann", "conv-1/Bob")
+    assert [s.session_id for s in ann.sessions] == ["session_2", "session_10"]
+    assert [s.timestamp for s in ann.sessions] == [datetime(2023, 5, 8, 13, 56), None]
+    assert said(ann.sessions[0]) == [("user", f"{SECRET} two"), ("assistant", "Oh!")]
+    assert said(bob.sessions[0]) == [("assistant", f"{SECRET} two"), ("user", "Oh!")]
+
+
+# ------------------------------------------------------------------------------------------ faults
+
+
+def test_all_faulty_conversations_are_listed(tmp_path):
+    author = chatgpt()
+    author["mapping"]["d"]["message"]["author"] = None
+    rows = [
+        chatgpt(),
+        chatgpt(create_time=1.8e12),  # milliseconds
+        chatgpt(create_time=SECRET, current_node=7),
+        SECRET,
+        author,
+        chatgpt(conversation_id=None, id=None),
+        chatgpt(conversation_id=" "),
+        chatgpt(mapping=[]),
+    ]
+    lines = refusal("chatgpt", write(tmp_path / "conversations.json", rows))
+    assert [line.rsplit(": ", 1)[0] for line in lines] == [
+        "FILE: conversation 2: create_time",
+        "FILE: conversation 3: create_time",
+        "FILE: conversation 3: current_node",
+        "FILE: conversation 4: row",
+        "FILE: conversation 5: mapping.d.message.author",
+        "FILE: conversation 6: conversation_id",
+        "FILE: conversation 7: conversation_id",
+        "FILE: conversation 8: mapping",
+    ]
+
+
+def test_faults_of_jsonl_name_their_lines_and_a_limit_holds(tmp_path):
+    speaker = sharegpt()
+    speaker["conversations"][1]["from"] = SECRET
+    rows = [b"", sharegpt(), b"{", b"[1]", speaker, {"id": SECRET}]
+    lines = refusal("sharegpt", write(tmp_path / "rows.jsonl", rows))
+    assert [line.split(": ")[0] for line in lines] == [f"FILE:{n}" for n in (3, 4, 5, 6)]
+    assert [line.split(": ")[1] for line in lines] == [
+        "line",
+        "line",
+        "conversations.1.from",
+        "conversations",
+    ]
+    lines = refusal("sharegpt", write(tmp_path / "rows.jsonl", [sharegpt()] + [b"{"] * 30))
+    assert len(lines) == 21 and lines[-1] == "... and 10 more"
+
+
+def test_faults_of_wildchat_and_locomo_are_named(tmp_path):
+    rows = [
+        wildchat(),
+        wildchat(stamp="0001-01-01T00:00+10:00"),
+        wildchat(),
+        wildchat("h", "x" * 201),
+    ]
+    rows[2]["conversation"][1]["role"] = "tool"
+    lines = refusal("wildchat", write(tmp_path / "rows.parquet", rows))
+    assert [line.rsplit(": ", 1)[0] for line in lines] == [
+        "FILE: conversation 2: timestamp",
+        "FILE: conversation 3: conversation.1.role",
+        "FILE: conversation 4: user_id",
+    ]
+    bad = locomo()
+    bad["conversation"] |= {"session_4": SECRET, "speaker_b": ""}
+    bad["conversation"]["session_2"][1]["text"] = 7
+    lines = refusal("locomo", write(tmp_path / "locomo10.json", [locomo(), bad]))
+    assert [line.rsplit(": ", 1)[0] for line in lines] == [
+        "FILE: conversation 2: conversation.speaker_b",
+        "FILE: conversation 2: conversation.sessions.session_2.1.text",
+        "FILE: conversation 2: conversation.sessions.session_4",
+    ]
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("other", ROWS)
+def test_a_file_of_another_kind_is_named(tmp_path, kind, other):
+    for ending in ["json", "jsonl"] + ["parquet"] * (other == "wildchat"):
+        path = write(tmp_path / f"rows.{ending}", [ROWS[other]()])
+        if kind == other:
+            assert imported(kind, path)[0]
+            continue
+        (tmp_path / "users.jsonl").unlink(missing_ok=True)
+        (line,) = refusal(kind, path)
+        assert line.startswith(f"FILE: no such conversation in it; {kind} is ")
+        assert line.endswith(f"; this looks like {other}")
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (b"", "no such conversation"),
+        (b"[]", "no such conversation"),
+        (b"[[], 1]", "no such conversation"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'[{"a": 1', "not JSON"),
+        (b"[\xff]", "not UTF-8"),
+        (b'[{"a": NaN}]', "not JSON"),
+        (b'{\n "a": [\n 1]}', "no such conversation"),
+        (b'{"conversations": []}', "no such conversation"),
+        (b"PK\x03\x04 a zip", "no such conversation"),
+        (b"PAR1 and no more", "cannot be read as parquet"),
+    ],
+)
+def test_a_file_that_is_nothing_of_the_kind_gives_one_line(tmp_path, kind, content, reason):
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    (line,) = refusal(kind, path)
+    assert line.startswith(f"FILE: {reason}")
+    assert reason.startswith("cannot") or f"; {kind} is " in line
+
+
+def test_missing_files_folders_and_silent_files_are_refused(tmp_path):
+    for path in (tmp_path / "absent.json", tmp_path):
+        assert len(refusal("chatgpt", path)) == 1
+    path = write(tmp_path / "conversations.json", [chatgpt(mapping={})])
+    assert refusal("chatgpt", path) == ["FILE: no conversation with a user's words in it"]
+
+
+def places(value, path=()):
+    """Paths to every value inside a row."""
+    yield path
+    inside = enumerate(value) if isinstance(value, list) else ()
+    for key, inner in value.items() if isinstance(value, dict) else inside:
+        yield from places(inner, (*path, key))
+
+
+anything = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from(
+        [10**400, -(10**20), 1e308, -1e308, "\ud800", "", "e", "root", "user", "text"]
+    )
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data(), st.sampled_from(list(ROWS)))
+def test_any_value_at_any_place_is_taken_or_refused(tmp_path_factory, draws, kind):
+    path = tmp_path_factory.mktemp("any") / draws.draw(st.sampled_from(["rows.json", "rows.jsonl"]))
+    row = copy.deepcopy(ROWS[kind]())
+    for place in draws.draw(st.lists(st.sampled_from(list(places(row))), min_size=1, max_size=3)):
+        value = draws.draw(anything)
+        if not place:
+            row = value
+            continue
+        target = row
+        try:
+            for key in place[:-1]:
+                target = target[key]
+            target[place[-1]] = value
+        except (TypeError, KeyError, IndexError):
+            pass  # an earlier change took the place away
+    write(path, [row, ROWS[kind]()])
+    try:
+        users, _ = imported(kind, path)
+    except data.DataError as error:
+        assert all(str(path) in line for line in str(error).splitlines())
+    else:
+        assert users and all(s.messages for u in users for s in u.sessions)
+
+
+# ------------------------------------------------------------------------------------ the command
+
+
+def run(*words) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, ROOT / "data.py", *words], capture_output=True, text=True, timeout=60
+    )
+
+
+def test_the_command_imports_and_check_describes_what_it_wrote(tmp_path):
+    path, out = write(tmp_path / "conversations.json", [chatgpt()]), tmp_path / "users.jsonl"
+    done = run("import", "chatgpt", path, "--out", out, "--user", "u17")
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout == f"1 users, 1 sessions (2 messages) written to {out}\n"
+    row = json.loads(out.read_text())
+    assert row["user_id"] == "u17"
+    assert row["sessions"][0].keys() == {"session_id", "timestamp", "messages"}
+    done = run("check", out)
+    figures = dict(line.split(":", 1) for line in done.stdout.splitlines())
+    assert figures["sessions without a summary"].strip() == "1"
+    for label in ("exact repeats within a user", "languages", "characters per summary"):
+        assert figures[label].strip() == "none"
+
+
+def test_the_command_refuses_with_exit_code_2(tmp_path):
+    path = write(tmp_path / "sharegpt.json", [sharegpt()])
+    done = run("import", "chatgpt", path, "--out", tmp_path / "users.jsonl")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == (
+        f"error: {path}: no such conversation in it; chatgpt is a JSON array of conversations"
+        " with mapping; this looks like sharegpt\n"
+    )
+    assert list(tmp_path.iterdir()) == [path]
