@@ -525,11 +525,16 @@ def environment(config: Config) -> dict:
 
 
 def script(main) -> None:
-    """Run a script's main(): UserError becomes one message on stderr and exit code 2."""
+    """Run a script's main(): what the user can mend becomes one message on stderr, exit code 2."""
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except OSError as error:  # a folder that cannot be written, a full disk
+        if not error.filename:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         print("stopped; run the same command again to resume", file=sys.stderr)

@@ -606,7 +606,8 @@ def test_local_generator(model_folder, tmp_path):
     assert len(ends) == 1  # that of the template, not the one in the text
     first = Chat(backend, tmp_path / "a.sqlite")
     texts = first.ask(requests, str)
-    assert first.counts == {"asked": 8, "answered": sum(map(bool, texts)), "empty": texts.count(None)}
+    empty = texts.count(None)
+    assert first.counts == {"asked": 8, "answered": 8 - empty, "empty": empty}
     assert first.ask(requests, str) == texts
     assert first.counts["cached"] == first.counts["answered"] >= 4
     alone = Chat(backend, tmp_path / "b.sqlite")

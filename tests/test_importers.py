@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+import importers
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRET = "zebra-crossing"  # what people say in these files; it must never reach a message
@@ -101,14 +102,14 @@ def write(path: Path, rows) -> Path:
 
 def imported(kind: str, *paths: Path, **options) -> tuple[list[data.User], str]:
     out = paths[0].with_name("users.jsonl")
-    made = data.import_users(kind, list(paths), out, **options)
+    made = importers.import_users(kind, list(paths), out, **options)
     return data.read_users(out), made.replace(str(out), "OUT")
 
 
 def refusal(kind: str, path: Path) -> list[str]:
     out = path.with_name("users.jsonl")
     with pytest.raises(data.DataError) as caught:
-        data.import_users(kind, [path], out)
+        importers.import_users(kind, [path], out)
     assert not out.exists() and SECRET not in str(caught.value)
     return str(caught.value).replace(f"{path}:", "FILE:").splitlines()
 
@@ -264,7 +265,7 @@ def test_wildchat_users_are_hashed_addresses(tmp_path, ending):
 
 def test_only_the_needed_columns_of_parquet_are_read(tmp_path):
     path = write(tmp_path / "rows.parquet", [wildchat()])
-    (row,) = data._parquet(path)
+    (row,) = importers._parquet(path)
     assert row.keys() == wildchat().keys() - {"model"}
     assert row["conversation"][0] == {"role": "user", "content": SECRET, "hashed_ip": "ip1"}
 
