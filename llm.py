@@ -86,6 +86,8 @@ def load_generator(
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     gpu = torch.cuda.is_available()
+    if load_in_4bit and not gpu:
+        _refuse_giants(path, revision)
     dtype = torch.bfloat16 if gpu else torch.float32
     quantisation = (
         BitsAndBytesConfig(
@@ -114,6 +116,20 @@ def load_generator(
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def _refuse_giants(path: str, revision: str, most: float = 2e9) -> None:
+    """Raise UserError, before any weight is read, for a model that would take days on a CPU."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = _load(AutoConfig.from_pretrained, path, revision)
+    with torch.device("meta"):
+        size = AutoModelForCausalLM.from_config(config).num_parameters()
+    if size > most:
+        raise UserError(
+            f"generator.model={path}: {size / 1e9:.1f} billion parameters in 4 bit need a GPU, and "
+            f"there is none; name a model of at most {most / 1e9:.0f} billion"
+        )
 
 
 def add_lora(model, rank: int, alpha: int, seed: int):
@@ -166,6 +182,27 @@ def encode_prompt(
     The template is encoded apart from the user's text, whose control tokens are never parsed.
     Lines that do not fit into max_tokens are left out from the end: callers order by importance.
     """
+    head, tail = user_turn(tokenizer, instruction.format(n=n))
+    return head + _encode_lines(tokenizer, interests, max_tokens - len(head) - len(tail)) + tail
+
+
+def prompt_text(
+    tokenizer, interests: list[str], n: int, instruction: str, max_tokens: int
+) -> str:
+    """The user's turn of encode_prompt, for a server that applies the chat template itself.
+
+    It would parse control tokens, so none is left whole.
+    """
+    begin = instruction.format(n=n)
+    room = max_tokens - sum(map(len, user_turn(tokenizer, begin)))
+    lines = tokenizer.decode(_encode_lines(tokenizer, interests, room))
+    for token in tokenizer.added_tokens_decoder.values():
+        lines = lines.replace(token.content, f"{token.content[0]} {token.content[1:]}")
+    return begin + lines
+
+
+def user_turn(tokenizer, begin: str = "") -> tuple[list[int], list[int]]:
+    """Ids of the chat template before and behind what a user says, which starts with `begin`."""
     mark = "\x00"
     if tokenizer.chat_template:
         text = tokenizer.apply_chat_template(
@@ -174,19 +211,21 @@ def encode_prompt(
     else:
         text = f"{mark}\n"
     before, after = text.split(mark)
-    head = tokenizer.encode(before + instruction.format(n=n), add_special_tokens=False)
-    tail = tokenizer.encode(after, add_special_tokens=False)
-    room, body = max_tokens - len(head) - len(tail), []
+    return tuple(tokenizer.encode(x, add_special_tokens=False) for x in (before + begin, after))
+
+
+def _encode_lines(tokenizer, interests: list[str], room: int) -> list[int]:
+    body: list[int] = []
     for interest in interests:
-        line = _encode_text(tokenizer, f"\n- {data.plain(interest)}")
+        line = encode_text(tokenizer, f"\n- {data.plain(interest)}")
         if len(body) + len(line) > room:
             body += line[:room] if not body else []  # one interest, even if it must be cut
             break
         body += line
-    return head + body + tail
+    return body
 
 
-def _encode_text(tokenizer, text: str) -> list[int]:
+def encode_text(tokenizer, text: str) -> list[int]:
     """Ids of somebody's text, among which is no added token, whatever the text says.
 
     split_special_tokens leaves out special tokens only, not the others that were added (<tool_call>
@@ -204,7 +243,7 @@ def _encode_text(tokenizer, text: str) -> list[int]:
 
 def encode_completion(tokenizer, starters: list[str]) -> list[int]:
     """Ids of `<sug> a && b </sug>` and the end token."""
-    return _encode_text(tokenizer, data.list_text(starters)) + [tokenizer.eos_token_id]
+    return encode_text(tokenizer, data.list_text(starters)) + [tokenizer.eos_token_id]
 
 
 # ----------------------------------------------------------------------------------- tree of tokens
@@ -476,7 +515,7 @@ def sample(
     plainly: control tokens in them are not parsed.
     Raises ValueError for an empty prompt, n < 1 or an unknown sampler.
     """
-    encoded = [_encode_text(tokenizer, p) if isinstance(p, str) else p for p in prompts]
+    encoded = [encode_text(tokenizer, p) if isinstance(p, str) else p for p in prompts]
     if n < 1 or sampler not in SAMPLERS or not all(encoded):
         raise ValueError(f"sample: n >= 1, no empty prompt, sampler of {', '.join(SAMPLERS)}")
     size = max(1, rows // n)

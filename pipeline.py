@@ -8,6 +8,7 @@ Legend: B rows, N summaries or starters, M interests, K slots, D embedding, F st
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from datetime import datetime
@@ -290,9 +291,18 @@ class Pipeline:
             return self.sample_lists(model or self.policy(adapter), inputs, n, seed)
         import chat
 
-        name = adapter.parent.name if adapter else g.model  # sit, round1, round2, ..., vanilla
-        prompts = [self.prompt_text(x) for x in share(inputs)]
-        server = chat.Chat(chat.Endpoint(self.served(name)), self.answers)
+        # The server knows an adapter by the name of its stage: sit, round1, round2, ..., vanilla.
+        settings = dataclasses.replace(
+            self.config.endpoint, base_url=g.endpoint, model=adapter.parent.name if adapter else
+            g.model, temperature=g.temperature, max_tokens=g.max_new_tokens,
+        )
+        server = chat.Sampler(settings, {"top_p": g.top_p, "top_k": g.top_k}, self.answers)
+        prompts = [
+            llm.prompt_text(
+                self.tokenizer, x, g.list_size, g.instruction, g.max_prompt_tokens
+            )
+            for x in share(inputs)
+        ]
         return self._usable_lists(gather(server.sample(prompts, n, seed)), inputs)
 
     def _usable_lists(self, texts, inputs) -> list[list[list[str]]]:
@@ -317,8 +327,13 @@ class Pipeline:
                 backend = chat.Endpoint(self.config.endpoint)
             else:
                 backend = chat.Local(self.policy(None), self.tokenizer)
-            self._chats[player] = chat.Chat(backend, Path(self.config.run.root) / "answers.sqlite")
+            self._chats[player] = chat.Chat(backend, self.answers)
         return self._chats[player]
+
+    @property
+    def answers(self) -> Path:
+        """Answers of LLMs, kept for all runs below run.root: the same question is asked once."""
+        return Path(self.config.run.root) / "answers.sqlite"
 
     def calls(self) -> dict[str, dict]:
         """What became of the calls to LLMs since this was last asked; {} if there were none."""

@@ -589,7 +589,8 @@ def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     tokenizer = base.train_tokenizer(["What is chess? Visit Kyoto && MATCH"] * 3, 320)
     model = tiny(vocabulary=len(tokenizer))
-    model.generation_config.eos_token_id = list(range(50, len(tokenizer)))  # most answers end soon
+    model.generation_config.do_sample = True  # or `transformers serve` ignores the temperature
+    model.generation_config.eos_token_id = list(range(200, len(tokenizer)))  # a third of the tokens end
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder, tokenizer
@@ -640,15 +641,15 @@ def test_a_server_that_is_not_ours(model_folder, tmp_path):
         try:
             wait_for(server, f"http://127.0.0.1:{port}/health")
             settings = EndpointConfig(base_url=f"http://127.0.0.1:{port}/v1", model=folder,
-                                      max_tokens=8, retries=0, concurrency=2)
+                                      max_tokens=30, retries=0, concurrency=2)
             asking = Chat(Endpoint(settings), tmp_path / "a.sqlite")
-            requests = [Request("s", f"u{i}", i, t) for i in range(2) for t in (0.0, 0.7)]
+            requests = [Request("s", f"u{i}", i, t) for i in range(5) for t in (0.0, 0.7)]
             texts = asking.ask(requests, str)
             matched = chat.LLMMatcher(asking, encode, 3, 0.0).match([(["dune"], ["dune two"])])
         finally:
             server.kill()
     print(asking.counts, texts)
-    assert asking.counts["asked"] == 5 and asking.counts["answered"]
+    assert asking.counts["asked"] == 11 and asking.counts["answered"]
     assert asking.counts.keys() <= {"asked", "answered", "cut short", "empty", "unreadable"}
     assert all(text is None or text.strip() for text in texts) and matched[0].tolist() == [[-1]]
 

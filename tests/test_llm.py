@@ -392,6 +392,16 @@ def test_the_fast_sampler_draws_by_probability_from_top_k_then_top_p(top_k, top_
     assert (share > 0).sum() == kept
 
 
+def test_a_7b_in_4_bit_without_a_gpu_is_refused_before_its_weights_are_read(tmp_path):
+    Qwen2Config(
+        vocab_size=152064, hidden_size=3584, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, intermediate_size=18944, tie_word_embeddings=False,
+    ).save_pretrained(tmp_path)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="7.6 billion parameters in 4 bit need a GPU"):
+            llm.load_generator(str(tmp_path), load_in_4bit=True)
+
+
 def test_a_prompt_draws_the_same_whatever_is_decoded_beside_it(tokenizer):
     settings = {"max_new_tokens": 8, "temperature": 1.0, "top_p": 0.9, "seed": 1}
     prompts, model = [[5], [6, 7], [8, 9, 10], [11]], tiny()
