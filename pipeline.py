@@ -63,6 +63,7 @@ class Pipeline:
         self._check_players(config)
         self.config, self.run = config, RunFolder(config)
         self._chats: dict = {}
+        self.key = ""  # of the running stage: a digest of all that it depends on
         self.users_file, self.impressions_file = config.data.users, config.data.impressions
         if not config.data.users:
             self.users_file = self.run / "world" / "users.jsonl"
@@ -383,3 +384,16 @@ def progress(items, label: str, **kwargs):
     """A progress bar on a terminal, nothing elsewhere, and only of the first process."""
     disable = True if processes()[0] else None
     return tqdm(items, desc=label, disable=disable, leave=False, **kwargs)
+
+
+def short(figures: dict) -> str:
+    """One line of figures: floats to four digits, nested ones in braces."""
+
+    def show(value):
+        if isinstance(value, float):
+            return f"{value:.4g}"
+        if isinstance(value, dict):
+            return "{" + short(value) + "}"
+        return "[" + ", ".join(map(show, value)) + "]" if isinstance(value, list) else str(value)
+
+    return ", ".join(f"{name} {show(value)}" for name, value in figures.items())

@@ -12,14 +12,17 @@ Legend: T tokens of a tree row, H hidden, D heads * head_dim, I intermediate, V 
 
 from __future__ import annotations
 
+import http.client
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
+import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +32,7 @@ GIB = 2**30
 CARDS = (12, 24, 40, 80)  # GiB
 # What a card must have beside the estimate: CUDA context, cuBLAS, the text encoder; fragmentation.
 CONTEXT, FRAGMENTATION = 1.0 * GIB, 1.10
+HELD_OUT_LISTS = 2  # of each user when train.py values a checkpoint
 
 
 # ------------------------------------------------------------------------------------------ shapes
@@ -46,8 +50,7 @@ class Shape:
     vocabulary: int
     tied: bool
     head_dim: int
-    qkv_bias: bool = True  # Qwen2's
-    other_bias: tuple[bool, bool] = (False, False)  # of the attention's output, of the MLP
+    biases: tuple[bool, ...] = (True,) * 3 + (False,) * 4  # of `linears`; these are Qwen2's
 
     @property
     def linears(self) -> list[tuple[int, int]]:
@@ -66,9 +69,7 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        out = [y for _, y in self.linears]
-        bias = sum(out[:3]) * self.qkv_bias
-        bias += out[3] * self.other_bias[0] + sum(out[4:]) * self.other_bias[1]
+        bias = sum(y * has for (_, y), has in zip(self.linears, self.biases, strict=True))
         rest = self.layers * (bias + 2 * self.hidden) + self.hidden  # and the norms
         return self.packed + rest + self.vocabulary * self.hidden * (1 if self.tied else 2)
 
@@ -92,7 +93,8 @@ def read_shape(path: Path) -> Shape:
         kind = c["model_type"]
         if kind not in ("qwen2", "llama", "mistral"):
             raise UserError(f"{path}: model_type {kind}: only qwen2, llama and mistral are counted")
-        bias = kind == "llama" and c.get("attention_bias", False)
+        qkv = kind == "qwen2" or c.get("attention_bias", False)
+        out, mlp = kind != "qwen2" and qkv, c.get("mlp_bias", False)
         return Shape(
             hidden=c["hidden_size"],
             layers=c["num_hidden_layers"],
@@ -102,8 +104,7 @@ def read_shape(path: Path) -> Shape:
             vocabulary=c["vocab_size"],
             tied=c.get("tie_word_embeddings", False),
             head_dim=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
-            qkv_bias=kind == "qwen2" or bias,
-            other_bias=(bias, kind == "llama" and c.get("mlp_bias", False)),
+            biases=(qkv,) * 3 + (out,) + (mlp,) * 3,
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: no readable model config ({error!r})") from None
@@ -147,7 +148,7 @@ def cached_file(g: GeneratorConfig, name: str) -> Path | None:
 def weight_bytes(s: Shape, in_4bit: bool, a: int) -> float:
     if not in_4bit:
         return a * s.parameters
-    nf4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # and a scale of 8 bit to 64 weights, one of 32 to 256 * 64
+    nf4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # 4 bit; a scale of 8 bit for 64, of 32 for 256 * 64
     return nf4 * s.packed + a * (s.parameters - s.packed)
 
 
@@ -168,7 +169,7 @@ def layer_work(s: Shape, tokens: int, in_4bit: bool, a: int) -> float:
     h, i = s.hidden, s.intermediate
     weight = a * h * i if in_4bit else 0  # dequantised for the matrix product, then dropped
     # Two gradients of (tokens, I) while silu(gate) * up is undone; or the weight at `down`, whose
-    # fp32 LoRA input (tokens, I) is free by then.
+    # LoRA input (tokens, I) is free by then.
     mlp = max(2 * a * i * tokens, (2 * a - 4) * i * tokens + weight)
     return mlp + (4 if a == 4 else 12) * h * tokens  # the output's gradient; in bf16 fp32 copies
 
@@ -186,22 +187,21 @@ def training(s: Shape, g: GeneratorConfig, users: int, lists: int, a: int) -> di
     checkpoint = g.gradient_checkpointing
     once = mask
     once += 2 * tokens * a * s.head_dim  # cosines and sines of the positions
-    once += scored * a * s.hidden  # d log p / d hidden of the scored positions
+    # The vocabulary's rows: logits in fp32, in bf16 also as the head makes them; those of a chunk
+    # stay until the next are made. Beside them the last norm, and the scored positions.
+    chunk, logit = min(g.head_chunk, scored), 4 if a == 4 else 4 + a
+    head = s.vocabulary * max(logit * chunk, 4 * chunk + logit * min(chunk, scored - chunk))
     terms = {
         "weights": weight_bytes(s, g.load_in_4bit, a),
         "LoRA, gradients, AdamW": 4 * 4 * s.lora(g.lora_rank),  # fp32: w, dw and two averages
         "activations kept": once + s.layers * (inputs if checkpoint else layer),
         "a layer's backward": layer * checkpoint + layer_work(s, tokens, g.load_in_4bit, a),
-        # A chunk's logits in fp32, in bf16 also as they come from the head or go back into it.
-        "head chunk": min(g.head_chunk, scored) * s.vocabulary * (4 if a == 4 else 4 + a)
-        + scored * a * s.hidden,
+        "head chunk": head + tokens * (4 + a) * s.hidden + 2 * scored * a * s.hidden,
     }
     return terms | {"peak": _peak(terms, "a layer's backward", "head chunk")}
 
 
-def sampling(
-    s: Shape, g: GeneratorConfig, n: int, a: int, lora_bytes: int = 4
-) -> dict[str, float]:
+def sampling(s: Shape, g: GeneratorConfig, n: int, a: int, lora_bytes=4) -> dict[str, float]:
     """Bytes of decoding n lists of each of sample_rows // n prompts to the end.
 
     lora_bytes: of each LoRA weight; between steps of training AdamW's state is there too.
@@ -235,3 +235,230 @@ def sampling(
 def _peak(terms: dict[str, float], *in_turn: str) -> float:
     """All at once, of those `in_turn` the largest alone."""
     return sum(terms.values()) - sum(terms[x] for x in in_turn) + max(terms[x] for x in in_turn)
+
+
+# -------------------------------------------------------------------------------------------- plan
+
+
+def stages(config: Config, s: Shape, a: int) -> dict[str, dict[str, float]]:
+    """Bytes of each stage at its peak, in terms."""
+    g, dpo = config.generator, config.dpo
+    lora, weights = s.lora(g.lora_rank), weight_bytes(s, g.load_in_4bit, a)
+    local = "generator" in vars(config.roles).values()  # plays roles: a base model of its own
+    other = {"sit": local * weights, "dpo": local * weights, "sampling": local * weights}
+    other["dpo"] += 4 * lora  # the best checkpoint so far
+    if dpo.reference == "sit" and dpo.rounds > 1:
+        other["dpo"] += weights + 4 * lora
+    fewest = min(dpo.samples, HELD_OUT_LISTS, config.eval.lists)  # the most prompts at a time
+    made = {
+        "sit": training(s, g, config.sit.batch_users, config.sit.lists_per_row, a),
+        "dpo": training(s, g, config.dpo.batch_users, 1 + len(dpo.negatives), a),
+        # Checkpoints are tried out between two steps: gradients, AdamW and the best are there too.
+        "sampling": sampling(s, g, fewest, a, lora_bytes=20),
+    }
+    for name, terms in made.items():
+        terms["other models"] = other[name]
+        terms["peak"] += other[name]
+    return made
+
+
+def token_lines(config: Config) -> list[str]:
+    """Upper estimates: every prompt and list as long as the settings let it be."""
+    g, sit, dpo = config.generator, config.sit, config.dpo
+    row = g.max_prompt_tokens + sit.lists_per_row * g.max_new_tokens
+    tree = g.max_prompt_tokens + (1 + len(dpo.negatives)) * g.max_new_tokens
+    pairs = sum(range(1, dpo.rounds + 1))  # a round trains on its own pairs and on earlier ones
+    drawn = g.max_prompt_tokens + dpo.samples * g.max_new_tokens
+
+    def total(count: int, each: int, setting: str) -> str:
+        return f"{count * each:,}" if count else f"{each:,} a user ({setting}=0: all there are)"
+
+    rows, users = sit.epochs * sit.max_rows, dpo.max_users
+    return [
+        f"sit       {sit.batch_users * row:,} a step, in all "
+        + total(rows, row if rows else sit.epochs * row, "sit.max_rows"),
+        f"dpo       {dpo.batch_users * tree:,} a step, in all "
+        + total(users, (dpo.passes + 1) * pairs * tree, "dpo.max_users")
+        + " (the reference's among them)",
+        f"sampling  {max(1, g.sample_rows // dpo.samples) * drawn:,} a batch, for dpo in all "
+        + total(users, dpo.rounds * drawn, "dpo.max_users"),
+    ]
+
+
+def plan(config: Config) -> str:
+    """Parameters, bytes and tokens of the generator's stages; raises UserError if unknown."""
+    g, s = config.generator, find_shape(config)
+    on_gpu, on_cpu = stages(config, s, 2), stages(config, s, 4)
+    kind = "4-bit NF4, double quantisation, bf16 compute" if g.load_in_4bit else "bf16"
+
+    def line(name: str, cells) -> str:
+        return f"  {name:24}" + "".join(f"{x:>11}" for x in cells)
+
+    every = dict.fromkeys(t for terms in on_gpu.values() for t in terms if t != "peak")
+    table = [line("", on_gpu)]
+    for term in (*every, "peak"):
+        values = [terms.get(term) for terms in on_gpu.values()]
+        table.append(line(term, ["" if x is None else f"{x / GIB:.2f}" for x in values]))
+    table.append(line("smallest card", [smallest_card(x["peak"]) for x in on_gpu.values()]))
+    cpu = ", ".join(f"{name} {x['peak'] / GIB:.2f}" for name, x in on_cpu.items())
+    return "\n".join(
+        [
+            f"{g.model or 'embedded base model'}: {s.parameters:,} parameters, "
+            f"{s.lora(g.lora_rank):,} trained (LoRA r{g.lora_rank})",
+            f"\nGiB on a GPU, {kind}; an estimate, not measured on one:",
+            *table,
+            "  A peak has the larger of the two that come in turn: a layer's backward and the head "
+            "chunk;\n  reading the prompts and a token's step. A card is enough with "
+            f"{FRAGMENTATION - 1:.0%} for fragmentation and\n  {CONTEXT / GIB:g} GiB for CUDA's "
+            "context and the text encoder beside the peak.",
+            f"\nGiB without a GPU, fp32 compute: {cpu}; Python takes about 1 more",
+            f"\nTokens at most, of prompts of {g.max_prompt_tokens} and lists of "
+            f"{g.max_new_tokens}:",
+            *(f"  {line}" for line in token_lines(config)),
+            *(["  lists come from generator.endpoint, not from here"] if g.endpoint else []),
+        ]
+    )
+
+
+def smallest_card(peak: float) -> str:
+    fits = [c for c in CARDS if peak * FRAGMENTATION + CONTEXT <= c * GIB]
+    return f"{fits[0]} GB" if fits else "none"
+
+
+# ------------------------------------------------------------------------------------------ doctor
+
+
+def doctor(config: Config) -> str:
+    """A line for each thing that a run needs: ok, or a problem and what to do. Never raises."""
+    lines = []
+    for check in (_versions, _gpu, _four_bit, _hub, _endpoints, _room):
+        try:
+            for fine, text in check(config):
+                lines.append(f"{'ok' if fine else 'problem':9}{text}")
+        except Exception as error:  # whatever is broken, the other lines are still of use
+            reason = " ".join(str(error).split()) or type(error).__name__
+            lines.append(f"{'problem':9}{check.__name__.strip('_')}: {reason[:300]}")
+    return "\n".join(lines)
+
+
+Found = Iterator[tuple[bool, str]]
+
+
+def _versions(config: Config) -> Found:
+    python = platform.python_version()
+    yield sys.version_info >= (3, 11), f"Python {python} (3.11 or later)"
+    text = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)", text, re.MULTILINE))
+    for name in ("torch", "transformers", "peft", "bitsandbytes"):
+        try:
+            here = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            here = "missing"
+        same = here.split("+")[0] == pins[name]
+        yield same, f"{name} {here}" + ("" if same else f": pip install {name}=={pins[name]}")
+
+
+def _gpu(config: Config) -> Found:
+    import torch
+
+    if not torch.cuda.is_available():
+        yield True, "no GPU: the embedded default and small models run on the CPU"
+        return
+    card = torch.cuda.get_device_properties(0)
+    bf16 = torch.cuda.is_bf16_supported()
+    yield bf16, (
+        f"GPU {card.name}, {card.total_memory / GIB:.1f} GiB, CUDA {torch.version.cuda}, "
+        + ("bf16" if bf16 else "no bf16: a card of compute capability 8.0 or later is needed")
+    )
+
+
+def _four_bit(config: Config) -> Found:
+    import torch
+
+    from llm import quiet_libraries
+
+    quiet_libraries()
+    from bitsandbytes.nn import Linear4bit
+
+    gpu = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
+    layer = Linear4bit(64, 64, bias=False, compute_dtype=dtype, quant_type="nf4").to(device)
+    x = torch.randn(4, 64, device=device, dtype=dtype, requires_grad=True)
+    layer(x).sum().backward()
+    fine = bool(x.grad.isfinite().all() and x.grad.any())
+    advice = "" if fine else ": no gradient; set generator.load_in_4bit=false"
+    yield fine, f"4-bit layer of bitsandbytes, forward and backward on {device}{advice}"
+
+
+def unreachable(url: str, key: str = "") -> str:
+    """Why there is no answer from `url` within 3 seconds, or ""."""
+    if not url.startswith(("http://", "https://")):
+        return "no http address"
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=3):
+            return ""
+    except urllib.error.HTTPError as error:
+        return f"HTTP {error.code}"
+    except (OSError, http.client.HTTPException) as error:
+        return str(getattr(error, "reason", error)) or type(error).__name__
+    except ValueError:  # its text holds the header
+        return "no valid address, or no valid key"
+
+
+def _hub(config: Config) -> Found:
+    g = config.generator
+    there = not g.model or Path(g.model).is_dir() or bool(_cached_weights(g))
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    why = "HF_HUB_OFFLINE is set" if offline else unreachable(hub)
+    advice = "; nothing is needed from it" if there else (
+        f": where it can be reached, hf download {g.model} --local-dir FOLDER; then copy FOLDER "
+        f"here and set generator.model=FOLDER"
+    )
+    yield there or not why, f"hub {hub}: {why + advice if why else 'reachable'}"
+
+
+def _cached_weights(g: GeneratorConfig) -> Path | None:
+    return cached_file(g, "model.safetensors") or cached_file(g, "model.safetensors.index.json")
+
+
+def _endpoints(config: Config) -> Found:
+    asked = "endpoint" in vars(config.roles).values()
+    base = config.endpoint.base_url or os.environ.get("OPENAI_BASE_URL", "")
+    if asked and not base:
+        yield False, "endpoint.base_url: a role asks an endpoint; set it, or OPENAI_BASE_URL"
+    key = os.environ.get(config.endpoint.key_env, "").strip()
+    urls = {"endpoint.base_url": base, "generator.endpoint": config.generator.endpoint}
+    for name, url in urls.items():
+        if url:
+            why = unreachable(url.rstrip("/") + "/models", key)
+            shown = url.split("@")[-1]  # whatever stands before is a secret
+            advice = f": {why}; start the server, or correct {name} or its key"
+            yield not why, f"{name} {shown}" + (advice if why else " answers")
+
+
+def _room(config: Config) -> Found:
+    import torch
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    g, s, gpu = config.generator, find_shape(config), torch.cuda.is_available()
+    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    peak = max(x["peak"] for x in stages(config, s, 2 if gpu else 4).values())
+    places = [("RAM", ram, 4 * GIB if gpu else peak + GIB, "a smaller model or a GPU; see --plan")]
+    if gpu:
+        card = torch.cuda.get_device_properties(0).total_memory
+        advice = "smaller batch_users, sample_rows or max_prompt_tokens; see --plan"
+        places.append(("GPU memory", card, peak * FRAGMENTATION + CONTEXT, advice))
+    adapters = 4 * s.lora(g.lora_rank) * (config.dpo.rounds + 2)  # sit, each round, the baseline
+    disks = [(f"run.root ({config.run.root})", config.run.root, adapters + GIB / 2)]
+    if g.model and not Path(g.model).is_dir() and not _cached_weights(g):
+        disks.append((f"the hub's cache ({HF_HUB_CACHE})", HF_HUB_CACHE, 2 * s.parameters))
+    for name, folder, need in disks:
+        path = Path(folder).absolute()
+        free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+        places.append((f"free disk for {name}", free, need, "make room, or set run.root, HF_HOME"))
+    for name, has, need, advice in places:
+        text = f"{name}: {has / GIB:.1f} GiB, {need / GIB:.1f} needed by estimate"
+        yield has >= need, text if has >= need else f"{text}; {advice}"
+    yield True, f"{os.cpu_count()} cores"

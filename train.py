@@ -1,21 +1,19 @@
-"""Train every part of IceBreaker, stage by stage, in one visible loop each.
+"""Train every part of IceBreaker: the stages, in order, and what each depends on.
 
     python train.py                                    # all stages, embedded default, one table
     python train.py --stage dpo dpo.beta=0.2           # one stage (and what it needs)
     python train.py data.users=mine.jsonl              # your own users (see README)
-
-    python train.py --plan --config configs/qwen2.5-7b.yaml     # what a run would need; --doctor
+    python train.py --plan --config configs/qwen2.5-7b.yaml    # memory and tokens; nothing loads
+    python train.py --doctor                           # what this machine has and lacks
     torchrun --nproc-per-node=2 train.py --stage dpo   # on two GPUs
 
 Stages: world -> base -> summarize -> match -> rid -> ranker -> sit -> dpo -> eval, and merge where
-asked for. A stage whose settings and inputs have not changed is skipped; a stage whose predecessors
-are missing runs them first.
+asked for; their loops stand in rid.py and isg.py. A stage whose settings and inputs have not changed
+is skipped; a stage whose predecessors are missing runs them first.
 
 Departures from the paper: LoRA instead of full fine-tuning; teacher and revisit matcher are offline
 rules over text (roles.py) unless an LLM is named (chat.py); the platform is simulated (world.py)
 unless logs are given.
-
-Legend: B rows, N candidates, M lists or interests, K slots, P pairs, D embedding.
 """
 
 from __future__ import annotations
@@ -23,45 +21,35 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import functools
 import operator
 import os
-import random
 import resource
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 
-import data
 import eval as evaluation
-import icebreaker as ib
+import isg
 import llm
-import roles
+import rid
 from config import (
     ROOT,
     Config,
     UserError,
-    atomic_path,
     digest,
     file_digest,
-    gather,
     load_config,
     processes,
     read_json,
     script,
-    share,
     write_json,
-    write_tensors,
 )
-from encoder import Encoder, embed
-from pipeline import Pipeline, State, base_folder, pad_states, progress, utilities
+from pipeline import Pipeline, base_folder, short
 
 # ------------------------------------------------------------------------------------ world, base
 
@@ -91,751 +79,6 @@ def stage_base(p: Pipeline) -> dict:
             folder / "figures.json", base.build_base(p.config.base, p.config.generator, folder)
         )
     return {"folder": str(folder), **read_json(folder / "figures.json")}
-
-
-# -------------------------------------------------------------------------- summarize, match, rid
-
-
-def stage_summarize(p: Pipeline) -> dict:
-    """Write a summary of every session that came with messages alone."""
-    missing = [
-        (user.user_id, i, session.messages)
-        for user in p.logged_users
-        for i, session in enumerate(user.sessions)
-        if not session.summary
-    ]
-    messages = [m for *_, m in missing]
-    if p.config.roles.summariser == "rules":
-        made = [roles.RuleSummariser().summarise(m) for m in messages]
-    else:
-        import chat
-
-        made = chat.LLMSummariser(p.chat(p.config.roles.summariser)).summarise(messages)
-    summaries: dict[str, dict[str, str]] = {}
-    for (user_id, i, _), text in zip(missing, made, strict=True):
-        if text:
-            summaries.setdefault(user_id, {})[str(i)] = text
-    write_json(p.run / "summarize" / "summaries.json", summaries)
-    return {"without_summary": len(missing), "still": sum(not text for text in made), **p.calls()}
-
-
-def stage_match(p: Pipeline) -> dict:
-    """Mark which past summaries a later session revisits, for every user and cut."""
-    cuts = range(len(p.config.data.cuts))
-    rows = [(user_id, cut) for user_id in p.users for cut in cuts]
-    jobs = [
-        (p.histories[u][c].texts, sorted({s.summary for s in p.parts(u, c)[1]})) for u, c in rows
-    ]
-    settings, labels = p.config.roles, {user_id: [] for user_id in p.users}
-    if settings.matcher == "rules":
-        everyone = ([s.summary for s in u.sessions] for u in p.users.values())
-        matcher = roles.RuleMatcher(
-            p.encoder,
-            settings.match_cosine,
-            settings.match_cosine_alone,
-            roles.themes(everyone, settings.theme_share),
-        )
-    else:
-        import chat
-
-        matcher = chat.LLMMatcher(
-            p.chat(settings.matcher), p.encoder, settings.match_candidates, settings.match_floor
-        )
-    for (user_id, _), found in zip(rows, matcher.match(jobs), strict=True):  # (E, L) each
-        labels[user_id].append(np.where((found > 0).any(1), 1, found.min(1, initial=0)).tolist())
-    write_json(p.run / "match" / "revisited.json", labels)
-    flat = np.array([x for own in labels.values() for cut in own for x in cut])
-    known = flat[flat >= 0]
-    return {
-        "summaries": len(flat),
-        "unknown": len(flat) - len(known),
-        "revisited_share": float(known.mean()) if len(known) else 0.0,
-        **p.calls(),
-    }
-
-
-class Revisits:
-    """Labels of `match`: which summaries of a (user, cut) row a later session revisited.
-
-    1 revisited, 0 not, -1 unknown (the matcher's call failed): these are neither.
-    """
-
-    def __init__(self, p: Pipeline):
-        self.labels = read_json(p.run / "match" / "revisited.json")
-        self.cuts = range(len(p.config.data.cuts))
-
-    def __getitem__(self, row: tuple[str, int]) -> np.ndarray:
-        return np.array(self.labels[row[0]][row[1]], int)  # (N,)
-
-    def rows(self, ids: list[str]) -> list[tuple[str, int]]:
-        """(user, cut) rows with both a revisited and a never-revisited summary."""
-        rows = [(user_id, cut) for user_id in ids for cut in self.cuts]
-        return [row for row in rows if {0, 1} <= {*self[row].tolist()}]
-
-    def auc(self, rows: list[tuple[str, int]], scores: list[np.ndarray]) -> float:
-        """Mean over users of the AUC of "revisited later" (each user's cuts averaged first)."""
-        by_user: dict[str, list[float]] = {}
-        for row, s in zip(rows, scores, strict=True):
-            known = self[row] >= 0
-            auc = ib.per_user_auc(s[known], self[row][known])
-            by_user.setdefault(row[0], []).append(auc)
-        return float(np.mean([np.mean(v) for v in by_user.values()])) if by_user else float("nan")
-
-
-def stage_rid(p: Pipeline) -> dict:
-    """Train the resonance scorer (Eq. 3), fit the gate (Eq. 4), distil every user's interests."""
-    revisits = Revisits(p)
-    train, valid, unseen = (
-        revisits.rows(p.ids(*s)) for s in (("train",), ("valid",), ("judge", "test"))
-    )
-    if not train or not valid:
-        raise UserError(
-            f"{p.users_file}: no user comes back to an earlier subject (checked {len(p.users)} "
-            f"users), so there is nothing to learn from; more users or longer histories are needed"
-        )
-    score, valid_auc = fit_scorer(p, revisits, train, valid)
-    activity = [p.histories[u][c].sessions_per_week for u, c in train]
-    groups = p.config.rid.activity_groups
-    edges = np.quantile(activity, np.arange(1, groups) / groups).tolist()
-    thresholds = fit_gate(p, revisits, score, valid, edges)
-    write_json(p.run / "rid" / "gate.json", {"edges": edges, "thresholds": thresholds})
-    kept = distil_all(p, score, edges, thresholds)
-    baselines = {"recency": ib.recency_scores, "frequency": ib.frequency_scores}
-    return {
-        "train_users": len({u for u, _ in train}),
-        "valid_auc": valid_auc,
-        "thresholds": thresholds,
-        "kept_per_user": kept,
-        "unseen_users": len({u for u, _ in unseen}),
-        "auc": revisits.auc(unseen, score(unseen)) if unseen else float("nan"),
-    } | {
-        f"auc_{name}": revisits.auc(unseen, [rank(p.histories[u][c]).numpy() for u, c in unseen])
-        for name, rank in baselines.items()
-    }
-
-
-def fit_scorer(p: Pipeline, revisits: Revisits, train, valid) -> tuple[Callable, float]:
-    """Minimise Eq. (3); the epoch with the best AUC on held-out users stays.
-
-    Returns (user, cut) rows -> s(u, h) of their summaries, and that AUC.
-    """
-    settings = p.config.rid
-    torch.manual_seed(p.seed("rid"))
-    scorer = ib.ResonanceScorer(
-        settings.towers,
-        p.encoder.dim,
-        len(ib.FEATURE_NAMES),
-        settings.text_dim,
-        settings.hidden,
-        settings.dropout,
-    )
-    optimiser = torch.optim.AdamW(scorer.parameters(), settings.learning_rate, weight_decay=0.01)
-    trained, tuned, encode = [*scorer.towers], None, None
-    if settings.encoder_learning_rate:
-        tuned, size = copy.deepcopy(p.encoder.model).eval(), p.config.encoder.batch_size
-        encode = functools.partial(
-            embed, tuned, batch_size=size, recompute=settings.encoder_recompute
-        )
-        weights = {"params": tuned.parameters(), "lr": settings.encoder_learning_rate}
-        optimiser.add_param_group(weights)
-        trained.append(tuned)
-    trained = torch.nn.ModuleList(trained)
-
-    def score(rows: list[tuple[str, int]]) -> list[np.ndarray]:
-        return p.resonance(scorer, rows, Encoder(model=tuned) if tuned else None)
-
-    shuffle = random.Random(p.seed("rid", "order"))
-    lottery = torch.Generator().manual_seed(p.seed("rid", "negatives"))
-    text_id: dict[str, int] = {}
-    cuts: dict[str, list[int]] = {}
-    for user_id, cut in train:
-        cuts.setdefault(user_id, []).append(cut)
-    best, best_auc, waited = None, -1.0, 0
-    for epoch in progress(range(settings.epochs), "rid"):
-        # One cut per user and epoch: a user's own texts never serve as cross-user negatives.
-        order = [(user_id, shuffle.choice(c)) for user_id, c in cuts.items()]
-        shuffle.shuffle(order)
-        scorer.train()
-        losses = []
-        for start in range(0, len(order), settings.batch_users):
-            rows = order[start : start + settings.batch_users]
-            batch = p.scorer_batch(rows, encode)
-            label = torch.full(batch["mask"].shape, -1)
-            ids = torch.full(label.shape, -1)
-            for i, (user_id, cut) in enumerate(rows):
-                texts = p.histories[user_id][cut].texts
-                label[i, : len(texts)] = torch.from_numpy(revisits[user_id, cut])
-                ids[i, : len(texts)] = torch.tensor(
-                    [text_id.setdefault(t, len(text_id)) for t in texts]
-                )
-            loss = 0.0
-            for tower in scorer.towers:
-                user, sessions = tower(**batch)
-                scores, counts = ib.contrastive_rows(
-                    user, sessions, label == 1, label >= 0, ids, settings.negatives_within, lottery
-                )
-                loss = loss + ib.contrastive_loss(scores, settings.temperature, counts).mean()
-            optimiser.zero_grad()
-            loss.backward()  # Eq. (3), of every tower
-            for part in trained:
-                torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0)
-            optimiser.step()
-            losses.append(loss.item() / len(scorer.towers))
-        auc = revisits.auc(valid, score(valid))
-        p.run.log("rid", epoch=epoch, loss=float(np.mean(losses)), valid_auc=auc)
-        if auc > best_auc:
-            best, best_auc, waited = {k: v.clone() for k, v in trained.state_dict().items()}, auc, 0
-        else:
-            waited += 1
-            if waited > settings.patience:
-                break
-    trained.load_state_dict(best)
-    write_tensors(p.run / "rid" / "scorer.safetensors", scorer.state_dict())
-    if tuned:
-        with atomic_path(p.run / "rid" / "encoder") as temporary:
-            tuned.save(str(temporary))
-    return score, best_auc
-
-
-def fit_gate(p: Pipeline, revisits: Revisits, score, valid, edges) -> list[float]:
-    """A threshold for each activity group, from held-out users."""
-    scores = score(valid)
-    groups = [
-        np.full(len(s), ib.activity_group(p.histories[u][c].sessions_per_week, edges))
-        for (u, c), s in zip(valid, scores, strict=True)
-    ]
-    labels = [revisits[row] for row in valid]
-    score, label, group = map(np.concatenate, (scores, labels, groups))
-    known = label >= 0
-    fitted = ib.fit_thresholds(
-        score[known], label[known], group[known], p.config.rid.activity_groups
-    )
-    return fitted.tolist()
-
-
-def distil_all(p: Pipeline, score, edges, thresholds) -> float:
-    """Write every user's trigger interests at every cut; return the mean number kept."""
-    settings = p.config.rid
-    everyone = [(u, c) for u in p.users for c in range(len(p.shares)) if p.histories[u][c].texts]
-    triggers = {u: [{"interests": [], "scores": []} for _ in p.shares] for u in p.users}
-    for (user_id, cut), scores in zip(everyone, score(everyone), strict=True):
-        history = p.histories[user_id][cut]
-        keep = ib.distil(
-            scores,
-            thresholds[ib.activity_group(history.sessions_per_week, edges)],
-            settings.min_keep,
-            settings.max_keep,
-            history.embeddings,
-            settings.duplicate_cosine,
-        )
-        triggers[user_id][cut] = {
-            "interests": [history.texts[j] for j in keep],
-            "scores": [float(scores[j]) for j in keep],
-        }
-    write_json(p.run / "rid" / "triggers.json", triggers)
-    return float(np.mean([len(cuts[-1]["interests"]) for cuts in triggers.values()]))
-
-
-# ----------------------------------------------------------------------------------------- ranker
-
-
-def shown_lists(p: Pipeline, ids: list[str]) -> list[tuple[data.Impression, State]]:
-    """Impressions of these users, each with the user's state at the latest cut before it."""
-    wanted, pairs = set(ids), []
-    begins = {
-        u: [data.cut_time(p.users[u], share) for share in p.config.data.cuts] for u in wanted
-    }
-    for impression in p.impressions:
-        if impression.user_id in wanted and impression.timestamp:
-            times = begins[impression.user_id]
-            past = [c for c, t in enumerate(times) if t and t <= impression.timestamp]
-            if past:
-                pairs.append((impression, p.states[impression.user_id][past[-1]]))
-    return pairs
-
-
-def ranker_rows(p: Pipeline, pairs) -> dict[str, torch.Tensor]:
-    """One row per shown starter: embedding, slot, click, target, and the number of its list."""
-    rows = [
-        (y, slot, slot in shown.clicked, shown.sessions_after, i)
-        for i, (shown, _) in enumerate(pairs)
-        for slot, y in enumerate(shown.starters)
-    ]
-    starters, slots, clicked, after, owner = zip(*rows, strict=True)
-    clicks = torch.tensor(clicked, dtype=torch.float32)
-    depth = torch.tensor([float("nan") if a is None else a for a in after])
-    settings = p.config.ranker
-    return {
-        "starters": p.encoder(list(starters)),
-        "slots": torch.tensor(slots).clamp_max(p.config.generator.list_size - 1),
-        "clicked": clicks,
-        "targets": ib.utility_target(clicks, depth, settings.click_share, settings.depth_cap),
-        "owner": torch.tensor(owner),
-    }
-
-
-def ranker_logits(ranker, rows, states, index, with_slots: bool = True) -> torch.Tensor:
-    owner = rows["owner"][index]
-    return ranker(
-        **{name: x[owner] for name, x in states.items()},
-        starters=rows["starters"][index],
-        slots=rows["slots"][index] if with_slots else None,
-    )
-
-
-def fit_ranker(p: Pipeline, pairs, name: str) -> ib.UtilityRanker:
-    """Soft-label cross-entropy with a per-slot logit; the best epoch on one user in seven stays."""
-    settings = p.config.ranker
-    held = {u for i, u in enumerate(sorted({shown.user_id for shown, _ in pairs})) if i % 7 == 0}
-    fit, stop = ([x for x in pairs if (x[0].user_id in held) == side] for side in (False, True))
-    rows, stop_rows = ranker_rows(p, fit), ranker_rows(p, stop)
-    states, stop_states = (pad_states([s for _, s in side]) for side in (fit, stop))
-    torch.manual_seed(p.seed("ranker", name))
-    ranker = p.new_ranker()
-    with torch.no_grad():
-        ranker.head.bias.fill_(torch.logit(rows["targets"].mean().clamp(0.001, 0.999)))
-    slots = {"params": ranker.slot.parameters(), "lr": settings.slot_learning_rate}
-    optimiser = torch.optim.AdamW(
-        [{"params": ranker.head.parameters(), "weight_decay": 0.05}, slots],
-        settings.learning_rate,
-        weight_decay=0.0,
-    )
-    size = settings.batch_impressions * p.config.generator.list_size
-    every = torch.arange(len(stop_rows["owner"]))
-    best, best_loss, waited = None, float("inf"), 0
-    for epoch in progress(range(settings.epochs), f"ranker {name}"):
-        ranker.train()
-        for index in torch.randperm(len(rows["owner"])).split(size):
-            logits = ranker_logits(ranker, rows, states, index)
-            loss = ib.utility_loss(logits, rows["targets"][index])
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-        ranker.eval()
-        with torch.no_grad():
-            logits = ranker_logits(ranker, stop_rows, stop_states, every)
-            stop_loss = ib.utility_loss(logits, stop_rows["targets"]).item()
-        p.run.log("ranker", ranker=name, epoch=epoch, loss=loss.item(), held_out_loss=stop_loss)
-        if stop_loss < best_loss:
-            best = {k: v.clone() for k, v in ranker.state_dict().items()}
-            best_loss, waited = stop_loss, 0
-        else:
-            waited += 1
-            if waited > settings.patience:
-                break
-    ranker.load_state_dict(best)
-    write_tensors(p.run / "ranker" / f"{name}.safetensors", best)
-    return ranker.eval()
-
-
-def stage_ranker(p: Pipeline) -> dict:
-    """Fit r_util (Eq. 7) twice: on train users for the generator, on judge users to judge it."""
-    if not p.impressions:
-        return {"skipped": "no impressions (data.impressions), so no utility to learn"}
-    test = shown_lists(p, p.ids("test"))
-    rows, states = ranker_rows(p, test), pad_states([s for _, s in test])
-    every, figures = torch.arange(len(rows["owner"])), {}
-    for name in ("train", "judge"):
-        pairs = shown_lists(p, p.ids(name))
-        if sum(bool(shown.clicked) for shown, _ in pairs) < 10:
-            raise UserError(
-                f"{p.impressions_file}: clicked: fewer than 10 lists with a tap among the {name} "
-                f"users; a ranker needs more logs"
-            )
-        ranker = fit_ranker(p, pairs, name)
-        with torch.no_grad():
-            logits = ranker_logits(ranker, rows, states, every, with_slots=False)
-            shown = torch.sigmoid(ranker_logits(ranker, rows, states, every))
-        clicked, slots = rows["clicked"].numpy(), rows["slots"].numpy()
-        figures[name] = {
-            "lists": len(pairs),
-            "auc_slot_controlled": ib.slot_controlled_auc(logits.numpy(), clicked, slots),
-            "ece": ib.expected_calibration_error(shown.numpy(), rows["targets"].numpy()),
-        }
-    return figures
-
-
-# -------------------------------------------------------------------------------------------- sit
-
-
-def teacher_lists(p: Pipeline, states: list[State], n: int, purpose: str) -> list[list[list[str]]]:
-    """n lists of the teacher for each state, filtered; fewer where an LLM's call failed.
-
-    The processes of a torchrun ask for a share each.
-    """
-    k, player = p.config.generator.list_size, p.config.roles.teacher
-    orders = [
-        (s.interests, p.seed("teacher", purpose, s.interests, i))
-        for s in share(states)
-        for i in range(n)
-    ]
-    if player == "rules":
-        teacher = roles.RuleTeacher()
-        texts = [teacher.write(x, k, random.Random(seed)) for x, seed in orders]
-        lists = [p.usable(text, x) for text, (x, _) in zip(texts, orders, strict=True)]
-    else:
-        import chat
-
-        inputs, seeds = [x for x, _ in orders], [seed for _, seed in orders]
-        texts = chat.LLMTeacher(p.chat(player)).write(inputs, k, seeds)
-        lists = [text and roles.covering(p.fit_to_show(text, x), x, k, p.encoder)
-                 for text, x in zip(texts, inputs, strict=True)]  # None where the call failed
-    return gather([[x for x in lists[i : i + n] if x is not None]
-                   for i in range(0, len(lists), n)])
-
-
-def chosen_states(p: Pipeline, cuts: list[int], limit: int, rng: random.Random) -> list[State]:
-    """Train users with interests at these cuts: at random, at most `limit` states (0: all)."""
-    states = [p.states[u][c] for u in p.ids("train") for c in cuts if p.states[u][c].interests]
-    return rng.sample(states, limit) if 0 < limit < len(states) else states
-
-
-def stage_sit(p: Pipeline) -> dict:
-    """Supervised interest-expanded instruction tuning (Eq. 5) on the teacher's lists."""
-    settings, g, rng = p.config.sit, p.config.generator, random.Random(p.seed("sit"))
-    rows, short = [], 0
-    states = chosen_states(p, list(range(len(p.config.data.cuts))), settings.max_rows, rng)
-    taught = teacher_lists(p, states, settings.lists_per_row, "sit")
-    for state, lists in zip(states, taught, strict=True):
-        full = [llm.encode_completion(p.tokenizer, x) for x in lists if len(x) == g.list_size]
-        short += len(lists) - len(full)
-        if full:
-            rows.append((p.prompt(state.interests), full))
-    if not rows:
-        raise UserError(
-            "sit: the teacher wrote no full list for any user; generator.list_size may be larger "
-            "than the interests allow"
-        )
-    model = llm.add_lora(p.policy(None), g.lora_rank, g.lora_alpha, p.seed("lora"))
-    size = settings.batch_users
-    optimiser, schedule = new_optimiser(
-        model, settings.learning_rate, settings.epochs * -(-len(rows) // size)
-    )
-    policy, losses = llm.averaged_gradients(model), []
-    for epoch in range(settings.epochs):
-        rng.shuffle(rows)
-        for start in progress(range(0, len(rows), size), f"sit epoch {epoch + 1}"):
-            batch = rows[start : start + size]
-            tokens = sum(len(y) for _, lists in batch for y in lists)
-            own, factor = part_of(batch)
-            loss = -torch.cat(list_logps(p, policy, own)).sum() / tokens * factor  # Eq. (5)
-            losses.append(float(np.mean(gather([loss.item()]))))
-            rate = schedule.get_last_lr()[0]
-            step(model, optimiser, schedule, loss)
-            p.run.log("sit", epoch=epoch, loss=losses[-1], learning_rate=rate)
-    llm.save_adapter(model, p.run / "sit" / "adapter")
-    last = losses[(settings.epochs - 1) * -(-len(rows) // size) :]  # of the last epoch
-    return {
-        "rows": len(rows),
-        "short_lists_left_out": short,
-        "first_loss": losses[0],
-        "loss": float(np.mean(last)),
-        **p.calls(),
-    }
-
-
-def list_logps(p: Pipeline, policy: Callable, rows) -> list[torch.Tensor]:
-    """Summed log-probabilities of the lists of each (prompt ids, [list ids, ...]) row.
-
-    policy: llm.averaged_gradients(model), as long as gradients are wanted.
-    """
-    prompts, lists = zip(*rows, strict=True)
-    g = p.config.generator
-    return policy(list(prompts), list(lists), g.head_chunk, g.attention)
-
-
-def part_of(batch: list) -> tuple[list, float]:
-    """This process's part of a global batch, and the factor of its loss.
-
-    DDP averages the gradients, so a share of a sum counts as often as there are processes. One
-    without a share computes a row for nothing: DDP waits for all.
-    """
-    own = share(batch)
-    return (own, float(processes()[1])) if own else (batch[:1], 0.0)
-
-
-def new_optimiser(model, learning_rate: float, steps: int):
-    """AdamW on the LoRA weights; a tenth of the steps warming up, then linear to zero.
-
-    Its eps lies above the rounding noise of gradients (1e-9), which at the usual 1e-8 moves weights
-    that nothing else moves, in a direction that depends on the order of a sum.
-    """
-    optimiser = torch.optim.AdamW(
-        [w for w in model.parameters() if w.requires_grad],
-        learning_rate,
-        eps=1e-6,
-        weight_decay=0.0,
-        fused=True,
-    )
-    warm = max(1, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda i: min((i + 1) / warm, max(0.0, (steps - i) / max(1, steps - warm)))
-    )
-    return optimiser, schedule
-
-
-def step(model, optimiser, schedule, loss: torch.Tensor) -> None:
-    optimiser.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_([w for w in model.parameters() if w.requires_grad], 1.0)
-    optimiser.step()
-    schedule.step()
-
-
-# -------------------------------------------------------------------------------------------- dpo
-
-
-def score_pools(p: Pipeline, ranker, states: list[State], pools: list[list[str]]):
-    """Utilities (B, N), cosines (B, N, N) and valid (B, N) of every user's distinct candidates."""
-    p.encoder(sorted({y for pool in pools for y in pool}))
-    b, n = len(pools), max(map(len, pools))
-    utility, valid = torch.zeros(b, n), torch.zeros(b, n, dtype=torch.bool)
-    similarity = torch.zeros(b, n, n)
-    for i, (state, pool) in enumerate(zip(states, pools, strict=True)):
-        m, embeddings = len(pool), p.encoder(pool)
-        if pool:
-            utility[i, :m], valid[i, :m] = utilities(ranker, state, embeddings), True
-            similarity[i, :m, :m] = embeddings @ embeddings.T
-    return utility, similarity, valid
-
-
-def mine_round(p: Pipeline, ranker, states: list[State], lists) -> tuple[list[dict], Counter]:
-    """Lists -> pool -> list search (Algorithm 1) -> chosen and rejected lists (Eq. 8).
-
-    lists: those sampled for each state, and the teacher's. Returns for each state the preference
-    pair ({} if there is none), and counts of what was found and what was not.
-    """
-    settings, k = p.config.dpo, p.config.generator.list_size
-    pools = [sorted({y for x in own for y in x}) for own in lists]
-    rich = [i for i, pool in enumerate(pools) if len(pool) >= k]
-    counts = Counter(users=len(states), too_few_candidates=len(states) - len(rich), pairs=0)
-    found_for: list[dict] = [{} for _ in states]
-    if not rich:
-        return found_for, counts
-    states, lists, pools = ([x[i] for i in rich] for x in (states, lists, pools))
-    utility, similarity, valid = score_pools(p, ranker, states, pools)
-    beams, _ = ib.list_search(
-        ib.min_max(utility, valid),  # Unstated: r_util and r_div need one scale, as in Eq. (8)
-        similarity,
-        k,
-        settings.beam,
-        settings.expand,
-        settings.weight,
-        valid,
-    )
-    for i, (state, own, pool) in enumerate(zip(states, lists, pools, strict=True)):
-        rng = random.Random(p.seed("mine", state.user_id, pool))
-        n, number = len(pool), {y: j for j, y in enumerate(pool)}
-        considered = [x for x in beams[i].tolist() if x[0] >= 0]
-        considered += [[number[y] for y in x] for x in own if len(x) == k]
-        considered += [rng.sample(range(n), k) for _ in range(settings.random_lists)]
-        # A set counts once, in the order that came first: rounding is not to choose among orders.
-        considered = [*{frozenset(x): x for x in considered[::-1]}.values()][::-1]
-        chosen, rejected = ib.mine_preferences(
-            torch.tensor(considered),
-            utility[i, :n],
-            similarity[i, :n, :n],
-            settings.weight,
-            settings.margin,
-            settings.tolerance,
-        )
-        found = {kind: j for kind, j in rejected.items() if kind in settings.negatives}
-        counts.update(f"no_{kind}" for kind, j in found.items() if j is None)
-        texts = [[pool[y] for y in x] for x in considered]
-        kinds = {kind: texts[j] for kind, j in found.items() if j is not None}
-        counts["pairs"] += len(kinds)
-        if kinds:
-            found_for[rich[i]] = {
-                "interests": state.interests, "chosen": texts[chosen], "rejected": kinds
-            }
-    return found_for, counts
-
-
-def align(p: Pipeline, model, pairs: list[dict], label: str, pick: Callable | None = None) -> dict:
-    """DPO (Eq. 6) on preference pairs, in place; with `pick`, the checkpoint it values most stays.
-
-    The reference is the model as it comes in (or the SIT policy): its log-probabilities are
-    computed once, by the code path that trains.
-    """
-    settings, rng = p.config.dpo, random.Random(p.seed("dpo", label))
-    rows = [
-        (
-            p.prompt(x["interests"]),
-            [llm.encode_completion(p.tokenizer, y) for y in (x["chosen"], *x["rejected"].values())],
-        )
-        for x in pairs
-    ]
-    size, order = settings.batch_users, rng.sample(range(len(rows)), len(rows))
-    reference = reference_logps(p, model, rows, order, label)
-    steps = settings.passes * -(-len(rows) // size)
-    marks = {round(steps * (i + 1) / settings.checkpoints) for i in range(settings.checkpoints)}
-    optimiser, schedule = new_optimiser(model, settings.learning_rate, steps)
-    best, best_value = (lora_weights(model), pick(model)) if pick else (None, None)
-    policy, log = llm.averaged_gradients(model), []
-    for number in progress(range(1, steps + 1), f"dpo {label}"):
-        order = order or rng.sample(range(len(rows)), len(rows))
-        batch, order = order[:size], order[size:]
-        own, factor = part_of(batch)
-        logps = list_logps(p, policy, [rows[i] for i in own])  # one (1 + rejected,) a user
-        both = logps, [reference[i] for i in own]
-        chosen, ref_chosen = (torch.cat([y[:1].expand(len(y) - 1) for y in x]) for x in both)
-        rejected, ref_rejected = (torch.cat([y[1:] for y in x]) for x in both)  # (P,)
-        losses = ib.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, settings.beta)  # Eq. (6)
-        columns = torch.stack([losses, chosen, rejected, ref_chosen, ref_rejected])
-        log.append(dpo_figures(gather([columns.tolist()] if factor else [])))
-        rate = schedule.get_last_lr()[0]
-        p.run.log("dpo", round=label, step=number, **log[-1], learning_rate=rate)
-        loss = losses.sum() / sum(len(rows[i][1]) - 1 for i in batch)
-        if settings.sft_weight:
-            tokens = sum(len(rows[i][1][0]) for i in batch)
-            loss = loss - settings.sft_weight * sum(x[0] for x in logps) / tokens
-        step(model, optimiser, schedule, loss * factor)
-        if pick and number in marks:
-            value = pick(model)
-            p.run.log("dpo", round=label, step=number, held_out=value)
-            if value > best_value:
-                best, best_value = lora_weights(model), value
-    if pick:
-        model.load_state_dict(best, strict=False)
-    late = {name: float(np.mean([x[name] for x in log[-10:]])) for name in log[0]}
-    before = late["chosen_logp"] - late["chosen_logp_change"]  # negative, as log-probabilities are
-    if late["chosen_logp_change"] < 0.25 * before:
-        print(
-            f"  warning: {label}: the log-probability of chosen lists fell by "
-            f"{-late['chosen_logp_change']:.1f} nats; lower dpo.learning_rate or raise "
-            f"dpo.sft_weight"
-        )
-    names = ("margin", "chosen_logp", "rejected_logp", "chosen_logp_change")
-    return {
-        "first_loss": log[0]["loss"],
-        "last_loss": late["loss"],
-        **{name: late[name] for name in names},
-        "held_out": best_value,
-    }
-
-
-def lora_weights(model) -> dict[str, torch.Tensor]:
-    return {k: v.detach().clone() for k, v in model.named_parameters() if v.requires_grad}
-
-
-def dpo_figures(columns: list) -> dict[str, float]:
-    """Means over pairs; columns: of each process loss, chosen, rejected and their references."""
-    loss, chosen, rejected, ref_chosen, ref_rejected = np.concatenate(columns, axis=1)  # (P,) each
-    return {
-        "loss": float(loss.mean()),
-        "margin": float((chosen - ref_chosen - rejected + ref_rejected).mean()),
-        "chosen_logp": float(chosen.mean()),
-        "rejected_logp": float(rejected.mean()),
-        "chosen_logp_change": float((chosen - ref_chosen).mean()),
-    }
-
-
-@torch.no_grad()
-def reference_logps(p: Pipeline, model, rows, order: list[int], label: str) -> list[torch.Tensor]:
-    """Of all rows; batched as the first pass over them, so that its first loss is ln 2 exactly."""
-    if p.config.dpo.reference == "sit" and label != "round 1":
-        model = p.policy(p.run / "sit" / "adapter")
-    policy, size = functools.partial(llm.completion_logps, model), p.config.dpo.batch_users
-    found: dict[int, torch.Tensor] = {}
-    for start in progress(range(0, len(order), size), f"reference {label}"):
-        batch = order[start : start + size]
-        own, factor = part_of(batch)
-        logps = list_logps(p, policy, [rows[i] for i in own])
-        made = gather([x.tolist() for x in logps] if factor else [])
-        found |= zip(batch, map(torch.tensor, made), strict=True)
-    return [found[i].to(logps[0].device) for i in range(len(rows))]
-
-
-def list_quality(p: Pipeline, ranker, states: list[State], sampled) -> dict[str, float]:
-    """Mean utility and mean pairwise dissimilarity of lists; an empty list counts as 0."""
-    p.encoder(sorted({y for lists in sampled for x in lists for y in x}))
-    utility, diversity = [], []
-    for state, lists in zip(states, sampled, strict=True):
-        for x in lists:
-            embeddings = p.encoder(x)
-            utility.append(utilities(ranker, state, embeddings).mean().item() if x else 0.0)
-            diversity.append(ib.list_diversity(embeddings @ embeddings.T).item())
-    return {"utility": float(np.mean(utility)), "diversity": float(np.mean(diversity))}
-
-
-def stage_dpo(p: Pipeline) -> dict:
-    """Rounds of sample -> list search -> mine -> DPO; and the SFT+DPO baseline on clicked lists."""
-    if not p.impressions:
-        return {"skipped": "no impressions (data.impressions), so no preferences to learn"}
-    adapter, pairs, figures = p.run / "sit" / "adapter", [], {}
-    for number in range(1, p.config.dpo.rounds + 1):
-        folder, key = f"dpo/round{number}", digest(stage_key(p, "dpo"), number)
-        if not p.run.is_done(folder, key):
-            made = dpo_round(p, number, adapter, pairs)
-            p.encoder.save()
-            p.run.mark_done(folder, key, **made)
-            print(f"  round {number}: {_short(made)}", flush=True)
-        figures[f"round {number}"] = p.run.figures(folder)
-        adapter = p.run / folder / "adapter"
-        pairs = pairs + read_json(p.run / folder / "pairs.json")
-    folder, key = "dpo/vanilla", digest(stage_key(p, "dpo"), "vanilla")
-    if not p.run.is_done(folder, key):
-        clicked, rng = click_pairs(p), random.Random(p.seed("clicked"))
-        # As many pairs as IceBreaker learned from: their kinds are compared, not their number.
-        clicked = rng.sample(clicked, min(len(clicked), sum(len(x["rejected"]) for x in pairs)))
-        model = p.policy(p.run / "sit" / "adapter", trainable=True)
-        made = align(p, model, clicked, "clicked against ignored")
-        llm.save_adapter(model, p.run / folder / "adapter")
-        p.run.mark_done(folder, key, pairs=len(clicked), **made)
-    return {**figures, "clicked against ignored": p.run.figures(folder)}
-
-
-def dpo_round(p: Pipeline, number: int, adapter: Path, earlier: list[dict]) -> dict:
-    """One round, from the policy in `adapter`; writes dpo/round<number>/{pairs.json,adapter}."""
-    settings, ranker, folder = p.config.dpo, p.ranker("train"), p.run / "dpo" / f"round{number}"
-    valid = [s for u in p.ids("valid") if (s := p.states[u][-1]).interests]
-    cut = min(number, len(p.config.data.cuts)) - 1  # early, middle, latest slice of the log
-    states = chosen_states(p, [cut], settings.max_users, random.Random(p.seed("users", number)))
-    model = p.policy(adapter, trainable=True)
-    sampled = p.write_lists(
-        adapter, [s.interests for s in states], settings.samples, p.seed("dpo", number), model
-    )
-    taught = teacher_lists(p, states, settings.teacher_lists, f"round {number}")
-    lists = [x + y for x, y in zip(sampled, taught, strict=True)]
-    found, counts = mine_round(p, ranker, share(states), share(lists))
-    new = [pair for pair in gather(found) if pair]
-    counts = sum_counts(gather([dict(counts)]))
-    if not earlier + new:
-        raise UserError("dpo: no preference pair found; lower dpo.margin or raise dpo.samples")
-    start: dict[str, float] = {}
-
-    def held_out(model) -> float:
-        """Utility and diversity on users of no pair, each relative to the start of the round."""
-        lists = p.sample_lists(model, [s.interests for s in valid], 2, p.seed("dpo", "held out"))
-        now = list_quality(p, ranker, valid, lists)
-        p.run.log("dpo", round=f"round {number}", held_out=now)
-        for name, value in now.items():
-            start.setdefault(name, max(value, 1e-6))
-        gain = {name: value / start[name] for name, value in now.items()}
-        return settings.weight * gain["utility"] + (1 - settings.weight) * gain["diversity"]
-
-    made = align(p, model, earlier + new, f"round {number}", held_out if valid else None)
-    llm.save_adapter(model, folder / "adapter")
-    write_json(folder / "pairs.json", new)
-    return {"before": list_quality(p, ranker, states, sampled), **counts, **made, **p.calls()}
-
-
-def sum_counts(parts: list[dict]) -> dict[str, int]:
-    return {name: sum(part.get(name, 0) for part in parts) for part in parts for name in part}
-
-
-def click_pairs(p: Pipeline) -> list[dict]:
-    """Vanilla pairs of the SFT+DPO baseline: a user's tapped list against an ignored one."""
-    by_state: dict[int, tuple[State, list, list]] = {}
-    for impression, state in shown_lists(p, p.ids("train")):
-        _, tapped, ignored = by_state.setdefault(id(state), (state, [], []))
-        (tapped if impression.clicked else ignored).append(impression.starters)
-    return [
-        {"interests": state.interests, "chosen": chosen, "rejected": {"ignored": rejected}}
-        for state, tapped, ignored in by_state.values()
-        if state.interests
-        for chosen, rejected in zip(tapped, ignored, strict=False)
-    ]
 
 
 # ------------------------------------------------------------------------------------------ merge
@@ -872,19 +115,23 @@ class Stage:
     alone: bool = False  # of several processes the first does all
 
 
-MATCHER = [f"roles.{n}" for n in vars(Config().roles) if n.startswith(("match", "theme"))]
-
+SUMMARISER = ("roles.summariser", "endpoint.model")
+MATCHER = (
+    "encoder",
+    "endpoint.model",
+    *(f"roles.{name}" for name in vars(Config().roles) if name.startswith(("match", "theme"))),
+)
 STAGES = {
-    "world": Stage(stage_world, (), ("world", "data"), True),
-    "base": Stage(stage_base, (), ("base", "generator"), True),
-    "summarize": Stage(stage_summarize, ("world",), ("roles.summariser", "endpoint.model"), True),
-    "match": Stage(stage_match, ("summarize",), ("encoder", *MATCHER, "endpoint.model"), True),
-    "rid": Stage(stage_rid, ("match",), ("rid",), True),
-    "ranker": Stage(stage_ranker, ("rid",), ("ranker", "generator"), True),  # K slots
-    "sit": Stage(stage_sit, ("rid", "base"), ("generator", "sit", "roles.teacher")),
-    "dpo": Stage(stage_dpo, ("sit", "ranker"), ("dpo",)),
+    "world": Stage(stage_world, (), ("world", "data"), alone=True),
+    "base": Stage(stage_base, (), ("base", "generator"), alone=True),
+    "summarize": Stage(rid.stage_summarize, ("world",), SUMMARISER, alone=True),
+    "match": Stage(rid.stage_match, ("summarize",), MATCHER, alone=True),
+    "rid": Stage(rid.stage_rid, ("match",), ("rid",), alone=True),
+    "ranker": Stage(isg.stage_ranker, ("rid",), ("ranker", "generator"), alone=True),  # K slots
+    "sit": Stage(isg.stage_sit, ("rid", "base"), ("generator", "sit", "roles.teacher")),
+    "dpo": Stage(isg.stage_dpo, ("sit", "ranker"), ("dpo",)),
     "eval": Stage(evaluation.stage_eval, ("dpo",), ("eval",)),
-    "merge": Stage(stage_merge, ("dpo",), ("generator",), True),
+    "merge": Stage(stage_merge, ("dpo",), ("generator",), alone=True),
 }
 ALL = [name for name in STAGES if name != "merge"]  # run where nothing else is asked for
 
@@ -898,19 +145,6 @@ def stage_key(p: Pipeline, name: str) -> str:
     config.generator.endpoint = ""  # where a policy is sampled from makes it no other policy
     values = [operator.attrgetter(setting)(config) for setting in stage.settings]
     return digest(name, p.config.run.seed, values, files, [stage_key(p, s) for s in stage.needs])
-
-
-def _short(figures: dict) -> str:
-    """One line of figures: floats to four digits, nested ones in braces."""
-
-    def show(value):
-        if isinstance(value, float):
-            return f"{value:.4g}"
-        if isinstance(value, dict):
-            return "{" + _short(value) + "}"
-        return "[" + ", ".join(map(show, value)) + "]" if isinstance(value, list) else str(value)
-
-    return ", ".join(f"{name} {show(value)}" for name, value in figures.items())
 
 
 def out_of_memory(config: Config, stage: str) -> str:
@@ -949,6 +183,7 @@ def run_stages(config: Config, wanted: list[str]) -> None:
             print(f"{name}: already done with these settings, skipped")
             continue
         print(f"{name}: running{note}", flush=True)
+        p.key = key
         started = time.time()
         figures: dict = {}
         try:
@@ -960,7 +195,7 @@ def run_stages(config: Config, wanted: list[str]) -> None:
         figures["seconds"] = round(time.time() - started, 1)
         p.run.mark_done(name, key, **figures)
         p.run.log(name, **figures)
-        print(f"{name}: {_short(figures)}", flush=True)
+        print(f"{name}: {short(figures)}", flush=True)
     if "eval" in wanted:
         print("\n" + (p.run / "eval" / "table.md").read_text(encoding="utf-8"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

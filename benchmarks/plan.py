@@ -41,6 +41,7 @@ SHAPES = {  # hidden, layers, heads, kv_heads, intermediate, vocabulary, tied
     "wide": (896, 4, 7, 7, 4864, 32_000, False),
 }
 USERS, LIST_TOKENS, SAMPLES = 2, 48, 8
+LISTS = {"sit": 1, "dpo": 4}  # of each user
 
 
 def save_model(name: str, folder: str) -> None:
@@ -62,7 +63,8 @@ def word_tokenizer(size: int):
     from transformers import PreTrainedTokenizerFast
 
     words = models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w2")
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="w0", pad_token="w1")
+    fast = Tokenizer(words)
+    return PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="w0", pad_token="w1")
 
 
 def load(folder: str, g: GeneratorConfig, bf16: bool):
@@ -73,19 +75,17 @@ def load(folder: str, g: GeneratorConfig, bf16: bool):
     return llm.add_lora(model, g.lora_rank, g.lora_alpha, seed=0)
 
 
-def work(model, g: GeneratorConfig, what: str):
+def work(model, tokenizer, g: GeneratorConfig, what: str):
     """A function that runs the stage's heaviest call on texts of the greatest length."""
     size = model.config.vocab_size
     if what == "sampling":
         prompts = [tokens(g.max_prompt_tokens, size) for _ in range(g.sample_rows // SAMPLES)]
-        tokenizer = word_tokenizer(size)
         return lambda: llm.sample(
             model, tokenizer, prompts, SAMPLES, max_new_tokens=g.max_new_tokens, seed=0, stop="",
             temperature=g.temperature, top_p=g.top_p, top_k=g.top_k, rows=g.sample_rows,
         )
-    lists = 1 if what == "sit" else 4
     prompts = [tokens(g.max_prompt_tokens, size) for _ in range(USERS)]
-    own = [[tokens(g.max_new_tokens, size) for _ in range(lists)] for _ in range(USERS)]
+    own = [[tokens(g.max_new_tokens, size) for _ in range(LISTS[what])] for _ in range(USERS)]
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
 
     def step() -> None:
@@ -123,34 +123,134 @@ class LiveTensors(TorchDispatchMode):
         self.now -= self.known.pop(place, 0)
 
 
-def status(name: str) -> int:
+def resident(name: str) -> int:
     text = Path("/proc/self/status").read_text(encoding="ascii")
     return int(text.partition(f"{name}:")[2].split()[0]) * 1024
 
 
-def measure(shape: str, what: str, g: GeneratorConfig, bf16: bool) -> dict:
-    """Bytes of weights and of the peak, in this process."""
+def measure(shape: str, what: str, precision: str, g: GeneratorConfig) -> dict[str, float]:
+    """Bytes of the weights and of the peak, in this process."""
     prepare()
+    bf16, words = precision == "bf16", [word_tokenizer(SHAPES[x][5]) for x in ("tiny", shape)]
+    vocabularies = [x.get_vocab() for x in words]  # llm.sample reads them too
     with tempfile.TemporaryDirectory() as tiny, tempfile.TemporaryDirectory() as folder:
         save_model("tiny", tiny)
-        work(load(tiny, g, bf16), g, what)()
+        work(load(tiny, g, bf16), words[0], g, what)()
         save_model(shape, folder)
         gc.collect()
-        start = status("VmRSS")
+        start = resident("VmRSS")
+        del vocabularies
         model = load(folder, g, bf16)
-    gc.collect()
-    loaded = status("VmRSS") - start
-    run = work(model, g, what)
+    weights = sum(p.untyped_storage().nbytes() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    run = work(model, words[1], g, what)
     run()  # AdamW's state is there from the second step on
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     if bf16:
-        held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
-                for p in model.parameters()}
-        states = 0 if what == "sampling" else 3 * 4 * sum(
-            p.numel() for p in model.parameters() if p.requires_grad
-        )
         with LiveTensors() as live:
             run()
-        return {"weights": sum(held.values()), "peak": sum(held.values()) + states + live.peak}
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+        held = weights + (0 if what == "sampling" else 3 * 4 * trained)  # dw, and the averages
+        return {"weights": weights - 4 * trained, "peak": held + live.peak}
     run()
-    return {"weights": loaded, "peak": status("VmHWM") - start}
+    return {"weights": weights - 4 * trained, "peak": resident("VmHWM") - start}
+
+
+def estimate(shape: str, what: str, precision: str, g: GeneratorConfig) -> dict[str, float]:
+    sizes = SHAPES[shape]
+    s, a = plan.Shape(*sizes, head_dim=sizes[0] // sizes[2]), 2 if precision == "bf16" else 4
+    if what == "sampling":
+        return plan.sampling(s, g, SAMPLES, a)
+    return plan.training(s, g, USERS, LISTS[what], a)
+
+
+def cases() -> list[tuple[str, str, str, bool, int]]:
+    """(shape, stage, precision, gradient checkpointing, prompt tokens) of each row."""
+    every = [
+        ("small", what, precision, again, 256)
+        for precision in ("fp32", "4-bit", "bf16")
+        for what in ("sit", "dpo", "sampling")
+        for again in (False, True)
+        if what != "sampling" or not again
+    ]
+    longer = [
+        (shape, what, precision, again, prompt)
+        for shape, precision, prompt in (
+            ("half of 0.5B", "fp32", 128), ("half of 0.5B", "4-bit", 768), ("wide", "fp32", 1024),
+            ("wide", "bf16", 1024),
+        )
+        for what, again in (("sit", True), ("dpo", False), ("dpo", True), ("sampling", False))
+    ]
+    return every + longer
+
+
+def settings(precision: str, again: bool, prompt: int) -> GeneratorConfig:
+    return GeneratorConfig(
+        max_prompt_tokens=prompt, max_new_tokens=LIST_TOKENS, sample_rows=4 * SAMPLES,
+        load_in_4bit=precision == "4-bit", gradient_checkpointing=again,
+    )
+
+
+def page(rows: list[dict]) -> str:
+    worst = max(rows, key=lambda r: abs(r["ratio"] - 1))
+    lines = [
+        "# Memory: estimated and measured\n",
+        "```bash\npython -m benchmarks.plan\n```\n",
+        *(f"{line}\n" for line in __doc__.split("\n\n")[2:]),
+        ", ".join(f"{name} {value}" for name, value in machine().items()) + ".\n",
+        "Shapes (hidden, layers, heads, KV heads, intermediate, vocabulary, tied): "
+        + "; ".join(f"{k} {v}" for k, v in SHAPES.items() if k != "tiny")
+        + f". {USERS} users a step, lists of {LIST_TOKENS} tokens, LoRA r16; sampling: {SAMPLES} "
+        "lists of each of 4 prompts.\n",
+        f"{len(rows)} rows; the ratio furthest from 1 is {worst['ratio']:.3f}.\n",
+        "| shape | stage | precision | checkpointing | prompt | estimate, MB | measured, MB "
+        "| ratio | ratio without weights |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        lines.append(
+            f"| {r['shape']} | {r['stage']} | {r['precision']} | {'yes' if r['again'] else 'no'} | "
+            f"{r['prompt']} | {r['estimate'] / 1e6:.0f} | {r['measured'] / 1e6:.0f} | "
+            f"**{r['ratio']:.3f}** | {r['ratio_without_weights']:.3f} |"
+        )
+    lines.append(
+        "\nUnmeasured: CUDA (kernels, padding of masks, allocator), 4-bit with bf16 compute, "
+        "models of 1.5B and more."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def row(shape: str, what: str, precision: str, again: bool, prompt: int) -> dict:
+    """Measured in a process of its own, and estimated."""
+    case = (shape, what, precision, again, prompt)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.plan", "--case", json.dumps(case)], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
+    )
+    made = json.loads(done.stdout.splitlines()[-1])
+    guess = estimate(shape, what, precision, settings(precision, again, prompt))
+    beside = (guess["peak"] - guess["weights"]) / (made["peak"] - made["weights"])
+    return {
+        "shape": shape, "stage": what, "precision": precision, "again": again, "prompt": prompt,
+        "estimate": guess["peak"], "measured": made["peak"],
+        "ratio": guess["peak"] / made["peak"], "ratio_without_weights": beside,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--case", type=json.loads, help="one row, as JSON; prints JSON")
+    if case := parser.parse_args().case:
+        shape, what, precision, again, prompt = case
+        print(json.dumps(measure(shape, what, precision, settings(precision, again, prompt))))
+        return
+    rows = []
+    for case in cases():
+        rows.append(row(*case))
+        print(json.dumps(rows[-1]), flush=True)
+    (ROOT / "results" / "plan.md").write_text(page(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

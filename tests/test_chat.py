@@ -648,7 +648,6 @@ def test_a_server_that_is_not_ours(model_folder, tmp_path):
             matched = chat.LLMMatcher(asking, encode, 3, 0.0).match([(["dune"], ["dune two"])])
         finally:
             server.kill()
-    print(asking.counts, texts)
     assert asking.counts["asked"] == 11 and asking.counts["answered"]
     assert asking.counts.keys() <= {"asked", "answered", "cut short", "empty", "unreadable"}
     assert all(text is None or text.strip() for text in texts) and matched[0].tolist() == [[-1]]

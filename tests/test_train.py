@@ -14,7 +14,9 @@ from peft import PeftModel
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+import isg
 import llm
+import rid
 import train
 from config import ROOT, UserError, load_config, read_json, read_tensors
 from encoder import packaged_minilm
@@ -50,7 +52,7 @@ def test_a_killed_run_resumes_to_the_same_bytes_and_never_reads_the_truth(
     """The second run is killed in DPO's round 2, and trains with the hidden truth taken away."""
     base = next(finished.parent.glob("base-*"))
     shutil.copytree(base, tmp_path / base.name)
-    config, whole_align = micro(tmp_path), train.align
+    config, whole_align = micro(tmp_path), isg.align
     train.run_stages(config, ["world"])
     truth = tmp_path / "tiny" / "world" / "truth"
     truth.rename(tmp_path / "aside")
@@ -60,7 +62,7 @@ def test_a_killed_run_resumes_to_the_same_bytes_and_never_reads_the_truth(
             raise KeyboardInterrupt
         return whole_align(p, model, pairs, label, pick)
 
-    monkeypatch.setattr(train, "align", killed)
+    monkeypatch.setattr(isg, "align", killed)
     with pytest.raises(KeyboardInterrupt):
         train.run_stages(config, ["dpo"])
     monkeypatch.undo()
@@ -79,7 +81,8 @@ def test_a_second_run_skips_everything_and_a_changed_setting_only_what_depends_o
     assert output.count("already done") == len(train.STAGES) and "| IceBreaker |" in output
     for word, expected in {
         "dpo.beta=0.3": [*train.STAGES][:7],
-        "generator.list_size=4": ["world", "summarize", "match", "rid"],  # the base and the ranker depend on K
+        # the base and the ranker depend on K
+        "generator.list_size=4": ["world", "summarize", "match", "rid"],
     }.items():
         p = train.Pipeline(micro(finished.parent, word))
         done = [name for name in train.STAGES if p.run.is_done(name, train.stage_key(p, name))]
@@ -197,7 +200,7 @@ def test_the_first_loss_is_ln_2_in_every_precision(finished, qwen, tmp_path, pre
                 weight.normal_(std=0.1)
     if precision == "16 bit":
         model.bfloat16()
-    made = train.align(p, model, pairs, "round 1")
+    made = isg.align(p, model, pairs, "round 1")
     assert made["first_loss"] == pytest.approx(math.log(2), abs=1e-7)
     first = json.loads((tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()[-1])
     assert first["step"] and made["chosen_logp"] != 0
@@ -219,8 +222,8 @@ def test_two_processes_equal_one(finished, qwen, tmp_path):
         assert max((a[k] - b[k]).abs().max() for k in a) < 1e-5
         a, b = (read_json(f / "done.json") for f in (one, two))
         assert a.keys() == b.keys() and a["last_loss"] == pytest.approx(b["last_loss"], abs=1e-5)
-    logs = [(tmp_path / n / "tiny" / "metrics.jsonl").read_text().count("\n") for n in ("one", "two")]
-    assert logs[0] == logs[1] and not list((tmp_path / "two").rglob("*.tmp"))
+    one, two = ((tmp_path / n / "tiny" / "metrics.jsonl").read_text() for n in ("one", "two"))
+    assert one.count("\n") == two.count("\n") and not list((tmp_path / "two").rglob("*.tmp"))
 
 
 def test_dpo_starts_at_ln_2_and_logs_what_to_watch(finished):
@@ -235,9 +238,9 @@ def test_dpo_starts_at_ln_2_and_logs_what_to_watch(finished):
 def test_the_scorers_encoder_can_be_tuned(finished, tmp_path, monkeypatch):
     """Its text vectors change, and gradient caching changes nothing."""
     shutil.copytree(finished.parent / "tiny", tmp_path / "tiny")
-    scores, asked, embed = [], [], train.embed
+    scores, asked, embed = [], [], rid.embed
     monkeypatch.setattr(
-        train, "embed", lambda *a, **k: asked.append(k["recompute"]) or embed(*a, **k)
+        rid, "embed", lambda *a, **k: asked.append(k["recompute"]) or embed(*a, **k)
     )
     for word in ("rid.encoder_recompute=false", "rid.encoder_recompute=true"):
         config = micro(tmp_path, "rid.encoder_learning_rate=1e-4", "rid.epochs=1", word)

@@ -1,0 +1,539 @@
+"""Interaction-oriented starter generation (ISG): a list that this user will want to tap.
+
+    python train.py --stage dpo dpo.beta=0.2
+
+Three stages: `ranker` learns what is tapped (Eq. 7), `sit` instructs the generator with a teacher's
+lists (Eq. 5), `dpo` aligns it in rounds of sampling, list search (Algorithm 1), mining (Eq. 8) and
+DPO (Eq. 6). Under torchrun the processes share the users of sit and dpo; each step sees the same
+global batch.
+
+Legend: B rows, N candidates, M lists or interests, K slots, P pairs, D embedding.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+import icebreaker as ib
+import llm
+import roles
+from config import (
+    UserError,
+    digest,
+    gather,
+    processes,
+    read_json,
+    share,
+    write_json,
+    write_tensors,
+)
+from pipeline import Pipeline, State, pad_states, progress, short, utilities
+
+# ----------------------------------------------------------------------------------------- ranker
+
+
+def shown_lists(p: Pipeline, ids: list[str]) -> list[tuple[data.Impression, State]]:
+    """Impressions of these users, each with the user's state at the latest cut before it."""
+    wanted, pairs = set(ids), []
+    begins = {
+        u: [data.cut_time(p.users[u], share) for share in p.config.data.cuts] for u in wanted
+    }
+    for impression in p.impressions:
+        if impression.user_id in wanted and impression.timestamp:
+            times = begins[impression.user_id]
+            past = [c for c, t in enumerate(times) if t and t <= impression.timestamp]
+            if past:
+                pairs.append((impression, p.states[impression.user_id][past[-1]]))
+    return pairs
+
+
+def ranker_rows(p: Pipeline, pairs) -> dict[str, torch.Tensor]:
+    """One row per shown starter: embedding, slot, click, target, and the number of its list."""
+    rows = [
+        (y, slot, slot in shown.clicked, shown.sessions_after, i)
+        for i, (shown, _) in enumerate(pairs)
+        for slot, y in enumerate(shown.starters)
+    ]
+    starters, slots, clicked, after, owner = zip(*rows, strict=True)
+    clicks = torch.tensor(clicked, dtype=torch.float32)
+    depth = torch.tensor([float("nan") if a is None else a for a in after])
+    settings = p.config.ranker
+    return {
+        "starters": p.encoder(list(starters)),
+        "slots": torch.tensor(slots).clamp_max(p.config.generator.list_size - 1),
+        "clicked": clicks,
+        "targets": ib.utility_target(clicks, depth, settings.click_share, settings.depth_cap),
+        "owner": torch.tensor(owner),
+    }
+
+
+def ranker_logits(ranker, rows, states, index, with_slots: bool = True) -> torch.Tensor:
+    owner = rows["owner"][index]
+    return ranker(
+        **{name: x[owner] for name, x in states.items()},
+        starters=rows["starters"][index],
+        slots=rows["slots"][index] if with_slots else None,
+    )
+
+
+def fit_ranker(p: Pipeline, pairs, name: str) -> ib.UtilityRanker:
+    """Soft-label cross-entropy with a per-slot logit; the best epoch on one user in seven stays."""
+    settings = p.config.ranker
+    held = {u for i, u in enumerate(sorted({shown.user_id for shown, _ in pairs})) if i % 7 == 0}
+    fit, stop = ([x for x in pairs if (x[0].user_id in held) == side] for side in (False, True))
+    rows, stop_rows = ranker_rows(p, fit), ranker_rows(p, stop)
+    states, stop_states = (pad_states([s for _, s in side]) for side in (fit, stop))
+    torch.manual_seed(p.seed("ranker", name))
+    ranker = p.new_ranker()
+    with torch.no_grad():
+        ranker.head.bias.fill_(torch.logit(rows["targets"].mean().clamp(0.001, 0.999)))
+    slots = {"params": ranker.slot.parameters(), "lr": settings.slot_learning_rate}
+    optimiser = torch.optim.AdamW(
+        [{"params": ranker.head.parameters(), "weight_decay": 0.05}, slots],
+        settings.learning_rate,
+        weight_decay=0.0,
+    )
+    size = settings.batch_impressions * p.config.generator.list_size
+    every = torch.arange(len(stop_rows["owner"]))
+    best, best_loss, waited = None, float("inf"), 0
+    for epoch in progress(range(settings.epochs), f"ranker {name}"):
+        ranker.train()
+        for index in torch.randperm(len(rows["owner"])).split(size):
+            logits = ranker_logits(ranker, rows, states, index)
+            loss = ib.utility_loss(logits, rows["targets"][index])
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        ranker.eval()
+        with torch.no_grad():
+            logits = ranker_logits(ranker, stop_rows, stop_states, every)
+            stop_loss = ib.utility_loss(logits, stop_rows["targets"]).item()
+        p.run.log("ranker", ranker=name, epoch=epoch, loss=loss.item(), held_out_loss=stop_loss)
+        if stop_loss < best_loss:
+            best = {k: v.clone() for k, v in ranker.state_dict().items()}
+            best_loss, waited = stop_loss, 0
+        else:
+            waited += 1
+            if waited > settings.patience:
+                break
+    ranker.load_state_dict(best)
+    write_tensors(p.run / "ranker" / f"{name}.safetensors", best)
+    return ranker.eval()
+
+
+def stage_ranker(p: Pipeline) -> dict:
+    """Fit r_util (Eq. 7) twice: on train users for the generator, on judge users to judge it."""
+    if not p.impressions:
+        return {"skipped": "no impressions (data.impressions), so no utility to learn"}
+    test = shown_lists(p, p.ids("test"))
+    rows, states = ranker_rows(p, test), pad_states([s for _, s in test])
+    every, figures = torch.arange(len(rows["owner"])), {}
+    for name in ("train", "judge"):
+        pairs = shown_lists(p, p.ids(name))
+        if sum(bool(shown.clicked) for shown, _ in pairs) < 10:
+            raise UserError(
+                f"{p.impressions_file}: clicked: fewer than 10 lists with a tap among the {name} "
+                f"users; a ranker needs more logs"
+            )
+        ranker = fit_ranker(p, pairs, name)
+        with torch.no_grad():
+            logits = ranker_logits(ranker, rows, states, every, with_slots=False)
+            shown = torch.sigmoid(ranker_logits(ranker, rows, states, every))
+        clicked, slots = rows["clicked"].numpy(), rows["slots"].numpy()
+        figures[name] = {
+            "lists": len(pairs),
+            "auc_slot_controlled": ib.slot_controlled_auc(logits.numpy(), clicked, slots),
+            "ece": ib.expected_calibration_error(shown.numpy(), rows["targets"].numpy()),
+        }
+    return figures
+
+
+# -------------------------------------------------------------------------------------------- sit
+
+
+def teacher_lists(p: Pipeline, states: list[State], n: int, purpose: str) -> list[list[list[str]]]:
+    """n lists of the teacher for each state, filtered; fewer where an LLM's call failed.
+
+    The processes of a torchrun ask for a share each.
+    """
+    k, player = p.config.generator.list_size, p.config.roles.teacher
+    orders = [
+        (s.interests, p.seed("teacher", purpose, s.interests, i))
+        for s in share(states)
+        for i in range(n)
+    ]
+    if player == "rules":
+        teacher = roles.RuleTeacher()
+        texts = [teacher.write(x, k, random.Random(seed)) for x, seed in orders]
+        lists = [p.usable(text, x) for text, (x, _) in zip(texts, orders, strict=True)]
+    else:
+        import chat
+
+        inputs, seeds = [x for x, _ in orders], [seed for _, seed in orders]
+        texts = chat.LLMTeacher(p.chat(player)).write(inputs, k, seeds)
+        lists = [text and roles.covering(p.fit_to_show(text, x), x, k, p.encoder)
+                 for text, x in zip(texts, inputs, strict=True)]  # None where the call failed
+    return gather([[x for x in lists[i : i + n] if x is not None]
+                   for i in range(0, len(lists), n)])
+
+
+def chosen_states(p: Pipeline, cuts: list[int], limit: int, rng: random.Random) -> list[State]:
+    """Train users with interests at these cuts: at random, at most `limit` states (0: all)."""
+    states = [p.states[u][c] for u in p.ids("train") for c in cuts if p.states[u][c].interests]
+    return rng.sample(states, limit) if 0 < limit < len(states) else states
+
+
+def stage_sit(p: Pipeline) -> dict:
+    """Supervised interest-expanded instruction tuning (Eq. 5) on the teacher's lists."""
+    settings, g, rng = p.config.sit, p.config.generator, random.Random(p.seed("sit"))
+    rows, short = [], 0
+    states = chosen_states(p, list(range(len(p.config.data.cuts))), settings.max_rows, rng)
+    taught = teacher_lists(p, states, settings.lists_per_row, "sit")
+    for state, lists in zip(states, taught, strict=True):
+        full = [llm.encode_completion(p.tokenizer, x) for x in lists if len(x) == g.list_size]
+        short += len(lists) - len(full)
+        if full:
+            rows.append((p.prompt(state.interests), full))
+    if not rows:
+        raise UserError(
+            "sit: the teacher wrote no full list for any user; generator.list_size may be larger "
+            "than the interests allow"
+        )
+    model = llm.add_lora(p.policy(None), g.lora_rank, g.lora_alpha, p.seed("lora"))
+    size = settings.batch_users
+    optimiser, schedule = new_optimiser(
+        model, settings.learning_rate, settings.epochs * -(-len(rows) // size)
+    )
+    policy, losses = llm.averaged_gradients(model), []
+    for epoch in range(settings.epochs):
+        rng.shuffle(rows)
+        for start in progress(range(0, len(rows), size), f"sit epoch {epoch + 1}"):
+            batch = rows[start : start + size]
+            tokens = sum(len(y) for _, lists in batch for y in lists)
+            own, factor = part_of(batch)
+            loss = -torch.cat(list_logps(p, policy, own)).sum() / tokens * factor  # Eq. (5)
+            losses.append(float(np.mean(gather([loss.item()]))))
+            rate = schedule.get_last_lr()[0]
+            step(model, optimiser, schedule, loss)
+            p.run.log("sit", epoch=epoch, loss=losses[-1], learning_rate=rate)
+    llm.save_adapter(model, p.run / "sit" / "adapter")
+    last = losses[(settings.epochs - 1) * -(-len(rows) // size) :]  # of the last epoch
+    return {
+        "rows": len(rows),
+        "short_lists_left_out": short,
+        "first_loss": losses[0],
+        "loss": float(np.mean(last)),
+        **p.calls(),
+    }
+
+
+def list_logps(p: Pipeline, policy: Callable, rows) -> list[torch.Tensor]:
+    """Summed log-probabilities of the lists of each (prompt ids, [list ids, ...]) row.
+
+    policy: llm.averaged_gradients(model), as long as gradients are wanted.
+    """
+    prompts, lists = zip(*rows, strict=True)
+    g = p.config.generator
+    return policy(list(prompts), list(lists), g.head_chunk, g.attention)
+
+
+def part_of(batch: list) -> tuple[list, float]:
+    """This process's part of a global batch, and the factor of its loss.
+
+    DDP averages the gradients, so a share of a sum counts as often as there are processes. One
+    without a share computes a row for nothing: DDP waits for all.
+    """
+    own = share(batch)
+    return (own, float(processes()[1])) if own else (batch[:1], 0.0)
+
+
+def new_optimiser(model, learning_rate: float, steps: int):
+    """AdamW on the LoRA weights; a tenth of the steps warming up, then linear to zero.
+
+    Its eps lies above the rounding noise of gradients (1e-9), which at the usual 1e-8 moves weights
+    that nothing else moves, in a direction that depends on the order of a sum.
+    """
+    optimiser = torch.optim.AdamW(
+        [w for w in model.parameters() if w.requires_grad],
+        learning_rate,
+        eps=1e-6,
+        weight_decay=0.0,
+        fused=True,
+    )
+    warm = max(1, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda i: min((i + 1) / warm, max(0.0, (steps - i) / max(1, steps - warm)))
+    )
+    return optimiser, schedule
+
+
+def step(model, optimiser, schedule, loss: torch.Tensor) -> None:
+    optimiser.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([w for w in model.parameters() if w.requires_grad], 1.0)
+    optimiser.step()
+    schedule.step()
+
+
+# -------------------------------------------------------------------------------------------- dpo
+
+
+def score_pools(p: Pipeline, ranker, states: list[State], pools: list[list[str]]):
+    """Utilities (B, N), cosines (B, N, N) and valid (B, N) of every user's distinct candidates."""
+    p.encoder(sorted({y for pool in pools for y in pool}))
+    b, n = len(pools), max(map(len, pools))
+    utility, valid = torch.zeros(b, n), torch.zeros(b, n, dtype=torch.bool)
+    similarity = torch.zeros(b, n, n)
+    for i, (state, pool) in enumerate(zip(states, pools, strict=True)):
+        m, embeddings = len(pool), p.encoder(pool)
+        if pool:
+            utility[i, :m], valid[i, :m] = utilities(ranker, state, embeddings), True
+            similarity[i, :m, :m] = embeddings @ embeddings.T
+    return utility, similarity, valid
+
+
+def mine_round(p: Pipeline, ranker, states: list[State], lists) -> tuple[list[dict], Counter]:
+    """Lists -> pool -> list search (Algorithm 1) -> chosen and rejected lists (Eq. 8).
+
+    lists: those sampled for each state, and the teacher's. Returns for each state the preference
+    pair ({} if there is none), and counts of what was found and what was not.
+    """
+    settings, k = p.config.dpo, p.config.generator.list_size
+    pools = [sorted({y for x in own for y in x}) for own in lists]
+    rich = [i for i, pool in enumerate(pools) if len(pool) >= k]
+    counts = Counter(users=len(states), too_few_candidates=len(states) - len(rich), pairs=0)
+    found_for: list[dict] = [{} for _ in states]
+    if not rich:
+        return found_for, counts
+    states, lists, pools = ([x[i] for i in rich] for x in (states, lists, pools))
+    utility, similarity, valid = score_pools(p, ranker, states, pools)
+    beams, _ = ib.list_search(
+        ib.min_max(utility, valid),  # Unstated: r_util and r_div need one scale, as in Eq. (8)
+        similarity,
+        k,
+        settings.beam,
+        settings.expand,
+        settings.weight,
+        valid,
+    )
+    for i, (state, own, pool) in enumerate(zip(states, lists, pools, strict=True)):
+        rng = random.Random(p.seed("mine", state.user_id, pool))
+        n, number = len(pool), {y: j for j, y in enumerate(pool)}
+        considered = [x for x in beams[i].tolist() if x[0] >= 0]
+        considered += [[number[y] for y in x] for x in own if len(x) == k]
+        considered += [rng.sample(range(n), k) for _ in range(settings.random_lists)]
+        # A set counts once, in the order that came first: rounding is not to choose among orders.
+        considered = [*{frozenset(x): x for x in considered[::-1]}.values()][::-1]
+        chosen, rejected = ib.mine_preferences(
+            torch.tensor(considered),
+            utility[i, :n],
+            similarity[i, :n, :n],
+            settings.weight,
+            settings.margin,
+            settings.tolerance,
+        )
+        found = {kind: j for kind, j in rejected.items() if kind in settings.negatives}
+        counts.update(f"no_{kind}" for kind, j in found.items() if j is None)
+        texts = [[pool[y] for y in x] for x in considered]
+        kinds = {kind: texts[j] for kind, j in found.items() if j is not None}
+        counts["pairs"] += len(kinds)
+        if kinds:
+            found_for[rich[i]] = {
+                "interests": state.interests, "chosen": texts[chosen], "rejected": kinds
+            }
+    return found_for, counts
+
+
+def align(p: Pipeline, model, pairs: list[dict], label: str, pick: Callable | None = None) -> dict:
+    """DPO (Eq. 6) on preference pairs, in place; with `pick`, the checkpoint it values most stays.
+
+    The reference is the model as it comes in (or the SIT policy): its log-probabilities are
+    computed once, by the code path that trains.
+    """
+    settings, rng = p.config.dpo, random.Random(p.seed("dpo", label))
+    rows = [
+        (
+            p.prompt(x["interests"]),
+            [llm.encode_completion(p.tokenizer, y) for y in (x["chosen"], *x["rejected"].values())],
+        )
+        for x in pairs
+    ]
+    size, order = settings.batch_users, rng.sample(range(len(rows)), len(rows))
+    reference = reference_logps(p, model, rows, order, label)
+    steps = settings.passes * -(-len(rows) // size)
+    marks = {round(steps * (i + 1) / settings.checkpoints) for i in range(settings.checkpoints)}
+    optimiser, schedule = new_optimiser(model, settings.learning_rate, steps)
+    best, best_value = (lora_weights(model), pick(model)) if pick else (None, None)
+    policy, log = llm.averaged_gradients(model), []
+    for number in progress(range(1, steps + 1), f"dpo {label}"):
+        order = order or rng.sample(range(len(rows)), len(rows))
+        batch, order = order[:size], order[size:]
+        own, factor = part_of(batch)
+        logps = list_logps(p, policy, [rows[i] for i in own])  # one (1 + rejected,) a user
+        both = logps, [reference[i] for i in own]
+        chosen, ref_chosen = (torch.cat([y[:1].expand(len(y) - 1) for y in x]) for x in both)
+        rejected, ref_rejected = (torch.cat([y[1:] for y in x]) for x in both)  # (P,)
+        losses = ib.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, settings.beta)  # Eq. (6)
+        columns = torch.stack([losses, chosen, rejected, ref_chosen, ref_rejected])
+        log.append(dpo_figures(gather([columns.tolist()] if factor else [])))
+        rate = schedule.get_last_lr()[0]
+        p.run.log("dpo", round=label, step=number, **log[-1], learning_rate=rate)
+        loss = losses.sum() / sum(len(rows[i][1]) - 1 for i in batch)
+        if settings.sft_weight:
+            tokens = sum(len(rows[i][1][0]) for i in batch)
+            loss = loss - settings.sft_weight * sum(x[0] for x in logps) / tokens
+        step(model, optimiser, schedule, loss * factor)
+        if pick and number in marks:
+            value = pick(model)
+            p.run.log("dpo", round=label, step=number, held_out=value)
+            if value > best_value:
+                best, best_value = lora_weights(model), value
+    if pick:
+        model.load_state_dict(best, strict=False)
+    late = {name: float(np.mean([x[name] for x in log[-10:]])) for name in log[0]}
+    before = late["chosen_logp"] - late["chosen_logp_change"]  # negative, as log-probabilities are
+    if late["chosen_logp_change"] < 0.25 * before:
+        print(
+            f"  warning: {label}: the log-probability of chosen lists fell by "
+            f"{-late['chosen_logp_change']:.1f} nats; lower dpo.learning_rate or raise "
+            f"dpo.sft_weight"
+        )
+    names = ("margin", "chosen_logp", "rejected_logp", "chosen_logp_change")
+    return {
+        "first_loss": log[0]["loss"],
+        "last_loss": late["loss"],
+        **{name: late[name] for name in names},
+        "held_out": best_value,
+    }
+
+
+def lora_weights(model) -> dict[str, torch.Tensor]:
+    return {k: v.detach().clone() for k, v in model.named_parameters() if v.requires_grad}
+
+
+def dpo_figures(columns: list) -> dict[str, float]:
+    """Means over pairs; columns: of each process loss, chosen, rejected and their references."""
+    loss, chosen, rejected, ref_chosen, ref_rejected = np.concatenate(columns, axis=1)  # (P,) each
+    return {
+        "loss": float(loss.mean()),
+        "margin": float((chosen - ref_chosen - rejected + ref_rejected).mean()),
+        "chosen_logp": float(chosen.mean()),
+        "rejected_logp": float(rejected.mean()),
+        "chosen_logp_change": float((chosen - ref_chosen).mean()),
+    }
+
+
+@torch.no_grad()
+def reference_logps(p: Pipeline, model, rows, order: list[int], label: str) -> list[torch.Tensor]:
+    """Of all rows; batched as the first pass over them, so that its first loss is ln 2 exactly."""
+    if p.config.dpo.reference == "sit" and label != "round 1":
+        model = p.policy(p.run / "sit" / "adapter")
+    policy, size = functools.partial(llm.completion_logps, model), p.config.dpo.batch_users
+    found: dict[int, torch.Tensor] = {}
+    for start in progress(range(0, len(order), size), f"reference {label}"):
+        batch = order[start : start + size]
+        own, factor = part_of(batch)
+        logps = list_logps(p, policy, [rows[i] for i in own])
+        made = gather([x.tolist() for x in logps] if factor else [])
+        found |= zip(batch, map(torch.tensor, made), strict=True)
+    return [found[i].to(logps[0].device) for i in range(len(rows))]
+
+
+def list_quality(p: Pipeline, ranker, states: list[State], sampled) -> dict[str, float]:
+    """Mean utility and mean pairwise dissimilarity of lists; an empty list counts as 0."""
+    p.encoder(sorted({y for lists in sampled for x in lists for y in x}))
+    utility, diversity = [], []
+    for state, lists in zip(states, sampled, strict=True):
+        for x in lists:
+            embeddings = p.encoder(x)
+            utility.append(utilities(ranker, state, embeddings).mean().item() if x else 0.0)
+            diversity.append(ib.list_diversity(embeddings @ embeddings.T).item())
+    return {"utility": float(np.mean(utility)), "diversity": float(np.mean(diversity))}
+
+
+def stage_dpo(p: Pipeline) -> dict:
+    """Rounds of sample -> list search -> mine -> DPO; and the SFT+DPO baseline on clicked lists."""
+    if not p.impressions:
+        return {"skipped": "no impressions (data.impressions), so no preferences to learn"}
+    adapter, pairs, figures = p.run / "sit" / "adapter", [], {}
+    for number in range(1, p.config.dpo.rounds + 1):
+        folder, key = f"dpo/round{number}", digest(p.key, number)
+        if not p.run.is_done(folder, key):
+            made = dpo_round(p, number, adapter, pairs)
+            p.encoder.save()
+            p.run.mark_done(folder, key, **made)
+            print(f"  round {number}: {short(made)}", flush=True)
+        figures[f"round {number}"] = p.run.figures(folder)
+        adapter = p.run / folder / "adapter"
+        pairs = pairs + read_json(p.run / folder / "pairs.json")
+    folder, key = "dpo/vanilla", digest(p.key, "vanilla")
+    if not p.run.is_done(folder, key):
+        clicked, rng = click_pairs(p), random.Random(p.seed("clicked"))
+        # As many pairs as IceBreaker learned from: their kinds are compared, not their number.
+        clicked = rng.sample(clicked, min(len(clicked), sum(len(x["rejected"]) for x in pairs)))
+        model = p.policy(p.run / "sit" / "adapter", trainable=True)
+        made = align(p, model, clicked, "clicked against ignored")
+        llm.save_adapter(model, p.run / folder / "adapter")
+        p.run.mark_done(folder, key, pairs=len(clicked), **made)
+    return {**figures, "clicked against ignored": p.run.figures(folder)}
+
+
+def dpo_round(p: Pipeline, number: int, adapter: Path, earlier: list[dict]) -> dict:
+    """One round, from the policy in `adapter`; writes dpo/round<number>/{pairs.json,adapter}."""
+    settings, ranker, folder = p.config.dpo, p.ranker("train"), p.run / "dpo" / f"round{number}"
+    valid = [s for u in p.ids("valid") if (s := p.states[u][-1]).interests]
+    cut = min(number, len(p.config.data.cuts)) - 1  # early, middle, latest slice of the log
+    states = chosen_states(p, [cut], settings.max_users, random.Random(p.seed("users", number)))
+    model = p.policy(adapter, trainable=True)
+    sampled = p.write_lists(
+        adapter, [s.interests for s in states], settings.samples, p.seed("dpo", number), model
+    )
+    taught = teacher_lists(p, states, settings.teacher_lists, f"round {number}")
+    lists = [x + y for x, y in zip(sampled, taught, strict=True)]
+    found, counts = mine_round(p, ranker, share(states), share(lists))
+    new = [pair for pair in gather(found) if pair]
+    counts = sum_counts(gather([dict(counts)]))
+    if not earlier + new:
+        raise UserError("dpo: no preference pair found; lower dpo.margin or raise dpo.samples")
+    start: dict[str, float] = {}
+
+    def held_out(model) -> float:
+        """Utility and diversity on users of no pair, each relative to the start of the round."""
+        lists = p.sample_lists(model, [s.interests for s in valid], 2, p.seed("dpo", "held out"))
+        now = list_quality(p, ranker, valid, lists)
+        p.run.log("dpo", round=f"round {number}", held_out=now)
+        for name, value in now.items():
+            start.setdefault(name, max(value, 1e-6))
+        gain = {name: value / start[name] for name, value in now.items()}
+        return settings.weight * gain["utility"] + (1 - settings.weight) * gain["diversity"]
+
+    made = align(p, model, earlier + new, f"round {number}", held_out if valid else None)
+    llm.save_adapter(model, folder / "adapter")
+    write_json(folder / "pairs.json", new)
+    return {"before": list_quality(p, ranker, states, sampled), **counts, **made, **p.calls()}
+
+
+def sum_counts(parts: list[dict]) -> dict[str, int]:
+    return {name: sum(part.get(name, 0) for part in parts) for part in parts for name in part}
+
+
+def click_pairs(p: Pipeline) -> list[dict]:
+    """Vanilla pairs of the SFT+DPO baseline: a user's tapped list against an ignored one."""
+    by_state: dict[int, tuple[State, list, list]] = {}
+    for impression, state in shown_lists(p, p.ids("train")):
+        _, tapped, ignored = by_state.setdefault(id(state), (state, [], []))
+        (tapped if impression.clicked else ignored).append(impression.starters)
+    return [
+        {"interests": state.interests, "chosen": chosen, "rejected": {"ignored": rejected}}
+        for state, tapped, ignored in by_state.values()
+        if state.interests
+        for chosen, rejected in zip(tapped, ignored, strict=False)
+    ]
