@@ -19,7 +19,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import logging
 import os
 import re
 import sqlite3
@@ -68,23 +67,23 @@ def _checked(base_url: str) -> str:
 class Endpoint:
     """A server that speaks OpenAI's chat completions; its client retries, with growing pauses."""
 
-    def __init__(self, settings: EndpointConfig):
+    def __init__(self, settings: EndpointConfig, more: dict | None = None):
         self.url = _checked(settings.base_url or os.environ.get("OPENAI_BASE_URL", ""))
         if not settings.model:
             raise UserError(f"endpoint.model: name a model that {self.url} serves")
         key = os.environ.get(settings.key_env, "").strip() or "none"  # local servers need no key
         if not (key.isascii() and key.isprintable()):
             raise UserError(f"{settings.key_env}: holds characters that no key has")
-        self.settings, self.temperature = settings, settings.temperature
+        self.settings, self.more, self.temperature = settings, more or {}, settings.temperature
         self.name = f"{self.url}, model {settings.model}, max_tokens {settings.max_tokens}"
+        self.name += "".join(f", {name} {value}" for name, value in self.more.items())
         self.patience = max(12, 3 * settings.concurrency)
-        logging.getLogger("openai").setLevel(logging.WARNING)  # at DEBUG it prints the prompts
         self.client = openai.OpenAI(base_url=self.url, api_key=key, timeout=settings.timeout,
                                     max_retries=settings.retries)
 
     def answers(self, requests: list[Request]) -> Iterator[tuple[int, str, str]]:
         # Threads of this pool are daemons: a stopped run does not wait for the calls in flight.
-        with ThreadPool(min(self.settings.concurrency, len(requests))) as pool:
+        with ThreadPool(min(self.settings.concurrency, len(requests)) or 1) as pool:
             jobs = enumerate(requests)
             yield from pool.imap_unordered(lambda job: (job[0], *self._answer(job[1])), jobs)
 
@@ -97,6 +96,7 @@ class Endpoint:
                 temperature=request.temperature,
                 max_tokens=self.settings.max_tokens,
                 seed=request.sample,
+                extra_body=self.more,
             )
             return _content(completion)
         except openai.APITimeoutError:
@@ -177,18 +177,11 @@ class Local:
                     yield i, text, "" if text.strip() else "empty"
 
     def _prompt(self, request: Request) -> list[int]:
-        """One turn of the user, as not every template has a system role. The template is encoded
-        apart from the text, whose control tokens are never parsed."""
-        mark, text = "\x00", f"{request.system}\n\n{request.user}".strip()
-        template = f"{mark}\n"
-        if self.tokenizer.chat_template:
-            template = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True
-            )
-        before, after = (
-            self.tokenizer.encode(part, add_special_tokens=False) for part in template.split(mark)
-        )
-        return before + llm._encode_text(self.tokenizer, text) + after
+        """One turn of the user, as not every template has a system role; no control token of it is
+        parsed but the template's."""
+        before, after = llm.user_turn(self.tokenizer)
+        text = f"{request.system}\n\n{request.user}".strip()
+        return before + llm.encode_text(self.tokenizer, text) + after
 
 
 # ------------------------------------------------------------------------------------------- chat
@@ -218,33 +211,27 @@ class Chat:
         """
         known: dict[Request, T] = {}
         with contextlib.closing(self._open()) as cache:
-            for request in dict.fromkeys(requests):
-                row = cache.execute(_SELECT, (self._key(request),)).fetchone()
-                with contextlib.suppress(ValueError):
-                    known |= {request: read(row[0])} if row else {}
-            todo = [r for r in dict.fromkeys(requests) if r not in known]
+            for request in (distinct := dict.fromkeys(requests)):
+                query = "SELECT text FROM answers WHERE key = ?"
+                row = cache.execute(query, (self._key(request),)).fetchone()
+                if row:
+                    with contextlib.suppress(ValueError):
+                        known[request] = read(row[0])
+            todo = [request for request in distinct if request not in known]
             self.counts += Counter(cached=len(known), asked=len(todo))
-            for i, text, failure in self._answers(todo):
-                try:
-                    known |= {} if failure else {todo[i]: read(text)}
-                except ValueError:
-                    failure = "unreadable"
-                self._count(failure)
-                if not failure:
-                    cache.execute(_INSERT, (self._key(todo[i]), text))
+            with contextlib.closing(self.backend.answers(todo)) as answers:  # ends the calls too
+                bar = tqdm(answers, "ask", total=len(todo), disable=None, leave=False)
+                for i, text, failure in bar:
+                    if not failure:
+                        try:
+                            known[todo[i]] = read(text)
+                        except ValueError:
+                            failure = "unreadable"
+                    self._count(failure)
+                    if not failure:
+                        row = (self._key(todo[i]), text)
+                        cache.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", row)
         return [known.get(request) for request in requests]
-
-    def sample(self, prompts: list[str], n: int, seed: int) -> list[list[str]]:
-        """n completions of each prompt at the back-end's temperature, "" where a call failed."""
-        draws, temperature = range(seed, seed + n), self.backend.temperature
-        requests = [Request("", prompt, i, temperature) for prompt in prompts for i in draws]
-        texts = [text or "" for text in self.ask(requests, str)]
-        return [texts[i : i + n] for i in range(0, len(texts), n)]
-
-    def _answers(self, todo: list[Request]) -> Iterator[tuple[int, str, str]]:
-        if todo:
-            answers = self.backend.answers(todo)
-            yield from tqdm(answers, "ask", total=len(todo), disable=None, leave=False)
 
     def _count(self, failure: str) -> None:
         """Raises UserError where nothing was ever answered, or the server is gone."""
@@ -278,8 +265,20 @@ class Chat:
             raise UserError(f"{self.cache}: no usable cache of answers ({error})") from None
 
 
-_SELECT = "SELECT text FROM answers WHERE key = ?"
-_INSERT = "INSERT OR REPLACE INTO answers VALUES (?, ?)"
+class Sampler:
+    """The trained generator at a server, in place of llm.sample. more: fields of the request that
+    OpenAI's API lacks, such as vLLM's top_k."""
+
+    def __init__(self, settings: EndpointConfig, more: dict, cache: str | Path):
+        self.chat = Chat(Endpoint(settings, more), cache)
+
+    def sample(self, prompts: list[str], n: int, seed: int) -> list[list[str]]:
+        """n completions of each prompt, "" where a call failed."""
+        draws, temperature = range(seed, seed + n), self.chat.backend.temperature
+        requests = [Request("", prompt, i, temperature) for prompt in prompts for i in draws]
+        texts = [text or "" for text in self.chat.ask(requests, str)]
+        return [texts[i : i + n] for i in range(0, len(texts), n)]
+
 
 # ---------------------------------------------------------------------------------------- prompts
 

@@ -329,6 +329,10 @@ def _check(config: Config) -> None:
     for role in ("teacher", "matcher", "judge", "summariser"):
         if getattr(config.roles, role) not in ("rules", "endpoint", "generator"):
             raise UserError(f"roles.{role}: 'rules', 'endpoint' or 'generator'")
+        if getattr(config.roles, role) == "generator" and not config.generator.model:
+            raise UserError(
+                f"roles.{role}=generator: needs generator.model; the embedded one only writes lists"
+            )
     if config.endpoint.retries < 0:
         raise UserError("endpoint.retries: 0 or more")
     unknown = set(dpo.negatives) - {"utility", "diversity", "joint"}

@@ -114,10 +114,8 @@ def find_shape(config: Config) -> Shape:
     """Of generator.model: a local folder, the hub's local cache, or a known Qwen2.5."""
     g, b = config.generator, config.base
     if not g.model:
-        return Shape(
-            b.hidden, b.layers, b.heads, b.kv_heads, b.intermediate, b.vocabulary, True,
-            b.hidden // b.heads,
-        )
+        sizes = (b.hidden, b.layers, b.heads, b.kv_heads, b.intermediate, b.vocabulary)
+        return Shape(*sizes, tied=True, head_dim=b.hidden // b.heads)
     if Path(g.model).is_dir():
         return read_shape(Path(g.model) / "config.json")
     if cached := cached_file(g, "config.json"):
@@ -185,8 +183,7 @@ def training(s: Shape, g: GeneratorConfig, users: int, lists: int, a: int) -> di
     elif a == 2:  # CUDA's kernel takes keys in eights: a layer keeps a padded copy
         layer += mask
     checkpoint = g.gradient_checkpointing
-    once = mask
-    once += 2 * tokens * a * s.head_dim  # cosines and sines of the positions
+    once = mask + 2 * tokens * a * s.head_dim  # and cosines and sines of the positions
     # The vocabulary's rows: logits in fp32, in bf16 also as the head makes them; those of a chunk
     # stay until the next are made. Beside them the last norm, and the scored positions.
     chunk, logit = min(g.head_chunk, scored), 4 if a == 4 else 4 + a
@@ -245,7 +242,7 @@ def stages(config: Config, s: Shape, a: int) -> dict[str, dict[str, float]]:
     g, dpo = config.generator, config.dpo
     lora, weights = s.lora(g.lora_rank), weight_bytes(s, g.load_in_4bit, a)
     local = "generator" in vars(config.roles).values()  # plays roles: a base model of its own
-    other = {"sit": local * weights, "dpo": local * weights, "sampling": local * weights}
+    other = dict.fromkeys(("sit", "dpo", "sampling"), local * weights)
     other["dpo"] += 4 * lora  # the best checkpoint so far
     if dpo.reference == "sit" and dpo.rounds > 1:
         other["dpo"] += weights + 4 * lora
@@ -270,18 +267,16 @@ def token_lines(config: Config) -> list[str]:
     pairs = sum(range(1, dpo.rounds + 1))  # a round trains on its own pairs and on earlier ones
     drawn = g.max_prompt_tokens + dpo.samples * g.max_new_tokens
 
-    def total(count: int, each: int, setting: str) -> str:
-        return f"{count * each:,}" if count else f"{each:,} a user ({setting}=0: all there are)"
+    def total(count: int, each: int) -> str:
+        return f"{(count or 1) * each:,}" + ("" if count else " a user")  # 0: all there are
 
-    rows, users = sit.epochs * sit.max_rows, dpo.max_users
     return [
         f"sit       {sit.batch_users * row:,} a step, in all "
-        + total(rows, row if rows else sit.epochs * row, "sit.max_rows"),
+        f"{total(sit.max_rows, sit.epochs * row)}",
         f"dpo       {dpo.batch_users * tree:,} a step, in all "
-        + total(users, (dpo.passes + 1) * pairs * tree, "dpo.max_users")
-        + " (the reference's among them)",
+        f"{total(dpo.max_users, (dpo.passes + 1) * pairs * tree)} with the reference's",
         f"sampling  {max(1, g.sample_rows // dpo.samples) * drawn:,} a batch, for dpo in all "
-        + total(users, dpo.rounds * drawn, "dpo.max_users"),
+        f"{total(dpo.max_users, dpo.rounds * drawn)}; and for held-out users",
     ]
 
 
@@ -294,9 +289,9 @@ def plan(config: Config) -> str:
     def line(name: str, cells) -> str:
         return f"  {name:24}" + "".join(f"{x:>11}" for x in cells)
 
-    every = dict.fromkeys(t for terms in on_gpu.values() for t in terms if t != "peak")
     table = [line("", on_gpu)]
-    for term in (*every, "peak"):
+    every = dict.fromkeys(term for terms in on_gpu.values() for term in terms)
+    for term in sorted(every, key="peak".__eq__):  # the peak last
         values = [terms.get(term) for terms in on_gpu.values()]
         table.append(line(term, ["" if x is None else f"{x / GIB:.2f}" for x in values]))
     table.append(line("smallest card", [smallest_card(x["peak"]) for x in on_gpu.values()]))
@@ -345,8 +340,7 @@ Found = Iterator[tuple[bool, str]]
 
 
 def _versions(config: Config) -> Found:
-    python = platform.python_version()
-    yield sys.version_info >= (3, 11), f"Python {python} (3.11 or later)"
+    yield sys.version_info >= (3, 11), f"Python {platform.python_version()} (3.11 or later)"
     text = (ROOT / "requirements.txt").read_text(encoding="utf-8")
     pins = dict(re.findall(r"^([\w-]+)==(\S+)", text, re.MULTILINE))
     for name in ("torch", "transformers", "peft", "bitsandbytes"):
@@ -366,10 +360,8 @@ def _gpu(config: Config) -> Found:
         return
     card = torch.cuda.get_device_properties(0)
     bf16 = torch.cuda.is_bf16_supported()
-    yield bf16, (
-        f"GPU {card.name}, {card.total_memory / GIB:.1f} GiB, CUDA {torch.version.cuda}, "
-        + ("bf16" if bf16 else "no bf16: a card of compute capability 8.0 or later is needed")
-    )
+    text = f"GPU {card.name}, {card.total_memory / GIB:.1f} GiB, CUDA {torch.version.cuda}"
+    yield bf16, text + (", bf16" if bf16 else ": no bf16, which starts with compute capability 8.0")
 
 
 def _four_bit(config: Config) -> Found:
@@ -394,9 +386,11 @@ def unreachable(url: str, key: str = "") -> str:
     """Why there is no answer from `url` within 3 seconds, or ""."""
     if not url.startswith(("http://", "https://")):
         return "no http address"
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    request = urllib.request.Request(url)
+    if key:
+        request.add_unredirected_header("Authorization", f"Bearer {key}")
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=3):
+        with urllib.request.urlopen(request, timeout=3):
             return ""
     except urllib.error.HTTPError as error:
         return f"HTTP {error.code}"
@@ -407,8 +401,7 @@ def unreachable(url: str, key: str = "") -> str:
 
 
 def _hub(config: Config) -> Found:
-    g = config.generator
-    there = not g.model or Path(g.model).is_dir() or bool(_cached_weights(g))
+    g, there = config.generator, _at_hand(config.generator)
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     why = "HF_HUB_OFFLINE is set" if offline else unreachable(hub)
@@ -419,8 +412,10 @@ def _hub(config: Config) -> Found:
     yield there or not why, f"hub {hub}: {why + advice if why else 'reachable'}"
 
 
-def _cached_weights(g: GeneratorConfig) -> Path | None:
-    return cached_file(g, "model.safetensors") or cached_file(g, "model.safetensors.index.json")
+def _at_hand(g: GeneratorConfig) -> bool:
+    if not g.model or Path(g.model).is_dir():
+        return True
+    return any(cached_file(g, f"model.safetensors{end}") for end in ("", ".index.json"))
 
 
 def _endpoints(config: Config) -> Found:
@@ -443,6 +438,8 @@ def _room(config: Config) -> Found:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     g, s, gpu = config.generator, find_shape(config), torch.cuda.is_available()
+    if not gpu and s.parameters > 2e9:
+        yield False, f"no GPU, which {s.parameters / 1e9:.1f} B parameters need: a smaller model"
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     peak = max(x["peak"] for x in stages(config, s, 2 if gpu else 4).values())
     places = [("RAM", ram, 4 * GIB if gpu else peak + GIB, "a smaller model or a GPU; see --plan")]
@@ -452,7 +449,7 @@ def _room(config: Config) -> Found:
         places.append(("GPU memory", card, peak * FRAGMENTATION + CONTEXT, advice))
     adapters = 4 * s.lora(g.lora_rank) * (config.dpo.rounds + 2)  # sit, each round, the baseline
     disks = [(f"run.root ({config.run.root})", config.run.root, adapters + GIB / 2)]
-    if g.model and not Path(g.model).is_dir() and not _cached_weights(g):
+    if not _at_hand(g):
         disks.append((f"the hub's cache ({HF_HUB_CACHE})", HF_HUB_CACHE, 2 * s.parameters))
     for name, folder, need in disks:
         path = Path(folder).absolute()

@@ -8,8 +8,8 @@
     torchrun --nproc-per-node=2 train.py --stage dpo   # on two GPUs
 
 Stages: world -> base -> summarize -> match -> rid -> ranker -> sit -> dpo -> eval, and merge where
-asked for; their loops stand in rid.py and isg.py. A stage whose settings and inputs have not changed
-is skipped; a stage whose predecessors are missing runs them first.
+asked for; their loops stand in rid.py and isg.py. A stage is skipped if its settings and inputs have
+not changed, and runs its predecessors first if they are missing.
 
 Departures from the paper: LoRA instead of full fine-tuning; teacher and revisit matcher are offline
 rules over text (roles.py) unless an LLM is named (chat.py); the platform is simulated (world.py)
@@ -115,20 +115,20 @@ class Stage:
     alone: bool = False  # of several processes the first does all
 
 
-SUMMARISER = ("roles.summariser", "endpoint.model")
+LLM = ("endpoint.model", "generator.model")  # of roles
 MATCHER = (
+    *LLM,
     "encoder",
-    "endpoint.model",
     *(f"roles.{name}" for name in vars(Config().roles) if name.startswith(("match", "theme"))),
 )
 STAGES = {
     "world": Stage(stage_world, (), ("world", "data"), alone=True),
     "base": Stage(stage_base, (), ("base", "generator"), alone=True),
-    "summarize": Stage(rid.stage_summarize, ("world",), SUMMARISER, alone=True),
+    "summarize": Stage(rid.stage_summarize, ("world",), ("roles.summariser", *LLM), alone=True),
     "match": Stage(rid.stage_match, ("summarize",), MATCHER, alone=True),
     "rid": Stage(rid.stage_rid, ("match",), ("rid",), alone=True),
     "ranker": Stage(isg.stage_ranker, ("rid",), ("ranker", "generator"), alone=True),  # K slots
-    "sit": Stage(isg.stage_sit, ("rid", "base"), ("generator", "sit", "roles.teacher")),
+    "sit": Stage(isg.stage_sit, ("rid", "base"), ("generator", "sit", "roles.teacher", *LLM)),
     "dpo": Stage(isg.stage_dpo, ("sit", "ranker"), ("dpo",)),
     "eval": Stage(evaluation.stage_eval, ("dpo",), ("eval",)),
     "merge": Stage(stage_merge, ("dpo",), ("generator",), alone=True),

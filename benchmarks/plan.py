@@ -1,6 +1,6 @@
 """The bytes that plan.py estimates beside those that a CPU measures.
 
-    python -m benchmarks.plan                # about 10 minutes of one core; writes results/plan.md
+    python -m benchmarks.plan                # about 20 minutes of one core; writes results/plan.md
 
 Each row is a fresh process: randomly initialised Qwen2 weights saved to a folder, loaded by llm.py,
 then a SIT step, a DPO step (1 + 3 lists) or sampling through llm.py. The step runs once on a tiny

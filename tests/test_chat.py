@@ -118,6 +118,11 @@ def client(url, path, **settings):
     return Chat(Endpoint(EndpointConfig(base_url=url, model="m", **settings)), path / "a.sqlite")
 
 
+def rows(path):
+    with contextlib.closing(sqlite3.connect(path)) as cache:
+        return cache.execute("SELECT count(*) FROM answers").fetchone()[0]
+
+
 def number(text):
     return int(text)
 
@@ -182,6 +187,7 @@ def test_a_failure_is_counted_gives_none_and_alone_is_asked_again(serve, tmp_pat
     assert asking.counts == {"asked": 4, "answered": 3, reason: 1}
     assert asking.ask(requests, number) == [0, 1, None, 3]  # once more, in the same process
     assert [said(b) for b in server.bodies] == ["0", "1", "2", "3", "2"]
+    assert rows(tmp_path / "a.sqlite") == 3
 
     broken = False
     again = client(server.url, tmp_path, **settings)
@@ -213,8 +219,9 @@ def test_a_connection_refused_is_counted_and_many_end_the_run(tmp_path):
 def test_a_server_that_dies_ends_the_run_and_its_answers_are_kept(serve, tmp_path):
     server = serve(lambda body: said(body) if int(said(body)) < 5 else (500, {}, b"{}"))
     requests = [Request("s", str(i)) for i in range(50)]
-    with pytest.raises(UserError, match="server error"):
+    with pytest.raises(UserError, match="server error") as _error:  # it holds the frames
         client(server.url, tmp_path).ask(requests, number)
+    time.sleep(1)  # and no further call is begun
     assert 17 <= len(server.bodies) < 22
     server.script = said
     assert client(server.url, tmp_path).ask(requests, number) == list(range(50))
@@ -359,16 +366,18 @@ def test_processes_share_a_cache(tmp_path):
     with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
         runs = [pool.submit(fill, tmp_path / "new" / "a.sqlite", 50 * i) for i in range(4)]
         assert [run.result()[0] for run in runs] == [0, 50, 100, 150]
-    with contextlib.closing(sqlite3.connect(tmp_path / "new" / "a.sqlite")) as cache:
-        assert cache.execute("SELECT count(*) FROM answers").fetchone() == (200,)
+    assert rows(tmp_path / "new" / "a.sqlite") == 200
 
 
-def test_sample_draws_each_prompt_n_times_by_seed(serve, tmp_path):
+def test_sampler_draws_each_prompt_n_times_by_seed(serve, tmp_path):
     texts = {"a": lambda seed: f"a{seed}", "b": lambda seed: completion(None)}
     server = serve(lambda body: texts[said(body)](body["seed"]))
-    asking = client(server.url, tmp_path)
-    assert asking.sample(["a", "b"], 2, 5) == [["a5", "a6"], ["", ""]]
-    assert all(body["temperature"] == 0.7 for body in server.bodies)
+    settings = EndpointConfig(base_url=server.url, model="sit", temperature=0.3)
+    sampler = chat.Sampler(settings, {"top_p": 0.9, "top_k": 5}, tmp_path / "a.sqlite")
+    assert sampler.sample(["a", "b"], 2, 5) == [["a5", "a6"], ["", ""]]
+    for body in server.bodies:
+        del body["seed"], body["messages"], body["max_tokens"]
+        assert body == {"model": "sit", "temperature": 0.3, "top_p": 0.9, "top_k": 5}
 
 
 # -------------------------------------------------------------------------------------- user text
@@ -590,7 +599,7 @@ def model_folder(tmp_path_factory):
     tokenizer = base.train_tokenizer(["What is chess? Visit Kyoto && MATCH"] * 3, 320)
     model = tiny(vocabulary=len(tokenizer))
     model.generation_config.do_sample = True  # or `transformers serve` ignores the temperature
-    model.generation_config.eos_token_id = list(range(200, len(tokenizer)))  # a third of the tokens end
+    model.generation_config.eos_token_id = list(range(200, len(tokenizer)))  # a third of all
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder, tokenizer

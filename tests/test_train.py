@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -233,6 +234,42 @@ def test_dpo_starts_at_ln_2_and_logs_what_to_watch(finished):
             assert figures["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
             assert {"chosen_logp", "rejected_logp", "margin"} <= figures.keys()
     assert {"utility", "diversity"} == p.run.figures("dpo")["round 2"]["before"].keys()
+
+
+def test_what_the_matcher_could_not_say_is_no_label(finished, tmp_path, monkeypatch):
+    """An unknown summary is no positive, no negative, and in no AUC; -1 stands for it on disk."""
+    shutil.copytree(finished, tmp_path / "tiny")
+    p = train.Pipeline(micro(tmp_path, "rid.epochs=1"))
+    path = p.run / "match" / "revisited.json"
+    labels = read_json(path)
+    unknown = {
+        (user, cut): [i for i, x in enumerate(row) if x == 0][::2]
+        for user, cuts in labels.items()
+        for cut, row in enumerate(cuts)
+    }
+    for (user, cut), places in unknown.items():
+        for i in places:
+            labels[user][cut][i] = -1
+    path.write_text(json.dumps(labels))
+    revisits, seen, rows = rid.Revisits(p), [], isg.ib.contrastive_rows
+    row = next(r for r in revisits.rows(p.ids("train")) if unknown[r])
+    scores = np.arange(len(revisits[row])) / 100.0
+    known = revisits[row] >= 0
+    expected = rid.ib.per_user_auc(scores[known], revisits[row][known] == 1)
+    assert revisits.auc([row], [scores]) == pytest.approx(expected)
+
+    def watched(user, sessions, positive, mask, *rest):
+        seen.append((int(positive.sum()), int(mask.sum())))
+        return rows(user, sessions, positive, mask, *rest)
+
+    monkeypatch.setattr(rid.ib, "contrastive_rows", watched)
+    one_cut = {r[0]: r for r in revisits.rows(p.ids("train"))}  # an epoch takes one cut a user
+    train_rows = list(one_cut.values())
+    rid.fit_scorer(p, revisits, train_rows, revisits.rows(p.ids("valid")))
+    towers = p.config.rid.towers
+    flat = np.concatenate([revisits[r] for r in train_rows])
+    assert sum(a for a, _ in seen) == towers * (flat == 1).sum()
+    assert sum(b for _, b in seen) == towers * (flat >= 0).sum() < towers * len(flat)
 
 
 def test_the_scorers_encoder_can_be_tuned(finished, tmp_path, monkeypatch):
