@@ -67,14 +67,18 @@ def _checked(base_url: str) -> str:
 class Endpoint:
     """A server that speaks OpenAI's chat completions; its client retries, with growing pauses."""
 
-    def __init__(self, settings: EndpointConfig, more: dict | None = None):
+    def __init__(
+        self, settings: EndpointConfig, more: dict | None = None, whole: bool = True
+    ):
+        """more: fields of a request that OpenAI's API lacks; whole: no text cut short."""
         self.url = _checked(settings.base_url or os.environ.get("OPENAI_BASE_URL", ""))
         if not settings.model:
             raise UserError(f"endpoint.model: name a model that {self.url} serves")
         key = os.environ.get(settings.key_env, "").strip() or "none"  # local servers need no key
         if not (key.isascii() and key.isprintable()):
             raise UserError(f"{settings.key_env}: holds characters that no key has")
-        self.settings, self.more, self.temperature = settings, more or {}, settings.temperature
+        self.settings, self.more, self.whole = settings, more or {}, whole
+        self.temperature = settings.temperature
         self.name = f"{self.url}, model {settings.model}, max_tokens {settings.max_tokens}"
         self.name += "".join(f", {name} {value}" for name, value in self.more.items())
         self.patience = max(12, 3 * settings.concurrency)
@@ -98,7 +102,7 @@ class Endpoint:
                 seed=request.sample,
                 extra_body=self.more,
             )
-            return _content(completion)
+            return _content(completion, self.whole)
         except openai.APITimeoutError:
             return "", "time-out"
         except openai.APIConnectionError:
@@ -124,7 +128,7 @@ class Endpoint:
         return "refused" if error.code == "content_filter" else "bad request"
 
 
-def _content(completion) -> tuple[str, str]:
+def _content(completion, whole: bool) -> tuple[str, str]:
     """(text, failure) of a completion, of which nothing is certain but that it was JSON."""
     try:
         if not completion.choices:
@@ -133,10 +137,12 @@ def _content(completion) -> tuple[str, str]:
         text, refusal, end = choice.message.content, choice.message.refusal, choice.finish_reason
     except (AttributeError, TypeError, LookupError):
         return "", "malformed"
-    if end == "length":
-        return "", "cut short"
     if end == "content_filter" or refusal:
         return "", "refused"
+    if not whole and isinstance(text, str):
+        return _encodable(text), ""
+    if end == "length":
+        return "", "cut short"
     if not isinstance(text, str) or not text.strip():
         return "", "empty"
     return _encodable(text), ""
@@ -266,17 +272,30 @@ class Chat:
 
 
 class Sampler:
-    """The trained generator at a server, in place of llm.sample. more: fields of the request that
-    OpenAI's API lacks, such as vLLM's top_k."""
+    """The trained generator at a server, in place of llm.sample.
 
-    def __init__(self, settings: EndpointConfig, more: dict, cache: str | Path):
-        self.chat = Chat(Endpoint(settings, more), cache)
+    more: as of Endpoint, such as vLLM's top_k; policy: what tells this adapter from others that the
+    server knew by the same name.
+    """
+
+    def __init__(self, settings: EndpointConfig, more: dict, cache: str | Path, policy: str = ""):
+        backend = Endpoint(settings, more, whole=False)
+        backend.name += f", policy {policy}"
+        self.chat = Chat(backend, cache)
 
     def sample(self, prompts: list[str], n: int, seed: int) -> list[list[str]]:
-        """n completions of each prompt, "" where a call failed."""
+        """n completions of each prompt, cut short or empty as they may be.
+
+        Raises UserError if a call failed: a list less would pass for a policy that writes none.
+        """
         draws, temperature = range(seed, seed + n), self.chat.backend.temperature
         requests = [Request("", prompt, i, temperature) for prompt in prompts for i in draws]
-        texts = [text or "" for text in self.chat.ask(requests, str)]
+        texts = self.chat.ask(requests, str)
+        if None in texts:
+            raise UserError(
+                f"{self.chat.backend.name}: {texts.count(None)} of {len(texts)} samples failed "
+                f"({self.chat.report()}); the others are kept, run the same command again"
+            )
         return [texts[i : i + n] for i in range(0, len(texts), n)]
 
 

@@ -364,7 +364,7 @@ def describe_impressions(impressions: list[Impression]) -> dict[str, object]:
 
 def plain(text: str) -> str:
     """Text that can neither open or close a <sug> field nor part two starters."""
-    return text.replace("<", "(").replace(">", ")").replace("&&", "&")
+    return re.sub("&{2,}", "&", text.replace("<", "(").replace(">", ")"))
 
 
 def list_text(starters: list[str]) -> str:

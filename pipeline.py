@@ -28,6 +28,7 @@ from config import (
     RunFolder,
     UserError,
     digest,
+    file_digest,
     gather,
     processes,
     read_json,
@@ -294,14 +295,17 @@ class Pipeline:
 
         # The server knows an adapter by the name of its stage: sit, round1, round2, ..., vanilla.
         settings = dataclasses.replace(
-            self.config.endpoint, base_url=g.endpoint, model=adapter.parent.name if adapter else
-            g.model, temperature=g.temperature, max_tokens=g.max_new_tokens,
+            self.config.endpoint,
+            base_url=g.endpoint,
+            model=adapter.parent.name if adapter else g.model,
+            temperature=g.temperature,
+            max_tokens=g.max_new_tokens,
         )
-        server = chat.Sampler(settings, {"top_p": g.top_p, "top_k": g.top_k}, self.answers)
+        more = {"top_p": g.top_p} | ({"top_k": g.top_k} if g.top_k else {})
+        policy = file_digest(adapter / "adapter_model.safetensors") if adapter else ""
+        server = chat.Sampler(settings, more, self.answers, policy)
         prompts = [
-            llm.prompt_text(
-                self.tokenizer, x, g.list_size, g.instruction, g.max_prompt_tokens
-            )
+            llm.prompt_text(self.tokenizer, x, g.list_size, g.instruction, g.max_prompt_tokens)
             for x in share(inputs)
         ]
         return self._usable_lists(gather(server.sample(prompts, n, seed)), inputs)
@@ -327,7 +331,7 @@ class Pipeline:
             if player == "endpoint":
                 backend = chat.Endpoint(self.config.endpoint)
             else:
-                backend = chat.Local(self.policy(None), self.tokenizer)
+                backend = chat.Local(self.policy(None), self.tokenizer, self.config.endpoint)
             self._chats[player] = chat.Chat(backend, self.answers)
         return self._chats[player]
 

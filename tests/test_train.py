@@ -3,21 +3,25 @@
 import dataclasses
 import json
 import math
+import random
 import re
 import shutil
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from sentence_transformers import SentenceTransformer
+from test_chat import KEY, Stub
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import isg
 import llm
 import rid
+import roles
 import train
 from config import ROOT, UserError, load_config, read_json, read_tensors
 from encoder import packaged_minilm
@@ -205,6 +209,73 @@ def test_the_first_loss_is_ln_2_in_every_precision(finished, qwen, tmp_path, pre
     assert made["first_loss"] == pytest.approx(math.log(2), abs=1e-7)
     first = json.loads((tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()[-1])
     assert first["step"] and made["chosen_logp"] != 0
+
+
+def test_llm_roles_and_an_endpoint_that_fail_now_and_then(finished, qwen, tmp_path, monkeypatch):
+    """Failures are counted and become no label; a rerun asks only for what failed; the adapters'
+    lists are sampled from a server by the names of their stages."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    shutil.copy(finished / "world" / "impressions.jsonl", tmp_path)
+    rows = [json.loads(x) for x in (finished / "world" / "users.jsonl").read_text().splitlines()]
+    for session in [s for row in rows for s in row["sessions"]][::3]:
+        said = {"role": "user", "content": session.pop("summary")}
+        session["messages"] = [said, {"role": "assistant", "content": "Sure."}]
+    users = tmp_path / "users.jsonl"
+    users.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    broken, models = [True], []
+
+    def script(body):
+        *system, user = body["messages"]
+        models.append(body["model"])
+        if not system:
+            lines = [line[2:] for line in user["content"].splitlines()[1:]]
+            return roles.RuleTeacher().write(lines, 3, random.Random(body["seed"]))
+        fields = json.loads(user["content"].split("<data>\n")[1].split("\n</data>")[0])
+        if broken[0] and zlib.crc32(user["content"].encode()) % 4 == 0:
+            return [(500, {}, b"{}"), (429, {}, b"{}"), "no idea", {"choices": []}][len(models) % 4]
+        if "messages" in fields:
+            return fields["messages"][0]["text"]
+        if "interests" in fields:
+            return roles.RuleTeacher().write(fields["interests"], 6, random.Random(body["seed"]))
+        early, late = (set(re.findall(r"[A-Z]\w+", fields[x])) for x in ("earlier", "later"))
+        return "MATCH" if early & late else "DIFFERENT"
+
+    server = Stub(script)
+    asked = [f"roles.{role}=endpoint" for role in ("teacher", "matcher", "summariser")]
+    config = micro(
+        tmp_path,
+        *asked,
+        *f"endpoint.base_url={server.url} endpoint.model=m endpoint.retries=0".split(),
+        f"data.users={users}",
+        f"data.impressions={tmp_path}/impressions.jsonl",
+        f"generator.model={qwen}",
+        f"generator.endpoint={server.url}",
+    )
+    train.run_stages(config, ["sit"])
+    p = train.Pipeline(config)
+    made, match, sit = (p.run.figures(name) for name in ("summarize", "match", "sit"))
+    kinds = {"server error", "rate limit", "unreadable", "empty"}
+    failed = [sum(x["calls"].get(kind, 0) for kind in kinds) for x in (made, match)]
+    assert made["still"] >= failed[0] > 0  # equal sessions are asked about once
+    assert match["unknown"] > 0 and kinds & match["calls"].keys() and kinds & sit["calls"].keys()
+    assert sum(len(u.sessions) for u in p.users.values()) == sum(
+        len(row["sessions"]) for row in rows
+    ) - made["still"]
+    labels = read_json(p.run / "match" / "revisited.json")
+    assert {x for own in labels.values() for cut in own for x in cut} == {-1, 0, 1}
+
+    broken[0] = False
+    (p.run / "match" / "done.json").unlink()
+    before = len(models)
+    train.run_stages(config, ["match"])
+    again = train.Pipeline(config).run.figures("match")
+    assert again["unknown"] == 0 and len(models) - before == failed[1] == again["calls"]["asked"]
+
+    models.clear()
+    train.run_stages(config, ["eval"])
+    assert {"sit", "round1", "round2", "vanilla", str(qwen)} == {*models} - {"m"}
+    lists = (p.run / "eval" / "starters.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["starters"]["IceBreaker"][0] for line in lists)
 
 
 def test_two_processes_equal_one(finished, qwen, tmp_path):
