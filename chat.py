@@ -283,13 +283,16 @@ class Sampler:
         backend.name += f", policy {policy}"
         self.chat = Chat(backend, cache)
 
-    def sample(self, prompts: list[str], n: int, seed: int) -> list[list[str]]:
-        """n completions of each prompt, cut short or empty as they may be.
+    def sample(self, prompts: list[str], n: int, seeds: list[int]) -> list[list[str]]:
+        """n completions of each prompt, from its seed on, cut short or empty as they may be.
 
         Raises UserError if a call failed: a list less would pass for a policy that writes none.
         """
-        draws, temperature = range(seed, seed + n), self.chat.backend.temperature
-        requests = [Request("", prompt, i, temperature) for prompt in prompts for i in draws]
+        requests = [
+            Request("", prompt, seed + i, self.chat.backend.temperature)
+            for prompt, seed in zip(prompts, seeds, strict=True)
+            for i in range(n)
+        ]
         texts = self.chat.ask(requests, str)
         if None in texts:
             raise UserError(

@@ -148,6 +148,7 @@ class GeneratorConfig:
     temperature: float = 0.7
     top_p: float = 0.95
     top_k: int = 50  # only these are drawn from; 0: all
+    attempts: int = 3  # draws of a list, until it holds list_size starters that can be shown
     sampler: str = "fast"  # or "generate": the random numbers of transformers' generate
     sample_rows: int = 256  # sequences decoded together
     endpoint: str = ""  # http://host/v1 of a server with the saved adapters, to sample from instead
@@ -175,6 +176,7 @@ class BaseConfig:
 class SitConfig:
     max_rows: int = 800  # users' interests at a cut that the teacher writes for; 0: all there are
     lists_per_row: int = 1
+    own_lists: int = 0  # above 0: tuned again with that many lists a row of the policy itself
     epochs: int = 5
     learning_rate: float = 1e-3
     batch_users: int = 8
@@ -199,7 +201,18 @@ class DpoConfig:
     batch_users: int = 8
     reference: str = "round"  # "round": policy at the start of the round; "sit": the SIT policy
     sft_weight: float = 1.0  # of the chosen lists' mean log-probability per token beside Eq. (6)
+    vanilla: bool = True  # the baseline SFT+DPO, of tapped against ignored lists, is trained too
     checkpoints: int = 2  # per round; the best by held-out utility and diversity is kept
+
+
+@dataclass
+class AbConfig:
+    """The simulated online test (ab.py)."""
+
+    days: int = 35
+    users: int = 0  # of those that no method was trained on; 0: all
+    split: str = "paired"  # every arm meets copies of the same people; "shares": each is in one arm
+    lists: int = 3  # of each user and method, shown in turn
 
 
 @dataclass
@@ -224,6 +237,7 @@ class Config:
     sit: SitConfig = field(default_factory=SitConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    ab: AbConfig = field(default_factory=AbConfig)
 
 
 def _known_keys() -> list[str]:
@@ -335,16 +349,19 @@ def _check(config: Config) -> None:
             )
     if config.endpoint.retries < 0:
         raise UserError("endpoint.retries: 0 or more")
+    if config.ab.split not in ("paired", "shares"):
+        raise UserError("ab.split: 'paired' or 'shares'")
     unknown = set(dpo.negatives) - {"utility", "diversity", "joint"}
     if unknown or not dpo.negatives:
         raise UserError("dpo.negatives: some of utility, diversity, joint")
     positive = """world.users world.days rid.batch_users rid.activity_groups rid.temperature
         rid.towers roles.match_candidates endpoint.concurrency endpoint.timeout
         endpoint.max_tokens ranker.depth_cap generator.list_size generator.max_new_tokens
-        generator.temperature generator.head_chunk generator.sample_rows encoder.batch_size
+        generator.temperature generator.attempts generator.head_chunk generator.sample_rows
+        encoder.batch_size
         base.prompts base.lists sit.batch_users
         dpo.rounds dpo.samples dpo.beam dpo.expand dpo.batch_users dpo.checkpoints dpo.beta
-        eval.lists data.max_errors"""
+        eval.lists ab.days ab.lists data.max_errors"""
     for key in positive.split():
         section, name = key.split(".")
         if not getattr(getattr(config, section), name) > 0:  # nan is refused too

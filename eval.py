@@ -2,6 +2,7 @@
 
     python eval.py --config configs/tiny.yaml          # the same as train.py --stage eval
     python eval.py --runs runs/seed7 runs/seed8        # finished runs side by side
+    python eval.py --reproduce all --seeds 3           # every table of the paper (reproduce.py)
 
 Metrics follow appendix B.1 of the paper. Unstated there, chosen here: which keywords count as
 high-weight (TF-IDF at or above the corpus median), and that diversity is counted per list.
@@ -121,32 +122,26 @@ class TopicClassifier:
         return self.model.predict(np.asarray(self.encode(texts))).tolist() if texts else []
 
 
-def evaluate(
-    lists: dict[str, dict[str, list[list[str]]]],
+Lists = dict[str, dict[str, list[list[str]]]]  # method -> user -> lists of starters
+PerUser = dict[str, dict[str, dict[str, float]]]  # method -> metric -> user -> value
+
+
+def measure(
+    lists: Lists,
     score: Callable | None,
     encode: Callable,
-    *,
+    classifier: TopicClassifier,
     truth=None,
     train_score: Callable | None = None,
-    bootstrap: int = 1000,
-    seed: int = 0,
-    baseline: str = "PE",
-    classifier: TopicClassifier | None = None,
-) -> dict:
-    """Every metric of every method.
+) -> PerUser:
+    """Every metric of every method and user: means over the user's lists; an empty list counts 0.
 
-    lists: method -> user -> lists of starters. score(user, starters) -> utilities (K,) of the
-    held-out ranker, None without logs; train_score the same of the training ranker; truth has
-    expected_clicks(user, starters). An empty list counts 0 everywhere. Means are over a user's
-    lists, then over users. Raises ValueError if the methods do not cover the same users.
+    score(user, starters) -> utilities (K,) of the held-out ranker, None without logs; train_score
+    the same of the training ranker; truth has expected_clicks(user, starters).
     """
-    users = list(lists[baseline])
-    if any(set(rows) != set(users) for rows in lists.values()) or not users:
-        raise ValueError("evaluate: every method needs lists for the same users, at least one")
     count = KeywordCounter(
         [y for m in lists.values() for rows in m.values() for x in rows for y in x]
     )
-    classifier = classifier or TopicClassifier(encode)
 
     def dissimilarity(_, x):
         vectors = encode(x)
@@ -165,14 +160,36 @@ def evaluate(
         metrics["train_utility"] = lambda u, x: float(np.mean(train_score(u, x))) if x else 0.0
     if truth:
         metrics["true_clicks"] = lambda u, x: truth.expected_clicks(u, x) if x else 0.0
-
-    per_user = {
+    return {
         method: {
-            name: {u: float(np.mean([f(u, x) for x in rows[u]])) for u in users}
+            name: {u: float(np.mean([f(u, x) for x in own])) for u, own in rows.items()}
             for name, f in metrics.items()
         }
         for method, rows in lists.items()
     }
+
+
+def evaluate(
+    lists: Lists,
+    score: Callable | None,
+    encode: Callable,
+    *,
+    truth=None,
+    train_score: Callable | None = None,
+    bootstrap: int = 1000,
+    seed: int = 0,
+    baseline: str = "PE",
+    classifier: TopicClassifier | None = None,
+) -> dict:
+    """What `measure` gives as means over users, with the lifts over the baseline.
+
+    Raises ValueError if the methods do not cover the same users.
+    """
+    users = list(lists[baseline])
+    if any(set(rows) != set(users) for rows in lists.values()) or not users:
+        raise ValueError("evaluate: every method needs lists for the same users, at least one")
+    classifier = classifier or TopicClassifier(encode)
+    per_user = measure(lists, score, encode, classifier, truth, train_score)
     result = {}
     for method, values in per_user.items():
         figures = {name: float(np.mean(list(v.values()))) for name, v in values.items()}
@@ -380,7 +397,8 @@ def methods(p: Pipeline) -> dict[str, tuple[Path | None, bool]]:
     """Method -> (adapter, whether it is given the distilled interests)."""
     table = {"PE": (None, False), "PE+RID": (None, True), "SFT": (p.run / "sit" / "adapter", True)}
     if p.impressions:
-        table["SFT+DPO"] = (p.run / "dpo" / "vanilla" / "adapter", True)
+        if p.config.dpo.vanilla:
+            table["SFT+DPO"] = (p.run / "dpo" / "vanilla" / "adapter", True)
         table["IceBreaker"] = (p.run / "dpo" / f"round{p.config.dpo.rounds}" / "adapter", True)
     return table
 
@@ -433,8 +451,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", default=str(ROOT / "configs" / "tiny.yaml"))
     parser.add_argument("--runs", nargs="+", type=Path, help="finished run folders, side by side")
+    parser.add_argument("--reproduce", nargs="+", metavar="TABLE", help="1 2 3 6 7 8 9 figure3 "
+                        "beyond, or all")  # fmt: skip
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of --reproduce")
+    parser.add_argument("--quick", action="store_true", help="--reproduce small, in minutes")
     parser.add_argument("settings", nargs="*", metavar="section.key=value")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
+    if arguments.reproduce:
+        import reproduce
+
+        words = [x for x in arguments.reproduce if "=" in x] + arguments.settings
+        tables = [x for x in arguments.reproduce if "=" not in x]
+        reproduce.reproduce(tables, arguments.seeds, arguments.config, words, arguments.quick)
+        return
     if not arguments.runs:
         train.run_stages(load_config(arguments.config, arguments.settings), ["eval"])
         return

@@ -156,6 +156,52 @@ def stage_ranker(p: Pipeline) -> dict:
     return figures
 
 
+# ------------------------------------------------------------------------------------- cold start
+
+
+class PopularStarters:
+    """What others tap, for a user without history: popular, varied, and of the profile's liking.
+
+    A starter's value is its taps beyond what its slots explain, shrunk; taps by people who share a
+    field of the profile count five times.
+    """
+
+    def __init__(self, p: Pipeline, candidates: int = 60):
+        self.p, self.candidates, train = p, candidates, set(p.ids("train"))
+        shown = [x for x in p.impressions if x.user_id in train]
+        rows = [(y, i, j) for i, x in enumerate(shown) for j, y in enumerate(x.starters)]
+        self.starters = sorted({y for y, _, _ in rows})
+        number = {y: n for n, y in enumerate(self.starters)}
+        rates = p.slot_rates.tolist()
+        self.number = np.array([number[y] for y, _, _ in rows])
+        self.surplus = np.array(
+            [(j in shown[i].clicked) - rates[min(j, len(rates) - 1)] for _, i, j in rows]
+        )
+        self.owner = np.array([i for _, i, _ in rows])
+        self.profiles = [p.users[x.user_id].profile or {} for x in shown]
+
+    def __call__(self, profile: dict[str, str] | None) -> list[str]:
+        """At most K starters."""
+        own = set((profile or {}).items())
+        weight = np.array([5.0 if own & set(x.items()) else 1.0 for x in self.profiles])[self.owner]
+        n = len(self.starters)
+        value = np.bincount(self.number, weight * self.surplus, n) / (
+            np.bincount(self.number, weight, n) + 20
+        )
+        best = np.argsort(-value, kind="stable")[: self.candidates]
+        vectors = self.p.encoder([self.starters[i] for i in best])
+        settings, k = self.p.config.dpo, self.p.config.generator.list_size
+        lists, _ = ib.list_search(
+            ib.min_max(torch.tensor(value[best], dtype=torch.float32)[None]),
+            (vectors @ vectors.T)[None],
+            min(k, len(best)),
+            settings.beam,
+            len(best),
+            settings.weight,
+        )
+        return [self.starters[best[i]] for i in lists[0, 0].tolist()]
+
+
 # -------------------------------------------------------------------------------------------- sit
 
 
@@ -207,16 +253,35 @@ def stage_sit(p: Pipeline) -> dict:
             "sit: the teacher wrote no full list for any user; generator.list_size may be larger "
             "than the interests allow"
         )
+    model, figures = instruct(p, rows)
+    if settings.own_lists:
+        sampled = p.sample_lists(
+            model, [x.interests for x in states], settings.own_lists, p.seed("sit", "own")
+        )
+        made = zip(states, sampled, strict=True)
+        full = [(x, [y for y in lists if len(y) == g.list_size]) for x, lists in made]
+        rows += [
+            (p.prompt(x.interests), [llm.encode_completion(p.tokenizer, y) for y in lists])
+            for x, lists in full
+            if lists
+        ]
+        model, figures = instruct(p, rows)
+    llm.save_adapter(model, p.run / "sit" / "adapter")
+    return {"rows": len(rows), "short_lists_left_out": short, **figures, **p.calls()}
+
+
+def instruct(p: Pipeline, rows: list) -> tuple[torch.nn.Module, dict[str, float]]:
+    """A new adapter, tuned on (prompt ids, [list ids, ...]) rows; and its losses."""
+    settings, g, rng = p.config.sit, p.config.generator, random.Random(p.seed("sit", "order"))
     model = llm.add_lora(p.policy(None), g.lora_rank, g.lora_alpha, p.seed("lora"))
-    size = settings.batch_users
-    optimiser, schedule = new_optimiser(
-        model, settings.learning_rate, settings.epochs * -(-len(rows) // size)
-    )
-    policy, losses = llm.averaged_gradients(model), []
+    size, losses = settings.batch_users, []
+    steps = settings.epochs * -(-len(rows) // size)
+    optimiser, schedule = new_optimiser(model, settings.learning_rate, steps)
+    policy = llm.averaged_gradients(model)
     for epoch in range(settings.epochs):
-        rng.shuffle(rows)
+        order = rng.sample(rows, len(rows))
         for start in progress(range(0, len(rows), size), f"sit epoch {epoch + 1}"):
-            batch = rows[start : start + size]
+            batch = order[start : start + size]
             tokens = sum(len(y) for _, lists in batch for y in lists)
             own, factor = part_of(batch)
             loss = -torch.cat(list_logps(p, policy, own)).sum() / tokens * factor  # Eq. (5)
@@ -224,15 +289,8 @@ def stage_sit(p: Pipeline) -> dict:
             rate = schedule.get_last_lr()[0]
             step(model, optimiser, schedule, loss)
             p.run.log("sit", epoch=epoch, loss=losses[-1], learning_rate=rate)
-    llm.save_adapter(model, p.run / "sit" / "adapter")
-    last = losses[(settings.epochs - 1) * -(-len(rows) // size) :]  # of the last epoch
-    return {
-        "rows": len(rows),
-        "short_lists_left_out": short,
-        "first_loss": losses[0],
-        "loss": float(np.mean(last)),
-        **p.calls(),
-    }
+    last = losses[steps - steps // settings.epochs :]  # of the last epoch
+    return model, {"first_loss": losses[0], "loss": float(np.mean(last))}
 
 
 def list_logps(p: Pipeline, policy: Callable, rows) -> list[torch.Tensor]:
@@ -303,8 +361,8 @@ def score_pools(p: Pipeline, ranker, states: list[State], pools: list[list[str]]
 def mine_round(p: Pipeline, ranker, states: list[State], lists) -> tuple[list[dict], Counter]:
     """Lists -> pool -> list search (Algorithm 1) -> chosen and rejected lists (Eq. 8).
 
-    lists: those sampled for each state, and the teacher's. Returns for each state the preference
-    pair ({} if there is none), and counts of what was found and what was not.
+    lists: those sampled for each state, repeats and all, and the teacher's. Returns for each state
+    the preference pair ({} if there is none), and counts of what was found and what was not.
     """
     settings, k = p.config.dpo, p.config.generator.list_size
     pools = [sorted({y for x in own for y in x}) for own in lists]
@@ -331,7 +389,7 @@ def mine_round(p: Pipeline, ranker, states: list[State], lists) -> tuple[list[di
         considered += [[number[y] for y in x] for x in own if len(x) == k]
         considered += [rng.sample(range(n), k) for _ in range(settings.random_lists)]
         # A set counts once, in the order that came first: rounding is not to choose among orders.
-        considered = [*{frozenset(x): x for x in considered[::-1]}.values()][::-1]
+        considered = [*{tuple(sorted(x)): x for x in considered[::-1]}.values()][::-1]
         chosen, rejected = ib.mine_preferences(
             torch.tensor(considered),
             utility[i, :n],
@@ -465,7 +523,7 @@ def stage_dpo(p: Pipeline) -> dict:
         return {"skipped": "no impressions (data.impressions), so no preferences to learn"}
     adapter, pairs, figures = p.run / "sit" / "adapter", [], {}
     for number in range(1, p.config.dpo.rounds + 1):
-        folder, key = f"dpo/round{number}", digest(p.key, number)
+        folder, key = f"dpo/round{number}", digest(p.key, number)  # whatever rounds follow
         if not p.run.is_done(folder, key):
             made = dpo_round(p, number, adapter, pairs)
             p.encoder.save()
@@ -474,7 +532,14 @@ def stage_dpo(p: Pipeline) -> dict:
         figures[f"round {number}"] = p.run.figures(folder)
         adapter = p.run / folder / "adapter"
         pairs = pairs + read_json(p.run / folder / "pairs.json")
-    folder, key = "dpo/vanilla", digest(p.key, "vanilla")
+    if p.config.dpo.vanilla:
+        figures["clicked against ignored"] = align_on_clicks(p, pairs)
+    return figures
+
+
+def align_on_clicks(p: Pipeline, pairs: list[dict]) -> dict:
+    """The SFT+DPO baseline: vanilla DPO from SIT's policy, on tapped against ignored lists."""
+    folder, key = "dpo/vanilla", digest(p.key, "vanilla", p.config.dpo.rounds)
     if not p.run.is_done(folder, key):
         clicked, rng = click_pairs(p), random.Random(p.seed("clicked"))
         # As many pairs as IceBreaker learned from: their kinds are compared, not their number.
@@ -483,7 +548,7 @@ def stage_dpo(p: Pipeline) -> dict:
         made = align(p, model, clicked, "clicked against ignored")
         llm.save_adapter(model, p.run / folder / "adapter")
         p.run.mark_done(folder, key, pairs=len(clicked), **made)
-    return {**figures, "clicked against ignored": p.run.figures(folder)}
+    return p.run.figures(folder)
 
 
 def dpo_round(p: Pipeline, number: int, adapter: Path, earlier: list[dict]) -> dict:
@@ -493,8 +558,14 @@ def dpo_round(p: Pipeline, number: int, adapter: Path, earlier: list[dict]) -> d
     cut = min(number, len(p.config.data.cuts)) - 1  # early, middle, latest slice of the log
     states = chosen_states(p, [cut], settings.max_users, random.Random(p.seed("users", number)))
     model = p.policy(adapter, trainable=True)
+    # With their repeats, which the search avoids: such a list is a natural diversity negative.
     sampled = p.write_lists(
-        adapter, [s.interests for s in states], settings.samples, p.seed("dpo", number), model
+        adapter,
+        [s.interests for s in states],
+        settings.samples,
+        p.seed("dpo", number),
+        model,
+        repeats=True,
     )
     taught = teacher_lists(p, states, settings.teacher_lists, f"round {number}")
     lists = [x + y for x, y in zip(sampled, taught, strict=True)]

@@ -64,7 +64,7 @@ class Pipeline:
         self._check_players(config)
         self.config, self.run = config, RunFolder(config)
         self._chats: dict = {}
-        self.key = ""  # of the running stage: a digest of all that it depends on
+        self.key = ""  # of the running stage: all that it depends on, but for the number of rounds
         self.users_file, self.impressions_file = config.data.users, config.data.impressions
         if not config.data.users:
             self.users_file = self.run / "world" / "users.jsonl"
@@ -269,28 +269,34 @@ class Pipeline:
         )
 
     def sample_lists(
-        self, model, inputs: list[list[str]], n: int, seed: int
+        self, model, inputs: list[list[str]], n: int, seed: int, repeats: bool = False
     ) -> list[list[list[str]]]:
         """n lists for each input, parsed and filtered: at most K starters each, perhaps none.
 
-        The processes of a torchrun sample a share each.
+        A list with fewer than K is drawn again, at most generator.attempts times in all, and the
+        fullest stays. repeats: as first drawn, and starters that a list repeats stay in it. The
+        processes of a torchrun sample a share each.
         """
-        g, own = self.config.generator, share(range(len(inputs)))
-        texts = llm.sample(
-            model, self.tokenizer, [self.prompt(inputs[i]) for i in own], n, seed=seed,
-            max_new_tokens=g.max_new_tokens, temperature=g.temperature, top_p=g.top_p,
-            top_k=g.top_k, rows=g.sample_rows, sampler=g.sampler, numbers=own,
-        )
-        return self._usable_lists(gather(texts), inputs)
+        g = self.config.generator
+
+        def draw(prompts, n: int, seed: int, numbers: list[int]) -> list[list[str]]:
+            return llm.sample(
+                model, self.tokenizer, [self.prompt(x) for x in prompts], n, seed=seed,
+                max_new_tokens=g.max_new_tokens, temperature=g.temperature, top_p=g.top_p,
+                top_k=g.top_k, rows=g.sample_rows, sampler=g.sampler, numbers=numbers,
+            )
+
+        return self._full_lists(draw, inputs, n, seed, repeats)
 
     def write_lists(
-        self, adapter: Path | None, inputs: list[list[str]], n: int, seed: int, model=None
+        self, adapter: Path | None, inputs: list[list[str]], n: int, seed: int, model=None,
+        repeats: bool = False,
     ) -> list[list[list[str]]]:
         """As sample_lists, by a saved adapter (None: the base): from generator.endpoint if it is
         set, where the model of that name is asked; or here, `model` being loaded already."""
         g = self.config.generator
         if not g.endpoint:
-            return self.sample_lists(model or self.policy(adapter), inputs, n, seed)
+            return self.sample_lists(model or self.policy(adapter), inputs, n, seed, repeats)
         import chat
 
         # The server knows an adapter by the name of its stage: sit, round1, round2, ..., vanilla.
@@ -304,22 +310,45 @@ class Pipeline:
         more = {"top_p": g.top_p} | ({"top_k": g.top_k} if g.top_k else {})
         policy = file_digest(adapter / "adapter_model.safetensors") if adapter else ""
         server = chat.Sampler(settings, more, self.answers, policy)
-        prompts = [
-            llm.prompt_text(self.tokenizer, x, g.list_size, g.instruction, g.max_prompt_tokens)
-            for x in share(inputs)
-        ]
-        return self._usable_lists(gather(server.sample(prompts, n, seed)), inputs)
 
-    def _usable_lists(self, texts, inputs) -> list[list[list[str]]]:
-        return [[self.usable(t, x) for t in row] for row, x in zip(texts, inputs, strict=True)]
+        def draw(prompts, n: int, seed: int, numbers: list[int]) -> list[list[str]]:
+            texts = [
+                llm.prompt_text(self.tokenizer, x, g.list_size, g.instruction, g.max_prompt_tokens)
+                for x in prompts
+            ]
+            return server.sample(texts, n, [(seed + n * i) % 2**31 for i in numbers])
+
+        return self._full_lists(draw, inputs, n, seed, repeats)
+
+    def _full_lists(self, draw, inputs, n: int, seed: int, repeats: bool) -> list[list[list[str]]]:
+        """draw(inputs, n, seed, number of each) -> n texts of each."""
+        k, own = self.config.generator.list_size, share(range(len(inputs)))
+        texts = draw([inputs[i] for i in own], n, seed, own)
+        lists = [
+            [self.fit_to_show(t, inputs[i], repeats)[:k] for t in row]
+            for i, row in zip(own, texts, strict=True)
+        ]
+        for attempt in range(1, 1 if repeats else self.config.generator.attempts):
+            short = [(r, j) for r, row in enumerate(lists) for j, x in enumerate(row) if len(x) < k]
+            if not short:
+                break
+            numbers = [own[r] * n + j for r, j in short]
+            seed = int(digest(seed, attempt)[:7], 16)
+            again = draw([inputs[own[r]] for r, _ in short], 1, seed, numbers)
+            for (r, j), (text,) in zip(short, again, strict=True):
+                lists[r][j] = max(
+                    lists[r][j], self.fit_to_show(text, inputs[own[r]])[:k], key=len
+                )
+        return gather(lists)
 
     def usable(self, text: str, interests: list[str]) -> list[str]:
         """The starters of a completion that are fit to show for these interests, at most K."""
         return self.fit_to_show(text, interests)[: self.config.generator.list_size]
 
     @staticmethod
-    def fit_to_show(text: str, interests: list[str]) -> list[str]:
-        return roles.filter_starters(roles.parse_starters(text).starters, interests)[0]
+    def fit_to_show(text: str, interests: list[str], repeats: bool = False) -> list[str]:
+        starters = roles.parse_starters(text).starters
+        return roles.filter_starters(starters, interests, repeats=repeats)[0]
 
     # ------------------------------------------------------------------------------------------ LLM
 
@@ -339,6 +368,15 @@ class Pipeline:
     def answers(self) -> Path:
         """Answers of LLMs, kept for all runs below run.root: the same question is asked once."""
         return Path(self.config.run.root) / "answers.sqlite"
+
+    def interest_judge(self):
+        """Which of two lists of interests says more about a user, by the role that is set."""
+        player = self.config.roles.judge
+        if player == "rules":
+            return roles.RuleJudge(self.encoder)
+        import chat
+
+        return chat.LLMJudge(self.chat(player))
 
     def calls(self) -> dict[str, dict]:
         """What became of the calls to LLMs since this was last asked; {} if there were none."""

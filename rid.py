@@ -21,7 +21,7 @@ import torch
 
 import icebreaker as ib
 import roles
-from config import UserError, atomic_path, read_json, write_json, write_tensors
+from config import UserError, atomic_path, read_json, read_tensors, write_json, write_tensors
 from encoder import Encoder, embed
 from pipeline import Pipeline, progress
 
@@ -153,14 +153,7 @@ def fit_scorer(p: Pipeline, revisits: Revisits, train, valid) -> tuple[Callable,
     """
     settings = p.config.rid
     torch.manual_seed(p.seed("rid"))
-    scorer = ib.ResonanceScorer(
-        settings.towers,
-        p.encoder.dim,
-        len(ib.FEATURE_NAMES),
-        settings.text_dim,
-        settings.hidden,
-        settings.dropout,
-    )
+    scorer = new_scorer(p)
     optimiser = torch.optim.AdamW(scorer.parameters(), settings.learning_rate, weight_decay=0.01)
     trained, tuned, encode = [*scorer.towers], None, None
     if settings.encoder_learning_rate:
@@ -247,11 +240,19 @@ def fit_gate(p: Pipeline, revisits: Revisits, score, valid, edges) -> list[float
 
 def distil_all(p: Pipeline, score, edges, thresholds) -> float:
     """Write every user's trigger interests at every cut; return the mean number kept."""
-    settings = p.config.rid
     everyone = [(u, c) for u in p.users for c in range(len(p.shares)) if p.histories[u][c].texts]
     triggers = {u: [{"interests": [], "scores": []} for _ in p.shares] for u in p.users}
-    for (user_id, cut), scores in zip(everyone, score(everyone), strict=True):
-        history = p.histories[user_id][cut]
+    for (user_id, cut), found in distil_rows(p, score, edges, thresholds, everyone).items():
+        triggers[user_id][cut] = found
+    write_json(p.run / "rid" / "triggers.json", triggers)
+    return float(np.mean([len(cuts[-1]["interests"]) for cuts in triggers.values()]))
+
+
+def distil_rows(p: Pipeline, score, edges, thresholds, rows) -> dict[tuple[str, int], dict]:
+    """(user, cut) row -> its trigger interests, best first, and their scores (Eq. 4)."""
+    settings, found = p.config.rid, {}
+    for row, scores in zip(rows, score(rows), strict=True):
+        history = p.histories[row[0]][row[1]]
         keep = ib.distil(
             scores,
             thresholds[ib.activity_group(history.sessions_per_week, edges)],
@@ -260,9 +261,25 @@ def distil_all(p: Pipeline, score, edges, thresholds) -> float:
             history.embeddings,
             settings.duplicate_cosine,
         )
-        triggers[user_id][cut] = {
+        found[row] = {
             "interests": [history.texts[j] for j in keep],
             "scores": [float(scores[j]) for j in keep],
         }
-    write_json(p.run / "rid" / "triggers.json", triggers)
-    return float(np.mean([len(cuts[-1]["interests"]) for cuts in triggers.values()]))
+    return found
+
+
+def new_scorer(p: Pipeline) -> ib.ResonanceScorer:
+    r, features = p.config.rid, len(ib.FEATURE_NAMES)
+    return ib.ResonanceScorer(r.towers, p.encoder.dim, features, r.text_dim, r.hidden, r.dropout)
+
+
+def distil_latest(p: Pipeline) -> dict[str, list[str]]:
+    """Trigger interests of p.users as they are now, by the scorer and gate that `rid` saved."""
+    scorer = new_scorer(p)
+    scorer.load_state_dict(read_tensors(p.run / "rid" / "scorer.safetensors"))
+    gate, last = read_json(p.run / "rid" / "gate.json"), len(p.shares) - 1
+    rows = [(u, last) for u in p.users if p.histories[u][last].texts]
+    found = distil_rows(
+        p, lambda x: p.resonance(scorer, x), gate["edges"], gate["thresholds"], rows
+    )
+    return {u: row["interests"] for (u, _), row in found.items()}

@@ -279,19 +279,20 @@ def _fault(starter: str, wanted: str) -> str | None:
     return is_unsuitable(starter)
 
 
-def filter_starters(starters: Iterable[str], interests: Sequence[str],
-                    seen: Iterable[str] = ()) -> tuple[list[str], Counter]:
+def filter_starters(starters: Iterable[str], interests: Sequence[str], seen: Iterable[str] = (),
+                    repeats: bool = False) -> tuple[list[str], Counter]:
     """(starters fit to show, in order; how many fell for which reason).
 
     Reasons: length, malformed, language (not that of most interests), medical, sensitive, invasive,
-    duplicate (of an earlier one or of `seen`, whatever the case and punctuation).
+    duplicate (of an earlier one or of `seen`, whatever the case and punctuation; not with `repeats`).
     """
     wanted = _majority_language(interests)
     known = set(map(_normal, seen))
     kept, dropped = [], Counter()
     for starter in starters:
         normal = _normal(starter)
-        reason = _fault(starter, wanted) or ("duplicate" if normal in known else None)
+        reason = _fault(starter, wanted) or (
+            "duplicate" if normal in known and not repeats else None)
         if reason:
             dropped[reason] += 1
         else:
@@ -516,8 +517,11 @@ class RuleJudge:
     def __init__(self, encode: Encode):
         self.encode = encode
 
-    def compare(self, history: list[str], a: list[str], b: list[str]) -> float:
-        """Share won by a: 1.0, 0.5 for a tie, 0.0. Swapping the lists swaps the answer."""
+    def compare(self, rows: Sequence[tuple[list[str], list[str], list[str]]]) -> list[float]:
+        """(history, a, b) -> share won by a: 1.0, 0.5 for a tie, 0.0. Swapping swaps the answer."""
+        return [self._compare(*row) for row in rows]
+
+    def _compare(self, history: list[str], a: list[str], b: list[str]) -> float:
         size = max(len(a), len(b))
         gap = self._score(history, a, size) - self._score(history, b, size)
         return 0.5 if abs(gap) < 1e-6 else float(gap > 0)

@@ -8,8 +8,8 @@
     torchrun --nproc-per-node=2 train.py --stage dpo   # on two GPUs
 
 Stages: world -> base -> summarize -> match -> rid -> ranker -> sit -> dpo -> eval, and merge where
-asked for; their loops stand in rid.py and isg.py. A stage is skipped if its settings and inputs have
-not changed, and runs its predecessors first if they are missing.
+asked for; their loops stand in rid.py and isg.py. A stage is skipped if its settings and inputs
+have not changed, and runs its predecessors first if they are missing.
 
 Departures from the paper: LoRA instead of full fine-tuning; teacher and revisit matcher are offline
 rules over text (roles.py) unless an LLM is named (chat.py); the platform is simulated (world.py)
@@ -136,15 +136,22 @@ STAGES = {
 ALL = [name for name in STAGES if name != "merge"]  # run where nothing else is asked for
 
 
-def stage_key(p: Pipeline, name: str) -> str:
-    """Digest of all that a stage's result depends on: settings, data files, earlier stages."""
+def stage_key(p: Pipeline, name: str, *without: str) -> str:
+    """Digest of all that a stage's result depends on: settings, data files, earlier stages.
+
+    without: settings that are left out of account.
+    """
     stage, files = STAGES[name], []
     if name == "world" and p.config.data.users:
         files = [file_digest(f) for f in (p.users_file, p.impressions_file) if f]
     config = copy.deepcopy(p.config)
-    config.generator.endpoint = ""  # where a policy is sampled from makes it no other policy
+    # Where a policy is sampled from makes it no other policy.
+    for setting in ("generator.endpoint", *without):
+        section, field = setting.split(".")
+        setattr(getattr(config, section), field, None)
     values = [operator.attrgetter(setting)(config) for setting in stage.settings]
-    return digest(name, p.config.run.seed, values, files, [stage_key(p, s) for s in stage.needs])
+    before = [stage_key(p, s, *without) for s in stage.needs]
+    return digest(name, p.config.run.seed, values, files, before)
 
 
 def out_of_memory(config: Config, stage: str) -> str:
@@ -183,7 +190,7 @@ def run_stages(config: Config, wanted: list[str]) -> None:
             print(f"{name}: already done with these settings, skipped")
             continue
         print(f"{name}: running{note}", flush=True)
-        p.key = key
+        p.key = stage_key(p, name, "dpo.rounds")
         started = time.time()
         figures: dict = {}
         try:

@@ -183,6 +183,16 @@ def _lexicon(entries: dict[str, object]) -> re.Pattern:
     return re.compile("|".join([r"(?<!\w)(?:" + "|".join(latin) + r")(?!\w)", *other]))
 
 
+def question(text: str) -> str:
+    """A text as it is compared with what was asked before."""
+    return text.lower().strip(" ?.")
+
+
+def depth(resonance: float) -> float:
+    """Mean number of further sessions after a tap on something that resonates this much."""
+    return 0.3 + 3.5 * resonance
+
+
 @dataclass
 class Interest:
     topic: str
@@ -225,11 +235,19 @@ class Truth:
         topic = self.taxonomy.understand(text)[0]
         return self.taxonomy.category[topic] if topic else None
 
-    def click_probabilities(self, user_id: str, starters: list[str], day: float | None = None):
-        """P(tap) of each starter (K,), with slot bias, redundancy with those above, and novelty."""
+    def click_probabilities(
+        self,
+        user_id: str,
+        starters: list[str],
+        day: float | None = None,
+        asked_since: frozenset[str] = frozenset(),
+    ) -> np.ndarray:
+        """P(tap) of each starter (K,), with slot bias, redundancy with those above, and novelty.
+
+        `asked_since`: `question`s asked after the log, which are no longer new either.
+        """
         user, above, result = self.users[user_id], [], []
         day = user["last_day"] if day is None else day
-        asked = user["asked"]
         for slot, starter in enumerate(starters):
             topic, subjects, angle = self.taxonomy.understand(starter)
             redundancy = sum(
@@ -242,7 +260,7 @@ class Truth:
                 + 4.0 * self._match(user_id, topic, subjects, day)
                 + user["angles"][KINDS.index(angle)]
                 + 0.5 * bool(subjects)
-                - 0.8 * (starter.lower().strip(" ?.") in asked)
+                - 0.8 * (question(starter) in user["asked"] or question(starter) in asked_since)
                 - redundancy
             )
             seen = EXAMINATION[min(slot, LIST_SIZE - 1)]
@@ -273,8 +291,35 @@ def load_truth(folder: str | Path) -> Truth:
 
 def generate(settings: WorldConfig) -> World:
     """A platform's logs and hidden state; the same settings give the same bytes."""
+    users, hidden, retrieval, rng = _platform(settings)
+    truth, shown = {"users": hidden}, []
+    judge = Truth(truth)
+    for user in users:
+        shown += _impressions(user, judge, retrieval, rng, settings)
+    return World(users, shown, truth)
+
+
+def retrieved_lists(
+    settings: WorldConfig, users: list[data.User], n: int, seed: int
+) -> dict[str, list[list[str]]]:
+    """n lists of the deployed retrieval for each user, as after the last of the given sessions.
+
+    It retrieves from what `generate` showed for these settings; `seed` draws the lists. Sessions
+    without a time count in their order. A user's lists do not depend on who else is given.
+    """
+    retrieval, lists = _platform(settings)[2], {}
+    for user in users:
+        rng = np.random.default_rng([seed, *user.user_id.encode()])
+        topics = [retrieval.taxonomy.understand(s.summary or "")[0] for s in user.sessions]
+        recent = [t for t in topics if t]
+        lists[user.user_id] = [retrieval.draw(recent, rng) for _ in range(n)]
+    return lists
+
+
+def _platform(settings) -> tuple[list[data.User], dict, Retrieval, np.random.Generator]:
+    """People with their sessions, their hidden state, the deployed retrieval, and the generator."""
     taxonomy, rng = Taxonomy(), np.random.default_rng(settings.seed)
-    users, hidden, shown = [], {}, []
+    users, hidden = [], {}
     robots = (
         set(rng.choice(settings.users, max(1, settings.users // 1000), replace=False).tolist())
         if settings.users >= 100
@@ -284,16 +329,7 @@ def generate(settings: WorldConfig) -> World:
         user, state = _person(taxonomy, rng, settings, number, number in robots)
         users.append(user)
         hidden[user.user_id] = state
-    truth = {"users": hidden}
-    pool = _starter_pool(taxonomy, rng, settings.starter_pool)
-    judge = Truth(truth)
-    by_topic: dict[str | None, list[str]] = {}
-    for starter in pool:
-        by_topic.setdefault(taxonomy.understand(starter)[0], []).append(starter)
-    popular = list(rng.choice(pool, 60, replace=False)) if len(pool) > 60 else pool
-    for user in users:
-        shown += _impressions(user, judge, by_topic, popular, pool, rng, settings)
-    return World(users, shown, truth)
+    return users, hidden, Retrieval(taxonomy, rng, settings.starter_pool), rng
 
 
 def _person(taxonomy, rng, settings, number, robot) -> tuple[data.User, dict]:
@@ -328,7 +364,7 @@ def _person(taxonomy, rng, settings, number, robot) -> tuple[data.User, dict]:
         "interests": [vars(i) for i in interests],
         "angles": angles,
         "robot": robot,
-        "asked": sorted({t.lower().strip(" ?.") for t in texts}),
+        "asked": sorted({question(t) for t in texts}),
         "last_day": settings.days,
     }
 
@@ -412,10 +448,35 @@ def _starter_pool(taxonomy, rng, size: int) -> list[str]:
     return sorted(pool)
 
 
-def _impressions(
-    user, truth: Truth, by_topic, popular, pool, rng, settings
-) -> list[data.Impression]:
-    """The deployed retrieval: lists by topic of recent sessions, popularity and exploration."""
+class Retrieval:
+    """The deployed baseline: lists by topic of recent sessions, popularity and exploration."""
+
+    def __init__(self, taxonomy: Taxonomy, rng: np.random.Generator, size: int):
+        self.taxonomy, self.pool = taxonomy, _starter_pool(taxonomy, rng, size)
+        self.by_topic: dict[str | None, list[str]] = {}
+        for starter in self.pool:
+            self.by_topic.setdefault(taxonomy.understand(starter)[0], []).append(starter)
+        few = len(self.pool) <= 60
+        self.popular = self.pool if few else list(rng.choice(self.pool, 60, replace=False))
+
+    def draw(self, recent: list[str], rng: np.random.Generator) -> list[str]:
+        """One list; `recent`: topics of the user's sessions so far, latest last."""
+        starters = []
+        while len(starters) < LIST_SIZE:
+            kind, source = rng.random(), self.pool
+            if kind < 0.6 and recent:
+                topic = recent[-1 - min(len(recent) - 1, int(rng.exponential(8)))]
+                source = self.by_topic.get(topic, self.pool)
+            elif kind < 0.8:
+                source = self.popular
+            starter = str(source[rng.integers(len(source))])
+            if starter not in starters:
+                starters.append(starter)
+        return starters
+
+
+def _impressions(user, truth: Truth, retrieval, rng, settings) -> list[data.Impression]:
+    """What the deployed retrieval showed to this user, what was tapped, and what followed."""
     stamped = [s for s in user.sessions if s.timestamp]
     if not stamped:
         return []
@@ -424,17 +485,7 @@ def _impressions(
     rows, count = [], 1 + rng.poisson(settings.impressions_per_user - 1)
     for day in np.sort(rng.uniform(times[0], settings.days, count)):
         past = [t for t, when in zip(topics, times, strict=True) if when < day and t]
-        starters = []
-        while len(starters) < LIST_SIZE:
-            kind = rng.random()
-            source = pool
-            if kind < 0.6 and past:
-                source = by_topic.get(past[-1 - min(len(past) - 1, int(rng.exponential(8)))], pool)
-            elif kind < 0.8:
-                source = popular
-            starter = str(source[rng.integers(len(source))])
-            if starter not in starters:
-                starters.append(starter)
+        starters = retrieval.draw(past, rng)
         taps = rng.random(LIST_SIZE) < truth.click_probabilities(user.user_id, starters, day)
         clicked = np.flatnonzero(taps).tolist()
         best = max(
@@ -444,7 +495,7 @@ def _impressions(
             ),
             default=0.0,
         )
-        after = int(rng.poisson(0.3 + 3.5 * best)) if clicked else 0
+        after = int(rng.poisson(depth(best))) if clicked else 0
         rows.append(
             data.Impression(
                 user_id=user.user_id,

@@ -374,13 +374,13 @@ def test_sampler_draws_each_prompt_n_times_by_seed(serve, tmp_path):
     server = serve(lambda body: texts[said(body)](body["seed"]))
     settings = EndpointConfig(base_url=server.url, model="sit", temperature=0.3, retries=0)
     sampler = chat.Sampler(settings, {"top_p": 0.9, "top_k": 5}, tmp_path / "a.sqlite")
-    assert sampler.sample(["a", "b"], 2, 5) == [["a5", "a6"], ["", ""]]
+    assert sampler.sample(["a", "b"], 2, [5, 5]) == [["a5", "a6"], ["", ""]]
     texts["c"] = lambda seed: (500, {}, b"{}") if seed == 6 else "c"
     with pytest.raises(UserError, match="1 of 6 samples failed .*the others are kept"):
-        sampler.sample(["a", "b", "c"], 2, 5)
+        sampler.sample(["a", "b", "c"], 2, [5] * 3)
     asked = len(server.bodies)
     other = chat.Sampler(settings, {"top_p": 0.9, "top_k": 5}, tmp_path / "a.sqlite", "other")
-    other.sample(["a"], 2, 5)  # another adapter under the same name is another policy
+    other.sample(["a"], 2, [5])  # another adapter under the same name is another policy
     assert len(server.bodies) == asked + 2
     for body in server.bodies:
         del body["seed"], body["messages"], body["max_tokens"]

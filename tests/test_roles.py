@@ -152,8 +152,8 @@ def test_covering_takes_from_every_interest_in_turn():
 def test_judge_is_symmetric_and_prefers_subjects_to_chores():
     judge, history = roles.RuleJudge(encode), ["Elden Ring bosses", "Elden Ring builds", "email"]
     a, b = ["Elden Ring bosses", "sourdough bread"], ["translate an email", "email"]
-    assert (judge.compare(history, a, b), judge.compare(history, b, a)) == (1.0, 0.0)
-    assert judge.compare(history, a, a) == judge.compare([], [], []) == 0.5
+    rows = [(history, a, b), (history, b, a), (history, a, a), ([], [], [])]
+    assert judge.compare(rows) == [1.0, 0.0, 0.5, 0.5]
 
 
 def test_summariser_takes_the_first_question():

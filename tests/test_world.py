@@ -105,11 +105,45 @@ def test_truth_points_in_the_right_direction(made):
     assert truth.click_probabilities(some, ["", "???", "a" * 5000, "x", "y", "z"]).shape == (6,)
 
 
+def test_what_was_asked_since_the_log_is_no_longer_new(made):
+    truth, user_id = world.Truth(made.truth), made.users[0].user_id
+    pair = ["Surprising facts about Saturn?", "Surprising facts about Sourdough?"]
+    new = truth.click_probabilities(user_id, pair)
+    again = truth.click_probabilities(user_id, pair, asked_since={world.question(pair[0])})
+    assert again[0] < new[0] and again[1] == new[1]
+
+
+def test_retrieved_lists_are_of_the_kind_that_the_log_shows(made):
+    lists = world.retrieved_lists(SETTINGS, made.users, 5, seed=1)
+    retrieval = world._platform(SETTINGS)[2]
+    logged = [y for i in made.impressions for y in i.starters]
+    shown = [y for rows in lists.values() for x in rows for y in x]
+    assert {*logged, *shown} <= {*retrieval.pool}
+    assert all(len({*x}) == world.LIST_SIZE for rows in lists.values() for x in rows)
+    assert lists.keys() == {u.user_id for u in made.users}
+    popular = [np.mean([y in retrieval.popular for y in x]) for x in (logged, shown)]
+    assert popular[1] == pytest.approx(popular[0], abs=0.03)
+
+    topic = world.Taxonomy().understand
+    asked = {u.user_id: {topic(s.summary)[0] for s in u.sessions} for u in made.users}
+    own = [topic(y)[0] in asked[u] for u, rows in lists.items() for x in rows for y in x]
+    logged_own = [topic(y)[0] in asked[i.user_id] for i in made.impressions for y in i.starters]
+    assert np.mean(own) == pytest.approx(np.mean(logged_own), abs=0.05)
+
+    some = made.users[3:5]
+    assert world.retrieved_lists(SETTINGS, some, 2, 1) == {
+        u.user_id: lists[u.user_id][:2] for u in some
+    }
+    assert world.retrieved_lists(SETTINGS, some, 2, 2) != world.retrieved_lists(
+        SETTINGS, some, 2, 1
+    )
+
+
 def test_no_module_but_the_world_and_the_evaluation_names_the_truth():
     """That no training stage reads it is proved by running them without it, in test_train.py."""
     for path in ROOT.glob("*.py"):
         source = path.read_text()
         if path.name == "eval.py":
             source = source[: source.index("def stage_eval")]
-        if path.name != "world.py":
+        if path.name not in ("world.py", "ab.py", "reproduce.py", "report.py"):
             assert "load_truth" not in source and '"truth"' not in source, path.name
