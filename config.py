@@ -152,6 +152,7 @@ class GeneratorConfig:
     sampler: str = "fast"  # or "generate": the random numbers of transformers' generate
     sample_rows: int = 256  # sequences decoded together
     endpoint: str = ""  # http://host/v1 of a server with the saved adapters, to sample from instead
+    endpoint_key_env: str = ""  # the variable that holds its key, if it wants one
     head_chunk: int = 256  # positions whose vocabulary row exists at once
     attention: str = "sdpa"  # of training; "flex_attention" skips masked blocks, on a GPU only
     gradient_checkpointing: bool = False  # layers are computed again in backward: less memory
@@ -384,7 +385,9 @@ def file_digest(path: str | Path) -> str:
 
 def processes() -> tuple[int, int]:
     """(number of this process, how many there are) in a `torchrun` launch; (0, 1) outside one."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # other launchers set RANK too
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def meet() -> None:

@@ -419,6 +419,8 @@ def main() -> None:
     if arguments.command == "import":
         import importers
 
+        if any(Path(arguments.out).resolve() == Path(f).resolve() for f in arguments.file):
+            raise UserError(f"--out {arguments.out}: is the file to be imported")
         print(importers.import_users(arguments.kind, arguments.file, arguments.out, arguments.user))
         return
     if arguments.command == "export":

@@ -35,7 +35,7 @@ from config import (
     write_json,
     write_tensors,
 )
-from pipeline import Pipeline, State, pad_states, progress, short, utilities
+from pipeline import Pipeline, State, pad_states, progress, short, sum_counts, utilities
 
 # ----------------------------------------------------------------------------------------- ranker
 
@@ -267,7 +267,7 @@ def stage_sit(p: Pipeline) -> dict:
         ]
         model, figures = instruct(p, rows)
     llm.save_adapter(model, p.run / "sit" / "adapter")
-    return {"rows": len(rows), "short_lists_left_out": short, **figures, **p.calls()}
+    return {"rows": len(rows), "short_lists_left_out": short, **figures}
 
 
 def instruct(p: Pipeline, rows: list) -> tuple[torch.nn.Module, dict[str, float]]:
@@ -589,11 +589,7 @@ def dpo_round(p: Pipeline, number: int, adapter: Path, earlier: list[dict]) -> d
     made = align(p, model, earlier + new, f"round {number}", held_out if valid else None)
     llm.save_adapter(model, folder / "adapter")
     write_json(folder / "pairs.json", new)
-    return {"before": list_quality(p, ranker, states, sampled), **counts, **made, **p.calls()}
-
-
-def sum_counts(parts: list[dict]) -> dict[str, int]:
-    return {name: sum(part.get(name, 0) for part in parts) for part in parts for name in part}
+    return {"before": list_quality(p, ranker, states, sampled), **counts, **made}
 
 
 def click_pairs(p: Pipeline) -> list[dict]:

@@ -47,7 +47,9 @@ def quiet_libraries() -> None:
 def _load(loader, path: str, revision: str, **kwargs):
     try:
         return loader(path, revision=revision or "main", trust_remote_code=False, **kwargs)
-    except (OSError, ValueError, ImportError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a file may be broken in as many ways as there are readers
         reason = " ".join(str(error).split())[:200]
         if "bitsandbytes" in reason:
             advice = "set generator.load_in_4bit=false"
@@ -99,7 +101,7 @@ def load_generator(
         if load_in_4bit
         else None
     )
-    model = _load(
+    model, info = _load(
         AutoModelForCausalLM.from_pretrained,
         path,
         revision,
@@ -107,7 +109,13 @@ def load_generator(
         dtype=dtype,
         quantization_config=quantisation,
         device_map={"": torch.cuda.current_device() if gpu else "cpu"},
+        output_loading_info=True,
     )
+    if absent := sorted(info["missing_keys"]):
+        raise UserError(
+            f"generator.model={path}: {len(absent)} weights are missing, {absent[0]} the first; "
+            f"download it again"
+        )
     for module in model.modules():
         # On a CPU with AVX512-BF16, bitsandbytes repacks the weights at the first eval-mode
         # forward, and training after it is silently wrong.
@@ -116,6 +124,14 @@ def load_generator(
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def check_model(path: str, revision: str = "") -> None:
+    """Raise UserError now, before hours of other work, if there is no such model."""
+    from transformers import AutoConfig
+
+    _load(AutoConfig.from_pretrained, path, revision)
+    load_tokenizer(path, revision)
 
 
 def _refuse_giants(path: str, revision: str, most: float = 2e9) -> None:
@@ -154,11 +170,11 @@ def save_adapter(model, folder: str | Path) -> None:
 
 
 def merge_adapter(model, adapter: str | Path, tokenizer, folder: str | Path, card: str) -> None:
-    """Write the model with the adapter added into its weights, its tokenizer and a model card.
+    """Write the model with the adapter added into its weights in 16 bit, tokenizer and model card.
 
     model: in 16 or 32 bit. Into a 4-bit base the sum would be rounded to 4 bit again.
     """
-    merged = load_adapter(model, adapter, trainable=False).merge_and_unload()
+    merged = load_adapter(model, adapter, trainable=False).merge_and_unload().bfloat16()
     with atomic_path(folder) as temporary:
         merged.save_pretrained(temporary, safe_serialization=True)
         tokenizer.save_pretrained(temporary)

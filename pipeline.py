@@ -74,10 +74,18 @@ class Pipeline:
     @staticmethod
     def _check_players(config: Config) -> None:
         """Raise UserError now, not after hours, if an endpoint that will be asked is not set."""
-        if "endpoint" in vars(config.roles).values():
+        if "endpoint" in vars(config.roles).values() or config.generator.endpoint:
             import chat
 
-            chat.Endpoint(config.endpoint)
+            if "endpoint" in vars(config.roles).values():
+                chat.Endpoint(config.endpoint)
+            if config.generator.endpoint:
+                served = {"base_url": config.generator.endpoint, "model": "sit"}
+                chat.Endpoint(
+                    dataclasses.replace(config.endpoint, **served), setting="generator.endpoint"
+                )
+        if config.generator.sampler == "generate" and processes()[1] > 1:
+            raise UserError("generator.sampler=generate: one process only; 'fast' takes several")
 
     def seed(self, *parts) -> int:
         """A seed of its own for every purpose, from run.seed."""
@@ -303,13 +311,15 @@ class Pipeline:
         settings = dataclasses.replace(
             self.config.endpoint,
             base_url=g.endpoint,
-            model=adapter.parent.name if adapter else g.model,
+            key_env=g.endpoint_key_env,
+            model=adapter.parent.name if adapter else g.model or "base",
             temperature=g.temperature,
             max_tokens=g.max_new_tokens,
         )
         more = {"top_p": g.top_p} | ({"top_k": g.top_k} if g.top_k else {})
         policy = file_digest(adapter / "adapter_model.safetensors") if adapter else ""
-        server = chat.Sampler(settings, more, self.answers, policy)
+        server = chat.Sampler(settings, more, self.answers, policy, str(adapter or ""))
+        self._chats[settings.model] = server.chat
 
         def draw(prompts, n: int, seed: int, numbers: list[int]) -> list[list[str]]:
             texts = [
@@ -378,13 +388,13 @@ class Pipeline:
 
         return chat.LLMJudge(self.chat(player))
 
-    def calls(self) -> dict[str, dict]:
-        """What became of the calls to LLMs since this was last asked; {} if there were none."""
+    def calls(self) -> dict[str, int]:
+        """What became of this process's calls to LLMs since this was last asked."""
         found: Counter = Counter()
         for chat in self._chats.values():
             found.update(chat.counts)
             chat.counts.clear()
-        return {"calls": dict(found)} if found else {}
+        return dict(found)
 
     # ----------------------------------------------------------------------------------- the ranker
 
@@ -426,6 +436,10 @@ def progress(items, label: str, **kwargs):
     """A progress bar on a terminal, nothing elsewhere, and only of the first process."""
     disable = True if processes()[0] else None
     return tqdm(items, desc=label, disable=disable, leave=False, **kwargs)
+
+
+def sum_counts(parts: list[dict]) -> dict[str, int]:
+    return {name: sum(part.get(name, 0) for part in parts) for part in parts for name in part}
 
 
 def short(figures: dict) -> str:

@@ -284,6 +284,7 @@ def matcher_quality(p: Pipeline, truth: world.Truth, users: list[str]) -> dict[s
             for text, label in zip(p.histories[user][cut].texts, row, strict=True):
                 topic, subjects, _ = understand(text)
                 real = any(t == topic and subjects & s for t, s, _ in later)
+                real &= not functional(truth, text)  # a chore is no interest
                 if label >= 0 and (label or real):
                     counts["tp" if label and real else "fp" if label else "fn"] += 1
     tp = counts["tp"]

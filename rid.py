@@ -48,7 +48,7 @@ def stage_summarize(p: Pipeline) -> dict:
         if text:
             summaries.setdefault(user_id, {})[str(i)] = text
     write_json(p.run / "summarize" / "summaries.json", summaries)
-    return {"without_summary": len(missing), "still": sum(not text for text in made), **p.calls()}
+    return {"without_summary": len(missing), "still": sum(not text for text in made)}
 
 
 def stage_match(p: Pipeline) -> dict:
@@ -82,7 +82,6 @@ def stage_match(p: Pipeline) -> dict:
         "summaries": len(flat),
         "unknown": len(flat) - len(known),
         "revisited_share": float(known.mean()) if len(known) else 0.0,
-        **p.calls(),
     }
 
 
@@ -123,7 +122,8 @@ def stage_rid(p: Pipeline) -> dict:
     if not train or not valid:
         raise UserError(
             f"{p.users_file}: no user comes back to an earlier subject (checked {len(p.users)} "
-            f"users), so there is nothing to learn from; more users or longer histories are needed"
+            f"users, in four splits), so there is nothing to learn from; more users or longer "
+            f"histories are needed"
         )
     score, valid_auc = fit_scorer(p, revisits, train, valid)
     activity = [p.histories[u][c].sessions_per_week for u, c in train]

@@ -136,6 +136,9 @@ emails e-mail resume cv spreadsheet spreadsheets excel regex format formatting g
 letter pdf calculate invoice debug debugging template memo
 """.split())
 _FUNCTIONAL_ZH = re.compile("翻译|转换|改写|润色|校对|总结|摘要|邮件|简历|表格|格式|正则|文案|报告")
+_CHORE_EN = re.compile(  # work to be done on something of one's own, in whatever field
+    r"^(?:please |can you |could you )?(?:fix|check|correct|polish|shorten|tidy|solve|sort out) "
+    r"(?:my|this|these|the)\b|\bfor me$", re.IGNORECASE)
 _REQUEST_ZH = re.compile(
     "有什么|有哪些|是什么|为什么|什么是|怎么样|怎么办|怎么|怎样|如何|什么|哪些|哪个好|哪个|哪里|请问|请|推荐|类似|学习"
     "|了解|介绍|解释|帮助|帮我|给我|告诉我|一下|一个|一些|想要|想|需要|可以|能不能|可不可以|适合|关于|比较|对比"
@@ -155,7 +158,8 @@ def _normal(text: str) -> str:
 
 def is_functional(text: str) -> bool:
     """A chore (translate, rewrite, e-mail, ...) rather than an interest."""
-    return bool(_FUNCTIONAL_ZH.search(text)) or not _FUNCTIONAL_EN.isdisjoint(_words(text))
+    return bool(_FUNCTIONAL_ZH.search(text) or _CHORE_EN.search(text.strip(" .!?"))) or (
+        not _FUNCTIONAL_EN.isdisjoint(_words(text)))
 
 
 def _specific(phrase: str) -> bool:
@@ -488,13 +492,15 @@ class RuleMatcher:
         return [self._matches(*job).astype(np.int8) for job in jobs]
 
     def _matches(self, earlier: list[str], later: list[str]) -> np.ndarray:
-        """The same text, a cosine that suffices, or a cosine and a shared phrase."""
+        """The same text, a cosine that suffices, or a cosine and a shared phrase; and no chore,
+        which may come again and again without being an interest."""
         if not earlier or not later:
             return np.zeros((len(earlier), len(later)), dtype=bool)
         cosine = _cosines(self.encode, earlier, later)  # (E, L)
         shared = self._contained(earlier, later) | self._contained(later, earlier).T
         same = same_text(earlier, later)
-        return same | (cosine >= self.cosine_alone) | (shared & (cosine >= self.cosine))
+        match = same | (cosine >= self.cosine_alone) | (shared & (cosine >= self.cosine))
+        return match & ~np.array([*map(is_functional, earlier)])[:, None]
 
     def _contained(self, whole: list[str], parts: list[str]) -> np.ndarray:
         """(len(whole), len(parts)): some key phrase of the whole contains one of the part."""

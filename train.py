@@ -43,13 +43,14 @@ from config import (
     UserError,
     digest,
     file_digest,
+    gather,
     load_config,
     processes,
     read_json,
     script,
     write_json,
 )
-from pipeline import Pipeline, base_folder, short
+from pipeline import Pipeline, base_folder, short, sum_counts
 
 # ------------------------------------------------------------------------------------ world, base
 
@@ -70,6 +71,7 @@ def stage_world(p: Pipeline) -> dict:
 def stage_base(p: Pipeline) -> dict:
     """Pre-train the embedded stand-in for Qwen2.5, unless a real model is named."""
     if p.config.generator.model:
+        llm.check_model(p.model_path, p.config.generator.revision)
         return {"model": p.config.generator.model}
     folder = base_folder(p.config)
     if not (folder / "figures.json").is_file():
@@ -85,7 +87,7 @@ def stage_base(p: Pipeline) -> dict:
 
 
 def stage_merge(p: Pipeline) -> dict:
-    """The latest policy as a plain 16-bit model (32-bit on a CPU), for servers without adapters."""
+    """The latest policy as a plain 16-bit model, for servers without adapters."""
     adapter = p.run / "sit" / "adapter"
     if p.impressions:
         adapter = p.run / "dpo" / f"round{p.config.dpo.rounds}" / "adapter"
@@ -96,12 +98,12 @@ def stage_merge(p: Pipeline) -> dict:
     card = (
         f"# Conversation starters\n\nWeights of `{name}` with the LoRA adapter "
         f"`{adapter.relative_to(p.run.path)}` of an IceBreaker run (config `{digest(p.config)}`) "
-        f"merged in, {str(base.dtype).removeprefix('torch.')}.\n\nPrompt: the chat template "
+        f"merged in, bfloat16.\n\nPrompt: the chat template "
         f"around `{g.instruction.format(n=g.list_size)}` and one line `- interest` for each "
         f"interest, best first. Answer: `<sug> a && b && ... </sug>`.\n"
     )
     llm.merge_adapter(base, adapter, p.tokenizer, folder, card)
-    return {"folder": str(folder), "adapter": str(adapter), "dtype": str(base.dtype)}
+    return {"folder": str(folder), "adapter": str(adapter)}
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -115,24 +117,25 @@ class Stage:
     alone: bool = False  # of several processes the first does all
 
 
-LLM = ("endpoint.model", "generator.model")  # of roles
 MATCHER = (
-    *LLM,
     "encoder",
     *(f"roles.{name}" for name in vars(Config().roles) if name.startswith(("match", "theme"))),
 )
 STAGES = {
     "world": Stage(stage_world, (), ("world", "data"), alone=True),
     "base": Stage(stage_base, (), ("base", "generator"), alone=True),
-    "summarize": Stage(rid.stage_summarize, ("world",), ("roles.summariser", *LLM), alone=True),
+    "summarize": Stage(rid.stage_summarize, ("world",), ("roles.summariser",), alone=True),
     "match": Stage(rid.stage_match, ("summarize",), MATCHER, alone=True),
     "rid": Stage(rid.stage_rid, ("match",), ("rid",), alone=True),
     "ranker": Stage(isg.stage_ranker, ("rid",), ("ranker", "generator"), alone=True),  # K slots
-    "sit": Stage(isg.stage_sit, ("rid", "base"), ("generator", "sit", "roles.teacher", *LLM)),
+    "sit": Stage(isg.stage_sit, ("rid", "base"), ("generator", "sit", "roles.teacher")),
     "dpo": Stage(isg.stage_dpo, ("sit", "ranker"), ("dpo",)),
     "eval": Stage(evaluation.stage_eval, ("dpo",), ("eval",)),
     "merge": Stage(stage_merge, ("dpo",), ("generator",), alone=True),
 }
+# Settings that say how, or where, the same is computed.
+HOW = [f"generator.{x}" for x in ("endpoint", "endpoint_key_env", "sample_rows", "head_chunk",
+                                  "attention", "gradient_checkpointing")]  # fmt: skip
 ALL = [name for name in STAGES if name != "merge"]  # run where nothing else is asked for
 
 
@@ -145,19 +148,31 @@ def stage_key(p: Pipeline, name: str, *without: str) -> str:
     if name == "world" and p.config.data.users:
         files = [file_digest(f) for f in (p.users_file, p.impressions_file) if f]
     config = copy.deepcopy(p.config)
-    # Where a policy is sampled from makes it no other policy.
-    for setting in ("generator.endpoint", *without):
+    for setting in (*HOW, *without):
         section, field = setting.split(".")
         setattr(getattr(config, section), field, None)
+    e, g = config.endpoint, config.generator
+    llm_of = {  # what tells the LLM of a role from another
+        "endpoint": [e.model, e.temperature, e.max_tokens],
+        "generator": [g.model, g.revision],
+    }
     values = [operator.attrgetter(setting)(config) for setting in stage.settings]
-    before = [stage_key(p, s, *without) for s in stage.needs]
+    values += [llm_of[x] for x in values if isinstance(x, str) and x in llm_of]
+    # A stage that ran again because calls had failed has made something else than before.
+    before = [(stage_key(p, s, *without), failed_calls(p, s)) for s in stage.needs]
     return digest(name, p.config.run.seed, values, files, before)
 
 
+def failed_calls(p: Pipeline, name: str) -> int:
+    """Calls to LLMs in vain, as far as this stage has run: it is run again and asks for these."""
+    done = (p.run / name / "done.json").is_file()
+    return p.run.figures(name).get("failed_calls", 0) if done else 0
+
+
 def out_of_memory(config: Config, stage: str) -> str:
-    """What was in the GPU's memory, and the next setting to change."""
+    """What was in memory, and the next setting to change."""
     g, batch = config.generator, getattr(getattr(config, stage, None), "batch_users", None)
-    if stage in ("dpo", "eval") and g.sample_rows > 32:
+    if g.sample_rows > {"dpo": 32, "eval": 1}.get(stage, g.sample_rows):
         advice = f"generator.sample_rows={g.sample_rows // 2}"
     elif batch and batch > 1:
         advice = f"{stage}.batch_users={batch // 2}"
@@ -170,7 +185,7 @@ def out_of_memory(config: Config, stage: str) -> str:
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
     users = f"batches of {batch} users, " if batch else ""
     return (
-        f"{stage}: the GPU's memory is full ({users}prompts of up to {g.max_prompt_tokens} tokens, "
+        f"{stage}: memory is full ({users}prompts of up to {g.max_prompt_tokens} tokens, "
         f"peak {peak:.1f} GiB); try {advice}"
     )
 
@@ -186,7 +201,7 @@ def run_stages(config: Config, wanted: list[str]) -> None:
             needed.update(STAGES[name].needs)
     for name in (s for s in STAGES if s in needed):
         key, note = stage_key(p, name), "" if name in wanted else f" (for {', '.join(wanted)})"
-        if p.run.is_done(name, key):
+        if p.run.is_done(name, key) and not failed_calls(p, name):
             print(f"{name}: already done with these settings, skipped")
             continue
         print(f"{name}: running{note}", flush=True)
@@ -196,8 +211,17 @@ def run_stages(config: Config, wanted: list[str]) -> None:
         try:
             if processes()[0] == 0 or not STAGES[name].alone:
                 figures = STAGES[name].run(p)
-        except torch.OutOfMemoryError:
-            raise UserError(out_of_memory(config, name)) from None
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if "out of memory" in str(error) or "DefaultCPUAllocator" in str(error):
+                raise UserError(out_of_memory(config, name)) from None
+            raise
+        calls = p.calls()
+        if not STAGES[name].alone:
+            calls = sum_counts(gather([calls]))
+        if calls:
+            good = ("asked", "cached", "answered")
+            figures["calls"] = calls
+            figures["failed_calls"] = sum(n for kind, n in calls.items() if kind not in good)
         p.encoder.save()
         figures["seconds"] = round(time.time() - started, 1)
         p.run.mark_done(name, key, **figures)
@@ -240,7 +264,7 @@ def main() -> None:
     parser.add_argument("--plan", action="store_true", help="memory and tokens; loads nothing")
     parser.add_argument("--doctor", action="store_true", help="what this machine has and lacks")
     parser.add_argument("settings", nargs="*", metavar="section.key=value")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, arguments.settings)
     if arguments.plan or arguments.doctor:
         import plan

@@ -132,7 +132,7 @@ def test_a_full_gpu_names_the_next_setting(finished, monkeypatch):
         ("sit.batch_users=1", "try generator.gradient_checkpointing=true"),
     ):
         config = micro(finished.parent, "sit.learning_rate=1e-5", word)
-        with pytest.raises(UserError, match=f"sit: the GPU's memory is full.*{advice}"):
+        with pytest.raises(UserError, match=f"sit: memory is full.*{advice}"):
             train.run_stages(config, ["sit"])
     assert all("; try " in train.out_of_memory(config, name) for name in train.STAGES)
 
@@ -187,7 +187,9 @@ def test_a_real_model_in_4_bit_runs_through_every_stage(finished, qwen, tmp_path
     text = p.tokenizer.decode(ids[0])
     assert text.startswith("<|im_start|>system") and text.endswith("<|im_start|>assistant\n")
     with torch.no_grad():
-        assert (adapted(ids).logits - merged(ids).logits).abs().max() < 1e-4
+        ours, theirs = adapted(ids).logits, merged.float()(ids).logits  # merged in 16 bit
+        assert (ours - theirs).abs().max() < 0.02 * ours.abs().max()
+    assert merged.config.dtype in ("bfloat16", torch.bfloat16)
     assert "| IceBreaker |" in (p.run / "eval" / "table.md").read_text()
 
 
@@ -265,11 +267,9 @@ def test_llm_roles_and_an_endpoint_that_fail_now_and_then(finished, qwen, tmp_pa
     assert {x for own in labels.values() for cut in own for x in cut} == {-1, 0, 1}
 
     broken[0] = False
-    (p.run / "match" / "done.json").unlink()
-    before = len(models)
-    train.run_stages(config, ["match"])
+    train.run_stages(config, ["match"])  # the same command again
     again = train.Pipeline(config).run.figures("match")
-    assert again["unknown"] == 0 and len(models) - before == failed[1] == again["calls"]["asked"]
+    assert again["unknown"] == 0 and again["failed_calls"] == 0
 
     models.clear()
     train.run_stages(config, ["eval"])
@@ -279,23 +279,46 @@ def test_llm_roles_and_an_endpoint_that_fail_now_and_then(finished, qwen, tmp_pa
 
 
 def test_two_processes_equal_one(finished, qwen, tmp_path):
-    """`torchrun` with gloo: sit, sampling, mining and dpo, to 1e-5 in fp32."""
-    for name in ("one", "two"):
-        shutil.copytree(finished, tmp_path / name / "tiny")
+    """`torchrun` with gloo: sampling, mining and training, to 1e-5 in fp32.
+
+    Of the random model's texts, which hold no starter that can be shown, all are shown.
+    """
+    shutil.copytree(finished, tmp_path / "tiny")
     words = [*MICRO, f"generator.model={qwen}", "sit.max_rows=9", "sit.batch_users=4"]
-    command = ["train.py", "--stage", "dpo", *words, "dpo.max_users=7", "dpo.batch_users=3"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    for name, start in (("one", [sys.executable]), ("two", torchrun)):
-        subprocess.run([*start, *command, f"run.root={tmp_path / name}"], cwd=ROOT, check=True)
-    for round_ in (1, 2):
-        one, two = (tmp_path / n / "tiny" / "dpo" / f"round{round_}" for n in ("one", "two"))
-        assert (one / "pairs.json").read_bytes() == (two / "pairs.json").read_bytes()
-        a, b = (read_tensors(f / "adapter" / "adapter_model.safetensors") for f in (one, two))
+    words += ["dpo.max_users=7", "dpo.batch_users=3", f"run.root={tmp_path}"]
+    script = [str(ROOT / "tests" / "torchrun_work.py"), str(finished), str(tmp_path), *words]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *script]
+    subprocess.run([sys.executable, *script], cwd=ROOT, check=True)
+    subprocess.run(torchrun, cwd=ROOT, check=True)
+    one, two = (read_json(tmp_path / f"made{n}.json") for n in (1, 2))
+    assert one["lists"] == two["lists"] and all(len(x) == 2 for x in one["lists"])
+    assert one["pairs"] == two["pairs"] and one["counts"] == two["counts"]
+    assert one["counts"]["pairs"] > 0
+    for name in ("sit", "dpo"):
+        a, b = (read_tensors(tmp_path / f"{name}{n}" / "adapter_model.safetensors") for n in (1, 2))
         assert max((a[k] - b[k]).abs().max() for k in a) < 1e-5
-        a, b = (read_json(f / "done.json") for f in (one, two))
-        assert a.keys() == b.keys() and a["last_loss"] == pytest.approx(b["last_loss"], abs=1e-5)
-    one, two = ((tmp_path / n / "tiny" / "metrics.jsonl").read_text() for n in ("one", "two"))
-    assert one.count("\n") == two.count("\n") and not list((tmp_path / "two").rglob("*.tmp"))
+        assert max(a[k].abs().max() for k in a if "lora_B" in k) > 1e-4  # it has learned
+    before, after = (
+        read_tensors(tmp_path / f"{x}1" / "adapter_model.safetensors") for x in ("sit", "dpo")
+    )
+    assert max((before[k] - after[k]).abs().max() for k in before) > 1e-4
+    for name in one["figures"]:
+        assert one["figures"][name] == pytest.approx(two["figures"][name], abs=1e-4)
+
+
+def test_torchrun_writes_once_and_resumes(finished, qwen, tmp_path):
+    """All stages through the launcher: one writer, one line a step; a second start skips all."""
+    words = [*MICRO, f"generator.model={qwen}", f"run.root={tmp_path}"]
+    shutil.copytree(finished, tmp_path / "tiny")
+    (tmp_path / "tiny" / "metrics.jsonl").unlink()
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "train.py"]
+    command = [*launch, "--stage", "dpo", *words]
+    subprocess.run(command, cwd=ROOT, check=True)
+    log = (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()
+    steps = [(x["round"], x["step"]) for x in map(json.loads, log) if "margin" in x]
+    assert len(steps) == len({*steps}) > 2 and not list(tmp_path.rglob("*.tmp"))
+    again = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert again.stdout.count("already done") == 8 and "running" not in again.stdout
 
 
 def test_dpo_starts_at_ln_2_and_logs_what_to_watch(finished):
