@@ -4,9 +4,9 @@
 
 Paper: appendix B.2.1 (its rules; the prompts are our own). `Chat` asks an OpenAI-compatible server
 (`Endpoint`) or the generator in this process (`Local`). What a role could read is kept in one
-SQLite file, so a run that was stopped asks only for the rest; a call that failed is counted under
-its reason and stays unknown. User text leaves as JSON in which no markup survives, and appears in
-no log and no error.
+SQLite file, by model and settings wherever the server is, so a run that was stopped asks only for
+the rest; a call that failed is counted under its reason and stays unknown. User text leaves as JSON
+in which no markup survives, and appears in no log and no error.
 
 Departures: the matcher asks about the nearest later summaries only, and gives no rationale; the
 judge is asked in both orders, because the place of a list sways an LLM.
@@ -32,6 +32,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import openai
+import torch
 from tqdm import tqdm
 
 import data
@@ -54,36 +55,41 @@ class Request:
 # Both yield (index of the request, text, failure) as answers come in; text or failure is "".
 
 
-def _checked(base_url: str) -> str:
+def _checked(base_url: str, setting: str) -> str:
     with contextlib.suppress(ValueError):  # brackets or a port that cannot be
         url = urlsplit(base_url)
         plain = not (url.username or url.password or url.query)  # addresses appear in logs
         if plain and url.scheme in ("http", "https") and url.hostname and url.port != 0:
             return base_url
-    raise UserError("endpoint.base_url: a server's address, http://host:port/v1, without name or "
-                    "key; or set the environment's OPENAI_BASE_URL")
+    other = "; or set the environment's OPENAI_BASE_URL" if setting == "endpoint.base_url" else ""
+    raise UserError(f"{setting}: a server's address, http://host:port/v1, no name or key{other}")
 
 
 class Endpoint:
-    """A server that speaks OpenAI's chat completions; its client retries, with growing pauses."""
+    """A server that speaks OpenAI's chat completions; its client retries, with growing pauses.
 
-    def __init__(
-        self, settings: EndpointConfig, more: dict | None = None, whole: bool = True
-    ):
-        """more: fields of a request that OpenAI's API lacks; whole: no text cut short."""
-        self.url = _checked(settings.base_url or os.environ.get("OPENAI_BASE_URL", ""))
+    Each process of a launch has `concurrency` calls in flight. An empty key_env: no key is sent.
+    """
+
+    def __init__(self, settings: EndpointConfig, more: dict | None = None, whole: bool = True,
+                 setting: str = "endpoint.base_url"):
+        """more: fields that OpenAI's API lacks; whole: no cut text; setting: of the address."""
+        url = _checked(settings.base_url or os.environ.get("OPENAI_BASE_URL", ""), setting)
         if not settings.model:
-            raise UserError(f"endpoint.model: name a model that {self.url} serves")
+            raise UserError(f"endpoint.model: name a model that {url} serves")
         key = os.environ.get(settings.key_env, "").strip() or "none"  # local servers need no key
         if not (key.isascii() and key.isprintable()):
             raise UserError(f"{settings.key_env}: holds characters that no key has")
-        self.settings, self.more, self.whole = settings, more or {}, whole
-        self.temperature = settings.temperature
-        self.name = f"{self.url}, model {settings.model}, max_tokens {settings.max_tokens}"
-        self.name += "".join(f", {name} {value}" for name, value in self.more.items())
+        self.settings, self.more, self.whole, self.setting = settings, more or {}, whole, setting
+        self.name, self.temperature = f"{url}, model {settings.model}", settings.temperature
+        self.identity = f"model {settings.model}, max_tokens {settings.max_tokens}"
+        self.identity += "".join(f", {name} {value}" for name, value in self.more.items())
+        self.absent = f"check endpoint.model={settings.model}"  # what to do after status 404
         self.patience = max(12, 3 * settings.concurrency)
-        self.client = openai.OpenAI(base_url=self.url, api_key=key, timeout=settings.timeout,
-                                    max_retries=settings.retries)
+        no_key = {"Authorization": "Bearer none"}  # nor that of OPENAI_CUSTOM_HEADERS
+        self.client = openai.OpenAI(base_url=url, api_key=key, timeout=settings.timeout,
+                                    max_retries=settings.retries,
+                                    default_headers=None if settings.key_env else no_key)
 
     def answers(self, requests: list[Request]) -> Iterator[tuple[int, str, str]]:
         # Threads of this pool are daemons: a stopped run does not wait for the calls in flight.
@@ -97,11 +103,8 @@ class Endpoint:
                 model=self.settings.model,
                 messages=[{"role": role, "content": text}
                           for role in ("system", "user") if (text := getattr(request, role))],
-                temperature=request.temperature,
-                max_tokens=self.settings.max_tokens,
-                seed=request.sample,
-                extra_body=self.more,
-            )
+                temperature=request.temperature, max_tokens=self.settings.max_tokens,
+                seed=request.sample, extra_body=self.more)
             return _content(completion, self.whole)
         except openai.APITimeoutError:
             return "", "time-out"
@@ -114,17 +117,15 @@ class Endpoint:
 
     def _failure(self, error: openai.APIStatusError) -> str:
         """The reason of one call. Raises UserError where every other call would fail like it."""
-        status = error.status_code
+        status, variable = error.status_code, self.settings.key_env or "none yet"
         if status in (401, 403, 404, 405):
-            setting = "endpoint.base_url, which ends in /v1,"
+            advice = f"{self.absent}; {self.setting} ends in /v1"
             if status < 404:
-                setting = f"the key in the environment's {self.settings.key_env}"
-            advice = f"check {setting} and endpoint.model={self.settings.model}"
-            raise UserError(f"{self.url}: status {status}: {advice}") from None
-        if status == 429:
-            return "rate limit"
-        if status >= 500 or status in (408, 409):
-            return "server error"
+                setting = f"{self.setting}_key_env".replace("base_url_", "")
+                advice = f"check the key in the variable that {setting} names: {variable}"
+            raise UserError(f"{self.name}: status {status}: {advice}") from None
+        if status >= 500 or status in (408, 409, 429):
+            return "rate limit" if status == 429 else "server error"
         return "refused" if error.code == "content_filter" else "bad request"
 
 
@@ -139,11 +140,9 @@ def _content(completion, whole: bool) -> tuple[str, str]:
         return "", "malformed"
     if end == "content_filter" or refusal:
         return "", "refused"
-    if not whole and isinstance(text, str):
-        return _encodable(text), ""
-    if end == "length":
+    if whole and end == "length":
         return "", "cut short"
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or (whole and not text.strip()):
         return "", "empty"
     return _encodable(text), ""
 
@@ -153,11 +152,7 @@ def _encodable(text: str) -> str:
 
 
 class Local:
-    """The generator in this process, asked through its chat template.
-
-    What was cut at max_tokens is not marked: every reader but the summariser's asks for a form that
-    a cut answer lacks.
-    """
+    """The generator in this process, asked through its chat template; tokens tell what was cut."""
 
     def __init__(self, model, tokenizer, settings: EndpointConfig | None = None, rows: int = 32):
         settings = settings or EndpointConfig()
@@ -168,19 +163,23 @@ class Local:
         for name, p in model.named_parameters():
             weights.update(f"{name} {p.detach().flatten()[:64].tolist()}".encode())
         self.name = f"generator {weights.hexdigest()[:12]}, max_tokens {self.max_tokens}"
+        self.identity = self.name
 
+    @torch.no_grad()
     def answers(self, requests: list[Request]) -> Iterator[tuple[int, str, str]]:
         order = sorted(range(len(requests)), key=lambda i: requests[i].temperature)
+        ended, pad = llm._Ends(self.model, self.tokenizer, "</sug>"), self.tokenizer.pad_token_id
+        ends = {pad, *ended.ends.tolist()}
         for temperature, group in itertools.groupby(order, lambda i: requests[i].temperature):
+            draw = llm._FastDraw(temperature, top_p=1.0, top_k=0, seed=0)
             while batch := list(itertools.islice(group, self.rows)):
-                prompts = [self._prompt(requests[i]) for i in batch]
-                texts = llm.sample(
-                    self.model, self.tokenizer, prompts, 1, max_new_tokens=self.max_tokens,
-                    temperature=temperature, top_p=1.0, seed=0,
-                    numbers=[requests[i].sample for i in batch],
-                )
-                for i, (text,) in zip(batch, texts, strict=True):
-                    yield i, text, "" if text.strip() else "empty"
+                prompts, t = [self._prompt(requests[i]) for i in batch], self.max_tokens
+                draw.begin([requests[i].sample for i in batch], 1, t)
+                tokens = llm._decode(self.model, prompts, 1, t, draw, ended, pad)[:, 0]  # (B, T)
+                texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+                for i, text, last in zip(batch, texts, tokens[:, -1].tolist(), strict=True):
+                    whole = last in ends or "</sug>" in text
+                    yield i, text, "cut short" if not whole else "" if text.strip() else "empty"
 
     def _prompt(self, request: Request) -> list[int]:
         """One turn of the user, as not every template has a system role; no control token of it is
@@ -200,12 +199,12 @@ class Chat:
 
     counts: distinct requests asked, cached, answered; and failed by reason: rate limit, server
     error, time-out, connection, malformed (a body without a completion), empty, cut short, refused,
-    bad request, unreadable.
+    bad request, unreadable. They may be cleared at any time.
     """
 
     def __init__(self, backend: Endpoint | Local, cache: str | Path):
         self.backend, self.cache = backend, Path(cache)
-        self.counts, self._in_a_row = Counter(), 0
+        self.counts, self._heard, self._in_a_row = Counter(), False, 0
         self.cache.parent.mkdir(parents=True, exist_ok=True)
         self._open().close()
 
@@ -219,11 +218,11 @@ class Chat:
         with contextlib.closing(self._open()) as cache:
             for request in (distinct := dict.fromkeys(requests)):
                 query = "SELECT text FROM answers WHERE key = ?"
-                row = cache.execute(query, (self._key(request),)).fetchone()
-                if row:
+                for (text,) in cache.execute(query, (self._key(request),)):
                     with contextlib.suppress(ValueError):
-                        known[request] = read(row[0])
+                        known[request] = read(text)
             todo = [request for request in distinct if request not in known]
+            self._heard = self._heard or bool(known)
             self.counts += Counter(cached=len(known), asked=len(todo))
             with contextlib.closing(self.backend.answers(todo)) as answers:  # ends the calls too
                 bar = tqdm(answers, "ask", total=len(todo), disable=None, leave=False)
@@ -242,21 +241,20 @@ class Chat:
     def _count(self, failure: str) -> None:
         """Raises UserError where nothing was ever answered, or the server is gone."""
         self.counts[failure or "answered"] += 1
-        new = not self.counts["answered"] + self.counts["cached"]
-        self._in_a_row = self._in_a_row + 1 if new or failure in _UNREACHED else 0
-        if self._in_a_row >= self.backend.patience or (new and failure == "bad request"):
+        self._heard = self._heard or not failure
+        self._in_a_row = self._in_a_row + 1 if not self._heard or failure in _UNREACHED else 0
+        if self._in_a_row >= self.backend.patience:
             raise UserError(
                 f"{self.backend.name}: the last {self._in_a_row} calls gave no answer "
                 f"({self.report()}); check that this model is served and follows instructions. "
-                "Answers so far are kept; run the same command again"
-            )
+                "Answers so far are kept; run the same command again")
 
     def report(self) -> str:
         """'asked 10, answered 8, time-out 2'."""
         return ", ".join(f"{name} {n}" for name, n in self.counts.items())
 
     def _key(self, request: Request) -> str:
-        text = json.dumps([self.backend.name, *astuple(request)])
+        text = json.dumps([self.backend.identity, *astuple(request)])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _open(self) -> sqlite3.Connection:
@@ -275,12 +273,15 @@ class Sampler:
     """The trained generator at a server, in place of llm.sample.
 
     more: as of Endpoint, such as vLLM's top_k; policy: what tells this adapter from others that the
-    server knew by the same name.
+    server knew by the same name; path: its folder, empty for the base.
     """
 
-    def __init__(self, settings: EndpointConfig, more: dict, cache: str | Path, policy: str = ""):
-        backend = Endpoint(settings, more, whole=False)
-        backend.name += f", policy {policy}"
+    def __init__(self, settings: EndpointConfig, more: dict, cache: str | Path, policy: str = "",
+                 path: str = ""):
+        backend, model = Endpoint(settings, more, False, "generator.endpoint"), settings.model
+        backend.identity += f", policy {policy}"
+        how = f"the adapter under that name (vLLM: --lora-modules {model}={path})"
+        backend.absent = f"the server knows no model {model}; serve {how if path else 'one'}"
         self.chat = Chat(backend, cache)
 
     def sample(self, prompts: list[str], n: int, seeds: list[int]) -> list[list[str]]:
@@ -288,17 +289,13 @@ class Sampler:
 
         Raises UserError if a call failed: a list less would pass for a policy that writes none.
         """
-        requests = [
-            Request("", prompt, seed + i, self.chat.backend.temperature)
-            for prompt, seed in zip(prompts, seeds, strict=True)
-            for i in range(n)
-        ]
+        requests = [Request("", prompt, seed + i, self.chat.backend.temperature)
+                    for prompt, seed in zip(prompts, seeds, strict=True) for i in range(n)]
         texts = self.chat.ask(requests, str)
         if None in texts:
             raise UserError(
                 f"{self.chat.backend.name}: {texts.count(None)} of {len(texts)} samples failed "
-                f"({self.chat.report()}); the others are kept, run the same command again"
-            )
+                f"({self.chat.report()}); the others are kept, run the same command again")
         return [texts[i : i + n] for i in range(0, len(texts), n)]
 
 
@@ -381,7 +378,10 @@ def _data(**fields) -> str:
 
 
 def _answer_part(text: str) -> str:
-    return text.rpartition("</think>")[2].strip()
+    answer = text.rpartition("</think>")[2].strip()
+    if "<think>" in answer:
+        raise ValueError("reasoning without an end")
+    return answer
 
 
 def read_starters(text: str) -> str:
@@ -413,11 +413,18 @@ def read_grade(text: str) -> float:
     return (int(found[1]) - 1) / 4
 
 
+_REFUSAL = re.compile(
+    r"i(?: can['’]t| cannot|['’]m unable to) (?:help (?:with|you)|assist|comply|do th(?:at|is))\b"
+    r"|(?:i['’]m |i am )sorry[,.]|(?:i['’]m |i am )?sorry,? (?:but|i)\b|as an ai(?:,| lang| assist)"
+    r"|(?:很|非常)?(?:抱歉|对不起)[，,。！]|我(?:无法|不能)(?:帮|提供|回答|协助)"
+    r"|作为(?:一[个名])?(?:ai|人工智能)(?:，|助手，|语言模型)", re.IGNORECASE)
+
+
 def read_line(text: str) -> str:
-    """The first line with content, without bullet and quotes, at most 200 characters."""
+    """The first line with content, without bullet and quotes, cut to 200 characters. No refusal."""
     lines = [roles._clean(line) for line in _answer_part(text).splitlines()]
     line = next((x for x in lines if any(map(str.isalnum, x)) and x[-1] not in ":："), None)
-    if line is None:
+    if line is None or _REFUSAL.match(line):
         raise ValueError("no line")
     return line[:200].rstrip()
 
@@ -435,8 +442,7 @@ class LLMTeacher:
         count, temperature = max(5, min(20, 2 * n)), self.chat.backend.temperature
         requests = [
             Request(TEACHER, f"{count} suggestions, please.\n{_data(interests=x)}", s, temperature)
-            for x, s in zip(inputs, sample, strict=True)
-        ]
+            for x, s in zip(inputs, sample, strict=True)]
         return self.chat.ask(requests, read_starters)
 
 
@@ -453,14 +459,13 @@ class LLMMatcher:
     def match(self, jobs: list[tuple[list[str], list[str]]]) -> list[np.ndarray]:
         """int8 (E, L) of each job (earlier, later): 1 match, 0 none, -1 unknown: the call failed.
 
-        The same text matches unasked; a pair of texts is asked about once, whoever wrote it.
+        The same text matches unasked, and settles its row: the label is whether any is a match. A
+        pair of texts is asked about once, whoever wrote it.
         """
         found = [self._unasked(earlier, later) for earlier, later in jobs]
-        open_places = [
-            (matrix, i, j, (earlier[i], later[j]))
-            for (earlier, later), matrix in zip(jobs, found, strict=True)
-            for i, j in np.argwhere(matrix < 0)
-        ]
+        open_places = [(matrix, i, j, (earlier[i], later[j]))
+                       for (earlier, later), matrix in zip(jobs, found, strict=True)
+                       for i, j in np.argwhere(matrix < 0)]
         pairs = list(dict.fromkeys(pair for *_, pair in open_places))
         requests = [Request(MATCHER, _data(earlier=a, later=b)) for a, b in pairs]
         said = self.chat.ask(requests, _read_word({"MATCH": 1, "DIFFERENT": 0}))
@@ -470,15 +475,15 @@ class LLMMatcher:
         return found
 
     def _unasked(self, earlier: list[str], later: list[str]) -> np.ndarray:
-        """(E, L): 1 the same text, 0 too far apart, -1 to be asked about."""
+        """(E, L): 1 the same text, 0 too far apart or in a settled row, -1 to be asked about."""
         if not earlier or not later:
             return np.zeros((len(earlier), len(later)), np.int8)
         found = roles.same_text(earlier, later).astype(np.int8)
-        cosine = np.where(found, -np.inf, roles._cosines(self.encode, earlier, later))
+        cosine = roles._cosines(self.encode, earlier, later)
+        cosine[found.any(1)] = -np.inf
         nearest = np.argsort(-cosine, axis=1, kind="stable")[:, : self.candidates]
-        rows, columns = np.arange(len(earlier))[:, None], nearest
-        near = cosine[rows, columns] >= self.floor
-        found[rows, columns] = np.where(near, -1, found[rows, columns])
+        place = np.arange(len(earlier))[:, None], nearest
+        found[place] = np.where(cosine[place] >= self.floor, -1, found[place])
         return found
 
 
@@ -492,16 +497,11 @@ class LLMJudge:
 
         Each pair is shown in both orders: swapping a and b swaps the answer.
         """
-        requests = [
-            Request(JUDGE, _data(history=history[-self.history :], alpha=x, beta=y))
-            for history, a, b in rows
-            for x, y in ((a, b), (b, a))
-        ]
+        requests = [Request(JUDGE, _data(history=history[-self.history :], alpha=x, beta=y))
+                    for history, a, b in rows for x, y in ((a, b), (b, a))]
         won = self.chat.ask(requests, _read_word({"ALPHA": 1.0, "BETA": 0.0, "TIE": 0.5}))
-        return [
-            None if first is None or second is None else first if first == 1 - second else 0.5
-            for first, second in zip(won[::2], won[1::2], strict=True)
-        ]
+        return [None if first is None or second is None else first if first == 1 - second else 0.5
+                for first, second in zip(won[::2], won[1::2], strict=True)]
 
     def quality(self, rows: list[tuple[list[str], list[str]]]) -> list[float | None]:
         """(interests, starters) -> the grade of the list, 1 to 5, scaled to [0, 1]."""

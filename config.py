@@ -185,19 +185,19 @@ class SitConfig:
 
 @dataclass
 class DpoConfig:
-    rounds: int = 2
+    rounds: int = 3
     max_users: int = 160  # per round, drawn at random; 0: all there are
     samples: int = 6  # lists sampled per user and round
     teacher_lists: int = 2  # lists of the teacher that join the pool
     beam: int = 8
     expand: int = 8
-    weight: float = 0.4  # lambda: utility against diversity
+    weight: float = 0.2  # lambda: utility against diversity
     margin: float = 0.2  # a rejected list is lower by at least this (after min-max within the user)
     tolerance: float = 0.2  # ... while the other dimension differs by at most this
     random_lists: int = 8  # random draws from the pool among the lists considered
     negatives: list[str] = field(default_factory=lambda: ["utility", "diversity", "joint"])
     beta: float = 0.1
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-4
     passes: int = 1  # over the accumulated pairs, per round
     batch_users: int = 8
     reference: str = "round"  # "round": policy at the start of the round; "sit": the SIT policy

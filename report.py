@@ -60,7 +60,7 @@ TABLES = {  # table -> (title, methods, the paper's R-User, R-Score, lexical and
         "IceBreaker": "+0.84 | +0.35 | 28.83 | 5.28",
     }),
     "beyond": ("Beyond the paper", dict.fromkeys([
-        "lambda 0.0", "lambda 0.2", "IceBreaker", "lambda 0.6", "lambda 0.8", "lambda 1.0",
+        "lambda 0.0", "IceBreaker", "lambda 0.4", "lambda 0.6", "lambda 0.8", "lambda 1.0",
         "SFT", "SFT, list search", "SFT, highest utility", "SFT, MMR", "SFT, DPP",
         "early", "middle", "latest", "round 4", "round 5",
         "beta 0.03", "beta 0.3", "reference SIT",
@@ -369,7 +369,7 @@ def pictures(seeds: Seeds, log: list[dict], folder: Path, wanted: list[str]) -> 
     figures.curves(log, folder / "training_curves.png")
     names = ["training_curves.png"]
     shown = ["PE", "PE+RID", "SFT", "SFT+DPO", "IceBreaker"]
-    sweep = ["lambda 0.0", "lambda 0.2", "IceBreaker", "lambda 0.6", "lambda 0.8", "lambda 1.0"]
+    sweep = ["lambda 0.0", "IceBreaker", "lambda 0.4", "lambda 0.6", "lambda 0.8", "lambda 1.0"]
     serving = [f"SFT, {x}" for x in ("list search", "highest utility", "MMR", "DPP")]
     lines = {"DPO, lambda 0 to 1": sweep} if {*sweep} <= have else {}
     points = {m: point(m) for m in dict.fromkeys(shown + sweep * bool(lines) + serving)}

@@ -55,7 +55,7 @@ VARIANTS = {  # name -> settings that differ from the seed's main run
     "SIT with own lists": ["sit.own_lists=1"],
     "PMA without teacher": ["dpo.teacher_lists=0"],
     "5 rounds": ["dpo.rounds=5"],
-    **{f"lambda {x}": [f"dpo.weight={x}"] for x in (0.0, 0.2, 0.6, 0.8, 1.0)},
+    **{f"lambda {x}": [f"dpo.weight={x}"] for x in (0.0, 0.4, 0.6, 0.8, 1.0)},
     **{f"beta {x}": [f"dpo.beta={x}"] for x in (0.03, 0.3)},
     "reference SIT": ["dpo.reference=sit"],
 }

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+import roles
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRET = "zebra-crossing"  # stands in every text of a valid row and must never reach a message
@@ -376,6 +377,26 @@ def test_cut_rounds_up_but_not_past_a_whole_number():
 )
 def test_language(text, expected):
     assert data.language(text) == expected
+
+
+# ----------------------------------------------------------------------- what the generator reads
+
+MARKUP = ["&", "&&", "&&&&", "<", ">", "<sug>", "</sug>", "<think>", "</think>", " ", "tea", "三体"]
+
+
+@given(st.lists(st.lists(st.sampled_from(MARKUP), max_size=9).map("".join), min_size=1, max_size=5))
+def test_no_text_of_a_starter_parts_or_ends_a_list(texts):
+    """A list reads back as many starters as were written, whichever of the two ways writes it."""
+    starters = [f"x{text}y" for text in texts]
+    for written in (data.list_text(starters), roles.format_starters(starters)):
+        read = roles.parse_starters(written).starters
+        assert len(read) == len(starters)
+        assert all(r[0] == "x" and r[-1] == "y" for r in read)
+
+
+def test_a_starter_keeps_its_text_but_for_markup():
+    written = data.list_text(["a &&&& b", "<sug> c && d </sug>", "R&D", "e &"])
+    assert roles.parse_starters(written).starters == ("a & b", "(sug) c & d (/sug)", "R&D", "e &")
 
 
 # ------------------------------------------------------------------------------------ the command

@@ -1,5 +1,6 @@
-"""The packaged encoder, its cache, and its differentiable form."""
+"""The packaged encoder, its cache, its differentiable form, and special tokens as text."""
 
+import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
@@ -33,3 +34,17 @@ def test_embed_reads_each_text_once_and_recomputation_changes_no_gradient():
         assert len(read) == (6 if recompute else 3)
         slopes.append(weight.grad.clone())
     assert torch.allclose(*slopes, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("form", ["{}", "Dune {} film", "age: {}", "{0}{0}", "x{}", "{}三体"])
+def test_special_tokens_in_a_text_are_text(form):
+    """Summaries and profile fields: none of [PAD], [UNK], [CLS], [SEP], [MASK] comes out as an id,
+    but the one at the beginning and the one at the end that the encoder itself sets."""
+    model = Encoder().model
+    tokenizer = model.tokenizer
+    names, special = tokenizer.all_special_tokens, set(tokenizer.all_special_ids)
+    assert {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"} <= {*names} and len(names) == len(special)
+    for name in names:
+        (ids,) = model.preprocess([form.format(name)])["input_ids"].tolist()
+        assert special.isdisjoint(ids[1:-1]) and len(ids) > 4
+        assert [ids[0], ids[-1]] == [tokenizer.cls_token_id, tokenizer.sep_token_id]

@@ -13,6 +13,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import base
 import icebreaker as ib
 import llm
+import roles
 from config import UserError
 
 TEXTS = [
@@ -344,11 +345,10 @@ def test_greedy_sampling_equals_generate_at_mixed_prompt_lengths(tokenizer, samp
     assert got == [x * 2 for x in expected]
 
 
-def test_sampling_stops_at_the_closing_field_as_generate_does(tokenizer):
-    """A model that writes ` </sug> chess` over and over: its text ends with the field."""
-    word = tokenizer.encode(" </sug> chess", add_special_tokens=False)
+def looping(tokenizer, text):
+    """(a model that writes this text over and over, the ids of the text)."""
+    word = tokenizer.encode(text, add_special_tokens=False)
     model = tiny(vocabulary=len(tokenizer))
-
     rows = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(1)))[0]
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -358,6 +358,12 @@ def test_sampling_stops_at_the_closing_field_as_generate_does(tokenizer):
         for i, token in enumerate(word):
             model.model.embed_tokens.weight[token] = rows[i]
             model.lm_head.weight[word[(i + 1) % len(word)]] = 5 * rows[i]
+    return model, word
+
+
+def test_sampling_stops_at_the_closing_field_as_generate_does(tokenizer):
+    """A model that writes ` </sug> chess` over and over: its text ends with the field."""
+    model, word = looping(tokenizer, " </sug> chess")
     chosen = {"max_new_tokens": 25}
     ours = llm.sample(
         model, tokenizer, [[word[-1]]], 2, temperature=0, top_p=1, seed=0, **chosen
@@ -439,6 +445,30 @@ def test_no_added_token_comes_out_of_anybodys_text(with_added_tokens, words, dat
         assert tokenizer.decode(starter).count("</sug>") == 1
 
 
+@settings(deadline=None, max_examples=50)
+@given(words=st.lists(st.text(max_size=8), min_size=2, max_size=2), data=st.data())
+def test_no_added_token_is_left_whole_for_a_server_to_parse(with_added_tokens, words, data):
+    """As above, for a server that parses the text of the user's turn."""
+    tokenizer = with_added_tokens
+    added = tokenizer.added_tokens_decoder
+    control = data.draw(st.sampled_from(sorted(t.content for t in added.values())))
+    for text in (control.join(words), control + words[0], words[0] + control, 2 * control):
+        turn = llm.prompt_text(tokenizer, [text, "chess"], 5, "Suggest {n}.", 400)
+        assert turn.startswith("Suggest 5.\n- ") and turn.endswith("\n- chess")
+        assert not [t.content for t in added.values() if t.content in turn]
+        ids = tokenizer.encode(turn, add_special_tokens=False, split_special_tokens=False)
+        assert added.keys().isdisjoint(ids)
+
+
+@pytest.mark.parametrize("between", ["&&", "&&&&", "&<&", "&&<sug>&&", " && ", "&& &&"])
+def test_a_starter_cannot_part_in_two(tokenizer, between):
+    """Nor can it close the field: what is written is read as the same number of starters."""
+    starters = [f"tea {between} coffee", f"{between}tea", f"tea{between}", "chess"]
+    written = tokenizer.decode(llm.encode_completion(tokenizer, starters), skip_special_tokens=True)
+    read = roles.parse_starters(written).starters
+    assert len(read) == 4 and read[0].startswith("tea ") and read[0].endswith(" coffee")
+
+
 def test_control_tokens_in_user_text_stay_text(tokenizer):
     special = set(tokenizer.all_special_ids)
     clean = llm.encode_prompt(tokenizer, ["chess"], 5, "Suggest {n}.", 200)
@@ -500,7 +530,12 @@ def test_a_merged_model_gives_the_logits_of_the_adapter(tmp_path, tokenizer):
     llm.merge_adapter(plain, tmp_path / "adapter", tokenizer, tmp_path / "merged", "# card")
     merged = llm.load_generator(str(tmp_path / "merged"))
     ids = torch.tensor([[1, 2, 3]])
-    assert torch.allclose(merged(ids).logits, model(ids).logits, atol=1e-5)
+    logits, exact = merged(ids).logits, model(ids).logits
+    assert 0 < difference(logits, exact) < 0.02  # in 16 bit
+    with torch.no_grad():
+        for p in (model := model.merge_and_unload()).parameters():
+            p.copy_(p.bfloat16())
+    assert torch.allclose(logits, model(ids).logits, atol=1e-5)
     assert (tmp_path / "merged" / "README.md").read_text() == "# card"
     assert llm.load_tokenizer(str(tmp_path / "merged")).chat_template
 
