@@ -332,7 +332,8 @@ Did the later one come back to what the earlier one was about?
 
 MATCH: both are about the same particular thing (this game, this city, this theorem), in whatever
 words. DIFFERENT: they share no more than a field or a kind of task, such as two songs, two trips or
-two translations; or you cannot tell. Go by the two lines alone.
+two translations; or both are chores, such as a text to be corrected again; or you cannot tell. Go
+by the two lines alone.
 
 Answer with one word, MATCH or DIFFERENT.""" + _DATA
 
@@ -475,12 +476,13 @@ class LLMMatcher:
         return found
 
     def _unasked(self, earlier: list[str], later: list[str]) -> np.ndarray:
-        """(E, L): 1 the same text, 0 too far apart or in a settled row, -1 to be asked about."""
+        """(E, L): 1 the same text, 0 too far apart, a chore or in a settled row, -1 to be asked."""
         if not earlier or not later:
             return np.zeros((len(earlier), len(later)), np.int8)
         found = roles.same_text(earlier, later).astype(np.int8)
-        cosine = roles._cosines(self.encode, earlier, later)
-        cosine[found.any(1)] = -np.inf
+        cosine, chores = roles._cosines(self.encode, earlier, later), roles.chores(earlier)
+        found[chores] = 0
+        cosine[found.any(1) | chores] = -np.inf
         nearest = np.argsort(-cosine, axis=1, kind="stable")[:, : self.candidates]
         place = np.arange(len(earlier))[:, None], nearest
         found[place] = np.where(cosine[place] >= self.floor, -1, found[place])

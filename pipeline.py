@@ -317,7 +317,8 @@ class Pipeline:
             max_tokens=g.max_new_tokens,
         )
         more = {"top_p": g.top_p} | ({"top_k": g.top_k} if g.top_k else {})
-        policy = file_digest(adapter / "adapter_model.safetensors") if adapter else ""
+        weights = adapter / "adapter_model.safetensors" if adapter else None
+        policy = file_digest(weights) if weights else digest(self.model_path)
         server = chat.Sampler(settings, more, self.answers, policy, str(adapter or ""))
         self._chats[settings.model] = server.chat
 

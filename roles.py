@@ -162,6 +162,11 @@ def is_functional(text: str) -> bool:
         not _FUNCTIONAL_EN.isdisjoint(_words(text)))
 
 
+def chores(texts: Iterable[str]) -> np.ndarray:
+    """Boolean, one a text: is_functional."""
+    return np.array([is_functional(text) for text in texts], bool)
+
+
 def _specific(phrase: str) -> bool:
     words = [w for w in _words(phrase) if w not in _STOP and w not in _FUNCTIONAL_EN]
     plain = all(w in _GENERIC or w.isdigit() or len(w) < 2 for w in words)
@@ -500,7 +505,7 @@ class RuleMatcher:
         shared = self._contained(earlier, later) | self._contained(later, earlier).T
         same = same_text(earlier, later)
         match = same | (cosine >= self.cosine_alone) | (shared & (cosine >= self.cosine))
-        return match & ~np.array([*map(is_functional, earlier)])[:, None]
+        return match & ~chores(earlier)[:, None]
 
     def _contained(self, whole: list[str], parts: list[str]) -> np.ndarray:
         """(len(whole), len(parts)): some key phrase of the whole contains one of the part."""

@@ -24,7 +24,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_llm import tiny
+from test_llm import looping, tiny
 from test_roles import encode
 
 import base
@@ -237,7 +237,33 @@ def test_a_model_that_never_gives_a_readable_answer_ends_the_run(serve, tmp_path
     assert asking.ask([Request("s", str(i)) for i in range(50)], number) == [None] * 50
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404])
+def test_one_conversation_that_is_too_long_ends_no_run(serve, tmp_path):
+    """Its 400 comes before any answer, and again after counts were cleared between stages."""
+    def script(body):
+        if said(body) == "0":
+            return FAILURES["too long"][1]
+        return time.sleep(0.1) or said(body)
+
+    asking = client(serve(script).url, tmp_path)
+    requests = [Request("s", str(i)) for i in range(30)]
+    assert asking.ask(requests, number) == [None, *range(1, 30)]
+    assert asking.counts == {"asked": 30, "answered": 29, "bad request": 1}
+    asking.counts.clear()
+    more = [Request("s", "0", i) for i in range(20)]
+    assert asking.ask(more, number) == [None] * 20 == asking.ask(more, number)
+    again = client(asking.backend.settings.base_url, tmp_path)  # what is cached was answered too
+    assert again.ask(requests, number)[1:] == [*range(1, 30)]
+    again.counts.clear()
+    assert again.ask(more, number) == [None] * 20
+
+
+def test_bad_requests_alone_end_the_run_when_patience_does(serve, tmp_path):
+    server = serve(lambda _: FAILURES["too long"][1])
+    with pytest.raises(UserError, match="bad request 12"):
+        client(server.url, tmp_path).ask([Request("s", str(i)) for i in range(50)], number)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 405])
 def test_wrong_settings_end_the_run_at_once_and_show_no_key(serve, tmp_path, status, caplog):
     echo = json.dumps({"error": {"message": f"{KEY} {SECRET}", "code": KEY}}).encode()
     server = serve(lambda _: (status, {}, echo))
@@ -263,6 +289,47 @@ def test_settings_that_are_missing_are_named(monkeypatch, settings, name):
     with pytest.raises(UserError, match=name) as error:
         Endpoint(EndpointConfig(**settings))
     assert KEY not in str(error.value)
+
+
+def test_messages_name_the_setting_that_gave_the_address(serve, tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    settings = EndpointConfig(base_url="localhost:8000", model="sit")
+    for build in (lambda: Endpoint(settings, setting="generator.endpoint"),
+                  lambda: chat.Sampler(settings, {}, tmp_path / "a.sqlite")):
+        with pytest.raises(UserError, match="^generator.endpoint: a server's address") as error:
+            build()
+        assert "endpoint.base_url" not in str(error.value)
+
+    status = [404]
+    server = serve(lambda _: (status[0], {}, b"{}"))
+    settings = EndpointConfig(base_url=server.url, model="sit", key_env="", retries=0)
+
+    def message(sampler):
+        with pytest.raises(UserError) as error:
+            sampler.sample(["a"], 1, [0])
+        return str(error.value)
+
+    adapter = message(chat.Sampler(settings, {}, tmp_path / "a.sqlite", "p", "runs/x/sit/adapter"))
+    assert ("the server knows no model sit; serve the adapter under that name "
+            "(vLLM: --lora-modules sit=runs/x/sit/adapter); generator.endpoint ends") in adapter
+    bare = message(chat.Sampler(settings, {}, tmp_path / "a.sqlite"))
+    assert "knows no model sit; serve one" in bare and "lora" not in bare
+    status[0] = 401
+    bare = message(chat.Sampler(settings, {}, tmp_path / "a.sqlite"))
+    assert "generator.endpoint_key_env names: none yet" in bare
+    with pytest.raises(UserError, match="that endpoint.key_env names: OPENAI_API_KEY$"):
+        client(server.url, tmp_path).ask([Request("s", "u")], number)
+    assert {key for _, key in server.faults} == {"Bearer none"}
+    server.faults.clear()
+
+
+def test_without_a_variable_no_key_is_sent(serve, tmp_path, monkeypatch):
+    """Neither OPENAI_API_KEY nor what OPENAI_CUSTOM_HEADERS holds for another server."""
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", f"Authorization: Bearer {KEY}")
+    server = serve(lambda _: "1")
+    assert client(server.url, tmp_path, key_env="").ask([Request("s", "u")], number) == [1]
+    assert [key for _, key in server.faults] == ["Bearer none"]
+    server.faults.clear()
 
 
 def test_the_environment_gives_address_and_key(serve, tmp_path, monkeypatch):
@@ -326,8 +393,20 @@ def test_equal_requests_are_asked_once_and_every_setting_tells_them_apart(serve,
     assert values[:5] == values[5:] and sorted(values[:5]) == [1, 2, 3, 4, 5]
     assert asking.ask(different, number) == values[:5]
     assert client(server.url, tmp_path, max_tokens=9).ask(different[:1], number) == [6]
-    asking.backend.name = asking.backend.name.replace("model m", "model n")
-    assert asking.ask(different[:1], number) == [7]
+    settings = EndpointConfig(base_url=server.url, model="n", retries=0)
+    assert Chat(Endpoint(settings), asking.cache).ask(different[:1], number) == [7]
+    settings.model = "m"
+    assert Chat(Endpoint(settings, {"top_k": 5}), asking.cache).ask(different[:1], number) == [8]
+
+
+def test_a_server_that_moved_is_not_asked_again(serve, tmp_path):
+    first, second = serve(lambda _: "1"), serve(lambda _: "2")
+    for server in (first, second):
+        assert client(server.url, tmp_path).ask([Request("s", "u")], number) == [1]
+        settings = EndpointConfig(base_url=server.url, model="sit", retries=0)
+        sampler = chat.Sampler(settings, {}, tmp_path / "a.sqlite", "policy")
+        assert sampler.sample(["a"], 1, [0]) == [["1"]]
+    assert len(first.bodies) == 2 and not second.bodies
 
 
 def test_a_cached_text_that_can_no_longer_be_read_is_asked_for_again(serve, tmp_path):
@@ -433,7 +512,7 @@ def test_roles_send_user_text_inside_the_block_only(tmp_path):
 class Scripted:
     """A back-end in this process: script(request) -> text, "" for a call that failed."""
 
-    name, temperature, patience = "scripted", 0.7, 10**9
+    name, identity, temperature, patience = "scripted", "scripted", 0.7, 10**9
 
     def __init__(self, script):
         self.script, self.asked = script, []
@@ -465,13 +544,14 @@ def test_teacher_asks_for_twice_the_list_and_keeps_whole_fields_only(play):
         "d": "<sug> && </sug>",
         "e": "</sug> <sug>",
         "f": "",
+        "g": "<think> a form: <sug> What is Dune? && Who wrote it? </sug>",
     }
     asking = play(lambda request: texts[fields(request)["interests"][0]])
-    written = chat.LLMTeacher(asking).write([[key] for key in texts], 5, list(range(6)))
-    assert written == [texts["a"]] + [None] * 5
+    written = chat.LLMTeacher(asking).write([[key] for key in texts], 5, list(range(7)))
+    assert written == [texts["a"]] + [None] * 6
     assert roles.parse_starters(written[0]).starters == ("What is Dune?", "Who wrote it?")
-    assert asking.counts == {"asked": 6, "answered": 1, "unreadable": 4, "time-out": 1}
-    assert [(r.sample, r.temperature) for r in asking.backend.asked] == [(i, 0.7) for i in range(6)]
+    assert asking.counts == {"asked": 7, "answered": 1, "unreadable": 5, "time-out": 1}
+    assert [(r.sample, r.temperature) for r in asking.backend.asked] == [(i, 0.7) for i in range(7)]
     for n, count in ((1, 5), (5, 10), (30, 20)):
         chat.LLMTeacher(asking).write([["a"]], n, [9])
         assert asking.backend.asked[-1].user.startswith(f"{count} suggestions")
@@ -481,12 +561,24 @@ def test_matcher_asks_about_near_texts_and_leaves_failures_unknown(play):
     labels = {"Dune film": "match.", "Dune two": "**Different** - they do not match", "Dune x": ""}
     asking = play(lambda request: labels[fields(request)["later"]])
     matcher = chat.LLMMatcher(asking, encode, 3, 0.3)
-    earlier, later = ["dune"], ["Dune!", "Dune two", "Dune film", "Dune x", "zzzz q"]
-    found = matcher.match([(earlier, later), (earlier, later[:3]), ([], later), (earlier, [])])
-    assert [m.tolist() for m in found] == [[[1, 0, 1, -1, 0]], [[1, 0, 1]], [], [[]]]
-    assert [m.dtype for m in found] == [np.int8] * 4 and found[2].shape == (0, 5)
+    earlier, later = ["dune"], ["Dune two", "Dune film", "Dune x", "zzzz q"]
+    found = matcher.match([(earlier, later), (earlier, later[:2]), ([], later), (earlier, [])])
+    assert [m.tolist() for m in found] == [[[0, 1, -1, 0]], [[0, 1]], [], [[]]]
+    assert [m.dtype for m in found] == [np.int8] * 4 and found[2].shape == (0, 4)
     assert asking.counts == {"asked": 3, "answered": 2, "time-out": 1}
     assert {r.temperature for r in asking.backend.asked} == {0.0}
+
+
+def test_matcher_does_not_ask_about_rows_that_match_word_for_word(play):
+    """Their label, whether any later summary matches, cannot change; that of other rows can."""
+    asking = play(lambda _: "MATCH")
+    later = ["Dune!", "dune two", "dune x"]
+    found = chat.LLMMatcher(asking, encode, 3, -1.0).match([(["dune", "dune y"], later)])[0]
+    assert found.tolist() == [[1, 0, 0], [1, 1, 1]]
+    assert {f["earlier"] for f in asking.backend.fields()} == {"dune y"}
+    chore, asked = "translate a letter", len(asking.backend.asked)  # is no interest, though repeated
+    found = chat.LLMMatcher(asking, encode, 3, -1.0).match([([chore], [chore, "letter"])])[0]
+    assert not found.any() and len(asking.backend.asked) == asked
 
 
 @pytest.mark.parametrize("candidates, floor", [(1, -1.0), (2, 0.2), (9, 0.5), (3, 0.99)])
@@ -500,9 +592,9 @@ def test_matcher_asks_about_the_nearest_only(play, candidates, floor):
     cosine = (encode(earlier) @ encode(later).T).numpy()
     for i, a in enumerate(earlier):
         same = [j for j, b in enumerate(later) if a == b]
-        others = sorted(set(range(len(later))) - set(same), key=lambda j: -cosine[i, j])
+        others = sorted(range(len(later)), key=lambda j: -cosine[i, j])
         near = [j for j in others[:candidates] if cosine[i, j] >= floor]
-        assert set(np.flatnonzero(found[i])) == {*same, *near}
+        assert set(np.flatnonzero(found[i])) == {*(same or near)}
     assert all(f["earlier"] != f["later"] for f in asking.backend.fields())
 
 
@@ -510,6 +602,7 @@ def test_matcher_asks_about_the_nearest_only(play, candidates, floor):
     ("MATCH", 1), ("different", 0), (" **Match**.", 1), ("DIFFERENT: no match", 0), ('"Match"', 1),
     ("<think>MATCH? no</think>\nDIFFERENT\nbecause", 0), ("MATCH or DIFFERENT", None),
     ("no match", None), ("matching", None), ("", None), ("They MATCH", None), ("MATCH/", 1),
+    ("MATCH <think> or", None),
 ])
 def test_reading_a_label(text, value):
     read = chat._read_word({"MATCH": 1, "DIFFERENT": 0})
@@ -519,7 +612,7 @@ def test_reading_a_label(text, value):
 @pytest.mark.parametrize("text, value", [
     ("5", 1.0), ("1.", 0.0), ("Grade: 3", 0.5), ("**4/5**", 0.75), ("<think>1</think>2", 0.25),
     ("0", None), ("6", None), ("4.5", None), ("1. Relevance: good", None), ("45", None), ("", None),
-    ("3 or 4", None),
+    ("3 or 4", None), ("4<think>", None),
 ])
 def test_reading_a_grade(text, value):
     check(chat.read_grade, text, value)
@@ -528,7 +621,14 @@ def test_reading_a_grade(text, value):
 @pytest.mark.parametrize("text, value", [
     ('"Dune sandworms"', "Dune sandworms"), ("- 三体 结局", "三体 结局"), ("x" * 300, "x" * 200),
     ("Here is the line:\n\nDune\nmore", "Dune"), ("<think>a</think>\x00b\n", "b"), ("...", None),
-    ("", None), ("<think>a</think>", None),
+    ("", None), ("<think>a</think>", None), ("<think>\nOkay, the user", None),
+    ("<think>a</think>b <think>", None), ("I can't sleep: tips", "I can't sleep: tips"),
+    ("I can't help with that.", None), ("I’m sorry, but I can’t do that", None), ("Sorry, I", None),
+    ("I cannot assist with this", None), ('"I am sorry. No"', None), ("As an AI, I", None),
+    ("As an AI engineer, pay", "As an AI engineer, pay"), ("Sorry! lyrics", "Sorry! lyrics"),
+    ("很抱歉，我无法", None), ("对不起，", None), ("我无法提供", None), ("我不能帮你", None),
+    ("作为一个AI语言模型", None), ("我无法入睡 怎么办", "我无法入睡 怎么办"), ("抱歉。", None),
+    ("对不起 歌词", "对不起 歌词"),
 ])
 def test_reading_a_line(text, value):
     check(chat.read_line, text, value)
@@ -542,8 +642,8 @@ def check(read, text, value):
         assert read(text) == value
 
 
-@given(st.text() | st.lists(st.sampled_from(["<sug>", "</sug>", "</think>", "&&", "MATCH", "4", ":",
-                                             "\n", "a b"])).map("".join))
+@given(st.text() | st.lists(st.sampled_from(["<sug>", "</sug>", "<think>", "</think>", "&&",
+                                             "MATCH", "4", ":", "\n", "a b"])).map("".join))
 def test_readers_raise_nothing_but_value_errors(text):
     for read in (chat.read_starters, chat.read_grade, chat.read_line,
                  chat._read_word({"MATCH": 1})):
@@ -615,16 +715,17 @@ def model_folder(tmp_path_factory):
 def test_local_generator(model_folder, tmp_path):
     tokenizer = model_folder[1]
     model = tiny(vocabulary=len(tokenizer))
-    backend = Local(model, tokenizer, EndpointConfig(max_tokens=6), rows=3)
-    requests = [Request("Say <think>", f"{i} <|im_end|>", i, t) for i in range(4) for t in (0, 0.7)]
+    model.generation_config.eos_token_id = list(range(250, len(tokenizer)))
+    backend = Local(model, tokenizer, EndpointConfig(max_tokens=12), rows=4)
+    requests = [Request("Say <think>", f"{i} <|im_end|>", i, t) for i in range(9) for t in (0, 0.7)]
     ids = backend._prompt(requests[0])
     assert tokenizer.decode(ids).startswith("<|im_start|>user\nSay <think>\n\n0 <|im_end|>")
     ends = [i for i in ids if i == tokenizer.eos_token_id]
     assert len(ends) == 1  # that of the template, not the one in the text
     first = Chat(backend, tmp_path / "a.sqlite")
     texts = first.ask(requests, str)
-    empty = texts.count(None)
-    assert first.counts == {"asked": 8, "answered": 8 - empty, "empty": empty}
+    assert first.counts["answered"] == 18 - texts.count(None)
+    assert first.counts.keys() <= {"asked", "answered", "empty", "cut short"}
     assert first.ask(requests, str) == texts
     assert first.counts["cached"] == first.counts["answered"] >= 4
     alone = Chat(backend, tmp_path / "b.sqlite")
@@ -632,11 +733,38 @@ def test_local_generator(model_folder, tmp_path):
 
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
-    assert Local(model, tokenizer, EndpointConfig(max_tokens=6)).name != backend.name
+    other = Local(model, tokenizer, EndpointConfig(max_tokens=12))
+    assert other.identity != backend.identity
     tokenizer = base.train_tokenizer(["plain"], 300)
     tokenizer.chat_template = None
     plain = Local(backend.model, tokenizer)._prompt(Request("s", "u"))
     assert tokenizer.decode(plain) == "s\n\nu\n"
+
+
+def test_local_answers_that_were_cut_are_marked(model_folder):
+    """Whatever their text: tokens that leave none, or would be encoded as fewer, count as well."""
+    tokenizer = model_folder[1]
+
+    def failures(model, ends, requests, **settings):
+        model.generation_config.eos_token_id = ends
+        backend = Local(model, tokenizer, EndpointConfig(**settings))
+        return [failure for *_, failure in sorted(backend.answers(requests))]
+
+    requests = [Request("s", "u", i, 1.0) for i in range(30)]
+    model, everything = tiny(vocabulary=len(tokenizer)), list(range(len(tokenizer)))
+    unlikely = tokenizer.eos_token_id
+    with torch.no_grad():
+        model.model.embed_tokens.weight[unlikely] = 0
+    cut = failures(model, unlikely, requests, max_tokens=6)
+    assert cut.count("cut short") >= 28
+    assert "cut short" not in failures(model, everything, requests, max_tokens=1)
+    some = failures(model, list(range(200, len(tokenizer))), requests, max_tokens=3)
+    assert {"", "cut short"} <= {*some}
+    model, word = looping(tokenizer, "</sug>")
+    for tokens, failure in ((len(word), ""), (len(word) - 1, "cut short")):
+        backend = Local(model, tokenizer, EndpointConfig(max_tokens=tokens))
+        backend._prompt = lambda _: [word[-1]]
+        assert list(backend.answers(requests[:1]))[0][2] == failure
 
 
 @pytest.mark.slow

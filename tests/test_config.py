@@ -51,7 +51,7 @@ def test_words_override_the_file_and_the_file_the_defaults(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("dpo: {beta: 0.3, rounds: 2}\nrid:\n  learning_rate: 1e-5\n")
     config = load_config(path, ["dpo.beta=1e-5", "data.cuts=[0.5]", "generator.load_in_4bit=true"])
-    assert (config.dpo.beta, config.dpo.rounds, config.rid.learning_rate) == (1e-5, 3, 1e-5)
+    assert (config.dpo.beta, config.dpo.rounds, config.rid.learning_rate) == (1e-5, 2, 1e-5)
     assert config.data.cuts == [0.5] and config.generator.load_in_4bit is True
     assert config.dpo.margin == Config().dpo.margin
 

@@ -36,7 +36,7 @@ def test_embed_reads_each_text_once_and_recomputation_changes_no_gradient():
     assert torch.allclose(*slopes, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("form", ["{}", "Dune {} film", "age: {}", "{0}{0}", "x{}", "{}三体"])
+@pytest.mark.parametrize("form", ["{}", "Dune {} film", "age: {}", "{0}{0}", "x{}", "{}."])
 def test_special_tokens_in_a_text_are_text(form):
     """Summaries and profile fields: none of [PAD], [UNK], [CLS], [SEP], [MASK] comes out as an id,
     but the one at the beginning and the one at the end that the encoder itself sets."""
