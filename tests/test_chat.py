@@ -576,7 +576,7 @@ def test_matcher_does_not_ask_about_rows_that_match_word_for_word(play):
     found = chat.LLMMatcher(asking, encode, 3, -1.0).match([(["dune", "dune y"], later)])[0]
     assert found.tolist() == [[1, 0, 0], [1, 1, 1]]
     assert {f["earlier"] for f in asking.backend.fields()} == {"dune y"}
-    chore, asked = "translate a letter", len(asking.backend.asked)  # is no interest, though repeated
+    chore, asked = "translate a letter", len(asking.backend.asked)  # no interest, if repeated
     found = chat.LLMMatcher(asking, encode, 3, -1.0).match([([chore], [chore, "letter"])])[0]
     assert not found.any() and len(asking.backend.asked) == asked
 
