@@ -65,8 +65,8 @@ NEEDS = {  # table -> variants
     "9": [f"{kind} negatives only" for kind in SINGLE],
     "beyond": [v for v in VARIANTS if v.startswith(("5", "lambda", "beta", "reference"))],
 }
-QUICK = """world.users=240 sit.max_rows=240 sit.epochs=3 dpo.max_users=48 dpo.samples=4 eval.lists=1
-    ab.lists=1 rid.epochs=10 ranker.epochs=10""".split()
+QUICK = """world.users=200 sit.max_rows=120 sit.epochs=2 dpo.max_users=24 dpo.samples=3
+    dpo.checkpoints=1 eval.lists=1 ab.lists=1 rid.epochs=10 ranker.epochs=8""".split()
 
 
 @dataclass(frozen=True)

@@ -366,6 +366,30 @@ def test_what_the_matcher_could_not_say_is_no_label(finished, tmp_path, monkeypa
     assert sum(b for _, b in seen) == towers * (flat >= 0).sum() < towers * len(flat)
 
 
+def test_interests_are_distilled_again_from_what_rid_saved(finished):
+    p = train.Pipeline(micro(finished.parent))
+    triggers = read_json(p.run / "rid" / "triggers.json")
+    kept = {u: cuts[-1]["interests"] for u, cuts in triggers.items() if cuts[-1]["interests"]}
+    assert rid.distil_latest(p) == kept != {}
+
+
+def test_a_user_without_history_gets_popular_starters(finished):
+    p = train.Pipeline(micro(finished.parent))
+    popular, k = isg.PopularStarters(p), p.config.generator.list_size
+    shown = {y for x in p.impressions for y in x.starters}
+    for profile in (None, {"region": "CN"}, {"region": "US", "age": "55+"}):
+        assert len({*popular(profile)}) == k and {*popular(profile)} <= shown
+
+
+def test_own_lists_join_the_tuning(finished, tmp_path):
+    """Table 8: tuned again on the teacher's lists and the policy's own."""
+    shutil.copytree(finished.parent, tmp_path / "own")
+    p = train.Pipeline(micro(tmp_path / "own", "sit.own_lists=2"))
+    p.fit_to_show = lambda text, interests, repeats=False: ["Chess?", "Go?", "Checkers?"]
+    made = isg.stage_sit(p)
+    assert made["rows"] == 2 * p.run.figures("sit")["rows"]
+
+
 def test_the_scorers_encoder_can_be_tuned(finished, tmp_path, monkeypatch):
     """Its text vectors change, and gradient caching changes nothing."""
     shutil.copytree(finished.parent / "tiny", tmp_path / "tiny")
