@@ -74,16 +74,15 @@ class Pipeline:
     @staticmethod
     def _check_players(config: Config) -> None:
         """Raise UserError now, not after hours, if an endpoint that will be asked is not set."""
-        if "endpoint" in vars(config.roles).values() or config.generator.endpoint:
+        if "endpoint" in vars(config.roles).values():
             import chat
 
-            if "endpoint" in vars(config.roles).values():
-                chat.Endpoint(config.endpoint)
-            if config.generator.endpoint:
-                served = {"base_url": config.generator.endpoint, "model": "sit"}
-                chat.Endpoint(
-                    dataclasses.replace(config.endpoint, **served), setting="generator.endpoint"
-                )
+            chat.Endpoint(config.endpoint)
+        if url := config.generator.endpoint:
+            import chat
+
+            settings = dataclasses.replace(config.endpoint, base_url=url, model="sit")
+            chat.Endpoint(settings, setting="generator.endpoint")
         if config.generator.sampler == "generate" and processes()[1] > 1:
             raise UserError("generator.sampler=generate: one process only; 'fast' takes several")
 
