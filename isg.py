@@ -210,6 +210,8 @@ def teacher_lists(p: Pipeline, states: list[State], n: int, purpose: str) -> lis
 
     The processes of a torchrun ask for a share each.
     """
+    if not n:
+        return [[] for _ in states]
     k, player = p.config.generator.list_size, p.config.roles.teacher
     orders = [
         (s.interests, p.seed("teacher", purpose, s.interests, i))

@@ -386,6 +386,7 @@ def test_own_lists_join_the_tuning(finished, tmp_path):
     shutil.copytree(finished.parent, tmp_path / "own")
     p = train.Pipeline(micro(tmp_path / "own", "sit.own_lists=2"))
     p.fit_to_show = lambda text, interests, repeats=False: ["Chess?", "Go?", "Checkers?"]
+    assert isg.teacher_lists(p, [p.states["u1"][0]] * 2, 0, "none asked for") == [[], []]
     made = isg.stage_sit(p)
     assert made["rows"] == 2 * p.run.figures("sit")["rows"]
 
