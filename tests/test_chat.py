@@ -355,7 +355,9 @@ def test_a_stopped_run_ends_at_once(serve, tmp_path):
         "config.script(lambda: c.ask([chat.Request('s', str(i)) for i in range(9)], int))\n"
     )
     words = [sys.executable, "-c", program, server.url, str(tmp_path / "a.sqlite")]
-    with subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True) as run:
+    # A job that a shell put into the background ignores the signal, and so would its child.
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, **heard) as run:
         while len(server.bodies) < 2 and run.poll() is None:
             time.sleep(0.05)
         begin = time.monotonic()

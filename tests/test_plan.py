@@ -153,7 +153,8 @@ def test_settings_move_the_estimate_as_they_should():
 
 
 def test_tokens_are_those_of_full_rows():
-    text = plan.plan(load_config(None, ["sit.max_rows=10", "sit.epochs=2", "dpo.max_users=0"]))
+    words = "sit.max_rows=10 sit.epochs=2 dpo.max_users=0 dpo.rounds=2".split()
+    text = plan.plan(load_config(None, words))
     assert f"in all {10 * 2 * (320 + 160):,}" in text
     assert f"in all {(1 + 2) * 2 * (320 + 4 * 160):,} a user" in text
 

@@ -292,7 +292,13 @@ def test_two_processes_equal_one(finished, qwen, tmp_path):
     subprocess.run(torchrun, cwd=ROOT, check=True)
     one, two = (read_json(tmp_path / f"made{n}.json") for n in (1, 2))
     assert one["lists"] == two["lists"] and all(len(x) == 2 for x in one["lists"])
-    assert one["pairs"] == two["pairs"] and one["counts"] == two["counts"]
+    # Starters of equal worth may change places: texts encoded in other batches round otherwise.
+    sets = [
+        [(sorted(x["chosen"]), {k: sorted(y) for k, y in x["rejected"].items()}) if x else x
+         for x in made["pairs"]]
+        for made in (one, two)
+    ]  # fmt: skip
+    assert sets[0] == sets[1] and one["counts"] == two["counts"]
     assert one["counts"]["pairs"] > 0
     for name in ("sit", "dpo"):
         a, b = (read_tensors(tmp_path / f"{name}{n}" / "adapter_model.safetensors") for n in (1, 2))
