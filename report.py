@@ -15,20 +15,10 @@ import numpy as np
 import ab
 import figures
 from config import atomic_path, write_json
-from eval import escape
+from eval import COLUMNS, escape
 
 Seeds = list[dict]  # report/values.json of each seed
 
-COLUMNS = [  # title, metric, format
-    ("R-User", "r_user", "+.2f"),
-    ("R-Score", "r_score", "+.4f"),
-    ("Train ranker", "train_utility", ".4f"),
-    ("True clicks", "true_clicks", ".3f"),
-    ("Lexical", "lexical", ".2f"),
-    ("Semantic", "semantic", ".2f"),
-    ("Dissimilarity", "dissimilarity", ".3f"),
-    ("Starters", "starters", ".2f"),
-]
 TABLES = {  # table -> (title, methods, the paper's R-User, R-Score, lexical and semantic of each)
     "1": ("Table 1: methods", {
         "PE": "– | – | 29.03 | 6.11",
