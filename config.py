@@ -48,6 +48,8 @@ class RunConfig:
 class DataConfig:
     users: str = ""  # users.jsonl; empty: the simulated world writes one
     impressions: str = ""  # impressions.jsonl; empty with `users` set: no ranker, no DPO
+    # A server's store: `--stage ranker --stage dpo` train a further round from what it showed.
+    feedback: str = ""
     max_errors: int = 20  # bad lines listed before a reader gives up
     # Share of a user's sessions that count as history: early, middle, latest slice of the log.
     cuts: list[float] = field(default_factory=lambda: [0.4, 0.6, 0.8])
@@ -202,6 +204,7 @@ class DpoConfig:
     batch_users: int = 8
     reference: str = "round"  # "round": policy at the start of the round; "sit": the SIT policy
     sft_weight: float = 1.0  # of the chosen lists' mean log-probability per token beside Eq. (6)
+    pairs_per_user: int = 2  # from data.feedback, so that no single user can steer a round
     vanilla: bool = True  # the baseline SFT+DPO, of tapped against ignored lists, is trained too
     checkpoints: int = 2  # per round; the best by held-out utility and diversity is kept
 
@@ -224,6 +227,28 @@ class EvalConfig:
 
 
 @dataclass
+class ServeConfig:
+    """The server (serve.py)."""
+
+    store: str = ""  # SQLite file of users, shown lists and taps; empty: serve.sqlite of the run
+    key_env: str = "ICEBREAKER_KEY"  # the variable that holds the clients' key
+    candidates: int = 4  # lists sampled for an answer and searched; 1: one list, as the paper deploys
+    ahead: int = 3  # lists kept ready for a user, beside the one that is shown
+    window_ms: float = 4.0  # the first request of a batch waits so long for others
+    batch: int = 32  # requests decoded together
+    queue: int = 64  # requests that wait; the next one is refused with 429
+    timeout: float = 30.0  # seconds of a request
+    repeat_days: float = 7.0  # a starter that was shown is not shown again for so long
+    min_utility: float = 0.0  # r_util of a starter that is worth showing
+    impression_hours: float = 48.0  # taps are taken for so long after an answer
+    reload_seconds: float = 5.0  # between looks for a newly trained round
+    arms: list[str] = field(default_factory=lambda: ["IceBreaker"])  # methods users are split over
+    max_body: int = 2**20  # bytes
+    max_sessions: int = 500  # kept of a user, and taken in one request
+    max_text: int = 2000  # characters of a summary
+
+
+@dataclass
 class Config:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -239,6 +264,7 @@ class Config:
     dpo: DpoConfig = field(default_factory=DpoConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     ab: AbConfig = field(default_factory=AbConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
 
 
 def _known_keys() -> list[str]:
@@ -350,6 +376,8 @@ def _check(config: Config) -> None:
             )
     if config.endpoint.retries < 0:
         raise UserError("endpoint.retries: 0 or more")
+    if not config.serve.arms or set(config.serve.arms) - {"PE", "SFT", "IceBreaker"}:
+        raise UserError("serve.arms: some of PE, SFT, IceBreaker")
     if config.ab.split not in ("paired", "shares"):
         raise UserError("ab.split: 'paired' or 'shares'")
     unknown = set(dpo.negatives) - {"utility", "diversity", "joint"}
@@ -362,7 +390,9 @@ def _check(config: Config) -> None:
         encoder.batch_size
         base.prompts base.lists sit.batch_users
         dpo.rounds dpo.samples dpo.beam dpo.expand dpo.batch_users dpo.checkpoints dpo.beta
-        eval.lists ab.days ab.lists data.max_errors"""
+        eval.lists ab.days ab.lists data.max_errors dpo.pairs_per_user
+        serve.candidates serve.batch serve.queue serve.timeout serve.impression_hours
+        serve.reload_seconds serve.max_body serve.max_sessions serve.max_text"""
     for key in positive.split():
         section, name = key.split(".")
         if not getattr(getattr(config, section), name) > 0:  # nan is refused too

@@ -133,9 +133,10 @@ STAGES = {
     "eval": Stage(evaluation.stage_eval, ("dpo",), ("eval",)),
     "merge": Stage(stage_merge, ("dpo",), ("generator",), alone=True),
 }
-# Settings that say how, or where, the same is computed.
+# Settings that say how, or where, the same is computed; or that concern feedback rounds alone.
 HOW = [f"generator.{x}" for x in ("endpoint", "endpoint_key_env", "sample_rows", "head_chunk",
                                   "attention", "gradient_checkpointing")]  # fmt: skip
+HOW += ["data.feedback", "dpo.pairs_per_user"]
 ALL = [name for name in STAGES if name != "merge"]  # run where nothing else is asked for
 
 
