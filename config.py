@@ -232,7 +232,7 @@ class ServeConfig:
 
     store: str = ""  # SQLite file of users, shown lists and taps; empty: serve.sqlite of the run
     key_env: str = "ICEBREAKER_KEY"  # the variable that holds the clients' key
-    candidates: int = 4  # lists sampled for an answer and searched; 1: one list, as the paper deploys
+    candidates: int = 4  # lists sampled for an answer and searched; 1, as the paper deploys
     ahead: int = 3  # lists kept ready for a user, beside the one that is shown
     window_ms: float = 4.0  # the first request of a batch waits so long for others
     batch: int = 32  # requests decoded together

@@ -59,8 +59,10 @@ class Encoder:
 
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> Tensor:
-        keys = [hashlib.sha256(text.encode()).digest()[:16] for text in texts]
-        new = {k: t for k, t in zip(keys, texts, strict=True) if k not in self._known}
+        keys = [_key(text) for text in texts]
+        known = {k: self._known.get(k) for k in keys}  # another thread may `forget` meanwhile
+        found = {k: v for k, v in known.items() if v is not None}
+        new = {k: t for k, t in zip(keys, texts, strict=True) if k not in found}
         if new:
             rows = self.model.encode(
                 list(new.values()),
@@ -69,15 +71,23 @@ class Encoder:
                 convert_to_tensor=True,
                 show_progress_bar=None if len(new) > 500 else False,
             )
-            self._known.update(zip(new, rows.float().cpu(), strict=True))
-        if not texts:
-            return torch.zeros(0, self.dim)
-        return torch.stack([self._known[k] for k in keys])
+            found.update(zip(new, rows.float().cpu(), strict=True))
+            self._known.update((k, found[k]) for k in new)
+        return torch.stack([found[k] for k in keys]) if keys else torch.zeros(0, self.dim)
 
     @property
     def dim(self) -> int:
         known = next(iter(self._known.values()), None)
         return len(known) if known is not None else self.model.get_sentence_embedding_dimension()
+
+    def forget(self, texts: list[str]) -> None:
+        for text in texts:
+            self._known.pop(_key(text), None)
+
+    def trim(self, most: int) -> None:
+        """Drop the oldest vectors beyond `most`."""
+        for key in list(self._known)[: max(0, len(self._known) - most)]:
+            self._known.pop(key, None)
 
     def save(self) -> None:
         """Write the cache file, if there is anything new."""
@@ -87,6 +97,10 @@ class Encoder:
                 self.cache, {"keys": keys, "vectors": torch.stack([*self._known.values()])}
             )
             self._saved = len(self._known)
+
+
+def _key(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()[:16]
 
 
 def embed(model, texts: list[str], batch_size: int, recompute: bool = False) -> Tensor:

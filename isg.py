@@ -26,6 +26,7 @@ import icebreaker as ib
 import llm
 import roles
 from config import (
+    Config,
     UserError,
     digest,
     gather,
@@ -84,7 +85,7 @@ def ranker_logits(ranker, rows, states, index, with_slots: bool = True) -> torch
     )
 
 
-def fit_ranker(p: Pipeline, pairs, name: str) -> ib.UtilityRanker:
+def fit_ranker(p: Pipeline, pairs, name: str, path: Path) -> ib.UtilityRanker:
     """Soft-label cross-entropy with a per-slot logit; the best epoch on one user in seven stays."""
     settings = p.config.ranker
     held = {u for i, u in enumerate(sorted({shown.user_id for shown, _ in pairs})) if i % 7 == 0}
@@ -125,7 +126,7 @@ def fit_ranker(p: Pipeline, pairs, name: str) -> ib.UtilityRanker:
             if waited > settings.patience:
                 break
     ranker.load_state_dict(best)
-    write_tensors(p.run / "ranker" / f"{name}.safetensors", best)
+    write_tensors(path, best)
     return ranker.eval()
 
 
@@ -133,17 +134,25 @@ def stage_ranker(p: Pipeline) -> dict:
     """Fit r_util (Eq. 7) twice: on train users for the generator, on judge users to judge it."""
     if not p.impressions:
         return {"skipped": "no impressions (data.impressions), so no utility to learn"}
-    test = shown_lists(p, p.ids("test"))
+    lists = {name: shown_lists(p, p.ids(name)) for name in ("train", "judge", "test")}
+    return fit_rankers(p, lists, "ranker")
+
+
+def fit_rankers(p: Pipeline, lists: dict[str, list], folder: str) -> dict:
+    """Rankers of the lists of "train" and of "judge" users, in the run's folder; the figures are of
+    "test" users."""
+    test = lists["test"]
     rows, states = ranker_rows(p, test), pad_states([s for _, s in test])
     every, figures = torch.arange(len(rows["owner"])), {}
     for name in ("train", "judge"):
-        pairs = shown_lists(p, p.ids(name))
+        pairs = lists[name]
         if sum(bool(shown.clicked) for shown, _ in pairs) < 10:
             raise UserError(
                 f"{p.impressions_file}: clicked: fewer than 10 lists with a tap among the {name} "
                 f"users; a ranker needs more logs"
             )
-        ranker = fit_ranker(p, pairs, name)
+        label = f"{folder}/{name}".removeprefix("ranker/")
+        ranker = fit_ranker(p, pairs, label, p.run / folder / f"{name}.safetensors")
         with torch.no_grad():
             logits = ranker_logits(ranker, rows, states, every, with_slots=False)
             shown = torch.sigmoid(ranker_logits(ranker, rows, states, every))
@@ -182,6 +191,10 @@ class PopularStarters:
 
     def __call__(self, profile: dict[str, str] | None) -> list[str]:
         """At most K starters."""
+        return self.ranked(profile)[: self.p.config.generator.list_size]
+
+    def ranked(self, profile: dict[str, str] | None, keep: Callable = lambda y: y) -> list[str]:
+        """All candidates that `keep` lets through, list after list as in_lists orders them."""
         own = set((profile or {}).items())
         weight = np.array([5.0 if own & set(x.items()) else 1.0 for x in self.profiles])[self.owner]
         n = len(self.starters)
@@ -189,17 +202,48 @@ class PopularStarters:
             np.bincount(self.number, weight, n) + 20
         )
         best = np.argsort(-value, kind="stable")[: self.candidates]
+        kept = set(keep([self.starters[i] for i in best]))
+        best = [i for i in best if self.starters[i] in kept]
+        if not best:
+            return []
         vectors = self.p.encoder([self.starters[i] for i in best])
-        settings, k = self.p.config.dpo, self.p.config.generator.list_size
-        lists, _ = ib.list_search(
-            ib.min_max(torch.tensor(value[best], dtype=torch.float32)[None]),
-            (vectors @ vectors.T)[None],
-            min(k, len(best)),
-            settings.beam,
-            len(best),
-            settings.weight,
-        )
-        return [self.starters[best[i]] for i in lists[0, 0].tolist()]
+        utility = torch.tensor(value[best], dtype=torch.float32)[None]
+        (order,) = in_lists(self.p.config, utility, (vectors @ vectors.T)[None], expand=len(best))
+        return [self.starters[best[i]] for i in order]
+
+
+def in_lists(
+    config: Config,
+    utility: torch.Tensor,
+    similarity: torch.Tensor,
+    valid: torch.Tensor | None = None,
+    lists: int = 1000,
+    expand: int = 0,
+) -> list[list[int]]:
+    """Candidates of each row as the list search's best list, then the best of the rest, ...
+
+    utility (B, N), similarity (B, N, N), valid (B, N). At most `lists` lists a row, and then, if
+    they are too few to fill one, the others by utility.
+    """
+    settings, k = config.dpo, config.generator.list_size
+    free = torch.ones_like(utility, dtype=torch.bool) if valid is None else valid.clone()
+    order: list[list[int]] = [[] for _ in utility]
+    for _ in range(lists):
+        rich = (free.sum(1) >= k).nonzero().flatten()
+        if not len(rich):
+            break
+        found, _ = ib.list_search(
+            ib.min_max(utility[rich], free[rich]), similarity[rich], k, settings.beam,
+            expand or settings.expand, settings.weight, free[rich],
+        )  # fmt: skip
+        for row, best in zip(rich.tolist(), found[:, 0].tolist(), strict=True):
+            order[row] += best
+        free[rich] = free[rich].scatter(1, found[:, 0], False)
+    for row, few in enumerate(free.sum(1).tolist()):
+        if few < k:
+            rest = free[row].nonzero().flatten()
+            order[row] += rest[utility[row, rest].argsort(descending=True, stable=True)].tolist()
+    return order
 
 
 # -------------------------------------------------------------------------------------------- sit
@@ -509,6 +553,12 @@ def reference_logps(p: Pipeline, model, rows, order: list[int], label: str) -> l
 
 def list_quality(p: Pipeline, ranker, states: list[State], sampled) -> dict[str, float]:
     """Mean utility and mean pairwise dissimilarity of lists; an empty list counts as 0."""
+    figures = list_qualities(p, ranker, states, sampled)
+    return {name: float(np.mean(values)) for name, values in figures.items()}
+
+
+def list_qualities(p: Pipeline, ranker, states: list[State], sampled) -> dict[str, list[float]]:
+    """Utility and diversity of every list of every state in turn."""
     p.encoder(sorted({y for lists in sampled for x in lists for y in x}))
     utility, diversity = [], []
     for state, lists in zip(states, sampled, strict=True):
@@ -516,7 +566,7 @@ def list_quality(p: Pipeline, ranker, states: list[State], sampled) -> dict[str,
             embeddings = p.encoder(x)
             utility.append(utilities(ranker, state, embeddings).mean().item() if x else 0.0)
             diversity.append(ib.list_diversity(embeddings @ embeddings.T).item())
-    return {"utility": float(np.mean(utility)), "diversity": float(np.mean(diversity))}
+    return {"utility": utility, "diversity": diversity}
 
 
 def stage_dpo(p: Pipeline) -> dict:
@@ -555,11 +605,28 @@ def align_on_clicks(p: Pipeline, pairs: list[dict]) -> dict:
 
 def dpo_round(p: Pipeline, number: int, adapter: Path, earlier: list[dict]) -> dict:
     """One round, from the policy in `adapter`; writes dpo/round<number>/{pairs.json,adapter}."""
-    settings, ranker, folder = p.config.dpo, p.ranker("train"), p.run / "dpo" / f"round{number}"
+    folder, users = p.run / "dpo" / f"round{number}", p.config.dpo.max_users
     valid = [s for u in p.ids("valid") if (s := p.states[u][-1]).interests]
     cut = min(number, len(p.config.data.cuts)) - 1  # early, middle, latest slice of the log
-    states = chosen_states(p, [cut], settings.max_users, random.Random(p.seed("users", number)))
+    states = chosen_states(p, [cut], users, random.Random(p.seed("users", number)))
     model = p.policy(adapter, trainable=True)
+    ranker = p.ranker("train")
+    made, new = improve(p, number, model, adapter, ranker, states, valid, earlier)
+    llm.save_adapter(model, folder / "adapter")
+    write_json(folder / "pairs.json", new)
+    return made
+
+
+def improve(
+    p: Pipeline, number: int | str, model, adapter: Path, ranker, states: list[State],
+    valid: list[State], earlier: list[dict],
+) -> tuple[dict, list[dict]]:  # fmt: skip
+    """Sample, search, mine and align, in place; returns figures and the pairs found.
+
+    model: the policy saved in `adapter`; states: whom it writes for; valid: those on whom the best
+    checkpoint is chosen; earlier: pairs that join the new ones.
+    """
+    settings = p.config.dpo
     # With their repeats, which the search avoids: such a list is a natural diversity negative.
     sampled = p.write_lists(
         adapter,
@@ -589,9 +656,7 @@ def dpo_round(p: Pipeline, number: int, adapter: Path, earlier: list[dict]) -> d
         return settings.weight * gain["utility"] + (1 - settings.weight) * gain["diversity"]
 
     made = align(p, model, earlier + new, f"round {number}", held_out if valid else None)
-    llm.save_adapter(model, folder / "adapter")
-    write_json(folder / "pairs.json", new)
-    return {"before": list_quality(p, ranker, states, sampled), **counts, **made}
+    return {"before": list_quality(p, ranker, states, sampled), **counts, **made}, new
 
 
 def click_pairs(p: Pipeline) -> list[dict]:

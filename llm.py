@@ -517,6 +517,8 @@ def sample(
     sampler: str = "fast",
     stop: str = "</sug>",
     numbers: Sequence[int] | None = None,
+    prefix: Prefix | None = None,
+    watch: Callable[[Tensor], Tensor] | None = None,
 ) -> list[list[str]]:
     """n completions of each prompt, as text; temperature 0 is greedy. Deterministic for a seed.
 
@@ -529,6 +531,9 @@ def sample(
     `rows` lets all prompts into one batch: the same tokens, but where logits tie within rounding.
     A completion ends with the end token or with the text `stop`. Prompts given as text are encoded
     plainly: control tokens in them are not parsed.
+    prefix: read once for all prompts, where they begin with it.
+    watch: called after each step with the token ids so far, (B, n, steps), B <= rows / n; samples
+    for which it returns True, (B, n), are given up.
     Raises ValueError for an empty prompt, n < 1 or an unknown sampler.
     """
     encoded = [encode_text(tokenizer, p) if isinstance(p, str) else p for p in prompts]
@@ -545,14 +550,37 @@ def sample(
         batch = order[start : start + size]
         own = [encoded[i] for i in batch]
         draw.begin([numbers[i] for i in batch], n, max_new_tokens)
-        tokens = _decode(model, own, n, max_new_tokens, draw, ended, tokenizer.pad_token_id)
+        tokens = _decode(
+            model, own, n, max_new_tokens, draw, ended, tokenizer.pad_token_id, prefix, watch
+        )
         texts = tokenizer.batch_decode(tokens.flatten(0, 1), skip_special_tokens=True)
         for j, i in enumerate(batch):
             result[i] = texts[j * n : (j + 1) * n]
     return result
 
 
-def _decode(model, prompts, n: int, max_new_tokens: int, draw, ended, pad: int) -> Tensor:
+@dataclass(frozen=True)
+class Prefix:
+    """The first tokens of every prompt, and what each layer keeps of them."""
+
+    ids: list[int]  # (P,)
+    layers: list[tuple[Tensor, Tensor]]  # keys and values, (1, heads, P, d) each
+
+
+@torch.no_grad()
+def read_prefix(model, ids: list[int]) -> Prefix:
+    """Read tokens with which prompts begin; it holds as long as the model's weights do."""
+    decoder, head = _parts(model, len(ids))
+    _use_attention(decoder, "sdpa")
+    cache = Cache([_Buffer(len(ids)) for _ in range(decoder.config.num_hidden_layers)])
+    row = torch.tensor([ids], device=head.weight.device)
+    decoder(input_ids=row, past_key_values=cache, use_cache=True)
+    return Prefix(ids, [(layer.keys, layer.values) for layer in cache.layers])
+
+
+def _decode(
+    model, prompts, n: int, max_new_tokens: int, draw, ended, pad: int, prefix=None, watch=None
+) -> Tensor:
     """Token ids (B, n, new) with pads behind each end.
 
     A tree grows: the prompt is read once as trunk, and each step adds one token to each of its n
@@ -564,6 +592,12 @@ def _decode(model, prompts, n: int, max_new_tokens: int, draw, ended, pad: int) 
     weight, device = decoder.get_input_embeddings().weight, head.weight.device
     layers = range(decoder.config.num_hidden_layers)
     cache = Cache([_Buffer(width + n * max_new_tokens) for _ in layers])
+    known = len(prefix.ids) if prefix else 0
+    if known:
+        if any(p[:known] != prefix.ids or len(p) == known for p in prompts):
+            raise ValueError("sample: a prompt does not go on from the prefix")
+        for layer, parts in zip(cache.layers, prefix.layers, strict=True):
+            layer.update(*(x.expand(b, *x.shape[1:]) for x in parts))
 
     def read(ids: Tensor, position: Tensor, seen) -> Tensor:
         """ids, position (B, Q), which the cache takes in -> hidden states (B, Q, H)."""
@@ -580,8 +614,9 @@ def _decode(model, prompts, n: int, max_new_tokens: int, draw, ended, pad: int) 
     ids = torch.tensor([p + [pad] * (width - len(p)) for p in prompts], device=device)  # (B, T)
     position = torch.arange(width, device=device).expand(b, width)
     branch = -(position >= length[:, None]).long()  # (B, T): 0 prompt, -1 pad; samples from 1
-    hidden = read(ids, position, _tree_mask(branch, branch, branch, 0))
-    last = hidden[torch.arange(b, device=device), length - 1]  # (B, H)
+    own = branch[:, known:]
+    hidden = read(ids[:, known:], position[:, known:], _tree_mask(own, own, branch, known))
+    last = hidden[torch.arange(b, device=device), length - 1 - known]  # (B, H)
     logits = head(last).float()[:, None].expand(b, n, -1)  # (B, n, V)
     prompt = torch.arange(b, device=device)  # (B,): those with an open sample
     sample = torch.arange(n, device=device).expand(b, n)  # (B, Q): the one that each slot grows
@@ -590,6 +625,9 @@ def _decode(model, prompts, n: int, max_new_tokens: int, draw, ended, pad: int) 
         token = draw(logits, prompt, sample, i)  # (B, Q)
         tokens[prompt[:, None], sample, i] = token
         sample = sample.masked_fill(ended(token, tokens[..., : i + 1], prompt, sample), n)
+        if watch:
+            given_up = F.pad(watch(tokens[:, :n, : i + 1]), (0, 1)).to(device)  # (prompts, n + 1)
+            sample = sample.masked_fill(given_up[prompt[:, None], sample], n)
         going = sample < n  # (B, Q)
         if not going.any() or i + 1 == max_new_tokens:
             break

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -64,6 +65,8 @@ class Pipeline:
         self._check_players(config)
         self.config, self.run = config, RunFolder(config)
         self._chats: dict = {}
+        # Answers of LLMs, kept for all runs below run.root: the same question is asked once.
+        self.answers = Path(config.run.root) / "answers.sqlite"
         self.key = ""  # of the running stage: all that it depends on, but for the number of rounds
         self.users_file, self.impressions_file = config.data.users, config.data.impressions
         if not config.data.users:
@@ -155,20 +158,12 @@ class Pipeline:
 
     def _history(self, user_id: str, cut: int) -> ib.History:
         past, future = self.parts(user_id, cut)
-        stamps = [s.timestamp for s in past]
-        now = future[0].timestamp if future else max((s for s in stamps if s), default=None)
-        days = None
-        if now is not None and all(stamps):
-            days = [(now - s).total_seconds() / 86400 for s in stamps]
-        return ib.make_history([s.summary for s in past], days, self.encoder)
+        return history_of(past, future[0].timestamp if future else None, self.encoder)
 
     @cached_property
     def profiles(self) -> dict[str, torch.Tensor]:
         """Embedding (D,) of each user's profile; zeros where there is none."""
-        texts = {
-            u.user_id: "; ".join(f"{k}: {v}" for k, v in sorted((u.profile or {}).items()))
-            for u in self.users.values()
-        }
+        texts = {u.user_id: profile_text(u) for u in self.users.values()}
         self.encoder(sorted({text for text in texts.values() if text}))
         none = torch.zeros(self.encoder.dim)
         return {u: self.encoder([text])[0] if text else none for u, text in texts.items()}
@@ -176,17 +171,8 @@ class Pipeline:
     def scorer_batch(self, rows: list[tuple[str, int]], encode=None) -> dict[str, torch.Tensor]:
         """Padded inputs of ResonanceScorer for (user, cut) rows; `encode` replaces the encoder."""
         histories = [self.histories[user_id][cut] for user_id, cut in rows]
-        b, n = len(rows), max(len(h.texts) for h in histories)
-        batch = {
-            "embeddings": torch.zeros(b, n, self.encoder.dim),  # (B, N, D)
-            "statistics": torch.zeros(b, n, len(ib.FEATURE_NAMES)),  # (B, N, F)
-            "mask": torch.zeros(b, n, dtype=torch.bool),
-            "profile": torch.stack([self.profiles[user_id] for user_id, _ in rows]),  # (B, D)
-        }
-        for i, h in enumerate(histories):
-            m = len(h.texts)
-            batch["embeddings"][i, :m], batch["statistics"][i, :m] = h.embeddings, h.statistics
-            batch["mask"][i, :m] = True
+        profiles = torch.stack([self.profiles[user_id] for user_id, _ in rows])
+        batch = scorer_inputs(histories, profiles)
         if encode:
             vectors = encode([text for h in histories for text in h.texts])
             batch["embeddings"][batch["mask"]] = vectors.to(batch["embeddings"].device)
@@ -219,6 +205,15 @@ class Pipeline:
 
     def tastes(self, user: data.User, shown: list[data.Impression]) -> list[torch.Tensor]:
         """What the lists shown to a user before each cut say of the taste: one (D + 1,) a cut."""
+        cuts = self.shares
+        return self.tastes_at(
+            [data.cut_time(user, cut) if cut < 1 else datetime.max for cut in cuts], shown
+        )
+
+    def tastes_at(
+        self, times: list[datetime | None], shown: list[data.Impression]
+    ) -> list[torch.Tensor]:
+        """The same before each of these times."""
         rows = [(i.timestamp, y, slot, slot in i.clicked) for i in shown for slot, y in
                 enumerate(i.starters) if i.timestamp]
         starters = self.encoder([y for _, y, _, _ in rows])  # (N, D)
@@ -226,8 +221,7 @@ class Pipeline:
         taps = torch.tensor([tap for _, _, _, tap in rows], dtype=torch.float32)
         surprise = taps - self.slot_rates[slots.clamp_max(len(self.slot_rates) - 1)]
         result = []
-        for cut in self.shares:
-            now = data.cut_time(user, cut) if cut < 1 else datetime.max
+        for now in times:
             past = torch.tensor([bool(now) and t < now for t, *_ in rows], dtype=torch.bool)
             result.append(ib.tap_taste(starters[past], surprise[past]))
         return result
@@ -374,11 +368,6 @@ class Pipeline:
             self._chats[player] = chat.Chat(backend, self.answers)
         return self._chats[player]
 
-    @property
-    def answers(self) -> Path:
-        """Answers of LLMs, kept for all runs below run.root: the same question is asked once."""
-        return Path(self.config.run.root) / "answers.sqlite"
-
     def interest_judge(self):
         """Which of two lists of interests says more about a user, by the role that is set."""
         player = self.config.roles.judge
@@ -401,10 +390,10 @@ class Pipeline:
     def new_ranker(self) -> ib.UtilityRanker:
         return ib.UtilityRanker(self.encoder.dim, self.config.generator.list_size)
 
-    def ranker(self, name: str) -> ib.UtilityRanker:
+    def ranker(self, name: str, folder: str = "ranker") -> ib.UtilityRanker:
         """The fitted ranker "train" (for mining) or "judge" (for evaluation)."""
         ranker = self.new_ranker()
-        ranker.load_state_dict(read_tensors(self.run / "ranker" / f"{name}.safetensors"))
+        ranker.load_state_dict(read_tensors(self.run / folder / f"{name}.safetensors"))
         return ranker.eval()
 
 
@@ -412,6 +401,38 @@ def base_folder(config: Config) -> Path:
     """The embedded base model is built once for all runs below run.root."""
     g = config.generator
     return Path(config.run.root) / f"base-{digest(config.base, g.instruction, g.list_size)}"
+
+
+def history_of(
+    past: list[data.Session], now: datetime | None, encode: Callable[[list[str]], torch.Tensor]
+) -> ib.History:
+    """A user's history of these sessions as of `now` (None: the latest of them)."""
+    stamps = [s.timestamp for s in past]
+    now = now or max((s for s in stamps if s), default=None)
+    days = None
+    if now is not None and all(stamps):
+        days = [(now - s).total_seconds() / 86400 for s in stamps]
+    return ib.make_history([s.summary for s in past], days, encode)
+
+
+def profile_text(user: data.User) -> str:
+    return "; ".join(f"{k}: {v}" for k, v in sorted((user.profile or {}).items()))
+
+
+def scorer_inputs(histories: list[ib.History], profiles: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Padded inputs of ResonanceScorer; profiles (B, D)."""
+    (b, d), n = profiles.shape, max(len(h.texts) for h in histories)
+    batch = {
+        "embeddings": torch.zeros(b, n, d),  # (B, N, D)
+        "statistics": torch.zeros(b, n, len(ib.FEATURE_NAMES)),  # (B, N, F)
+        "mask": torch.zeros(b, n, dtype=torch.bool),
+        "profile": profiles,
+    }
+    for i, h in enumerate(histories):
+        m = len(h.texts)
+        batch["embeddings"][i, :m], batch["statistics"][i, :m] = h.embeddings, h.statistics
+        batch["mask"][i, :m] = True
+    return batch
 
 
 def pad_states(states: list[State]) -> dict[str, torch.Tensor]:

@@ -36,19 +36,22 @@ def stage_summarize(p: Pipeline) -> dict:
         for i, session in enumerate(user.sessions)
         if not session.summary
     ]
-    messages = [m for *_, m in missing]
-    if p.config.roles.summariser == "rules":
-        made = [roles.RuleSummariser().summarise(m) for m in messages]
-    else:
-        import chat
-
-        made = chat.LLMSummariser(p.chat(p.config.roles.summariser)).summarise(messages)
+    made = summarise(p, [m for *_, m in missing])
     summaries: dict[str, dict[str, str]] = {}
     for (user_id, i, _), text in zip(missing, made, strict=True):
         if text:
             summaries.setdefault(user_id, {})[str(i)] = text
     write_json(p.run / "summarize" / "summaries.json", summaries)
     return {"without_summary": len(missing), "still": sum(not text for text in made)}
+
+
+def summarise(p: Pipeline, messages: list[list]) -> list[str | None]:
+    """A line for each session's messages, by the role that is set; None where there is none."""
+    if p.config.roles.summariser == "rules":
+        return [roles.RuleSummariser().summarise(m) for m in messages]
+    import chat
+
+    return chat.LLMSummariser(p.chat(p.config.roles.summariser)).summarise(messages)
 
 
 def stage_match(p: Pipeline) -> dict:
@@ -273,11 +276,16 @@ def new_scorer(p: Pipeline) -> ib.ResonanceScorer:
     return ib.ResonanceScorer(r.towers, p.encoder.dim, features, r.text_dim, r.hidden, r.dropout)
 
 
-def distil_latest(p: Pipeline) -> dict[str, list[str]]:
-    """Trigger interests of p.users as they are now, by the scorer and gate that `rid` saved."""
+def saved_scorer(p: Pipeline) -> ib.ResonanceScorer:
     scorer = new_scorer(p)
     scorer.load_state_dict(read_tensors(p.run / "rid" / "scorer.safetensors"))
-    gate, last = read_json(p.run / "rid" / "gate.json"), len(p.shares) - 1
+    return scorer.eval()
+
+
+def distil_latest(p: Pipeline) -> dict[str, list[str]]:
+    """Trigger interests of p.users as they are now, by the scorer and gate that `rid` saved."""
+    scorer, gate = saved_scorer(p), read_json(p.run / "rid" / "gate.json")
+    last = len(p.shares) - 1
     rows = [(u, last) for u in p.users if p.histories[u][last].texts]
     found = distil_rows(
         p, lambda x: p.resonance(scorer, x), gate["edges"], gate["thresholds"], rows

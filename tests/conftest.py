@@ -1,6 +1,9 @@
 import pytest
 import torch
 
+import train
+from config import ROOT, load_config
+
 # The models of the tests are tiny: two threads gain nothing, and where other programs use the
 # machine they wait for each other at every operation.
 torch.set_num_threads(1)
@@ -17,3 +20,22 @@ def pytest_collection_modifyitems(items):
 def _exact_floats():
     """A training run flushes tiny numbers to zero for the whole process; hypothesis objects."""
     torch.set_flush_denormal(False)
+
+
+MICRO = """world.users=40 world.impressions_per_user=30 world.starter_pool=200 base.prompts=40
+    base.lists=2 base.layers=2 base.vocabulary=400 rid.epochs=2 ranker.epochs=2
+    generator.list_size=3 generator.max_new_tokens=24 sit.max_rows=8 sit.epochs=1 dpo.max_users=6
+    dpo.rounds=2 dpo.samples=2 dpo.checkpoints=1 data.train=0.3 data.judge=0.3 data.valid=0.2
+    data.test=0.2 eval.lists=1 eval.bootstrap=20 eval.examples=2""".split()
+
+
+def micro(root, *words):
+    return load_config(ROOT / "configs" / "tiny.yaml", [*MICRO, f"run.root={root}", *words])
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A run folder in which every stage ran without a break; tests only read it."""
+    root = tmp_path_factory.mktemp("whole")
+    train.run_stages(micro(root), list(train.STAGES))
+    return root / "tiny"

@@ -385,6 +385,39 @@ def test_sampling_repeats_by_seed_and_varies_within(tokenizer):
     assert len({*first[0], *first[1]}) > 1
 
 
+def test_a_prefix_is_read_once_and_changes_no_sample(tokenizer):
+    model, prefix = with_lora(tiny()), [5, 9, 11, 5]
+    prompts = [[*prefix, 7, 8], [*prefix, 12], [*prefix, *range(20, 40)]]
+    how = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 1.0, "seed": 3, "stop": ""}
+    whole = llm.sample(model, tokenizer, prompts, 3, **how)
+    known = llm.read_prefix(model, prefix)
+    read, forward = [], model.get_decoder().forward
+    model.get_decoder().forward = lambda *a, **k: read.append(k["input_ids"]) or forward(*a, **k)
+    assert llm.sample(model, tokenizer, prompts, 3, prefix=known, **how) == whole
+    assert read[0].shape == (3, 20)  # what follows the prefix
+    with pytest.raises(ValueError, match="does not go on from the prefix"):
+        llm.sample(model, tokenizer, [prefix], 1, prefix=known, **how)
+
+
+def test_a_watched_sample_can_be_given_up_and_the_others_do_not_notice(tokenizer):
+    prompts, n, steps = [[5, 9, 11], [7, 8]], 2, []
+    how = {"max_new_tokens": 10, "temperature": 1.0, "top_p": 1.0, "seed": 3, "stop": ""}
+    model = tiny()
+    whole = llm.sample(model, tokenizer, prompts, n, **how)
+
+    def watch(tokens):
+        steps.append(tokens.shape)
+        return torch.tensor([[False, True], [False, False]]) & (len(steps) >= 4)
+
+    cut = llm.sample(model, tokenizer, prompts, n, watch=watch, **how)
+    assert steps[:2] == [(2, 2, 1), (2, 2, 2)]
+    assert [cut[0][0], *cut[1]] == [whole[0][0], *whole[1]]
+    assert whole[0][1].startswith(cut[0][1]) and len(cut[0][1]) < len(whole[0][1])
+    steps.clear()
+    llm.sample(model, tokenizer, prompts, n, watch=lambda x: watch(x) | (len(steps) > 2), **how)
+    assert len(steps) == 3  # nobody is left
+
+
 @pytest.mark.parametrize("top_k, top_p, kept", [(0, 0.9, 3), (2, 1.0, 2), (3, 0.6, 2), (0, 1.0, 4)])
 def test_the_fast_sampler_draws_by_probability_from_top_k_then_top_p(top_k, top_p, kept):
     p = torch.tensor([0.5, 0.3, 0.15, 0.05])[[2, 0, 3, 1]]

@@ -13,6 +13,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from conftest import MICRO, micro
 from peft import PeftModel
 from sentence_transformers import SentenceTransformer
 from test_chat import KEY, Stub
@@ -23,26 +24,8 @@ import llm
 import rid
 import roles
 import train
-from config import ROOT, UserError, load_config, read_json, read_tensors
+from config import ROOT, UserError, read_json, read_tensors
 from encoder import packaged_minilm
-
-MICRO = """world.users=40 world.impressions_per_user=30 world.starter_pool=200 base.prompts=40
-    base.lists=2 base.layers=2 base.vocabulary=400 rid.epochs=2 ranker.epochs=2
-    generator.list_size=3 generator.max_new_tokens=24 sit.max_rows=8 sit.epochs=1 dpo.max_users=6
-    dpo.rounds=2 dpo.samples=2 dpo.checkpoints=1 data.train=0.3 data.judge=0.3 data.valid=0.2
-    data.test=0.2 eval.lists=1 eval.bootstrap=20 eval.examples=2""".split()
-
-
-def micro(root, *words):
-    return load_config(ROOT / "configs" / "tiny.yaml", [*MICRO, f"run.root={root}", *words])
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run folder in which every stage ran without a break."""
-    root = tmp_path_factory.mktemp("whole")
-    train.run_stages(micro(root), list(train.STAGES))
-    return root / "tiny"
 
 
 def artifacts(run):
