@@ -515,6 +515,8 @@ class RunFolder:
     def __init__(self, config: Config):
         self.path = Path(config.run.root) / config.run.name
         self.path.mkdir(parents=True, exist_ok=True)
+        if config.data.feedback:  # a further round of a run that is there: what it was stays
+            return
         with atomic_path(self.path / "config.yaml") as temporary:
             temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
         write_json(self.path / "environment.json", environment(config))

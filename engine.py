@@ -24,12 +24,13 @@ from pathlib import Path
 import torch
 
 import data
+import feedback
 import icebreaker as ib
 import isg
 import llm
 import rid
 import roles
-from config import Config, UserError, digest, file_digest, read_json, read_tensors
+from config import Config, UserError, digest, read_json, read_tensors
 from pipeline import Pipeline, State, history_of, profile_text, scorer_inputs
 
 METHODS = ("PE", "SFT", "IceBreaker")
@@ -71,6 +72,8 @@ class Ask:
     method: str = "IceBreaker"
     emit: Callable[[Starter], None] | None = None
     """Called with each good starter of a list as it is decoded; they come first in the answer."""
+    begin: Callable[[list[Interest], float | None], None] | None = None
+    """Called with the interests and the gate's line before anything is decoded."""
 
 
 @dataclass
@@ -128,19 +131,7 @@ class Engine:
     # -------------------------------------------------------------------------- which model writes
 
     def _current(self) -> dict | None:
-        """The newest accepted round: that of feedback, or the run's last one."""
-        published = self.p.run / "feedback" / "current.json"
-        if published.is_file():
-            return read_json(published)
-        adapter = f"dpo/round{self.config.dpo.rounds}/adapter"
-        if not (self.p.run / adapter).is_dir():
-            return None
-        weights = file_digest(self.p.run / adapter / "adapter_model.safetensors")
-        return {
-            "adapter": adapter,
-            "ranker": "ranker/train.safetensors",
-            "version": f"round{self.config.dpo.rounds}-{weights[:8]}",
-        }
+        return feedback.current(self.p.run, self.config.dpo.rounds)
 
     def refresh(self) -> bool:
         """Take the newest accepted round, if it is not yet in use."""
@@ -249,6 +240,8 @@ class Engine:
                 self._taste(ask),
             )
             cases.append(Case(ask, state, interests, threshold))
+            if ask.begin:
+                ask.begin(interests, threshold)
         return cases
 
     def _summarised(self, user: data.User) -> data.User:

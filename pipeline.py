@@ -300,12 +300,15 @@ class Pipeline:
             return self.sample_lists(model or self.policy(adapter), inputs, n, seed, repeats)
         import chat
 
-        # The server knows an adapter by the name of its stage: sit, round1, round2, ..., vanilla.
+        # The server knows an adapter by its stage: sit, round1, ..., vanilla; feedback1, ...
+        name = adapter.parent.name if adapter else g.model or "base"
+        if adapter and adapter.parent.parent.name == "feedback":
+            name = name.replace("round", "feedback")
         settings = dataclasses.replace(
             self.config.endpoint,
             base_url=g.endpoint,
             key_env=g.endpoint_key_env,
-            model=adapter.parent.name if adapter else g.model or "base",
+            model=name,
             temperature=g.temperature,
             max_tokens=g.max_new_tokens,
         )

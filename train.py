@@ -5,6 +5,7 @@
     python train.py data.users=mine.jsonl              # your own users (see README)
     python train.py --plan --config configs/qwen2.5-7b.yaml    # memory and tokens; nothing loads
     python train.py --doctor                           # what this machine has and lacks
+    python train.py --stage ranker --stage dpo data.feedback=FILE    # a round more; see feedback.py
     torchrun --nproc-per-node=2 train.py --stage dpo   # on two GPUs
 
 Stages: world -> base -> summarize -> match -> rid -> ranker -> sit -> dpo -> eval, and merge where
@@ -34,6 +35,7 @@ from pathlib import Path
 import torch
 
 import eval as evaluation
+import feedback
 import isg
 import llm
 import rid
@@ -191,11 +193,26 @@ def out_of_memory(config: Config, stage: str) -> str:
     )
 
 
+@contextlib.contextmanager
+def explained(config: Config, stage: str):
+    """Raise UserError with advice where memory is full."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if "out of memory" in str(error) or "DefaultCPUAllocator" in str(error):
+            raise UserError(out_of_memory(config, stage)) from None
+        raise
+
+
 def run_stages(config: Config, wanted: list[str]) -> None:
     """Run the wanted stages and, first, those they need; skip what is done with these settings."""
     # Adam's averages of weights that hardly move become denormal, which slows a CPU several times.
     torch.set_flush_denormal(True)
     llm.quiet_libraries()
+    if config.data.feedback:
+        with explained(config, "dpo"):
+            feedback.train_round(config, wanted, free=[*HOW, "data.max_errors"])
+        return
     p, needed = Pipeline(config), set(wanted)
     for name in reversed(STAGES):
         if name in needed:
@@ -209,13 +226,9 @@ def run_stages(config: Config, wanted: list[str]) -> None:
         p.key = stage_key(p, name, "dpo.rounds")
         started = time.time()
         figures: dict = {}
-        try:
+        with explained(config, name):
             if processes()[0] == 0 or not STAGES[name].alone:
                 figures = STAGES[name].run(p)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if "out of memory" in str(error) or "DefaultCPUAllocator" in str(error):
-                raise UserError(out_of_memory(config, name)) from None
-            raise
         calls = p.calls()
         if not STAGES[name].alone:
             calls = sum_counts(gather([calls]))

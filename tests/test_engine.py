@@ -163,7 +163,12 @@ def test_the_first_list_streams_as_it_is_decoded(engine, monkeypatch):
         return [[first, second]]
 
     monkeypatch.setattr(llm, "sample", sample)
-    (answer,) = engine.write([Ask(person(*SUMMARIES), 3, emit=emitted.append)])
+    begun = []
+    (answer,) = engine.write(
+        [Ask(person(*SUMMARIES), 3, emit=emitted.append,
+             begin=lambda *x: begun.append((*x, len(emitted))))]
+    )
+    assert begun == [(answer.interests, answer.threshold, 0)]
     first_at, second_at = steps.index(1), steps.index(2)
     assert 0 < first_at < second_at <= len(steps) - 1  # one by one, the first long before the end
     assert [s.text for s in emitted] == texts(answer) == [
@@ -196,7 +201,7 @@ def test_an_accepted_round_is_taken_up_and_nothing_else(finished, tmp_path):
     assert before.startswith("round2-") and not engine.refresh()
     write_json(run / "feedback" / "current.json", {
         "round": 1, "adapter": "dpo/round1/adapter", "version": "feedback1.0abc",
-        "ranker": "ranker/judge.safetensors",
+        "ranker": "ranker/judge.safetensors", "run": read_json(run / "dpo" / "done.json")["key"],
     })
     assert engine.refresh() and engine.version == "feedback1.0abc" and not engine.refresh()
     judge = engine.p.ranker("judge").state_dict()

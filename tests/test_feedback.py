@@ -1,0 +1,392 @@
+"""Rounds from a server's store: what they learn, whom they trust, when they are refused."""
+
+import json
+import random
+import shutil
+from collections import Counter
+
+import pytest
+import torch
+
+import feedback
+import icebreaker as ib
+import isg
+import roles
+import train
+from config import ROOT, UserError, load_config, read_json
+from store import Store
+
+# A teacher of three kinds, which even a minute's generator can write.
+KINDS = {
+    "en": "Quiz me on {x}\nThe origins of {x}\nPlan a weekend around {x}",
+    "zh": "考考我对{x}的了解\n{x}的未来会怎样？\n为{x}设计一张海报",
+}
+SMALL = """world.users=60 world.median_sessions=6 world.impressions_per_user=30
+    world.starter_pool=200 base.prompts=500 base.lists=2 base.layers=2 base.hidden=96
+    base.vocabulary=600 rid.epochs=2 rid.towers=1 ranker.epochs=20 generator.list_size=3
+    generator.max_new_tokens=40 sit.max_rows=120 sit.epochs=4 sit.learning_rate=3e-3
+    dpo.max_users=30 dpo.rounds=1 dpo.samples=4 dpo.checkpoints=1 dpo.vanilla=false
+    dpo.learning_rate=2e-4 data.train=0.4 data.judge=0.25 data.valid=0.25 data.test=0.1""".split()
+ROUND = ["ranker", "dpo"]
+CANARY = "Quxholm"  # a place of which the run has never heard
+
+
+def small(root, *words):
+    return load_config(ROOT / "configs" / "tiny.yaml", [*SMALL, f"run.root={root}", *words])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The root of a run that was trained without a store."""
+    root = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(roles, "_TEMPLATES", KINDS)
+        train.run_stages(small(root), ["dpo"])
+    return root
+
+
+@pytest.fixture(scope="module")
+def told(finished):
+    """Interests that were distilled of the run's people."""
+    p = train.Pipeline(small(finished))
+    found = [s.interests for u in p.users if len((s := p.states[u][-1]).interests) > 1]
+    return [x for x in found if all(map(roles.key_phrases, x))]
+
+
+def serve(path, people: dict, lists: int, tap=lambda y: y.startswith("Quiz")) -> None:
+    """Show every person (id -> interests) random lists of all kinds; `tap` says what is liked."""
+    store, rng, clock = Store(path), random.Random(0), [1.8e9]
+    store.now = lambda: clock[0]
+    kinds = KINDS["en"].splitlines()
+    for user_id, interests in people.items():
+        subjects = [roles.key_phrases(x)[0] for x in interests]
+        events = []
+        for _ in range(lists):
+            shown = [rng.choice(kinds).format(x=rng.choice(subjects)) for _ in range(3)]
+            clock[0] += 60
+            impression = store.offer(user_id, interests, shown, "IceBreaker", "round1")
+            events.append((impression, "shown", None))
+            events += [(impression, "tap", slot) for slot, y in enumerate(shown) if tap(y)]
+        store.record(events)
+    store.close()
+
+
+@pytest.fixture(scope="module")
+def tapped(told, tmp_path_factory):
+    """A store of 80 people who tap whatever is a quiz."""
+    path = tmp_path_factory.mktemp("store") / "serve.sqlite"
+    people = {f"n{i}": told[i % len(told)] for i in range(80)}
+    people |= {f"n{i}": [f"Sailing to {CANARY}", *people[f"n{i}"]] for i in range(4)}
+    serve(path, people, 6)
+    return path
+
+
+@pytest.fixture(scope="module")
+def improved(finished, tapped, tmp_path_factory):
+    """A root whose run has an accepted feedback round."""
+    root = tmp_path_factory.mktemp("improved") / "runs"
+    shutil.copytree(finished, root)
+    open_elsewhere = Store(tapped)  # by a running server
+    with pytest.MonkeyPatch.context() as patch:
+        # Where all like one kind, lists of it are more alike; here a third may go.
+        patch.setattr(feedback, "MARGIN", 0.33)
+        train.run_stages(small(root, f"data.feedback={tapped}"), ROUND)
+    open_elsewhere.offer("later", [], ["What else?"], "IceBreaker", "round1")
+    open_elsewhere.close()
+    return root
+
+
+def kinds_written(root, adapter: str) -> Counter:
+    """First words of what a policy writes for people of no training, as shares."""
+    p = train.Pipeline(small(root))
+    inputs = [s.interests for u in p.ids("valid", "test") if (s := p.states[u][-1]).interests]
+    lists = p.sample_lists(p.policy(p.run / adapter), inputs, 4, 0)
+    words = [y.split()[0] for own in lists for x in own for y in x]
+    return Counter({k: n / len(words) for k, n in Counter(words).items()})
+
+
+def test_what_everybody_taps_is_written_more(improved, tapped, capsys):
+    run = improved / "tiny"
+    before = kinds_written(improved, "dpo/round1/adapter")
+    after = kinds_written(improved, "feedback/round1/adapter")
+    assert 0.15 < before["Quiz"] < 0.45 and after["Quiz"] > before["Quiz"] + 0.1
+    verdict = read_json(run / "feedback" / "round1" / "verdict.json")
+    now = read_json(run / "feedback" / "current.json")
+    assert verdict["accepted"] and verdict["written"]["utility"]["low"] > 0
+    assert now["round"] == 1 and now["version"].startswith("feedback1-")
+    assert (run / now["adapter"]).is_dir() and (run / now["ranker"]).is_file()
+    assert now == feedback.current(train.Pipeline(small(improved)).run, 1)
+
+    # The same store again makes no other round, and the run's own stages are as they were.
+    settings = (run / "config.yaml").read_bytes()
+    train.run_stages(small(improved, f"data.feedback={tapped}"), ROUND)
+    output = capsys.readouterr().out
+    assert "feedback round 1: already done" in output and f"accepted as {now['version']}" in output
+    assert (run / "config.yaml").read_bytes() == settings and "feedback: ''" in settings.decode()
+    assert not (run / "feedback" / "round2").exists()
+    train.run_stages(small(improved), ["dpo"])
+    assert capsys.readouterr().out.count("already done") == 8
+
+
+def test_no_text_of_the_store_is_printed_or_kept(improved, tapped, tmp_path, capsys):
+    """Deleting somebody from the store would not delete it there."""
+    shutil.copytree(improved, tmp_path / "runs")
+    (tmp_path / "runs" / "tiny" / "feedback" / "round1" / "verdict.json").unlink()
+    train.run_stages(small(tmp_path / "runs", f"data.feedback={tapped}"), ROUND)  # the check again
+    files = [f for f in (tmp_path / "runs").rglob("*") if f.is_file()]
+    assert len(files) > 20 and CANARY.encode() in tapped.read_bytes()
+    assert not [f for f in files if CANARY.encode() in f.read_bytes()]
+    output = capsys.readouterr().out
+    assert CANARY not in output and "Quiz" not in output and "feedback round 1" in output
+    a, b = (next((root / "tiny").glob("embeddings-*")) for root in (improved, tmp_path / "runs"))
+    assert a.read_bytes() == b.read_bytes()
+
+
+def test_a_policy_that_became_worse_is_refused(improved, tapped, tmp_path, monkeypatch, capsys):
+    """Noise in the adapter: the server's policy stays, and the next round has a new number."""
+    shutil.copytree(improved, tmp_path / "runs")
+    published = tmp_path / "runs" / "tiny" / "feedback" / "current.json"
+    before = published.read_bytes()
+
+    def harm(p, model, pairs, label, pick=None):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for weight in filter(lambda w: w.requires_grad, model.parameters()):
+                weight.add_(0.3 * torch.randn_like(weight))
+        return {}
+
+    monkeypatch.setattr(isg, "align", harm)
+    config = small(tmp_path / "runs", f"data.feedback={tapped}", "dpo.beta=0.2")
+    train.run_stages(config, ROUND)
+    output, stays = capsys.readouterr().out, json.loads(before)["version"]
+    assert f"refused, {stays} stays: utility of lists as written fell" in output
+    assert published.read_bytes() == before
+    verdict = read_json(tmp_path / "runs" / "tiny" / "feedback" / "round2" / "verdict.json")
+    assert not verdict["accepted"] and verdict["from"] == stays
+    assert feedback._begin(train.Pipeline(config), "another store") == 3
+
+
+def test_lists_that_became_all_alike_are_refused(finished, tapped, tmp_path):
+    """Too large a learning rate: nothing but quizzes. The judge likes it, diversity falls."""
+    shutil.copytree(finished, tmp_path / "runs")
+    config = small(tmp_path / "runs", f"data.feedback={tapped}", "dpo.learning_rate=1e-3")
+    train.run_stages(config, ROUND)
+    run = tmp_path / "runs" / "tiny"
+    assert kinds_written(tmp_path / "runs", "feedback/round1/adapter")["Quiz"] > 0.8
+    verdict = read_json(run / "feedback" / "round1" / "verdict.json")
+    assert verdict["written"]["utility"]["low"] > 0 > verdict["written"]["diversity"]["high"]
+    assert not verdict["accepted"] and "diversity of lists as written fell" in verdict["reason"]
+    assert not (run / "feedback" / "current.json").exists()
+
+
+def test_a_killed_round_resumes_to_the_same_bytes(
+    finished, improved, tapped, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(finished, tmp_path / "runs")
+    config = small(tmp_path / "runs", f"data.feedback={tapped}")
+    monkeypatch.setattr(feedback, "MARGIN", 0.33)
+    for module, name in ((isg, "align"), (feedback, "check"), (feedback, "bootstrap_interval")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, _killed)
+            with pytest.raises(KeyboardInterrupt):
+                train.run_stages(config, ROUND)
+        assert not (tmp_path / "runs" / "tiny" / "feedback" / "current.json").exists()
+    train.run_stages(config, ROUND)
+    output = capsys.readouterr().out
+    assert output.count("ranker: running") == 1 and output.count("dpo: running") == 2
+    a, b = (root / "tiny" / "feedback" for root in (tmp_path / "runs", improved))
+    names = ("round1/adapter/adapter_model.safetensors", "round1/ranker/train.safetensors")
+    assert all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
+    assert read_json(a / "current.json") == read_json(b / "current.json")
+    a, b = (read_json(x / "round1" / "verdict.json")["written"]["utility"] for x in (a, b))
+    assert a == pytest.approx(b, rel=1e-4)
+
+
+def _killed(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_a_round_that_was_never_finished_makes_room(finished, tapped, tmp_path):
+    """The store of a running server grows: what was begun from less of it is begun anew."""
+    shutil.copytree(finished / "tiny", tmp_path / "tiny")
+    p = train.Pipeline(small(tmp_path, f"data.feedback={tapped}"))
+    assert feedback._begin(p, "first") == feedback._begin(p, "first") == 1
+    (p.run / "feedback" / "round1" / "adapter").mkdir()
+    assert feedback._begin(p, "more of it") == 1
+    assert not (p.run / "feedback" / "round1" / "adapter").exists()
+    (p.run / "feedback" / "round1" / "verdict.json").write_text("{}")
+    assert feedback._begin(p, "still more") == 2 and feedback._begin(p, "more of it") == 1
+
+
+# ------------------------------------------------------------------------------- whom it trusts
+
+
+@pytest.fixture
+def inputs(finished, tmp_path, monkeypatch):
+    """What rankers and DPO would be given for a store: nothing is trained."""
+    shutil.copytree(finished, tmp_path / "runs")
+
+    def given(path):
+        found = {}
+
+        def improve(p, name, model, adapter, ranker, states, held, pairs):
+            return found.update(states=states, held=held, pairs=pairs) or {}, []
+
+        monkeypatch.setattr(isg, "fit_rankers", lambda p, lists, _: found.update(lists=lists) or {})
+        monkeypatch.setattr(isg, "improve", improve)
+        monkeypatch.setattr(train.Pipeline, "ranker", lambda *_: None)
+        monkeypatch.setattr(feedback, "check", _killed)
+        shutil.rmtree(tmp_path / "runs" / "tiny" / "feedback", ignore_errors=True)
+        with pytest.raises(KeyboardInterrupt):
+            train.run_stages(small(tmp_path / "runs", f"data.feedback={path}"), ROUND)
+        return found
+
+    return given
+
+
+def test_one_user_with_a_thousand_lists_moves_no_more_than_anybody(inputs, told, tmp_path):
+    p_lists = {}
+    people = {f"n{i}": told[i % len(told)] for i in range(20)}
+    splits = feedback.data.split_users(
+        people, {"train": 0.4, "valid": 0.25, "judge": 0.25, "test": 0.1}, 0
+    )
+    loud = next(u for u, split in splits.items() if split == "train")
+    for name, also in (("quiet", 6), ("loud", 1000)):
+        path = tmp_path / f"{name}.sqlite"
+        serve(path, {u: x for u, x in people.items() if u != loud}, 6)
+        serve(path, {loud: people[loud]}, also, tap=lambda y: y.startswith("Plan"))
+        p_lists[name] = inputs(path)
+    quiet, noisy = p_lists["quiet"], p_lists["loud"]
+    k = 2  # dpo.pairs_per_user
+    pairs = [json.dumps(x) for x in noisy["pairs"]]
+    new = Counter(pairs) - Counter(map(json.dumps, quiet["pairs"]))
+    assert len(noisy["pairs"]) <= len(quiet["pairs"]) + k and 0 < new.total() <= k
+    assert [s.user_id for s in noisy["states"]].count(loud) == 1
+    own = Counter(shown.user_id for shown, _ in noisy["lists"]["train"])
+    assert own[loud] == feedback.LISTS_PER_USER == 20
+    assert not any(shown.user_id == loud for shown, _ in noisy["lists"]["judge"])
+
+
+def test_splits_hold_for_the_store_too(inputs, finished, told, tmp_path):
+    """The run's people keep their split; of others all but judges and held-out ones train."""
+    p = train.Pipeline(small(finished))
+    path = tmp_path / "serve.sqlite"
+    people = {u: told[i % len(told)] for i, u in enumerate(p.users)}
+    serve(path, people | {f"n{i}": told[0] for i in range(60)}, 2)
+    found = inputs(path)
+    stamp = feedback.datetime(2027, 1, 1)
+    shown = {
+        name: {x.user_id for x, _ in lists if x.timestamp > stamp}
+        for name, lists in found["lists"].items()
+    }
+    train_users, judges, test = (shown[name] for name in ("train", "judge", "test"))
+    for name, users in (("train", train_users), ("judge", judges), ("test", test)):
+        assert users & {*p.users} == {*p.ids(name)}
+    assert not train_users & judges and not test - {*p.users}
+    new = {u for u in train_users if u.startswith("n")}
+    assert 15 < len(new) < 45
+    written_for = {s.user_id for s in found["states"]}
+    assert written_for <= train_users and len(written_for) == 30  # dpo.max_users
+    held = {s.user_id for s in found["held"]}
+    assert not held & (train_users | judges) and any(u.startswith("n") for u in held)
+
+
+def row(user="n1", at="2027-01-01T00:00:00", told=("a", "b"), starters="xyz", clicked=()):
+    return {
+        "user_id": user, "at": at, "interests": list(told), "starters": list(starters),
+        "clicked": list(clicked), "sessions_after": None, "method": "IceBreaker", "version": "v",
+    }  # fmt: skip
+
+
+def test_pairs_are_of_one_user_one_prompt_and_beyond_what_slots_explain(finished):
+    p = train.Pipeline(small(finished))
+    p.slot_rates = torch.tensor([0.7, 0.4, 0.1])  # 1.2 taps a list, whatever is in it
+    good, bad = row(starters="xyz", clicked=[0, 2]), row(told="ba", starters="uvw")
+    pair = {"interests": ["a", "b"], "chosen": [*"xyz"], "rejected": {"ignored": [*"uvw"]}}
+    assert feedback.tapped_pairs(p, [good, bad]) == [pair]
+    for other in (
+        row(user="n2", starters="uvw"),
+        row(told="ac", starters="uvw"),  # written for other interests
+        row(starters="uv"),  # its length would be the lesson
+        row(starters="zyx"),  # the same starters
+        row(starters="uvw", clicked=[1]),
+    ):
+        assert feedback.tapped_pairs(p, [good, other]) == []
+    assert feedback.tapped_pairs(p, [row(clicked=[0]), bad]) == []  # one tap is less than usual
+    many = [good | {"starters": [*f"xy{i}"]} for i in range(9)] + [bad] * 9
+    assert len(feedback.tapped_pairs(p, many)) == p.config.dpo.pairs_per_user == 2
+
+
+def test_a_state_knows_what_came_before_it_and_nothing_later(finished):
+    p = train.Pipeline(small(finished))
+    user = next(x.user_id for x in p.impressions)
+    log = [x for x in p.impressions if x.user_id == user]
+    starters = ["Quiz me on tea", "The origins of tea", "Plan a weekend around tea"]
+    early, late = (f"2027-01-0{d}T00:00:00" for d in (1, 2))
+    rows = [row(user, late, starters=starters), row(user, early, starters=starters, clicked=[2])]
+    lists, latest = feedback.states_of(p, rows, 5)
+    taste = {x.timestamp.day: state.taste for x, state in lists}
+
+    def expected(shown):
+        flat = [(y, j, j in clicked) for ys, clicked in shown for j, y in enumerate(ys)]
+        surprise = torch.tensor([tap - float(p.slot_rates[min(j, 2)]) for _, j, tap in flat])
+        return ib.tap_taste(p.encoder([y for y, *_ in flat]), surprise)
+
+    logged = [(x.starters, x.clicked) for x in log]
+    assert torch.allclose(taste[1], expected(logged), atol=1e-6)
+    assert torch.allclose(taste[2], expected([*logged, (starters, [2])]), atol=1e-6)
+    everything = expected([*logged, (starters, [2]), (starters, [])])
+    assert torch.allclose(latest[user].taste, everything, atol=1e-6)
+    assert latest[user].interests == ["a", "b"]
+
+
+def test_a_figure_has_fallen_by_much_or_by_surely():
+    def fallen(before, after, high):
+        return feedback.fallen({"before": before, "after": after, "low": -1.0, "high": high})
+
+    assert not fallen(1.0, 0.96, 0.01) and not fallen(1.0, 1.2, 0.3)
+    assert fallen(1.0, 0.94, 0.1)  # by more than a twentieth
+    assert fallen(1.0, 0.99, -0.001)  # by little, but it is no accident
+
+
+def test_rounds_of_a_run_that_was_trained_again_are_left(improved, tmp_path):
+    shutil.copytree(improved / "tiny", tmp_path / "tiny")
+    run = train.Pipeline(small(tmp_path)).run
+    assert feedback.current(run, 1)["version"].startswith("feedback1-")
+    assert feedback.current(run, 2) is None
+    run.mark_done("dpo", "another key")
+    assert feedback.current(run, 1)["version"].startswith("round1-")
+
+
+# --------------------------------------------------------------------------------- wrong input
+
+
+def empty(path):
+    Store(path).close()
+
+
+def untapped(path):
+    serve(path, {f"n{i}": ["night trains", "chess openings"] for i in range(9)}, 1, lambda y: False)
+
+
+@pytest.mark.parametrize(
+    ("make", "words", "stages", "message"),
+    [
+        (None, [], ROUND, "no such file; it is the store of a server"),
+        (lambda f: f.write_text("no store" * 200), [], ROUND, "give the store of a server"),
+        (empty, [], ROUND, "no list was shown yet"),
+        (untapped, [], ROUND, r"no tap by a user of the train split.*9 lists were shown"),
+        (untapped, ["run.name=other"], ROUND, "stage rid has not run"),
+        (untapped, [], ["dpo", "eval"], "ranker and dpo alone, not eval"),
+        (untapped, ["generator.list_size=4"], ROUND, "generator.list_size=4: .* trained with 3"),
+        (untapped, ["run.seed=1"], ROUND, "run.seed=1: .* trained with 0"),
+    ],
+)
+def test_wrong_input_is_one_message(finished, tmp_path, make, words, stages, message):
+    path = tmp_path / "serve.sqlite"
+    if make:
+        make(path)
+    with pytest.raises(UserError, match=message) as caught:
+        train.run_stages(small(finished, f"data.feedback={path}", *words), stages)
+    assert "\n" not in str(caught.value) and not (finished / "tiny" / "feedback").exists()
+    assert not (finished / "other").exists()

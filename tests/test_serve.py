@@ -1,0 +1,883 @@
+"""The server with a deterministic engine: replies, limits, overload, clients that leave, shutdown.
+
+CANARY_REQUESTS=10000 pytest tests/test_serve.py -k canary -s     # 3,000 otherwise
+"""
+
+import asyncio
+import base64
+import contextlib
+import json
+import logging
+import os
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import hypothesis
+import pytest
+import schemathesis
+from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
+
+import data
+import serve
+from config import ROOT, Config, UserError, digest, write_json
+from engine import METHODS, Answer, Interest, Starter
+from store import Store
+
+CANARY_REQUESTS = int(os.environ.get("CANARY_REQUESTS", 3000))
+
+
+class FakeEngine:
+    """Starters that quote the user's summaries; every decoding step sleeps."""
+
+    def __init__(self, steps: int = 1, seconds: float = 0.0, most: int = 12):
+        self.steps, self.seconds, self.most = steps, seconds, most
+        self.version, self.newer, self.methods = "fake-1", None, METHODS
+        self.examples, self.sizes, self.forgotten = [], [], []
+        self.slots, self.threads, self.fail = 0, set(), None
+        self.asked = []  # (user_id, n, avoid) of every ask
+
+    @staticmethod
+    def history_hash(user):
+        return digest(user.model_dump(mode="json"))
+
+    def refresh(self):
+        changed, self.version = self.newer is not None, self.newer or self.version
+        self.newer = None
+        return changed
+
+    def forget(self, user):
+        self.forgotten.append(user.user_id)
+
+    def write(self, asks, gone):
+        self.threads.add(threading.get_ident())
+        self.sizes.append(len(asks))
+        self.asked += [(a.user.user_id, a.n, a.avoid) for a in asks]
+        if self.fail:
+            raise ValueError(f"{self.fail} {asks[0].user}")
+        ready, alive = [self._starters(ask) for ask in asks], set(range(len(asks)))
+        for ask, starters in zip(asks, ready, strict=True):
+            if ask.begin:
+                answer = self._answer(ask, starters)
+                ask.begin(answer.interests, answer.threshold)
+        for step in range(self.steps):
+            self.slots = len(alive)
+            time.sleep(self.seconds)
+            alive -= {i for i in alive if gone(i)}
+            for i in alive:
+                if asks[i].emit and step < min(asks[i].n, len(ready[i])):
+                    asks[i].emit(ready[i][step])
+            if not alive:
+                break
+        self.slots = 0
+        for i in alive:
+            for starter in ready[i][self.steps : asks[i].n]:
+                if asks[i].emit:
+                    asks[i].emit(starter)
+        return [self._answer(ask, ready[i]) if i in alive else None for i, ask in enumerate(asks)]
+
+    def _starters(self, ask):
+        texts = [s.summary or s.messages[0].content for s in ask.user.sessions]
+        source = "generated" if texts else "cold start"
+        texts = texts or [f"popular in {(ask.user.profile or {}).get('region', 'the world')}"]
+        avoid = {text.casefold() for text in ask.avoid}
+        every = (Starter(f"{text}: question {k}", 0.5 + 0.1 / k,
+                         text if ask.user.sessions else None, source)
+                 for k in range(1, 1000) for text in texts)
+        return [s for s in every if s.text.casefold() not in avoid][: self.most]
+
+    def _answer(self, ask, starters):
+        texts = [s.summary or s.messages[0].content for s in ask.user.sessions][:12]
+        interests = [Interest(text, 0.5, True) for text in texts]
+        return Answer(interests, 0.3 if texts else None, starters, 10 * len(starters))
+
+
+def make_app(folder, engine=None, host="127.0.0.1", **settings):
+    config = Config()
+    for name, value in settings.items():
+        assert hasattr(config.serve, name)
+        setattr(config.serve, name, value)
+    store = Store(Path(folder) / "serve.sqlite", config.serve.impression_hours)
+    return serve.create_app(config, engine or FakeEngine(), store, host)
+
+
+@contextlib.contextmanager
+def running(folder, engine=None, **settings):
+    """A real server on a free port."""
+    app, sock = make_app(folder, engine, **settings), serve.bound("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+    thread = threading.Thread(target=serve.serve, args=(app, sock))
+    thread.start()
+    try:
+        with httpx.Client(base_url=url, timeout=30) as client:
+            wait_for(lambda: getattr(app.state.server, "started", False))
+            desk = app.state.desk
+            yield SimpleNamespace(app=app, desk=desk, engine=desk.engine, store=desk.store,
+                                  client=client, port=sock.getsockname()[1])
+    finally:
+        app.state.server.should_exit = True
+        thread.join()
+
+
+def wait_for(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.005)
+    return value
+
+
+@pytest.fixture
+def server(tmp_path):
+    with running(tmp_path) as made:
+        yield made
+
+
+def sessions(*summaries):
+    return [{"session_id": f"s{i}", "summary": text} for i, text in enumerate(summaries)]
+
+
+def ask(server, status=200, **body):
+    reply = server.client.post("/v1/starters", json=body)
+    assert reply.status_code == status, reply.text
+    return reply.json()
+
+
+def put(server, user_id, *summaries, **more):
+    body = {"sessions": sessions(*summaries), **more}
+    reply = server.client.put(f"/v1/users/{user_id}/sessions", json=body)
+    assert reply.status_code == 200, reply.text
+    return reply.json()
+
+
+def send(server, impression, *slots, status=200):
+    events = [{"impression_id": impression, "type": "shown"}]
+    events += [{"impression_id": impression, "type": "tap", "slot": slot} for slot in slots]
+    reply = server.client.post("/v1/events", json={"events": events})
+    assert reply.status_code == status, reply.text
+    return reply.json()
+
+
+def texts(reply):
+    return [starter["text"] for starter in reply["starters"]]
+
+
+def sources(reply):
+    return {starter["source"] for starter in reply["starters"]}
+
+
+def events_of(text):
+    blocks = [block.split("\n", 1) for block in text.strip().split("\n\n")]
+    return [(name.removeprefix("event: "), json.loads(value.removeprefix("data: ")))
+            for name, value in blocks]
+
+
+# ------------------------------------------------------------------------------------------ answers
+
+
+def test_inline_sessions_are_answered_and_not_kept(server, tmp_path):
+    reply = ask(server, sessions=[{"summary": "secret trains"}], n=3)
+    assert reply["impression_id"] is None and reply["model"] == "fake-1"
+    assert reply["method"] == "IceBreaker" and reply["threshold"] == 0.3
+    assert reply["interests"] == [{"text": "secret trains", "score": 0.5, "kept": True}]
+    assert [s["slot"] for s in reply["starters"]] == [0, 1, 2] and sources(reply) == {"generated"}
+    assert reply["starters"][0]["interest"] == "secret trains"
+    for path in tmp_path.iterdir():
+        assert b"secret trains" not in path.read_bytes()
+
+
+def test_put_writes_ahead_and_the_answer_is_a_look_up(server):
+    assert put(server, "u1", "trains", "tea") == {"user_id": "u1", "sessions": 2}
+    wait_for(lambda: server.engine.asked and not server.desk.jobs)
+    first = ask(server, user_id="u1")
+    assert sources(first) == {"cached"} and len(texts(first)) == 5
+    assert texts(ask(server, user_id="u1")) == texts(first)  # nobody saw it yet
+    assert len(server.engine.asked) == 1
+
+
+def test_what_was_shown_is_not_shown_again_and_is_written_after(server):
+    put(server, "u1", "trains", "tea")
+    lists = []
+    for _ in range(8):
+        reply = ask(server, user_id="u1", n=5)
+        lists.append(texts(reply))
+        send(server, reply["impression_id"], 1)
+    assert all(len(own) == 5 for own in lists)
+    assert len({text for own in lists for text in own}) == 40
+    shown = list(server.store.shown("u1"))
+    assert [s.starters for s in shown] == lists and shown[0].clicked == [1]
+    assert shown[0].interests == ["trains", "tea"] and shown[0].version == "fake-1"
+
+
+def test_refresh_passes_over_lists_that_were_only_answered(server):
+    put(server, "u1", "trains", "tea")
+    first, again = ask(server, user_id="u1"), ask(server, user_id="u1", refresh=True)
+    third = ask(server, user_id="u1", refresh=True)
+    assert len({*texts(first), *texts(again), *texts(third)}) == 15
+
+
+def test_excluded_starters_stay_out(server):
+    put(server, "u1", "trains")
+    first = ask(server, user_id="u1", n=3)
+    other = ask(server, user_id="u1", n=3, exclude=[texts(first)[0].upper()])
+    assert texts(first)[0] not in texts(other) and len(texts(other)) == 3
+
+
+def test_fewer_good_starters_are_an_answer_and_not_asked_for_again(tmp_path):
+    with running(tmp_path, FakeEngine(most=3)) as server:
+        put(server, "u1", "trains")
+        wait_for(lambda: server.engine.asked and not server.desk.jobs)
+        for _ in range(3):
+            assert len(texts(ask(server, user_id="u1"))) == 3
+        assert len(server.engine.asked) == 1
+        send(server, ask(server, user_id="u1")["impression_id"])
+        assert len(texts(ask(server, user_id="u1"))) == 3  # three others
+        assert server.engine.asked[1][2]  # told what to avoid
+
+
+def test_unknown_user_gets_popular_starters_for_the_profile(server):
+    reply = ask(server, user_id="new", profile={"region": "Singapore"})
+    assert sources(reply) == {"cold start"} and reply["threshold"] is None
+    assert "Singapore" in texts(reply)[0] and reply["impression_id"]
+    assert ask(server, profile={"region": "Oslo"})["impression_id"] is None  # nobody at all
+
+
+def test_users_are_split_over_arms_and_a_method_can_be_named(tmp_path):
+    with running(tmp_path, arms=["SFT", "IceBreaker"]) as server:
+        met = Counter(ask(server, user_id=f"u{i}")["method"] for i in range(40))
+        assert min(met["SFT"], met["IceBreaker"]) > 8
+        assert ask(server, user_id="u0")["method"] == ask(server, user_id="u0")["method"]
+        assert ask(server, user_id="u0", method="PE")["method"] == "PE"
+        server.desk.methods = METHODS[:2]
+        fault = ask(server, 422, user_id="u0", method="IceBreaker")["detail"][0]
+        assert fault["loc"] == ["body", "method"]
+        assert server.client.get("/v1/model").json() == {
+            "model": "fake-1", "methods": ["PE", "SFT"], "arms": ["SFT", "IceBreaker"]}
+
+
+def test_stream_says_the_same_as_the_whole_reply(tmp_path):
+    with running(tmp_path, FakeEngine(steps=5, seconds=0.02)) as server:
+        put(server, "u1", "trains", "tea")
+        for expected in ({"generated"}, {"cached"}):
+            reply = server.client.post("/v1/starters", json={"user_id": "u1", "stream": True})
+            assert reply.headers["content-type"].startswith("text/event-stream")
+            told = events_of(reply.text)
+            done = told[-1][1]
+            assert told[-1][0] == "done" and sources(done) == expected and done["impression_id"]
+            assert [x for name, x in told if name == "starter"] == done["starters"]
+            assert told[0] == ("interests", {k: done[k] for k in ("threshold", "interests")})
+            wait_for(lambda: not server.desk.jobs)
+
+
+def test_starters_of_a_stream_arrive_as_they_are_written(tmp_path):
+    with running(tmp_path, FakeEngine(steps=5, seconds=0.1)) as server:
+        body, times = {"sessions": [{"summary": "tea"}], "stream": True}, []
+        with server.client.stream("POST", "/v1/starters", json=body) as reply:
+            times = [time.monotonic() for line in reply.iter_lines() if line == "event: starter"]
+        assert len(times) == 5 and times[-1] - times[0] > 0.3
+
+
+def test_events_count_once_and_a_bad_one_is_named(server):
+    put(server, "u1", "trains")
+    impression = ask(server, user_id="u1")["impression_id"]
+    assert send(server, impression, 0) == {"recorded": 2}
+    assert send(server, impression, 0) == {"recorded": 0}
+    assert send(server, impression, 7, status=422)["detail"][0]["loc"] == [
+        "body", "events", 1, "slot"]
+    forged = impression[:-4] + "AAAA"
+    fault = send(server, forged, status=422)["detail"][0]
+    assert fault["loc"] == ["body", "events", 0, "impression_id"] and forged not in str(fault)
+    assert server.client.get("/v1/ab").json()[0]["taps"] == 1
+
+
+def test_deletion_leaves_nothing_even_of_an_answer_that_is_being_written(tmp_path):
+    with running(tmp_path, FakeEngine(steps=20, seconds=0.02)) as server:
+        put(server, "a/b", "trains")  # an id may hold a slash
+        replies = []
+        slow = threading.Thread(target=lambda: replies.append(ask(server, user_id="a/b")))
+        slow.start()
+        wait_for(lambda: len(server.desk.jobs) and server.engine.slots)
+        removed = server.client.delete("/v1/users/a/b").json()["removed"]
+        assert removed["users"] == 1 and removed["sessions"] == 1
+        slow.join()
+        assert replies[0]["impression_id"] is None
+        wait_for(lambda: not server.desk.jobs)
+        for table in ("users", "sessions", "lists", "ahead"):
+            assert not server.store._rows(f"SELECT 1 FROM {table} WHERE user_id='a/b'")
+        assert "a/b" in server.engine.forgotten
+
+
+def test_examples_are_people_of_the_store(server):
+    user = data.User(user_id="u1", profile={"age": "25-34"}, sessions=[])
+    server.engine.examples = [user, user.model_copy(update={"user_id": "deleted"})]
+    put(server, "u1", "trains", profile={"age": "25-34"})
+    assert server.client.get("/v1/examples").json() == [
+        {"user_id": "u1", "profile": {"age": "25-34"},
+         "sessions": [{"session_id": "s0", "timestamp": None, "summary": "trains"}]}]
+
+
+# ------------------------------------------------------------------------------ the engine's thread
+
+
+def test_asks_are_written_in_batches_by_one_thread(tmp_path):
+    with running(tmp_path, FakeEngine(steps=1, seconds=0.05), window_ms=50.0, batch=8) as server:
+        asyncio.run(many(server.port, [starters_of(f"subject {i}") for i in range(24)]))
+        assert len(server.engine.threads) == 1 and max(server.engine.sizes) == 8
+        assert len(server.engine.sizes) < 8
+
+
+def test_writing_ahead_gives_way_to_a_client(tmp_path):
+    with running(tmp_path, FakeEngine(steps=50, seconds=0.02)) as server:
+        put(server, "u1", "trains")
+        wait_for(lambda: server.engine.slots)
+        server.engine.steps = 1
+        started = time.monotonic()
+        reply = ask(server, sessions=[{"summary": "tea"}])
+        assert len(texts(reply)) == 5 and time.monotonic() - started < 0.4
+        wait_for(lambda: server.store._rows("SELECT 1 FROM ahead"))  # it was taken up again
+
+
+def test_a_look_up_is_fast_even_while_lists_are_written_ahead(tmp_path):
+    with running(tmp_path) as server:
+        put(server, "u1", "trains")
+        wait_for(lambda: server.store._rows("SELECT 1 FROM ahead"))
+        seconds = {}
+        for name in ("idle", "writing"):
+            if name == "writing":
+                server.engine.steps, server.engine.seconds = 10**6, 0.005
+                put(server, "u2", "tea")
+                wait_for(lambda: server.engine.slots)
+            taken = []
+            for _ in range(60):
+                started = time.perf_counter()
+                assert sources(ask(server, user_id="u1")) == {"cached"}
+                taken.append(time.perf_counter() - started)
+            seconds[name] = statistics.median(taken)
+        print(f"look-up: {1000 * seconds['idle']:.1f} ms, {1000 * seconds['writing']:.1f} ms")
+        assert max(seconds.values()) < 0.03  # 3 ms on an idle machine
+        server.engine.steps = 1
+
+
+def test_a_new_round_is_taken_between_batches(tmp_path):
+    with running(tmp_path, reload_seconds=0.05) as server:
+        put(server, "u1", "trains")
+        assert ask(server, user_id="u1")["model"] == "fake-1"
+        server.engine.newer = "fake-2"
+        wait_for(lambda: server.engine.version == "fake-2")
+        reply = ask(server, user_id="u1")
+        assert reply["model"] == "fake-2" and sources(reply) == {"generated"}
+
+
+def test_a_failed_batch_is_answered_500_and_the_thread_lives_on(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    with running(tmp_path) as server:
+        server.engine.fail = "secret"
+        assert "secret" not in str(ask(server, 500, sessions=[{"summary": "my illness"}]))
+        told = server.client.post(
+            "/v1/starters", json={"sessions": [{"summary": "my illness"}], "stream": True})
+        assert [name for name, _ in events_of(told.text)] == ["error"]
+        put(server, "u1", "my illness")
+        wait_for(lambda: server.engine.sizes[2:])
+        server.engine.fail = None
+        assert len(texts(ask(server, sessions=[{"summary": "tea"}]))) == 5
+    assert "ValueError at test_serve.py" in caplog.text
+    assert "secret" not in caplog.text and "illness" not in caplog.text
+
+
+def test_what_takes_too_long_is_answered_504_and_given_up(tmp_path):
+    with running(tmp_path, FakeEngine(steps=1000, seconds=0.01), timeout=0.3) as server:
+        started = time.monotonic()
+        assert "serve.timeout" in ask(server, 504, sessions=[{"summary": "tea"}])["detail"]
+        assert time.monotonic() - started < 1
+        wait_for(lambda: not server.engine.slots, 1)
+        told = server.client.post(
+            "/v1/starters", json={"sessions": [{"summary": "tea"}], "stream": True})
+        assert events_of(told.text)[-1][0] == "error"
+        assert 'rejections_total{reason="timeout"} 2' in server.client.get("/metrics").text
+
+
+def test_a_failing_store_is_503(server, monkeypatch):
+    import sqlite3
+
+    def full(*_, **__):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(server.store, "record", full)
+    reply = server.client.post(
+        "/v1/events", json={"events": [{"impression_id": "x", "type": "shown"}]})
+    assert reply.status_code == 503 and reply.headers["Retry-After"]
+
+
+# ------------------------------------------------------------------------------------------- limits
+
+
+@pytest.mark.parametrize("body, loc", [
+    ({"n": 11}, ["n"]),
+    ({"n": "5"}, ["n"]),
+    ({"n": True}, ["n"]),
+    ({"user_id": ""}, ["user_id"]),
+    ({"user_id": "x" * 201}, ["user_id"]),
+    ({"user_id": "u1", "sessions": []}, ["sessions"]),
+    ({"sessions": [{"summary": "x" * 2001}]}, ["sessions", 0, "summary"]),
+    ({"sessions": [{"summary": "fine"}, {}]}, ["sessions", 1]),
+    ({"sessions": [{"summary": "x"}] * 501}, ["sessions"]),
+    ({"sessions": [{"messages": [{"role": "nobody", "content": "x"}]}]},
+     ["sessions", 0, "messages", 0, "role"]),
+    ({"sessions": [{"summary": "x", "timestamp": "yesterday"}]}, ["sessions", 0, "timestamp"]),
+    ({"profile": {"pass word": 5}}, ["profile", "*"]),
+    ({"exclude": ["x"] * 101}, ["exclude"]),
+    ({"method": "GPT"}, ["method"]),
+    ({"pass word": 1}, ["*"]),
+    ([], []),
+])  # fmt: skip
+def test_a_bad_field_is_named_and_never_quoted(server, body, loc):
+    reply = server.client.post("/v1/starters", json=body)
+    assert reply.status_code == 422
+    (fault,) = reply.json()["detail"]
+    assert fault["loc"] == ["body", *loc] and set(fault) == {"loc", "msg", "type"}
+    for quoted in ("xxx", "nobody", "yesterday", "pass word", "GPT"):
+        assert quoted not in reply.text
+
+
+@pytest.mark.parametrize("text", [
+    b"{", b"\xff", b'{"n": NaN}', b"[" * 100_000, b'{"n": ' + b"9" * 5000 + b"}",
+    b'{"user_id": "\\ud800"}', b'"\\u0000"', b"",
+])  # fmt: skip
+def test_broken_json_is_a_client_error(server, text):
+    reply = server.client.post("/v1/starters", content=text,
+                               headers={"Content-Type": "application/json"})
+    assert reply.status_code in (400, 422)
+
+
+def test_a_large_body_is_refused_with_and_without_a_length(tmp_path):
+    with running(tmp_path, max_body=10_000) as server:
+        body = json.dumps({"exclude": ["x" * 1000] * 11}).encode()
+        kind = {"Content-Type": "application/json"}
+        whole = server.client.post("/v1/starters", content=body, headers=kind)
+        chunked = server.client.post(
+            "/v1/starters", content=(body[i : i + 500] for i in range(0, len(body), 500)),
+            headers=kind)
+        for reply in (whole, chunked):
+            assert reply.status_code == 413 and "serve.max_body" in reply.json()["detail"]
+
+
+def test_a_slow_body_is_given_up(tmp_path):
+    async def slow():
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(b"POST /v1/starters HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n"
+                     b"Content-Type: application/json\r\n\r\n{")
+        line = await asyncio.wait_for(reader.readline(), 3)
+        writer.close()
+        return line
+
+    with running(tmp_path, timeout=0.3) as server:
+        assert b"408" in asyncio.run(slow())
+
+
+# -------------------------------------------------------------------------------------- who may ask
+
+
+def calls(app, requests, host="127.0.0.1"):
+    """Replies of an app without a server: (method, path, headers) each."""
+
+    async def run():
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url=f"http://{host}") as client:
+            return [await client.request(method, path, headers=headers,
+                                         json={} if method in ("POST", "PUT") else None)
+                    for method, path, headers in requests]
+
+    return asyncio.run(run())
+
+
+def every_route(app):
+    routes = [(method, re.sub(r"\{[^}]*\}", "x", route.path))
+              for route in app.routes for method in route.methods]
+    assert len(routes) >= 14
+    return [r for r in routes if r[1] not in serve.OPEN] + [
+        ("GET", "/nowhere"), ("GET", "/openapi.json"), ("GET", "/livez/"), ("GET", "/livez%2F.."),
+        ("OPTIONS", "/v1/starters"), ("HEAD", "/")]
+
+
+def test_every_route_but_health_needs_the_key(tmp_path, monkeypatch):
+    monkeypatch.setenv("ICEBREAKER_KEY", "right")
+    app = make_app(tmp_path, host="0.0.0.0")
+
+    def basic(password):
+        return {"Authorization": "Basic " + base64.b64encode(f"me:{password}".encode()).decode()}
+
+    wrong = [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer "}, basic("wrong"),
+             {"Authorization": "right"}, {"Authorization": "Basic right"},
+             {"Authorization": "Bearer r\u00ecght".encode()}, {"X-Forwarded-For": "127.0.0.1"}]
+    for headers in wrong:
+        for reply in calls(app, [(*route, headers) for route in every_route(app)]):
+            assert reply.status_code == 401, (reply.request.url, headers)
+            assert "Basic" in reply.headers["WWW-Authenticate"]
+    for headers in ({"Authorization": "Bearer right"}, basic("right")):
+        for reply in calls(app, [(*route, headers) for route in every_route(app)]):
+            assert reply.status_code not in (401, 403)
+    assert [r.status_code for r in calls(app, [("GET", p, {}) for p in serve.OPEN])] == [200, 200]
+
+
+def test_another_address_without_a_key_is_refused_at_start(tmp_path, monkeypatch):
+    monkeypatch.delenv("ICEBREAKER_KEY", raising=False)
+    with pytest.raises(UserError, match="ICEBREAKER_KEY"):
+        make_app(tmp_path, host="0.0.0.0")
+    write_json(tmp_path / "config.yaml", {})
+    monkeypatch.setattr(sys, "argv", ["serve.py", "--run", str(tmp_path), "--host", "::"])
+    monkeypatch.setattr(serve, "Engine", None)  # never reached
+    with pytest.raises(UserError, match="ICEBREAKER_KEY"):
+        serve.main()
+    monkeypatch.setattr(sys, "argv", ["serve.py", "--run", str(tmp_path / "none")])
+    with pytest.raises(UserError, match="no run there"):
+        serve.main()
+
+
+@pytest.mark.parametrize("headers, status", [
+    ({"Host": "evil.example"}, 403),
+    ({"Host": "evil.example:8000"}, 403),
+    ({"Host": "127.0.0.1.evil.example"}, 403),
+    ({"Host": "localhost"}, 200),
+    ({"Host": "[::1]:8000"}, 200),
+    ({"Origin": "http://evil.example"}, 403),
+    ({"Origin": "null"}, 403),
+    ({"Origin": "http://127.0.0.1:3000"}, 403),
+    ({"Origin": "http://127.0.0.1"}, 200),
+    ({"Sec-Fetch-Site": "cross-site"}, 403),
+    ({"Sec-Fetch-Site": "same-site"}, 403),
+    ({"Sec-Fetch-Site": "same-origin"}, 200),
+    ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}, 200),  # a link to the page
+    ({"X-Forwarded-For": "10.0.0.1"}, 403),
+])  # fmt: skip
+def test_no_other_site_may_use_a_server_on_this_machine(tmp_path, headers, status, monkeypatch):
+    monkeypatch.delenv("ICEBREAKER_KEY", raising=False)
+    (reply,) = calls(make_app(tmp_path), [("GET", "/v1/model", headers)])
+    assert reply.status_code == status
+    if "navigate" in str(headers):
+        (reply,) = calls(make_app(tmp_path), [("POST", "/v1/starters", headers)])
+        assert reply.status_code == 403
+
+
+def test_headers_of_every_reply(server):
+    kinds = [("GET", "/", 200), ("GET", "/web/app.js", 200), ("GET", "/web/..%2fserve.py", 404),
+             ("GET", "/web/nothing", 404), ("GET", "/docs", 200), ("DELETE", "/v1/ab", 405),
+             ("POST", "/v1/starters", 415), ("GET", "/livez", 200)]
+    for method, path, status in kinds:
+        reply = server.client.request(method, path)
+        assert reply.status_code == status, path
+        assert reply.headers["Content-Security-Policy"] == serve.POLICY.decode()
+        assert reply.headers["X-Content-Type-Options"] == "nosniff"
+        assert reply.headers["Cache-Control"] == "no-store" and reply.headers["X-Request-ID"]
+    assert "<script" not in server.client.get("/docs").text
+
+
+def test_metrics_name_routes_and_no_user(server):
+    put(server, "somebody", "trains")
+    wait_for(lambda: server.store._rows("SELECT 1 FROM ahead"))
+    send(server, ask(server, user_id="somebody")["impression_id"])
+    ask(server, 422, n=0)
+    text = server.client.get("/metrics").text
+    assert 'route="/v1/users/{user_id}/sessions",status="2xx"' in text
+    assert 'icebreaker_rejections_total{reason="field"} 1.0' in text
+    assert 'icebreaker_starters_total{source="cached"} 5.0' in text
+    assert "icebreaker_generated_tokens_total 120.0" in text
+    for name in ("first_starter_seconds_count", "queue_length", "disconnects_total"):
+        assert f"icebreaker_{name}" in text
+    assert "somebody" not in text and "trains" not in text
+
+
+# --------------------------------------------------------------------------------------- under load
+
+
+def starters_of(summary, **more):
+    return "POST", "/v1/starters", {"sessions": [{"summary": summary}], **more}
+
+
+class Connection:
+    """A connection that is kept, over bare asyncio: httpx would be slower than the server."""
+
+    def __init__(self, port):
+        self.port, self.streams = port, None
+
+    async def ask(self, method, path, body=None):
+        """(status, headers, text). Raises ConnectionError, IncompleteReadError."""
+        if self.streams is None or self.streams[1].is_closing():
+            self.streams = await asyncio.open_connection("127.0.0.1", self.port)
+        reader, writer = self.streams
+        text = b"" if body is None else json.dumps(body).encode()
+        writer.write(f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
+                     f"application/json\r\nContent-Length: {len(text)}\r\n\r\n".encode() + text)
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+        headers = dict(line.lower().split(": ", 1) for line in head[1:] if line)
+        body = b""
+        if "content-length" in headers:
+            body = await reader.readexactly(int(headers["content-length"]))
+        while "content-length" not in headers:
+            size = int(await reader.readline(), 16)
+            body += (await reader.readexactly(size + 2))[:-2]
+            if not size:
+                break
+        if headers.get("connection") == "close":
+            self.close()
+        return int(head[0].split()[1]), headers, body.decode()
+
+    def close(self):
+        if self.streams:
+            self.streams[1].close()
+
+
+async def many(port, requests):
+    return await asyncio.gather(*(Connection(port).ask(*request) for request in requests))
+
+
+def test_clients_that_leave_free_their_places(tmp_path):
+    async def leave(server):
+        connections = []
+        for i in range(50):
+            request = starters_of(f"subject {i}", stream=i % 2 == 0)
+            connection = Connection(server.port)
+            connections.append((connection, asyncio.create_task(connection.ask(*request))))
+        while server.engine.slots + len(server.desk.batcher.waiting) < 50:
+            await asyncio.sleep(0.01)
+        for connection, _ in connections:
+            connection.close()
+        started = time.monotonic()
+        while server.engine.slots or server.desk.batcher.waiting:
+            assert time.monotonic() - started < 1
+            await asyncio.sleep(0.002)
+        freed = time.monotonic() - started
+        await asyncio.gather(*(task for _, task in connections), return_exceptions=True)
+        return freed
+
+    with running(tmp_path, FakeEngine(steps=600, seconds=0.05), window_ms=300.0) as server:
+        print(f"50 places free after {1000 * asyncio.run(leave(server)):.0f} ms")
+        server.engine.steps = 1
+        assert ask(server, sessions=[{"summary": "tea"}])["starters"]
+        assert "icebreaker_disconnects_total 50.0" in server.client.get("/metrics").text
+        assert not server.desk.jobs
+
+
+SERVE_FAKE = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import serve, test_serve
+from types import SimpleNamespace
+
+def engine(config):
+    made = test_serve.FakeEngine(steps=5, seconds=0.03)
+    users = test_serve.data.read_users({users!r})
+    made.p = SimpleNamespace(users={{u.user_id: u for u in users}}, users_file={users!r})
+    return made
+
+serve.Engine = engine
+serve.script(serve.main)
+"""
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory):
+    """A process that serves a run, with a deterministic engine; the tests below end it."""
+    folder = tmp_path_factory.mktemp("process")
+    session = data.Session(session_id="1", summary="tea")
+    data.write_users(folder / "users.jsonl", [data.User(user_id="u1", sessions=[session])])
+    write_json(folder / "tiny" / "config.yaml", {})  # JSON is YAML
+    code = SERVE_FAKE.format(root=str(ROOT), tests=str(ROOT / "tests"),
+                             users=str(folder / "users.jsonl"))
+    command = [sys.executable, "-c", code, "--run", str(folder / "tiny"), "--port", "0",
+               "serve.queue=16", "serve.batch=8"]
+    with open(folder / "log", "w") as log:
+        made = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+    try:
+        line = made.stdout.readline()
+        assert "model fake-1, 1 users" in line
+        made.port, made.folder = int(re.search(r":(\d+) ", line)[1]), folder
+        yield made
+    finally:
+        made.kill()
+        made.communicate()
+
+
+def test_overload_is_refused_at_once_and_the_rest_is_served(process):
+    met, slowest, waits = Counter(), [], set()
+
+    async def client(number, end):
+        connection = Connection(process.port)
+        while time.monotonic() < end:
+            started = time.monotonic()
+            status, headers, _ = await connection.ask(*starters_of(f"subject {number}"))
+            met[status] += 1
+            if status == 429:
+                slowest.append(time.monotonic() - started)
+                waits.add(int(headers["retry-after"]))
+                await asyncio.sleep(0.1)
+
+    async def crowd():  # four times what the queue and a batch hold
+        await asyncio.gather(*(client(i, time.monotonic() + 3) for i in range(4 * (16 + 8))))
+
+    asyncio.run(crowd())
+    before = memory(process.pid)
+    asyncio.run(crowd())
+    grown = memory(process.pid) - before
+    assert set(met) == {200, 429} and met[200] > 50 and met[429] > 300
+    log = (process.folder / "log").read_text()
+    own = [float(x) / 1000 for x in re.findall(r"/v1/starters 429 ([\d.]+) ms", log)]
+    ours, theirs = statistics.quantiles(own, n=100), statistics.quantiles(slowest, n=100)
+    print(f"{dict(met)}; rejections as clients saw them, of whom 96 share a busy thread: "
+          f"median {1000 * theirs[49]:.0f} ms, 95 %: {1000 * theirs[94]:.0f} ms, 99 %: "
+          f"{1000 * theirs[98]:.0f} ms; in the server: median {1000 * ours[49]:.1f} ms, 99 %: "
+          f"{1000 * ours[98]:.0f} ms, {1000 * max(own):.0f} ms; memory {grown / 2**20:+.1f} MiB")
+    assert ours[98] < 0.1 and theirs[94] < 0.1 and grown < 20 * 2**20 and min(waits) >= 1
+
+
+def memory(pid):
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_sigterm_lets_requests_in_flight_finish(process):
+    met, broken = Counter(), []
+
+    async def client(number):
+        connection = Connection(process.port)
+        while True:
+            sent = time.monotonic()
+            try:
+                request = starters_of(f"subject {number}", stream=number % 2 == 0)
+                status, _, text = await connection.ask(*request)
+                met[status] += 1
+                assert len(re.findall("question", text)) >= 5
+            except (OSError, asyncio.IncompleteReadError):
+                return broken.append(sent)
+
+    async def crowd():
+        clients = [asyncio.create_task(client(i)) for i in range(16)]
+        await asyncio.sleep(1.5)
+        process.send_signal(signal.SIGTERM)
+        at = time.monotonic()
+        await asyncio.gather(*clients)
+        return at
+
+    at = asyncio.run(crowd())
+    assert process.wait(10) == 0
+    assert set(met) == {200} and met[200] >= 32
+    early = [at - sent for sent in broken if sent < at - 0.02]
+    assert not early, f"in flight and not answered: sent {early} s before the signal"
+    log = (process.folder / "log").read_text()
+    assert "/v1/starters 200" in log and "Traceback" not in log and "subject" not in log
+    assert not (process.folder / "tiny" / "serve.sqlite-wal").exists()  # the store was closed
+
+
+def test_precompute_writes_for_everyone_and_exits(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "users.jsonl"
+    users = [data.User(user_id=f"u{i}", sessions=[data.Session(session_id="1", summary=f"tea {i}")])
+             for i in range(50)]
+    data.write_users(path, users)
+    write_json(tmp_path / "tiny" / "config.yaml", {})
+
+    def engine(config):
+        assert config.run.name == "tiny" and config.run.root == str(tmp_path)
+        made = FakeEngine()
+        made.p = SimpleNamespace(users={u.user_id: u for u in users}, users_file=path)
+        return made
+
+    monkeypatch.setattr(serve, "Engine", engine)
+    words = ["serve.py", "--run", str(tmp_path / "tiny"), "--precompute", "serve.batch=8"]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
+    for expected in ("50 of 50 users", "0 of 50 users"):
+        serve.main()
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 1 and lines[0].startswith(expected)
+    store = Store(tmp_path / "tiny" / "serve.sqlite")
+    assert len(store._rows("SELECT 1 FROM ahead")) == 50
+    store.close()
+
+
+def test_canary_no_text_of_one_user_reaches_another(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    draw, kinds, shares = random.Random(1), Counter(), []
+
+    async def user(number, server, count):
+        connection, canary = Connection(server.port), f"canary{number:03d}x"
+        user_id, impressions, round_ = f"{canary}-id", [], 0
+        known = False
+        for _ in range(count):
+            kind = draw.choices(["ask", "stream", "refresh", "inline", "put", "events", "delete"],
+                                [8, 4, 2, 3, 2, 4, 0.15])[0]
+            body = {"user_id": user_id, "n": draw.randint(1, 6), "stream": kind == "stream",
+                    "refresh": kind == "refresh", "exclude": [f"{canary} no"] * draw.randint(0, 1),
+                    "profile": {"region": canary}}
+            if kind == "inline":
+                body |= {"user_id": None, "sessions": [{"summary": f"{canary} inline"}]}
+            request = ("POST", "/v1/starters", body)
+            if kind == "put":
+                round_, known = round_ + 1, True
+                own = [{"session_id": f"{canary}{round_}", "summary": f"{canary} tea {round_}"}]
+                request = ("PUT", f"/v1/users/{user_id}/sessions", {"sessions": own})
+            if kind == "events":
+                if not impressions:
+                    continue
+                event = {"impression_id": impressions.pop(), "type": "tap", "slot": 0}
+                request = ("POST", "/v1/events", {"events": [event]})
+            if kind == "delete":
+                request, impressions, known = ("DELETE", f"/v1/users/{user_id}"), [], False
+            status, headers, text = await connection.ask(*request)
+            assert status == 200, (kind, status, text)
+            kinds[kind] += 1
+            found = set(re.findall(r"canary\d+x", text + str(headers)))
+            assert found <= {canary}, (kind, found, canary)
+            if kind in ("ask", "refresh", "stream", "inline"):
+                assert found == {canary}  # the check can fail
+                reply = events_of(text)[-1][1] if kind == "stream" else json.loads(text)
+                assert (reply["impression_id"] is None) == (kind == "inline")
+                if kind != "inline" and known:
+                    impressions.append(reply["impression_id"])
+                shares.append(sources(reply) == {"cached"})
+
+    async def crowd(server):
+        count = -(-CANARY_REQUESTS // 64)
+        await asyncio.gather(*(user(i, server, count) for i in range(64)))
+
+    with running(tmp_path, FakeEngine(steps=2, seconds=0.001), queue=128) as server:
+        started = time.monotonic()
+        asyncio.run(crowd(server))
+        print(f"{kinds.total()} requests in {time.monotonic() - started:.1f} s, "
+              f"{statistics.mean(shares):.0%} of answers looked up: {dict(kinds)}")
+        assert kinds.total() > 0.8 * CANARY_REQUESTS and 0.2 < statistics.mean(shares) < 0.95
+        assert len(server.engine.threads) == 1 and max(server.engine.sizes) > 4
+        assert "canary" not in server.client.get("/metrics").text
+    assert caplog.records and "canary" not in caplog.text
+
+
+# ---------------------------------------------------------------------------------- the description
+
+
+def test_no_request_that_the_document_suggests_fails(tmp_path):
+    kinds, met = list(schemathesis.GenerationMode), Counter()
+    # The document cannot say that a session has a summary or messages, what an impression id is,
+    # or that a text is measured after its space was collapsed.
+    beyond = [positive_data_acceptance, negative_data_rejection]
+
+    def check(case):
+        met[case.call_and_validate(timeout=10, excluded_checks=beyond).status_code] += 1
+
+    settings = hypothesis.settings(max_examples=15, deadline=None, derandomize=True, database=None,
+                                   suppress_health_check=list(hypothesis.HealthCheck))
+    with running(tmp_path, max_body=2**26) as server:  # 413 would come before 422
+        schema = schemathesis.openapi.from_url(f"{server.client.base_url}/openapi.json")
+        operations = [result.ok() for result in schema.get_all_operations()]
+        assert len(operations) == 10
+        for operation in operations:
+            for kind in kinds:
+                cases = operation.as_strategy(generation_mode=kind)
+                settings(hypothesis.given(cases)(check))()
+    print(f"by status: {dict(met)}")
+    assert met[200] > 50 and met[422] > 20
