@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import prometheus_client as prometheus
+from tqdm import tqdm
 
 import data
 from config import Config, ServeConfig, digest
@@ -75,7 +76,8 @@ class Job:
 
     ask: Ask
     known: bool  # of a user whom the store knows by id; else nothing is kept of it
-    tell: Callable[[Written | str], None] = lambda item: None  # from the engine's thread; str: why not
+    # Called from the engine's thread; with a text if it could not be written.
+    tell: Callable[[Written | str], None] = lambda item: None
     born: float = dataclasses.field(default_factory=time.monotonic)
     gone: bool = False  # the client has left
     forgotten: bool = False  # the user was deleted meanwhile
@@ -370,3 +372,14 @@ class Desk:
         """Some simulated people, as the store knows them."""
         users = (self.store.user(user.user_id) for user in self.engine.examples[:12])
         return [user for user in users if user]
+
+
+def precompute(desk: Desk) -> str:
+    """Make starters ready for every user of the store; return what was done."""
+    started, written, users = time.time(), 0, desk.store.user_ids()
+    size = desk.settings.batch
+    for i in tqdm(range(0, len(users), size), "precompute", disable=None, leave=False):
+        keys = [(user_id, desk.arm(user_id), desk.list_size) for user_id in users[i : i + size]]
+        written += desk.batcher.write_ahead(keys)
+    seconds = time.time() - started
+    return f"{written} of {len(users)} users written for, the others were ready: {seconds:.1f} s"

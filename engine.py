@@ -127,6 +127,9 @@ class Engine:
         self._begin = begin
         ends = [i for text, i in p.tokenizer.get_vocab().items() if "&" in text or ">" in text]
         self._ends = torch.tensor(sorted(ends))  # only these can complete a starter
+        if self.model:  # what loads or compiles at the first use, does so now
+            session = data.Session(session_id="1", summary="warming up")
+            self.write([Ask(data.User(user_id="nobody", sessions=[session]), 1, method="SFT")])
 
     # -------------------------------------------------------------------------- which model writes
 

@@ -8,17 +8,19 @@ the store, with pairs of a tapped and an ignored list beside the mined ones. The
 on people whom they do not know. All is in feedback/round<m>/ of the run; a server of this run takes
 up what feedback/current.json names, which is written when the check is passed.
 
-The check (`fallen`): the new policy and the one that it would replace write lists for held-out
-users, judged by a ranker that is fitted on others than those it was trained on. Utility and
-diversity, of lists as written and as served (searched by each side's ranker), are compared user by
-user. A figure has fallen if its mean fell by more than MARGIN of what it was, or if the 95 %
-bootstrap interval of the difference lies below zero. One that has fallen refuses the round.
+The check (`check`, `fallen`): the new policy and the one that it would replace write lists for
+held-out users, and a ranker judges them that is fitted, on log and store, on the judge users: not
+on those who trained, not on those who are written for. Utility and diversity, of lists as written
+and as served (searched by each side's own ranker), are compared user by user. A figure has fallen
+if its mean fell by more than MARGIN of what it was, or if the 95 % bootstrap interval of the paired
+difference lies below zero. One figure that has fallen refuses the round. Each round is compared
+with the one before it, so small falls can add up: verdict.json has the figures of every round.
 
 Nobody steers a round: dpo.pairs_per_user pairs, LISTS_PER_USER lists for a ranker, and one prompt
 to write for are all that can come from one user; a hash chooses, not the order of arrival. A user's
 split is that of the run, from the same hash: train users train, judge users fit the judge, valid
-users are written for in the check; only people whom the run does not know have no need of a test
-split and train instead.
+users choose the checkpoint and are written for in the check; the run's test users stay out, and
+people of that hash whom the run does not know train.
 
 Texts of the store's users are kept in the store alone, where they can be deleted: a round leaves
 weights and figures. Each round reads the whole store anew.
@@ -98,10 +100,7 @@ def train_round(config: Config, wanted: list[str], free: Iterable[str]) -> None:
     first = processes()[0] == 0
     rows = gather([_read(config)] if first else [])[0]
     rows.sort(key=lambda x: digest(config.run.seed, x["user_id"], x["at"]))  # not as they came
-    lists: dict[str, list[dict]] = {name: [] for name in ("train", "valid", "judge", "test")}
-    splits = _splits(p, {x["user_id"] for x in rows})
-    for row in rows:
-        lists[splits[row["user_id"]]].append(row)
+    lists = _by_split(p, rows)
     if not any(x["clicked"] for x in lists["train"]):
         raise UserError(
             f"data.feedback={config.data.feedback}: no tap by a user of the train split, so there "
@@ -110,14 +109,14 @@ def train_round(config: Config, wanted: list[str], free: Iterable[str]) -> None:
         )
     key = digest(rows, config.ranker, config.dpo, config.run.seed, _run_key(p.run))
     number = gather([_begin(p, key)] if first else [])[0]
-    folder = f"feedback/round{number}"
-    name, start = f"feedback round {number}", read_json(p.run / folder / "round.json")["start"]
+    name, folder = f"feedback round {number}", f"feedback/round{number}"
     if (p.run / folder / "verdict.json").is_file():
         reason = read_json(p.run / folder / "verdict.json")["reason"]
         print(f"{name}: already done with this store and these settings: {reason}")
         return
-    taps = sum(len(x["clicked"]) for x in rows)
-    print(f"{name}: {len(rows)} lists of {len(splits)} users, {taps} taps; from {start['version']}")
+    start = read_json(p.run / folder / "round.json")["start"]
+    users, taps = len({x["user_id"] for x in rows}), sum(len(x["clicked"]) for x in rows)
+    print(f"{name}: {len(rows)} lists of {users} users, {taps} taps; from {start['version']}")
     # All at once: vectors differ by rounding where a resumed round encodes in other batches.
     p.encoder(sorted({y for x in rows for y in (*x["starters"], *x["interests"])}))
     stages = {"ranker": _fit_rankers, "dpo": _improve}
@@ -132,10 +131,18 @@ def train_round(config: Config, wanted: list[str], free: Iterable[str]) -> None:
     if "dpo" not in wanted:
         print(f"{name}: now --stage dpo, with the same data.feedback")
         return
-    verdict = check(p, folder, start, _held_out(p, lists))
+    verdict = _publish(p, number, start, check(p, folder, start, _held_out(p, lists)))
+    seconds = round(time.time() - started, 1)
+    p.run.log("feedback", round=number, accepted=verdict["accepted"], seconds=seconds)
+    print(f"{name}: {verdict['reason']} ({seconds} s; figures in {p.run / folder})")
+
+
+def _publish(p: Pipeline, number: int, start: dict, verdict: dict) -> dict:
+    """Write the verdict and, if the round is accepted, what servers are to take up."""
+    folder = f"feedback/round{number}"
     if verdict["accepted"]:
         weights = file_digest(p.run / folder / "adapter" / "adapter_model.safetensors")
-        published = {
+        now = {
             "round": number,
             "adapter": f"{folder}/adapter",
             "ranker": f"{folder}/ranker/train.safetensors",
@@ -143,14 +150,12 @@ def train_round(config: Config, wanted: list[str], free: Iterable[str]) -> None:
             "run": _run_key(p.run),
         }
         # Before the verdict, which ends the round: one that was killed between is checked again.
-        write_json(p.run / "feedback" / "current.json", published)
-        verdict["reason"] = f"accepted as {published['version']}: {verdict['reason']}"
+        write_json(p.run / "feedback" / "current.json", now)
+        verdict["reason"] = f"accepted as {now['version']}: {verdict['reason']}"
     else:
         verdict["reason"] = f"refused, {start['version']} stays: {verdict['reason']}"
     write_json(p.run / folder / "verdict.json", verdict)
-    seconds = round(time.time() - started, 1)
-    p.run.log("feedback", round=number, accepted=verdict["accepted"], seconds=seconds)
-    print(f"{name}: {verdict['reason']} ({seconds} s; figures in {p.run / folder})")
+    return verdict
 
 
 def _ready(config: Config, wanted: list[str], free: Iterable[str]) -> Pipeline:
@@ -213,12 +218,16 @@ def _read(config: Config) -> list[dict]:
     return rows
 
 
-def _splits(p: Pipeline, user_ids: set[str]) -> dict[str, str]:
-    """The split of each user: that of the run, from the same hash."""
+def _by_split(p: Pipeline, rows: list[dict]) -> dict[str, list[dict]]:
+    """Rows of each split's users: that of the run, from the same hash."""
     shares = {name: getattr(p.config.data, name) for name in ("train", "valid", "judge", "test")}
-    splits = data.split_users(sorted(user_ids), shares, p.config.run.seed)
-    # Figures on test users are of the run, so only its own people have to stay out.
-    return {u: "train" if x == "test" and u not in p.users else x for u, x in splits.items()}
+    splits = data.split_users({x["user_id"] for x in rows}, shares, p.config.run.seed)
+    lists: dict[str, list[dict]] = {name: [] for name in shares}
+    for row in rows:
+        split, known = splits[row["user_id"]], row["user_id"] in p.users
+        # Figures on test users are of the run, so only its own people have to stay out.
+        lists["train" if split == "test" and not known else split].append(row)
+    return lists
 
 
 def _begin(p: Pipeline, key: str) -> int:

@@ -5,7 +5,7 @@
     curl -s http://127.0.0.1:8000/v1/starters -H 'Content-Type: application/json' \\
         -d '{"sessions": [{"summary": "Night trains to Vienna"}], "n": 3}'
 
-A request passes, in this order: `Front` (key, origin, size, headers, log, metrics), a route, `Desk`
+A request passes, in this order: front.py (key, origin, size, load), a route, `Desk` of batcher.py
 (is the answer in the store? else an ask), `Batcher` (the engine's one thread), `Desk` again (what
 is kept of the answer). The API is described by /openapi.json; /docs shows it without a script, as
 the usual page loads its scripts from elsewhere, which the content security policy refuses.
@@ -16,47 +16,48 @@ its sessions inline nothing is kept. Retries are safe: PUT replaces, events coun
 
 import argparse
 import asyncio
-import base64
-import binascii
 import contextlib
 import dataclasses
 import gc
-import hmac
 import html
-import ipaddress
 import json
 import logging
 import math
-import os
 import re
 import signal
 import socket
 import sqlite3
 import sys
 import time
-import uuid
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
 import prometheus_client as prometheus
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import (
+    FileResponse,
+    HTMLResponse,
+    JSONResponse,
+    PlainTextResponse,
+    Response,
+    StreamingResponse,
+)
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
-from tqdm import tqdm
 
 import data
-from batcher import Desk, Full, Job, Written, log, where
+from batcher import Desk, Full, Job, Written, log, precompute, where
 from config import ROOT, Config, ServeConfig, UserError, file_digest, load_config, script
 from engine import METHODS, Engine
+from front import ASK, Front, busy, key_for
 from store import Store
 
-ASK = "/v1/starters"
-LOOK_UPS = 8  # requests for starters beside those that wait or are written: theirs may be ready
+STATUSES = (400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503, 504)  # beside 200 and 422
+TOO_LONG = "not written within serve.timeout; try again"
+STORE_FAILED = "the store cannot be used at the moment; try again"
 
 # ----------------------------------------------------------------------- what goes in and comes out
 
@@ -150,172 +151,6 @@ def request_models(limits: ServeConfig) -> SimpleNamespace:
         profile: facts | None = None
 
     return SimpleNamespace(Starters=StartersBody, Sessions=SessionsBody)
-
-
-# ----------------------------------------------------------------------- what every request passes
-
-OPEN = ("/livez", "/readyz")
-POLICY = b"default-src 'self'; base-uri 'none'; frame-ancestors 'none'; form-action 'none'"
-HEADERS = [(b"content-security-policy", POLICY), (b"x-content-type-options", b"nosniff"),
-           (b"referrer-policy", b"no-referrer"), (b"cache-control", b"no-store")]  # fmt: skip
-REASONS = {401: "key", 403: "origin", 408: "slow", 413: "size", 415: "type", 422: "field",
-           429: "queue", 504: "timeout"}  # fmt: skip
-STATUSES = (400, 401, 403, 405, 408, 413, 415, 429, 500, 503, 504)
-TOO_LONG = "not written within serve.timeout; try again"
-STORE_FAILED = "the store cannot be used at the moment; try again"
-LOOPBACK_HOST = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORECASE)
-
-
-def is_loopback(name: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(name).is_loopback
-    return name == "localhost"
-
-
-def key_for(config: Config, host: str) -> str:
-    """The clients' key. Raises UserError where an address needs one and there is none."""
-    key = os.environ.get(config.serve.key_env, "")
-    if not key and not is_loopback(host):
-        raise UserError(
-            f"--host {host}: others can reach this address; put the key that clients must send in "
-            f"the variable {config.serve.key_env} (serve.key_env)"
-        )
-    return key
-
-
-class Front:
-    """The outermost layer (ASGI): a request that it does not let through reaches no route, so that
-    a new route is protected without anyone thinking of it. Only OPEN needs no key.
-
-    A browser sends a Basic password by itself, and other sites' pages can reach a server on this
-    machine under a name of theirs: therefore Origin, Sec-Fetch-Site and Host are looked at too.
-    """
-
-    def __init__(self, app, desk: Desk, host: str, key: str):
-        self.app, self.desk, self.settings = app, desk, desk.settings
-        self.local, self.key = is_loopback(host), key.encode()
-        self.most, self.asking = self.settings.queue + self.settings.batch + LOOK_UPS, 0
-
-    async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] != "http":
-            if scope["type"] == "lifespan":
-                await self.app(scope, receive, send)
-            return
-        started, status, request_id = time.perf_counter(), 499, uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
-        own = [*HEADERS, (b"x-request-id", request_id.encode())]
-
-        async def answer(message):
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message = message | {"headers": [*message["headers"], *own]}
-            await send(message)
-
-        asks = scope["path"] == ASK
-        self.desk.in_flight, self.asking = self.desk.in_flight + 1, self.asking + asks
-        try:
-            self._check(scope)
-            # Refused before it costs anything; others than asks get more room.
-            if self.asking > self.most if asks else self.desk.in_flight > 4 * self.most:
-                raise busy(self.desk)
-            if body := await self._whole(scope, receive):
-                await self.app(scope, body, answer)
-        except HTTPException as error:  # before a route was reached
-            reply = JSONResponse({"detail": error.detail}, error.status_code, error.headers)
-            await reply(scope, receive, answer)
-        except Exception as error:  # uvicorn would log its text
-            log.error("%s: %s", request_id, where(error))
-            if status == 499:
-                reply = JSONResponse({"detail": "internal error; the server's log says where"}, 500)
-                await reply(scope, receive, answer)
-        finally:
-            self.desk.in_flight, self.asking = self.desk.in_flight - 1, self.asking - asks
-            route = getattr(scope.get("route"), "path_format", ASK if asks else "other")
-            seconds = time.perf_counter() - started
-            self.desk.metrics.seconds.labels(route, f"{status // 100}xx").observe(seconds)
-            if status in REASONS:
-                self.desk.metrics.rejections.labels(REASONS[status]).inc()
-            if route not in OPEN:
-                words = (scope["method"], route, status, 1000 * seconds, request_id)
-                log.info("%s %s %d %.1f ms %s", *words)
-
-    def _check(self, scope) -> None:
-        """Raise HTTPException unless the request may go on."""
-        if scope["path"] in OPEN:
-            return
-        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        site, origin = headers.get(b"sec-fetch-site", "none"), headers.get(b"origin")
-        visit = scope["method"] == "GET" and headers.get(b"sec-fetch-mode") == "navigate"
-        foreign = origin is not None and _netloc(origin) != headers.get(b"host", "").lower()
-        if foreign or (site not in ("same-origin", "none") and not visit):
-            raise HTTPException(403, "a page of another site may not use this server")
-        if not self._has_key(headers) and not self._from_here(scope, headers):
-            if not self.key:
-                raise HTTPException(403, "Host: use 127.0.0.1 or localhost, or set a key")
-            wanted = {"WWW-Authenticate": 'Basic realm="IceBreaker, key as password"'}
-            raise HTTPException(401, "the server's key is needed: Authorization: Bearer", wanted)
-        kind = headers.get(b"content-type", "").partition(";")[0].strip().lower()
-        if scope["method"] in ("POST", "PUT", "PATCH") and kind != "application/json":
-            raise HTTPException(415, "Content-Type: application/json")
-
-    def _has_key(self, headers: dict[bytes, str]) -> bool:
-        scheme, _, value = headers.get(b"authorization", "").partition(" ")
-        sent = value.strip().encode("latin-1")
-        if scheme.lower() == "basic":
-            try:
-                sent = base64.b64decode(sent, validate=True).partition(b":")[2]
-            except binascii.Error:
-                return False
-        elif scheme.lower() != "bearer":
-            return False
-        return bool(self.key) and hmac.compare_digest(sent, self.key)
-
-    def _from_here(self, scope, headers: dict[bytes, str]) -> bool:
-        """Asked on this machine, by a name of this machine, and not passed on by a proxy."""
-        proxied = b"x-forwarded-for" in headers or b"forwarded" in headers
-        here = self.local and is_loopback((scope.get("server") or [""])[0])
-        return here and not proxied and bool(LOOPBACK_HOST.fullmatch(headers.get(b"host", "")))
-
-    async def _whole(self, scope, receive):
-        """Read the body, within its limits; return a `receive` that gives it again.
-
-        None: the client has left.
-        """
-        limit, parts, total, more = self.settings.max_body, [], 0, True
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        too_large = HTTPException(413, f"body: more than {limit} bytes (serve.max_body)")
-        if not length.isdigit() or int(length) > limit:
-            raise too_large
-        try:
-            async with asyncio.timeout(self.settings.timeout):
-                while more:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        return None
-                    parts.append(message.get("body", b""))
-                    total, more = total + len(parts[-1]), message.get("more_body", False)
-                    if total > limit:
-                        raise too_large
-        except TimeoutError:
-            raise HTTPException(408, "body: too slow (serve.timeout)") from None
-        body = [{"type": "http.request", "body": b"".join(parts), "more_body": False}]
-
-        async def again():
-            return body.pop() if body else await receive()
-
-        return again
-
-
-def _netloc(origin: str) -> str:
-    with contextlib.suppress(ValueError):
-        return urlsplit(origin).netloc.lower()
-    return ""
-
-
-def busy(desk: Desk) -> HTTPException:
-    after = {"Retry-After": str(desk.batcher.retry_after)}
-    return HTTPException(429, "busy; try again after Retry-After seconds", after)
 
 
 # ------------------------------------------------------------------------------------------- routes
@@ -563,7 +398,7 @@ def _add_pages(app: FastAPI, desk: Desk) -> None:
         ready = desk.batcher.thread.is_alive() and not getattr(app.state.server, "should_exit", 0)
         return JSONResponse({"status": "ready" if ready else "stopping"}, 200 if ready else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     def metrics():
         text = prometheus.generate_latest(desk.metrics.registry)
         return Response(text, media_type=prometheus.CONTENT_TYPE_LATEST)
@@ -586,17 +421,6 @@ def _add_pages(app: FastAPI, desk: Desk) -> None:
 
 
 # ----------------------------------------------------------------------------------------- commands
-
-
-def precompute(desk: Desk) -> str:
-    """Make starters ready for every user of the store; return what was done."""
-    started, written, users = time.time(), 0, desk.store.user_ids()
-    size = desk.settings.batch
-    for i in tqdm(range(0, len(users), size), "precompute", disable=None, leave=False):
-        keys = [(user_id, desk.arm(user_id), desk.list_size) for user_id in users[i : i + size]]
-        written += desk.batcher.write_ahead(keys)
-    seconds = time.time() - started
-    return f"{written} of {len(users)} users written for, the others were ready: {seconds:.1f} s"
 
 
 def bound(host: str, port: int) -> socket.socket:
