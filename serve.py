@@ -461,7 +461,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     log.setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when done
-    sys.setswitchinterval(0.001)  # a request need not wait 5 ms for the engine's thread
+    sys.setswitchinterval(0.0005)  # a request need not wait 5 ms for the engine's thread
     sock = None
     if not arguments.precompute:
         key_for(config, arguments.host)

@@ -185,7 +185,7 @@ def test_a_killed_round_resumes_to_the_same_bytes(
     shutil.copytree(finished, tmp_path / "runs")
     config = small(tmp_path / "runs", f"data.feedback={tapped}")
     monkeypatch.setattr(feedback, "MARGIN", 0.33)
-    for module, name in ((isg, "align"), (feedback, "check"), (feedback, "bootstrap_interval")):
+    for module, name in ((isg, "align"), (feedback, "bootstrap_interval")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, _killed)
             with pytest.raises(KeyboardInterrupt):
