@@ -1,0 +1,147 @@
+"""Closing the loop on the simulated platform: tap, train, serve, and tap more?
+
+    python -m benchmarks.loop runs/tiny           # a finished run; writes results/loop.md
+
+People of the simulated platform visit a running server, which shows them lists, and tap by their
+hidden click model. `train.py data.feedback=STORE` trains a round from what the server's store holds
+by then; the server takes it up while it runs. Other people, whom neither the run nor the round has
+learned from, are served before and after: do they tap more, by the hidden click model? Exits with 1
+if the round is refused or the click rate does not rise. The run itself is left as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+
+import world
+from benchmarks.serve import server
+from config import ROOT, load_config
+from eval import bootstrap_interval
+from pipeline import Pipeline
+
+AT_ONCE, DRAWS = 16, 3
+
+
+async def visits(url: str, users: list[str], visit, times: int) -> list[list]:
+    """visit(client, user, number) of each user, `times` of them in turn, AT_ONCE users at once."""
+    free = asyncio.Semaphore(AT_ONCE)
+
+    async def one(http, user: str) -> list:
+        async with free:
+            return [await visit(http, user, number) for number in range(times)]
+
+    async with httpx.AsyncClient(base_url=url, timeout=120) as http:
+        return await asyncio.gather(*(one(http, user) for user in users))
+
+
+async def starters(http, user: str, **more) -> dict:
+    reply = await http.post("/v1/starters", json={"user_id": user, **more})
+    return reply.raise_for_status().json()
+
+
+def tapping(truth: world.Truth):
+    """A visit: see a list, tap what one likes, say so."""
+    rng = np.random.default_rng(0)
+
+    async def visit(http, user: str, number: int) -> tuple[int, int]:
+        reply = await starters(http, user)
+        texts = [s["text"] for s in reply["starters"]]
+        if not texts:
+            return 0, 0
+        taps = np.flatnonzero(rng.random(len(texts)) < truth.click_probabilities(user, texts))
+        events = [{"impression_id": reply["impression_id"], "type": "shown"}]
+        events += [events[0] | {"type": "tap", "slot": int(i)} for i in taps]
+        (await http.post("/v1/events", json={"events": events})).raise_for_status()
+        return len(texts), len(taps)
+
+    return visit
+
+
+def watching(truth: world.Truth):
+    """A list's expected taps; nothing is reported, so nothing of the server's state changes."""
+
+    async def visit(http, user: str, number: int) -> float:
+        reply = await starters(http, user, refresh=True, exclude=[f"draw {number}"])
+        return truth.expected_clicks(user, [s["text"] for s in reply["starters"]])
+
+    return visit
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", help="folder of a finished run on the simulated platform")
+    parser.add_argument("--people", type=int, default=300, help="who visit and tap")
+    parser.add_argument("--visits", type=int, default=5, help="of each of them")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "runs" / Path(arguments.run).name
+        shutil.copytree(arguments.run, run, ignore=shutil.ignore_patterns("serve.sqlite*"))
+        for base in Path(arguments.run).parent.glob("base-*"):
+            shutil.copytree(base, run.parent / base.name)
+        loop(run, arguments.people, arguments.visits)
+
+
+def loop(run: Path, people: int, times: int) -> None:
+    words = [f"run.root={run.parent}", f"run.name={run.name}"]
+    p = Pipeline(load_config(run / "config.yaml", words))
+    truth = world.load_truth(run / "world")
+    known = [u for u in p.ids("train", "valid", "judge") if p.users[u].sessions][:people]
+    others = [u for u in p.ids("test") if p.states[u][-1].interests]
+    store = run / "serve.sqlite"
+    with server(run, "serve.reload_seconds=1", f"serve.store={store}") as url:
+        model = httpx.get(url + "/v1/model").json()["model"]
+        before = asyncio.run(visits(url, others, watching(truth), DRAWS))
+        seen = np.array(asyncio.run(visits(url, known, tapping(truth), times))).sum((0, 1))
+        command = [sys.executable, "train.py", "--stage", "ranker", "--stage", "dpo", "--config",
+                   run / "config.yaml", *words, f"data.feedback={store}"]  # fmt: skip
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        print(done.stdout, done.stderr[-2000:], sep="\n")
+        if done.returncode or not (run / "feedback" / "current.json").is_file():
+            raise SystemExit("the round failed or was refused")
+        new = model
+        for _ in range(100):
+            if (new := httpx.get(url + "/v1/model").json()["model"]) != model:
+                break
+            time.sleep(0.2)
+        after = asyncio.run(visits(url, others, watching(truth), DRAWS))
+    a, b = (np.array(x).mean(1) for x in (before, after))
+    low, high = bootstrap_interval(b - a, 2000, 0)
+    verdict = done.stdout.strip().splitlines()[-1].rpartition(" (")[0]
+    page = f"""# The loop: tapped, trained, served
+
+```bash
+python -m benchmarks.loop runs/{run.name}
+```
+
+{len(known)} people of the simulated platform visited a running server {times} times each:
+{seen[0]} starters shown, {seen[1]} tapped. A round was trained from the server's store, and the
+server took it up while it ran. {len(others)} other people, whom nothing has learned from, by the
+hidden click model:
+
+| model | expected taps a list |
+|---|---|
+| {model} | {a.mean():.4f} |
+| {new} | {b.mean():.4f} |
+
+Difference by person, 95 % bootstrap interval: {(b - a).mean():+.4f} [{low:+.4f}, {high:+.4f}].
+
+{verdict}.
+"""
+    (ROOT / "results" / "loop.md").write_text(page, encoding="utf-8")
+    print(page)
+    if new == model or b.mean() <= a.mean():
+        raise SystemExit("the click rate did not rise")
+
+
+if __name__ == "__main__":
+    main()
