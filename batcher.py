@@ -2,7 +2,8 @@
 
 `Desk` decides whether the store already holds the answer to a request; if not, it makes a job of
 it. `Batcher` is the one thread that owns the engine. It writes clients' jobs together and, where no
-client waits, starters ahead of them, so that the common request is a look-up.
+client waits, starters ahead of them, so that the common request is a look-up. A room of its own, as
+all of it is about threads and nothing of it about HTTP.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ import prometheus_client as prometheus
 from tqdm import tqdm
 
 import data
+import roles
 from config import Config, ServeConfig, digest
-from engine import METHODS, Answer, Ask, Engine
+from engine import Answer, Ask, Engine
 from store import Store
 
 log = logging.getLogger("serve")
@@ -81,6 +83,7 @@ class Job:
     born: float = dataclasses.field(default_factory=time.monotonic)
     gone: bool = False  # the client has left
     forgotten: bool = False  # the user was deleted meanwhile
+    partial: bool = False  # good starters were left out, as the client knows them
 
 
 class Full(Exception):
@@ -182,7 +185,10 @@ class Batcher:
         except Exception as error:
             log.error("a batch of %d failed: %s", len(jobs), where(error))
             for job in jobs:
-                job.tell("the models failed; the server's log says where")
+                if len(jobs) > 1 and not job.ask.emit:  # a stream may have begun
+                    self._write([job])
+                else:
+                    job.tell("the models failed; the server's log says where")
             return
         self.batch_seconds = time.monotonic() - started
         for job, answer in zip(jobs, answers, strict=True):
@@ -221,8 +227,8 @@ class Batcher:
 
 
 def unseen(row: dict | None, avoid: list[str]) -> list[dict]:
-    known = {text.casefold() for text in avoid}
-    return [s for s in row["starters"] if s["text"].casefold() not in known] if row else []
+    known = {*map(roles.normal_form, avoid)}
+    return [s for s in row["starters"] if roles.normal_form(s["text"]) not in known] if row else []
 
 
 def is_all(row: dict) -> bool:
@@ -243,9 +249,12 @@ class Desk:
         self.list_size, self.metrics = config.generator.list_size, make_metrics()
         self.arms = dict.fromkeys(config.serve.arms, 1.0)
         self.arms_seed = int(digest(config.run.seed, "arms"), 16)  # not that of the splits
-        self.methods = getattr(engine, "methods", METHODS)
         self.lock, self.jobs, self.in_flight = threading.Lock(), set(), 0
         self.batcher = Batcher(engine, config.serve, self.metrics, self)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        return self.engine.methods
 
     def arm(self, user_id: str) -> str:
         return data.split_users([user_id], self.arms, self.arms_seed)[user_id]
@@ -265,14 +274,15 @@ class Desk:
         if asked.user_id is None:
             user = data.User(user_id="inline", profile=asked.profile, sessions=asked.sessions or [])
             method = asked.method or next(iter(self.arms))
-            ask = Ask(data.in_time_order(user), n=asked.n, avoid=asked.exclude, method=method)
+            ask = Ask(data.in_time_order(user), n=asked.n, avoid=asked.exclude, method=method,
+                      draw=time.time_ns() * asked.refresh)  # fmt: skip
             self.jobs.add(job := Job(ask, known=False))
             return job
         with self.lock:
             user_id, days = asked.user_id, self.settings.repeat_days
-            user = self.store.user(user_id) or data.User(user_id=user_id, sessions=[])
-            if not user.profile:
-                user = user.model_copy(update={"profile": asked.profile})
+            user = self.store.user(user_id)
+            if not user or not (user.sessions or user.profile):  # a newcomer
+                user = data.User(user_id=user_id, profile=asked.profile, sessions=[])
             method = asked.method or self.arm(user_id)
             row = self.store.ahead(user_id, self._key(user, self.engine.version, method))
             avoid = self.store.seen(user_id, days, offered=asked.refresh) + asked.exclude
@@ -281,22 +291,26 @@ class Desk:
             if row and (len(left) >= asked.n or (whole and not asked.refresh)):
                 left = [s | {"source": "cached"} for s in left]
                 return self._reply(user_id, method, asked.n, row, left, request_id)
-            return self._job(user, method, asked.n, avoid)
+            job = self._job(user, method, asked.n, avoid)
+            job.partial = bool(asked.exclude)
+            if asked.refresh:
+                job.ask = dataclasses.replace(job.ask, draw=time.time_ns())
+            return job
 
     def keep(self, job: Job, written: Written, request_id: str) -> dict:
         """The reply of a written answer; what it does not show is kept ready."""
-        ask, row = job.ask, self._row(written, job.ask.n)
-        with self.lock:
-            known = job.known and not job.forgotten
+        ask, row = job.ask, self._row(written, job)
+        with self.lock:  # a job that was released meanwhile, a deletion has not seen
+            known = job.known and job in self.jobs and not job.forgotten
             if known:
                 key = self._key(ask.user, written.version, ask.method)
                 self.store.put_ahead(ask.user.user_id, key, row, ask.method)
             user_id = ask.user.user_id if known else None
             return self._reply(user_id, ask.method, ask.n, row, row["starters"], request_id)
 
-    def _row(self, written: Written, n: int) -> dict:
+    def _row(self, written: Written, job: Job) -> dict:
         answer = dataclasses.asdict(written.answer)
-        few = len(answer["starters"]) < n
+        few = len(answer["starters"]) < job.ask.n and not job.partial
         return answer | {"model": written.version, "all": few, "at": time.time()}
 
     def _reply(
@@ -321,7 +335,7 @@ class Desk:
         """A job that makes n starters ready beyond all that were offered; None: they are."""
         with self.lock:
             user = self.store.user(user_id)
-            if user is None:  # popular starters cost nothing to find
+            if not user or not user.sessions:  # popular starters cost nothing to find
                 return None
             row = self.store.ahead(user_id, self._key(user, self.engine.version, method))
             avoid = self.store.seen(user_id, self.settings.repeat_days, offered=True)
@@ -331,7 +345,7 @@ class Desk:
 
     def finish(self, job: Job, written: Written) -> None:
         """Put what was written ahead behind what is ready, if the history is still the same."""
-        user_id, method, row = job.ask.user.user_id, job.ask.method, self._row(written, job.ask.n)
+        user_id, method, row = job.ask.user.user_id, job.ask.method, self._row(written, job)
         with self.lock:
             user = None if job.forgotten else self.store.user(user_id)
             key = self._key(job.ask.user, written.version, method)
@@ -359,10 +373,11 @@ class Desk:
             for job in list(self.jobs):
                 job.forgotten = job.forgotten or job.ask.user.user_id == user_id
             user = self.store.user(user_id)
-            removed = self.store.delete_user(user_id)
-        if user:
-            self.engine.forget(user)
-        return removed
+            user = user or data.User(user_id=user_id, sessions=[])
+            try:
+                return self.store.delete_user(user_id)
+            finally:
+                self.engine.forget(user)
 
     def close(self) -> None:
         self.batcher.stop()

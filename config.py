@@ -239,7 +239,7 @@ class ServeConfig:
     queue: int = 64  # requests that wait; the next one is refused with 429
     timeout: float = 30.0  # seconds of a request
     repeat_days: float = 7.0  # a starter that was shown is not shown again for so long
-    min_utility: float = 0.0  # r_util of a starter that is worth showing
+    min_utility: float = 0.0  # r_util of a written starter that is worth showing
     impression_hours: float = 48.0  # taps are taken for so long after an answer
     reload_seconds: float = 5.0  # between looks for a newly trained round
     arms: list[str] = field(default_factory=lambda: ["IceBreaker"])  # methods users are split over
@@ -512,10 +512,11 @@ class RunFolder:
     on) it was run with; the file is written last.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, describe: bool = True):
+        """describe: say in the folder with which settings; not where a finished run is used."""
         self.path = Path(config.run.root) / config.run.name
         self.path.mkdir(parents=True, exist_ok=True)
-        if config.data.feedback:  # a further round of a run that is there: what it was stays
+        if not describe:
             return
         with atomic_path(self.path / "config.yaml") as temporary:
             temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))

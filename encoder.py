@@ -80,13 +80,10 @@ class Encoder:
         known = next(iter(self._known.values()), None)
         return len(known) if known is not None else self.model.get_sentence_embedding_dimension()
 
-    def forget(self, texts: list[str]) -> None:
-        for text in texts:
-            self._known.pop(_key(text), None)
-
     def trim(self, most: int) -> None:
-        """Drop the oldest vectors beyond `most`."""
-        for key in list(self._known)[: max(0, len(self._known) - most)]:
+        """Keep what the cache file holds, and at most `most` other vectors: the newest."""
+        others = list(self._known)[self._saved :]
+        for key in others[: max(0, len(others) - most)]:
             self._known.pop(key, None)
 
     def save(self) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,7 @@ from pipeline import Pipeline, State, history_of, profile_text, scorer_inputs
 
 METHODS = ("PE", "SFT", "IceBreaker")
 # "JoJoJoJo", or half a character: a small generator has lost its thread.
-_LOST = re.compile(r"(\w{1,6}?)\1{3}|\ufffd")
+_LOST = re.compile(r"([^\W\d]{2,6}?)\1{3}|([^\W\d])\2{5}|\ufffd")
 MOST_VECTORS = 100_000  # embeddings in memory, 1.5 kB each with MiniLM
 
 
@@ -56,9 +55,9 @@ class Starter:
 
 @dataclass(frozen=True)
 class Answer:
-    interests: list[Interest]  # best first, at most 12
+    interests: list[Interest]  # kept ones first, then the next best, a dozen in all
     threshold: float | None  # the gate's line for this user's activity; None without a history
-    starters: list[Starter]  # every good one, in the order in which they are worth showing
+    starters: list[Starter]  # of 1 + serve.ahead lists, in the order in which to show them
     tokens: int  # generated
 
 
@@ -70,6 +69,7 @@ class Ask:
     """(starter, slot, tapped) of lists shown before: the user's taste."""
     avoid: list[str] = dataclasses.field(default_factory=list)  # not to be written
     method: str = "IceBreaker"
+    draw: int = 0  # another number: other random numbers
     emit: Callable[[Starter], None] | None = None
     """Called with each good starter of a list as it is decoded; they come first in the answer."""
     begin: Callable[[list[Interest], float | None], None] | None = None
@@ -101,8 +101,8 @@ class Engine:
     def __init__(self, config: Config):
         torch.set_flush_denormal(True)
         llm.quiet_libraries()
-        self.config, p = config, Pipeline(config)
-        self.p = p
+        p = Pipeline(config, describe=False)
+        self.config, self.p = config, p
         for stage in ("rid", "sit"):
             if not (p.run / stage / "done.json").is_file():
                 raise UserError(f"{p.run.path}: stage {stage} has not run; python train.py first")
@@ -110,22 +110,22 @@ class Engine:
         self.scorer, self.gate = rid.saved_scorer(p), read_json(p.run / "rid" / "gate.json")
         self.popular = isg.PopularStarters(p) if p.impressions else None
         self.examples = [] if config.data.users else [p.users[u] for u in p.ids("test")[:12]]
-        self.methods = METHODS if self._current() else METHODS[:2]
+        self.model, self.ranker, self.adapter, self.version = None, None, None, "sit"
+        if not config.generator.endpoint:
+            self.model = llm.load_adapter(p.policy(None), p.run / "sit" / "adapter", False)
+        self._prefixes: dict[str, llm.Prefix] = {}
+        self._forgotten = False
+        self.refresh()
         if missing := set(config.serve.arms) - set(self.methods):
             raise UserError(
                 f"serve.arms: {p.run.path} has no {', '.join(sorted(missing))}; it needs "
-                f"impressions (data.impressions) and stage dpo, or serve.arms=[SFT]"
+                f"impressions (data.impressions) and stage dpo, and a generator.endpoint that has "
+                f"the adapter; or serve.arms=[SFT]"
             )
-        self._prefixes: dict[str, llm.Prefix] = {}
-        self._forgotten: deque[list[str]] = deque()
-        self.model, self.version = None, ""
-        if not config.generator.endpoint:
-            self.model = llm.load_adapter(p.policy(None), p.run / "sit" / "adapter", False)
-        self.refresh()
         k = config.generator.list_size
-        begin = llm.user_turn(p.tokenizer, config.generator.instruction.format(n=k))[0]
-        self._begin = begin
-        ends = [i for text, i in p.tokenizer.get_vocab().items() if "&" in text or ">" in text]
+        self._begin = llm.user_turn(p.tokenizer, config.generator.instruction.format(n=k))[0]
+        ends = {i for text, i in p.tokenizer.get_vocab().items() if "&" in text or ">" in text}
+        ends -= {*p.tokenizer.all_special_ids}
         self._ends = torch.tensor(sorted(ends))  # only these can complete a starter
         if self.model:  # what loads or compiles at the first use, does so now
             session = data.Session(session_id="1", summary="warming up")
@@ -133,37 +133,36 @@ class Engine:
 
     # -------------------------------------------------------------------------- which model writes
 
-    def _current(self) -> dict | None:
-        return feedback.current(self.p.run, self.config.dpo.rounds)
+    @property
+    def methods(self) -> tuple[str, ...]:
+        return METHODS if self.adapter else METHODS[:2]
 
     def refresh(self) -> bool:
-        """Take the newest accepted round, if it is not yet in use."""
-        now = self._current()
-        if not now:
-            self.ranker, self.version = None, "sit"
+        """Take the newest accepted round, if there is one and it is not yet in use."""
+        now = feedback.current(self.p.run, self.config.dpo.rounds)
+        if not now or now["version"] == self.version:  # none: while a run is trained again
             return False
-        if now["version"] == self.version:
-            return False
-        ranker = self.p.new_ranker()
+        adapter, ranker = self.p.run / now["adapter"], self.p.new_ranker()
         ranker.load_state_dict(read_tensors(self.p.run / now["ranker"]))
-        self.adapter = self.p.run / now["adapter"]
         if self.model:
-            self.model.load_adapter(str(self.adapter), adapter_name=_name(now["version"]))
-            if self.version:
+            self.model.load_adapter(str(adapter), adapter_name=_name(now["version"]))
+            if self.adapter:
                 self.model.delete_adapter(_name(self.version))
                 self._prefixes.pop(_name(self.version), None)
             self.model.eval()
-        self.ranker, self.version = ranker.eval(), now["version"]
+        elif not self.p.is_served(adapter):  # the server of models was not told of it yet
+            return False
+        self.ranker, self.adapter, self.version = ranker.eval(), adapter, now["version"]
         return True
 
     @contextlib.contextmanager
     def _policy(self, method: str):
         """(the model as this method writes with it, its name)."""
-        name = {"PE": "", "SFT": "default"}.get(method) or _name(self.version)
         if method == "PE":
             with self.model.disable_adapter():
                 yield self.model, ""
         else:
+            name = "default" if method == "SFT" else _name(self.version)
             self.model.set_adapter(name)
             yield self.model, name
 
@@ -174,18 +173,22 @@ class Engine:
         return digest(user.model_dump(mode="json"))
 
     def forget(self, user: data.User) -> None:
-        """Drop what is kept in memory of this user's texts. For any thread."""
-        texts = [profile_text(user), *(s.summary for s in user.sessions if s.summary)]
-        self.p.encoder.forget(texts)
-        self._forgotten.append(texts)  # once more after the batch that may be running
+        """Drop what is kept in memory of this user's texts: every vector that is not of the run,
+        as nobody notes whose text a vector was. For any thread."""
+        self.p.encoder.trim(0)
+        self._forgotten = True  # once more after the batch that may be running
 
     @torch.no_grad()
     def write(
         self, asks: list[Ask], gone: Callable[[int], bool] = lambda i: False
     ) -> list[Answer | None]:
         """One batch. gone(i), asked at every step: the client of ask i has left; its answer is
-        None, and no more is computed for it."""
-        cases = self._distil(asks)
+        None, and nothing more is decoded for it. (generator.endpoint: it is decoded to the end.)"""
+        everyone = range(len(asks))
+        users = [self._summarised(ask.user) for ask in asks]
+        if not self._encode(asks, users, lambda: all(map(gone, everyone))):
+            return [None] * len(asks)
+        cases = self._distil(asks, users)
         lists: list[list[list[str]]] = [[] for _ in cases]
         for method in dict.fromkeys(ask.method for ask in asks):
             own = [i for i, c in enumerate(cases) if c.ask.method == method and c.state.interests]
@@ -195,19 +198,26 @@ class Engine:
                 lists[i] = written
         answers = [None if gone(i) else answer
                    for i, answer in enumerate(self._rank(cases, lists))]
-        while self._forgotten:
-            self.p.encoder.forget(self._forgotten.popleft())
-        self.p.encoder.trim(MOST_VECTORS)
+        most, self._forgotten = 0 if self._forgotten else MOST_VECTORS, False
+        self.p.encoder.trim(most)
         return answers
 
-    def _distil(self, asks: list[Ask]) -> list[Case]:
-        """Summaries -> statistics -> resonance -> gate."""
-        settings, encode = self.config.rid, self.p.encoder
-        users = [self._summarised(ask.user) for ask in asks]
+    def _encode(self, asks: list[Ask], users: list[data.User], nobody_waits) -> bool:
+        """Embed the texts of all asks, some at a time: a long history takes seconds. False: given
+        up, as nobody waits any more."""
         texts = {s.summary for u in users for s in u.sessions}
         texts |= {profile_text(u) for u in users if u.profile}
         texts |= {y for ask in asks for y, _, _ in ask.shown}
-        encode(sorted(texts))  # of all asks at once
+        order = sorted(texts)
+        for start in range(0, len(order), self.p.encoder.batch_size):
+            if nobody_waits():
+                return False
+            self.p.encoder(order[start : start + self.p.encoder.batch_size])
+        return True
+
+    def _distil(self, asks: list[Ask], users: list[data.User]) -> list[Case]:
+        """Summaries -> statistics -> resonance -> gate; users: those of the asks, summarised."""
+        settings, encode = self.config.rid, self.p.encoder
         histories = [history_of(u.sessions, None, encode) for u in users]
         known = [i for i, h in enumerate(histories) if h.texts]
         scores: dict[int, list[float]] = {}
@@ -269,8 +279,10 @@ class Engine:
         """serve.candidates lists of each case, parsed and filtered, K starters at most."""
         n, g = self.config.serve.candidates, self.config.generator
         told = [c.state.interests for c in cases]
-        seeds = [int(digest(self.history_hash(c.ask.user), c.ask.avoid, method)[:11], 16)
-                 for c in cases]
+        seeds = [
+            int(digest(self.history_hash(a.user), a.avoid, a.draw, method)[:11], 16)
+            for a in (c.ask for c in cases)
+        ]
         if not cases:
             return []
         if g.endpoint:
@@ -294,7 +306,9 @@ class Engine:
 
     def _fit(self, starters: Sequence[str], case: Case) -> list[str]:
         fit = roles.filter_starters(starters, case.state.interests, case.ask.avoid)[0]
-        return [y for y in fit if not _LOST.search(y)]
+        # The filter lets everything pass to who writes neither Chinese nor in Latin letters.
+        own = {data.language(x) for x in case.state.interests} == {"other"}
+        return [y for y in fit if not _LOST.search(y) and (data.language(y) == "other" or not own)]
 
     def _watch(self, tokens: torch.Tensor, cases: list[Case], gone) -> torch.Tensor:
         """After each step: emit what the first lists have completed; which samples to give up?
@@ -383,10 +397,11 @@ class Engine:
         if not self.popular:
             return []
         profile = case.ask.user.profile or {}
+        said = [s.summary for s in case.ask.user.sessions if s.summary]  # none fit to be shown
         chinese = profile.get("language", "").lower().startswith(("zh", "chinese", "中"))
 
         def keep(starters: list[str]) -> list[str]:
-            like = ["中文"] if chinese else starters  # else the language of most of them
+            like = said or (["中文"] if chinese else starters)  # else as most of them are
             return roles.filter_starters(starters, like, case.ask.avoid)[0]
 
         texts = self.popular.ranked(profile, keep)[: case.ask.n * (1 + self.config.serve.ahead)]

@@ -452,7 +452,7 @@ def main() -> None:
     parser.add_argument("--config", default=str(ROOT / "configs" / "tiny.yaml"))
     parser.add_argument("--runs", nargs="+", type=Path, help="finished run folders, side by side")
     parser.add_argument("--reproduce", nargs="+", metavar="TABLE", help="1 2 3 6 7 8 9 figure3 "
-                        "beyond, or all")  # fmt: skip
+                        "beyond beta, or all")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of --reproduce")
     parser.add_argument("--quick", action="store_true", help="--reproduce small, in minutes")
     parser.add_argument("settings", nargs="*", metavar="section.key=value")

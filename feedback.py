@@ -190,7 +190,7 @@ def _ready(config: Config, wanted: list[str], free: Iterable[str]) -> Pipeline:
                 f"{section}.{name}={getattr(now, name)}: the run was trained with "
                 f"{getattr(then, name)!r}; --config {folder}/config.yaml has all its settings"
             )
-    p = Pipeline(config)
+    p = Pipeline(config, describe=False)
     if not current(p.run, config.dpo.rounds):
         raise UserError(
             f"{folder}: was trained without impressions (data.impressions), so it has no ranker "

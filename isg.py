@@ -201,9 +201,14 @@ class PopularStarters:
         value = np.bincount(self.number, weight * self.surplus, n) / (
             np.bincount(self.number, weight, n) + 20
         )
-        best = np.argsort(-value, kind="stable")[: self.candidates]
-        kept = set(keep([self.starters[i] for i in best]))
-        best = [i for i in best if self.starters[i] in kept]
+        order, best = np.argsort(-value, kind="stable"), []
+        for start in range(0, n, self.candidates):  # until enough pass
+            batch = order[start : start + self.candidates]
+            kept = set(keep([self.starters[i] for i in batch]))
+            best += [i for i in batch if self.starters[i] in kept]
+            if len(best) >= self.candidates:
+                break
+        best = best[: self.candidates]
         if not best:
             return []
         vectors = self.p.encoder([self.starters[i] for i in best])

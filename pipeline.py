@@ -26,6 +26,7 @@ import llm
 import roles
 from config import (
     Config,
+    EndpointConfig,
     RunFolder,
     UserError,
     digest,
@@ -53,7 +54,7 @@ class State:
 class Pipeline:
     """One run: `p.users`, `p.histories`, `p.states`, `p.ranker(name)`, `p.sample_lists(...)`."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, describe: bool = True):
         for name in ("users", "impressions"):
             path = getattr(config.data, name)
             if path and not Path(path).is_file():
@@ -63,7 +64,7 @@ class Pipeline:
         if config.generator.attention == "flex_attention" and not torch.cuda.is_available():
             raise UserError("generator.attention=flex_attention: needs a GPU; 'sdpa' needs none")
         self._check_players(config)
-        self.config, self.run = config, RunFolder(config)
+        self.config, self.run = config, RunFolder(config, describe)
         self._chats: dict = {}
         # Answers of LLMs, kept for all runs below run.root: the same question is asked once.
         self.answers = Path(config.run.root) / "answers.sqlite"
@@ -300,18 +301,7 @@ class Pipeline:
             return self.sample_lists(model or self.policy(adapter), inputs, n, seed, repeats)
         import chat
 
-        # The server knows an adapter by its stage: sit, round1, ..., vanilla; feedback1, ...
-        name = adapter.parent.name if adapter else g.model or "base"
-        if adapter and adapter.parent.parent.name == "feedback":
-            name = name.replace("round", "feedback")
-        settings = dataclasses.replace(
-            self.config.endpoint,
-            base_url=g.endpoint,
-            key_env=g.endpoint_key_env,
-            model=name,
-            temperature=g.temperature,
-            max_tokens=g.max_new_tokens,
-        )
+        settings = self._served(adapter)
         more = {"top_p": g.top_p} | ({"top_k": g.top_k} if g.top_k else {})
         weights = adapter / "adapter_model.safetensors" if adapter else None
         policy = file_digest(weights) if weights else digest(self.model_path)
@@ -326,6 +316,29 @@ class Pipeline:
             return server.sample(texts, n, [(seed + n * i) % 2**31 for i in numbers])
 
         return self._full_lists(draw, inputs, n, seed, repeats)
+
+    def _served(self, adapter: Path | None) -> EndpointConfig:
+        """Where generator.endpoint is asked for this adapter's lists."""
+        g, name = self.config.generator, self.config.generator.model or "base"
+        if adapter:  # known there by its stage: sit, round1, ..., vanilla; feedback1, ...
+            name = adapter.parent.name
+            if adapter.parent.parent.name == "feedback":
+                name = name.replace("round", "feedback")
+        return dataclasses.replace(
+            self.config.endpoint, base_url=g.endpoint, key_env=g.endpoint_key_env, model=name,
+            temperature=g.temperature, max_tokens=g.max_new_tokens,
+        )  # fmt: skip
+
+    def is_served(self, adapter: Path) -> bool:
+        """Whether generator.endpoint says that it has this adapter."""
+        import chat
+
+        settings = self._served(adapter)
+        server = chat.Endpoint(settings, setting="generator.endpoint")
+        try:
+            return settings.model in {model.id for model in server.client.models.list()}
+        except chat.openai.OpenAIError:
+            return False
 
     def _full_lists(self, draw, inputs, n: int, seed: int, repeats: bool) -> list[list[list[str]]]:
         """draw(inputs, n, seed, number of each) -> n texts of each."""

@@ -53,8 +53,10 @@ TABLES = {  # table -> (title, methods, the paper's R-User, R-Score, lexical and
         "lambda 0.0", "IceBreaker", "lambda 0.4", "lambda 0.6", "lambda 0.8", "lambda 1.0",
         "SFT", "SFT, list search", "SFT, highest utility", "SFT, MMR", "SFT, DPP",
         "early", "middle", "latest", "round 4", "round 5",
-        "beta 0.03", "beta 0.3", "reference SIT",
         "IceBreaker, 1 session", "IceBreaker, 2 sessions", "popular starters",
+    ])),
+    "beta": ("Beyond the paper: beta and the reference of DPO", dict.fromkeys([
+        "beta 0.03", "IceBreaker", "beta 0.3", "reference SIT",
     ])),
 }
 

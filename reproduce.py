@@ -59,11 +59,12 @@ VARIANTS = {  # name -> settings that differ from the seed's main run
     **{f"beta {x}": [f"dpo.beta={x}"] for x in (0.03, 0.3)},
     "reference SIT": ["dpo.reference=sit"],
 }
-TABLES = ("1", "2", "3", "6", "7", "8", "9", "figure3", "beyond")
+TABLES = ("1", "2", "3", "6", "7", "8", "9", "figure3", "beyond", "beta")
 NEEDS = {  # table -> variants
     "8": ["SIT with own lists", "PMA without teacher"],
     "9": [f"{kind} negatives only" for kind in SINGLE],
-    "beyond": [v for v in VARIANTS if v.startswith(("5", "lambda", "beta", "reference"))],
+    "beyond": [v for v in VARIANTS if v.startswith(("5", "lambda"))],
+    "beta": [v for v in VARIANTS if v.startswith(("beta", "reference"))],
 }
 QUICK = """world.users=200 sit.max_rows=120 sit.epochs=2 dpo.max_users=24 dpo.samples=3
     dpo.checkpoints=1 eval.lists=1 ab.lists=1 rid.epochs=10 ranker.epochs=8""".split()

@@ -151,7 +151,7 @@ def _words(text: str) -> list[str]:
     return [t.casefold() for t in _TOKEN.findall(text.replace("’", "'"))]
 
 
-def _normal(text: str) -> str:
+def normal_form(text: str) -> str:
     """Text without case and punctuation, for telling duplicates."""
     return " ".join(_words(unicodedata.normalize("NFKC", text)))
 
@@ -296,10 +296,10 @@ def filter_starters(starters: Iterable[str], interests: Sequence[str], seen: Ite
     duplicate (of an earlier one or of `seen`, whatever the case and punctuation; not with `repeats`).
     """
     wanted = _majority_language(interests)
-    known = set(map(_normal, seen))
+    known = set(map(normal_form, seen))
     kept, dropped = [], Counter()
     for starter in starters:
-        normal = _normal(starter)
+        normal = normal_form(starter)
         reason = _fault(starter, wanted) or (
             "duplicate" if normal in known and not repeats else None)
         if reason:
@@ -410,10 +410,10 @@ class RuleTeacher:
                 phrase = re.sub(r"&{2,}|[<>{}]", " ", phrase)
                 zh = language(phrase) == "zh"
                 phrase = _clean(phrase[:8] if zh else " ".join(phrase.split()[:5]))
-                if phrase and len(phrase) <= 60 and _normal(phrase) not in known:
+                if phrase and len(phrase) <= 60 and normal_form(phrase) not in known:
                     phrases.append(phrase)
             if phrases and not is_unsuitable(interest):
-                known.add(_normal(phrases[0]))
+                known.add(normal_form(phrases[0]))
                 kind = next((k for k, words in _KINDS.items() if words.search(interest)), "generic")
                 found[is_functional(interest)].append((phrases, kind))
         return found[False] or found[True]
@@ -457,7 +457,7 @@ def _cosines(encode: Encode, a: list[str], b: list[str]) -> np.ndarray:
 
 def same_text(a: list[str], b: list[str]) -> np.ndarray:
     """Boolean (len(a), len(b)): equal but for case and punctuation."""
-    rows, columns = (np.array([_normal(t) for t in texts]) for texts in (a, b))
+    rows, columns = (np.array([normal_form(t) for t in texts]) for texts in (a, b))
     return (rows[:, None] == columns) & (rows[:, None] != "")
 
 

@@ -38,6 +38,7 @@ from config import UserError
 
 VERSION = 1  # of the tables, in PRAGMA user_version
 WAIT = 10.0  # seconds for another process's lock
+KEPT = 30 * 86400  # seconds for which a list is remembered that nobody was shown
 
 # Times are seconds since 1970, UTC. sessions.position: in the history, without gaps. appended: n
 # sessions came while `after` was the user's latest list (0: none). lists.id: in the order of
@@ -327,7 +328,15 @@ class Store:
             [(last,)] = self._rows("SELECT max(id) FROM lists")
             row = ((last or 0) + 1, token, user_id, self.now(), None, *content)
             db.execute("INSERT OR REPLACE INTO lists VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+            if row[0] % 1000 == 0:
+                self._tidy(db)
         return self._impression(token)
+
+    def _tidy(self, db) -> None:
+        """Drop old lists that no event can reach, and what is ready for ids without a history."""
+        old = self.now() - max(KEPT, self.impression_seconds)
+        db.execute("DELETE FROM lists WHERE shown IS NULL AND at < ?", (old,))
+        db.execute("DELETE FROM ahead WHERE user_id NOT IN (SELECT user_id FROM users)")
 
     def record(self, events: list[tuple[str, str, int | None]]) -> int:
         """Take (impression id, "shown" | "tap", slot) events durably, all or none.

@@ -11,7 +11,7 @@ import data
 import isg
 import llm
 import roles
-from config import UserError, read_json, write_json
+from config import UserError, read_json, read_tensors, write_json, write_tensors
 from engine import Ask, Engine, _in_a_loop
 
 SUMMARIES = ["chess openings for club players", "sourdough bread at home", "chess endgames",
@@ -45,6 +45,12 @@ def scripted(engine, monkeypatch):
 
 def sug(*starters):
     return f"<sug> {' && '.join(starters)} </sug>"
+
+
+def distilled(engine, *asks):
+    users = [engine._summarised(ask.user) for ask in asks]
+    assert engine._encode(asks, users, lambda: False)
+    return engine._distil(asks, users)
 
 
 def texts(answer):
@@ -112,8 +118,9 @@ def test_somebody_new_gets_popular_starters_of_the_profiles_language(engine):
         assert {(s.source, s.interest) for s in answer.starters} == {("cold start", None)}
     again = engine.write([Ask(person(), 3, avoid=texts(answer))])[0]
     assert not {*texts(again)} & {*texts(answer)}
-    for s in engine.write([Ask(person(language="zh-CN"), 3)])[0].starters:
-        assert data.language(s.text) == "zh"
+    for user in (person(language="zh-CN"), person("我的抑郁症怎么治疗")):
+        (answer,) = engine.write([Ask(user, 3)])
+        assert {data.language(x) for x in texts(answer)} == {"zh"} and answer.interests == []
 
 
 def test_a_batch_answers_each_ask_as_if_it_were_alone(engine, monkeypatch):
@@ -128,23 +135,30 @@ def test_a_batch_answers_each_ask_as_if_it_were_alone(engine, monkeypatch):
     assert [sorted(texts(x)) for x in together] == [sorted(texts(x)) for x in alone]
     assert sum(len(x.starters) > 0 for x in together) >= 12 and together[0].tokens > 0
     # PE hears all, latest first; the others what the gate kept.
-    heard = [c.state.interests for c in engine._distil(asks[:2])]
+    heard = [c.state.interests for c in distilled(engine, *asks[:2])]
     assert heard[0] == SUMMARIES[::-1] and len(heard[1]) <= engine.config.rid.max_keep
 
 
-def test_each_method_writes_with_its_own_policy(engine):
-    cases = engine._distil([Ask(person(*SUMMARIES), 3, method=m) for m in engine.methods])
-    g, p = engine.config.generator, engine.p
-    adapters = (None, p.run / "sit" / "adapter", p.run / "dpo" / "round2" / "adapter")
-    for case, adapter in zip(cases, adapters, strict=True):
-        prompts, seen = [p.prompt(case.state.interests)], []
-        how = {"max_new_tokens": 8, "temperature": 0.0, "top_p": 1.0, "seed": 0}
-        (expected,) = llm.sample(p.policy(adapter), p.tokenizer, prompts, 1, **how)
-        with engine._policy(case.ask.method) as (model, _):
-            prefix = llm.read_prefix(model, engine._begin)
-            seen = llm.sample(model, p.tokenizer, prompts, 1, prefix=prefix, **how)
-        assert seen == [expected]
-    assert g.list_size == 3
+def test_each_method_writes_with_its_own_policy(finished, tmp_path):
+    """What a list costs by a method's policy is what it costs by the saved adapter."""
+    shutil.copytree(finished.parent, tmp_path / "runs")
+    run = tmp_path / "runs" / "tiny"
+    adapters = (None, run / "sit" / "adapter", run / "dpo" / "round2" / "adapter")
+    for factor, adapter in ((20, adapters[1]), (-20, adapters[2])):  # little was learned
+        weights = read_tensors(adapter / "adapter_model.safetensors")
+        larger = {k: x * factor if "lora_B" in k else x for k, x in weights.items()}
+        write_tensors(adapter / "adapter_model.safetensors", larger)
+    engine = Engine(micro(tmp_path / "runs"))
+    (case,) = distilled(engine, Ask(person(*SUMMARIES), 3))
+    p, prompt = engine.p, engine.p.prompt(case.state.interests)
+    lists, costs = [[5, 6, 7, 8], [20, 21]], []
+    for method, adapter in zip(engine.methods, adapters, strict=True):
+        (expected,) = llm.completion_logps(p.policy(adapter), [prompt], [lists])
+        with engine._policy(method) as (model, _):
+            (found,) = llm.completion_logps(model, [prompt], [lists])
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        costs.append(expected)
+    assert not any(torch.allclose(a, b, atol=1e-2) for a, b in itertools.combinations(costs, 2))
 
 
 def test_the_first_list_streams_as_it_is_decoded(engine, monkeypatch):
@@ -217,24 +231,42 @@ def test_an_accepted_round_is_taken_up_and_nothing_else(finished, tmp_path):
 
 
 def test_what_is_forgotten_leaves_memory(engine):
+    known = set(engine.p.encoder._known)
+    messages = [data.Message(role="user", content="How do xylophones work?")]
+    session = data.Session(session_id="m", messages=messages)
     user = person("a rare summary about xylophones", town="Ghent")
+    user = user.model_copy(update={"sessions": [*user.sessions, session]})
     engine.write([Ask(user, 3)])
-    known = len(engine.p.encoder._known)
+    assert len(set(engine.p.encoder._known) - known) >= 3
     engine.forget(user)
-    assert len(engine.p.encoder._known) == known - 2
-    engine.write([Ask(person(*SUMMARIES), 3)])
-    assert not engine._forgotten
+    assert set(engine.p.encoder._known) <= known
+    engine.write([Ask(person(*SUMMARIES), 3)])  # was it under way, it would be dropped again
+    assert set(engine.p.encoder._known) <= known
+
+
+def test_a_long_history_is_given_up_when_nobody_waits(engine, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        type(engine.p.encoder), "__call__", lambda self, texts: asked.append(len(texts))
+    )
+    user = person(*(f"summary number {i}" for i in range(300)))
+    assert engine.write([Ask(user, 3)], gone=lambda i: len(asked) >= 2) == [None]
+    assert asked == [64, 64]
 
 
 def test_a_server_of_models_can_write_instead(finished, monkeypatch):
-    engine = Engine(micro(finished.parent, "generator.endpoint=http://localhost:1/v1"))
+    words = ["generator.endpoint=http://localhost:1/v1", "serve.arms=[SFT]", "endpoint.retries=0"]
+    engine = Engine(micro(finished.parent, *words))
     asked = []
 
     def write_lists(adapter, inputs, n, seed):
         asked.append((adapter.parent.name, n))
         return [[["Bake a sourdough loaf"]] * n for _ in inputs]
 
+    assert not engine.refresh() and engine.methods == ("PE", "SFT")  # it is not there
     monkeypatch.setattr(engine.p, "write_lists", write_lists)
+    monkeypatch.setattr(engine.p, "is_served", lambda adapter: adapter.parent.name == "round2")
+    assert engine.refresh() and engine.methods[-1] == "IceBreaker"
     emitted = []
     (answer,) = engine.write([Ask(person(*SUMMARIES), 3, emit=emitted.append)])
     assert texts(answer) == ["Bake a sourdough loaf"] and emitted == answer.starters
@@ -249,7 +281,14 @@ def test_a_run_that_lacks_what_is_served_is_refused(finished, tmp_path):
     with pytest.raises(UserError, match=r"serve.arms: .* has no IceBreaker"):
         Engine(micro(tmp_path / "runs"))
     engine = Engine(micro(tmp_path / "runs", "serve.arms=[SFT]"))
+    as_trained = (engine.p.run / "config.yaml").read_text()
+    assert "arms:\n  - IceBreaker" in as_trained
     assert engine.write([Ask(person(*SUMMARIES), 3, method="SFT")])[0]
+    assert engine.version == "sit" and not engine.refresh()
+    shutil.copytree(finished / "dpo", tmp_path / "runs" / "tiny" / "dpo")  # trained meanwhile
+    assert engine.refresh() and engine.methods[-1] == "IceBreaker"
+    shutil.rmtree(tmp_path / "runs" / "tiny" / "dpo")  # and again: what is loaded goes on
+    assert not engine.refresh() and engine.write([Ask(person(*SUMMARIES), 3)])[0]
     assert read_json(engine.p.run / "rid" / "gate.json")["thresholds"]
 
 

@@ -250,6 +250,10 @@ def test_unknown_user_gets_popular_starters_for_the_profile(server):
     assert sources(reply) == {"cold start"} and reply["threshold"] is None
     assert "Singapore" in texts(reply)[0] and reply["impression_id"]
     assert ask(server, profile={"region": "Oslo"})["impression_id"] is None  # nobody at all
+    put(server, "new", "trains", profile={"region": "Oslo"})
+    wait_for(lambda: server.store._rows("SELECT 1 FROM ahead WHERE value LIKE '%trains%'"))
+    again = ask(server, user_id="new", profile={"region": "Singapore"})  # the store knows better
+    assert sources(again) == {"cached"} and "trains" in texts(again)[0]
 
 
 def test_users_are_split_over_arms_and_a_method_can_be_named(tmp_path):
@@ -258,7 +262,7 @@ def test_users_are_split_over_arms_and_a_method_can_be_named(tmp_path):
         assert min(met["SFT"], met["IceBreaker"]) > 8
         assert ask(server, user_id="u0")["method"] == ask(server, user_id="u0")["method"]
         assert ask(server, user_id="u0", method="PE")["method"] == "PE"
-        server.desk.methods = METHODS[:2]
+        server.engine.methods = METHODS[:2]
         fault = ask(server, 422, user_id="u0", method="IceBreaker")["detail"][0]
         assert fault["loc"] == ["body", "method"]
         assert server.client.get("/v1/model").json() == {
@@ -304,9 +308,10 @@ def test_deletion_leaves_nothing_even_of_an_answer_that_is_being_written(tmp_pat
     with running(tmp_path, FakeEngine(steps=20, seconds=0.02)) as server:
         put(server, "a/b", "trains")  # an id may hold a slash
         replies = []
-        slow = threading.Thread(target=lambda: replies.append(ask(server, user_id="a/b")))
-        slow.start()
-        wait_for(lambda: len(server.desk.jobs) and server.engine.slots)
+        slow = threading.Thread(target=lambda: replies.append(ask(server, user_id="a/b", n=7)))
+        slow.start()  # beside it lists are written ahead
+        wait_for(lambda: any(job.ask.n == 7 for job in [*server.desk.jobs]))
+        wait_for(lambda: server.engine.slots)
         removed = server.client.delete("/v1/users/a/b").json()["removed"]
         assert removed["users"] == 1 and removed["sessions"] == 1
         slow.join()

@@ -783,3 +783,14 @@ def test_an_empty_file_becomes_a_store(tmp_path):
     (tmp_path / "s").touch()
     show(Store(tmp_path / "s"))
     assert len(list(itertools.islice(Store(tmp_path / "s").shown(), 5))) == 1
+
+
+def test_lists_that_nobody_was_shown_do_not_pile_up(store, clock):
+    show(store)
+    for i in range(998):
+        offer(store, f"never shown {i}")
+    store.put_ahead("nobody", "key", {"starters": []}, "SFT")
+    clock[0] += module.KEPT + 1
+    offer(store, "the thousandth")
+    assert store._rows("SELECT count(*) FROM lists") == [(2,)]
+    assert store.ahead("nobody", "key") is None and len([*store.shown()]) == 1
