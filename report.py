@@ -52,6 +52,7 @@ TABLES = {  # table -> (title, methods, the paper's R-User, R-Score, lexical and
     "beyond": ("Beyond the paper", dict.fromkeys([
         "lambda 0.0", "IceBreaker", "lambda 0.4", "lambda 0.6", "lambda 0.8", "lambda 1.0",
         "SFT", "SFT, list search", "SFT, highest utility", "SFT, MMR", "SFT, DPP",
+        "IceBreaker, list search",
         "early", "middle", "latest", "round 4", "round 5",
         "IceBreaker, 1 session", "IceBreaker, 2 sessions", "popular starters",
     ])),
@@ -179,6 +180,14 @@ _FORMS = (
     "aligned lists concentrate on the few forms of question that people like in this world; their "
     "words become common and fall below the TF-IDF threshold, while topics within a list grow"
 )
+_CLOSE = (
+    "probably because the rules that teach write from the templates that the base model has seen: "
+    "the policy's own lists are as good"
+)
+_LAMBDA = (
+    "probably because the chosen list is the same for every kind of negative, and its likelihood "
+    "is in the loss (dpo.sft_weight): what is rejected then matters less"
+)
 WHY: dict[str, str] = {
     "SFT widens the words over prompting with RID": "probably because the base model makes up rare "
     "words, and the teacher's forms of questions have none",
@@ -192,6 +201,13 @@ WHY: dict[str, str] = {
     "IceBreaker lifts CTR over the deployed retrieval": _DEPLOYED,
     "IceBreaker lifts CSR over the deployed retrieval": _DEPLOYED,
     "SFT lifts CTR over the deployed retrieval": _DEPLOYED,
+    "SIT on the teacher's lists alone has more utility": _CLOSE,
+    "PMA with the teacher's starters has more utility": _CLOSE,
+    "PMA with the teacher's starters has more words": _CLOSE,
+    "utility-only negatives have the most utility": _LAMBDA,
+    "utility-only negatives cost words": _LAMBDA,
+    "joint-failure negatives alone have less utility": _LAMBDA,
+    "joint-failure negatives alone have fewer words": _LAMBDA,
 }
 
 

@@ -178,8 +178,8 @@ def starters_of(config: Config) -> evaluation.Lists:
     return read_json(path)["lists"]
 
 
-def reranked(p: Pipeline, lists: dict[str, list[list[str]]]) -> evaluation.Lists:
-    """What is chosen at serving time from the same candidates, by the training ranker."""
+def reranked(p: Pipeline, method: str, lists: dict[str, list[list[str]]]) -> evaluation.Lists:
+    """What is chosen at serving time from a method's own starters, by the training ranker."""
     from pyversity import Strategy, diversify
 
     ranker, k, made = p.ranker("train"), p.config.generator.list_size, {}
@@ -205,7 +205,7 @@ def reranked(p: Pipeline, lists: dict[str, list[list[str]]]) -> evaluation.Lists
         vectors = p.encoder(pool)
         utility = utilities(ranker, p.states[user][-1], vectors) if pool else torch.zeros(0)
         for name, indices in choose(utility, vectors).items():
-            made.setdefault(f"SFT, {name}", {})[user] = [[pool[i] for i in indices]]
+            made.setdefault(f"{method}, {name}", {})[user] = [[pool[i] for i in indices]]
     return made
 
 
@@ -330,7 +330,8 @@ def measure_seed(words: list[str], path: str, seed: int, variants: list[str]) ->
         name: {u: rows[u][: config.eval.lists] for u in users} for name, rows in written.items()
     }
     lists |= floor_and_ceiling(p, truth, lists)
-    lists |= reranked(p, {u: written["SFT"][u] for u in users})
+    for method in ("SFT", "IceBreaker"):
+        lists |= reranked(p, method, {u: written[method][u] for u in users})
     lists |= few_sessions(p, users) | cold_start(p, users)
     p.encoder(sorted({y for m in lists.values() for u in m.values() for x in u for y in x}))
 

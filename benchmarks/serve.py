@@ -89,7 +89,7 @@ def one_client(engine: Engine, users: list[data.User], url: str) -> dict[str, li
     times: dict[str, list[float]] = {"generate": [], "sampler": [], "server": []}
     with engine._policy("IceBreaker") as (model, _), httpx.Client(base_url=url, timeout=60) as http:
         for number, user in enumerate(users):
-            (case,) = engine._distil([Ask(user, 5)])
+            (case,) = engine._distil([Ask(user, 5)], [user])
             prompt = p.prompt(case.state.interests)
             ids = torch.tensor([prompt])
 
