@@ -23,6 +23,7 @@ import html
 import json
 import logging
 import math
+import os
 import re
 import signal
 import socket
@@ -35,6 +36,7 @@ from types import SimpleNamespace
 from typing import Annotated, Literal
 
 import prometheus_client as prometheus
+import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
@@ -461,6 +463,8 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     log.setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when done
+    # A core is left for HTTP: with all of them the engine's threads wait for each other.
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), os.cpu_count() - 1)))
     sys.setswitchinterval(0.0005)  # a request need not wait 5 ms for the engine's thread
     sock = None
     if not arguments.precompute:
