@@ -5,8 +5,9 @@
 People of the simulated platform visit a running server, which shows them lists, and tap by their
 hidden click model. `train.py data.feedback=STORE` trains a round from what the server's store holds
 by then; the server takes it up while it runs. Other people, whom neither the run nor the round has
-learned from, are served before and after: do they tap more, by the hidden click model? Exits with 1
-if the round is refused or the click rate does not rise. The run itself is left as it is.
+learned from, are served before and after: do they tap more, by the hidden click model? Exits with 3
+if the round is refused or the click rate does not rise, which chance can bring about, and with 1 if
+a part fails. The run itself is left as it is.
 """
 
 from __future__ import annotations
@@ -106,8 +107,11 @@ def loop(run: Path, people: int, times: int) -> None:
                    run / "config.yaml", *words, f"data.feedback={store}"]  # fmt: skip
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         print(done.stdout, done.stderr[-2000:], sep="\n")
-        if done.returncode or not (run / "feedback" / "current.json").is_file():
-            raise SystemExit("the round failed or was refused")
+        if done.returncode:
+            raise SystemExit("the round failed")
+        if not (run / "feedback" / "current.json").is_file():
+            print("the round was refused")
+            raise SystemExit(3)
         new = model
         for _ in range(100):
             if (new := httpx.get(url + "/v1/model").json()["model"]) != model:
@@ -139,8 +143,11 @@ Difference by person, 95 % bootstrap interval: {(b - a).mean():+.4f} [{low:+.4f}
 """
     (ROOT / "results" / "loop.md").write_text(page, encoding="utf-8")
     print(page)
-    if new == model or b.mean() <= a.mean():
-        raise SystemExit("the click rate did not rise")
+    if new == model:
+        raise SystemExit("the server did not take up the round")
+    if b.mean() <= a.mean():
+        print("the click rate did not rise")
+        raise SystemExit(3)
 
 
 if __name__ == "__main__":
