@@ -435,6 +435,8 @@ def in_parallel(label: str, work, jobs: list[tuple]) -> float:
                 print(line, flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():  # or it goes on, unseen, for minutes
+                child.terminate()
             raise
     return spent
 

@@ -1,6 +1,7 @@
 """Claims by hand, the report of made-up values, and cold-start lists."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ def seed_values(number: int, lift: float = 0.5, users: int = 30) -> dict:
     def column(mean):
         return dict(zip(names, (mean + 0.1 * rng.standard_normal(users)).tolist(), strict=True))
 
-    methods = {m for _, rows in report.TABLES.values() for m in rows}
+    methods = dict.fromkeys(m for _, rows in report.TABLES.values() for m in rows)  # in order
     values = {m: {x: column(1 + lift * (m == "IceBreaker")) for x in METRICS} for m in methods}
     for kind in ("all", "rule", "RID"):
         own = {"resonance": column(1.0), "functional": column(0.3), "judge_win": column(0.5)}
@@ -86,3 +87,16 @@ def test_every_method_of_a_table_is_made_and_every_claim_names_known_ones():
     named = {m for c in report.CLAIMS if c.table != "2" for m in (c.more, c.less)}
     assert {m for m in named if not m.startswith("interests")} <= made
     assert {v for needs in reproduce.NEEDS.values() for v in needs} == {*reproduce.VARIANTS}
+
+
+def _fail_or_sleep(seconds):
+    if not seconds:
+        raise KeyError("a variant that fails")
+    time.sleep(seconds)
+
+
+def test_where_one_task_fails_the_others_do_not_go_on_unseen():
+    started = time.monotonic()
+    with pytest.raises(KeyError, match="a variant that fails"):
+        reproduce.in_parallel("tasks", _fail_or_sleep, [(600,), (0,), (600,), (600,)])
+    assert time.monotonic() - started < 300
