@@ -5,7 +5,8 @@
     python eval.py --reproduce all --seeds 3           # every table of the paper (reproduce.py)
 
 Metrics follow appendix B.1 of the paper. Unstated there, chosen here: which keywords count as
-high-weight (TF-IDF at or above the corpus median), and that diversity is counted per list.
+high-weight (TF-IDF at or above the median, by a corpus of what people talk about), and that
+diversity is counted per list.
 """
 
 from __future__ import annotations
@@ -40,8 +41,10 @@ LEGEND = """\
 - **Train ranker**: mean score by the ranker that trained the generator; a gain that shows only here
   is reward hacking.
 - **True clicks**: expected taps per shown list by the simulated world's hidden click model.
-- **Lexical**: distinct high-TF-IDF keywords per list. **Semantic**: distinct topic categories per
-  list by a trained classifier. **Dissimilarity**: mean pairwise 1 - cosine within a list.
+- **Lexical**: distinct high-TF-IDF keywords per list, the weights fitted on session summaries; a
+  word that nobody talks about (a garbled name) does not count. **Words**: distinct words per list,
+  stop words apart. **Semantic**: distinct topic categories per list by a trained classifier.
+  **Dissimilarity**: mean pairwise 1 - cosine within a list.
 - **Starters**: mean number left of a list after the filters. Brackets: 95 % bootstrap."""
 
 
@@ -75,15 +78,19 @@ def keywords(text: str) -> list[str]:
 
 
 class KeywordCounter:
-    """Distinct high-TF-IDF keywords of a list; fitted once over the starters of all methods."""
+    """Distinct high-TF-IDF keywords of a list. The weights are those of a fixed corpus.
 
-    def __init__(self, starters: list[str]):
+    Never the compared lists: words would lose weight by how many methods use them, and a method by
+    how many of its variants it is compared with. Words that are not in the corpus do not count.
+    """
+
+    def __init__(self, corpus: list[str]):
         from sklearn.feature_extraction.text import TfidfVectorizer
 
-        self.vectoriser = None  # where no method wrote a keyword
-        if any(map(keywords, starters)):
-            self.vectoriser = TfidfVectorizer(analyzer=keywords).fit(starters)
-            self.threshold = float(np.median(self.vectoriser.transform(starters).data))
+        self.vectoriser = None  # of a corpus without keywords
+        if any(map(keywords, corpus)):
+            self.vectoriser = TfidfVectorizer(analyzer=keywords).fit(corpus)
+            self.threshold = float(np.median(self.vectoriser.transform(corpus).data))
 
     def __call__(self, starters: list[str]) -> int:
         if not starters or not self.vectoriser:
@@ -131,17 +138,17 @@ def measure(
     score: Callable | None,
     encode: Callable,
     classifier: TopicClassifier,
+    corpus: list[str],
     truth=None,
     train_score: Callable | None = None,
 ) -> PerUser:
     """Every metric of every method and user: means over the user's lists; an empty list counts 0.
 
-    score(user, starters) -> utilities (K,) of the held-out ranker, None without logs; train_score
-    the same of the training ranker; truth has expected_clicks(user, starters).
+    corpus: texts that give keywords their weights, such as session summaries; score(user, starters)
+    -> utilities (K,) of the held-out ranker, None without logs; train_score the same of the
+    training ranker; truth has expected_clicks(user, starters).
     """
-    count = KeywordCounter(
-        [y for m in lists.values() for rows in m.values() for x in rows for y in x]
-    )
+    count = KeywordCounter(corpus)
 
     def dissimilarity(_, x):
         vectors = encode(x)
@@ -149,6 +156,7 @@ def measure(
 
     metrics = {
         "lexical": lambda _, x: count(x),
+        "words": lambda _, x: len({word for y in x for word in keywords(y)}),
         "semantic": lambda _, x: len(set(classifier.categories(x))),
         "dissimilarity": dissimilarity,
         "starters": lambda _, x: len(x),
@@ -173,6 +181,7 @@ def evaluate(
     lists: Lists,
     score: Callable | None,
     encode: Callable,
+    corpus: list[str],
     *,
     truth=None,
     train_score: Callable | None = None,
@@ -189,7 +198,7 @@ def evaluate(
     if any(set(rows) != set(users) for rows in lists.values()) or not users:
         raise ValueError("evaluate: every method needs lists for the same users, at least one")
     classifier = classifier or TopicClassifier(encode)
-    per_user = measure(lists, score, encode, classifier, truth, train_score)
+    per_user = measure(lists, score, encode, classifier, corpus, truth, train_score)
     result = {}
     for method, values in per_user.items():
         figures = {name: float(np.mean(list(v.values()))) for name, v in values.items()}
@@ -226,6 +235,7 @@ COLUMNS = [  # title, name in the figures, format
     ("Train ranker", "train_utility", ".4f"),
     ("True clicks", "true_clicks", ".3f"),
     ("Lexical", "lexical", ".2f"),
+    ("Words", "words", ".2f"),
     ("Semantic", "semantic", ".2f"),
     ("Dissimilarity", "dissimilarity", ".3f"),
     ("Starters", "starters", ".2f"),
@@ -436,7 +446,7 @@ def stage_eval(p: Pipeline) -> dict:
 
         truth = world.load_truth(p.run / "world")
     result = evaluate(
-        lists, scorer("judge"), p.encoder, truth=truth, train_score=scorer("train"),
+        lists, scorer("judge"), p.encoder, p.summaries, truth=truth, train_score=scorer("train"),
         bootstrap=settings.bootstrap, seed=p.config.run.seed,
     )
     shown = random.Random(p.seed("examples")).sample(rows, min(len(rows), settings.examples))

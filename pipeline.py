@@ -121,6 +121,10 @@ class Pipeline:
             users[user.user_id] = user.model_copy(update={"sessions": kept})
         return users
 
+    @property
+    def summaries(self) -> list[str]:
+        return [s.summary for user in self.users.values() for s in user.sessions]
+
     @cached_property
     def impressions(self) -> list[data.Impression]:
         if not self.impressions_file:

@@ -21,7 +21,7 @@ import os
 import random
 import shutil
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -341,7 +341,9 @@ def measure_seed(words: list[str], path: str, seed: int, variants: list[str]) ->
 
     judge, training = scorer("judge"), scorer("train")
     classifier = evaluation.TopicClassifier(p.encoder)
-    values = evaluation.measure(lists, judge, p.encoder, classifier, truth, training)
+    values = evaluation.measure(
+        lists, judge, p.encoder, classifier, p.summaries, truth, training
+    )
     values |= interest_values(p, truth, users)
     for method in ("SFT", "IceBreaker"):
         values[method]["functional"] = {
@@ -394,13 +396,19 @@ def reproduce(tables: list[str], seeds: int, path: str, words: list[str], quick:
     words, started = [*(QUICK if quick else []), *words], time.time()
     variants = [v for t in tables for v in NEEDS.get(t, [])]
     numbers = list(range(seeds))
-    # The base model is one for all; then main runs, variants and measurements side by side.
+    # The base model is one for all; then each seed's main run, its variants, its measurement.
     train.run_stages(seed_config(words, path, 0, MAIN), ["base"])
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started below
-    spent = in_parallel("main runs", train_run, [(words, path, s, MAIN) for s in numbers])
-    jobs = [(words, path, s, v) for v in variants for s in numbers]
-    spent += in_parallel("variants", train_run, jobs)
-    spent += in_parallel("measured", measure_seed, [(words, path, s, variants) for s in numbers])
+    tasks = {}  # name -> (work, its arguments, what is done before, about how long beside others)
+    for s in numbers:
+        main, made = f"seed {s}", [f"seed {s} {v}" for v in variants]
+        tasks[main] = train_run, (words, path, s, MAIN), [], 3.0
+        tasks |= {
+            name: (train_run, (words, path, s, v), [main], 1.0)
+            for name, v in zip(made, variants, strict=True)
+        }
+        tasks[f"{main} measured"] = measure_seed, (words, path, s, variants), [main, *made], 0.6
+    spent = in_parallel(tasks)
     first = seed_config(words, path, 0, MAIN)
     folders = [Path(first.run.root) / seed_config(words, path, s, MAIN).run.name for s in numbers]
     values = [read_json(f / "report" / "values.json") for f in folders]
@@ -420,19 +428,28 @@ def reproduce(tables: list[str], seeds: int, path: str, words: list[str], quick:
     print(f"{held} of {len(rows)} claims hold: {out / 'claims.md'}")
 
 
-def in_parallel(label: str, work, jobs: list[tuple]) -> float:
-    """Run work(*job) for each job, one process a core; returns the seconds of work in all."""
-    spent, started = 0.0, time.time()
+def in_parallel(tasks: dict[str, tuple]) -> float:
+    """Run tasks, one process a core; returns the seconds of work in all.
+
+    tasks: name -> (work, its arguments, names of the tasks it waits for, relative length).
+    """
+    spent, started, done, running = 0.0, time.time(), [], {}
+    length = {name: task[3] for name, task in tasks.items()}
     with ProcessPoolExecutor(
-        min(len(jobs), os.cpu_count()) or 1, multiprocessing.get_context("spawn")
+        min(len(tasks), os.cpu_count()) or 1, multiprocessing.get_context("spawn")
     ) as pool:
-        running = [pool.submit(timed, work, job) for job in jobs]
         try:
-            for number, done in enumerate(as_completed(running), 1):
-                spent += done.result()
-                left = (time.time() - started) / number * (len(jobs) - number) / 60
-                line = f"{label}: {number} of {len(jobs)}, about {left:.0f} minutes left"
-                print(line, flush=True)
+            while len(done) < len(tasks):
+                for name, (work, arguments, needs, _) in tasks.items():
+                    if name not in [*done, *running.values()] and {*needs} <= {*done}:
+                        running[pool.submit(timed, work, arguments)] = name
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    spent += future.result()
+                    done.append(running.pop(future))
+                    weight = sum(length[name] for name in done)
+                    left = (time.time() - started) / weight * (sum(length.values()) - weight) / 60
+                    line = f"{len(done)} of {len(tasks)}: {done[-1]}, about {left:.0f} minutes left"
+                    print(line, flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in multiprocessing.active_children():  # or it goes on, unseen, for minutes

@@ -21,6 +21,7 @@ class Classifier:
         return [t.split()[-1] for t in texts]
 
 
+TALK = ["tea time", "red wine", "chess openings", "jazz piano"]
 LISTS = {
     "PE": {"a": [["tea time", "tea cup"]], "b": [["red wine", "red wine bar"]]},
     "SFT": {"a": [["chess openings", "jazz piano"]], "b": [[]]},
@@ -38,7 +39,7 @@ def test_r_user_and_r_score_by_hand():
 
 
 def test_evaluate_counts_an_empty_list_as_nothing():
-    result = evaluation.evaluate(LISTS, score, encode, classifier=Classifier(), bootstrap=50)
+    result = evaluation.evaluate(LISTS, score, encode, TALK, classifier=Classifier(), bootstrap=50)
     sft = result["methods"]["SFT"]
     assert sft["empty"] == 0.5 and sft["starters"] == 1
     assert sft["utility"] == pytest.approx(0.3)  # user a: .6, user b: 0
@@ -49,14 +50,23 @@ def test_evaluate_counts_an_empty_list_as_nothing():
 
 def test_evaluate_refuses_methods_with_other_users():
     with pytest.raises(ValueError, match="same users"):
-        evaluation.evaluate({**LISTS, "X": {"a": [[]]}}, score, encode, classifier=Classifier())
+        lists = {**LISTS, "X": {"a": [[]]}}
+        evaluation.evaluate(lists, score, encode, TALK, classifier=Classifier())
 
 
 def test_keywords_of_varied_lists_outnumber_those_of_a_repeated_one():
     varied, same = ["chess openings", "jazz piano", "学习古筝"], ["jazz piano"] * 3
     count = evaluation.KeywordCounter(varied + same)
     assert count(varied) > count(same) > 0 == count([])
+    assert count(["gchzs pxano"]) == 0  # made-up words
     assert evaluation.KeywordCounter([])(["the"]) == 0
+
+
+def test_a_list_counts_the_same_whatever_it_is_compared_with():
+    def lexical(lists):
+        return evaluation.measure(lists, score, encode, Classifier(), TALK)["SFT"]["lexical"]
+
+    assert lexical(LISTS) == lexical({**LISTS, "twin": LISTS["SFT"]})
 
 
 def test_bootstrap_covers_the_mean_and_repeats():
@@ -67,7 +77,7 @@ def test_bootstrap_covers_the_mean_and_repeats():
 
 
 def test_report_is_written_and_user_text_stays_text(tmp_path):
-    result = evaluation.evaluate(LISTS, score, encode, classifier=Classifier(), bootstrap=50)
+    result = evaluation.evaluate(LISTS, score, encode, TALK, classifier=Classifier(), bootstrap=50)
     nasty = "<script>x</script> [link](http://a) | **bold**\n# head"
     row = {"user_id": "a", "interests": [nasty], "starters": {"PE": [[nasty]]}}
     evaluation.write_report(result, [row], {"a": [nasty]}, {"a": [0.5]}, tmp_path)
@@ -78,7 +88,7 @@ def test_report_is_written_and_user_text_stays_text(tmp_path):
 
 
 def test_without_logs_there_are_no_utility_columns(tmp_path):
-    result = evaluation.evaluate(LISTS, None, encode, classifier=Classifier(), bootstrap=50)
+    result = evaluation.evaluate(LISTS, None, encode, TALK, classifier=Classifier(), bootstrap=50)
     assert "R-Score" not in evaluation.table_markdown(result).splitlines()[2]
     evaluation.write_report(result, [], {}, {}, tmp_path)
     assert not (tmp_path / "utility_diversity.png").exists()

@@ -10,7 +10,7 @@ import ab
 import report
 import reproduce
 
-METRICS = "utility train_utility true_clicks lexical semantic dissimilarity starters".split()
+METRICS = "utility train_utility true_clicks lexical words semantic dissimilarity starters".split()
 
 
 def seed_values(number: int, lift: float = 0.5, users: int = 30) -> dict:
@@ -98,5 +98,20 @@ def _fail_or_sleep(seconds):
 def test_where_one_task_fails_the_others_do_not_go_on_unseen():
     started = time.monotonic()
     with pytest.raises(KeyError, match="a variant that fails"):
-        reproduce.in_parallel("tasks", _fail_or_sleep, [(600,), (0,), (600,), (600,)])
+        reproduce.in_parallel({
+            f"task {i}": (_fail_or_sleep, (seconds,), [], 1.0)
+            for i, seconds in enumerate((600, 0, 600, 600))
+        })
     assert time.monotonic() - started < 300
+
+
+def _note(path, name):
+    with open(path, "a") as file:
+        file.write(name)
+
+
+def test_a_task_waits_for_those_it_needs(tmp_path):
+    order = tmp_path / "order"
+    needs = {"c": ["b"], "b": ["a"], "a": [], "d": ["a", "c"]}
+    reproduce.in_parallel({x: (_note, (order, x), needs[x], 1.0) for x in needs})
+    assert order.read_text() == "abcd"
