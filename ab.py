@@ -6,10 +6,12 @@ Each arm shows its own lists to a person on the days after the log. Metrics foll
 
 Departures: "paired" lets every arm meet copies of the same people with the same random numbers, as
 only a simulator can, so a few hundred people show what a platform needs millions for; "shares" is
-the test that a platform can run. CSR takes a day as the evaluation period: over five weeks nearly
-everybody starts a conversation some time. Unstated in the paper: which test its stars come from.
-Interests stay as they are on the last day of the log (eval.py's "True clicks" sees the same day):
-lists are written once, so drift would only make those of every arm older by as much.
+the test that a platform can run. Each person lives through the test `copies` times, each time with
+other random numbers, and counts once, with the mean: people stay the unit of every interval. CSR
+takes a day as the evaluation period: over five weeks nearly everybody starts a conversation some
+time. Unstated in the paper: which test its stars come from. Interests stay as they are on the last
+day of the log (eval.py's "True clicks" sees the same day): lists are written once, so drift would
+only make those of every arm older by as much.
 
 What a person does in one arm, day by day:
 - visits (is active) with probability 1 - exp(-rate * (1 + goodwill)), at most once a day; the rate
@@ -86,9 +88,9 @@ class Person:
         return 1, 1, len(tapped) + further, len(tapped), len(starters)
 
 
-def _draws(user_id: str, day: int, slots: int, seed: int) -> tuple:
+def _draws(user_id: str, day: int, slots: int, seed: int, copy: int = 0) -> tuple:
     """Random numbers of a person's day, the same in every arm."""
-    rng = np.random.default_rng([seed, day, *user_id.encode()])
+    rng = np.random.default_rng([seed, copy, day, *user_id.encode()])
     visit, own = rng.random(2)
     gaps = rng.exponential(size=24).cumsum()  # those below m are as many as a Poisson(m) draw
     return visit, own, gaps, rng.random(slots)  # last: more slots change no other number
@@ -103,9 +105,9 @@ def simulate(
 ) -> dict:
     """Days 1..settings.days after the log. lists: arm -> user -> lists; activity: sessions per day.
 
-    Returns {"days", "split", "seed", "arms": {arm: {"users": {user: COUNTS, summed over the days},
-    "by_day": {count: mean over the arm's users, a day each}}}}. Raises ValueError where arms cover
-    different users, or a user has no activity.
+    Returns {"days", "split", "seed", "arms": {arm: {"users": {user: COUNTS, sums over the days,
+    means over the copies}, "by_day": {count: mean over the arm's users, a day each}}}}. Raises
+    ValueError where arms cover different users, or a user has no activity.
     """
     users = sorted(next(iter(lists.values()), {}), key=lambda u: zlib.crc32(u.encode()))
     users = sorted(users[: settings.users or None])
@@ -120,15 +122,17 @@ def simulate(
     counts: dict[str, dict[str, np.ndarray]] = {arm: {} for arm in lists}
     for user in users:
         arms = lists if settings.split == "paired" else [arm_of[user]]
-        people = {a: Person(user, activity[user], lists[a][user][: settings.lists]) for a in arms}
-        days: dict[str, list] = {arm: [] for arm in arms}
+        lives = {arm: np.zeros((settings.days, len(COUNTS))) for arm in arms}
         cache: dict = {}
-        for day in range(1, settings.days + 1):
-            draws = _draws(user, day, slots, seed)
-            for arm, person in people.items():
-                days[arm].append(person.day(truth, draws, cache))
+        for copy in range(settings.copies):
+            shown = {arm: lists[arm][user][: settings.lists] for arm in arms}
+            people = {arm: Person(user, activity[user], x) for arm, x in shown.items()}
+            for day in range(settings.days):
+                draws = _draws(user, day + 1, slots, seed, copy)
+                for arm, person in people.items():
+                    lives[arm][day] += person.day(truth, draws, cache)
         for arm in arms:
-            counts[arm][user] = np.array(days[arm])  # (days, COUNTS)
+            counts[arm][user] = lives[arm] / settings.copies
     return {
         "days": settings.days,
         "split": settings.split,

@@ -217,6 +217,7 @@ class AbConfig:
     users: int = 0  # of those that no method was trained on; 0: all
     split: str = "paired"  # every arm meets copies of the same people; "shares": each is in one arm
     lists: int = 3  # of each user and method, shown in turn
+    copies: int = 8  # lives of each person, of which the mean counts: less noise of single taps
 
 
 @dataclass
@@ -390,7 +391,7 @@ def _check(config: Config) -> None:
         encoder.batch_size
         base.prompts base.lists sit.batch_users
         dpo.rounds dpo.samples dpo.beam dpo.expand dpo.batch_users dpo.checkpoints dpo.beta
-        eval.lists ab.days ab.lists data.max_errors dpo.pairs_per_user
+        eval.lists ab.days ab.lists ab.copies data.max_errors dpo.pairs_per_user
         serve.candidates serve.batch serve.queue serve.timeout serve.impression_hours
         serve.reload_seconds serve.max_body serve.max_sessions serve.max_text"""
     for key in positive.split():
