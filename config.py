@@ -120,7 +120,7 @@ class RidConfig:
     encoder_learning_rate: float = 0.0  # above 0: the encoder of E_u and E_h is fine-tuned too
     encoder_recompute: bool = False  # gradient caching: activations of one encoder.batch_size
     activity_groups: int = 3
-    min_keep: int = 2
+    min_keep: int = 4  # five starters about two subjects are tapped less than about four
     max_keep: int = 6
     duplicate_cosine: float = 0.9  # trigger interests nearer than this collapse to the latest
 
@@ -217,6 +217,7 @@ class AbConfig:
     users: int = 0  # of those that no method was trained on; 0: all
     split: str = "paired"  # every arm meets copies of the same people; "shares": each is in one arm
     lists: int = 3  # of each user and method, shown in turn
+    searched: int = 6  # lists of each user among whose starters list search finds those to show
     copies: int = 8  # lives of each person, of which the mean counts: less noise of single taps
 
 
@@ -391,7 +392,7 @@ def _check(config: Config) -> None:
         encoder.batch_size
         base.prompts base.lists sit.batch_users
         dpo.rounds dpo.samples dpo.beam dpo.expand dpo.batch_users dpo.checkpoints dpo.beta
-        eval.lists ab.days ab.lists ab.copies data.max_errors dpo.pairs_per_user
+        eval.lists ab.days ab.lists ab.copies ab.searched data.max_errors dpo.pairs_per_user
         serve.candidates serve.batch serve.queue serve.timeout serve.impression_hours
         serve.reload_seconds serve.max_body serve.max_sessions serve.max_text"""
     for key in positive.split():

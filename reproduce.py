@@ -55,7 +55,7 @@ VARIANTS = {  # name -> settings that differ from the seed's main run
     "SIT with own lists": ["sit.own_lists=1"],
     "PMA without teacher": ["dpo.teacher_lists=0"],
     "5 rounds": ["dpo.rounds=5"],
-    **{f"lambda {x}": [f"dpo.weight={x}"] for x in (0.0, 0.4, 0.6, 0.8, 1.0)},
+    **{f"lambda {x}": [f"dpo.weight={x}"] for x in (0.0, 0.5, 1.0)},
     **{f"beta {x}": [f"dpo.beta={x}"] for x in (0.03, 0.3)},
     "reference SIT": ["dpo.reference=sit"],
 }
@@ -95,6 +95,7 @@ METHODS = {
     **{name: Method("last", variant=name) for name in VARIANTS if name != "5 rounds"},
 }
 ONLINE = ("PE", "SFT", "SFT+DPO", "IceBreaker")  # arms beside the deployed retrieval
+SEARCHED = ("SFT", "IceBreaker")  # also with list search over several lists, as serve.py does
 
 
 def seed_config(words: list[str], path: str, seed: int, variant: str) -> Config:
@@ -155,7 +156,8 @@ def write_starters(p: Pipeline, variant: str) -> None:
     Methods of the online test write for the judge users too, of whom no method has learned.
     """
     path = p.run / "report" / "starters.json"
-    key = digest(train.stage_key(p, "dpo"), p.config.eval.lists, p.config.ab.lists)
+    key = digest(train.stage_key(p, "dpo"), p.config.eval.lists, p.config.ab.lists,
+                 p.config.ab.searched)  # fmt: skip
     if path.is_file() and read_json(path)["key"] == key:
         return
     made: evaluation.Lists = {}
@@ -165,7 +167,8 @@ def write_starters(p: Pipeline, variant: str) -> None:
             continue
         online = name in ONLINE
         users = [u for u in p.ids("test", *["judge"] * online) if p.states[u][-1].interests]
-        n = max(p.config.eval.lists, p.config.ab.lists * online)
+        shown = p.config.ab.searched if name in SEARCHED else p.config.ab.lists
+        n = max(p.config.eval.lists, shown * online)
         inputs = [interests_of(p, u, method.interests) for u in users]
         lists = p.write_lists(adapter, inputs, n, p.seed("eval"))
         made[name] = dict(zip(users, lists, strict=True))
@@ -207,6 +210,19 @@ def reranked(p: Pipeline, method: str, lists: dict[str, list[list[str]]]) -> eva
         for name, indices in choose(utility, vectors).items():
             made.setdefault(f"{method}, {name}", {})[user] = [[pool[i] for i in indices]]
     return made
+
+
+def as_served(p: Pipeline, lists: dict[str, list[list[str]]]) -> dict[str, list[list[str]]]:
+    """ab.lists lists of each user: the list search's best of all starters written, the best of the
+    rest, and so on, as the server shows them one after another."""
+    pools = [sorted({y for x in own for y in x}) for own in lists.values()]
+    scored = isg.score_pools(p, p.ranker("train"), [p.states[u][-1] for u in lists], pools)
+    k, n = p.config.generator.list_size, p.config.ab.lists
+    orders = isg.in_lists(p.config, *scored, lists=n)
+    return {
+        user: [[pool[j] for j in order[i : i + k]] for i in range(0, min(len(order), n * k), k)]
+        for user, pool, order in zip(lists, pools, orders, strict=True)
+    }
 
 
 def floor_and_ceiling(p: Pipeline, truth: world.Truth, lists: evaluation.Lists) -> evaluation.Lists:
@@ -325,12 +341,14 @@ def measure_seed(words: list[str], path: str, seed: int, variants: list[str]) ->
     for variant in [MAIN, *variants]:
         written |= starters_of(seed_config(words, path, seed, variant))
     users = list(written["rule-based"])
-    online = {arm: written[arm] for arm in ONLINE}
+    online = {
+        arm: {u: x[: config.ab.lists] for u, x in written[arm].items()} for arm in ONLINE
+    } | {f"{arm}, list search": as_served(p, written[arm]) for arm in SEARCHED}
     lists = {
         name: {u: rows[u][: config.eval.lists] for u in users} for name, rows in written.items()
     }
     lists |= floor_and_ceiling(p, truth, lists)
-    for method in ("SFT", "IceBreaker"):
+    for method in SEARCHED:
         lists |= reranked(p, method, {u: written[method][u] for u in users})
     lists |= few_sessions(p, users) | cold_start(p, users)
     p.encoder(sorted({y for m in lists.values() for u in m.values() for x in u for y in x}))
