@@ -120,7 +120,7 @@ class RidConfig:
     encoder_learning_rate: float = 0.0  # above 0: the encoder of E_u and E_h is fine-tuned too
     encoder_recompute: bool = False  # gradient caching: activations of one encoder.batch_size
     activity_groups: int = 3
-    min_keep: int = 4  # five starters about two subjects are tapped less than about four
+    min_keep: int = 4  # 2 gave fewer taps on seed 100: starters about one subject tire
     max_keep: int = 6
     duplicate_cosine: float = 0.9  # trigger interests nearer than this collapse to the latest
 
@@ -382,6 +382,8 @@ def _check(config: Config) -> None:
         raise UserError("serve.arms: some of PE, SFT, IceBreaker")
     if config.ab.split not in ("paired", "shares"):
         raise UserError("ab.split: 'paired' or 'shares'")
+    if config.ab.searched < config.ab.lists:
+        raise UserError("ab.searched: at least ab.lists")
     unknown = set(dpo.negatives) - {"utility", "diversity", "joint"}
     if unknown or not dpo.negatives:
         raise UserError("dpo.negatives: some of utility, diversity, joint")

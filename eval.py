@@ -5,7 +5,7 @@
     python eval.py --reproduce all --seeds 3           # every table of the paper (reproduce.py)
 
 Metrics follow appendix B.1 of the paper. Unstated there, chosen here: which keywords count as
-high-weight (TF-IDF at or above the median, by a corpus of what people talk about), and that
+high-weight (TF-IDF at or above the median, in a corpus that no method has written), and that
 diversity is counted per list.
 """
 
@@ -41,10 +41,11 @@ LEGEND = """\
 - **Train ranker**: mean score by the ranker that trained the generator; a gain that shows only here
   is reward hacking.
 - **True clicks**: expected taps per shown list by the simulated world's hidden click model.
-- **Lexical**: distinct high-TF-IDF keywords per list, the weights fitted on session summaries; a
-  word that nobody talks about (a garbled name) does not count. **Words**: distinct words per list,
-  stop words apart. **Semantic**: distinct topic categories per list by a trained classifier.
-  **Dissimilarity**: mean pairwise 1 - cosine within a list.
+- **Lexical**: distinct high-TF-IDF keywords per list; the weights are those of session summaries
+  and of starters shown in the log, and a word that neither has (a garbled name) does not count.
+  **Words**: distinct words per list, whatever their weight, but no stop words. **Semantic**:
+  distinct topic categories per list by a trained classifier. **Dissimilarity**: mean pairwise
+  1 - cosine within a list.
 - **Starters**: mean number left of a list after the filters. Brackets: 95 % bootstrap."""
 
 
@@ -82,6 +83,8 @@ class KeywordCounter:
 
     Never the compared lists: words would lose weight by how many methods use them, and a method by
     how many of its variants it is compared with. Words that are not in the corpus do not count.
+    Texts are short, so weights stay as they are: scaled to length 1 they would tell how many words
+    a starter has.
     """
 
     def __init__(self, corpus: list[str]):
@@ -89,7 +92,7 @@ class KeywordCounter:
 
         self.vectoriser = None  # of a corpus without keywords
         if any(map(keywords, corpus)):
-            self.vectoriser = TfidfVectorizer(analyzer=keywords).fit(corpus)
+            self.vectoriser = TfidfVectorizer(analyzer=keywords, norm=None).fit(corpus)
             self.threshold = float(np.median(self.vectoriser.transform(corpus).data))
 
     def __call__(self, starters: list[str]) -> int:
@@ -144,7 +147,7 @@ def measure(
 ) -> PerUser:
     """Every metric of every method and user: means over the user's lists; an empty list counts 0.
 
-    corpus: texts that give keywords their weights, such as session summaries; score(user, starters)
+    corpus: texts that give keywords their weights, such as Pipeline.corpus; score(user, starters)
     -> utilities (K,) of the held-out ranker, None without logs; train_score the same of the
     training ranker; truth has expected_clicks(user, starters).
     """
@@ -371,7 +374,8 @@ def compare_runs(folders: list[Path]) -> str:
     ]
     for method in ORDER:
         rows = [t[method] for t in tables]
-        cells = [_range([r[n] for r in rows], f) if n in rows[0] else "–" for _, n, f in COLUMNS]
+        cells = [_range([r[n] for r in rows], f) if all(n in r for r in rows) else "–"
+                 for _, n, f in COLUMNS]  # fmt: skip
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     ice, sft = ([t[method] for t in tables] for method in ("IceBreaker", "SFT"))
     claims = [
@@ -379,8 +383,8 @@ def compare_runs(folders: list[Path]) -> str:
          [i["r_score"] - s["r_score"] for i, s in zip(ice, sft, strict=True)], 0.0),
         ("IceBreaker's true clicks above SFT's",
          [i["true_clicks"] - s["true_clicks"] for i, s in zip(ice, sft, strict=True)], 0.0),
-        ("IceBreaker's lexical diversity over SFT's, at least 0.9",
-         [i["lexical"] / s["lexical"] for i, s in zip(ice, sft, strict=True)], 0.9),
+        ("IceBreaker's lexical diversity over SFT's, at least 0.95",
+         [i["lexical"] / s["lexical"] for i, s in zip(ice, sft, strict=True)], 0.95),
         ("RID's AUC above recency", [r["auc"] - r["auc_recency"] for r in rid], 0.0),
         ("RID's AUC above frequency", [r["auc"] - r["auc_frequency"] for r in rid], 0.0),
         ("ranker AUC, slot controlled (train), above 0.6",
@@ -446,7 +450,7 @@ def stage_eval(p: Pipeline) -> dict:
 
         truth = world.load_truth(p.run / "world")
     result = evaluate(
-        lists, scorer("judge"), p.encoder, p.summaries, truth=truth, train_score=scorer("train"),
+        lists, scorer("judge"), p.encoder, p.corpus, truth=truth, train_score=scorer("train"),
         bootstrap=settings.bootstrap, seed=p.config.run.seed,
     )
     shown = random.Random(p.seed("examples")).sample(rows, min(len(rows), settings.examples))
@@ -464,6 +468,8 @@ def main() -> None:
     parser.add_argument("--reproduce", nargs="+", metavar="TABLE", help="1 2 3 6 7 8 9 figure3 "
                         "beyond beta, or all")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of --reproduce")
+    parser.add_argument("--first-seed", type=int, default=0, help="100 and above: to choose "
+                        "settings on; the report goes to runs/tuning")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="--reproduce small, in minutes")
     parser.add_argument("settings", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
@@ -472,7 +478,9 @@ def main() -> None:
 
         words = [x for x in arguments.reproduce if "=" in x] + arguments.settings
         tables = [x for x in arguments.reproduce if "=" not in x]
-        reproduce.reproduce(tables, arguments.seeds, arguments.config, words, arguments.quick)
+        reproduce.reproduce(
+            tables, arguments.seeds, arguments.config, words, arguments.quick, arguments.first_seed
+        )
         return
     if not arguments.runs:
         train.run_stages(load_config(arguments.config, arguments.settings), ["eval"])

@@ -121,10 +121,6 @@ class Pipeline:
             users[user.user_id] = user.model_copy(update={"sessions": kept})
         return users
 
-    @property
-    def summaries(self) -> list[str]:
-        return [s.summary for user in self.users.values() for s in user.sessions]
-
     @cached_property
     def impressions(self) -> list[data.Impression]:
         if not self.impressions_file:
@@ -137,6 +133,12 @@ class Pipeline:
                 f"not in {self.users_file}"
             )
         return rows
+
+    @property
+    def corpus(self) -> list[str]:
+        """What people talk about and what the platform has shown: no method has written it."""
+        summaries = [s.summary for user in self.users.values() for s in user.sessions]
+        return summaries + sorted({y for x in self.impressions for y in x.starters})
 
     @cached_property
     def splits(self) -> dict[str, str]:

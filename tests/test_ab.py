@@ -44,7 +44,8 @@ def _random(pool, users, seed):
 
 def _run(platform, arms, seed=0, **settings):
     truth, users = platform
-    return ab.simulate(truth, {u.user_id: 0.5 for u in users}, arms, AbConfig(**settings), seed)
+    settings = AbConfig(**{"copies": 1} | settings)
+    return ab.simulate(truth, {u.user_id: 0.5 for u in users}, arms, settings, seed)
 
 
 # ------------------------------------------------------------------------------------- simulation
@@ -76,7 +77,8 @@ def test_a_life_in_which_nothing_is_left_to_chance(monkeypatch):
     assert made["arms"]["a"]["by_day"]["taps"] == [1.0] * 14
     assert truth.asked == [set(), {"tap 1", "tap 2"}]  # no longer new from the second day on
     values = ab.metrics([made], "a")
-    assert values == pytest.approx({"Active": 3.5, "Avg.S": 14, "CTR": 28 / 42, "CSR": 1})
+    expected = {"Active": 3.5, "Avg.S": 14, "CTR": 28 / 42, "CSR": 1, "Taps": 2}
+    assert values == pytest.approx(expected)
 
 
 def test_without_a_tap_four_in_five_start_a_conversation_of_their_own():
@@ -156,6 +158,24 @@ def test_shares_put_each_person_in_one_arm(platform, arms):
     assert ab.lifts([alone]).keys() == arms.keys() - {"deployed"}
 
 
+def test_a_life_begins_without_what_another_tapped():
+    truth = SureTruth()
+    lists = {"a": {"u1": [["tap 1"]]}}
+    made = ab.simulate(truth, {"u1": 1e9}, lists, AbConfig(days=1, copies=3), seed=0)
+    assert truth.asked == [set()] and made["arms"]["a"]["users"]["u1"]["taps"] == 1
+
+
+def test_a_person_counts_once_with_the_mean_of_several_lives(platform, arms):
+    once, twice = (_run(platform, arms, days=7, copies=n)["arms"]["random"] for n in (1, 2))
+    other = {
+        user: {name: 2 * x - once["users"][user][name] for name, x in counts.items()}
+        for user, counts in twice["users"].items()
+    }
+    values = [x for counts in other.values() for x in counts.values()]
+    assert min(values) >= 0 and all(x == round(x) for x in values)  # those of the second life
+    assert other != once["users"]
+
+
 def test_fewer_people_are_some_of_all(platform, arms):
     few, everybody = (_run(platform, arms, days=7, users=n)["arms"]["random"] for n in (9, 0))
     assert len(few["users"]) == 9 and few["users"].items() <= everybody["users"].items()
@@ -192,13 +212,13 @@ def test_metrics_and_lifts_by_hand():
         ours=[(3, 3, 5, 2, 15), (3, 2, 3, 1, 15), (0, 0, 0, 0, 0)],
     )
     assert ab.metrics([made], "deployed") == pytest.approx(
-        {"Active": 2, "Avg.S": 4 / 3, "CTR": 1 / 30, "CSR": 1 / 2}
+        {"Active": 2, "Avg.S": 4 / 3, "CTR": 1 / 30, "CSR": 1 / 2, "Taps": 1 / 6}
     )
     assert ab.metrics([made], "ours") == pytest.approx(
-        {"Active": 2, "Avg.S": 8 / 3, "CTR": 1 / 10, "CSR": 5 / 6}
+        {"Active": 2, "Avg.S": 8 / 3, "CTR": 1 / 10, "CSR": 5 / 6, "Taps": 1 / 2}
     )
     lifts = ab.lifts([made])["ours"]
-    assert [x["lift"] for x in lifts.values()] == pytest.approx([0, 1000, 2000, 2000 / 3])
+    assert [x["lift"] for x in lifts.values()] == pytest.approx([0, 1000, 2000, 2000 / 3, 2000])
     assert lifts["Active"]["p"] == 1
     # sessions: differences 4, 0, 0; mean 4/3, standard error 4/3
     assert lifts["Avg.S"]["p"] == pytest.approx(math.erfc(1 / math.sqrt(2)))
@@ -249,7 +269,7 @@ def test_the_oracle_beats_random_lists_in_every_metric(platform, arms):
         assert 0 < low < value < high
     text = ab.table(lifts)
     assert "| oracle | +" in text and "* [+" in text
-    assert "| IceBreaker | +1.84* | +1.59* | +94.25* | +1.27* |" in text
+    assert "| IceBreaker | +1.84* | +1.59* | +94.25* | +1.27* | – |" in text
 
 
 def test_two_arms_of_random_lists_hold_zero_in_their_interval(platform, arms):
@@ -270,6 +290,6 @@ def test_of_a_hundred_tests_without_a_difference_about_five_are_positive(platfor
         for i, x in enumerate(ab.lifts([made], bootstrap=200)["b"].values()):
             positive[seed, i] = x["p"] < 0.05
             outside[seed, i] = not x["interval"][0] <= 0 <= x["interval"][1]
-    # 100 draws of one in twenty: above 12 in one draw in 700; four metrics, hence the mean too
+    # 100 draws of one in twenty: above 12 in one draw in 700; five metrics, hence the mean too
     assert positive.sum(0).max() <= 13 and 0.02 <= positive.mean() <= 0.09
     assert outside.mean() <= 0.11  # percentile intervals of 30 to 60 people are a little narrow

@@ -5,10 +5,15 @@ import time
 
 import numpy as np
 import pytest
+from conftest import micro
 
 import ab
+import compare
+import icebreaker as ib
+import isg
 import report
 import reproduce
+from pipeline import Pipeline
 
 METRICS = "utility train_utility true_clicks lexical words semantic dissimilarity starters".split()
 
@@ -27,16 +32,17 @@ def seed_values(number: int, lift: float = 0.5, users: int = 30) -> dict:
         own = {"resonance": column(1.0), "functional": column(0.3), "judge_win": column(0.5)}
         values[f"interests: {kind}"] = own
     for method in ("SFT", "IceBreaker"):
-        values[method]["functional"] = column(0.1)
+        values[method] |= {"functional": column(0.1), "lexical_compared": column(2.0)}
     day = {x: [1.0, 1.0] for x in ab.COUNTS}
     person = dict.fromkeys(ab.COUNTS, 2.0)
-    arms = ("PE", "SFT", "SFT+DPO", "IceBreaker", "deployed")
+    searched = [f"{arm}, list search" for arm in reproduce.SEARCHED]
+    arms = (*reproduce.ONLINE, *searched, ab.CONTROL)
     return {
         "values": values,
-        "ab": {"days": 2, "split": "paired", "seed": number, "arms": {
+        "ab": {"days": 2, "split": "paired", "copies": 1, "seed": number, "arms": {
             arm: {"users": dict.fromkeys(names, person), "by_day": day} for arm in arms}},
         "shares": {x: {"Chores": 0.3, "games": 0.7} for x in ("history", "RID", "IceBreaker")},
-        "matcher": {"precision": 0.9, "recall": 0.8}, "classifier": 0.5,
+        "above_least": 0.5, "matcher": {"precision": 0.9, "recall": 0.8}, "classifier": 0.5,
         "rid": {"auc": 0.6, "auc_frequency": 0.5, "auc_recency": 0.5},
         "ranker": {x: {"auc_slot_controlled": 0.6} for x in ("train", "judge")},
         "cases": [{"percentile": 50, "lift": 0.0, "summaries": ["<b>&*"], "interests": ["x"],
@@ -80,13 +86,19 @@ def test_the_report_holds_every_table_and_claim(tmp_path):
 
 
 def test_every_method_of_a_table_is_made_and_every_claim_names_known_ones():
-    made = {*reproduce.METHODS} | {"random starters", "deployed retrieval", "oracle",
-        "popular starters", "IceBreaker, 1 session", "IceBreaker, 2 sessions", "SFT, list search",
-        "SFT, highest utility", "SFT, MMR", "SFT, DPP", "IceBreaker, list search"}  # fmt: skip
+    found = ("", " of 1", " of 2", " of 4", ", beam 1")
+    chosen = [f"list search{x}" for x in found] + ["highest utility", "MMR", "DPP"]
+    made = {*reproduce.METHODS} | {f"{m}, {x}" for m in reproduce.SEARCHED for x in chosen}
+    made |= {"random starters", "deployed retrieval", "oracle", "popular starters"}
+    made |= {"IceBreaker, 1 session", "IceBreaker, 2 sessions"}
     assert {m for _, rows in report.TABLES.values() for m in rows} <= made
-    named = {m for c in report.CLAIMS if c.table != "2" for m in (c.more, c.less)}
-    assert {m for m in named if not m.startswith("interests")} <= made
+    arms = {*reproduce.ONLINE, ab.CONTROL} | {f"{m}, list search" for m in reproduce.SEARCHED}
+    for claim in report.CLAIMS:
+        known = arms if claim.metric in ab.METRICS else made
+        assert {m for m in (claim.more, claim.less) if not m.startswith("interests")} <= known
     assert {v for needs in reproduce.NEEDS.values() for v in needs} == {*reproduce.VARIANTS}
+    texts = [claim.text for claim in report.CLAIMS]
+    assert len({*texts}) == len(texts) and report.WHY.keys() <= {*texts}
 
 
 def _fail_or_sleep(seconds):
@@ -95,14 +107,15 @@ def _fail_or_sleep(seconds):
     time.sleep(seconds)
 
 
-def test_where_one_task_fails_the_others_do_not_go_on_unseen():
+def test_where_one_task_fails_the_others_do_not_go_on_unseen(capsys):
     started = time.monotonic()
     with pytest.raises(KeyError, match="a variant that fails"):
         reproduce.in_parallel({
-            f"task {i}": (_fail_or_sleep, (seconds,), [], 1.0)
+            f"task {i}": reproduce.Task(_fail_or_sleep, (seconds,))
             for i, seconds in enumerate((600, 0, 600, 600))
         })
     assert time.monotonic() - started < 300
+    assert "failed: task 1" in capsys.readouterr().out
 
 
 def _note(path, name):
@@ -112,6 +125,35 @@ def _note(path, name):
 
 def test_a_task_waits_for_those_it_needs(tmp_path):
     order = tmp_path / "order"
-    needs = {"c": ["b"], "b": ["a"], "a": [], "d": ["a", "c"]}
-    reproduce.in_parallel({x: (_note, (order, x), needs[x], 1.0) for x in needs})
+    needs = {"c": "b", "b": "a", "a": "", "d": "ac"}
+    tasks = {x: reproduce.Task(_note, (order, x), tuple(needs[x])) for x in needs}
+    reproduce.in_parallel(tasks)
     assert order.read_text() == "abcd"
+    with pytest.raises(ValueError, match="wait for each other"):
+        reproduce.in_parallel({"a": reproduce.Task(_note, (order, "a"), ("b",))})
+
+
+def test_searched_lists_take_what_was_written_once_and_the_best_first(finished):
+    p = Pipeline(micro(finished.parent), describe=False)
+    users, k = p.ids("test"), p.config.generator.list_size
+    shown = sorted({y for x in p.impressions for y in x.starters})
+    written = {u: [shown[9 * i : 9 * i + 5], shown[9 * i + 3 : 9 * i + 9]]
+               for i, u in enumerate(users)}  # fmt: skip
+    written |= {users[0]: [[]], users[1]: [shown[: k - 1]], users[2]: [["One", "one"] + shown[:k]]}
+    made = compare.searched(p, written)
+    assert made[users[0]] == [] and [sorted(x) for x in made[users[1]]] == written[users[1]]
+    assert [len(x) for x in made[users[2]]] == [k]  # what is left over is no full list
+    for user in users[3:]:
+        starters, own = ([y for x in rows for y in x] for rows in (made[user], written[user]))
+        assert len(starters) == len({*starters}) and {*starters} <= {*own}
+        assert [len(x) for x in made[user]] == [k] * (len({*own}) // k)
+        (pool,) = [compare.pool_of(written[user])]
+        utility, similarity, _ = isg.score_pools(
+            p, p.ranker("train"), [p.states[user][-1]], [pool]
+        )
+        dpo = p.config.dpo
+        best, _ = ib.list_search(
+            ib.min_max(utility), similarity, k, dpo.beam, dpo.expand, dpo.weight
+        )
+        assert made[user][0] == [pool[j] for j in best[0, 0].tolist()]
+    assert compare.reranked(p, "SFT", {users[0]: [[]]})["SFT, MMR"] == {users[0]: [[]]}
