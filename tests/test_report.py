@@ -1,7 +1,10 @@
 """Claims by hand, the report of made-up values, and cold-start lists."""
 
 import json
+import multiprocessing
+import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,6 +119,32 @@ def test_where_one_task_fails_the_others_do_not_go_on_unseen(capsys):
         })
     assert time.monotonic() - started < 300
     assert "failed: task 1" in capsys.readouterr().out
+
+
+def _note_and_sleep(path):
+    path.write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def _work_alone(path):
+    reproduce.in_parallel({"a": reproduce.Task(_note_and_sleep, (path,))})
+
+
+def test_a_killed_start_leaves_no_work_behind(tmp_path):
+    path = tmp_path / "pid"
+    parent = multiprocessing.get_context("spawn").Process(target=_work_alone, args=(path,))
+    parent.start()
+    _until(lambda: path.exists() and path.read_text())
+    parent.kill()
+    state = Path(f"/proc/{path.read_text()}/stat")
+    _until(lambda: not state.exists() or ") Z " in state.read_text())  # no one may have collected it
+
+
+def _until(met, seconds=120):
+    end = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def _note(path, name):
