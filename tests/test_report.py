@@ -137,7 +137,7 @@ def test_a_killed_start_leaves_no_work_behind(tmp_path):
     _until(lambda: path.exists() and path.read_text())
     parent.kill()
     state = Path(f"/proc/{path.read_text()}/stat")
-    _until(lambda: not state.exists() or ") Z " in state.read_text())  # no one may have collected it
+    _until(lambda: not state.exists() or ") Z " in state.read_text())  # ended
 
 
 def _until(met, seconds=120):
