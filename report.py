@@ -343,11 +343,11 @@ def judged(seeds: Seeds, wanted: list[str]) -> list[dict]:
 def counted(rows: list[dict]) -> str:
     """Verdicts on the paper's claims and, apart, on our own."""
     parts = []
-    for whose, some in (("the paper's", [r for r in rows if r["paper"] != "–"]),
-                        ("our own", [r for r in rows if r["paper"] == "–"])):
+    for whose, some in (("of the paper", [r for r in rows if r["paper"] != "–"]),
+                        ("of our own", [r for r in rows if r["paper"] == "–"])):
         verdicts = [r["verdict"] for r in some]
         counts = (f"{verdicts.count(v)} {v}" for v in ("holds", "undecided", "does not hold"))
-        parts.append(f"of {len(some)} {whose} claims: {', '.join(counts)}")
+        parts.append(f"{len(some)} claims {whose}: {', '.join(counts)}")
     return "; ".join(parts)
 
 
@@ -355,7 +355,7 @@ def claims_page(rows: list[dict], note: str) -> str:
     """results/claims.md."""
     lines = [
         "# The paper's claims, one by one", "", note, "",
-        f"{counted(rows).capitalize()}. (Ours have no figure of the paper.)", "",
+        f"{counted(rows)}. (Ours have no figure of the paper.)", "",
         "A difference is the mean over users, paired; in brackets its 95 % interval, users drawn "
         "again within each seed: it does not cover how much trainings differ, for which the last "
         "column counts the seeds with a difference of the same sign. Differences of online metrics "
