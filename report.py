@@ -198,7 +198,7 @@ _RETRIEVED = (
 _DEPLOYED = (
     "probably because the deployed retrieval reads topics by the world's own lexicon and spreads "
     "its lists over the whole catalogue, while the small generator garbles names and writes five "
-    "starters about two interests"
+    "starters about few subjects"
 )
 _FORMS = (
     "aligned lists concentrate on the few forms of question that people like in this world; their "
