@@ -120,7 +120,7 @@ class RidConfig:
     encoder_learning_rate: float = 0.0  # above 0: the encoder of E_u and E_h is fine-tuned too
     encoder_recompute: bool = False  # gradient caching: activations of one encoder.batch_size
     activity_groups: int = 3
-    min_keep: int = 4  # 2 gave fewer taps on seed 100: starters about one subject tire
+    min_keep: int = 4  # about as many subjects as starters
     max_keep: int = 6
     duplicate_cosine: float = 0.9  # trigger interests nearer than this collapse to the latest
 

@@ -120,7 +120,7 @@ CLAIMS = [
         for metric, paper in zip(ONLINE, papers, strict=True)
     ),
     *(
-        Claim("2", f"with list search over six lists, IceBreaker lifts {metric} over {name}",
+        Claim("2", f"with list search, IceBreaker lifts {metric} over {name}",
               metric, "IceBreaker, list search", other, "–")
         for other, name in (("deployed", "the deployed retrieval"),
                             ("SFT, list search", "SFT with the same"))
@@ -193,16 +193,12 @@ MORE_METRICS = """\
 # Why a claim does not hold here, as far as we know; text of the claim -> reason.
 _RETRIEVED = (
     "the tapped lists are retrieved ones, far from what the policy writes: their log-probability "
-    "rises by some 25 nats (training curves), while its own lists hardly change"
+    "rises by some 28 nats (training curves), while its own lists hardly change"
 )
 _DEPLOYED = (
     "probably because the deployed retrieval reads topics by the world's own lexicon and spreads "
     "its lists over the whole catalogue, while the small generator garbles names and writes five "
     "starters about few subjects"
-)
-_FORMS = (
-    "aligned lists concentrate on the few forms of question that people like in this world; their "
-    "words become common and fall below the TF-IDF threshold, while topics within a list grow"
 )
 _CLOSE = (
     "probably because the rules that teach write from the templates that the base model has seen: "
@@ -219,8 +215,6 @@ WHY: dict[str, str] = {
     "vanilla DPO collapses the words": _RETRIEVED,
     "vanilla DPO collapses the topics": _RETRIEVED,
     "vanilla DPO lifts CTR over SFT": _RETRIEVED,
-    "IceBreaker keeps at least 95 % of SFT's words": _FORMS,
-    "IceBreaker has more words than vanilla DPO": _FORMS + "; and vanilla DPO does not collapse",
     "IceBreaker has more topics than vanilla DPO": "vanilla DPO does not collapse",
     "IceBreaker lifts CTR over the deployed retrieval": _DEPLOYED,
     "IceBreaker lifts CSR over the deployed retrieval": _DEPLOYED,
@@ -321,11 +315,9 @@ def judged(seeds: Seeds, wanted: list[str]) -> list[dict]:
         if claim.table not in wanted:
             continue
         if claim.metric in ab.METRICS:
-            def gap(some: Seeds, claim=claim):
-                return ab.beats([s["ab"] for s in some], claim.more, claim.less, claim.metric)
-
-            value, (low, high) = gap(seeds)
-            signs = [gap([seed])[0] for seed in seeds]
+            arms = claim.more, claim.less, claim.metric
+            value, (low, high) = ab.beats([s["ab"] for s in seeds], *arms)
+            signs = [ab.beats([s["ab"]], *arms)[0] for s in seeds]
         elif all(m in s["values"] for s in seeds for m in (claim.more, claim.less)):
             rows = paired(seeds, claim)
             value, low, high = bootstrap(rows)

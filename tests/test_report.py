@@ -176,7 +176,7 @@ def test_searched_lists_take_what_was_written_once_and_the_best_first(finished):
         starters, own = ([y for x in rows for y in x] for rows in (made[user], written[user]))
         assert len(starters) == len({*starters}) and {*starters} <= {*own}
         assert [len(x) for x in made[user]] == [k] * (len({*own}) // k)
-        (pool,) = [compare.pool_of(written[user])]
+        pool = compare.pool_of(written[user])
         utility, similarity, _ = isg.score_pools(
             p, p.ranker("train"), [p.states[user][-1]], [pool]
         )
