@@ -126,6 +126,12 @@ def floor_and_ceiling(
     }
 
 
+def taught(p: Pipeline, users: list[str], n: int) -> evaluation.Lists:
+    """n lists of each user by the teacher, from RID's interests: what SFT imitates."""
+    rows = isg.teacher_lists(p, [p.states[u][-1] for u in users], n, "compare")
+    return dict(zip(users, rows, strict=True))
+
+
 def few_sessions(p: Pipeline, users: list[str]) -> evaluation.Lists:
     """IceBreaker for test users of whom only the first session, or the first two, were known."""
     made, last = {}, adapter_path(p, "last")
@@ -161,6 +167,21 @@ def shares(truth: world.Truth, texts: list[str]) -> dict[str, float]:
             name = "Chores" if taxonomy.functional(topic) else taxonomy.category[topic]
             counts[name] = counts.get(name, 0) + 1
     return {name: n / sum(counts.values()) for name, n in sorted(counts.items())}
+
+
+def spoken_of(
+    truth: world.Truth, lists: dict[str, list[list[str]]]
+) -> dict[str, dict[str, float]]:
+    """Of each user's starters: the share about something known, and the resonance, by the truth."""
+    pools = {u: [y for x in rows for y in x] for u, rows in lists.items()}
+    pools = {u: pool for u, pool in pools.items() if pool}
+    known = truth.taxonomy.understand
+    return {
+        "known": {u: float(np.mean([bool(known(y)[0]) for y in ys])) for u, ys in pools.items()},
+        "resonance": {
+            u: float(np.mean([truth.resonance(u, y) for y in ys])) for u, ys in pools.items()
+        },
+    }
 
 
 def chores(truth: world.Truth, texts: dict[str, list[str]]) -> dict[str, float]:

@@ -26,7 +26,7 @@ TABLES = {  # table -> (title, methods, the paper's R-User, R-Score, lexical and
         "SFT": "+0.73 | +0.39 | 26.46 | 5.17",
         "SFT+DPO": "+0.75 | +0.42 | 13.75 | 2.64",
         "IceBreaker": "+0.82 | +0.74 | 27.74 | 5.01",
-        "random starters": None, "deployed retrieval": None, "oracle": None,
+        "teacher": None, "random starters": None, "deployed retrieval": None, "oracle": None,
     }),
     "6": ("Table 6: which interests the aligned generator is given", {
         "non-distillation": "– | – | 29.45 | 6.23",
@@ -99,6 +99,8 @@ CLAIMS = [
           "SFT+DPO", "–"),
     Claim("1", "by the hidden truth too IceBreaker is above prompting with RID", T, "IceBreaker",
           "PE+RID", "–"),
+    Claim("1", "by the hidden truth the teacher's lists are above SFT, which imitates them", T,
+          "teacher", "SFT", "–"),
     Claim("1", "IceBreaker keeps at least 95 % of SFT's words", L, "IceBreaker", "SFT",
           "27.74 / 26.46", 0.95),
     Claim("1", "IceBreaker keeps at least 95 % of SFT's words, whatever their weight", "words",
@@ -127,6 +129,8 @@ CLAIMS = [
         for metric in ONLINE
     ),
     Claim("2", "SFT lifts CTR over the deployed retrieval", "CTR", "SFT", "deployed", "+6.97"),
+    Claim("2", "the teacher's lists lift CTR over the deployed retrieval", "CTR", "teacher",
+          "deployed", "–"),
     Claim("2", "vanilla DPO lifts CTR over SFT", "CTR", "SFT+DPO", "SFT", "56.41 > 6.97"),
     Claim("2", "prompting falls behind the deployed retrieval in CTR", "CTR", "deployed", "PE",
           "-16.16"),
@@ -186,7 +190,8 @@ MORE_METRICS = """\
 - **Active**: active days per person and week. **Avg.S**: sessions per person. **CTR**: taps per
   starter shown. **CSR**: share of active days on which a conversation started. **Taps**: taps per
   active day.
-- **Resonance**: the hidden interest, 0 to 1, in what a text speaks about. **Chores**: share of
+- **Known**: share of starters about a topic of the world. **Resonance**: the hidden interest, 0 to
+  1, in what a text speaks about; 0 where it is not known. **Chores**: share of
   functional topics among texts whose topic is known. **Wins**: share of the judge's pairwise
   comparisons with the rule-based interests.
 """
@@ -208,7 +213,31 @@ _LAMBDA = (
     "probably because the chosen list is the same for every kind of negative, and its likelihood "
     "is in the loss (dpo.sft_weight): what is rejected then matters less"
 )
+_FORMS = (
+    "probably because its further taps come from forms of question that are tapped more, not from "
+    "subjects that resonate more, and only these bring people back"
+)
+_WIDE = (
+    "probably because dpo.weight leaves most of the weight to diversity: with more of it on "
+    "utility, words become fewer (lambda 1.0 in table beyond)"
+)
 WHY: dict[str, str] = {
+    "RID narrows the words of prompted lists": "probably because the small generator writes about "
+    "one or two subjects, of however many it is told",
+    "RID narrows the topics of prompted lists": "probably because the small generator writes about "
+    "one or two subjects, of however many it is told",
+    "IceBreaker lifts Taps over the deployed retrieval": _DEPLOYED,
+    "with list search, IceBreaker lifts CSR over the deployed retrieval": _DEPLOYED,
+    **{
+        f"{start}IceBreaker lifts {metric} over {other}": _FORMS
+        for start, other in (("", "SFT"), ("", "vanilla DPO"),
+                             ("with list search, ", "SFT with the same"))
+        for metric in ("Avg.S", "Active")
+    },
+    "words become fewer with later slices": _WIDE,
+    "SIT on the teacher's lists alone has more words": _CLOSE,
+    "diversity-only negatives have more words": _LAMBDA,
+    "diversity-only negatives have more topics": _LAMBDA,
     "SFT widens the words over prompting with RID": "probably because the base model makes up rare "
     "words, and the teacher's forms of questions have none",
     "vanilla DPO raises utility over SFT": _RETRIEVED,
@@ -400,6 +429,17 @@ def measured(seeds: Seeds) -> str:
     return "\n".join(lines) + "\n"
 
 
+def spoken_table(seeds: Seeds) -> str:
+    """Of what table 1's methods write: the share that the hidden truth understands, resonance."""
+    lines = ["What the starters speak of, by the hidden truth:", "",
+             "| Method | share about something known | resonance |", "|---|---|---|"]
+    for method in TABLES["1"][1]:
+        rows = [per_seed(seeds, method, metric) for metric in ("known", "resonance")]
+        known, resonance = (over_seeds(row)[0] for row in rows)
+        lines.append(f"| {method} | {known:.3f} | {resonance:.3f} |")
+    return "\n".join(lines) + "\n"
+
+
 def interests_table(seeds: Seeds) -> str:
     lines = ["Quality of the interests themselves:", "",
              "| distillation | pairwise wins by the judge | resonance (hidden) | chores |",
@@ -465,7 +505,7 @@ def pictures(seeds: Seeds, log: list[dict], folder: Path, wanted: list[str]) -> 
             gap = paired(seeds, Claim("1", "", metric, method, "PE", ""))
             value, low, high = (x / base for x in bootstrap(gap))
             rows[method][judge] = {"lift": value, "interval": [low, high]}
-    figures.hacking(rows, folder / "reward_hacking.png")
+    figures.hacking(rows, folder / "reward_hacking.png", title="Lift over PE, by who judges")
     names.append("reward_hacking.png")
     if "figure3" in wanted:
         s = seeds[0]["shares"]
@@ -505,12 +545,13 @@ def write(
         f"{about['cpu_hours']:.1f} core hours."
     )
     legend = __doc__.partition("\n\n")[2]
+    more = {"1": spoken_table, "2": online_table, "3": cases, "6": interests_table}
     parts = ["# The paper's tables on the simulated platform\n", note + "\n", legend]
     for name in wanted:
         if name in TABLES:
             parts.append(table(seeds, name))
-        parts += [interests_table(seeds)] * (name == "6") + [online_table(seeds)] * (name == "2")
-        parts += [cases(seeds)] * (name == "3")
+        if name in more:
+            parts.append(more[name](seeds))
     parts += ["## Metrics\n", LEGEND + "\n" + MORE_METRICS, measured(seeds)]
     names = pictures(seeds, log, folder, wanted)
     parts += [f"![{n.removesuffix('.png').replace('_', ' ')}]({n})\n" for n in names]

@@ -169,6 +169,7 @@ def measure_seed(words: list[str], path: str, seed: int, variants: list[str]) ->
     users = list(main["rule-based"])
     online = {arm: main[arm] for arm in ONLINE}
     online |= {f"{arm}, list search": compare.searched(p, main[arm]) for arm in SEARCHED}
+    written["teacher"] = online["teacher"] = compare.taught(p, list(main["PE"]), config.ab.lists)
     lists = {
         name: {u: rows[u][: config.eval.lists] for u in users} for name, rows in written.items()
     }
@@ -186,6 +187,8 @@ def measure_seed(words: list[str], path: str, seed: int, variants: list[str]) ->
     values = evaluation.measure(
         lists, scorer("judge"), p.encoder, classifier, p.corpus, truth, scorer("train")
     )
+    for method in lists:
+        values[method] |= compare.spoken_of(truth, lists[method])
     values |= compare.interest_values(p, truth, users)
     everything = {m: {u: compare.pool_of(x) for u, x in lists[m].items()} for m in evaluation.ORDER}
     count = evaluation.KeywordCounter(

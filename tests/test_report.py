@@ -18,7 +18,8 @@ import report
 import reproduce
 from pipeline import Pipeline
 
-METRICS = "utility train_utility true_clicks lexical words semantic dissimilarity starters".split()
+METRICS = """utility train_utility true_clicks lexical words semantic dissimilarity starters known
+    resonance""".split()
 
 
 def seed_values(number: int, lift: float = 0.5, users: int = 30) -> dict:
@@ -39,7 +40,7 @@ def seed_values(number: int, lift: float = 0.5, users: int = 30) -> dict:
     day = {x: [1.0, 1.0] for x in ab.COUNTS}
     person = dict.fromkeys(ab.COUNTS, 2.0)
     searched = [f"{arm}, list search" for arm in reproduce.SEARCHED]
-    arms = (*reproduce.ONLINE, *searched, ab.CONTROL)
+    arms = (*reproduce.ONLINE, *searched, "teacher", ab.CONTROL)
     return {
         "values": values,
         "ab": {"days": 2, "split": "paired", "copies": 1, "seed": number, "arms": {
@@ -92,10 +93,11 @@ def test_every_method_of_a_table_is_made_and_every_claim_names_known_ones():
     found = ("", " of 1", " of 2", " of 4", ", beam 1")
     chosen = [f"list search{x}" for x in found] + ["highest utility", "MMR", "DPP"]
     made = {*reproduce.METHODS} | {f"{m}, {x}" for m in reproduce.SEARCHED for x in chosen}
-    made |= {"random starters", "deployed retrieval", "oracle", "popular starters"}
+    made |= {"teacher", "random starters", "deployed retrieval", "oracle", "popular starters"}
     made |= {"IceBreaker, 1 session", "IceBreaker, 2 sessions"}
     assert {m for _, rows in report.TABLES.values() for m in rows} <= made
-    arms = {*reproduce.ONLINE, ab.CONTROL} | {f"{m}, list search" for m in reproduce.SEARCHED}
+    arms = {*reproduce.ONLINE, "teacher", ab.CONTROL}
+    arms |= {f"{m}, list search" for m in reproduce.SEARCHED}
     for claim in report.CLAIMS:
         known = arms if claim.metric in ab.METRICS else made
         assert {m for m in (claim.more, claim.less) if not m.startswith("interests")} <= known
