@@ -201,10 +201,10 @@ _RETRIEVED = (
     "rises by some 28 nats (training curves), while its own lists hardly change"
 )
 _DEPLOYED = (
-    "probably because the deployed retrieval reads topics by the world's own lexicon and spreads "
-    "its lists over the whole catalogue, while the small generator garbles names and writes five "
-    "starters about few subjects"
+    "the teacher's lists, from the same interests, do (table 2): the small generator garbles names "
+    "and writes five starters about few subjects"
 )
+_FEW = "probably because the small generator writes about one or two subjects, however many it gets"
 _CLOSE = (
     "probably because the rules that teach write from the templates that the base model has seen: "
     "the policy's own lists are as good"
@@ -214,18 +214,17 @@ _LAMBDA = (
     "is in the loss (dpo.sft_weight): what is rejected then matters less"
 )
 _FORMS = (
-    "probably because its further taps come from forms of question that are tapped more, not from "
-    "subjects that resonate more, and only these bring people back"
+    "its starters resonate no more than SFT's (below table 1), and what follows a tap hangs on "
+    "that: its further taps come from forms of question, not from better subjects"
 )
 _WIDE = (
     "probably because dpo.weight leaves most of the weight to diversity: with more of it on "
     "utility, words become fewer (lambda 1.0 in table beyond)"
 )
 WHY: dict[str, str] = {
-    "RID narrows the words of prompted lists": "probably because the small generator writes about "
-    "one or two subjects, of however many it is told",
-    "RID narrows the topics of prompted lists": "probably because the small generator writes about "
-    "one or two subjects, of however many it is told",
+    "RID narrows the words of prompted lists": _FEW,
+    "RID narrows the topics of prompted lists": _FEW,
+    "no distillation has the most words": _FEW,
     "IceBreaker lifts Taps over the deployed retrieval": _DEPLOYED,
     "with list search, IceBreaker lifts CSR over the deployed retrieval": _DEPLOYED,
     **{

@@ -266,7 +266,8 @@ def reproduce(
     log = [json.loads(x) for x in (folders[0] / "metrics.jsonl").read_text().splitlines()]
     out = root / ("quick" if quick else "tuning") / "report" if quick or first else ROOT / "results"
     about = {
-        "command": f"python eval.py --reproduce {' '.join(tables)} --seeds {seeds}"
+        "command": "python eval.py --reproduce "
+        + ("all" if tables == list(TABLES) else " ".join(tables)) + f" --seeds {seeds}"
         + f" --first-seed {first}" * bool(first) + " --quick" * quick
         + "".join(f" {w}" for w in words if w not in QUICK),
         "seeds": numbers, "commit": (env["commit"] or "")[:10], "config": digest(config),
