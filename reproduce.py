@@ -156,6 +156,31 @@ def starters_of(config: Config) -> evaluation.Lists:
     return read_json(path)["lists"]
 
 
+def compared_lists(
+    p: Pipeline, truth: world.Truth, main: evaluation.Lists, written: evaluation.Lists
+) -> tuple[evaluation.Lists, evaluation.Lists]:
+    """What every method shows the test users, and every arm of the online test its people.
+
+    main: starters of the seed's main run; written: those, and its variants'.
+    """
+    config, users = p.config, list(main["rule-based"])
+    online = {arm: main[arm] for arm in ONLINE}
+    online |= {f"{arm}, list search": compare.searched(p, main[arm]) for arm in SEARCHED}
+    online["teacher"] = compare.taught(p, list(main["PE"]), config.ab.lists)
+    lists = {
+        name: {u: rows[u][: config.eval.lists] for u in users}
+        for name, rows in {**written, "teacher": online["teacher"]}.items()
+    }
+    for method in SEARCHED:
+        lists |= compare.reranked(p, method, {u: main[method][u] for u in users})
+    lists |= compare.floor_and_ceiling(p, truth, users, main)
+    lists |= compare.few_sessions(p, users) | compare.cold_start(p, users)
+    online[ab.CONTROL] = world.retrieved_lists(
+        config.world, [p.users[u] for u in online["PE"]], config.ab.lists, config.run.seed
+    )
+    return lists, online
+
+
 def measure_seed(words: list[str], path: str, seed: int, variants: list[str]) -> None:
     """report/values.json of a seed's main run: every value of every method and test user."""
     torch.set_flush_denormal(True)
@@ -167,16 +192,7 @@ def measure_seed(words: list[str], path: str, seed: int, variants: list[str]) ->
     for variant in variants:
         written |= starters_of(seed_config(words, path, seed, variant))
     users = list(main["rule-based"])
-    online = {arm: main[arm] for arm in ONLINE}
-    online |= {f"{arm}, list search": compare.searched(p, main[arm]) for arm in SEARCHED}
-    written["teacher"] = online["teacher"] = compare.taught(p, list(main["PE"]), config.ab.lists)
-    lists = {
-        name: {u: rows[u][: config.eval.lists] for u in users} for name, rows in written.items()
-    }
-    for method in SEARCHED:
-        lists |= compare.reranked(p, method, {u: main[method][u] for u in users})
-    lists |= compare.floor_and_ceiling(p, truth, users, main)
-    lists |= compare.few_sessions(p, users) | compare.cold_start(p, users)
+    lists, online = compared_lists(p, truth, main, written)
     p.encoder(sorted({y for m in lists.values() for u in m.values() for x in u for y in x}))
 
     def scorer(name: str):
@@ -205,13 +221,10 @@ def measure_seed(words: list[str], path: str, seed: int, variants: list[str]) ->
         **{m: [y for rows in lists[m].values() for x in rows for y in x]
            for m in (*SEARCHED, "deployed retrieval")},
     }
-    arms = online | {"deployed": world.retrieved_lists(
-        config.world, [p.users[u] for u in online["PE"]], config.ab.lists, seed
-    )}
     activity = {u: len(p.users[u].sessions) / config.world.days for u in online["PE"]}
     write_json(p.run / "report" / "values.json", {
         "values": values,
-        "ab": ab.simulate(truth, activity, arms, config.ab, seed),
+        "ab": ab.simulate(truth, activity, online, config.ab, seed),
         "shares": {name: compare.shares(truth, texts) for name, texts in taxonomy_texts.items()},
         "matcher": compare.matcher_quality(p, truth, p.ids("test")),
         "classifier": classifier.accuracy,
