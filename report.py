@@ -201,8 +201,8 @@ _RETRIEVED = (
     "rises by some 28 nats (training curves), while its own lists hardly change"
 )
 _DEPLOYED = (
-    "the teacher's lists, from the same interests, do (table 2): the small generator garbles names "
-    "and writes five starters about few subjects"
+    "the teacher's lists, from the same interests, do (table 2): probably because the small "
+    "generator garbles names and writes five starters about few subjects"
 )
 _FEW = "probably because the small generator writes about one or two subjects, however many it gets"
 _CLOSE = (
@@ -214,8 +214,8 @@ _LAMBDA = (
     "is in the loss (dpo.sft_weight): what is rejected then matters less"
 )
 _FORMS = (
-    "its starters resonate no more than SFT's (below table 1), and what follows a tap hangs on "
-    "that: its further taps come from forms of question, not from better subjects"
+    "probably because its starters resonate no more than SFT's (below table 1), and what follows a "
+    "tap hangs on that: its further taps come from forms of question, not from better subjects"
 )
 _WIDE = (
     "probably because dpo.weight leaves most of the weight to diversity: with more of it on "
@@ -540,8 +540,9 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     note = (
         f"{about['command']}: seeds {about['seeds']}, commit {about['commit']}, config "
-        f"{about['config']}, {about['minutes']:.0f} minutes on {about['processors']} processors, "
-        f"{about['cpu_hours']:.1f} core hours."
+        f"{about['config']}. The last start took {about['minutes']:.0f} minutes on "
+        f"{about['processors']} processors, {about['cpu_hours']:.1f} core hours; what earlier "
+        "starts had trained is not in it."
     )
     legend = __doc__.partition("\n\n")[2]
     more = {"1": spoken_table, "2": online_table, "3": cases, "6": interests_table}

@@ -21,6 +21,7 @@ KINDS = {
     "en": "Quiz me on {x}\nThe origins of {x}\nPlan a weekend around {x}",
     "zh": "考考我对{x}的了解\n{x}的未来会怎样？\n为{x}设计一张海报",
 }
+# Two interests a user: with four, the subjects alone keep lists apart.
 SMALL = """world.users=60 world.median_sessions=6 world.impressions_per_user=30
     world.starter_pool=200 base.prompts=500 base.lists=2 base.layers=2 base.hidden=96
     base.vocabulary=600 rid.epochs=2 rid.towers=1 ranker.epochs=20 generator.list_size=3
