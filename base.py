@@ -147,7 +147,7 @@ def build_base(settings: BaseConfig, generator: GeneratorConfig, folder: str | P
             for lines, lists in examples
         ]
 
-    model = new_model(settings, tokenizer)
+    model = new_model(settings, tokenizer).to("cuda" if torch.cuda.is_available() else "cpu")
     train(model, batches(encoded(examples), settings), settings)
     new = BaseCorpus(settings.seed + 1)
     with torch.no_grad():

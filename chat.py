@@ -261,8 +261,6 @@ class Chat:
         """A connection of this thread's own; every statement is committed by itself."""
         try:
             cache = sqlite3.connect(self.cache, timeout=60, isolation_level=None)
-            cache.execute("PRAGMA journal_mode=WAL")
-            cache.execute("PRAGMA synchronous=NORMAL")  # a killed run loses nothing
             cache.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT)")
             return cache
         except sqlite3.Error as error:

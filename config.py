@@ -168,9 +168,9 @@ class BaseConfig:
     heads: int = 2
     kv_heads: int = 2
     intermediate: int = 256
-    prompts: int = 4000  # in the generic corpus
+    prompts: int = 40_900  # in the generic corpus
     lists: int = 4  # per prompt
-    batch_tokens: int = 512
+    batch_tokens: int = 1536
     learning_rate: float = 2e-3
     seed: int = 0
 

@@ -420,9 +420,18 @@ class Pipeline:
 
 
 def base_folder(config: Config) -> Path:
-    """The embedded base model is built once for all runs below run.root."""
+    """The embedded base model: the one in weights/ where these are its settings, else one that is
+    built once for all runs below run.root."""
+    shipped, settings = ROOT / "weights" / "icebreaker-base", base_settings(config)
+    if read_json(shipped / "figures.json")["settings"] == settings:
+        return shipped
+    return Path(config.run.root) / f"base-{settings}"
+
+
+def base_settings(config: Config) -> str:
+    """Digest of what the embedded base model depends on."""
     g = config.generator
-    return Path(config.run.root) / f"base-{digest(config.base, g.instruction, g.list_size)}"
+    return digest(config.base, g.instruction, g.list_size)
 
 
 def history_of(

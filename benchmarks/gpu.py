@@ -146,21 +146,25 @@ def main() -> None:
     ways = ("sdpa", "flex_attention", "trl") if torch.cuda.is_available() else ("sdpa", "trl")
     with tempfile.TemporaryDirectory() as folder:
         save_random_model(Path(folder), small)
-        for in_4bit in (False, True):
+        for in_4bit in (True, False):
             base = llm.load_generator(folder, in_4bit, gradient_checkpointing=True)
             model = llm.add_lora(base, 16, 32, seed=0)
-            made = {"device": name, "torch": torch.__version__, "4bit": in_4bit, "dpo": []}
-            for length in (32, 64) if small else (512, 2048):
-                steps = [
-                    measure_step(model, length, how, tflops)
-                    for how in ways
-                    if how != "trl" or not in_4bit
-                ]
-                if torch.cuda.is_available():
-                    steps[0]["fits_24_gb"] = measure_24_gb(model, length)
-                made["dpo"] += steps
-            made["sampling"] = measure_sampling(model, 16, 64 if small else 512, 24, bandwidth)
-            print(json.dumps(made), flush=True)
+            about = {"device": name, "torch": torch.__version__, "4bit": in_4bit}
+            lengths = (32, 64) if small else (512, 2048)
+            work = [(how, length) for how in ways for length in lengths]
+            for how, length in [("sampling", lengths[0]), *work]:
+                if how == "trl" and in_4bit:
+                    continue
+                try:
+                    if how == "sampling":
+                        made = measure_sampling(model, 16, length, 24, bandwidth)
+                    else:
+                        made = measure_step(model, length, how, tflops)
+                    if how == "sdpa" and torch.cuda.is_available():
+                        made["fits_24_gb"] = measure_24_gb(model, length)
+                except torch.OutOfMemoryError:
+                    made = {"prompt": length, "how": how, "out_of_memory": True}
+                print(json.dumps(about | made), flush=True)
             del base, model
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
