@@ -25,6 +25,7 @@ import icebreaker as ib
 import llm
 import roles
 from config import (
+    ROOT,
     Config,
     EndpointConfig,
     RunFolder,
