@@ -421,18 +421,12 @@ class Pipeline:
 
 
 def base_folder(config: Config) -> Path:
-    """The embedded base model: the one in weights/ where these are its settings, else one that is
-    built once for all runs below run.root."""
-    shipped, settings = ROOT / "weights" / "icebreaker-base", base_settings(config)
-    if read_json(shipped / "figures.json")["settings"] == settings:
-        return shipped
-    return Path(config.run.root) / f"base-{settings}"
-
-
-def base_settings(config: Config) -> str:
-    """Digest of what the embedded base model depends on."""
+    """The embedded base model: in weights/ where it ships with these settings, else built once for
+    all runs below run.root."""
     g = config.generator
-    return digest(config.base, g.instruction, g.list_size)
+    name = f"base-{digest(config.base, g.instruction, g.list_size)}"
+    shipped = ROOT / "weights" / name
+    return shipped if shipped.is_dir() else Path(config.run.root) / name
 
 
 def history_of(

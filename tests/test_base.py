@@ -4,10 +4,13 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 import base
+import llm
 import roles
-from config import BaseConfig, GeneratorConfig
+from config import ROOT, BaseConfig, GeneratorConfig, load_config
+from pipeline import base_folder
 
 MICRO = BaseConfig(
     vocabulary=400, hidden=128, layers=2, heads=2, kv_heads=2, intermediate=32, prompts=24, lists=2
@@ -92,6 +95,23 @@ def test_a_base_model_loads_in_transformers_and_is_the_same_twice(tmp_path):
     assert (
         tokenizer.decode(tokenizer.encode("吉他 and Baldur's Gate 3")) == "吉他 and Baldur's Gate 3"
     )
+
+
+def test_the_default_settings_begin_with_the_shipped_weights(tmp_path):
+    """A setting that is changed without them would cost the first command an hour, unseen."""
+    words = [f"run.root={tmp_path}"]
+    config = load_config(ROOT / "configs" / "tiny.yaml", words)
+    folder = base_folder(config)
+    assert folder.parent == ROOT / "weights"
+    model, tokenizer = llm.load_generator(str(folder)), llm.load_tokenizer(str(folder))
+    lines = ["where to start with Wexford Harbour?", "my new coffee press"]
+    prompt = llm.encode_prompt(tokenizer, lines, 5, config.generator.instruction, 400)
+    with torch.no_grad():
+        [lists] = llm.sample(model, tokenizer, [prompt], 8, max_new_tokens=160, temperature=0.7,
+                             top_p=0.95, seed=0)  # fmt: skip
+    assert all("Wexford Harbour" in text or "coffee press" in text for text in lists)
+    other = load_config(ROOT / "configs" / "tiny.yaml", [*words, "base.seed=1"])
+    assert base_folder(other).parent == tmp_path
 
 
 def test_the_taxonomy_of_the_simulated_platform_is_never_read():
