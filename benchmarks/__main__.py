@@ -76,17 +76,17 @@ def gpu_section() -> list[str]:
         "gradient checkpointing, TRL's without; peak: of the card's dense bf16 arithmetic, model "
         "FLOP only; bandwidth: of reading the weights once a token, prefill in the time. The bf16 "
         "rows of sdpa seem to hold 3.4 GB of the 4-bit model, which was not yet collected then.\n",
-        "| weights | work | prompt | tokens/s | share of peak | memory, GB | under 24 GB |",
+        "| weights | work | prompt | tokens/s | of peak or bandwidth | memory, GB | under 24 GB |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        bandwidth = row.get("share_of_bandwidth")
-        share = f"{bandwidth:.0%} of bandwidth" if bandwidth else f"{row.get('share_of_peak', 0):.0%}"
+        share = row.get("share_of_peak") or row.get("share_of_bandwidth")  # of a card that is known
         memory = f"{row['peak_gb']:.1f}" if "peak_gb" in row else "–"
         cells = [
             "4-bit" if row["4bit"] else "bf16",
             row["how"] if "sampling" in row["how"] else f"DPO step, {row['how']}",
-            row["prompt"], f"{row.get('tokens_per_s', 0):,.0f}", share, memory,
+            row["prompt"], f"{row.get('tokens_per_s', 0):,.0f}",
+            f"{share:.0%}" if share else "–", memory,
             {True: "yes", False: "no"}.get(row.get("fits_24_gb"), "–"),
         ]  # fmt: skip
         if row.get("out_of_memory"):

@@ -6,9 +6,9 @@
 For 4-bit (NF4) and bf16, prompts of 512 and 2,048, one user a step (1 + 3 lists of 64 tokens), with
 gradient checkpointing: tokens/s, share of the card's dense bf16 peak (model FLOP only: recomputed
 layers do not count as work), peak memory, and whether the step also fits under 24 GB; TRL's step
-beside it (in bf16, without checkpointing). Sampling (4 prompts, 16 lists each, 24 tokens): tokens/s,
-and the share of the memory's bandwidth that reading the weights once a step takes (prefill included
-in the time). Memory is that of a step: AdamW's state of the adapter (0.3 GB at 7B) comes to it.
+beside it (in bf16, without checkpointing). Sampling (4 prompts, 16 lists each, 24 tokens): tokens/s
+and the share of the memory's bandwidth that reading the weights once a step takes (prefill in the
+time). Memory is that of a step: AdamW's state of the adapter (0.3 GB at 7B) comes to it.
 """
 
 from __future__ import annotations
@@ -131,9 +131,10 @@ def measure_sampling(model, n: int, length: int, new: int, bandwidth: float | No
     seconds = timed(lambda: llm._decode(model, prompts, n, new, draw, never, 0))
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
     return {
-        "prompt": length, "how": f"sampling {n} lists", "tokens_per_s": len(prompts) * n * new / seconds,
+        "prompt": length, "how": f"sampling {n} lists",
+        "tokens_per_s": len(prompts) * n * new / seconds,
         "share_of_bandwidth": weights * new / seconds / bandwidth if bandwidth else None,
-    }
+    }  # fmt: skip
 
 
 def main() -> None:
