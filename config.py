@@ -199,7 +199,7 @@ class DpoConfig:
     random_lists: int = 8  # random draws from the pool among the lists considered
     negatives: list[str] = field(default_factory=lambda: ["utility", "diversity", "joint"])
     beta: float = 0.1
-    learning_rate: float = 1e-4
+    learning_rate: float = 2.5e-4
     passes: int = 1  # over the accumulated pairs, per round
     batch_users: int = 8
     reference: str = "round"  # "round": policy at the start of the round; "sit": the SIT policy
