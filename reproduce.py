@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 import ab
+import claims
 import compare
 import eval as evaluation
 import llm
@@ -289,7 +290,7 @@ def reproduce(
     }
     rows = report.write(values, tables, log, about, out)
     print((out / "reproduction.md").read_text(encoding="utf-8"))
-    print(f"{report.counted(rows)}: {out / 'claims.md'}")
+    print(f"{claims.counted(rows)}: {out / 'claims.md'}")
 
 
 def in_parallel(tasks: dict[str, Task]) -> float:

@@ -11,6 +11,7 @@ import pytest
 from conftest import micro
 
 import ab
+import claims
 import compare
 import icebreaker as ib
 import isg
@@ -56,15 +57,15 @@ def seed_values(number: int, lift: float = 0.5, users: int = 30) -> dict:
 
 def test_a_verdict_is_where_the_interval_lies():
     seeds = [seed_values(2), seed_values(3)]  # one pair of equals in twenty is not undecided
-    claim = report.Claim("1", "", "utility", "IceBreaker", "SFT", "")
-    value, low, high = report.bootstrap(report.paired(seeds, claim))
+    claim = claims.Claim("1", "", "utility", "IceBreaker", "SFT", "")
+    value, low, high = claims.bootstrap(claims.paired(seeds, claim))
     assert value == pytest.approx(0.5, abs=0.05) and low < value < high and low > 0.4
-    verdicts = {row["text"]: row["verdict"] for row in report.judged(seeds, ["1", "9"])}
+    verdicts = {row["text"]: row["verdict"] for row in claims.judged(seeds, ["1", "9"])}
     assert verdicts["IceBreaker has more utility than SFT"] == "holds"
     assert verdicts["diversity-only negatives have more words"] == "does not hold"
     assert verdicts["vanilla DPO raises utility over SFT"] == "undecided"
     same = [np.array([1.0, 1.0, 1.0])] * 2
-    assert report.bootstrap(same) == (1.0, 1.0, 1.0)
+    assert claims.bootstrap(same) == (1.0, 1.0, 1.0)
 
 
 def test_an_interval_over_seeds_is_students():
@@ -79,11 +80,11 @@ def test_the_report_holds_every_table_and_claim(tmp_path):
     wanted = list(reproduce.TABLES)
     log = [{"time": 1.0, "stage": "sit", "epoch": 0, "loss": 1.0, "learning_rate": 0.1}] * 3
     rows = report.write([seed_values(0), seed_values(1)], wanted, log, about, tmp_path)
-    assert len(rows) == len(report.CLAIMS) >= 22
+    assert len(rows) == len(claims.CLAIMS) >= 22
     page = (tmp_path / "reproduction.md").read_text()
     assert all(f"Table {n}" in page for n in (1, 2, 3, 6, 7, 8, 9)) and "<b>" not in page
-    claims = (tmp_path / "claims.md").read_text()
-    assert all(row["text"] in claims for row in rows)
+    text = (tmp_path / "claims.md").read_text()
+    assert all(row["text"] in text for row in rows)
     assert all((tmp_path / name).is_file() for name in
                ("frontier.png", "rings.png", "ab_days.png", "reward_hacking.png", "rounds.png"))
     assert json.loads((tmp_path / "reproduction.json").read_text())["claims"] == rows
@@ -98,12 +99,12 @@ def test_every_method_of_a_table_is_made_and_every_claim_names_known_ones():
     assert {m for _, rows in report.TABLES.values() for m in rows} <= made
     arms = {*reproduce.ONLINE, "teacher", ab.CONTROL}
     arms |= {f"{m}, list search" for m in reproduce.SEARCHED}
-    for claim in report.CLAIMS:
+    for claim in claims.CLAIMS:
         known = arms if claim.metric in ab.METRICS else made
         assert {m for m in (claim.more, claim.less) if not m.startswith("interests")} <= known
     assert {v for needs in reproduce.NEEDS.values() for v in needs} == {*reproduce.VARIANTS}
-    texts = [claim.text for claim in report.CLAIMS]
-    assert len({*texts}) == len(texts) and report.WHY.keys() <= {*texts}
+    texts = [claim.text for claim in claims.CLAIMS]
+    assert len({*texts}) == len(texts) and claims.WHY.keys() <= {*texts}
 
 
 def _fail_or_sleep(seconds):
