@@ -223,9 +223,10 @@ def gpu_section() -> list[str]:
     lines = [
         f"\n## On one {rows[0]['device']}\n",
         "`python -m benchmarks.gpu > results/gpu.jsonl`: a DPO step of Qwen2.5-7B's shape, one "
-        "user, 1 + 3 lists of 64 tokens, gradient checkpointing; torch's allocated peak. The estimate is "
-        "without AdamW's averages, which no step there had. The bf16 rows of sdpa seem to hold "
-        "3.4 GB of the 4-bit model measured before. Unmeasured: whole stages, sampling's peak.\n",
+        "user, 1 + 3 lists of 64 tokens, gradient checkpointing; torch's allocated peak. The "
+        "estimate is without AdamW's averages, which no step there had. The bf16 rows of sdpa seem "
+        "to hold 3.4 GB of the 4-bit model measured before. Unmeasured: whole stages, sampling's "
+        "peak.\n",
         "| weights | attention | prompt | estimate, GB | measured, GB | ratio |",
         "|---|---|---|---|---|---|",
     ]
