@@ -260,6 +260,7 @@ class Chat:
     def _open(self) -> sqlite3.Connection:
         """A connection of this thread's own; every statement is committed by itself."""
         try:
+            # No write-ahead log: where two processes make the file, one would be told it is locked.
             cache = sqlite3.connect(self.cache, timeout=60, isolation_level=None)
             cache.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT)")
             return cache

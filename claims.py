@@ -1,7 +1,6 @@
 """The paper's claims and our own, and whether each holds on the values of a reproduction's seeds.
 
-A claim is a mean difference paired by user with its 95 % bootstrap interval: users are drawn again
-within each seed. It holds if the interval lies above zero, does not if below; else it is undecided.
+    python eval.py --reproduce all --seeds 3     # results/claims.md
 """
 
 from __future__ import annotations
@@ -261,10 +260,12 @@ def claims_page(rows: list[dict], note: str) -> str:
     lines = [
         "# The paper's claims, one by one", "", note, "",
         f"{counted(rows)}. (Ours have no figure of the paper.)", "",
-        "A difference is the mean over users, paired; in brackets its 95 % interval, users drawn "
-        "again within each seed: it does not cover how much trainings differ, for which the last "
-        "column counts the seeds with a difference of the same sign. Differences of online metrics "
-        "are of relative lifts, per mille. Of so many intervals, one in twenty misses by chance.",
+        "A difference is the mean over users, paired; in brackets its 95 % bootstrap interval, "
+        "users drawn again within each seed. A claim holds if the interval lies above zero, does "
+        "not hold if below; else it is undecided. The interval does not cover how much trainings "
+        "differ, for which the last column counts the seeds with a difference of the same sign. "
+        "Differences of online metrics are of relative lifts, per mille. Of so many intervals, one "
+        "in twenty misses by chance.",
         "", "| table | claim | paper | ours | verdict | seeds |", "|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -138,7 +138,7 @@ class RankerConfig:
 
 @dataclass
 class GeneratorConfig:
-    model: str = ""  # hub id or local folder; empty: the embedded base model of `--stage base`
+    model: str = ""  # hub id or local folder; empty: the embedded base model (base.py)
     revision: str = ""  # of a hub id; empty: main
     load_in_4bit: bool = False
     lora_rank: int = 16
@@ -168,7 +168,7 @@ class BaseConfig:
     heads: int = 2
     kv_heads: int = 2
     intermediate: int = 256
-    prompts: int = 40_900  # in the generic corpus
+    prompts: int = 40_900  # in the generic corpus: five minutes of an H100, many more of a CPU
     lists: int = 4  # per prompt
     batch_tokens: int = 1536
     learning_rate: float = 2e-3

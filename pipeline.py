@@ -9,6 +9,7 @@ Legend: B rows, N summaries or starters, M interests, K slots, D embedding, F st
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -426,7 +427,9 @@ def base_folder(config: Config) -> Path:
     g = config.generator
     name = f"base-{digest(config.base, g.instruction, g.list_size)}"
     shipped = ROOT / "weights" / name
-    return shipped if shipped.is_dir() else Path(config.run.root) / name
+    if (shipped / "figures.json").is_file():  # relative, since adapters keep their base's path
+        return Path(os.path.relpath(shipped))
+    return Path(config.run.root) / name
 
 
 def history_of(

@@ -5,7 +5,7 @@
 
 The bytes are counted from the tensors that transformers' Qwen2 with PEFT's LoRA keeps alive.
 `python -m benchmarks.plan` measures the same on a CPU (results/plan.md); single DPO steps of a 7B
-model on an H100 stand there too, within 1.2 %.
+model on an H100 stand there too, most of them within 1.2 %.
 
 Legend: T tokens of a tree row, H hidden, D heads * head_dim, I intermediate, V vocabulary, r rank;
 `a` bytes of a weight and an activation: 2 on a GPU (bf16), 4 on a CPU (fp32).
@@ -301,7 +301,7 @@ def plan(config: Config) -> str:
         [
             f"{g.model or 'embedded base model'}: {s.parameters:,} parameters, "
             f"{s.lora(g.lora_rank):,} trained (LoRA r{g.lora_rank})",
-            f"\nGiB on a GPU, {kind}; an estimate, not measured on one:",
+            f"\nGiB on a GPU, {kind}; an estimate (results/plan.md):",
             *table,
             "  A peak has the larger of the two that come in turn: a layer's backward and the head "
             "chunk;\n  reading the prompts and a token's step. A card is enough with "

@@ -11,7 +11,7 @@ import numpy as np
 
 import ab
 import figures
-from claims import Claim, Seeds, T, U, bootstrap, claims_page, judged, paired
+from claims import Claim, Seeds, bootstrap, claims_page, judged, paired
 from config import atomic_path, write_json
 from eval import COLUMNS, LEGEND, escape
 
@@ -235,7 +235,8 @@ def pictures(seeds: Seeds, log: list[dict], folder: Path, wanted: list[str]) -> 
     rows = {}
     for method in shown[1:]:
         rows[method] = {}
-        for judge, metric in (("train", "train_utility"), ("held_out", U), ("truth", T)):
+        judges = {"train": "train_utility", "held_out": "utility", "truth": "true_clicks"}
+        for judge, metric in judges.items():
             base = np.mean([x.mean() for x in per_seed(seeds, "PE", metric)])
             gap = paired(seeds, Claim("1", "", metric, method, "PE", ""))
             value, low, high = (x / base for x in bootstrap(gap))

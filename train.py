@@ -71,7 +71,7 @@ def stage_world(p: Pipeline) -> dict:
 
 
 def stage_base(p: Pipeline) -> dict:
-    """Pre-train the embedded stand-in for Qwen2.5, unless a real model is named."""
+    """The embedded stand-in for Qwen2.5, pre-trained unless it ships; or a named model."""
     if p.config.generator.model:
         llm.check_model(p.model_path, p.config.generator.revision)
         return {"model": p.config.generator.model}
@@ -79,6 +79,7 @@ def stage_base(p: Pipeline) -> dict:
     if not (folder / "figures.json").is_file():
         import base
 
+        print(f"  base: {p.config.base.prompts} prompts to learn from; weights/ has the default's")
         write_json(
             folder / "figures.json", base.build_base(p.config.base, p.config.generator, folder)
         )
@@ -150,6 +151,10 @@ def stage_key(p: Pipeline, name: str, *without: str) -> str:
     stage, files = STAGES[name], []
     if name == "world" and p.config.data.users:
         files = [file_digest(f) for f in (p.users_file, p.impressions_file) if f]
+    if name == "base" and not p.config.generator.model:
+        folder = base_folder(p.config)
+        if folder.parent != Path(p.config.run.root):  # it ships
+            files = [file_digest(folder / "model.safetensors")]
     config = copy.deepcopy(p.config)
     for setting in (*HOW, *without):
         section, field = setting.split(".")

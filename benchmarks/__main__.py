@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 
-from benchmarks.common import Row, table
+from benchmarks.common import Row, gpu_notes, gpu_rows, table
 from config import ROOT, read_json, write_json
 
 SCRIPTS = ("dpo", "sit", "sampling", "contrastive", "list_search", "list_quality", "precision")
@@ -66,22 +66,19 @@ def page(made: dict[str, dict]) -> str:
 def gpu_section() -> list[str]:
     """The table of results/gpu.jsonl."""
     lines = ["## On a GPU\n", "`python -m benchmarks.gpu > results/gpu.jsonl`:"]
-    if not (RESULTS / "gpu.jsonl").is_file():
+    if not (rows := gpu_rows()):
         return [*lines, "not measured."]
-    with open(RESULTS / "gpu.jsonl", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
     lines += [
         f"random weights of Qwen2.5-7B's shape on one {rows[0]['device']}, torch "
         f"{rows[0]['torch']}. A DPO step is of one user, 1 + 3 lists of 64 tokens, ours with "
         "gradient checkpointing, TRL's without; peak: of the card's dense bf16 arithmetic, model "
-        "FLOP only; bandwidth: of reading the weights once a token, prefill in the time. The bf16 "
-        "rows of sdpa seem to hold 3.4 GB of the 4-bit model, which was not yet collected then.\n",
+        "FLOP only; bandwidth: of reading the weights once a token, prefill in the time.\n",
         "| weights | work | prompt | tokens/s | of peak or bandwidth | memory, GB | under 24 GB |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         share = row.get("share_of_peak") or row.get("share_of_bandwidth")  # of a card that is known
-        memory = f"{row['peak_gb']:.1f}" if "peak_gb" in row else "–"
+        memory = f"{row['peak_gb']:.1f}{'*' * ('note' in row)}" if "peak_gb" in row else "–"
         cells = [
             "4-bit" if row["4bit"] else "bf16",
             row["how"] if "sampling" in row["how"] else f"DPO step, {row['how']}",
@@ -92,7 +89,7 @@ def gpu_section() -> list[str]:
         if row.get("out_of_memory"):
             cells[3:6] = ["out of memory", "–", "–"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return lines
+    return lines + gpu_notes(rows)
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from config import ROOT
 from llm import quiet_libraries
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "sentence-transformers", "pyversity")
@@ -54,6 +55,19 @@ class Row:
         """Whether a ratio is below what was asked."""
         memory = self.memory_at_least and self.memory_ratio < self.memory_at_least
         return bool(memory or (self.at_least and self.ratio < self.at_least))
+
+
+def gpu_rows() -> list[dict]:
+    """What benchmarks.gpu measured, if it was run."""
+    file = ROOT / "results" / "gpu.jsonl"
+    if not file.is_file():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def gpu_notes(rows: list[dict]) -> list[str]:
+    """Below a table of these rows: what the star beside a figure means."""
+    return [f"\n\\* {note}." for note in dict.fromkeys(r["note"] for r in rows if "note" in r)]
 
 
 def seconds(candidates: dict[str, Callable[[], object]], repeats: int = 5) -> dict[str, float]:

@@ -104,7 +104,7 @@ def measure_step(model, length: int, how: str, peak_tflops: float | None) -> dic
 
 
 def measure_24_gb(model, length: int) -> bool:
-    """Whether the step fits on a 24 GB card (this process may use no more from here on)."""
+    """Whether the step fits on a 24 GB card."""
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, 24e9 / total))
@@ -154,8 +154,8 @@ def main() -> None:
             model = llm.add_lora(base, 16, 32, seed=0)
             about = {"device": name, "torch": torch.__version__, "4bit": in_4bit}
             lengths = (32, 64) if small else (512, 2048)
-            work = [(how, length) for how in ways for length in lengths]
-            for how, length in [("sampling", lengths[0]), *work]:
+            steps = [(how, length) for how in ways for length in lengths]
+            for how, length in [("sampling", lengths[0]), *steps]:
                 if how == "trl" and in_4bit:
                     continue
                 try:

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 import llm
 import plan
-from benchmarks.common import machine, prepare, tokens
+from benchmarks.common import gpu_notes, gpu_rows, machine, prepare, tokens
 from config import ROOT, GeneratorConfig
 
 SHAPES = {  # hidden, layers, heads, kv_heads, intermediate, vocabulary, tied
@@ -217,22 +217,20 @@ def page(rows: list[dict]) -> str:
 
 def gpu_section() -> list[str]:
     """The steps that benchmarks.gpu measured, beside the estimate."""
-    if not (file := ROOT / "results" / "gpu.jsonl").is_file():
+    if not (rows := gpu_rows()):
         return ["\nUnmeasured: CUDA."]
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     lines = [
         f"\n## On one {rows[0]['device']}\n",
         "`python -m benchmarks.gpu > results/gpu.jsonl`: a DPO step of Qwen2.5-7B's shape, one "
         "user, 1 + 3 lists of 64 tokens, gradient checkpointing; torch's allocated peak. The "
-        "estimate is without AdamW's averages, which no step there had. The bf16 rows of sdpa seem "
-        "to hold 3.4 GB of the 4-bit model measured before. Unmeasured: whole stages, sampling's "
-        "peak.\n",
+        "estimate is without AdamW's averages, which no step there had. Unmeasured: whole stages, "
+        "sampling's peak.\n",
         "| weights | attention | prompt | estimate, GB | measured, GB | ratio |",
         "|---|---|---|---|---|---|",
     ]
-    shape = plan.Shape(3584, 28, 28, 4, 18_944, 152_064, False, head_dim=128)
+    shape = plan.QWEN["7B"]
     for r in rows:
-        if r["how"] not in ("sdpa", "flex_attention"):
+        if r["how"] not in ("sdpa", "flex_attention") or "peak_gb" not in r:
             continue
         g = GeneratorConfig(
             max_prompt_tokens=r["prompt"], max_new_tokens=64, load_in_4bit=r["4bit"],
@@ -241,9 +239,10 @@ def gpu_section() -> list[str]:
         guess = plan.training(shape, g, 1, 4, 2)["peak"] - 8 * shape.lora(g.lora_rank)
         lines.append(
             f"| {'4-bit' if r['4bit'] else 'bf16'} | {r['how']} | {r['prompt']} | "
-            f"{guess / 1e9:.2f} | {r['peak_gb']:.2f} | **{guess / 1e9 / r['peak_gb']:.3f}** |"
+            f"{guess / 1e9:.2f} | {r['peak_gb']:.2f}{'*' * ('note' in r)} | "
+            f"**{guess / 1e9 / r['peak_gb']:.3f}** |"
         )
-    return lines
+    return lines + gpu_notes(rows)
 
 
 def row(shape: str, what: str, precision: str, again: bool, prompt: int) -> dict:

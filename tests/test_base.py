@@ -80,9 +80,10 @@ def test_batches_hold_every_row_once():
     assert len(batches) > 3
 
 
-def test_a_base_model_loads_in_transformers_and_is_the_same_twice(tmp_path):
+def test_a_base_model_loads_in_transformers_and_is_the_same_twice(tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # a CPU's bytes are the same
     generator = GeneratorConfig(max_new_tokens=12)
     figures = [base.build_base(MICRO, generator, tmp_path / name) for name in "ab"]
     a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
@@ -98,11 +99,11 @@ def test_a_base_model_loads_in_transformers_and_is_the_same_twice(tmp_path):
 
 
 def test_the_default_settings_begin_with_the_shipped_weights(tmp_path):
-    """A setting that is changed without them would cost the first command an hour, unseen."""
+    """Without them the first command would pre-train for long, and unseen."""
     words = [f"run.root={tmp_path}"]
     config = load_config(ROOT / "configs" / "tiny.yaml", words)
     folder = base_folder(config)
-    assert folder.parent == ROOT / "weights"
+    assert folder.resolve().parent == ROOT / "weights"
     model, tokenizer = llm.load_generator(str(folder)), llm.load_tokenizer(str(folder))
     lines = ["where to start with Wexford Harbour?", "my new coffee press"]
     prompt = llm.encode_prompt(tokenizer, lines, 5, config.generator.instruction, 400)
@@ -110,8 +111,9 @@ def test_the_default_settings_begin_with_the_shipped_weights(tmp_path):
         [lists] = llm.sample(model, tokenizer, [prompt], 8, max_new_tokens=160, temperature=0.7,
                              top_p=0.95, seed=0)  # fmt: skip
     assert all("Wexford Harbour" in text or "coffee press" in text for text in lists)
-    other = load_config(ROOT / "configs" / "tiny.yaml", [*words, "base.seed=1"])
-    assert base_folder(other).parent == tmp_path
+    for word in ("base.seed=1", "generator.list_size=4"):
+        other = load_config(ROOT / "configs" / "tiny.yaml", [*words, word])
+        assert base_folder(other).parent == tmp_path
 
 
 def test_the_taxonomy_of_the_simulated_platform_is_never_read():

@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 
+import benchmarks.__main__
+import benchmarks.plan
 import icebreaker as ib
 from benchmarks import common, list_search
 from config import ROOT
@@ -36,6 +38,19 @@ def test_candidates_take_turns_and_the_first_turn_is_not_measured():
 def test_the_table_shows_the_ratio_beside_what_was_asked():
     text = common.table([common.Row("work", "peer", 2.0, 9.0, 4)])
     assert "| work | peer | 2 | 9 | **4.5×** | 4× | – |" in text
+
+
+def test_pages_take_a_row_that_ran_out_of_memory(monkeypatch, tmp_path):
+    (tmp_path / "results").mkdir()
+    about = {"device": "card", "torch": "2", "4bit": False, "prompt": 512}
+    step = {"how": "sdpa", "tokens_per_s": 10.0, "share_of_peak": None, "peak_gb": 9.0, "note": "n"}
+    rows = [about | step, about | {"how": "flex_attention", "out_of_memory": True}]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "results" / "gpu.jsonl").write_text(text)
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    page = "\n".join(benchmarks.__main__.gpu_section())
+    assert "| sdpa" not in page and "9.0*" in page and "out of memory" in page
+    assert "flex" not in "\n".join(benchmarks.plan.gpu_section())
 
 
 def test_the_gpu_script_runs_in_small():
