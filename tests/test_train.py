@@ -243,7 +243,9 @@ def test_llm_roles_and_an_endpoint_that_fail_now_and_then(finished, qwen, tmp_pa
     kinds = {"server error", "rate limit", "unreadable", "empty"}
     failed = [sum(x["calls"].get(kind, 0) for kind in kinds) for x in (made, match)]
     assert made["still"] >= failed[0] > 0  # equal sessions are asked about once
-    assert match["unknown"] > 0 and kinds & match["calls"].keys() and kinds & sit["calls"].keys()
+    assert match["unknown"] > 0 and kinds & match["calls"].keys()
+    answered = sit["calls"].pop("answered")  # of so few calls none may fail
+    assert sit["calls"].pop("asked") - answered == sum(sit["calls"].values())
     assert sum(len(u.sessions) for u in p.users.values()) == sum(
         len(row["sessions"]) for row in rows
     ) - made["still"]
