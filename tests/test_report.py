@@ -1,4 +1,4 @@
-"""Claims by hand, the report of made-up values, and cold-start lists."""
+"""The report of made-up values, tasks side by side, and lists chosen when serving."""
 
 import json
 import multiprocessing
@@ -53,19 +53,6 @@ def seed_values(number: int, lift: float = 0.5, users: int = 30) -> dict:
         "cases": [{"percentile": 50, "lift": 0.0, "summaries": ["<b>&*"], "interests": ["x"],
                    "starters": {"SFT": ["y"]}}],
     }  # fmt: skip
-
-
-def test_a_verdict_is_where_the_interval_lies():
-    seeds = [seed_values(2), seed_values(3)]  # one pair of equals in twenty is not undecided
-    claim = claims.Claim("1", "", "utility", "IceBreaker", "SFT", "")
-    value, low, high = claims.bootstrap(claims.paired(seeds, claim))
-    assert value == pytest.approx(0.5, abs=0.05) and low < value < high and low > 0.4
-    verdicts = {row["text"]: row["verdict"] for row in claims.judged(seeds, ["1", "9"])}
-    assert verdicts["IceBreaker has more utility than SFT"] == "holds"
-    assert verdicts["diversity-only negatives have more words"] == "does not hold"
-    assert verdicts["vanilla DPO raises utility over SFT"] == "undecided"
-    same = [np.array([1.0, 1.0, 1.0])] * 2
-    assert claims.bootstrap(same) == (1.0, 1.0, 1.0)
 
 
 def test_an_interval_over_seeds_is_students():
