@@ -466,7 +466,7 @@ def main() -> None:
     parser.add_argument("--config", default=str(ROOT / "configs" / "tiny.yaml"))
     parser.add_argument("--runs", nargs="+", type=Path, help="finished run folders, side by side")
     parser.add_argument("--reproduce", nargs="+", metavar="TABLE", help="1 2 3 6 7 8 9 figure3 "
-                        "beyond beta, or all")  # fmt: skip
+                        "serving beyond beta, or all")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of --reproduce")
     parser.add_argument("--first-seed", type=int, default=0, help="100 and above: to choose "
                         "settings on; the report goes to runs/tuning")  # fmt: skip

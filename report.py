@@ -45,13 +45,16 @@ TABLES = {  # table -> (title, methods, the paper's R-User, R-Score, lexical and
         "joint negatives only": "+0.72 | +0.20 | 21.3 | 4.59",
         "IceBreaker": "+0.84 | +0.35 | 28.83 | 5.28",
     }),
-    "beyond": ("Beyond the paper: lambda, choosing when serving, rounds", dict.fromkeys([
-        "IceBreaker", "lambda 0.5", "lambda 1.0",
+    "serving": ("Beyond the paper: choosing when serving, and few sessions", dict.fromkeys([
+        "IceBreaker",
         *(f"{m}{x}" for m in ("SFT", "IceBreaker") for x in (
             ", list search of 1", ", list search of 2", ", list search of 4", ", list search",
             ", list search, beam 1", ", highest utility", ", MMR", ", DPP")),
-        "early", "middle", "latest", "round 4", "round 5",
         "IceBreaker, 1 session", "IceBreaker, 2 sessions", "popular starters",
+    ])),
+    "beyond": ("Beyond the paper: lambda and more rounds", dict.fromkeys([
+        "IceBreaker", "lambda 0.5", "lambda 1.0",
+        "early", "middle", "latest", "round 4", "round 5",
     ])),
     "beta": ("Beyond the paper: beta and the reference of DPO", dict.fromkeys([
         "beta 0.03", "IceBreaker", "beta 0.3", "reference SIT",

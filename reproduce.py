@@ -60,7 +60,7 @@ VARIANTS = {  # name -> settings that differ from the seed's main run
     **{f"beta {x}": [f"dpo.beta={x}"] for x in (0.03, 0.3)},
     "reference SIT": ["dpo.reference=sit"],
 }
-TABLES = ("1", "2", "3", "6", "7", "8", "9", "figure3", "beyond", "beta")
+TABLES = ("1", "2", "3", "6", "7", "8", "9", "figure3", "serving", "beyond", "beta")
 NEEDS = {  # table -> variants
     "8": ["SIT with own lists", "PMA without teacher"],
     "9": [f"{kind} negatives only" for kind in SINGLE],
