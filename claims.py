@@ -139,8 +139,9 @@ CLAIMS = [
 ]
 # Why a claim does not hold here, as far as we know; text of the claim -> reason.
 _RETRIEVED = (
-    "the tapped lists are retrieved ones, far from what the policy writes: their log-probability "
-    "rises by some 28 nats (training curves), while its own lists hardly change"
+    "the tapped lists are retrieved ones, far from what the policy writes: learning them probably "
+    "costs it the copying of names, and fewer of its starters are about something known (below "
+    "table 1)"
 )
 _DEPLOYED = (
     "the teacher's lists, from the same interests, do (table 2): probably because the small "
@@ -160,8 +161,7 @@ _FORMS = (
     "tap hangs on that: its further taps come from forms of question, not from better subjects"
 )
 _WIDE = (
-    "probably because dpo.weight leaves most of the weight to diversity: with more of it on "
-    "utility, words become fewer (lambda 1.0 in table beyond)"
+    "probably because dpo.weight leaves most of the weight to diversity"
 )
 WHY: dict[str, str] = {
     "RID narrows the words of prompted lists": _FEW,
@@ -185,7 +185,7 @@ WHY: dict[str, str] = {
     "vanilla DPO collapses the words": _RETRIEVED,
     "vanilla DPO collapses the topics": _RETRIEVED,
     "vanilla DPO lifts CTR over SFT": _RETRIEVED,
-    "IceBreaker has more topics than vanilla DPO": "vanilla DPO does not collapse",
+    "IceBreaker has more topics than vanilla DPO": _RETRIEVED + "; garbled ones differ in topic",
     "IceBreaker lifts CTR over the deployed retrieval": _DEPLOYED,
     "IceBreaker lifts CSR over the deployed retrieval": _DEPLOYED,
     "SFT lifts CTR over the deployed retrieval": _DEPLOYED,
@@ -194,6 +194,9 @@ WHY: dict[str, str] = {
     "PMA with the teacher's starters has more words": _CLOSE,
     "utility-only negatives have the most utility": _LAMBDA,
     "utility-only negatives cost words": _LAMBDA,
+    "utility-only negatives cost topics": _LAMBDA,
+    "rule-based distillation has more utility than none": "the rule's interests resonate hardly "
+    "more than the whole history (table 6)",
     "joint-failure negatives alone have less utility": _LAMBDA,
     "joint-failure negatives alone have fewer words": _LAMBDA,
 }
