@@ -29,6 +29,7 @@ from config import (
     Config,
     UserError,
     digest,
+    file_digest,
     gather,
     processes,
     read_json,
@@ -632,15 +633,7 @@ def improve(
     checkpoint is chosen; earlier: pairs that join the new ones.
     """
     settings = p.config.dpo
-    # With their repeats, which the search avoids: such a list is a natural diversity negative.
-    sampled = p.write_lists(
-        adapter,
-        [s.interests for s in states],
-        settings.samples,
-        p.seed("dpo", number),
-        model,
-        repeats=True,
-    )
+    sampled = own_lists(p, number, model, adapter, states)
     taught = teacher_lists(p, states, settings.teacher_lists, f"round {number}")
     lists = [x + y for x, y in zip(sampled, taught, strict=True)]
     found, counts = mine_round(p, ranker, share(states), share(lists))
@@ -662,6 +655,26 @@ def improve(
 
     made = align(p, model, earlier + new, f"round {number}", held_out if valid else None)
     return {"before": list_quality(p, ranker, states, sampled), **counts, **made}, new
+
+
+def own_lists(
+    p: Pipeline, number: int | str, model, adapter: Path, states: list[State]
+) -> list[list[list[str]]]:
+    """dpo.samples lists of the policy for each state: the candidates of a round.
+
+    With their repeats, which the search avoids: such a list is a natural diversity negative. They
+    stay in sampled.json beside the adapter, for a killed round and for runs that start as a copy.
+    """
+    inputs, n, seed = [s.interests for s in states], p.config.dpo.samples, p.seed("dpo", number)
+    weights = file_digest(adapter / "adapter_model.safetensors")
+    key = digest(p.model_path, weights, p.config.generator, inputs, n, seed)
+    path = adapter.parent / "sampled.json"
+    if path.is_file() and (kept := read_json(path))["key"] == key:
+        return kept["lists"]
+    lists = p.write_lists(adapter, inputs, n, seed, model, repeats=True)
+    if processes()[0] == 0 and not p.config.generator.endpoint:  # what that answered is kept anyway
+        write_json(path, {"key": key, "lists": lists})
+    return lists
 
 
 def click_pairs(p: Pipeline) -> list[dict]:

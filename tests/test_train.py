@@ -54,7 +54,10 @@ def test_a_killed_run_resumes_to_the_same_bytes_and_never_reads_the_truth(
     with pytest.raises(KeyboardInterrupt):
         train.run_stages(config, ["dpo"])
     monkeypatch.undo()
+    sampled = tmp_path / "tiny" / "dpo" / "round1" / "sampled.json"  # by round 1's policy
+    written = sampled.stat().st_mtime_ns
     train.run_stages(config, ["dpo"])
+    assert sampled.stat().st_mtime_ns == written  # the killed round's lists were not drawn again
     (tmp_path / "aside").rename(truth)
     train.run_stages(config, ["eval", "merge"])
     expected = artifacts(finished)
