@@ -108,7 +108,8 @@ def simulate(
     """Days 1..settings.days after the log. lists: arm -> user -> lists; activity: sessions per day.
 
     Returns {"days", "split", "copies", "seed", "arms": {arm: {"users": {user: COUNTS, sums over the
-    days, means over the copies}, "by_day": {count: mean over the arm's users, a day each}}}}.
+    days, means over the copies}, "by_day": {count: mean over the arm's users, a day each},
+    "cumulative": {"ctr", "ctr_error", "sessions", "sessions_error": up to each day}}}}.
     Raises ValueError where arms cover different users, or a user has no activity.
     """
     users = sorted(next(iter(lists.values()), {}), key=lambda u: zlib.crc32(u.encode()))
@@ -153,7 +154,20 @@ def _summary(rows: dict[str, np.ndarray], days: int) -> dict:
     return {
         "users": {user: dict(zip(COUNTS, x, strict=True)) for user, x in sums.items()},
         "by_day": dict(zip(COUNTS, means.tolist(), strict=True)),
+        "cumulative": _cumulative(np.array([*rows.values()])) if rows else {},
     }
+
+
+def _cumulative(lives: np.ndarray) -> dict[str, list[float]]:
+    """(U, days, COUNTS) -> CTR and sessions a user up to each day, with their standard errors over
+    users (of the CTR by the delta method)."""
+    _, _, sessions, taps, shown = np.moveaxis(lives.cumsum(1), 2, 0)  # (U, days) each
+    ctr = taps.sum(0) / np.maximum(shown.sum(0), 1e-9)
+    effects = (taps - ctr * shown) / np.maximum(shown.mean(0), 1e-9)
+    made = {"ctr": ctr, "sessions": sessions.mean(0)}
+    for name, x in (("ctr", effects), ("sessions", sessions)):
+        made[f"{name}_error"] = x.std(0) / len(lives) ** 0.5
+    return {name: x.tolist() for name, x in made.items()}
 
 
 # ------------------------------------------------------------------------------ metrics and lifts

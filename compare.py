@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ import rid
 import world
 from config import read_json
 from pipeline import Pipeline, utilities
+
+SWEEP = (0.1, 0.5)  # lambdas of choosing when serving, beside dpo.weight
 
 
 def interests_of(p: Pipeline, user: str, kind: str) -> list[str]:
@@ -54,12 +57,16 @@ def pool_of(lists: list[list[str]]) -> list[str]:
     return sorted({y.casefold(): y for x in lists for y in x}.values())
 
 
-def searched(p: Pipeline, lists: dict[str, list[list[str]]], beam: int = 0) -> evaluation.Lists:
+def searched(
+    p: Pipeline, lists: dict[str, list[list[str]]], **settings
+) -> dict[str, list[list[str]]]:
     """ab.lists full lists of each user: the list search's best of all starters that were written
-    (by the training ranker), the best of the rest, and so on, as the server orders them."""
+    (by the training ranker), the best of the rest, and so on, as the server orders them.
+
+    settings: of config.dpo, such as beam and weight, where they differ from the run's.
+    """
     pools, n, k = [*map(pool_of, lists.values())], p.config.ab.lists, p.config.generator.list_size
-    dpo = p.config.dpo
-    config = dataclasses.replace(p.config, dpo=dataclasses.replace(dpo, beam=beam or dpo.beam))
+    config = dataclasses.replace(p.config, dpo=dataclasses.replace(p.config.dpo, **settings))
     states = [p.states[u][-1] for u in lists]
     orders = isg.in_lists(config, *isg.score_pools(p, p.ranker("train"), states, pools), lists=n)
     made = {}
@@ -70,15 +77,22 @@ def searched(p: Pipeline, lists: dict[str, list[list[str]]], beam: int = 0) -> e
 
 
 def reranked(p: Pipeline, method: str, lists: dict[str, list[list[str]]]) -> evaluation.Lists:
-    """One list of each user, chosen when serving from a method's own, by the training ranker."""
+    """One list of each user, chosen when serving from a method's own, by the training ranker.
+
+    With dpo.weight as lambda, or with one of SWEEP; with 1 all would choose the highest utility.
+    """
     from pyversity import Strategy, diversify
 
     def first(lists, **settings) -> dict[str, list[list[str]]]:
         return {u: rows[:1] or [[]] for u, rows in searched(p, lists, **settings).items()}
 
-    ranker, k, weight = p.ranker("train"), p.config.generator.list_size, p.config.dpo.weight
-    made: evaluation.Lists = {f"{method}, list search": first(lists)}
+    ranker, k = p.ranker("train"), p.config.generator.list_size
+    weights = {"": p.config.dpo.weight} | {f", lambda {x}": x for x in SWEEP}
+    made: evaluation.Lists = {
+        f"{method}, list search{end}": first(lists, weight=x) for end, x in weights.items()
+    }
     made[f"{method}, list search, beam 1"] = first(lists, beam=1)
+    made[f"{method}, list search, all tried"] = first(lists, expand=1000)  # at each slot
     for n in (1, 2, 4):
         some = {u: own[:n] for u, own in lists.items()}
         made[f"{method}, list search of {n}"] = first(some)
@@ -87,14 +101,39 @@ def reranked(p: Pipeline, method: str, lists: dict[str, list[list[str]]]) -> eva
         vectors = p.encoder(pool)
         utility = utilities(ranker, p.states[user][-1], vectors) if pool else torch.zeros(0)
         found = {"highest utility": utility.topk(min(k, len(pool))).indices.tolist()}
-        for kind in (Strategy.MMR, Strategy.DPP):
-            found[kind.name] = [*range(len(pool))]
+        for kind, (end, x) in product((Strategy.MMR, Strategy.DPP), weights.items()):
+            found[name := kind.name + end] = [*range(len(pool))]
             if len(pool) > k:
                 scaled = ib.min_max(utility[None])[0].numpy()
-                chosen = diversify(vectors.numpy(), scaled, k, kind, diversity=1 - weight)
-                found[kind.name] = chosen.indices.tolist()
+                chosen = diversify(vectors.numpy(), scaled, k, kind, diversity=1 - x)
+                found[name] = chosen.indices.tolist()
         for name, indices in found.items():
             made.setdefault(f"{method}, {name}", {})[user] = [[pool[i] for i in indices]]
+    return made
+
+
+def search_values(
+    p: Pipeline, lists: dict[str, list[list[str]]], chosen: evaluation.Lists
+) -> dict[str, dict[str, float]]:
+    """method -> user -> lambda U + (1 - lambda) D of the list chosen: what list search makes large.
+
+    lists: all that were written for a user, within which utilities are min-max scaled.
+    """
+    ranker, weight, made = p.ranker("train"), p.config.dpo.weight, {m: {} for m in chosen}
+    for user, own in lists.items():
+        def utility(starters: list[str], user=user) -> torch.Tensor:
+            return utilities(ranker, p.states[user][-1], p.encoder(starters))
+
+        pool = utility(pool_of(own)) if pool_of(own) else torch.zeros(1)
+        low, width = pool.min(), (pool.max() - pool.min()).clamp_min(1e-9)
+        for method, rows in chosen.items():
+            starters, value = rows[user][0], 0.0
+            if starters:
+                vectors = p.encoder(starters)
+                value = weight * float(((utility(starters) - low) / width).mean())
+                if len(starters) > 1:
+                    value += (1 - weight) * float(ib.list_diversity(vectors @ vectors.T))
+            made[method][user] = value
     return made
 
 
@@ -229,6 +268,13 @@ def matcher_quality(p: Pipeline, truth: world.Truth, users: list[str]) -> dict[s
     return {
         "precision": tp / max(1, tp + counts["fp"]), "recall": tp / max(1, tp + counts["fn"])
     }
+
+
+def classifier_accuracy(truth: world.Truth, classifier, texts: list[str]) -> float:
+    """Share of the texts about something known to whose topic the classifier gives its category."""
+    real = {text: category for text in texts if (category := truth.category(text))}
+    guessed = classifier.categories([*real])
+    return float(np.mean([a == b for a, b in zip(guessed, real.values(), strict=True)]))
 
 
 def cases(p: Pipeline, values, lists, users: list[str]) -> list[dict]:

@@ -569,7 +569,8 @@ def environment(config: Config) -> dict:
         tokenizers omegaconf pydantic""".split()
     data = [path for path in (config.data.users, config.data.impressions) if path]
     try:
-        commit, dirty = git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+        commit = git("rev-parse", "HEAD")
+        dirty = bool(git("status", "--porcelain", "--", ".", ":!results"))
     except OSError:  # no git on this machine
         commit, dirty = None, None
     return {

@@ -46,7 +46,7 @@ LEGEND = """\
   **Words**: distinct words per list, whatever their weight, but no stop words. **Semantic**:
   distinct topic categories per list by a trained classifier. **Dissimilarity**: mean pairwise
   1 - cosine within a list.
-- **Starters**: mean number left of a list after the filters. Brackets: 95 % bootstrap."""
+- **Starters**: mean number left of a list after the filters."""
 
 
 def r_user(scores: dict[str, float], baseline: dict[str, float]) -> float:
@@ -277,6 +277,8 @@ def table_markdown(result: dict) -> str:
         "",
         LEGEND,
         "",
+        "Brackets: 95 % bootstrap over users.",
+        "",
         "The paper's Table 1 (Qwen2.5-7B, its own platform and ranker):",
         "",
         "| Method | R-User | R-Score | Lexical | Semantic |",
@@ -286,37 +288,18 @@ def table_markdown(result: dict) -> str:
 
 
 def plot_frontier(result: dict, path: str | Path) -> None:
-    """Utility against lexical diversity, one labelled point a method with 95 % bars."""
-    import matplotlib
+    """Utility against lexical diversity, one named point a method with 95 % bars."""
+    import figures
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    colours = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00")
-    figure, axes = plt.subplots(figsize=(8, 5), dpi=100)
-    for colour, (method, row) in zip(colours, result["methods"].items(), strict=False):
-        x, (low, high) = row.get("r_score", 0.0), row.get("r_score_interval", (0.0, 0.0))
-        y, (bottom, top) = row["lexical"], row["lexical_interval"]
-        axes.errorbar(
-            x,
-            y,
-            [[y - bottom], [top - y]],
-            [[x - low], [high - x]],
-            fmt="o",
-            ms=8,
-            color=colour,
-            capsize=3,
-        )
-        axes.annotate(method, (x, y), (8, 8), textcoords="offset points", color=colour, fontsize=12)
-    axes.set_xlabel("utility: R-Score against PE (held-out ranker)", fontsize=12)
-    axes.set_ylabel("distinct keywords per list", fontsize=12)
-    axes.set_title("Utility against diversity: better is up and to the right", fontsize=12)
-    axes.margins(0.15)
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
-    plt.close(figure)
+    points = {
+        method: {
+            "x": row.get("r_score", 0.0), "x_interval": row.get("r_score_interval"),
+            "y": row["lexical"], "y_interval": row["lexical_interval"],
+        }
+        for method, row in result["methods"].items()
+    }  # fmt: skip
+    figures.frontier(points, path, xlabel="utility: R-Score against PE (held-out ranker)",
+                     ylabel="distinct keywords per list")  # fmt: skip
 
 
 def escape(text: str) -> str:

@@ -29,9 +29,9 @@ from matplotlib.ticker import MaxNLocator
 from config import atomic_path
 
 # Okabe and Ito; their yellow is too pale for a line, their black too dark under a number.
-COLOURS = "#0072B2 #D55E00 #009E73 #E69F00 #CC79A7 #56B4E9 #000000".split()
+COLOURS = "#0072B2 #D55E00 #009E73 #E69F00 #CC79A7 #56B4E9 #000000 #999999".split()
 RING_COLOURS, GREY = [*COLOURS[:6], "#F0E442"], "#BBBBBB"
-MARKERS, HATCHES = "osD^vPX*", ("", "///", "...")
+MARKERS, HATCHES = "osD^vPX*<", ("", "///", "...")
 DASHES = ["-", "--", "-.", ":", (0, (6, 1)), (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1))]
 OTHERS, LEAST = "Others", 0.04  # topics with a smaller share are pooled
 CHINESE_FONTS = ["Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "PingFang SC",
@@ -103,8 +103,8 @@ def _handles(axes) -> dict:
 
 
 def _key(i: int) -> dict:
-    """How line i looks; marker and colour repeat together only after 56."""
-    return {"color": COLOURS[i % 7], "marker": MARKERS[i % 8], "linestyle": DASHES[i % 7]}
+    """How line i looks; marker and colour repeat together only after 72."""
+    return {"color": COLOURS[i % 8], "marker": MARKERS[i % 9], "linestyle": DASHES[i % 7]}
 
 
 def _bars(value: float, interval) -> np.ndarray | None:
@@ -195,7 +195,9 @@ def frontier(points: dict[str, dict], path, lines: dict[str, list[str]] | None =
              title: str = "Utility against diversity, 95 % bars: better is up and to the right",
              ) -> None:
     """name -> {"x", "x_interval", "y", "y_interval"} as named points with 95 % bars; `lines` joins
-    the named points of each label (a sweep of lambda) in order."""
+    the points of each label (a sweep of lambda) in order. A point's "label", if it has one, is
+    written for its name; an empty one is not.
+    """
     lines = lines or {}
     place = {name: (p["x"], p["y"]) for name, p in points.items()}
     alone = [name for name in points if name not in itertools.chain(*lines.values())]
@@ -214,8 +216,9 @@ def frontier(points: dict[str, dict], path, lines: dict[str, list[str]] | None =
             _legend(figure, _handles([ax]))
         figure.draw_without_rendering()  # the layout is final now: names can be placed in pixels
         boxes = _drawn_boxes(ax.transData.transform, points, lines)
-        for name in points:
-            _name_point(ax, readable(name, 24), place[name], boxes, key[name]["color"])
+        for name, p in points.items():
+            if label := p.get("label", name):
+                _name_point(ax, readable(label, 24), place[name], boxes, key[name]["color"])
 
 
 def _drawn_boxes(pixel, points: dict[str, dict], lines: dict[str, list[str]]) -> list[tuple]:

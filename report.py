@@ -1,6 +1,7 @@
 """Tables and pictures of a reproduction, from the values of its seeds (reproduce.py).
 
-A cell is the mean over seeds ± the half-width of its 95 % interval over seeds (Student's t).
+A cell is the mean over seeds ± the half-width of its 95 % interval over seeds (Student's t). The
+paper's figures are of Qwen2.5-7B in table 1, and in the others as of its Doubao model.
 """
 
 from __future__ import annotations
@@ -11,55 +12,53 @@ import numpy as np
 
 import ab
 import figures
-from claims import Claim, Seeds, bootstrap, claims_page, judged, paired
+from claims import Seeds, bootstrap, claims_page, judged, paired, values_of
 from config import atomic_path, write_json
-from eval import COLUMNS, LEGEND, escape
+from eval import COLUMNS, LEGEND, PAPER, escape
 
+ROUNDS = ["early", "middle", "IceBreaker", "round 4", "round 5"]
+CHOICES = [f"{kind}{end}" for kind in ("list search", "MMR", "DPP")
+           for end in (", lambda 0.1", "", ", lambda 0.5")]  # fmt: skip
 TABLES = {  # table -> (title, methods, the paper's R-User, R-Score, lexical and semantic of each)
-    "1": ("Table 1: methods", {
-        "PE": "– | – | 29.03 | 6.11",
-        "PE+RID": "+0.69 | +0.32 | 24.12 | 4.99",
-        "SFT": "+0.73 | +0.39 | 26.46 | 5.17",
-        "SFT+DPO": "+0.75 | +0.42 | 13.75 | 2.64",
-        "IceBreaker": "+0.82 | +0.74 | 27.74 | 5.01",
-        "teacher": None, "random starters": None, "deployed retrieval": None, "oracle": None,
+    "1": ("Table 1: methods", PAPER | dict.fromkeys(
+        ["teacher", "random starters", "deployed retrieval", "oracle"])),
+    "6": ("Table 6: which interests the aligned generator is given, against no distillation", {
+        "non-distillation": ("–", "–", "29.45", "6.23"),
+        "rule-based": ("+0.70", "+0.35", "25.98", "4.87"),
+        "IceBreaker": ("+0.78", "+0.58", "28.83", "5.28"),
     }),
-    "6": ("Table 6: which interests the aligned generator is given", {
-        "non-distillation": "– | – | 29.45 | 6.23",
-        "rule-based": "+0.70 | +0.35 | 25.98 | 4.87",
-        "IceBreaker": "+0.78 | +0.58 | 28.83 | 5.28",
-    }),
-    "7": ("Table 7: rounds on later slices of the log, judged by the latest ranker", {
-        "early": "+0.79 | +0.40 | 30.76 | 6.25",
-        "middle": "+0.85 | +0.70 | 30.82 | 6.14",
-        "latest": "+0.89 | +0.80 | 28.83 | 5.28",
+    "7": ("Table 7: after a first round on the early slice of the log, a second on the middle one, "
+          "a third on the latest; one ranker, of the whole log", {
+        "early": ("+0.79", "+0.40", "30.76", "6.25"),
+        "middle": ("+0.85", "+0.70", "30.82", "6.14"),
+        "IceBreaker": ("+0.89", "+0.80", "28.83", "5.28"),
     }),
     "8": ("Table 8: training data", {
-        "IceBreaker": "+0.89 | +0.80 | 28.83 | 5.28",
-        "SIT with own lists": "+0.83 | +0.32 | 19.6 | 4.79",
-        "PMA without teacher": "+0.85 | +0.34 | 16.12 | 3.20",
+        "IceBreaker": ("+0.89", "+0.80", "28.83", "5.28"),
+        "SIT with own lists": ("+0.83", "+0.32", "19.6", "4.79"),
+        "PMA without teacher": ("+0.85", "+0.34", "16.12", "3.20"),
     }),
     "9": ("Table 9: negatives", {
-        "utility negatives only": "+0.85 | +0.36 | 15.18 | 2.94",
-        "diversity negatives only": "+0.58 | +0.08 | 33.34 | 6.50",
-        "joint negatives only": "+0.72 | +0.20 | 21.3 | 4.59",
-        "IceBreaker": "+0.84 | +0.35 | 28.83 | 5.28",
+        "utility negatives only": ("+0.85", "+0.36", "15.18", "2.94"),
+        "diversity negatives only": ("+0.58", "+0.08", "33.34", "6.50"),
+        "joint negatives only": ("+0.72", "+0.20", "21.3", "4.59"),
+        "IceBreaker": ("+0.84", "+0.35", "28.83", "5.28"),
     }),
     "serving": ("Beyond the paper: choosing when serving, and few sessions", dict.fromkeys([
         "IceBreaker",
-        *(f"{m}{x}" for m in ("SFT", "IceBreaker") for x in (
-            ", list search of 1", ", list search of 2", ", list search of 4", ", list search",
-            ", list search, beam 1", ", highest utility", ", MMR", ", DPP")),
+        *(f"{m}, {x}" for m in ("SFT", "IceBreaker") for x in (
+            "list search of 1", "list search of 2", "list search of 4", "list search, beam 1",
+            "list search, all tried", *CHOICES, "highest utility")),
         "IceBreaker, 1 session", "IceBreaker, 2 sessions", "popular starters",
     ])),
     "beyond": ("Beyond the paper: lambda and more rounds", dict.fromkeys([
-        "IceBreaker", "lambda 0.5", "lambda 1.0",
-        "early", "middle", "latest", "round 4", "round 5",
+        "IceBreaker", "lambda 0.5", "lambda 1.0", "early", "middle", "round 4", "round 5",
     ])),
     "beta": ("Beyond the paper: beta and the reference of DPO", dict.fromkeys([
         "beta 0.03", "IceBreaker", "beta 0.3", "reference SIT",
     ])),
 }
+AGAINST = {"6": "non-distillation"}  # table -> with what R-User and R-Score compare, where not PE
 
 
 MORE_METRICS = """\
@@ -69,25 +68,17 @@ MORE_METRICS = """\
 - **Known**: share of starters about a topic of the world. **Resonance**: the hidden interest, 0 to
   1, in what a text speaks about; 0 where it is not known. **Chores**: share of
   functional topics among texts whose topic is known. **Wins**: share of the judge's pairwise
-  comparisons with the rule-based interests.
+  comparisons with the rule-based interests. The offline judge counts chores by the list of words
+  that keeps them out of RID's labels: read the resonance beside it.
 """
 
 
 # --------------------------------------------------------------------------------------- statistics
 
 
-def per_seed(seeds: Seeds, method: str, metric: str) -> list[np.ndarray]:
-    """Values of the users of each seed; r_user and r_score are against PE."""
-    rows = []
-    for seed in seeds:
-        values = seed["values"]
-        if metric in ("r_user", "r_score"):
-            own, base = values[method]["utility"], values["PE"]["utility"]
-            gap = np.array([own[u] - base[u] for u in base])
-            rows.append(gap if metric == "r_score" else (gap > 0) + 0.5 * (gap == 0))
-        else:
-            rows.append(np.array(list(values[method][metric].values())))
-    return rows
+def per_seed(seeds: Seeds, method: str, metric: str, base: str = "PE") -> list[np.ndarray]:
+    """Values of the users of each seed; r_user and r_score are against `base`."""
+    return [np.array([*values_of(s, method, metric, base).values()]) for s in seeds]
 
 
 def over_seeds(rows: list[np.ndarray]) -> tuple[float, float]:
@@ -104,20 +95,21 @@ def over_seeds(rows: list[np.ndarray]) -> tuple[float, float]:
 
 def table(seeds: Seeds, name: str) -> str:
     """One table as markdown; methods that were not trained are left out."""
-    title, methods = TABLES[name]
-    lines = [f"## {title}", "", "| Method | " + " | ".join(t for t, _, _ in COLUMNS) + " | paper |"]
-    lines.append("|---" * (len(COLUMNS) + 2) + "|")
+    (title, methods), base = TABLES[name], AGAINST.get(name, "PE")
+    columns = [*(title for title, _, _ in COLUMNS), "paper: R-User, R-Score, lexical, semantic"]
+    lines = [f"## {title}", "", "| Method | " + " | ".join(columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
     for method, paper in methods.items():
         if any(method not in seed["values"] for seed in seeds):
             continue
         cells = []
         for _, metric, form in COLUMNS:
-            mean, half = over_seeds(per_seed(seeds, method, metric))
-            none = method == "PE" and metric in ("r_user", "r_score")
+            mean, half = over_seeds(per_seed(seeds, method, metric, base))
+            none = method == base and metric in ("r_user", "r_score")
             spread = "" if np.isnan(half) else f" ± {format(half, form.lstrip('+'))}"
             cells.append("–" if none else format(mean, form) + spread)
-        text = paper.replace(" | ", " ") if paper else "–"
-        lines.append(f"| {method} | " + " | ".join(cells) + f" | {text} |")
+        cells.append(", ".join(paper) if paper else "–")
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -142,25 +134,35 @@ def measured(seeds: Seeds) -> str:
     def cell(values) -> str:
         return f"{np.mean(values):.3f} ({', '.join(f'{v:.3f}' for v in values)})"
 
+    basis = [s["basis"] for s in seeds]
+
+    def share(metric: str) -> list[float]:
+        own, sft = (per_seed(seeds, method, metric) for method in ("IceBreaker", "SFT"))
+        return [x.mean() / y.mean() for x, y in zip(own, sft, strict=True)]
+
     rows = {
-        "RID, AUC of revisits on unseen users": [s["rid"]["auc"] for s in seeds],
-        "... token frequency": [s["rid"]["auc_frequency"] for s in seeds],
-        "... recency": [s["rid"]["auc_recency"] for s in seeds],
-        "matcher's precision against hidden subjects": [s["matcher"]["precision"] for s in seeds],
-        "matcher's recall": [s["matcher"]["recall"] for s in seeds],
-        "topic classifier's accuracy on names left out": [s["classifier"] for s in seeds],
+        "RID, AUC of revisits on unseen users": [x["rid"]["auc"] for x in basis],
+        "... token frequency": [x["rid"]["auc_frequency"] for x in basis],
+        "... recency": [x["rid"]["auc_recency"] for x in basis],
+        **{
+            f"{name} ranker, AUC with slot controlled": [
+                x["ranker"][name]["auc_slot_controlled"] for x in basis
+            ]
+            for name in ("train", "judge")
+        },
+        "matcher's precision against hidden subjects": [x["matcher"]["precision"] for x in basis],
+        "matcher's recall": [x["matcher"]["recall"] for x in basis],
+        "topic classifier's accuracy on names left out": [x["classifier"] for x in basis],
+        "... on IceBreaker's starters, by the hidden truth": [
+            x["classifier_on_starters"] for x in basis
+        ],
         "users to whom the gate gave more than rid.min_keep interests": [
-            s["above_least"] for s in seeds
+            x["above_least"] for x in basis
         ],
-        "IceBreaker's share of SFT's keywords, weighed by table 1's lists": [
-            np.divide(*(x[0].mean() for x in (per_seed([s], m, "lexical_compared")
-                                              for m in ("IceBreaker", "SFT")))) for s in seeds
-        ],
-    } | {
-        f"{name} ranker, AUC with slot controlled": [
-            s["ranker"][name]["auc_slot_controlled"] for s in seeds
-        ]
-        for name in ("train", "judge")
+        "rounds of DPO of which the policy at their start stayed": [x["kept_start"] for x in basis],
+        "IceBreaker's share of SFT's keywords, weighed by table 1's lists": share(
+            "lexical_compared"
+        ),
     }
     lines = ["## What the figures rest on", "", "| | mean (each seed) |", "|---|---|"]
     lines += [f"| {name} | {cell(values)} |" for name, values in rows.items()]
@@ -203,18 +205,35 @@ def online_table(seeds: Seeds) -> str:
     return f"## Table 2: online, simulated\n\n{how}\n\n" + ab.table(ab.lifts(results))
 
 
+def value_table(seeds: Seeds) -> str:
+    """What beam, pool and chooser make of the objective of list search."""
+    lines = ["The value of the list chosen, lambda U + (1 - lambda) D with lambda = dpo.weight and "
+             "U scaled within all six lists of a user, of which the methods below choose:", "",
+             "| Method | SFT's lists | IceBreaker's lists |", "|---|---|---|"]  # fmt: skip
+    for choice in [m.removeprefix("SFT, ") for m in TABLES["serving"][1] if m.startswith("SFT, ")]:
+        cells = []
+        for method in ("SFT", "IceBreaker"):
+            mean, half = over_seeds(per_seed(seeds, f"{method}, {choice}", "value"))
+            cells.append(f"{mean:.3f}" + f" ± {half:.3f}" * (not np.isnan(half)))
+        lines.append(f"| {choice} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def daily(seeds: Seeds) -> dict[str, dict]:
-    """arm -> cumulative CTR and sessions per user by day, with their range over seeds."""
+    """arm -> cumulative CTR and sessions per user by day, means over seeds, with 95 % intervals
+    over users (normal; errors of the seeds are independent)."""
     made = {}
     for arm in seeds[0]["ab"]["arms"]:
-        days = [s["ab"]["arms"][arm]["by_day"] for s in seeds]
-        ctr = np.array([np.cumsum(d["taps"]) / np.maximum(np.cumsum(d["shown"]), 1e-9)
-                        for d in days])  # (seeds, days)  # fmt: skip
-        sessions = np.array([np.cumsum(d["sessions"]) for d in days])
-        made[arm] = {"day": [*range(1, ctr.shape[1] + 1)]}
-        for name, x in (("ctr", ctr), ("sessions", sessions)):
-            made[arm] |= {name: x.mean(0).tolist(), f"{name}_low": x.min(0).tolist(),
-                          f"{name}_high": x.max(0).tolist()}  # fmt: skip
+        days = [s["ab"]["arms"][arm]["cumulative"] for s in seeds]
+        if not all(days):  # it met nobody
+            continue
+        made[arm] = {"day": [*range(1, len(days[0]["ctr"]) + 1)]}
+        for name in ("ctr", "sessions"):
+            mean = np.mean([d[name] for d in days], axis=0)
+            half = 1.96 * np.sqrt(np.sum(np.square([d[f"{name}_error"] for d in days]), 0))
+            low, high = mean - half / len(days), mean + half / len(days)
+            made[arm] |= {name: mean.tolist(), f"{name}_low": low.tolist(),
+                          f"{name}_high": high.tolist()}  # fmt: skip
     return made
 
 
@@ -225,15 +244,25 @@ def pictures(seeds: Seeds, log: list[dict], folder: Path, wanted: list[str]) -> 
         return {"x": x[0], "x_interval": list(x[1:]), "y": y[0], "y_interval": list(y[1:])}
 
     have = {m for m in seeds[0]["values"] if all(m in s["values"] for s in seeds)}
-    figures.curves(log, folder / "training_curves.png")
+    figures.curves(log, folder / "training_curves.png", title="Training on the first seed "
+                   "(long ones: each step thin, a running mean thick)")
     names = ["training_curves.png"]
     shown = ["PE", "PE+RID", "SFT", "SFT+DPO", "IceBreaker"]
-    sweep = ["IceBreaker", "lambda 0.5", "lambda 1.0"]
-    serving = [f"SFT, {x}" for x in ("list search", "highest utility", "MMR", "DPP")]
-    lines = {"DPO, lambda 0.2, 0.5, 1": sweep} if {*sweep} <= have else {}
-    points = {m: point(m) for m in dict.fromkeys(shown + sweep * bool(lines) + serving)}
+    trained = {"IceBreaker": "", "lambda 0.5": "λ 0.5", "lambda 1.0": "λ 1"}
+    lines = {"DPO": [*trained]} if {*trained} <= have else {}
+    labels = trained if lines else {}
+    if "serving" in wanted:
+        for method, kind in (("SFT", "MMR"), ("SFT", "DPP"), ("SFT", "list search"),
+                             ("IceBreaker", "list search")):
+            own = [f"{method}, {kind}{end}" for end in (", lambda 0.1", "", ", lambda 0.5")]
+            lines[f"six lists of {method}, {kind}"] = [*own, f"{method}, highest utility"]
+            labels |= dict(zip(own, ("λ 0.1", "", ""), strict=True))
+            labels[f"{method}, highest utility"] = "λ 1"
+    labels |= {m: m for m in shown}
+    points = {m: point(m) | {"label": label} for m, label in labels.items()}
     figures.frontier(points, folder / "frontier.png", lines, xlabel="utility: R-Score against PE "
-                     "(held-out ranker)", ylabel="distinct keywords per list")
+                     "(held-out ranker)", ylabel="distinct keywords per list",
+                     title="Utility against diversity; bars: 95 % over users, of these trainings")
     names.append("frontier.png")
     rows = {}
     for method in shown[1:]:
@@ -241,10 +270,11 @@ def pictures(seeds: Seeds, log: list[dict], folder: Path, wanted: list[str]) -> 
         judges = {"train": "train_utility", "held_out": "utility", "truth": "true_clicks"}
         for judge, metric in judges.items():
             base = np.mean([x.mean() for x in per_seed(seeds, "PE", metric)])
-            gap = paired(seeds, Claim("1", "", metric, method, "PE", ""))
+            gap = paired(seeds, metric, method, "PE")
             value, low, high = (x / base for x in bootstrap(gap))
             rows[method][judge] = {"lift": value, "interval": [low, high]}
-    figures.hacking(rows, folder / "reward_hacking.png", title="Lift over PE, by who judges")
+    figures.hacking(rows, folder / "reward_hacking.png", title="Lift over PE, by who "
+                    "judges; whiskers: 95 % over users, of these trainings")
     names.append("reward_hacking.png")
     if "figure3" in wanted:
         s = seeds[0]["shares"]
@@ -253,17 +283,15 @@ def pictures(seeds: Seeds, log: list[dict], folder: Path, wanted: list[str]) -> 
              "inner_label": "history", "outer_label": "trigger interests"},
             {"title": "ISG", "inner": s["RID"], "outer": s["IceBreaker"],
              "inner_label": "trigger interests", "outer_label": "starters"},
-        ], folder / "rings.png", functional={"Chores"})
+        ], folder / "rings.png", functional={"Chores"}, title="Topics of the first seed")
         names.append("rings.png")
     if "2" in wanted:
-        figures.ab_days(daily(seeds), folder / "ab_days.png", "A/B test: cumulative means up "
-                        "to each day; bands: range over seeds")
+        figures.ab_days(daily(seeds), folder / "ab_days.png")
         names.append("ab_days.png")
-    rounds = ["early", "middle", "latest", "round 4", "round 5"]
-    if {*rounds} <= have:
+    if {*ROUNDS} <= have:
         series = {}
         for metric in ("r_score", "lexical"):
-            y = [bootstrap(per_seed(seeds, m, metric)) for m in rounds]
+            y = [bootstrap(per_seed(seeds, m, metric)) for m in ROUNDS]
             series[metric] = {"x": [*range(1, 6)], **{
                 key: [v[i] for v in y] for i, key in enumerate(("y", "low", "high"))}}
         figures.lines({"R-Score": series["r_score"]}, folder / "rounds.png", "round", "R-Score",
@@ -285,7 +313,8 @@ def write(
         "starts had trained is not in it."
     )
     legend = __doc__.partition("\n\n")[2]
-    more = {"1": spoken_table, "2": online_table, "3": cases, "6": interests_table}
+    more = {"1": spoken_table, "2": online_table, "3": cases, "6": interests_table,
+            "serving": value_table}  # fmt: skip
     parts = ["# The paper's tables on the simulated platform\n", note + "\n", legend]
     for name in wanted:
         if name in TABLES:
@@ -297,11 +326,17 @@ def write(
     parts += [f"![{n.removesuffix('.png').replace('_', ' ')}]({n})\n" for n in names]
     rows = judged(seeds, wanted)
     tables = {
-        method: {metric: over_seeds(per_seed(seeds, method, metric)) for metric in own}
+        method: {
+            metric: over_seeds(per_seed(seeds, method, metric))
+            for metric in [*own, *["r_user", "r_score"] * ("utility" in own)]
+        }
         for method, own in seeds[0]["values"].items()
         if all(method in s["values"] for s in seeds)
     }
-    write_json(folder / "reproduction.json", {"about": about, "methods": tables, "claims": rows})
+    write_json(folder / "reproduction.json", {
+        "about": about, "methods": tables, "online": ab.lifts([s["ab"] for s in seeds]),
+        "basis": [s["basis"] for s in seeds], "claims": rows,
+    })  # fmt: skip
     pages = {"reproduction.md": "\n".join(parts), "claims.md": claims_page(rows, note)}
     for name, text in pages.items():
         with atomic_path(folder / name) as temporary:

@@ -6,8 +6,9 @@
     python eval.py --reproduce 2 --seeds 1 --first-seed 100 rid.min_keep=2    # to choose a setting
 
 A seed's main run (train.py's stages) is trained once; a variant starts as a copy of it, so only the
-stages that its settings change run again. Everything is resumable; tasks run side by side, one a
-core. Settings were chosen on seeds of 100 and above; seeds from 0 on are reported.
+stages that its settings change run again. What was trained and written is kept, and measured again
+at each start; tasks run side by side, one a core. Settings were chosen on seeds of 100 and above;
+seeds from 0 on are reported.
 
 What is compared is paired by user: a claim holds where the 95 % interval of the mean difference
 (bootstrap over users, within seeds) lies above zero, and does not where it lies below.
@@ -41,6 +42,7 @@ import world
 from config import (
     ROOT,
     Config,
+    UserError,
     digest,
     environment,
     load_config,
@@ -91,7 +93,6 @@ METHODS = {
     "rule-based": Method("last", "rule"),
     "early": Method("round1"),
     "middle": Method("round2"),
-    "latest": Method("round3"),
     "round 4": Method("round4", variant="5 rounds"),
     "round 5": Method("round5", variant="5 rounds"),
     **{name: Method("last", variant=name) for name in VARIANTS if name != "5 rounds"},
@@ -172,8 +173,6 @@ def compared_lists(
         name: {u: rows[u][: config.eval.lists] for u in users}
         for name, rows in {**written, "teacher": online["teacher"]}.items()
     }
-    for method in SEARCHED:
-        lists |= compare.reranked(p, method, {u: main[method][u] for u in users})
     lists |= compare.floor_and_ceiling(p, truth, users, main)
     lists |= compare.few_sessions(p, users) | compare.cold_start(p, users)
     online[ab.CONTROL] = world.retrieved_lists(
@@ -194,49 +193,70 @@ def measure_seed(words: list[str], path: str, seed: int, variants: list[str]) ->
         written |= starters_of(seed_config(words, path, seed, variant))
     users = list(main["rule-based"])
     lists, online = compared_lists(p, truth, main, written)
+    pools = {m: {u: main[m][u] for u in users} for m in SEARCHED}
+    chosen = {m: compare.reranked(p, m, pools[m]) for m in SEARCHED}
+    for rows in chosen.values():
+        lists |= rows
     p.encoder(sorted({y for m in lists.values() for u in m.values() for x in u for y in x}))
-
-    def scorer(name: str):
-        ranker = p.ranker(name)
-        return lambda u, y: utilities(ranker, p.states[u][-1], p.encoder(y)).numpy()
-
     classifier = evaluation.TopicClassifier(p.encoder)
-    values = evaluation.measure(
-        lists, scorer("judge"), p.encoder, classifier, p.corpus, truth, scorer("train")
-    )
-    for method in lists:
-        values[method] |= compare.spoken_of(truth, lists[method])
+    values = values_of_lists(p, truth, lists, classifier)
     values |= compare.interest_values(p, truth, users)
-    everything = {m: {u: compare.pool_of(x) for u, x in lists[m].items()} for m in evaluation.ORDER}
-    count = evaluation.KeywordCounter(
-        [y for own in everything.values() for pool in own.values() for y in pool]
-    )
     for method in SEARCHED:
-        values[method]["functional"] = compare.chores(truth, everything[method])
-        values[method]["lexical_compared"] = {
-            u: float(np.mean([count(x) for x in rows])) for u, rows in lists[method].items()
-        }
-    taxonomy_texts = {
+        for name, value in compare.search_values(p, pools[method], chosen[method]).items():
+            values[name]["value"] = value
+    texts = {
         "history": [x for u in users for x in compare.interests_of(p, u, "all")],
         "RID": [x for u in users for x in p.states[u][-1].interests],
-        **{m: [y for rows in lists[m].values() for x in rows for y in x]
-           for m in (*SEARCHED, "deployed retrieval")},
+        "IceBreaker": [y for rows in lists["IceBreaker"].values() for x in rows for y in x],
     }
     activity = {u: len(p.users[u].sessions) / config.world.days for u in online["PE"]}
     write_json(p.run / "report" / "values.json", {
         "values": values,
         "ab": ab.simulate(truth, activity, online, config.ab, seed),
-        "shares": {name: compare.shares(truth, texts) for name, texts in taxonomy_texts.items()},
-        "matcher": compare.matcher_quality(p, truth, p.ids("test")),
-        "classifier": classifier.accuracy,
-        "rid": p.run.figures("rid"),
-        "ranker": p.run.figures("ranker"),
-        "above_least": float(
-            np.mean([len(p.states[u][-1].interests) > config.rid.min_keep for u in users])
-        ),
+        "shares": {name: compare.shares(truth, own) for name, own in texts.items()},
         "cases": compare.cases(p, values, lists, users),
-    })
+        "basis": {
+            "rid": p.run.figures("rid"),
+            "ranker": p.run.figures("ranker"),
+            "matcher": compare.matcher_quality(p, truth, p.ids("test")),
+            "classifier": classifier.accuracy,
+            "classifier_on_starters": compare.classifier_accuracy(
+                truth, classifier, texts["IceBreaker"]
+            ),
+            "above_least": float(
+                np.mean([len(p.states[u][-1].interests) > config.rid.min_keep for u in users])
+            ),
+            "kept_start": sum(
+                p.run.figures(f"dpo/round{n + 1}")["held_out"] <= 1 + 1e-9
+                for n in range(config.dpo.rounds)
+            ),
+        },
+    })  # fmt: skip
     p.encoder.save()
+
+
+def values_of_lists(
+    p: Pipeline, truth: world.Truth, lists: evaluation.Lists, classifier
+) -> evaluation.PerUser:
+    """The metrics of eval.py and compare.py, of every method and test user."""
+    def scorer(name: str):
+        ranker = p.ranker(name)
+        return lambda u, y: utilities(ranker, p.states[u][-1], p.encoder(y)).numpy()
+
+    values = evaluation.measure(
+        lists, scorer("judge"), p.encoder, classifier, p.corpus, truth, scorer("train")
+    )
+    for method in lists:
+        values[method] |= compare.spoken_of(truth, lists[method])
+    pools = {m: {u: compare.pool_of(x) for u, x in lists[m].items()} for m in evaluation.ORDER}
+    values["IceBreaker"]["functional"] = compare.chores(truth, pools["IceBreaker"])
+    written = [y for own in pools.values() for pool in own.values() for y in pool]
+    count = evaluation.KeywordCounter(written)
+    for method in SEARCHED:
+        values[method]["lexical_compared"] = {
+            u: float(np.mean([count(x) for x in rows])) for u, rows in lists[method].items()
+        }
+    return values
 
 
 # ---------------------------------------------------------------------------------------- the whole
@@ -256,6 +276,8 @@ def reproduce(
     tables: list[str], seeds: int, path: str, words: list[str], quick: bool, first: int = 0
 ) -> None:
     """Train what is missing, measure, and write the report."""
+    if unknown := [t for t in tables if t not in (*TABLES, "all")]:
+        raise UserError(f"--reproduce {unknown[0]}: no such table; there are {' '.join(TABLES)}")
     tables = [t for t in TABLES if t in tables or "all" in tables]
     words, started = [*(QUICK if quick else []), *words], time.time()
     variants = [v for t in tables for v in NEEDS.get(t, [])]
@@ -270,7 +292,8 @@ def reproduce(
         main, own = f"seed {s}", {v: f"seed {s}, {v}" for v in variants}
         tasks[main] = Task(train_run, (words, path, s, MAIN), length=3.0)
         for v, name in own.items():
-            tasks[name] = Task(train_run, (words, path, s, v), (main,))
+            length = {"SIT with own lists": 2.5, "5 rounds": 2.0}.get(v, 1.0)
+            tasks[name] = Task(train_run, (words, path, s, v), (main,), length)
         needs = (main, *own.values())
         tasks[f"{main}, measured"] = Task(measure_seed, (words, path, s, variants), needs)
     spent = in_parallel(tasks)
@@ -278,13 +301,16 @@ def reproduce(
     folders = [root / seed_config(words, path, s, MAIN).run.name for s in numbers]
     values = [read_json(f / "report" / "values.json") for f in folders]
     log = [json.loads(x) for x in (folders[0] / "metrics.jsonl").read_text().splitlines()]
-    out = root / ("quick" if quick else "tuning") / "report" if quick or first else ROOT / "results"
+    own = bool(first or words or path != str(ROOT / "configs" / "tiny.yaml"))
+    out = root / ("quick" if quick else "tuning") / "report" if own else ROOT / "results"
     about = {
         "command": "python eval.py --reproduce "
         + ("all" if tables == list(TABLES) else " ".join(tables)) + f" --seeds {seeds}"
         + f" --first-seed {first}" * bool(first) + " --quick" * quick
-        + "".join(f" {w}" for w in words if w not in QUICK),
-        "seeds": numbers, "commit": (env["commit"] or "")[:10], "config": digest(config),
+        + "".join(f" {w}" for w in words if w not in QUICK)
+        + f" --config {path}" * (path != str(ROOT / "configs" / "tiny.yaml")),
+        "seeds": numbers, "config": digest(config),
+        "commit": (env["commit"] or "")[:10] + " with changes" * bool(env["uncommitted_changes"]),
         "minutes": (time.time() - started) / 60, "cpu_hours": spent / 3600,
         "processors": os.cpu_count(),
     }

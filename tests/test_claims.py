@@ -9,8 +9,7 @@ import claims
 
 def test_a_verdict_is_where_the_interval_lies():
     seeds = [seed_values(2), seed_values(3)]  # one pair of equals in twenty is not undecided
-    claim = claims.Claim("1", "", "utility", "IceBreaker", "SFT", "")
-    value, low, high = claims.bootstrap(claims.paired(seeds, claim))
+    value, low, high = claims.bootstrap(claims.paired(seeds, "utility", "IceBreaker", "SFT"))
     assert value == pytest.approx(0.5, abs=0.05) and low < value < high and low > 0.4
     verdicts = {row["text"]: row["verdict"] for row in claims.judged(seeds, ["1", "9"])}
     assert verdicts["IceBreaker has more utility than SFT"] == "holds"
