@@ -12,6 +12,7 @@ Legend: B rows, N candidates, M lists or interests, K slots, P pairs, D embeddin
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import random
 from collections import Counter
@@ -27,6 +28,7 @@ import llm
 import roles
 from config import (
     Config,
+    DpoConfig,
     UserError,
     digest,
     file_digest,
@@ -462,13 +464,16 @@ def mine_round(p: Pipeline, ranker, states: list[State], lists) -> tuple[list[di
     return found_for, counts
 
 
-def align(p: Pipeline, model, pairs: list[dict], label: str, pick: Callable | None = None) -> dict:
+def align(
+    p: Pipeline, model, pairs: list[dict], label: str, pick: Callable | None = None,
+    settings: DpoConfig | None = None,
+) -> dict:  # fmt: skip
     """DPO (Eq. 6) on preference pairs, in place; with `pick`, the checkpoint it values most stays.
 
     The reference is the model as it comes in (or the SIT policy): its log-probabilities are
-    computed once, by the code path that trains.
+    computed once, by the code path that trains. settings: where they are not the run's.
     """
-    settings, rng = p.config.dpo, random.Random(p.seed("dpo", label))
+    settings, rng = settings or p.config.dpo, random.Random(p.seed("dpo", label))
     rows = [
         (
             p.prompt(x["interests"]),
@@ -596,14 +601,16 @@ def stage_dpo(p: Pipeline) -> dict:
 
 
 def align_on_clicks(p: Pipeline, pairs: list[dict]) -> dict:
-    """The SFT+DPO baseline: vanilla DPO from SIT's policy, on tapped against ignored lists."""
-    folder, key = "dpo/vanilla", digest(p.key, "vanilla", p.config.dpo.rounds)
+    """The SFT+DPO baseline: vanilla DPO, Eq. (6) alone, from SIT's policy, on tapped against ignored
+    lists. Learning their likelihood too (dpo.sft_weight) would make it write like the retrieval."""
+    settings = dataclasses.replace(p.config.dpo, sft_weight=0.0)
+    folder, key = "dpo/vanilla", digest(p.key, "vanilla", settings)
     if not p.run.is_done(folder, key):
         clicked, rng = click_pairs(p), random.Random(p.seed("clicked"))
         # As many pairs as IceBreaker learned from: their kinds are compared, not their number.
         clicked = rng.sample(clicked, min(len(clicked), sum(len(x["rejected"]) for x in pairs)))
         model = p.policy(p.run / "sit" / "adapter", trainable=True)
-        made = align(p, model, clicked, "clicked against ignored")
+        made = align(p, model, clicked, "clicked against ignored", settings=settings)
         llm.save_adapter(model, p.run / folder / "adapter")
         p.run.mark_done(folder, key, pairs=len(clicked), **made)
     return p.run.figures(folder)

@@ -1,6 +1,7 @@
 """The pipeline in miniature: resumed, repeated and blind runs agree; wrong input is one message."""
 
 import dataclasses
+import itertools
 import json
 import math
 import random
@@ -210,7 +211,7 @@ def test_llm_roles_and_an_endpoint_that_fail_now_and_then(finished, qwen, tmp_pa
         session["messages"] = [said, {"role": "assistant", "content": "Sure."}]
     users = tmp_path / "users.jsonl"
     users.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    broken, models = [True], []
+    broken, models, taught = [True], [], itertools.count()
 
     def script(body):
         *system, user = body["messages"]
@@ -220,7 +221,8 @@ def test_llm_roles_and_an_endpoint_that_fail_now_and_then(finished, qwen, tmp_pa
             return roles.RuleTeacher().write(lines, 3, random.Random(body["seed"]))
         fields = json.loads(user["content"].split("<data>\n")[1].split("\n</data>")[0])
         which, hit = divmod(zlib.crc32(user["content"].encode()), 4)  # in any order of the calls
-        if broken[0] and hit == 0:
+        first = "interests" in fields and next(taught) == 0  # of so few, none might fail by chance
+        if broken[0] and (hit == 0 or first):
             return [(500, {}, b"{}"), (429, {}, b"{}"), "no idea", {"choices": []}][which % 4]
         if "messages" in fields:
             return fields["messages"][0]["text"]
@@ -247,8 +249,8 @@ def test_llm_roles_and_an_endpoint_that_fail_now_and_then(finished, qwen, tmp_pa
     failed = [sum(x["calls"].get(kind, 0) for kind in kinds) for x in (made, match)]
     assert made["still"] >= failed[0] > 0  # equal sessions are asked about once
     assert match["unknown"] > 0 and kinds & match["calls"].keys()
-    answered = sit["calls"].pop("answered")  # of so few calls none may fail
-    assert sit["calls"].pop("asked") - answered == sum(sit["calls"].values())
+    answered = sit["calls"].pop("answered")
+    assert sit["calls"].pop("asked") - answered == sum(sit["calls"].values()) > 0
     assert sum(len(u.sessions) for u in p.users.values()) == sum(
         len(row["sessions"]) for row in rows
     ) - made["still"]
