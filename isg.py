@@ -601,8 +601,10 @@ def stage_dpo(p: Pipeline) -> dict:
 
 
 def align_on_clicks(p: Pipeline, pairs: list[dict]) -> dict:
-    """The SFT+DPO baseline: vanilla DPO, Eq. (6) alone, from SIT's policy, on tapped against ignored
-    lists. Learning their likelihood too (dpo.sft_weight) would make it write like the retrieval."""
+    """The SFT+DPO baseline: vanilla DPO from SIT's policy, on tapped against ignored lists.
+
+    Eq. (6) alone: with dpo.sft_weight it would learn to write like the retrieval.
+    """
     settings = dataclasses.replace(p.config.dpo, sft_weight=0.0)
     folder, key = "dpo/vanilla", digest(p.key, "vanilla", settings)
     if not p.run.is_done(folder, key):

@@ -70,7 +70,7 @@ class Pipeline:
         self._chats: dict = {}
         # Answers of LLMs, kept for all runs below run.root: the same question is asked once.
         self.answers = Path(config.run.root) / "answers.sqlite"
-        self.key = ""  # of the running stage: all that it depends on, but for the number of rounds
+        self.key = ""  # of the running stage: all that a round of it depends on (train.run_stages)
         self.users_file, self.impressions_file = config.data.users, config.data.impressions
         if not config.data.users:
             self.users_file = self.run / "world" / "users.jsonl"

@@ -228,7 +228,7 @@ def run_stages(config: Config, wanted: list[str]) -> None:
             print(f"{name}: already done with these settings, skipped")
             continue
         print(f"{name}: running{note}", flush=True)
-        p.key = stage_key(p, name, "dpo.rounds")
+        p.key = stage_key(p, name, "dpo.rounds", "dpo.vanilla")  # a round is the same without
         started = time.time()
         figures: dict = {}
         with explained(config, name):
