@@ -227,6 +227,17 @@ def test_metrics_and_lifts_by_hand():
     assert both["CTR"] == pytest.approx(2 / 40) and both["Active"] == pytest.approx(7 / 4)
 
 
+def test_cumulative_figures_by_hand():
+    lives = np.zeros((2, 2, len(ab.COUNTS)))  # two people, two days
+    lives[..., ab.COUNTS.index("shown")] = 5
+    lives[0, :, ab.COUNTS.index("taps")] = 1
+    lives[:, :, ab.COUNTS.index("sessions")] = [[1, 1], [3, 1]]
+    made = ab._cumulative(lives)
+    assert made["ctr"] == [0.1, 0.1] and made["sessions"] == [2.0, 3.0]
+    assert made["ctr_error"] == pytest.approx([0.1 / 2**0.5] * 2)
+    assert made["sessions_error"] == pytest.approx([1 / 2**0.5, 1 / 2**0.5])
+
+
 def test_delta_method_and_bootstrap_agree():
     rng = np.random.default_rng(0)
     for split in ("paired", "shares"):

@@ -17,6 +17,7 @@ import icebreaker as ib
 import isg
 import report
 import reproduce
+from config import UserError
 from pipeline import Pipeline
 
 METRICS = """utility train_utility true_clicks lexical words semantic dissimilarity starters known
@@ -97,6 +98,19 @@ def test_every_method_of_a_table_is_made_and_every_claim_names_known_ones():
     assert {v for needs in reproduce.NEEDS.values() for v in needs} == {*reproduce.VARIANTS}
     texts = [claim.text for claim in claims.CLAIMS]
     assert len({*texts}) == len(texts)
+
+
+def test_an_unknown_table_is_refused_before_anything_is_trained():
+    with pytest.raises(UserError, match="--reproduce 4: no such table; there are 1 2 3 6"):
+        reproduce.reproduce(["1", "4"], 1, "", [], quick=False)
+
+
+def test_r_user_and_r_score_are_against_the_methods_of_the_table():
+    values = {m: {"utility": {"u": x, "v": 0.2}} for m, x in (("PE", 0.1), ("none", 0.3))}
+    seed = {"values": values | {"IceBreaker": {"utility": {"u": 0.2, "v": 0.2}}}}
+    assert claims.values_of(seed, "IceBreaker", "r_user") == {"u": 1.0, "v": 0.5}
+    assert claims.values_of(seed, "IceBreaker", "r_user", "none") == {"u": 0.0, "v": 0.5}
+    assert claims.values_of(seed, "IceBreaker", "r_score", "none")["u"] == pytest.approx(-0.1)
 
 
 def _fail_or_sleep(seconds):
@@ -181,3 +195,21 @@ def test_searched_lists_take_what_was_written_once_and_the_best_first(finished):
         )
         assert made[user][0] == [pool[j] for j in best[0, 0].tolist()]
     assert compare.reranked(p, "SFT", {users[0]: [[]]})["SFT, MMR"] == {users[0]: [[]]}
+
+
+def test_the_value_of_what_is_chosen_is_that_of_list_search(finished):
+    p = Pipeline(micro(finished.parent), describe=False)
+    user, k = p.ids("test")[0], p.config.generator.list_size
+    lists = {user: [sorted({y for x in p.impressions for y in x.starters})[:20]]}
+    chosen = compare.reranked(p, "SFT", lists)
+    values = compare.search_values(p, lists, chosen | {"none": {user: [[]]}})
+    assert values["none"][user] == 0
+    pools = [compare.pool_of(lists[user])]
+    utility, similarity, _ = isg.score_pools(p, p.ranker("train"), [p.states[user][-1]], pools)
+    utility = ib.min_max(utility)
+    best, _ = ib.list_search(utility, similarity, k, 8, 20, p.config.dpo.weight)
+    one, weight = best[0, 0], p.config.dpo.weight
+    expected = weight * float(utility[0, one].mean())
+    expected += (1 - weight) * float(ib.list_diversity(similarity[0][one][:, one]))
+    assert values["SFT, list search, all tried"][user] == pytest.approx(expected, abs=1e-5)
+    assert max(values, key=lambda m: values[m][user]) == "SFT, list search, all tried"
