@@ -237,35 +237,41 @@ def daily(seeds: Seeds) -> dict[str, dict]:
     return made
 
 
-def pictures(seeds: Seeds, log: list[dict], folder: Path, wanted: list[str]) -> list[str]:
-    """Write the PNGs that these tables allow; returns their names."""
+def frontier(seeds: Seeds, wanted: list[str], have: set[str]) -> tuple[dict, dict]:
+    """Points and lines of figures.frontier: table 1's methods, and what lambda changes."""
     def point(method: str) -> dict:
         x, y = (bootstrap(per_seed(seeds, method, m)) for m in ("r_score", "lexical"))
         return {"x": x[0], "x_interval": list(x[1:]), "y": y[0], "y_interval": list(y[1:])}
 
+    labels, lines = {}, {}
+    trained = {"IceBreaker": "", "lambda 0.5": "λ 0.5", "lambda 1.0": "λ 1"}
+    if {*trained} <= have:
+        lines["DPO"] = [*trained]
+        labels |= trained
+    if "serving" in wanted:
+        for method, kind in (("SFT", "MMR"), ("SFT", "DPP"), ("SFT", "list search"),
+                             ("IceBreaker", "list search")):
+            own = [f"{method}, {choice}" for choice in CHOICES if choice.startswith(kind)]
+            lines[f"six lists of {method}, {kind}"] = [*own, f"{method}, highest utility"]
+            labels |= dict(zip(own, ("λ 0.1", "", ""), strict=True))
+            labels[f"{method}, highest utility"] = "λ 1"
+    labels |= {m: m for m in PAPER}
+    return {m: point(m) | {"label": label} for m, label in labels.items()}, lines
+
+
+def pictures(seeds: Seeds, log: list[dict], folder: Path, wanted: list[str]) -> list[str]:
+    """Write the PNGs that these tables allow; returns their names."""
     have = {m for m in seeds[0]["values"] if all(m in s["values"] for s in seeds)}
     figures.curves(log, folder / "training_curves.png", title="Training on the first seed "
                    "(long ones: each step thin, a running mean thick)")
     names = ["training_curves.png"]
-    shown = ["PE", "PE+RID", "SFT", "SFT+DPO", "IceBreaker"]
-    trained = {"IceBreaker": "", "lambda 0.5": "λ 0.5", "lambda 1.0": "λ 1"}
-    lines = {"DPO": [*trained]} if {*trained} <= have else {}
-    labels = trained if lines else {}
-    if "serving" in wanted:
-        for method, kind in (("SFT", "MMR"), ("SFT", "DPP"), ("SFT", "list search"),
-                             ("IceBreaker", "list search")):
-            own = [f"{method}, {kind}{end}" for end in (", lambda 0.1", "", ", lambda 0.5")]
-            lines[f"six lists of {method}, {kind}"] = [*own, f"{method}, highest utility"]
-            labels |= dict(zip(own, ("λ 0.1", "", ""), strict=True))
-            labels[f"{method}, highest utility"] = "λ 1"
-    labels |= {m: m for m in shown}
-    points = {m: point(m) | {"label": label} for m, label in labels.items()}
+    points, lines = frontier(seeds, wanted, have)
     figures.frontier(points, folder / "frontier.png", lines, xlabel="utility: R-Score against PE "
                      "(held-out ranker)", ylabel="distinct keywords per list",
                      title="Utility against diversity; bars: 95 % over users, of these trainings")
     names.append("frontier.png")
     rows = {}
-    for method in shown[1:]:
+    for method in [*PAPER][1:]:
         rows[method] = {}
         judges = {"train": "train_utility", "held_out": "utility", "truth": "true_clicks"}
         for judge, metric in judges.items():

@@ -301,14 +301,15 @@ def reproduce(
     folders = [root / seed_config(words, path, s, MAIN).run.name for s in numbers]
     values = [read_json(f / "report" / "values.json") for f in folders]
     log = [json.loads(x) for x in (folders[0] / "metrics.jsonl").read_text().splitlines()]
-    own = bool(first or words or path != str(ROOT / "configs" / "tiny.yaml"))
+    changed = Path(path).resolve() != ROOT / "configs" / "tiny.yaml"
+    own = bool(first or words or changed)
     out = root / ("quick" if quick else "tuning") / "report" if own else ROOT / "results"
     about = {
         "command": "python eval.py --reproduce "
         + ("all" if tables == list(TABLES) else " ".join(tables)) + f" --seeds {seeds}"
         + f" --first-seed {first}" * bool(first) + " --quick" * quick
         + "".join(f" {w}" for w in words if w not in QUICK)
-        + f" --config {path}" * (path != str(ROOT / "configs" / "tiny.yaml")),
+        + f" --config {path}" * changed,
         "seeds": numbers, "config": digest(config),
         "commit": (env["commit"] or "")[:10] + " with changes" * bool(env["uncommitted_changes"]),
         "minutes": (time.time() - started) / 60, "cpu_hours": spent / 3600,
