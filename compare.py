@@ -60,12 +60,13 @@ def pool_of(lists: list[list[str]]) -> list[str]:
 def searched(
     p: Pipeline, lists: dict[str, list[list[str]]], **settings
 ) -> dict[str, list[list[str]]]:
-    """ab.lists full lists of each user: the list search's best of all starters that were written
-    (by the training ranker), the best of the rest, and so on, as the server orders them.
+    """Half of ab.searched full lists of each user: the list search's best of all starters that were
+    written (by the training ranker), the best of the rest, and so on, as the server orders them.
 
     settings: of config.dpo, such as beam and weight, where they differ from the run's.
     """
-    pools, n, k = [*map(pool_of, lists.values())], p.config.ab.lists, p.config.generator.list_size
+    pools, k = [*map(pool_of, lists.values())], p.config.generator.list_size
+    n = (p.config.ab.searched + 1) // 2
     config = dataclasses.replace(p.config, dpo=dataclasses.replace(p.config.dpo, **settings))
     states = [p.states[u][-1] for u in lists]
     orders = isg.in_lists(config, *isg.score_pools(p, p.ranker("train"), states, pools), lists=n)
@@ -74,6 +75,16 @@ def searched(
         rows = [[pool[j] for j in order[i : i + k]] for i in range(0, len(order), k)][:n]
         made[user] = [x for x in rows if len(x) == k] or rows
     return made
+
+
+def searched_in_turn(p: Pipeline, lists: dict[str, list[list[str]]]) -> dict[str, list[list[str]]]:
+    """ab.lists lists of each user: what `searched` finds in the first ab.searched lists that were
+    written, in the next ones, and so on."""
+    n, made = p.config.ab.searched, {user: [] for user in lists}
+    for start in range(0, max(map(len, lists.values())), n):
+        for user, found in searched(p, {u: x[start : start + n] for u, x in lists.items()}).items():
+            made[user] += found
+    return {user: rows[: p.config.ab.lists] for user, rows in made.items()}
 
 
 def reranked(p: Pipeline, method: str, lists: dict[str, list[list[str]]]) -> evaluation.Lists:

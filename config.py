@@ -216,9 +216,9 @@ class AbConfig:
     days: int = 35
     users: int = 0  # of those that no method was trained on; 0: all
     split: str = "paired"  # every arm meets copies of the same people; "shares": each is in one arm
-    lists: int = 3  # of each user and method, shown in turn
-    searched: int = 6  # lists of each user among whose starters list search finds those to show
-    copies: int = 8  # lives of each person, of which the mean counts: less noise of single taps
+    lists: int = 6  # of each user and method, shown in turn
+    searched: int = 6  # so many lists of a user give list search the starters for half as many
+    copies: int = 32  # lives of each person, of which the mean counts: less noise of single taps
 
 
 @dataclass

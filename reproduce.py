@@ -144,8 +144,10 @@ def write_starters(p: Pipeline, variant: str) -> None:
             continue
         online = name in ONLINE
         users = [u for u in p.ids("test", *["judge"] * online) if p.states[u][-1].interests]
-        shown = p.config.ab.searched if name in SEARCHED else p.config.ab.lists
-        n = max(p.config.eval.lists, shown * online)
+        shown = p.config.ab.lists * online
+        if name in SEARCHED:  # in whole pools
+            shown = -(-2 * shown // p.config.ab.searched) * p.config.ab.searched
+        n = max(p.config.eval.lists, shown)
         inputs = [compare.interests_of(p, u, method.interests) for u in users]
         lists = p.write_lists(adapter, inputs, n, p.seed("eval"))
         made[name] = dict(zip(users, lists, strict=True))
@@ -167,7 +169,7 @@ def compared_lists(
     """
     config, users = p.config, list(main["rule-based"])
     online = {arm: main[arm] for arm in ONLINE}
-    online |= {f"{arm}, list search": compare.searched(p, main[arm]) for arm in SEARCHED}
+    online |= {f"{arm}, list search": compare.searched_in_turn(p, main[arm]) for arm in SEARCHED}
     online["teacher"] = compare.taught(p, list(main["PE"]), config.ab.lists)
     lists = {
         name: {u: rows[u][: config.eval.lists] for u in users}
@@ -193,7 +195,7 @@ def measure_seed(words: list[str], path: str, seed: int, variants: list[str]) ->
         written |= starters_of(seed_config(words, path, seed, variant))
     users = list(main["rule-based"])
     lists, online = compared_lists(p, truth, main, written)
-    pools = {m: {u: main[m][u] for u in users} for m in SEARCHED}
+    pools = {m: {u: main[m][u][: config.ab.searched] for u in users} for m in SEARCHED}
     chosen = {m: compare.reranked(p, m, pools[m]) for m in SEARCHED}
     for rows in chosen.values():
         lists |= rows
