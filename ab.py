@@ -7,10 +7,11 @@ Each arm shows its own lists to a person on the days after the log. Metrics foll
 Departures: "paired" lets every arm meet copies of the same people with the same random numbers, as
 only a simulator can, so a few hundred people show what a platform needs millions for; "shares" is
 the test that a platform can run. Each person lives through the test `copies` times, each time with
-other random numbers, and counts once, with the mean: people stay the unit of every interval
-("shares" has one life, as people have). Taps, a visit, stands beside CTR, taps a starter: as the
-last places are looked at least, a list that lacks a starter has the higher CTR for it. CSR takes a
-day as the evaluation period: over five weeks nearly everybody starts a conversation some time.
+other random numbers and from the next list on, and counts once, with the mean: people stay the
+unit of every interval ("shares" has one life, as people have). Taps, a visit, stands beside CTR,
+taps a starter: as the last places are looked at least, a list that lacks a starter has the higher
+CTR for it. CSR takes a day as the evaluation period: over five weeks nearly everybody starts a
+conversation some time.
 Unstated in the paper: which test its stars come from. Interests stay as they are on the last day of
 the log (eval.py's "True clicks" sees the same day): lists are written once, so drift would only
 make those of every arm older by as much.
@@ -63,8 +64,8 @@ class Person:
     user_id: str
     rate: float
     lists: list[list[str]]
+    turn: int = 0  # of the list that is seen next
     goodwill: float = 0.0
-    visits: int = 0
     tapped: set[str] = field(default_factory=set)
 
     def day(self, truth: world.Truth, draws: tuple, cache: dict) -> tuple[int, ...]:
@@ -73,8 +74,8 @@ class Person:
         self.goodwill *= 0.5 ** (1 / GOODWILL_HALF_LIFE)
         if visit >= 1 - math.exp(-self.rate * (1 + self.goodwill)):
             return (0,) * len(COUNTS)
-        starters = self.lists[self.visits % len(self.lists)] if self.lists else []
-        self.visits += 1
+        starters = self.lists[self.turn % len(self.lists)] if self.lists else []
+        self.turn += 1
         asked = frozenset(self.tapped.intersection(map(world.question, starters)))
         key = (tuple(starters), asked)
         if key not in cache:
@@ -107,9 +108,9 @@ def simulate(
 ) -> dict:
     """Days 1..settings.days after the log. lists: arm -> user -> lists; activity: sessions per day.
 
-    Returns {"days", "split", "copies", "seed", "arms": {arm: {"users": {user: COUNTS, sums over the
-    days, means over the copies}, "by_day": {count: mean over the arm's users, a day each},
-    "cumulative": {"ctr", "ctr_error", "sessions", "sessions_error": up to each day}}}}.
+    Returns {"days", "split", "lists", "copies", "seed", "arms": {arm: {"users": {user: COUNTS,
+    sums over the days, means over the copies}, "by_day": {count: mean over the arm's users, a day
+    each}, "cumulative": {"ctr", "ctr_error", "sessions", "sessions_error": up to each day}}}}.
     Raises ValueError where arms cover different users, or a user has no activity.
     """
     users = sorted(next(iter(lists.values()), {}), key=lambda u: zlib.crc32(u.encode()))
@@ -130,7 +131,7 @@ def simulate(
         cache: dict = {}
         for copy in range(copies):
             shown = {arm: lists[arm][user][: settings.lists] for arm in arms}
-            people = {arm: Person(user, activity[user], x) for arm, x in shown.items()}
+            people = {arm: Person(user, activity[user], x, copy) for arm, x in shown.items()}
             for day in range(settings.days):
                 draws = _draws(user, day + 1, slots, seed, copy)
                 for arm, person in people.items():
@@ -140,6 +141,7 @@ def simulate(
     return {
         "days": settings.days,
         "split": settings.split,
+        "lists": settings.lists,
         "copies": copies,
         "seed": seed,
         "arms": {arm: _summary(rows, settings.days) for arm, rows in counts.items()},

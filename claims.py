@@ -27,6 +27,7 @@ class Claim:
     paper: str  # its figures; OWN: our own claim
     why: str = UNKNOWN  # it does not hold, or is undecided, where that is so
     factor: float = 1.0
+    base: str = "PE"  # what r_user compares each user's utility with
 
 
 # Why a claim does not hold here, as far as we know.
@@ -38,6 +39,10 @@ _RETRIEVED = (
 _DEPLOYED = (
     "the teacher's lists, from the same interests, do (table 2): probably because the small "
     "generator garbles names and writes five starters about few subjects"
+)
+_GARBLED = (
+    "probably because the small generator garbles names and writes five starters about few "
+    "subjects; the teacher's rules do not"
 )
 _FEW = "probably because the small generator writes about one or two subjects, however many it gets"
 _POPULAR = (
@@ -63,7 +68,19 @@ _FORMS = (
 )
 _WIDE = "probably because dpo.weight leaves most of the weight to diversity"
 
-U, T, L, S = "utility", "true_clicks", "lexical", "semantic"
+_NEAR = (
+    "the ranker reads the trigger interests, so it gives points for being near RID's choice; what "
+    "people tap hangs on more, and the small generator garbles names"
+)
+
+U, T, L, S, R = "utility", "true_clicks", "lexical", "semantic", "r_user"
+UNITS = {  # metric -> what is counted, and how it is written
+    U: ("ranker score", ".4f"), T: ("true clicks a list", ".3f"), L: ("keywords a list", ".2f"),
+    "words": ("words a list", ".2f"), S: ("topics a list", ".2f"),
+    R: ("share of users above the base", ".3f"), "judge_win": ("share of wins", ".3f"),
+    "resonance": ("resonance, 0 to 1", ".3f"), "functional": ("share of chores", ".3f"),
+    **{metric: (f"{metric}, lift in per mille", ".1f") for metric in ab.METRICS},
+}
 ICE = "IceBreaker"
 ONLINE = {  # metric -> the paper's lift over the deployed retrieval by IceBreaker, SFT+DPO, SFT
     "CTR": ("+94.25", "56.41", "6.97"),
@@ -97,25 +114,36 @@ def _online() -> list[Claim]:
 
 CLAIMS = [
     Claim("1", "RID raises utility over prompting with all history", U, "PE+RID", "PE", "+0.32"),
-    Claim("1", "RID narrows the words of prompted lists", L, "PE", "PE+RID", "29.03 > 24.12", _FEW),
+    Claim("1", "by the hidden truth too RID is above prompting with all history", T, "PE+RID", "PE",
+          OWN, _NEAR),
+    Claim("1", "RID narrows the keywords of prompted lists", L, "PE", "PE+RID", "29.03 > 24.12",
+          _FEW),
     Claim("1", "RID narrows the topics of prompted lists", S, "PE", "PE+RID", "6.11 > 4.99", _FEW),
     Claim("1", "SFT raises utility over prompting with RID", U, "SFT", "PE+RID", "0.39 > 0.32"),
-    Claim("1", "SFT widens the words over prompting with RID", L, "SFT", "PE+RID", "26.46 > 24.12",
-          _RARE),
+    Claim("1", "SFT is above prompting for more users than prompting with RID is", R, "SFT",
+          "PE+RID", "0.73 > 0.69"),
+    Claim("1", "by the hidden truth too SFT is above prompting with RID", T, "SFT", "PE+RID", OWN),
+    Claim("1", "SFT widens the keywords over prompting with RID", L, "SFT", "PE+RID",
+          "26.46 > 24.12", _RARE),
     Claim("1", "SFT widens the topics over prompting with RID", S, "SFT", "PE+RID", "5.17 > 4.99"),
     Claim("1", "vanilla DPO raises utility over SFT", U, "SFT+DPO", "SFT", "0.42 > 0.39",
           _RETRIEVED),
-    Claim("1", "vanilla DPO collapses the words", L, "SFT", "SFT+DPO", "26.46 > 13.75", _RETRIEVED),
+    Claim("1", "vanilla DPO is above prompting for more users than SFT is", R, "SFT+DPO", "SFT",
+          "0.75 > 0.73", _RETRIEVED),
+    Claim("1", "vanilla DPO collapses the keywords", L, "SFT", "SFT+DPO", "26.46 > 13.75",
+          _RETRIEVED),
     Claim("1", "vanilla DPO collapses the topics", S, "SFT", "SFT+DPO", "5.17 > 2.64", _RETRIEVED),
     Claim("1", "IceBreaker has more utility than SFT", U, ICE, "SFT", "0.74 > 0.39"),
     Claim("1", "IceBreaker has more utility than vanilla DPO", U, ICE, "SFT+DPO", "0.74 > 0.42"),
     Claim("1", "IceBreaker has more utility than prompting", U, ICE, "PE", "+0.74"),
     Claim("1", "IceBreaker has more utility than prompting with RID", U, ICE, "PE+RID",
           "0.74 > 0.32"),
-    Claim("1", "IceBreaker is above prompting for more users than SFT is", "r_user", ICE, "SFT",
+    Claim("1", "IceBreaker is above prompting for more users than SFT is", R, ICE, "SFT",
           "0.82 > 0.73"),
-    Claim("1", "IceBreaker is above prompting for more users than vanilla DPO is", "r_user", ICE,
+    Claim("1", "IceBreaker is above prompting for more users than vanilla DPO is", R, ICE,
           "SFT+DPO", "0.82 > 0.75"),
+    Claim("1", "IceBreaker is above prompting for more users than prompting with RID is", R, ICE,
+          "PE+RID", "0.82 > 0.69"),
     Claim("1", "by the hidden truth too IceBreaker is above SFT", T, ICE, "SFT", OWN),
     Claim("1", "by the hidden truth too IceBreaker is above vanilla DPO", T, ICE, "SFT+DPO", OWN),
     Claim("1", "by the hidden truth too IceBreaker is above prompting", T, ICE, "PE", OWN),
@@ -123,15 +151,21 @@ CLAIMS = [
           OWN),
     Claim("1", "by the hidden truth IceBreaker is above the deployed retrieval", T, ICE,
           "deployed retrieval", OWN, _DEPLOYED),
+    Claim("1", "by the hidden truth SFT is above random starters", T, "SFT", "random starters", OWN,
+          _DEPLOYED),
+    Claim("1", "by the hidden truth IceBreaker is above random starters", T, ICE,
+          "random starters", OWN, _DEPLOYED),
+    Claim("1", "by the hidden truth IceBreaker is above the teacher's lists", T, ICE, "teacher",
+          OWN, _GARBLED),
     Claim("1", "by the hidden truth the teacher's lists are above SFT, which imitates them", T,
           "teacher", "SFT", OWN),
-    Claim("1", "IceBreaker has more words than SFT", L, ICE, "SFT", "27.74 > 26.46"),
-    Claim("1", "IceBreaker keeps at least 95 % of SFT's words", L, ICE, "SFT", OWN, factor=0.95),
-    Claim("1", "IceBreaker keeps at least 95 % of SFT's words, whatever their weight", "words", ICE,
+    Claim("1", "IceBreaker has more keywords than SFT", L, ICE, "SFT", "27.74 > 26.46"),
+    Claim("1", "IceBreaker keeps at least 95 % of SFT's keywords", L, ICE, "SFT", OWN, factor=0.95),
+    Claim("1", "IceBreaker keeps at least 95 % of SFT's distinct words", "words", ICE,
           "SFT", OWN, factor=0.95),
     Claim("1", "IceBreaker keeps at least 95 % of SFT's topics", S, ICE, "SFT", "5.01 / 5.17",
           factor=0.95),
-    Claim("1", "IceBreaker has more words than vanilla DPO", L, ICE, "SFT+DPO", "27.74 > 13.75"),
+    Claim("1", "IceBreaker has more keywords than vanilla DPO", L, ICE, "SFT+DPO", "27.74 > 13.75"),
     Claim("1", "IceBreaker has more topics than vanilla DPO", S, ICE, "SFT+DPO", "5.01 > 2.64",
           _RETRIEVED),
     Claim("1", "IceBreaker covers more topics than the deployed retrieval", S, ICE,
@@ -141,8 +175,14 @@ CLAIMS = [
           _DEPLOYED),
     Claim("2", "the teacher's lists lift CTR over the deployed retrieval", "CTR", "teacher",
           "deployed", OWN),
-    Claim("2", "vanilla DPO lifts CTR over SFT", "CTR", "SFT+DPO", "SFT", "56.41 > 6.97",
-          _RETRIEVED),
+    *(Claim("2", f"vanilla DPO lifts {metric} over the deployed retrieval", metric, "SFT+DPO",
+            "deployed", "+" + ONLINE[metric][1], _DEPLOYED)
+      for metric in ("CTR", "CSR", "Avg.S", "Active")),
+    *(Claim("2", f"vanilla DPO lifts {metric} over SFT", metric, "SFT+DPO", "SFT",
+            f"{ONLINE[metric][1]} > {ONLINE[metric][2]}", _RETRIEVED)
+      for metric in ("CTR", "CSR", "Avg.S", "Active")),
+    Claim("2", "IceBreaker lifts CTR over SFT with list search", "CTR", ICE, "SFT, list search",
+          OWN, "choosing among six lists by the same ranker does much of what DPO learns"),
     Claim("2", "prompting falls behind the deployed retrieval in CTR", "CTR", "deployed", "PE",
           "-16.16"),
     Claim("6", "RID's interests beat rule-based ones in pairwise judgement", "judge_win",
@@ -154,13 +194,19 @@ CLAIMS = [
     Claim("6", "RID has more utility than rule-based distillation", U, ICE, "rule-based",
           "0.58 > 0.35"),
     Claim("6", "RID has more utility than no distillation", U, ICE, "non-distillation", "+0.58"),
+    Claim("6", "RID is above no distillation for more users than rule-based distillation is", R,
+          ICE, "rule-based", "0.78 > 0.70", base="non-distillation"),
+    Claim("6", "by the hidden truth too RID is above rule-based distillation", T, ICE, "rule-based",
+          OWN, _NEAR),
+    Claim("6", "by the hidden truth too RID is above no distillation", T, ICE, "non-distillation",
+          OWN, _NEAR),
     Claim("6", "rule-based distillation has more utility than none", U, "rule-based",
           "non-distillation", "+0.35", _RULE),
-    Claim("6", "no distillation has more words than RID", L, "non-distillation", ICE,
+    Claim("6", "no distillation has more keywords than RID", L, "non-distillation", ICE,
           "29.45 > 28.83", _FEW),
     Claim("6", "no distillation has more topics than RID", S, "non-distillation", ICE,
           "6.23 > 5.28", _FEW),
-    Claim("6", "RID keeps more words than rule-based distillation", L, ICE, "rule-based",
+    Claim("6", "RID keeps more keywords than rule-based distillation", L, ICE, "rule-based",
           "28.83 > 25.98"),
     Claim("6", "RID keeps more topics than rule-based distillation", S, ICE, "rule-based",
           "5.28 > 4.87", _FEW),
@@ -168,37 +214,51 @@ CLAIMS = [
           "0.70 > 0.40"),
     Claim("7", "the latest slice has more utility than the middle one", U, ICE, "middle",
           "0.80 > 0.70"),
+    Claim("7", "the middle slice is above prompting for more users than the early one", R, "middle",
+          "early", "0.85 > 0.79"),
+    Claim("7", "the latest slice is above prompting for more users than the middle one", R, ICE,
+          "middle", "0.89 > 0.85"),
     Claim("7", "the latest slice has more utility than the early one", U, ICE, "early",
           "0.80 > 0.40"),
-    Claim("7", "words become fewer with later slices", L, "early", ICE, "30.76 > 28.83", _WIDE),
+    Claim("7", "keywords become fewer with later slices", L, "early", ICE, "30.76 > 28.83", _WIDE),
     Claim("7", "topics become fewer with later slices", S, "early", ICE, "6.25 > 5.28", _WIDE),
     Claim("8", "SIT on the teacher's lists alone has more utility", U, ICE, "SIT with own lists",
           "0.80 > 0.32", _SAME),
-    Claim("8", "SIT on the teacher's lists alone has more words", L, ICE, "SIT with own lists",
+    Claim("8", "SIT on the teacher's lists alone is above prompting for more users", R, ICE,
+          "SIT with own lists", "0.89 > 0.83", _SAME),
+    Claim("8", "SIT on the teacher's lists alone has more keywords", L, ICE, "SIT with own lists",
           "28.83 > 19.6", _SAME),
     Claim("8", "SIT on the teacher's lists alone has more topics", S, ICE, "SIT with own lists",
           "5.28 > 4.79", _SAME),
     Claim("8", "PMA with the teacher's starters has more utility", U, ICE, "PMA without teacher",
           "0.80 > 0.34", _SAME),
-    Claim("8", "PMA with the teacher's starters has more words", L, ICE, "PMA without teacher",
+    Claim("8", "PMA with the teacher's starters is above prompting for more users", R, ICE,
+          "PMA without teacher", "0.89 > 0.85", _SAME),
+    Claim("8", "PMA with the teacher's starters has more keywords", L, ICE, "PMA without teacher",
           "28.83 > 16.12", _SAME),
     Claim("8", "PMA with the teacher's starters has more topics", S, ICE, "PMA without teacher",
           "5.28 > 3.20", _SAME),
     Claim("9", "utility-only negatives have more utility than all kinds together", U,
           "utility negatives only", ICE, "0.36 > 0.35", _LIKELIHOOD),
-    Claim("9", "utility-only negatives cost words", L, ICE, "utility negatives only",
+    Claim("9", "utility-only negatives are above prompting for more users", R,
+          "utility negatives only", ICE, "0.85 > 0.84", _LIKELIHOOD),
+    Claim("9", "utility-only negatives cost keywords", L, ICE, "utility negatives only",
           "28.83 > 15.18", _LIKELIHOOD),
     Claim("9", "utility-only negatives cost topics", S, ICE, "utility negatives only",
           "5.28 > 2.94", _LIKELIHOOD),
-    Claim("9", "diversity-only negatives have more words", L, "diversity negatives only", ICE,
+    Claim("9", "diversity-only negatives have more keywords", L, "diversity negatives only", ICE,
           "33.34 > 28.83", _LIKELIHOOD),
     Claim("9", "diversity-only negatives have more topics", S, "diversity negatives only", ICE,
           "6.50 > 5.28", _LIKELIHOOD),
     Claim("9", "diversity-only negatives have less utility", U, ICE, "diversity negatives only",
           "0.35 > 0.08"),
+    Claim("9", "diversity-only negatives are above prompting for fewer users", R, ICE,
+          "diversity negatives only", "0.84 > 0.58", _LIKELIHOOD),
     Claim("9", "joint-failure negatives alone have less utility", U, ICE, "joint negatives only",
           "0.35 > 0.20", _LIKELIHOOD),
-    Claim("9", "joint-failure negatives alone have fewer words", L, ICE, "joint negatives only",
+    Claim("9", "joint-failure negatives alone are above prompting for fewer users", R, ICE,
+          "joint negatives only", "0.84 > 0.72", _LIKELIHOOD),
+    Claim("9", "joint-failure negatives alone have fewer keywords", L, ICE, "joint negatives only",
           "28.83 > 21.3", _LIKELIHOOD),
     Claim("9", "joint-failure negatives alone have fewer topics", S, ICE, "joint negatives only",
           "5.28 > 4.59", _LIKELIHOOD),
@@ -208,10 +268,13 @@ CLAIMS = [
           ICE, "Figure 3"),
     Claim("serving", "by the hidden truth IceBreaker is above popular starters, the same for all",
           T, ICE, "popular starters", OWN, _POPULAR),
+    Claim("serving", "by the hidden truth IceBreaker is above SFT's best by list search over six "
+          "lists", T, ICE, "SFT, list search", OWN,
+          "choosing among six lists by the same ranker does much of what DPO learns"),
     Claim("serving", "list search over six lists is above one drawn list, by the hidden truth",
           T, "IceBreaker, list search", ICE, OWN),
-    Claim("beyond", "five rounds keep at least 95 % of three rounds' words", L, "round 5", ICE, OWN,
-          factor=0.95),
+    Claim("beyond", "five rounds keep at least 95 % of three rounds' keywords", L, "round 5", ICE,
+          OWN, factor=0.95),
     Claim("beyond", "five rounds have more utility than three", U, "round 5", ICE, OWN),
 ]
 
@@ -230,12 +293,12 @@ def values_of(seed: dict, method: str, metric: str, base: str = "PE") -> dict[st
 
 
 def paired(
-    seeds: Seeds, metric: str, more: str, less: str, factor: float = 1.0
+    seeds: Seeds, metric: str, more: str, less: str, factor: float = 1.0, base: str = "PE"
 ) -> list[np.ndarray]:
     """more - factor * less of every user, seed by seed."""
     rows = []
     for seed in seeds:
-        a, b = (values_of(seed, method, metric) for method in (more, less))
+        a, b = (values_of(seed, method, metric, base) for method in (more, less))
         rows.append(np.array([a[u] - factor * b[u] for u in a if u in b]))
     return rows
 
@@ -257,19 +320,28 @@ def judged(seeds: Seeds, wanted: list[str]) -> list[dict]:
             continue
         if claim.metric in ab.METRICS:
             arms = claim.more, claim.less, claim.metric
-            value, (low, high) = ab.beats([s["ab"] for s in seeds], *arms)
-            signs = [ab.beats([s["ab"]], *arms)[0] for s in seeds]
+            results = [s["ab"] for s in seeds]
+            value, (low, high) = ab.beats(results, *arms)
+            signs = [ab.beats([x], *arms)[0] for x in results]
+            sides = [ab.beats(results, arm, ab.CONTROL, claim.metric)[0] for arm in arms[:2]]
         elif all(m in s["values"] for s in seeds for m in (claim.more, claim.less)):
-            rows = paired(seeds, claim.metric, claim.more, claim.less, claim.factor)
+            rows = paired(
+                seeds, claim.metric, claim.more, claim.less, claim.factor, claim.base
+            )
             value, low, high = bootstrap(rows)
             signs = [x.mean() for x in rows]
+            sides = [
+                float(np.mean([np.mean([*values_of(s, m, claim.metric, claim.base).values()])
+                               for s in seeds]))
+                for m in (claim.more, claim.less)
+            ]  # fmt: skip
         else:
             continue
         verdict = "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
         same = sum(bool(np.sign(x) == np.sign(value)) for x in signs)
         made.append(vars(claim) | {
-            "value": value, "interval": [low, high], "verdict": verdict, "same_sign": same,
-            "seeds": len(seeds),
+            "sides": sides, "value": value, "interval": [low, high], "verdict": verdict,
+            "same_sign": same, "seeds": len(seeds),
         })
     return made
 
@@ -287,25 +359,38 @@ def counted(rows: list[dict]) -> str:
     return "; ".join(parts)
 
 
+_READING = """\
+*Ours* are the two sides of a claim, as means. The difference is theirs, paired by user; of online
+metrics that of two relative lifts, per mille, of ratios pooled over users and seeds; where a claim
+says "at least 95 %", that to 0.95 of the second side. In brackets its 95 % bootstrap interval,
+users drawn again within each seed. A claim holds if the interval lies above zero, does not hold if
+below; else it is undecided. The interval does not cover how much trainings differ, for which the
+last column counts the seeds with a difference of the same sign. Of so many intervals, one in twenty
+misses by chance. Of the paper's figures those of table 1 are of Qwen2.5-7B, those of the others of
+its Doubao model."""
+_BUILT_IN = """\
+Partly built in: the ranker reads the trigger interests, so that utility rewards being near RID's
+choice (the hidden truth stands beside it); chores are left out of RID's labels by a list of words
+and come last in the rule teacher's lists, so that they shrink in Figure 3, whose second claim is
+our reading of the paper's shift to consumption; a later slice of Table 7 has had more rounds of
+training too."""
+
+
 def claims_page(rows: list[dict], note: str) -> str:
     """results/claims.md."""
     lines = [
         "# The paper's claims, one by one", "", note, "",
         f"{counted(rows)}. (Ours have no figure of the paper.)", "",
-        "A difference is the mean over users, paired; of online metrics that of two relative "
-        "lifts, per mille, of ratios pooled over users and seeds. In brackets its 95 % bootstrap "
-        "interval, users drawn again within each seed. A claim holds if the interval lies above "
-        "zero, does not hold if below; else it is undecided. The interval does not cover how much "
-        "trainings differ, for which the last column counts the seeds with a difference of the "
-        "same sign. Of so many intervals, one in twenty misses by chance. Of the paper's figures "
-        "those of table 1 are of Qwen2.5-7B, those of the others of its Doubao model.",
-        "", "| table | claim | paper | ours | verdict | seeds |", "|---|---|---|---|---|---|",
-    ]
+        _READING, "", _BUILT_IN, "",
+        "| table | claim | metric | paper | ours | difference | verdict | seeds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
     for row in rows:
-        low, high = row["interval"]
-        form = "+.1f" if row["metric"] in ab.METRICS else "+.4f"
-        ours = f"{row['value']:{form}} [{low:{form}}, {high:{form}}]"
-        cells = [row["table"], row["text"], row["paper"], ours, f"**{row['verdict']}**",
+        unit, form = UNITS[row["metric"]]
+        more, less = (f"{x:{form}}" for x in row["sides"])
+        value, low, high = (f"{x:+{form}}" for x in (row["value"], *row["interval"]))
+        cells = [row["table"], row["text"], unit, row["paper"], f"{more} against {less}",
+                 f"{value} [{low}, {high}]", f"**{row['verdict']}**",
                  f"{row['same_sign']} of {row['seeds']}"]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     failed = [row for row in rows if row["verdict"] != "holds"]

@@ -20,7 +20,7 @@ import icebreaker as ib
 import isg
 import rid
 import world
-from config import read_json
+from config import AbConfig, read_json
 from pipeline import Pipeline, utilities
 
 SWEEP = (0.1, 0.5)  # lambdas of choosing when serving, beside dpo.weight
@@ -58,15 +58,14 @@ def pool_of(lists: list[list[str]]) -> list[str]:
 
 
 def searched(
-    p: Pipeline, lists: dict[str, list[list[str]]], **settings
+    p: Pipeline, lists: dict[str, list[list[str]]], n: int, **settings
 ) -> dict[str, list[list[str]]]:
-    """Half of ab.searched full lists of each user: the list search's best of all starters that were
-    written (by the training ranker), the best of the rest, and so on, as the server orders them.
+    """At most n full lists of each user: the list search's best of all starters that were written
+    (by the training ranker), the best of the rest, and so on, as the server orders them.
 
     settings: of config.dpo, such as beam and weight, where they differ from the run's.
     """
     pools, k = [*map(pool_of, lists.values())], p.config.generator.list_size
-    n = (p.config.ab.searched + 1) // 2
     config = dataclasses.replace(p.config, dpo=dataclasses.replace(p.config.dpo, **settings))
     states = [p.states[u][-1] for u in lists]
     orders = isg.in_lists(config, *isg.score_pools(p, p.ranker("train"), states, pools), lists=n)
@@ -77,12 +76,20 @@ def searched(
     return made
 
 
+def online_lists(settings: AbConfig) -> tuple[int, int]:
+    """(lists to write for an arm with list search, lists that it keeps of each ab.searched)."""
+    kept = -(-settings.searched // 2)
+    return -(-settings.lists // kept) * settings.searched, kept
+
+
 def searched_in_turn(p: Pipeline, lists: dict[str, list[list[str]]]) -> dict[str, list[list[str]]]:
     """ab.lists lists of each user: what `searched` finds in the first ab.searched lists that were
     written, in the next ones, and so on."""
+    written, kept = online_lists(p.config.ab)
     n, made = p.config.ab.searched, {user: [] for user in lists}
-    for start in range(0, max(map(len, lists.values())), n):
-        for user, found in searched(p, {u: x[start : start + n] for u, x in lists.items()}).items():
+    for start in range(0, written, n):
+        pools = {user: rows[start : start + n] for user, rows in lists.items()}
+        for user, found in searched(p, pools, kept).items():
             made[user] += found
     return {user: rows[: p.config.ab.lists] for user, rows in made.items()}
 
@@ -95,7 +102,7 @@ def reranked(p: Pipeline, method: str, lists: dict[str, list[list[str]]]) -> eva
     from pyversity import Strategy, diversify
 
     def first(lists, **settings) -> dict[str, list[list[str]]]:
-        return {u: rows[:1] or [[]] for u, rows in searched(p, lists, **settings).items()}
+        return {u: rows or [[]] for u, rows in searched(p, lists, 1, **settings).items()}
 
     ranker, k = p.ranker("train"), p.config.generator.list_size
     weights = {"": p.config.dpo.weight} | {f", lambda {x}": x for x in SWEEP}
@@ -151,8 +158,8 @@ def search_values(
 def floor_and_ceiling(
     p: Pipeline, truth: world.Truth, users: list[str], written: evaluation.Lists
 ) -> evaluation.Lists:
-    """Random and retrieved starters; and what one who sees the hidden truth would pick of all that
-    the main run's methods wrote and 200 shown ones."""
+    """Random and retrieved starters; and what one who sees the hidden truth would pick, greedily,
+    of all in `written` and 200 shown ones."""
     k, rng = p.config.generator.list_size, random.Random(p.seed("floor"))
     pool = sorted({y for shown in p.impressions for y in shown.starters})
     deployed = world.retrieved_lists(

@@ -304,7 +304,8 @@ def plot_frontier(result: dict, path: str | Path) -> None:
 
 def escape(text: str) -> str:
     """User text as markdown that shows it and does nothing else."""
-    return re.sub(r"([\\`*_{}\[\]()#+\-.!|~])", r"\\\1", html.escape(" ".join(text.split())))
+    plain = html.escape(" ".join(text.split()), quote=False)
+    return re.sub(r"([\\`*_{}\[\]()#+\-.!|~])", r"\\\1", plain)
 
 
 def examples_page(rows: list[dict], summaries: dict[str, list[str]], scores: dict) -> str:
@@ -452,7 +453,7 @@ def main() -> None:
                         "serving beyond beta, or all")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of --reproduce")
     parser.add_argument("--first-seed", type=int, default=0, help="100 and above: to choose "
-                        "settings on; the report goes to runs/tuning")  # fmt: skip
+                        "settings on; the report goes to runs/partial")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="--reproduce small, in minutes")
     parser.add_argument("settings", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()

@@ -2,7 +2,7 @@
 
     python eval.py --reproduce all --seeds 3       # results/reproduction.md, claims.md, pictures
     python eval.py --reproduce all --quick         # minutes: small, into runs/quick/report
-    python eval.py --reproduce 1 9 --seeds 1       # some tables
+    python eval.py --reproduce 1 9 --seeds 1       # some tables, into runs/partial/report
     python eval.py --reproduce 2 --seeds 1 --first-seed 100 rid.min_keep=2    # to choose a setting
 
 A seed's main run (train.py's stages) is trained once; a variant starts as a copy of it, so only the
@@ -116,10 +116,13 @@ def train_run(words: list[str], path: str, seed: int, variant: str) -> None:
     folder = Path(config.run.root) / config.run.name
     if variant and not folder.exists():
         main = Path(config.run.root) / seed_config(words, path, seed, MAIN).run.name
+        part = folder.with_suffix(".tmp")  # a killed copy must not look like a run
+        shutil.rmtree(part, ignore_errors=True)
         shutil.copytree(  # every file of a run is replaced whole, but for the log
-            main, folder, copy_function=os.link,
+            main, part, copy_function=os.link,
             ignore=shutil.ignore_patterns("metrics.jsonl", "report", "*.tmp"),
         )
+        part.rename(folder)
     train.run_stages(config, ["dpo"])
     write_starters(Pipeline(config), variant)
 
@@ -144,10 +147,9 @@ def write_starters(p: Pipeline, variant: str) -> None:
             continue
         online = name in ONLINE
         users = [u for u in p.ids("test", *["judge"] * online) if p.states[u][-1].interests]
-        shown = p.config.ab.lists * online
-        if name in SEARCHED:  # in whole pools
-            shown = -(-2 * shown // p.config.ab.searched) * p.config.ab.searched
-        n = max(p.config.eval.lists, shown)
+        searched = name in SEARCHED
+        shown = compare.online_lists(p.config.ab)[0] if searched else p.config.ab.lists
+        n = max(p.config.eval.lists, shown * online)
         inputs = [compare.interests_of(p, u, method.interests) for u in users]
         lists = p.write_lists(adapter, inputs, n, p.seed("eval"))
         made[name] = dict(zip(users, lists, strict=True))
@@ -175,8 +177,9 @@ def compared_lists(
         name: {u: rows[u][: config.eval.lists] for u in users}
         for name, rows in {**written, "teacher": online["teacher"]}.items()
     }
-    lists |= compare.floor_and_ceiling(p, truth, users, main)
     lists |= compare.few_sessions(p, users) | compare.cold_start(p, users)
+    seen = {m: lists[m] for m in (*main, "teacher", "popular starters")}
+    lists |= compare.floor_and_ceiling(p, truth, users, seen)
     online[ab.CONTROL] = world.retrieved_lists(
         config.world, [p.users[u] for u in online["PE"]], config.ab.lists, config.run.seed
     )
@@ -209,7 +212,10 @@ def measure_seed(words: list[str], path: str, seed: int, variants: list[str]) ->
     texts = {
         "history": [x for u in users for x in compare.interests_of(p, u, "all")],
         "RID": [x for u in users for x in p.states[u][-1].interests],
-        "IceBreaker": [y for rows in lists["IceBreaker"].values() for x in rows for y in x],
+        **{
+            method: [y for rows in lists[method].values() for x in rows for y in x]
+            for method in ("IceBreaker", "deployed retrieval")
+        },
     }
     activity = {u: len(p.users[u].sessions) / config.world.days for u in online["PE"]}
     write_json(p.run / "report" / "values.json", {
@@ -304,8 +310,8 @@ def reproduce(
     values = [read_json(f / "report" / "values.json") for f in folders]
     log = [json.loads(x) for x in (folders[0] / "metrics.jsonl").read_text().splitlines()]
     changed = Path(path).resolve() != ROOT / "configs" / "tiny.yaml"
-    own = bool(first or words or changed)
-    out = root / ("quick" if quick else "tuning") / "report" if own else ROOT / "results"
+    whole = tables == list(TABLES) and seeds >= 3 and not (first or words or changed)
+    out = ROOT / "results" if whole else root / ("quick" if quick else "partial") / "report"
     about = {
         "command": "python eval.py --reproduce "
         + ("all" if tables == list(TABLES) else " ".join(tables)) + f" --seeds {seeds}"

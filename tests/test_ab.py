@@ -119,10 +119,12 @@ def test_what_resonates_brings_people_back_and_goodwill_fades(monkeypatch):
 def test_lists_are_shown_in_turn_and_no_more_than_asked_for():
     truth, lists = SureTruth(), {"a": {"u1": [["one"], ["two", "2"], ["three", "3", "3"]]}}
     shown = [
-        ab.simulate(truth, {"u1": 1e9}, lists, AbConfig(days=6, lists=n), 0)["arms"]["a"]
-        for n in (2, 3)
+        ab.simulate(truth, {"u1": 1e9}, lists, AbConfig(days=6, lists=n, copies=m), 0)["arms"]["a"]
+        for n, m in ((2, 1), (3, 1), (3, 2))  # a second life begins with the second list
     ]
-    assert [x["by_day"]["shown"] for x in shown] == [[1, 2, 1, 2, 1, 2], [1, 2, 3, 1, 2, 3]]
+    assert [x["by_day"]["shown"] for x in shown] == [
+        [1, 2, 1, 2, 1, 2], [1, 2, 3, 1, 2, 3], [1.5, 2.5, 2, 1.5, 2.5, 2]
+    ]  # fmt: skip
 
 
 def test_the_same_lists_give_the_same_lives_whatever_the_order_of_arms(platform, arms):

@@ -1,5 +1,6 @@
 """The report of made-up values, tasks side by side, and lists chosen when serving."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -40,14 +41,18 @@ def seed_values(number: int, lift: float = 0.5, users: int = 30) -> dict:
     for method in ("SFT", "IceBreaker"):
         values[method] |= {"functional": column(0.1), "lexical_compared": column(2.0)}
     days = {x: [1.0, 1.0] for x in ("ctr", "ctr_error", "sessions", "sessions_error")}
-    person = dict.fromkeys(ab.COUNTS, 2.0)
     searched = [f"{arm}, list search" for arm in reproduce.SEARCHED]
     arms = (*reproduce.ONLINE, *searched, "teacher", ab.CONTROL)
+    people = {arm: dict.fromkeys(ab.COUNTS, 2.0) for arm in arms}
+    people["IceBreaker"]["taps"] = 2.2  # a tenth more
     return {
         "values": values,
-        "ab": {"days": 2, "split": "paired", "copies": 1, "seed": number, "arms": {
-            arm: {"users": dict.fromkeys(names, person), "cumulative": days} for arm in arms}},
-        "shares": {x: {"Chores": 0.3, "games": 0.7} for x in ("history", "RID", "IceBreaker")},
+        "ab": {"days": 2, "split": "paired", "lists": 1, "copies": 1, "seed": number, "arms": {
+            arm: {"users": dict.fromkeys(names, people[arm]), "cumulative": days} for arm in arms}},
+        "shares": {
+            x: {"Chores": 0.3, "games": 0.7}
+            for x in ("history", "RID", "IceBreaker", "deployed retrieval")
+        },
         "basis": {
             "above_least": 0.5, "matcher": {"precision": 0.9, "recall": 0.8}, "classifier": 0.5,
             "classifier_on_starters": 0.5, "kept_start": 1,
@@ -76,17 +81,25 @@ def test_the_report_holds_every_table_and_claim(tmp_path):
     assert all(f"Table {n}" in page for n in (1, 2, 3, 6, 7, 8, 9)) and "<b>" not in page
     text = (tmp_path / "claims.md").read_text()
     assert all(row["text"] in text for row in rows)
+    verdict = {(r["metric"], r["more"], r["less"]): r for r in rows}
+    above = verdict["utility", "IceBreaker", "SFT"]
+    assert above["verdict"] == "holds" and above["same_sign"] == 2
+    assert above["sides"] == pytest.approx([1.5, 1.0], abs=0.05)
+    assert verdict["utility", "utility negatives only", "IceBreaker"]["verdict"] == "does not hold"
+    kept = verdict["lexical", "IceBreaker", "SFT"]  # the last one is of 95 %
+    assert kept["value"] == pytest.approx(kept["sides"][0] - 0.95 * kept["sides"][1])
+    online = verdict["CTR", "IceBreaker", "deployed"]
+    assert online["verdict"] == "holds" and online["value"] == pytest.approx(100)
+    assert verdict["CTR", "SFT", "deployed"]["verdict"] == "undecided"
     assert all((tmp_path / name).is_file() for name in
                ("frontier.png", "rings.png", "ab_days.png", "reward_hacking.png", "rounds.png"))
     assert json.loads((tmp_path / "reproduction.json").read_text())["claims"] == rows
 
 
-def test_every_method_of_a_table_is_made_and_every_claim_names_known_ones():
-    found = (" of 1", " of 2", " of 4", ", beam 1", ", all tried")
-    chosen = [f"list search{x}" for x in found] + ["highest utility"]
-    ends = ["", *(f", lambda {x}" for x in compare.SWEEP)]
-    chosen += [f"{kind}{end}" for kind in ("list search", "MMR", "DPP") for end in ends]
-    made = {*reproduce.METHODS} | {f"{m}, {x}" for m in reproduce.SEARCHED for x in chosen}
+def test_every_method_of_a_table_is_made_and_every_claim_names_known_ones(finished):
+    p = Pipeline(micro(finished.parent), describe=False)
+    chosen = [compare.reranked(p, m, {p.ids("test")[0]: [[]]}) for m in reproduce.SEARCHED]
+    made = {*reproduce.METHODS} | {m for x in chosen for m in x}
     made |= {"teacher", "random starters", "deployed retrieval", "oracle", "popular starters"}
     made |= {"IceBreaker, 1 session", "IceBreaker, 2 sessions"}
     assert {m for _, rows in report.TABLES.values() for m in rows} <= made
@@ -178,7 +191,7 @@ def test_searched_lists_take_what_was_written_once_and_the_best_first(finished):
     written = {u: [shown[9 * i : 9 * i + 5], shown[9 * i + 3 : 9 * i + 9]]
                for i, u in enumerate(users)}  # fmt: skip
     written |= {users[0]: [[]], users[1]: [shown[: k - 1]], users[2]: [["One", "one"] + shown[:k]]}
-    made = compare.searched(p, written)
+    made = compare.searched(p, written, 3)
     assert made[users[0]] == [] and [sorted(x) for x in made[users[1]]] == written[users[1]]
     assert [len(x) for x in made[users[2]]] == [k]  # what is left over is no full list
     for user in users[3:]:
@@ -195,6 +208,20 @@ def test_searched_lists_take_what_was_written_once_and_the_best_first(finished):
         )
         assert made[user][0] == [pool[j] for j in best[0, 0].tolist()]
     assert compare.reranked(p, "SFT", {users[0]: [[]]})["SFT, MMR"] == {users[0]: [[]]}
+
+
+def test_arms_with_list_search_show_half_of_each_pool_in_turn(finished):
+    p = Pipeline(micro(finished.parent), describe=False)
+    p.config.ab = dataclasses.replace(p.config.ab, lists=3, searched=4)
+    shown = sorted({y for x in p.impressions for y in x.starters})
+    lists = [shown[5 * i : 5 * i + 5] for i in range(8)]
+    users = p.ids("test")[:2]
+    first, second = (
+        compare.searched(p, dict.fromkeys(users, part), 2) for part in (lists[:4], lists[4:])
+    )
+    made = compare.searched_in_turn(p, dict.fromkeys(users, lists))
+    for user in users:
+        assert made[user] == first[user] + second[user][:1] and len(first[user]) == 2
 
 
 def test_the_value_of_what_is_chosen_is_that_of_list_search(finished):
