@@ -201,8 +201,8 @@ def online_table(seeds: Seeds) -> str:
     people = ", ".join(str(len(r["arms"][ab.CONTROL]["users"])) for r in results)
     one = results[0]
     how = (f"{one['days']} days; people of each seed in the control arm: {people}; split: "
-           f"{one['split']}; of each person {one['lists']} lists, in turn, and {one['copies']} lives. "
-           "Arms with list search write twice as many and show the better half.")  # fmt: skip
+           f"{one['split']}; lists of each person, in turn: {one['lists']}; lives: {one['copies']}."
+           " Arms with list search write twice as many and show the better half.")  # fmt: skip
     return f"## Table 2: online, simulated\n\n{how}\n\n" + ab.table(ab.lifts(results))
 
 
