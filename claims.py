@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 import ab
+from eval import user_lifts
 
 Seeds = list[dict]  # report/values.json of each seed
 UNKNOWN, OWN = "not known", "–"
@@ -287,9 +288,7 @@ def values_of(seed: dict, method: str, metric: str, base: str = "PE") -> dict[st
     values = seed["values"]
     if metric not in ("r_user", "r_score"):
         return values[method][metric]
-    own, other = values[method]["utility"], values[base]["utility"]
-    gaps = {u: own[u] - other[u] for u in other}
-    return gaps if metric == "r_score" else {u: (x > 0) + 0.5 * (x == 0) for u, x in gaps.items()}
+    return user_lifts(values[method]["utility"], values[base]["utility"])[metric]
 
 
 def paired(

@@ -49,14 +49,14 @@ LEGEND = """\
 - **Starters**: mean number left of a list after the filters."""
 
 
-def r_user(scores: dict[str, float], baseline: dict[str, float]) -> float:
-    """Eq. (9): share of users above the baseline; a tie counts half."""
-    return float(np.mean([(s > baseline[u]) + 0.5 * (s == baseline[u]) for u, s in scores.items()]))
-
-
-def r_score(scores: dict[str, float], baseline: dict[str, float]) -> float:
-    """Eq. (10): mean lift over the baseline."""
-    return float(np.mean([s - baseline[u] for u, s in scores.items()]))
+def user_lifts(
+    scores: dict[str, float], baseline: dict[str, float]
+) -> dict[str, dict[str, float]]:
+    """"r_user" and "r_score" of each user, of which the means over users are Eq. (9), the share of
+    users above the baseline (a tie counts half), and Eq. (10), the mean lift over it."""
+    gaps = {u: s - baseline[u] for u, s in scores.items()}
+    wins = {u: (x > 0) + 0.5 * (x == 0) for u, x in gaps.items()}
+    return {"r_user": wins, "r_score": gaps}
 
 
 def bootstrap_interval(values, n: int, seed: int) -> tuple[float, float]:
@@ -211,14 +211,10 @@ def evaluate(
                     list(values[name].values()), bootstrap, seed
                 )
         if score and method != baseline:
-            own, base = values["utility"], per_user[baseline]["utility"]
-            figures |= {
-                "r_user": r_user(own, base),
-                "r_score": r_score(own, base),
-                "r_score_interval": bootstrap_interval(
-                    [own[u] - base[u] for u in users], bootstrap, seed
-                ),
-            }
+            own = user_lifts(values["utility"], per_user[baseline]["utility"])
+            figures |= {name: float(np.mean([*x.values()])) for name, x in own.items()}
+            lifts = [own["r_score"][u] for u in users]
+            figures["r_score_interval"] = bootstrap_interval(lifts, bootstrap, seed)
         result[method] = figures
     return {
         "methods": result,

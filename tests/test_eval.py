@@ -34,8 +34,9 @@ def score(user, starters):
 
 def test_r_user_and_r_score_by_hand():
     scores, baseline = {"a": 0.5, "b": 0.2, "c": 0.3}, {"a": 0.4, "b": 0.2, "c": 0.6}
-    assert evaluation.r_user(scores, baseline) == pytest.approx(0.5)
-    assert evaluation.r_score(scores, baseline) == pytest.approx((0.1 + 0 - 0.3) / 3)
+    lifts = evaluation.user_lifts(scores, baseline)
+    assert lifts["r_user"] == {"a": 1.0, "b": 0.5, "c": 0.0}
+    assert lifts["r_score"] == pytest.approx({"a": 0.1, "b": 0.0, "c": -0.3})
 
 
 def test_evaluate_counts_an_empty_list_as_nothing():
@@ -83,6 +84,7 @@ def test_report_is_written_and_user_text_stays_text(tmp_path):
     evaluation.write_report(result, [row], {"a": [nasty]}, {"a": [0.5]}, tmp_path)
     page, table = (tmp_path / "examples.md").read_text(), (tmp_path / "table.md").read_text()
     assert "<script" not in page and "[link]" not in page and "\n# head" not in page
+    assert evaluation.escape("JoJo's & Co.") == "JoJo's &amp; Co\\."
     assert "| PE |" in table and "| SFT |" in table and "+0.82" in table
     assert (tmp_path / "utility_diversity.png").read_bytes().startswith(b"\x89PNG")
 
