@@ -117,7 +117,7 @@ def train_run(words: list[str], path: str, seed: int, variant: str) -> None:
     folder = Path(config.run.root) / config.run.name
     if variant and not folder.exists():
         main = Path(config.run.root) / seed_config(words, path, seed, MAIN).run.name
-        part = folder.with_suffix(".tmp")  # a killed copy must not look like a run
+        part = folder.with_name(f"{folder.name}.tmp")  # a killed copy must not look like a run
         shutil.rmtree(part, ignore_errors=True)
         shutil.copytree(  # every file of a run is replaced whole, but for the log
             main, part, copy_function=os.link,
