@@ -160,10 +160,10 @@ def floor_and_ceiling(
 ) -> evaluation.Lists:
     """Random and retrieved starters; and what one who sees the hidden truth would pick, greedily,
     of all in `written` and 200 shown ones."""
-    k, rng = p.config.generator.list_size, random.Random(p.seed("floor"))
+    k, n, rng = p.config.generator.list_size, p.config.ab.lists, random.Random(p.seed("floor"))
     pool = sorted({y for shown in p.impressions for y in shown.starters})
     deployed = world.retrieved_lists(
-        p.config.world, [p.users[u] for u in users], p.config.eval.lists, p.config.run.seed
+        p.config.world, [p.users[u] for u in users], n, p.config.run.seed
     )
 
     def oracle(user: str) -> list[str]:
@@ -177,7 +177,7 @@ def floor_and_ceiling(
         return best
 
     return {
-        "random starters": {u: [rng.sample(pool, k)] for u in users},
+        "random starters": {u: [rng.sample(pool, k) for _ in range(n)] for u in users},
         "deployed retrieval": deployed,
         "oracle": {u: [oracle(u)] for u in users},
     }
@@ -199,7 +199,7 @@ def few_sessions(p: Pipeline, users: list[str]) -> evaluation.Lists:
                        for u in users}
         interests = rid.distil_latest(young)
         inputs = [interests[u] for u in users]
-        lists = p.write_lists(last, inputs, p.config.eval.lists, p.seed("eval"))
+        lists = p.write_lists(last, inputs, p.config.ab.lists, p.seed("eval"))
         made[f"IceBreaker, {n} session{'s' * (n > 1)}"] = dict(zip(users, lists, strict=True))
     return made
 

@@ -211,19 +211,19 @@ class DpoConfig:
 
 @dataclass
 class AbConfig:
-    """The simulated online test (ab.py)."""
+    """What --reproduce compares, and the simulated online test (ab.py)."""
 
     days: int = 35
     users: int = 0  # of those that no method was trained on; 0: all
     split: str = "paired"  # every arm meets copies of the same people; "shares": each is in one arm
-    lists: int = 6  # of each user and method, shown in turn
+    lists: int = 6  # of each user and method: compared offline, shown in turn online
     searched: int = 6  # so many lists of a user give list search the starters for half as many
     copies: int = 32  # lives of each person, of which the mean counts: less noise of single taps
 
 
 @dataclass
 class EvalConfig:
-    lists: int = 2  # sampled per user and method
+    lists: int = 2  # sampled per user and method by the stage; --reproduce writes ab.lists
     bootstrap: int = 1000
     examples: int = 6  # users on the page of examples
 

@@ -233,7 +233,7 @@ def shares_table(seeds: Seeds) -> str:
 def value_table(seeds: Seeds) -> str:
     """What beam, pool and chooser make of the objective of list search."""
     lines = ["The value of the list chosen, lambda U + (1 - lambda) D with lambda = dpo.weight and "
-             "U scaled within all six lists of a user, of which the methods below choose:", "",
+             "U scaled within the ab.searched lists of a user, of which the rows below choose:", "",
              "| Method | SFT's lists | IceBreaker's lists |", "|---|---|---|"]  # fmt: skip
     for choice in [m.removeprefix("SFT, ") for m in TABLES["serving"][1] if m.startswith("SFT, ")]:
         cells = []
@@ -341,7 +341,8 @@ def write(
         f"{about['command']}: seeds {about['seeds']}, commit {about['commit']}, config "
         f"{about['config']}. The last start took {about['minutes']:.0f} minutes on "
         f"{about['processors']} processors, {about['cpu_hours']:.1f} core hours; what earlier "
-        "starts had trained is not in it."
+        f"starts had trained is not in it. Methods wrote {seeds[0]['ab']['lists']} lists a user; "
+        "what chooses when serving, and the popular starters and the oracle, show one."
     )
     legend = __doc__.partition("\n\n")[2]
     more = {"1": spoken_table, "2": online_table, "3": cases, "6": interests_table,

@@ -70,8 +70,8 @@ NEEDS = {  # table -> variants
     "beyond": [v for v in VARIANTS if v.startswith(("5", "lambda"))],
     "beta": [v for v in VARIANTS if v.startswith(("beta", "reference"))],
 }
-QUICK = """world.users=200 sit.max_rows=120 sit.epochs=2 dpo.max_users=24 dpo.samples=3
-    dpo.checkpoints=1 eval.lists=1 ab.lists=1 ab.searched=2 ab.copies=1 rid.epochs=10
+QUICK = """world.users=120 sit.max_rows=60 sit.epochs=2 dpo.max_users=12 dpo.samples=3
+    dpo.checkpoints=1 ab.lists=1 ab.searched=2 ab.copies=1 rid.epochs=10
     ranker.epochs=8""".split()
 
 
@@ -137,8 +137,7 @@ def write_starters(p: Pipeline, variant: str) -> None:
     Methods of the online test write for the judge users too, of whom no method has learned.
     """
     path = p.run / "report" / "starters.json"
-    key = digest(train.stage_key(p, "dpo"), p.config.eval.lists, p.config.ab.lists,
-                 p.config.ab.searched)  # fmt: skip
+    key = digest(train.stage_key(p, "dpo"), p.config.ab.lists, p.config.ab.searched)
     if path.is_file() and read_json(path)["key"] == key:
         return
     made: evaluation.Lists = {}
@@ -148,9 +147,7 @@ def write_starters(p: Pipeline, variant: str) -> None:
             continue
         online = name in ONLINE
         users = [u for u in p.ids("test", *["judge"] * online) if p.states[u][-1].interests]
-        searched = name in SEARCHED
-        shown = compare.online_lists(p.config.ab)[0] if searched else p.config.ab.lists
-        n = max(p.config.eval.lists, shown * online)
+        n = compare.online_lists(p.config.ab)[0] if name in SEARCHED else p.config.ab.lists
         inputs = [compare.interests_of(p, u, method.interests) for u in users]
         lists = p.write_lists(adapter, inputs, n, p.seed("eval"))
         made[name] = dict(zip(users, lists, strict=True))
@@ -175,7 +172,7 @@ def compared_lists(
     online |= {f"{arm}, list search": compare.searched_in_turn(p, main[arm]) for arm in SEARCHED}
     online["teacher"] = compare.taught(p, list(main["PE"]), config.ab.lists)
     lists = {
-        name: {u: rows[u][: config.eval.lists] for u in users}
+        name: {u: rows[u][: config.ab.lists] for u in users}
         for name, rows in {**written, "teacher": online["teacher"]}.items()
     }
     lists |= compare.few_sessions(p, users) | compare.cold_start(p, users)
