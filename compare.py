@@ -190,12 +190,12 @@ def taught(p: Pipeline, users: list[str], n: int) -> evaluation.Lists:
 
 
 def few_sessions(p: Pipeline, users: list[str]) -> evaluation.Lists:
-    """IceBreaker for test users of whom only the first session, or the first two, were known."""
+    """IceBreaker for test users of whom only the last session, or the last two, were known."""
     made, last = {}, adapter_path(p, "last")
     for n in (1, 2):
         young = Pipeline(p.config)
         young.encoder = p.encoder
-        young.users = {u: p.users[u].model_copy(update={"sessions": p.users[u].sessions[:n]})
+        young.users = {u: p.users[u].model_copy(update={"sessions": p.users[u].sessions[-n:]})
                        for u in users}
         interests = rid.distil_latest(young)
         inputs = [interests[u] for u in users]

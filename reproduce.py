@@ -102,9 +102,14 @@ ONLINE = ("PE", "SFT", "SFT+DPO", "IceBreaker")  # arms beside the deployed retr
 SEARCHED = ("SFT", "IceBreaker")  # of these also what list search finds among ab.searched lists
 
 
+def is_default(path: str) -> bool:
+    return Path(path).resolve() == ROOT / "configs" / "tiny.yaml"
+
+
 def seed_config(words: list[str], path: str, seed: int, variant: str) -> Config:
-    """The settings of one run; its folder is named after seed and variant."""
-    name = "-".join(["reproduce", digest(words)[:6], f"seed{seed}", *variant.split()])
+    """The settings of one run; its folder is named after them, seed and variant."""
+    given = words if is_default(path) else [*words, digest(load_config(path))]
+    name = "-".join(["reproduce", digest(given)[:6], f"seed{seed}", *variant.split()])
     own = [f"world.seed={seed}", f"run.seed={seed}", f"run.name={name}"]
     if variant:
         own += ["dpo.vanilla=false", *VARIANTS[variant]]
@@ -137,7 +142,7 @@ def write_starters(p: Pipeline, variant: str) -> None:
     Methods of the online test write for the judge users too, of whom no method has learned.
     """
     path = p.run / "report" / "starters.json"
-    key = digest(train.stage_key(p, "dpo"), p.config.ab.lists, p.config.ab.searched)
+    key = digest(train.stage_key(p, "dpo"), p.config.ab.lists, p.config.ab.searched, METHODS)
     if path.is_file() and read_json(path)["key"] == key:
         return
     made: evaluation.Lists = {}
@@ -145,11 +150,16 @@ def write_starters(p: Pipeline, variant: str) -> None:
         adapter = compare.adapter_path(p, method.adapter)
         if method.variant != variant or (adapter and not adapter.is_dir()):  # fewer rounds: no such
             continue
-        online = name in ONLINE
-        users = [u for u in p.ids("test", *["judge"] * online) if p.states[u][-1].interests]
-        n = compare.online_lists(p.config.ab)[0] if name in SEARCHED else p.config.ab.lists
+        # Test users first, and lists beyond ab.lists apart: a user's random numbers are then the
+        # same for every method, and equal policies write equal lists.
+        users = p.ids("test") + p.ids("judge") * (name in ONLINE)
+        users = [u for u in users if p.states[u][-1].interests]
         inputs = [compare.interests_of(p, u, method.interests) for u in users]
-        lists = p.write_lists(adapter, inputs, n, p.seed("eval"))
+        lists = p.write_lists(adapter, inputs, p.config.ab.lists, p.seed("eval"))
+        more = compare.online_lists(p.config.ab)[0] - p.config.ab.lists
+        if name in SEARCHED and more:
+            rest = p.write_lists(adapter, inputs, more, p.seed("eval", "more"))
+            lists = [x + y for x, y in zip(lists, rest, strict=True)]
         made[name] = dict(zip(users, lists, strict=True))
     p.encoder.save()
     write_json(path, {"key": key, "lists": made})
@@ -307,7 +317,7 @@ def reproduce(
     folders = [root / seed_config(words, path, s, MAIN).run.name for s in numbers]
     values = [read_json(f / "report" / "values.json") for f in folders]
     log = [json.loads(x) for x in (folders[0] / "metrics.jsonl").read_text().splitlines()]
-    changed = Path(path).resolve() != ROOT / "configs" / "tiny.yaml"
+    changed = not is_default(path)
     whole = tables == list(TABLES) and seeds >= 3 and not (first or words or changed)
     out = ROOT / "results" if whole else root / ("quick" if quick else "partial") / "report"
     about = {

@@ -251,9 +251,8 @@ class Truth:
         for slot, starter in enumerate(starters):
             topic, subjects, angle = self.taxonomy.understand(starter)
             redundancy = sum(
-                (bool(subjects & s) * 0.9 + (topic == t) * 0.4 + (angle == a) * 0.3)
+                bool(subjects & s) * 0.9 + bool(topic and topic == t) * 0.4 + (angle == a) * 0.3
                 for t, s, a in above
-                if topic
             )
             logit = (
                 -2.9

@@ -88,7 +88,7 @@ def test_rule_based_interests_are_the_frequent_and_the_recent_ones():
     assert compare.interests_of(p, "u", "all")[:2] == ["rare stamps", "chess openings"]
 
 
-def test_users_with_few_sessions_are_known_by_their_first_ones(finished, monkeypatch):
+def test_users_with_few_sessions_are_known_by_their_last_ones(finished, monkeypatch):
     p, asked = Pipeline(micro(finished.parent), describe=False), []
 
     def write_lists(self, adapter, inputs, n, seed):
@@ -102,8 +102,8 @@ def test_users_with_few_sessions_are_known_by_their_first_ones(finished, monkeyp
     assert [[*rows] for rows in made.values()] == [users, users]
     for n, inputs in enumerate(asked, 1):
         for user, interests in zip(users, inputs, strict=True):
-            first = [s.summary for s in p.users[user].sessions[:n]]
-            assert interests and {*interests} <= {*first}
+            last = [s.summary for s in p.users[user].sessions[-n:]]
+            assert interests and {*interests} <= {*last}
 
 
 def test_the_matcher_is_judged_by_hidden_subjects(tmp_path):
