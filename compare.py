@@ -1,7 +1,7 @@
 """What a reproduction compares its methods with, and measures beside the metrics of eval.py.
 
 Rerankers over a method's own lists, a floor and a ceiling, users with few sessions; the worth of
-interests, shares of topics, cases. reproduce.py brings the lists, after training: no one else but
+interests, topics, cases. reproduce.py brings the lists, after training: no one else but
 eval.py and ab.py sees the simulated world's hidden truth.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections import Counter
 from itertools import product
 from pathlib import Path
 
@@ -158,13 +159,10 @@ def search_values(
 def floor_and_ceiling(
     p: Pipeline, truth: world.Truth, users: list[str], written: evaluation.Lists
 ) -> evaluation.Lists:
-    """Random and retrieved starters; and what one who sees the hidden truth would pick, greedily,
-    of all in `written` and 200 shown ones."""
+    """Random starters; and what one who sees the hidden truth would pick, greedily, of all in
+    `written` and 200 shown ones."""
     k, n, rng = p.config.generator.list_size, p.config.ab.lists, random.Random(p.seed("floor"))
     pool = sorted({y for shown in p.impressions for y in shown.starters})
-    deployed = world.retrieved_lists(
-        p.config.world, [p.users[u] for u in users], n, p.config.run.seed
-    )
 
     def oracle(user: str) -> list[str]:
         own = pool_of([x for rows in written.values() for x in rows.get(user, ())])
@@ -178,7 +176,6 @@ def floor_and_ceiling(
 
     return {
         "random starters": {u: [rng.sample(pool, k) for _ in range(n)] for u in users},
-        "deployed retrieval": deployed,
         "oracle": {u: [oracle(u)] for u in users},
     }
 
@@ -190,7 +187,10 @@ def taught(p: Pipeline, users: list[str], n: int) -> evaluation.Lists:
 
 
 def few_sessions(p: Pipeline, users: list[str]) -> evaluation.Lists:
-    """IceBreaker for test users of whom only the last session, or the last two, were known."""
+    """IceBreaker for test users of whom only the last session, or the last two, were known.
+
+    The rankers, who judge, know the whole history.
+    """
     made, last = {}, adapter_path(p, "last")
     for n in (1, 2):
         young = Pipeline(p.config)
@@ -205,7 +205,7 @@ def few_sessions(p: Pipeline, users: list[str]) -> evaluation.Lists:
 
 
 def cold_start(p: Pipeline, users: list[str]) -> evaluation.Lists:
-    """For test users as if nothing but their profile were known."""
+    """For test users as if nothing but their profile were known: the same for equal profiles."""
     popular = isg.PopularStarters(p)
     return {"popular starters": {u: [popular(p.users[u].profile)] for u in users}}
 
@@ -215,15 +215,13 @@ def functional(truth: world.Truth, text: str) -> bool:
     return bool(topic) and truth.taxonomy.functional(topic)
 
 
-def shares(truth: world.Truth, texts: list[str]) -> dict[str, float]:
-    """Share of texts by topic category, chores apart; texts about nothing known are left out."""
-    taxonomy, counts = truth.taxonomy, {}
-    for text in texts:
-        topic = taxonomy.understand(text)[0]
-        if topic:
-            name = "Chores" if taxonomy.functional(topic) else taxonomy.category[topic]
-            counts[name] = counts.get(name, 0) + 1
-    return {name: n / sum(counts.values()) for name, n in sorted(counts.items())}
+def topics(truth: world.Truth, texts: list[str]) -> Counter[str]:
+    """Number of texts by topic category, chores apart; texts about nothing known do not count."""
+    taxonomy = truth.taxonomy
+    known = [topic for text in texts if (topic := taxonomy.understand(text)[0])]
+    return Counter(
+        "Chores" if taxonomy.functional(topic) else taxonomy.category[topic] for topic in known
+    )
 
 
 def spoken_of(
@@ -243,8 +241,8 @@ def spoken_of(
 
 def chores(truth: world.Truth, texts: dict[str, list[str]]) -> dict[str, float]:
     """Share of chores among each user's texts; users of whom no text is understood are left out."""
-    known = {u: made for u, own in texts.items() if (made := shares(truth, own))}
-    return {u: made.get("Chores", 0.0) for u, made in known.items()}
+    known = {u: made for u, own in texts.items() if (made := topics(truth, own))}
+    return {u: made["Chores"] / made.total() for u, made in known.items()}
 
 
 def interest_values(p: Pipeline, truth: world.Truth, users: list[str]) -> evaluation.PerUser:

@@ -54,7 +54,8 @@ class DataConfig:
     # Share of a user's sessions that count as history: early, middle, latest slice of the log.
     cuts: list[float] = field(default_factory=lambda: [0.4, 0.6, 0.8])
     # Users are split once: generator and ranker train on `train`, early stopping and thresholds use
-    # `valid`, the ranker that judges is fitted on `judge`, every reported figure is on `test`.
+    # `valid`, the ranker that judges is fitted on `judge`, figures are on `test` (RID's AUC and the
+    # online test also on `judge`).
     train: float = 0.5
     valid: float = 0.1
     judge: float = 0.25

@@ -1,7 +1,6 @@
 """Judge lists of starters: utility by a held-out ranker, diversity, and the hidden truth beside it.
 
     python eval.py --config configs/tiny.yaml          # the same as train.py --stage eval
-    python eval.py --runs runs/seed7 runs/seed8        # finished runs side by side
     python eval.py --reproduce all --seeds 3           # every table of the paper (reproduce.py)
 
 Metrics follow appendix B.1 of the paper. Unstated there, chosen here: which keywords count as
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from config import ROOT, UserError, atomic_path, load_config, read_json, script, write_json
+from config import ROOT, UserError, atomic_path, load_config, script, write_json
 from icebreaker import list_diversity
 from pipeline import Pipeline, progress, utilities
 
@@ -35,14 +34,17 @@ PAPER = {
     "IceBreaker": ("+0.82", "+0.74", "27.74", "5.01"),
 }
 LEGEND = """\
-- **R-User**: share of users whose mean ranker score is above PE's (ties count half), Eq. (9).
-- **R-Score**: mean lift in ranker score over PE, absolute, Eq. (10). The ranker gives values in
-  (0, 1) and was fitted on other users than those that trained the generator and those judged here.
-- **Train ranker**: mean score by the ranker that trained the generator; a gain that shows only here
+- **R-User**: share of users whose mean ranker score is above that of the base, which is PE unless a
+  table says otherwise (ties count half: 0.5 is no better than the base), Eq. (9).
+- **R-Score**: mean lift in ranker score over the base, absolute, Eq. (10). The ranker gives values
+  in (0, 1) and was fitted on other users than those that trained the generator and those judged
+  here. It reads the trigger interests: it gives points for being near RID's choice.
+- **Train R-Score**: the same by the ranker that trained the generator; a gain that shows only here
   is reward hacking.
 - **True clicks**: expected taps per shown list by the simulated world's hidden click model.
 - **Lexical**: distinct high-TF-IDF keywords per list; the weights are those of session summaries
-  and of starters shown in the log, and a word that neither has (a garbled name) does not count.
+  and of starters shown in the log, and a word that neither has (a garbled name) does not count
+  (random, retrieved and popular starters come from the log, so that all their words can count).
   **Words**: distinct words per list, whatever their weight, but no stop words. **Semantic**:
   distinct topic categories per list by a trained classifier. **Dissimilarity**: mean pairwise
   1 - cosine within a list.
@@ -215,6 +217,9 @@ def evaluate(
             figures |= {name: float(np.mean([*x.values()])) for name, x in own.items()}
             lifts = [own["r_score"][u] for u in users]
             figures["r_score_interval"] = bootstrap_interval(lifts, bootstrap, seed)
+            if train_score:
+                trained = user_lifts(values["train_utility"], per_user[baseline]["train_utility"])
+                figures["train_r_score"] = float(np.mean([*trained["r_score"].values()]))
         result[method] = figures
     return {
         "methods": result,
@@ -229,9 +234,9 @@ def evaluate(
 
 
 COLUMNS = [  # title, name in the figures, format
-    ("R-User", "r_user", "+.2f"),
+    ("R-User", "r_user", ".2f"),
     ("R-Score", "r_score", "+.4f"),
-    ("Train ranker", "train_utility", ".4f"),
+    ("Train R-Score", "train_r_score", "+.4f"),
     ("True clicks", "true_clicks", ".3f"),
     ("Lexical", "lexical", ".2f"),
     ("Words", "words", ".2f"),
@@ -340,50 +345,6 @@ def write_report(
         plot_frontier(result, folder / "utility_diversity.png")
 
 
-# ----------------------------------------------------------------------------- several runs beside
-
-
-def compare_runs(folders: list[Path]) -> str:
-    """Table 1 over runs (seeds of the world): means, ranges, and which claims held in which run."""
-    tables = [read_json(f / "eval" / "table.json")["methods"] for f in folders]
-    rid, ranker = ([read_json(f / s / "done.json") for f in folders] for s in ("rid", "ranker"))
-    lines = [
-        f"Mean over {len(folders)} runs ({', '.join(f.name for f in folders)}), range in brackets.",
-        "",
-        _header(COLUMNS),
-    ]
-    for method in ORDER:
-        rows = [t[method] for t in tables]
-        cells = [_range([r[n] for r in rows], f) if all(n in r for r in rows) else "–"
-                 for _, n, f in COLUMNS]  # fmt: skip
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    ice, sft = ([t[method] for t in tables] for method in ("IceBreaker", "SFT"))
-    claims = [
-        ("IceBreaker's R-Score above SFT's",
-         [i["r_score"] - s["r_score"] for i, s in zip(ice, sft, strict=True)], 0.0),
-        ("IceBreaker's true clicks above SFT's",
-         [i["true_clicks"] - s["true_clicks"] for i, s in zip(ice, sft, strict=True)], 0.0),
-        ("IceBreaker's lexical diversity over SFT's, at least 0.95",
-         [i["lexical"] / s["lexical"] for i, s in zip(ice, sft, strict=True)], 0.95),
-        ("RID's AUC above recency", [r["auc"] - r["auc_recency"] for r in rid], 0.0),
-        ("RID's AUC above frequency", [r["auc"] - r["auc_frequency"] for r in rid], 0.0),
-        ("ranker AUC, slot controlled (train), above 0.6",
-         [r["train"]["auc_slot_controlled"] for r in ranker], 0.6),
-        ("ranker AUC, slot controlled (judge), above 0.6",
-         [r["judge"]["auc_slot_controlled"] for r in ranker], 0.6),
-    ]
-    lines += ["", "| Claim | by run | holds |", "|---|---|---|"]
-    for claim, values, least in claims:
-        held = sum(v > least for v in values)
-        cells = ", ".join(f"{v:.4f}" for v in values)
-        lines.append(f"| {claim} | {cells} | {held} of {len(values)} |")
-    return "\n".join([*lines, "", LEGEND]) + "\n"
-
-
-def _range(values: list[float], form: str) -> str:
-    return f"{np.mean(values):{form}} [{min(values):{form}}, {max(values):{form}}]"
-
-
 # ------------------------------------------------------------------------------------ the stage
 
 
@@ -444,10 +405,10 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", default=str(ROOT / "configs" / "tiny.yaml"))
-    parser.add_argument("--runs", nargs="+", type=Path, help="finished run folders, side by side")
     parser.add_argument("--reproduce", nargs="+", metavar="TABLE", help="1 2 3 6 7 8 9 figure3 "
                         "serving beyond beta, or all")  # fmt: skip
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of --reproduce")
+    parser.add_argument("--seeds", type=int, help="seeds 0, 1, ... of --reproduce: three; one "
+                        "with --quick")  # fmt: skip
     parser.add_argument("--first-seed", type=int, default=0, help="100 and above: to choose "
                         "settings on; the report goes to runs/partial")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="--reproduce small, in minutes")
@@ -458,17 +419,12 @@ def main() -> None:
 
         words = [x for x in arguments.reproduce if "=" in x] + arguments.settings
         tables = [x for x in arguments.reproduce if "=" not in x]
+        seeds = arguments.seeds or (1 if arguments.quick else 3)
         reproduce.reproduce(
-            tables, arguments.seeds, arguments.config, words, arguments.quick, arguments.first_seed
+            tables, seeds, arguments.config, words, arguments.quick, arguments.first_seed
         )
         return
-    if not arguments.runs:
-        train.run_stages(load_config(arguments.config, arguments.settings), ["eval"])
-        return
-    for folder in arguments.runs:
-        if not (folder / "eval" / "table.json").is_file():
-            raise UserError(f"{folder}: no finished run (eval/table.json is missing)")
-    print(compare_runs(arguments.runs))
+    train.run_stages(load_config(arguments.config, arguments.settings), ["eval"])
 
 
 if __name__ == "__main__":

@@ -142,8 +142,8 @@ def lines(series: dict[str, dict], path, xlabel: str, ylabel: str, title: str,
 
 
 def ab_days(daily: dict[str, dict], path, title: str = "") -> None:
-    """Cumulative CTR and sessions per user by day; arm -> {"day", "ctr", "ctr_low", "ctr_high",
-    "sessions", "sessions_low", "sessions_high"} (lists), CTR as a share."""
+    """CTR and sessions per user and day, up to each day; arm -> {"day", "ctr", "ctr_low",
+    "ctr_high", "sessions", "sessions_low", "sessions_high"} (lists), CTR as a share."""
 
     def panel(name: str, factor: float) -> dict[str, dict]:
         ends = {"y": name, "low": f"{name}_low", "high": f"{name}_high"}
@@ -152,8 +152,8 @@ def ab_days(daily: dict[str, dict], path, title: str = "") -> None:
                 for arm, row in daily.items()}
 
     lines(panel("ctr", 100), path, "day of the test", "click-through rate (CTR), %",
-          title or "A/B test: cumulative means up to each day, bands 95 %",
-          panel("sessions", 1), "sessions per user")
+          title or "A/B test: means of all days up to each, bands 95 %",
+          panel("sessions", 1), "sessions per user and day")
 
 
 def hacking(rows: dict[str, dict], path, title: str = "") -> None:
@@ -274,7 +274,8 @@ def rings(panels: list[dict], path, functional=(), title: str = "") -> None:
     for topic, share in (x for p in pooled for ring in p.values() for x in ring.items()):
         total[topic] = total.get(topic, 0.0) + share
     order = sorted(total, key=lambda t: (t == OTHERS, t in functional, -total[t], t))
-    looks = {t: {"facecolor": GREY if t == OTHERS else RING_COLOURS[i % 7], "edgecolor": "white",
+    looks = {t: {"facecolor": GREY if t == OTHERS else "#777777" if t in functional else
+                 RING_COLOURS[i % 7], "edgecolor": "white",
                  "hatch": "///" if t in functional else ""} for i, t in enumerate(order)}
     height = 0.6 + 4.8 * -(-len(panels) // 2) + 0.22 * -(-(len(order) + 1) // 2)
     title = title or "Topics by share: numbers as in the legend, shares where there is room"

@@ -6,13 +6,14 @@ paper's figures are of Qwen2.5-7B in table 1, and in the others as of its Doubao
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 import ab
 import figures
-from claims import Seeds, bootstrap, claims_page, judged, paired, values_of
+from claims import LIFTS, Seeds, bootstrap, claims_page, judged, paired, pooled, values_of
 from config import atomic_path, write_json
 from eval import COLUMNS, LEGEND, PAPER, escape
 
@@ -77,7 +78,7 @@ MORE_METRICS = """\
 
 
 def per_seed(seeds: Seeds, method: str, metric: str, base: str = "PE") -> list[np.ndarray]:
-    """Values of the users of each seed; r_user and r_score are against `base`."""
+    """Values of the users of each seed; those of claims.LIFTS are against `base`."""
     return [np.array([*values_of(s, method, metric, base).values()]) for s in seeds]
 
 
@@ -88,6 +89,10 @@ def over_seeds(rows: list[np.ndarray]) -> tuple[float, float]:
     means, n = np.array([x.mean() for x in rows]), len(rows)
     half = t.ppf(0.975, n - 1) * means.std(ddof=1) / n**0.5 if n > 1 else float("nan")
     return float(means.mean()), float(half)
+
+
+def spread(mean: float, half: float, form: str) -> str:
+    return format(mean, form) + ("" if np.isnan(half) else f" ± {format(half, form.lstrip('+'))}")
 
 
 # ------------------------------------------------------------------------------------------ tables
@@ -105,9 +110,7 @@ def table(seeds: Seeds, name: str) -> str:
         cells = []
         for _, metric, form in COLUMNS:
             mean, half = over_seeds(per_seed(seeds, method, metric, base))
-            none = method == base and metric in ("r_user", "r_score")
-            spread = "" if np.isnan(half) else f" ± {format(half, form.lstrip('+'))}"
-            cells.append("–" if none else format(mean, form) + spread)
+            cells.append("–" if method == base and metric in LIFTS else spread(mean, half, form))
         cells.append(", ".join(paper) if paper else "–")
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -159,7 +162,12 @@ def measured(seeds: Seeds) -> str:
         "users to whom the gate gave more than rid.min_keep interests": [
             x["above_least"] for x in basis
         ],
-        "rounds of DPO of which the policy at their start stayed": [x["kept_start"] for x in basis],
+        **{
+            f"in round {n} of DPO no checkpoint was better than its start": [
+                float(x["kept_start"][n - 1]) for x in basis
+            ]
+            for n in range(1, len(basis[0]["kept_start"]) + 1)
+        },
         "IceBreaker's share of SFT's keywords, weighed by table 1's lists": share(
             "lexical_compared"
         ),
@@ -174,9 +182,9 @@ def spoken_table(seeds: Seeds) -> str:
     lines = ["What the starters speak of, by the hidden truth:", "",
              "| Method | share about something known | resonance |", "|---|---|---|"]
     for method in TABLES["1"][1]:
-        rows = [per_seed(seeds, method, metric) for metric in ("known", "resonance")]
-        known, resonance = (over_seeds(row)[0] for row in rows)
-        lines.append(f"| {method} | {known:.3f} | {resonance:.3f} |")
+        cells = [spread(*over_seeds(per_seed(seeds, method, metric)), ".3f")
+                 for metric in ("known", "resonance")]  # fmt: skip
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -188,10 +196,8 @@ def interests_table(seeds: Seeds) -> str:
         cells = []
         for metric in ("judge_win", "resonance", "functional"):
             known = all(metric in s["values"][f"interests: {kind}"] for s in seeds)
-            cells.append(
-                f"{over_seeds(per_seed(seeds, f'interests: {kind}', metric))[0]:.3f}"
-                if known else "–"
-            )
+            own = per_seed(seeds, f"interests: {kind}", metric) if known else []
+            cells.append(spread(*over_seeds(own), ".3f") if known else "–")
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -202,30 +208,32 @@ def online_table(seeds: Seeds) -> str:
     one = results[0]
     how = (f"{one['days']} days; people of each seed in the control arm: {people}; split: "
            f"{one['split']}; lists of each person, in turn: {one['lists']}; lives: {one['copies']}."
-           " Arms with list search write twice as many and show the better half.")  # fmt: skip
+           " They are the test users and those on whom the judge ranker was fitted: of neither has "
+           "a method learned. Arms with list search write more and show the better part "
+           "(ab.searched).")  # fmt: skip
     return f"## Table 2: online, simulated\n\n{how}\n\n" + ab.table(ab.lifts(results))
 
 
 def mean_shares(seeds: Seeds, stage: str) -> dict[str, float]:
     """Shares of topic categories, means over seeds."""
-    own = [s["shares"][stage] for s in seeds]
-    names = sorted({name for x in own for name in x})
-    return {name: float(np.mean([x.get(name, 0.0) for x in own])) for name in names}
+    counts = [sum(map(Counter, s["topics"][stage].values()), Counter()) for s in seeds]
+    names = sorted({name for x in counts for name in x})
+    return {name: float(np.mean([x[name] / x.total() for x in counts])) for name in names}
 
 
 def shares_table(seeds: Seeds) -> str:
     """Figure 3 in figures: how far chores and the largest category lead."""
     lines = ["## Figure 3: topics", "", "Of the texts whose topic is known, means over seeds; the "
              "paper has reduced head dominance relative to the deployed baseline:", "",
-             "| | chores | largest category but chores | categories, exp(entropy) |",
+             "| | chores | largest category but chores | categories, exp(entropy) of a seed |",
              "|---|---|---|---|"]  # fmt: skip
-    for stage in seeds[0]["shares"]:
+    for stage in seeds[0]["topics"]:
         own = mean_shares(seeds, stage)
-        rest, x = {k: v for k, v in own.items() if k != "Chores"}, np.array([*own.values()])
-        wide = np.exp(-(x * np.log(np.maximum(x, 1e-9))).sum())
+        rest = {k: v for k, v in own.items() if k != "Chores"}
         head = max(rest, key=rest.get)
+        wide = spread(*over_seeds([pooled("spread", s["topics"][stage]) for s in seeds]), ".1f")
         lines.append(
-            f"| {stage} | {own.get('Chores', 0.0):.3f} | {head} {rest[head]:.3f} | {wide:.1f} |"
+            f"| {stage} | {own.get('Chores', 0.0):.3f} | {head} {rest[head]:.3f} | {wide} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -238,24 +246,24 @@ def value_table(seeds: Seeds) -> str:
     for choice in [m.removeprefix("SFT, ") for m in TABLES["serving"][1] if m.startswith("SFT, ")]:
         cells = []
         for method in ("SFT", "IceBreaker"):
-            mean, half = over_seeds(per_seed(seeds, f"{method}, {choice}", "value"))
-            cells.append(f"{mean:.3f}" + f" ± {half:.3f}" * (not np.isnan(half)))
+            rows = per_seed(seeds, f"{method}, {choice}", "value")
+            cells.append(spread(*over_seeds(rows), ".3f"))
         lines.append(f"| {choice} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def daily(seeds: Seeds) -> dict[str, dict]:
-    """arm -> cumulative CTR and sessions per user by day, means over seeds, with 95 % intervals
-    over users (normal; errors of the seeds are independent)."""
+    """arm -> CTR, and sessions per user and day, up to each day: means over seeds, with 95 %
+    intervals over users (normal; errors of the seeds are independent)."""
     made = {}
     for arm in seeds[0]["ab"]["arms"]:
         days = [s["ab"]["arms"][arm]["cumulative"] for s in seeds]
         if not all(days):  # it met nobody
             continue
         made[arm] = {"day": [*range(1, len(days[0]["ctr"]) + 1)]}
-        for name in ("ctr", "sessions"):
-            mean = np.mean([d[name] for d in days], axis=0)
-            half = 1.96 * np.sqrt(np.sum(np.square([d[f"{name}_error"] for d in days]), 0))
+        for name, per in (("ctr", 1), ("sessions", np.array(made[arm]["day"]))):
+            mean = np.mean([d[name] for d in days], axis=0) / per
+            half = 1.96 * np.sqrt(np.sum(np.square([d[f"{name}_error"] for d in days]), 0)) / per
             low, high = mean - half / len(days), mean + half / len(days)
             made[arm] |= {name: mean.tolist(), f"{name}_low": low.tolist(),
                           f"{name}_high": high.tolist()}  # fmt: skip
@@ -277,7 +285,7 @@ def frontier(seeds: Seeds, wanted: list[str], have: set[str]) -> tuple[dict, dic
         for method, kind in (("SFT", "MMR"), ("SFT", "DPP"), ("SFT", "list search"),
                              ("IceBreaker", "list search")):
             own = [f"{method}, {choice}" for choice in CHOICES if choice.startswith(kind)]
-            lines[f"six lists of {method}, {kind}"] = [*own, f"{method}, highest utility"]
+            lines[f"{method}, {kind}"] = [*own, f"{method}, highest utility"]
             labels |= dict(zip(own, ("λ 0.1", "", ""), strict=True))
             labels[f"{method}, highest utility"] = "λ 1"
     labels |= {m: m for m in PAPER}
@@ -293,7 +301,8 @@ def pictures(seeds: Seeds, log: list[dict], folder: Path, wanted: list[str]) -> 
     points, lines = frontier(seeds, wanted, have)
     figures.frontier(points, folder / "frontier.png", lines, xlabel="utility: R-Score against PE "
                      "(held-out ranker)", ylabel="distinct keywords per list",
-                     title="Utility against diversity; bars: 95 % over users, of these trainings")
+                     title="Utility against diversity by lambda, the weight of utility (0.1, 0.2, "
+                     "0.5, 1); bars: 95 % over users, of these trainings")
     names.append("frontier.png")
     rows = {}
     for method in [*PAPER][1:]:
@@ -308,7 +317,7 @@ def pictures(seeds: Seeds, log: list[dict], folder: Path, wanted: list[str]) -> 
                     "judges; whiskers: 95 % over users, of these trainings")
     names.append("reward_hacking.png")
     if "figure3" in wanted:
-        s = {stage: mean_shares(seeds, stage) for stage in seeds[0]["shares"]}
+        s = {stage: mean_shares(seeds, stage) for stage in seeds[0]["topics"]}
         figures.rings([
             {"title": "RID", "inner": s["history"], "outer": s["RID"],
              "inner_label": "history", "outer_label": "trigger interests"},
@@ -326,7 +335,8 @@ def pictures(seeds: Seeds, log: list[dict], folder: Path, wanted: list[str]) -> 
             series[metric] = {"x": [*range(1, 6)], **{
                 key: [v[i] for v in y] for i, key in enumerate(("y", "low", "high"))}}
         figures.lines({"R-Score": series["r_score"]}, folder / "rounds.png", "round", "R-Score",
-                      "Utility and diversity by round", {"keywords": series["lexical"]},
+                      "Utility and diversity by round; bands: 95 % over users, of these trainings",
+                      {"keywords": series["lexical"]},
                       "distinct keywords per list")
         names.append("rounds.png")
     return names
@@ -360,7 +370,7 @@ def write(
     tables = {
         method: {
             metric: over_seeds(per_seed(seeds, method, metric))
-            for metric in [*own, *["r_user", "r_score"] * ("utility" in own)]
+            for metric in [*own, *LIFTS * ("utility" in own)]
         }
         for method, own in seeds[0]["values"].items()
         if all(method in s["values"] for s in seeds)

@@ -191,6 +191,7 @@ def compared_lists(
     online[ab.CONTROL] = world.retrieved_lists(
         config.world, [p.users[u] for u in online["PE"]], config.ab.lists, config.run.seed
     )
+    lists["deployed retrieval"] = {u: online[ab.CONTROL][u] for u in users}
     return lists, online
 
 
@@ -218,10 +219,10 @@ def measure_seed(words: list[str], path: str, seed: int, variants: list[str]) ->
         for name, value in compare.search_values(p, pools[method], chosen[method]).items():
             values[name]["value"] = value
     texts = {
-        "history": [x for u in users for x in compare.interests_of(p, u, "all")],
-        "RID": [x for u in users for x in p.states[u][-1].interests],
+        "history": {u: compare.interests_of(p, u, "all") for u in users},
+        "RID": {u: p.states[u][-1].interests for u in users},
         **{
-            method: [y for rows in lists[method].values() for x in rows for y in x]
+            method: {u: [y for x in rows for y in x] for u, rows in lists[method].items()}
             for method in ("IceBreaker", "deployed retrieval")
         },
     }
@@ -229,7 +230,10 @@ def measure_seed(words: list[str], path: str, seed: int, variants: list[str]) ->
     write_json(p.run / "report" / "values.json", {
         "values": values,
         "ab": ab.simulate(truth, activity, online, config.ab, seed),
-        "shares": {name: compare.shares(truth, own) for name, own in texts.items()},
+        "topics": {
+            name: {u: compare.topics(truth, own) for u, own in rows.items()}
+            for name, rows in texts.items()
+        },
         "cases": compare.cases(p, values, lists, users),
         "basis": {
             "rid": p.run.figures("rid"),
@@ -237,15 +241,15 @@ def measure_seed(words: list[str], path: str, seed: int, variants: list[str]) ->
             "matcher": compare.matcher_quality(p, truth, p.ids("test")),
             "classifier": classifier.accuracy,
             "classifier_on_starters": compare.classifier_accuracy(
-                truth, classifier, texts["IceBreaker"]
+                truth, classifier, [y for own in texts["IceBreaker"].values() for y in own]
             ),
             "above_least": float(
                 np.mean([len(p.states[u][-1].interests) > config.rid.min_keep for u in users])
             ),
-            "kept_start": sum(
+            "kept_start": [
                 p.run.figures(f"dpo/round{n + 1}")["held_out"] <= 1 + 1e-9
                 for n in range(config.dpo.rounds)
-            ),
+            ],
         },
     })  # fmt: skip
     p.encoder.save()

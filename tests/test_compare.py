@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,8 @@ from conftest import micro
 import compare
 import icebreaker as ib
 import isg
+import reproduce
+import world
 from pipeline import Pipeline
 
 
@@ -125,3 +128,41 @@ def test_the_matcher_is_judged_by_hidden_subjects(tmp_path):
         parts=lambda user, cut: (before, after),
     )  # fmt: skip
     assert compare.matcher_quality(p, truth, ["u"]) == {"precision": 1 / 3, "recall": 1 / 2}
+
+
+def test_topics_count_what_is_known_and_chores_apart():
+    known = {"a": "chess", "b": "pasta", "c": "units", "d": "pasta"}
+    truth = SimpleNamespace(taxonomy=SimpleNamespace(
+        understand=lambda text: (known.get(text), set(), ""),
+        functional=lambda topic: topic == "units", category={"chess": "games", "pasta": "food"},
+    ))  # fmt: skip
+    assert compare.topics(truth, [*"abcde"]) == {"games": 1, "food": 2, "Chores": 1}
+    assert compare.chores(truth, {"u": [*"abcd"], "of nothing known": ["e"]}) == {"u": 0.25}
+
+
+def test_the_oracle_finds_the_list_of_most_clicks(finished):
+    p = Pipeline(micro(finished.parent), describe=False)
+    users, truth = p.ids("test")[:3], world.load_truth(finished / "world")
+    k, n = p.config.generator.list_size, p.config.ab.lists
+    shown = sorted({y for x in p.impressions for y in x.starters})
+    seen = {"a": {u: [shown[:4]] for u in users}, "b": {u: [shown[4:7], []] for u in users}}
+    made = compare.floor_and_ceiling(p, truth, users, seen)
+    for user in users:
+        (best,) = made["oracle"][user]
+        assert len({*best}) == k
+        floor = made["random starters"][user]
+        assert [len({*x}) for x in floor] == [k] * n and len({*map(tuple, floor)}) > 1
+        assert truth.expected_clicks(user, best) >= truth.expected_clicks(user, shown[:k])
+
+
+def test_equal_policies_write_equal_lists(finished, tmp_path, monkeypatch):
+    """For the same users, whatever others a method writes for beside them, and however many."""
+    shutil.copytree(finished.parent, tmp_path / "runs")  # with the base model
+    p = Pipeline(micro(tmp_path / "runs", "ab.lists=2", "ab.searched=4"), describe=False)
+    methods = {"IceBreaker": reproduce.Method("sit"), "middle": reproduce.Method("sit")}
+    monkeypatch.setattr(reproduce, "METHODS", methods)
+    reproduce.write_starters(p, reproduce.MAIN)
+    made = reproduce.starters_of(p.config)
+    assert [*made["middle"]] == p.ids("test") and {*p.ids("judge")} < {*made["IceBreaker"]}
+    for user, lists in made["middle"].items():
+        assert made["IceBreaker"][user][:2] == lists and len(made["IceBreaker"][user]) == 4

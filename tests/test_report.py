@@ -46,13 +46,13 @@ def seed_values(number: int, lift: float = 0.5, users: int = 30) -> dict:
         "values": values,
         "ab": {"days": 2, "split": "paired", "lists": 1, "copies": 1, "seed": number, "arms": {
             arm: {"users": dict.fromkeys(names, people[arm]), "cumulative": days} for arm in arms}},
-        "shares": {
-            x: {"Chores": 0.3, "games": 0.7}
+        "topics": {
+            x: dict.fromkeys(names, {"Chores": 3, "games": 6 + (x == "IceBreaker")})
             for x in ("history", "RID", "IceBreaker", "deployed retrieval")
         },
         "basis": {
             "above_least": 0.5, "matcher": {"precision": 0.9, "recall": 0.8}, "classifier": 0.5,
-            "classifier_on_starters": 0.5, "kept_start": 1,
+            "classifier_on_starters": 0.5, "kept_start": [True, False],
             "rid": {"auc": 0.6, "auc_frequency": 0.5, "auc_recency": 0.5},
             "ranker": {x: {"auc_slot_controlled": 0.6} for x in ("train", "judge")},
         },
