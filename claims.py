@@ -107,7 +107,7 @@ def _online() -> list[Claim]:
         paper = lifts[arm][metric]
         if paper.startswith("-"):
             text = f"{name} falls behind the deployed retrieval in {metric}"
-            why = _GOODWILL if arm == "PE" else _DEPLOYED
+            why = _GOODWILL if arm == "PE" else UNKNOWN
             made.append(Claim("2", text, metric, ab.CONTROL, arm, paper, why))
         elif paper != OWN or arm == ICE:
             text = f"{name} lifts {metric} over the deployed retrieval"

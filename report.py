@@ -301,8 +301,8 @@ def pictures(seeds: Seeds, log: list[dict], folder: Path, wanted: list[str]) -> 
     points, lines = frontier(seeds, wanted, have)
     figures.frontier(points, folder / "frontier.png", lines, xlabel="utility: R-Score against PE "
                      "(held-out ranker)", ylabel="distinct keywords per list",
-                     title="Utility against diversity by lambda, the weight of utility (0.1, 0.2, "
-                     "0.5, 1); bars: 95 % over users, of these trainings")
+                     title="Utility against diversity; lines: lambda, the weight of utility, is "
+                     "0.1, 0.2, 0.5, 1; bars: 95 % over users, of these trainings")
     names.append("frontier.png")
     rows = {}
     for method in [*PAPER][1:]:
