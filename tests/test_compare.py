@@ -140,7 +140,7 @@ def test_topics_count_what_is_known_and_chores_apart():
     assert compare.chores(truth, {"u": [*"abcd"], "of nothing known": ["e"]}) == {"u": 0.25}
 
 
-def test_the_oracle_finds_the_list_of_most_clicks(finished):
+def test_the_oracle_is_above_what_it_was_shown_and_the_floor_is_drawn_anew(finished):
     p = Pipeline(micro(finished.parent), describe=False)
     users, truth = p.ids("test")[:3], world.load_truth(finished / "world")
     k, n = p.config.generator.list_size, p.config.ab.lists
