@@ -65,9 +65,9 @@ def gpu_rows() -> list[dict]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def gpu_notes(rows: list[dict]) -> list[str]:
-    """Below a table of these rows: what the star beside a figure means."""
-    return [f"\n\\* {note}." for note in dict.fromkeys(r["note"] for r in rows if "note" in r)]
+def bits(row: dict) -> str:
+    """The weights of such a row."""
+    return "4-bit" if row["4bit"] else "bf16"
 
 
 def seconds(candidates: dict[str, Callable[[], object]], repeats: int = 5) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu > results/gpu.jsonl   # random weights: as fast and large as real ones
     python -m benchmarks.gpu --small               # a small shape on any machine, to try it
+    python -m benchmarks.gpu --ways sdpa           # DPO steps with this attention only
 
 For 4-bit (NF4) and bf16, prompts of 512 and 2,048, one user a step (1 + 3 lists of 64 tokens), with
 gradient checkpointing: tokens/s, share of the card's dense bf16 peak (model FLOP only: recomputed
@@ -9,11 +10,16 @@ layers do not count as work), peak memory, and whether the step also fits under 
 beside it (in bf16, without checkpointing). Sampling (4 prompts, 16 lists each, 24 tokens): tokens/s
 and the share of the memory's bandwidth that reading the weights once a step takes (prefill in the
 time). Memory is that of a step: AdamW's state of the adapter (0.3 GB at 7B) comes to it.
+
+In 4 bit, with no more memory than a 24 GB card has, also the heaviest call of each stage of
+configs/qwen2.5-7b.yaml, AdamW's state and all, beside what --plan estimates. And how long one user
+waits for the first token and for a list of 70.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import tempfile
@@ -22,9 +28,12 @@ from pathlib import Path
 
 import torch
 
+import isg
 import llm
-from benchmarks.common import quiet_libraries
+import plan
+from benchmarks.common import quiet_libraries, tokens
 from benchmarks.dpo import our_step, trl_step
+from config import ROOT, load_config
 
 # Dense bf16 TFLOP/s and memory GB/s of data-sheets; a card that is not listed gets no share.
 CARDS = {
@@ -103,50 +112,113 @@ def measure_step(model, length: int, how: str, peak_tflops: float | None) -> dic
     }
 
 
-def measure_24_gb(model, length: int) -> bool:
-    """Whether the step fits on a 24 GB card."""
+@contextlib.contextmanager
+def at_most_24_gb():
+    """The memory of a 24 GB card; the peak is counted anew."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    gc.collect()
     torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, 24e9 / total))
     try:
-        our_step(model, *work(model, length))()
-        return True
-    except torch.OutOfMemoryError:
-        return False
+        yield
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-@torch.no_grad()
-def measure_sampling(model, n: int, length: int, new: int, bandwidth: float | None) -> dict:
-    size = model.config.vocab_size
-    prompts = [torch.randint(10, size, (length,)).tolist() for _ in range(4)]
-    draw = llm._FastDraw(0.7, 0.95, 50, seed=0)
+def measure_24_gb(model, length: int) -> bool:
+    """Whether the step fits on a 24 GB card."""
+    try:
+        with at_most_24_gb():
+            our_step(model, *work(model, length))()
+        return True
+    except torch.OutOfMemoryError:
+        return False
 
-    draw.begin([*range(len(prompts))], n, new)
+
+def decoding(model, prompts: int, n: int, length: int, new: int):
+    """A function that samples n lists of `new` tokens of each of some prompts, to the end."""
+    size = model.config.vocab_size
+    inputs = [tokens(length, size) for _ in range(prompts)]
+    draw = llm._FastDraw(0.7, 0.95, 50, seed=0)
+    draw.begin([*range(prompts)], n, new)
 
     def never(token, *_):
         return torch.zeros_like(token, dtype=torch.bool)
 
-    seconds = timed(lambda: llm._decode(model, prompts, n, new, draw, never, 0))
+    return torch.no_grad()(lambda: llm._decode(model, inputs, n, new, draw, never, 0))
+
+
+def measure_sampling(model, n: int, length: int, new: int, bandwidth: float | None) -> dict:
+    seconds = timed(decoding(model, 4, n, length, new))
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
     return {
-        "prompt": length, "how": f"sampling {n} lists",
-        "tokens_per_s": len(prompts) * n * new / seconds,
+        "prompt": length, "how": f"sampling {n} lists", "tokens_per_s": 4 * n * new / seconds,
         "share_of_bandwidth": weights * new / seconds / bandwidth if bandwidth else None,
+    }  # fmt: skip
+
+
+def measure_waiting(model, length: int) -> dict:
+    """Seconds until one user has the first token, and a list of 70."""
+    first, whole = (timed(decoding(model, 1, 1, length, new)) for new in (1, 70))
+    return {"prompt": length, "how": "one list", "first_token_s": first, "list_of_70_s": whole}
+
+
+def measure_stage(model, stage: str, small: bool) -> dict:
+    """The heaviest call of a stage of configs/qwen2.5-7b.yaml, with 24 GB of memory at most.
+
+    peak_gb is what torch has allocated at most, estimate_gb what --plan says of it.
+    """
+    words = ["generator.max_prompt_tokens=64", "generator.sample_rows=8"] if small else []
+    config = load_config(ROOT / "configs" / "qwen2.5-7b.yaml", words)
+    g, size = config.generator, model.config.vocab_size
+    optimiser, schedule = isg.new_optimiser(model, 1e-5, 100)
+    users = {"sit": config.sit.batch_users, "dpo": config.dpo.batch_users}.get(stage)
+    lists = config.sit.lists_per_row if stage == "sit" else 1 + len(config.dpo.negatives)
+    prompts = [tokens(g.max_prompt_tokens, size) for _ in range(users or 1)]
+    written = [[tokens(g.max_new_tokens, size) for _ in range(lists)] for _ in prompts]
+
+    def step() -> None:
+        logps = torch.cat(llm.completion_logps(model, prompts, written, g.head_chunk, g.attention))
+        isg.step(model, optimiser, schedule, -logps.mean())
+
+    step()  # the state of AdamW is there from now on; while sampling too
+    best = isg.lora_weights(model)
+    n = min(config.dpo.samples, plan.HELD_OUT_LISTS, config.eval.lists)
+    count, work = users, step
+    if stage == "sampling":
+        count = g.sample_rows // n
+        work = decoding(model, count, n, g.max_prompt_tokens, g.max_new_tokens)
+    else:
+        n = lists
+    with at_most_24_gb():
+        seconds, peak = timed(work, 1), peak_gb()
+    del best
+    model.zero_grad()
+    made = count * n * g.max_new_tokens + (stage != "sampling") * count * g.max_prompt_tokens
+    estimate = plan.stages(config, plan.QWEN["7B"], 2)[stage]["peak"]
+    return {
+        "prompt": g.max_prompt_tokens, "how": f"stage {stage}", "seconds": seconds,
+        "tokens_per_s": made / seconds, "peak_gb": peak, "estimate_gb": estimate / 1e9,
+        "fits_24_gb": True,
     }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--small", action="store_true")
-    small = parser.parse_args().small
+    parser.add_argument("--ways", nargs="+", default=["sdpa", "flex_attention", "trl"])
+    args = parser.parse_args()
+    small = args.small
     if not small and not torch.cuda.is_available():
         raise SystemExit("benchmarks.gpu: no CUDA device; --small tries the script without one")
     quiet_libraries()
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     tflops, bandwidth = next((v for k, v in CARDS.items() if k in name), (None, None))
-    ways = ("sdpa", "flex_attention", "trl") if torch.cuda.is_available() else ("sdpa", "trl")
+    ways = [w for w in args.ways if torch.cuda.is_available() or w != "flex_attention"]
     with tempfile.TemporaryDirectory() as folder:
         save_random_model(Path(folder), small)
         for in_4bit in (True, False):
@@ -155,12 +227,17 @@ def main() -> None:
             about = {"device": name, "torch": torch.__version__, "4bit": in_4bit}
             lengths = (32, 64) if small else (512, 2048)
             steps = [(how, length) for how in ways for length in lengths]
-            for how, length in [("sampling", lengths[0]), *steps]:
+            stages = [(f"stage {x}", 0) for x in ("sit", "dpo", "sampling") if in_4bit]
+            for how, length in [("sampling", lengths[0]), ("waiting", lengths[0]), *stages, *steps]:
                 if how == "trl" and in_4bit:
                     continue
                 try:
                     if how == "sampling":
                         made = measure_sampling(model, 16, length, 24, bandwidth)
+                    elif how == "waiting":
+                        made = measure_waiting(model, length)
+                    elif how in dict(stages):
+                        made = measure_stage(model, how.removeprefix("stage "), small)
                     else:
                         made = measure_step(model, length, how, tflops)
                     if how == "sdpa" and torch.cuda.is_available():

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 import llm
 import plan
-from benchmarks.common import gpu_notes, gpu_rows, machine, prepare, tokens
+from benchmarks.common import bits, gpu_rows, machine, prepare, tokens
 from config import ROOT, GeneratorConfig
 
 SHAPES = {  # hidden, layers, heads, kv_heads, intermediate, vocabulary, tied
@@ -221,28 +221,30 @@ def gpu_section() -> list[str]:
         return ["\nUnmeasured: CUDA."]
     lines = [
         f"\n## On one {rows[0]['device']}\n",
-        "`python -m benchmarks.gpu > results/gpu.jsonl`: a DPO step of Qwen2.5-7B's shape, one "
-        "user, 1 + 3 lists of 64 tokens, gradient checkpointing; torch's allocated peak. The "
-        "estimate is without AdamW's averages, which no step there had. Unmeasured: whole stages, "
-        "sampling's peak.\n",
-        "| weights | attention | prompt | estimate, GB | measured, GB | ratio |",
+        "`python -m benchmarks.gpu > results/gpu.jsonl`, Qwen2.5-7B's shape, torch's allocated "
+        "peak. A stage: its heaviest call with the settings of configs/qwen2.5-7b.yaml and no more "
+        "memory than 24 GB. A DPO step: one user, 1 + 3 lists of 64 tokens, gradient "
+        "checkpointing; the estimate is without AdamW's averages, which no step there had.\n",
+        "| weights | work | prompt | estimate, GB | measured, GB | ratio |",
         "|---|---|---|---|---|---|",
     ]
     shape = plan.QWEN["7B"]
     for r in rows:
-        if r["how"] not in ("sdpa", "flex_attention") or "peak_gb" not in r:
+        if not (r["how"] in ("sdpa", "flex_attention") or "estimate_gb" in r) or "peak_gb" not in r:
             continue
-        g = GeneratorConfig(
-            max_prompt_tokens=r["prompt"], max_new_tokens=64, load_in_4bit=r["4bit"],
-            gradient_checkpointing=True, attention=r["how"],
-        )
-        guess = plan.training(shape, g, 1, 4, 2)["peak"] - 8 * shape.lora(g.lora_rank)
+        guess, work = r.get("estimate_gb"), r["how"]
+        if not guess:
+            g = GeneratorConfig(
+                max_prompt_tokens=r["prompt"], max_new_tokens=64, load_in_4bit=r["4bit"],
+                gradient_checkpointing=True, attention=r["how"],
+            )
+            step = plan.training(shape, g, 1, 4, 2)["peak"] - 8 * shape.lora(g.lora_rank)
+            guess, work = step / 1e9, f"DPO step, {r['how']}"
         lines.append(
-            f"| {'4-bit' if r['4bit'] else 'bf16'} | {r['how']} | {r['prompt']} | "
-            f"{guess / 1e9:.2f} | {r['peak_gb']:.2f}{'*' * ('note' in r)} | "
-            f"**{guess / 1e9 / r['peak_gb']:.3f}** |"
+            f"| {bits(r)} | {work} | {r['prompt']} | {guess:.2f} | {r['peak_gb']:.2f} | "
+            f"**{guess / r['peak_gb']:.3f}** |"
         )
-    return lines + gpu_notes(rows)
+    return lines
 
 
 def row(shape: str, what: str, precision: str, again: bool, prompt: int) -> dict:
