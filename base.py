@@ -1,9 +1,9 @@
 """The embedded stand-in for Qwen2.5: a Qwen2-architecture model of about a million weights and its
 byte-level BPE, pre-trained here on generic starter lists, for where no model hub is reachable.
 
-    python train.py --stage base run.name=other base.seed=1 base.prompts=4000 base.batch_tokens=512
+    python train.py --stage base base.batches=2000 base.batch_tokens=1024 base.learning_rate=2e-3
 
-weights/ holds what the default settings gave on one H100 in five minutes, and runs begin with it. A
+weights/ holds what the default settings gave on one H100 in four minutes, and runs begin with it. A
 model of other settings is built below run.root: the one above within minutes on two cores.
 
 It knows what a fluent model knows of the task (short questions in a list, how to copy a subject out
@@ -17,21 +17,23 @@ Legend: B rows, T tokens of a row, H hidden, V vocabulary.
 from __future__ import annotations
 
 import math
+import os
 import random
 import time
 from pathlib import Path
 
 import torch
 import yaml
-from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+import data
 import roles
 from config import ROOT, BaseConfig, GeneratorConfig, atomic_path
 from encoder import packaged_minilm
-from llm import completion_logps, encode_completion, encode_prompt, sample
+from llm import TreeRows, encode_completion, encode_prompt, row_logps, sample, tree_rows
 
-Row = tuple[list[int], list[list[int]]]  # ids of a prompt, ids of its lists
+HEAD_CHUNK = 1 << 16  # positions that are scored at once: V is small
 
 
 class BaseCorpus:
@@ -74,23 +76,30 @@ class BaseCorpus:
         if self.rng.random() < bare:
             subject = self.subject(code)
             return subject, [subject]
-        rng, kind = self.rng, self.rng.random()
-        tail, space = ("_zh", "") if code == "zh" else ("", " ")
         if held_out:
-            form = rng.choice(self.phrases["held_out"])
-        elif kind < 0.15:
-            form = rng.choice(self.phrases["pairs" + tail])
+            form = self.rng.choice(self.phrases["held_out"])
         else:
-            before, after = (rng.choice(self.phrases[k + tail]) for k in ("openings", "endings"))
-            if code == "en" and kind < 0.4:  # any words, or the phrases would be learned by heart
-                before = " ".join(rng.choices(self.common, k=rng.choice([1, 2, 3, 4, 5, 6, 7, 25])))
-                after = " ".join(rng.choices(self.common, k=rng.randint(1, 6)))
-            parts = [[before, "{x}", after], [before, "{x}"], ["{x}", after], ["{x}"]]
-            form = space.join(rng.choices(parts, [5, 8, 3, 4])[0]).replace(" ?", "?")
-        if form[0] != "{" and rng.random() < 0.5:  # a subject stays as it is
+            form = self.form(code)
+            if self.rng.random() < 0.03:  # what a robot asks: one thing in many ways
+                more = [self.form(code) for _ in range(self.rng.randint(1, 9))]
+                form = ". ".join([form, *more])
+        if form[0] != "{" and self.rng.random() < 0.5:  # a subject stays as it is
             form = form[0].upper() + form[1:]
         names = {key: self.subject(code) for key in "xy" if f"{{{key}}}" in form}
         return form.format(**names), list(names.values())
+
+    def form(self, code: str) -> str:
+        """A line with a place for its subject {x}, in some also for a second one, {y}."""
+        rng, kind = self.rng, self.rng.random()
+        tail, space = ("_zh", "") if code == "zh" else ("", " ")
+        if kind < 0.15:
+            return rng.choice(self.phrases["pairs" + tail])
+        before, after = (rng.choice(self.phrases[k + tail]) for k in ("openings", "endings"))
+        if code == "en" and kind < 0.4:  # any words, or the phrases would be learned by heart
+            before = " ".join(rng.choices(self.common, k=rng.choice([1, 2, 3, 4, 5, 6, 7, 25])))
+            after = " ".join(rng.choices(self.common, k=rng.randint(1, 6)))
+        parts = [[before, "{x}", after], [before, "{x}"], ["{x}", after], ["{x}"]]
+        return space.join(rng.choices(parts, [5, 8, 3, 4])[0]).replace(" ?", "?")
 
     def prompt(
         self, code: str, count: int, held_out: bool = False, bare: float = 0.0
@@ -132,38 +141,55 @@ def build_base(settings: BaseConfig, generator: GeneratorConfig, folder: str | P
     from transformers.utils import logging
 
     started = time.process_time()
-    corpus, k = BaseCorpus(settings.seed), generator.list_size
-    n = settings.prompts
-    examples = [corpus.example(k, settings.lists, i / n) for i in range(n)]
-    tokenizer = train_tokenizer(
-        ["\n- ".join([generator.instruction, *lines]) for lines, _ in examples]
-        + [f"\n<sug> {' && '.join(lists[0])} </sug>" for _, lists in examples],
-        settings.vocabulary,
-    )
-
-    def encoded(examples) -> list[Row]:
-        return [
-            (
-                encode_prompt(tokenizer, lines, k, generator.instruction, 400),
-                [encode_completion(tokenizer, starters) for starters in lists],
-            )
-            for lines, lists in examples
-        ]
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")
+    tokenizer = train_tokenizer(settings, generator)
+    batches = Batches(tokenizer, settings, generator)
     model = new_model(settings, tokenizer).to(device)
-    train(model, batches(encoded(examples), settings), settings)
-    new = BaseCorpus(settings.seed + 1)
+    train(model, batches, settings)
     with torch.no_grad():
-        held_loss = _loss(model, encoded([new.example(k, 1) for _ in range(64)])).item()
+        held_loss = -row_logps(model, batches.held_out(), HEAD_CHUNK).mean().item()
     logging.disable_progress_bar()
     with atomic_path(folder) as temporary:
         model.save_pretrained(temporary, safe_serialization=True)
         tokenizer.save_pretrained(temporary)
     figures = {"parameters": model.num_parameters(), "held_out_loss": held_loss}
-    figures |= _copying(model, tokenizer, new, generator)
+    figures |= _copying(model, tokenizer, generator, settings.seed)
     made_by = f"{device}, torch {torch.__version__}"
     return figures | {"cpu_seconds": round(time.process_time() - started), "made_by": made_by}
+
+
+class Batches(Dataset):
+    """Batch i of the training, written anew from (seed, i) wherever it is asked for.
+
+    So a GPU can have many processes write for it, and what they write does not depend on them.
+    """
+
+    def __init__(self, tokenizer, settings: BaseConfig, generator: GeneratorConfig):
+        self.tokenizer, self.settings, self.generator = tokenizer, settings, generator
+        self.corpus = BaseCorpus(settings.seed)
+
+    def __len__(self) -> int:
+        return self.settings.batches
+
+    def __getitem__(self, i: int) -> TreeRows:
+        return self.rows(i, i / len(self))
+
+    def held_out(self) -> TreeRows:
+        """A batch of the last kind that training does not hold."""
+        return self.rows(-1, 1.0)
+
+    def rows(self, number: int, done: float) -> TreeRows:
+        """Prompts and lists of about `batch_tokens` tokens; easy ones while `done` is small."""
+        g, size = self.generator, 0
+        self.corpus.rng.seed(f"{self.settings.seed} {number}")
+        prompts, completions = [], []
+        while size < self.settings.batch_tokens:
+            lines, lists = self.corpus.example(g.list_size, self.settings.lists, done)
+            prompts.append(encode_prompt(self.tokenizer, lines, g.list_size, g.instruction, 400))
+            completions.append([encode_completion(self.tokenizer, starters) for starters in lists])
+            size += len(prompts[-1]) + sum(map(len, completions[-1]))
+        return tree_rows(prompts, completions)
 
 
 def new_model(settings: BaseConfig, tokenizer):
@@ -191,7 +217,7 @@ def new_model(settings: BaseConfig, tokenizer):
     return model
 
 
-def train(model, batches: list[list[Row]], settings: BaseConfig) -> None:
+def train(model, batches: Batches, settings: BaseConfig) -> None:
     """AdamW over the batches in their order; warm-up, a plateau, then a cosine to a thirtieth.
 
     Attention and embeddings hold the copy circuit and move slower, or it would be lost at once.
@@ -207,16 +233,21 @@ def train(model, batches: list[list[Row]], settings: BaseConfig) -> None:
         done = max(0.0, step / len(batches) - 0.3) / 0.7
         return min((step + 1) / 50, 0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * done)))
 
+    # A GPU takes batches faster than one process writes them.
+    workers = max(0, (os.cpu_count() or 1) - 2) if next(model.parameters()).is_cuda else 0
+    loader = DataLoader(batches, batch_size=None, num_workers=min(14, workers))
+
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
-    bar = tqdm(batches, "base", disable=None, leave=False)
-    for number, batch in enumerate(bar):
-        loss = _loss(model, batch)
+    bar = tqdm(loader, "base", disable=None, leave=False)
+    for number, rows in enumerate(bar):
+        loss = -row_logps(model, rows, HEAD_CHUNK).mean()  # prompts are read, not learned
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+        if number % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
         if bar.disable and number % 200 == 0:
             print(f"  base: batch {number} of {len(batches)}, loss {loss.item():.3f}", flush=True)
     model.eval()
@@ -280,11 +311,17 @@ def install_copy_circuit(
         attention.q_proj.bias[slow] = gain * match @ embedding[line_mark, :e] * d**0.5
 
 
-def train_tokenizer(texts: list[str], vocabulary: int):
-    """Byte-level BPE with ChatML control tokens and template, as Qwen2.5 has."""
+def train_tokenizer(settings: BaseConfig, generator: GeneratorConfig):
+    """Byte-level BPE of the corpus, with ChatML control tokens and template, as Qwen2.5 has."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
+    corpus, texts = BaseCorpus(settings.seed), []
+    for number in range(settings.tokenizer_prompts):
+        lines, (starters,) = corpus.example(
+            generator.list_size, 1, number / settings.tokenizer_prompts
+        )
+        texts += ["\n- ".join([generator.instruction, *lines]), f"\n{data.list_text(starters)}"]
     tokenizer = Tokenizer(models.BPE())
     # A Chinese character has the same tokens wherever it stands, so that it can be copied.
     one_by_one = pre_tokenizers.Split(Regex("[一-鿿]"), "isolated")
@@ -293,7 +330,7 @@ def train_tokenizer(texts: list[str], vocabulary: int):
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     start = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "special_tokens": special}
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, show_progress=False, **start)
+    trainer = trainers.BpeTrainer(vocab_size=settings.vocabulary, show_progress=False, **start)
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -309,38 +346,10 @@ def train_tokenizer(texts: list[str], vocabulary: int):
     return fast
 
 
-def batches(rows: list[Row], settings: BaseConfig) -> list[list[Row]]:
-    """Batches of about `batch_tokens`: of like length within a stretch of 300 rows, which keep
-    their order, from easy to hard."""
-
-    def length(row: Row) -> int:
-        return len(row[0]) + sum(map(len, row[1]))
-
-    result, rng = [], random.Random(settings.seed)
-    for start in range(0, len(rows), 300):
-        stretch, batch = [], []
-        for row in sorted(rows[start : start + 300], key=length):
-            batch.append(row)
-            if len(batch) * length(row) >= settings.batch_tokens:
-                stretch.append(batch)
-                batch = []
-        stretch += [batch] if batch else []
-        rng.shuffle(stretch)
-        result += stretch
-    return result
-
-
-def _loss(model, batch: list[Row]) -> Tensor:
-    """Mean cross-entropy of the lists' tokens; prompts are read, not learned."""
-    prompts, lists = map(list, zip(*batch, strict=True))
-    logps = torch.cat(completion_logps(model, prompts, lists, head_chunk=4096))  # a small V
-    return -logps.sum() / sum(len(x) for xs in lists for x in xs)
-
-
-def _copying(model, tokenizer, corpus: BaseCorpus, generator: GeneratorConfig) -> dict:
+def _copying(model, tokenizer, generator: GeneratorConfig, seed: int) -> dict:
     """Of lists sampled for new subjects, in lines of forms never trained on, 1 to 8 a prompt:
     the share with K starters, and the share of starters that hold a whole subject."""
-    k = generator.list_size
+    k, corpus = generator.list_size, BaseCorpus(seed + 1)
     new = [corpus.prompt("en", count, held_out=True) for count in range(1, 9) for _ in range(12)]
     prompts = [encode_prompt(tokenizer, lines, k, generator.instruction, 400) for lines, _ in new]
     names = ("max_new_tokens", "temperature", "top_p")

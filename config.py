@@ -169,10 +169,11 @@ class BaseConfig:
     heads: int = 2
     kv_heads: int = 2
     intermediate: int = 256
-    prompts: int = 40_900  # in the generic corpus: five minutes of an H100, many more of a CPU
+    batches: int = 5000  # three and a half minutes of an H100; too many for a CPU
+    batch_tokens: int = 49_152  # prompts and lists
     lists: int = 4  # per prompt
-    batch_tokens: int = 1536
-    learning_rate: float = 2e-3
+    tokenizer_prompts: int = 20_000  # from which the vocabulary is learned
+    learning_rate: float = 6e-3
     seed: int = 0
 
 
@@ -393,7 +394,7 @@ def _check(config: Config) -> None:
         endpoint.max_tokens ranker.depth_cap generator.list_size generator.max_new_tokens
         generator.temperature generator.attempts generator.head_chunk generator.sample_rows
         encoder.batch_size
-        base.prompts base.lists sit.batch_users
+        base.batches base.lists sit.batch_users
         dpo.rounds dpo.samples dpo.beam dpo.expand dpo.batch_users dpo.checkpoints dpo.beta
         eval.lists ab.days ab.lists ab.copies ab.searched data.max_errors dpo.pairs_per_user
         serve.candidates serve.batch serve.queue serve.timeout serve.impression_hours

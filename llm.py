@@ -331,6 +331,7 @@ class TreeRows:
     branch: Tensor  # (B, T)
     trunk: Tensor  # (B, T)
     source: Tensor  # (S,), indices into the flattened rows, in the order of prompts and lists
+    target: Tensor  # (S,), the list tokens that are predicted from there
 
 
 def tree_rows(
@@ -364,7 +365,8 @@ def tree_rows(
                 if number > trunk:
                     source[i] += [last, *range(r * width + at, r * width + at + n - 1)]
                 at, number = at + n, number + 1
-    return TreeRows(*rows, torch.tensor([s for own in source for s in own]))
+    targets = [x for cs in completions for c in cs for x in c]
+    return TreeRows(*rows, torch.tensor([s for own in source for s in own]), torch.tensor(targets))
 
 
 def completion_logps(
@@ -384,15 +386,23 @@ def completion_logps(
         raise ValueError("completion_logps: prompts and completions hold at least one token")
     if not any(completions):
         raise ValueError("completion_logps: no completion")
-    longest = max(len(p) + len(c) for p, cs in zip(prompts, completions, strict=True) for c in cs)
-    decoder, head = _parts(model, longest)
+    block = 128 if attention == "flex_attention" else 1  # of its mask
+    logps = row_logps(model, tree_rows(prompts, completions, block), head_chunk, attention)  # (S,)
+    lengths = [len(c) for cs in completions for c in cs]
+    sums = torch.stack([part.sum() for part in logps.split(lengths)])
+    return list(sums.split([len(cs) for cs in completions]))
+
+
+def row_logps(
+    model, rows: TreeRows, head_chunk: int = 256, attention: str = "sdpa"
+) -> Tensor:
+    """Log-probability of every list token of the rows, (S,); as completion_logps."""
+    decoder, head = _parts(model, int(rows.position.max()) + 1)
     _use_attention(decoder, attention)
-    flex = attention == "flex_attention"
-    rows = tree_rows(prompts, completions, multiple=128 if flex else 1)  # 128: a block of its mask
     device, (b, t) = head.weight.device, rows.ids.shape
     branch = rows.branch.to(device)
     seen = _tree_mask(branch, rows.trunk.to(device), branch, 0)
-    if flex:
+    if attention == "flex_attention":
         mask = _compiled_block_mask()(seen, b, None, t, t, device=device)
     else:
         mask = _dense(seen, b, t, t, like=decoder.get_input_embeddings().weight)
@@ -404,11 +414,7 @@ def completion_logps(
             use_cache=False,
         ).last_hidden_state  # (B, T, H)
     scored = hidden.flatten(0, 1)[rows.source.to(device)]  # (S, H)
-    targets = torch.tensor([x for cs in completions for c in cs for x in c], device=device)
-    logps = _token_logps(head, scored, targets, head_chunk)  # (S,)
-    lengths = [len(c) for cs in completions for c in cs]
-    sums = torch.stack([part.sum() for part in logps.split(lengths)])
-    return list(sums.split([len(cs) for cs in completions]))
+    return _token_logps(head, scored, rows.target.to(device), head_chunk)
 
 
 class _Logps(torch.nn.Module):

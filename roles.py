@@ -116,15 +116,16 @@ understand understanding understood up us use used useful uses using various ver
 was way ways we well were what what's when where which while who whose why will with within without
 won't work working works worth would write writing you your
 """.split())
+_ARTICLES = frozenset(["the", "new"])  # with a capital they begin a name, also at the start of a text
 _LY_NOUNS = frozenset("ally anomaly assembly bully butterfly dragonfly family fly jelly lily".split())
 _MATHS = re.compile(r"\$[^$]*\$|\\\w+")
 _GENERIC = frozenset("""
-app art article basics beer beginner beginners book books business class code coffee computer course
-cooking data day days design education example examples exercise fact facts family film fitness food
-fun game games gift group guide health history hobby home idea ideas information job language level
+app art article basics beer beginner beginners book books business check class code coffee common
+computer course cooking data day days design education example examples exercise fact facts family
+film fitness fix food fun game games gift group guide health history hobby home idea ideas information job language level
 life list love man math mathematics method mistakes money month movie movies music news number
 numbers overview part person place plan problem problems programming project question questions
-reading review science service show software sport sports story student students study system
+reading review science service short show software sport sports story student students study system
 teacher teaching technology test time tips tool tools topic topics travel trip tutorial type types
 video weekend word words world year years 音乐 旅游 旅行 美食 电影 游戏 运动 学习 工作 生活 健康 小说 新手 入门 技巧 攻略 指南 方法 问题 推荐
 教程 知识 建议 计划 周末 朋友 时间 东西 科技 历史 文化
@@ -195,7 +196,9 @@ def _runs(text: str) -> tuple[list[list[str]], list[list[str]]]:
         stop = low in _STOP or (low.endswith("ly") and token == low and low not in _LY_NOUNS)
         marked = token[1:] != token[1:].lower() or (
             not token.isdigit() and any(c.isdigit() for c in token))
-        if marked or token[0].isupper() and (not stop or (name and low in _INSIDE)):
+        inner = not first and len(token) > 1  # "A" and "I" tell nothing
+        named = not stop or inner or low in _ARTICLES or (name and low in _INSIDE)
+        if marked or (token[0].isupper() and named):
             # A capital alone, at the start of a sentence, is no evidence: `?` until more follows.
             name.append(("?" if first and not marked else "") + token)
         elif name and (token.isdigit() or low in _INSIDE):

@@ -79,7 +79,7 @@ def stage_base(p: Pipeline) -> dict:
     if not (folder / "figures.json").is_file():
         import base
 
-        print(f"  base: {p.config.base.prompts} prompts to learn from; weights/ has the default's")
+        print(f"  base: {p.config.base.batches} batches to learn from; weights/ has the default's")
         write_json(
             folder / "figures.json", base.build_base(p.config.base, p.config.generator, folder)
         )

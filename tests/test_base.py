@@ -1,6 +1,5 @@
 """The generic corpus is well-formed, and the same settings give the same model."""
 
-import random
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,8 @@ from config import ROOT, BaseConfig, GeneratorConfig, load_config
 from pipeline import base_folder
 
 MICRO = BaseConfig(
-    vocabulary=400, hidden=128, layers=2, heads=2, kv_heads=2, intermediate=32, prompts=24, lists=2
+    vocabulary=400, hidden=128, layers=2, heads=2, kv_heads=2, intermediate=32, batches=6,
+    batch_tokens=1024, tokenizer_prompts=24, lists=2,
 )
 
 
@@ -72,12 +72,16 @@ def test_the_seed_decides_the_corpus(examples):
     assert other.example(5, 2) != examples[0]
 
 
-def test_batches_hold_every_row_once():
-    rng = random.Random(0)
-    rows = [([i] * rng.randint(1, 9), [[i] * rng.randint(1, 9)]) for i in range(50)]
-    batches = base.batches(rows, BaseConfig(batch_tokens=40))
-    assert sorted(row[0][0] for batch in batches for row in batch) == list(range(50))
-    assert len(batches) > 3
+def test_a_batch_is_the_same_wherever_it_is_written(tmp_path):
+    generator = GeneratorConfig()
+    tokenizer = base.train_tokenizer(MICRO, generator)
+    here = base.Batches(tokenizer, MICRO, generator)
+    there = base.Batches(tokenizer, MICRO, generator)
+    _ = there[0]
+    assert torch.equal(here[3].ids, there[3].ids) and not torch.equal(here[2].ids, here[3].ids)
+    assert MICRO.batch_tokens <= (here[3].branch >= 0).sum() < 2 * MICRO.batch_tokens
+    for batch in torch.utils.data.DataLoader(here, batch_size=None, num_workers=2):
+        assert isinstance(batch, llm.TreeRows)
 
 
 def test_a_base_model_loads_in_transformers_and_is_the_same_twice(tmp_path, monkeypatch):

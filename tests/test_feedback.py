@@ -23,8 +23,9 @@ KINDS = {
 }
 # Two interests a user: with four, the subjects alone keep lists apart.
 SMALL = """world.users=60 world.median_sessions=6 world.impressions_per_user=30
-    world.starter_pool=200 base.prompts=500 base.lists=2 base.layers=2 base.hidden=96
-    base.batch_tokens=512 base.vocabulary=600 rid.epochs=2 rid.towers=1 ranker.epochs=20
+    world.starter_pool=200 base.batches=200 base.lists=2 base.tokenizer_prompts=500
+    base.layers=2 base.hidden=96 base.batch_tokens=512 base.learning_rate=2e-3
+    base.vocabulary=600 rid.epochs=2 rid.towers=1 ranker.epochs=20
     generator.list_size=3 generator.max_new_tokens=40 sit.max_rows=120 sit.epochs=4
     sit.learning_rate=3e-3 dpo.max_users=30 dpo.rounds=1 dpo.samples=4 dpo.checkpoints=1
     dpo.vanilla=false dpo.learning_rate=2e-4 data.train=0.4 data.judge=0.25 data.valid=0.25

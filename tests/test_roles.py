@@ -85,6 +85,12 @@ def test_format_survives_the_parser(starters):
         ("怎么学习摄影", "摄影"),
         ("推荐《三体》类似的小说", "三体"),
         ("Lord of the Rings vs Dune", "Lord of the Rings"),
+        ("How to get into The Beatles", "The Beatles"),
+        ("summarising for work: New Yorker", "New Yorker"),
+        ("The pizza of Naples", "Naples"),
+        ("thoughts on Oxygen Not Included", "Oxygen Not Included"),
+        ("wall-e: tips and common mistakes", "wall-e"),
+        ("Fix my kilowatt-hours", "kilowatt-hours"),
         ("什么是量子计算？", "量子计算"),
     ],
 )
