@@ -143,7 +143,7 @@ def build_base(settings: BaseConfig, generator: GeneratorConfig, folder: str | P
     started = time.process_time()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")
-    tokenizer = train_tokenizer(settings, generator)
+    tokenizer = train_tokenizer(tokenizer_texts(settings, generator), settings.vocabulary)
     batches = Batches(tokenizer, settings, generator)
     model = new_model(settings, tokenizer).to(device)
     train(model, batches, settings)
@@ -311,17 +311,20 @@ def install_copy_circuit(
         attention.q_proj.bias[slow] = gain * match @ embedding[line_mark, :e] * d**0.5
 
 
-def train_tokenizer(settings: BaseConfig, generator: GeneratorConfig):
-    """Byte-level BPE of the corpus, with ChatML control tokens and template, as Qwen2.5 has."""
+def tokenizer_texts(settings: BaseConfig, generator: GeneratorConfig) -> list[str]:
+    """Prompts and lists of the corpus, from easy to hard."""
+    corpus, texts, n = BaseCorpus(settings.seed), [], settings.tokenizer_prompts
+    for number in range(n):
+        lines, (starters,) = corpus.example(generator.list_size, 1, number / n)
+        texts += ["\n- ".join([generator.instruction, *lines]), f"\n{data.list_text(starters)}"]
+    return texts
+
+
+def train_tokenizer(texts: list[str], vocabulary: int):
+    """Byte-level BPE with ChatML control tokens and template, as Qwen2.5 has."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    corpus, texts = BaseCorpus(settings.seed), []
-    for number in range(settings.tokenizer_prompts):
-        lines, (starters,) = corpus.example(
-            generator.list_size, 1, number / settings.tokenizer_prompts
-        )
-        texts += ["\n- ".join([generator.instruction, *lines]), f"\n{data.list_text(starters)}"]
     tokenizer = Tokenizer(models.BPE())
     # A Chinese character has the same tokens wherever it stands, so that it can be copied.
     one_by_one = pre_tokenizers.Split(Regex("[一-鿿]"), "isolated")
@@ -330,7 +333,7 @@ def train_tokenizer(settings: BaseConfig, generator: GeneratorConfig):
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     start = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "special_tokens": special}
-    trainer = trainers.BpeTrainer(vocab_size=settings.vocabulary, show_progress=False, **start)
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, show_progress=False, **start)
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -74,7 +74,7 @@ def test_the_seed_decides_the_corpus(examples):
 
 def test_a_batch_is_the_same_wherever_it_is_written(tmp_path):
     generator = GeneratorConfig()
-    tokenizer = base.train_tokenizer(MICRO, generator)
+    tokenizer = base.train_tokenizer(base.tokenizer_texts(MICRO, generator), MICRO.vocabulary)
     here = base.Batches(tokenizer, MICRO, generator)
     there = base.Batches(tokenizer, MICRO, generator)
     _ = there[0]
