@@ -192,7 +192,8 @@ class DpoConfig:
     rounds: int = 3
     max_users: int = 160  # per round, drawn at random; 0: all there are
     samples: int = 6  # lists sampled per user and round
-    teacher_lists: int = 2  # lists of the teacher that join the pool
+    teacher_lists: int = 4  # lists of the teacher that join the pool
+    grounded: bool = True  # no utility for what names no subject of the interests: garbled names
     beam: int = 8
     expand: int = 8
     weight: float = 0.2  # lambda: utility against diversity

@@ -427,6 +427,11 @@ def mine_round(p: Pipeline, ranker, states: list[State], lists) -> tuple[list[di
         return found_for, counts
     states, lists, pools = ([x[i] for i in rich] for x in (states, lists, pools))
     utility, similarity, valid = score_pools(p, ranker, states, pools)
+    if settings.grounded:
+        for row, state, pool in zip(utility, states, pools, strict=True):
+            kept = torch.tensor([roles.grounded(y, state.interests) for y in pool])
+            row[: len(pool)] *= kept
+            counts["ungrounded"] += int((~kept).sum())
     beams, _ = ib.list_search(
         ib.min_max(utility, valid),  # Unstated: r_util and r_div need one scale, as in Eq. (8)
         similarity,

@@ -240,6 +240,12 @@ def key_phrases(text: str) -> list[str]:
     return list(_key_phrases(text))
 
 
+def grounded(starter: str, interests: Sequence[str]) -> bool:
+    """Whether it names, whole, a subject of an interest: a small model garbles names."""
+    subjects = {x.lower() for i in interests for y in key_phrases(i) for x in (y, *y.split(" and "))}
+    return any(x in starter.lower() for x in subjects)
+
+
 # ---------------------------------------------------------------------------------------- filters
 
 _UNSUITABLE = {

@@ -98,6 +98,14 @@ def test_key_phrases(text, first):
     assert roles.key_phrases(text)[0] == first
 
 
+def test_a_starter_is_grounded_that_names_a_subject_whole():
+    interests = ["Comparing Satie and Beethoven", "How to get into The Beatles", "什么是量子计算？"]
+    for good in ("Who was Beethoven?", "Best of the beatles", "量子计算的历史"):
+        assert roles.grounded(good, interests)
+    for bad in ("Who was Beethven?", "Best of the Beat", "量子的历史"):
+        assert not roles.grounded(bad, interests)
+
+
 def test_filters_name_their_reasons():
     kept, dropped = roles.filter_starters(
         [
