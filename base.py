@@ -136,17 +136,21 @@ def build_base(settings: BaseConfig, generator: GeneratorConfig, folder: str | P
     """Pre-train the stand-in from random weights and a copy circuit (install_copy_circuit).
 
     Writes a transformers folder. Returns its size, the loss on held-out lists, what `_copying`
-    measures, CPU seconds, device and version. The same settings give the same weights on a CPU.
+    measures, seconds, device and version. The same settings give the same weights on a CPU.
     """
     from transformers.utils import logging
 
-    started = time.process_time()
+    started = time.time()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")
     tokenizer = train_tokenizer(tokenizer_texts(settings, generator), settings.vocabulary)
     batches = Batches(tokenizer, settings, generator)
     model = new_model(settings, tokenizer).to(device)
-    train(model, batches, settings)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU; what follows has the usual one
+    try:
+        train(model, batches, settings)
+    finally:
+        torch.set_float32_matmul_precision(precision)
     with torch.no_grad():
         held_loss = -row_logps(model, batches.held_out(), HEAD_CHUNK).mean().item()
     logging.disable_progress_bar()
@@ -156,7 +160,7 @@ def build_base(settings: BaseConfig, generator: GeneratorConfig, folder: str | P
     figures = {"parameters": model.num_parameters(), "held_out_loss": held_loss}
     figures |= _copying(model, tokenizer, generator, settings.seed)
     made_by = f"{device}, torch {torch.__version__}"
-    return figures | {"cpu_seconds": round(time.process_time() - started), "made_by": made_by}
+    return figures | {"seconds": round(time.time() - started), "made_by": made_by}
 
 
 class Batches(Dataset):
@@ -234,8 +238,11 @@ def train(model, batches: Batches, settings: BaseConfig) -> None:
         return min((step + 1) / 50, 0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * done)))
 
     # A GPU takes batches faster than one process writes them.
-    workers = max(0, (os.cpu_count() or 1) - 2) if next(model.parameters()).is_cuda else 0
-    loader = DataLoader(batches, batch_size=None, num_workers=min(14, workers))
+    workers = min(14, (os.cpu_count() or 1) - 2) if next(model.parameters()).is_cuda else 0
+    ahead = 1 if workers > 0 else None  # a batch each: they lie in /dev/shm, small in a container
+    loader = DataLoader(
+        batches, batch_size=None, num_workers=max(0, workers), prefetch_factor=ahead
+    )
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
     bar = tqdm(loader, "base", disable=None, leave=False)

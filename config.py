@@ -169,7 +169,7 @@ class BaseConfig:
     heads: int = 2
     kv_heads: int = 2
     intermediate: int = 256
-    batches: int = 5000  # three and a half minutes of an H100; too many for a CPU
+    batches: int = 5000  # four minutes of an H100; too many for a CPU
     batch_tokens: int = 49_152  # prompts and lists
     lists: int = 4  # per prompt
     tokenizer_prompts: int = 20_000  # from which the vocabulary is learned
@@ -395,7 +395,7 @@ def _check(config: Config) -> None:
         endpoint.max_tokens ranker.depth_cap generator.list_size generator.max_new_tokens
         generator.temperature generator.attempts generator.head_chunk generator.sample_rows
         encoder.batch_size
-        base.batches base.lists sit.batch_users
+        base.batches base.batch_tokens base.tokenizer_prompts base.lists sit.batch_users
         dpo.rounds dpo.samples dpo.beam dpo.expand dpo.batch_users dpo.checkpoints dpo.beta
         eval.lists ab.days ab.lists ab.copies ab.searched data.max_errors dpo.pairs_per_user
         serve.candidates serve.batch serve.queue serve.timeout serve.impression_hours

@@ -393,10 +393,11 @@ def completion_logps(
     return list(sums.split([len(cs) for cs in completions]))
 
 
-def row_logps(
-    model, rows: TreeRows, head_chunk: int = 256, attention: str = "sdpa"
-) -> Tensor:
-    """Log-probability of every list token of the rows, (S,); as completion_logps."""
+def row_logps(model, rows: TreeRows, head_chunk: int = 256, attention: str = "sdpa") -> Tensor:
+    """Log-probability of every list token, (S,), in the order of rows.source.
+
+    Differentiable; head_chunk and attention as of completion_logps.
+    """
     decoder, head = _parts(model, int(rows.position.max()) + 1)
     _use_attention(decoder, attention)
     device, (b, t) = head.weight.device, rows.ids.shape

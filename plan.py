@@ -4,8 +4,8 @@
     python train.py --doctor --config configs/qwen2.5-7b.yaml  # versions, GPU, 4-bit, hub, disk
 
 The bytes are counted from the tensors that transformers' Qwen2 with PEFT's LoRA keeps alive.
-`python -m benchmarks.plan` measures the same on a CPU (results/plan.md); single DPO steps of a 7B
-model on an H100 stand there too, most of them within 1.2 %.
+`python -m benchmarks.plan` measures the same on a CPU (results/plan.md); a 7B model's DPO steps and
+the heaviest call of each stage on an H100 stand there too, within 2.2 %.
 
 Legend: T tokens of a tree row, H hidden, D heads * head_dim, I intermediate, V vocabulary, r rank;
 `a` bytes of a weight and an activation: 2 on a GPU (bf16), 4 on a CPU (fp32).

@@ -116,7 +116,7 @@ understand understanding understood up us use used useful uses using various ver
 was way ways we well were what what's when where which while who whose why will with within without
 won't work working works worth would write writing you your
 """.split())
-_ARTICLES = frozenset(["the", "new"])  # with a capital they begin a name, also at the start of a text
+_OPENERS = frozenset(["the", "new"])  # with a capital they begin a name, also at the start of a text
 _LY_NOUNS = frozenset("ally anomaly assembly bully butterfly dragonfly family fly jelly lily".split())
 _MATHS = re.compile(r"\$[^$]*\$|\\\w+")
 _GENERIC = frozenset("""
@@ -178,6 +178,9 @@ def _runs(text: str) -> tuple[list[list[str]], list[list[str]]]:
     """(capitalised names, content words between stop words) as runs of tokens, in order."""
     names, contents, name, content = [], [], [], []
     end, first = 0, True
+    later = _TOKEN.findall(text)[1:]
+    titled = sum(t[0].isupper() and t.casefold() in _STOP for t in later) > 2 and not any(
+        t.islower() and len(t) > 3 for t in later)  # a Title in Which Nearly All Is Capital
 
     def close(run, runs):
         while run and run[-1].casefold() in _INSIDE | _STOP:
@@ -196,8 +199,8 @@ def _runs(text: str) -> tuple[list[list[str]], list[list[str]]]:
         stop = low in _STOP or (low.endswith("ly") and token == low and low not in _LY_NOUNS)
         marked = token[1:] != token[1:].lower() or (
             not token.isdigit() and any(c.isdigit() for c in token))
-        inner = not first and len(token) > 1  # "A" and "I" tell nothing
-        named = not stop or inner or low in _ARTICLES or (name and low in _INSIDE)
+        inner = not titled and not first and len(token) > 1  # "A" and "I" tell nothing
+        named = not stop or inner or low in _OPENERS or (name and low in _INSIDE)
         if marked or (token[0].isupper() and named):
             # A capital alone, at the start of a sentence, is no evidence: `?` until more follows.
             name.append(("?" if first and not marked else "") + token)
@@ -241,9 +244,10 @@ def key_phrases(text: str) -> list[str]:
 
 
 def grounded(starter: str, interests: Sequence[str]) -> bool:
-    """Whether it names, whole, a subject of an interest: a small model garbles names."""
+    """Whether it names, whole, a subject of an interest, or none has one: small models garble names."""
     subjects = {x.lower() for i in interests for y in key_phrases(i) for x in (y, *y.split(" and "))}
-    return any(x in starter.lower() for x in subjects)
+    text = unicodedata.normalize("NFKC", starter).replace("’", "'").lower()
+    return not subjects or any(x in text for x in subjects)
 
 
 # ---------------------------------------------------------------------------------------- filters

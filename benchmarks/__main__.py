@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 
-from benchmarks.common import Row, bits, gpu_rows, table
+from benchmarks.common import Row, bits, gpu_marks, gpu_notes, gpu_rows, table
 from config import ROOT, read_json, write_json
 
 SCRIPTS = ("dpo", "sit", "sampling", "contrastive", "list_search", "list_quality", "precision")
@@ -68,7 +68,7 @@ def gpu_section() -> list[str]:
     lines = ["## On a GPU\n", "`python -m benchmarks.gpu > results/gpu.jsonl`:"]
     if not (rows := gpu_rows()):
         return [*lines, "not measured."]
-    waits = [r for r in rows if r["how"] == "one list"]
+    waits, marks = [r for r in rows if r["how"] == "one list"], gpu_marks(rows)
     lines += [
         f"random weights of Qwen2.5-7B's shape on one {rows[0]['device']}, torch "
         f"{rows[0]['torch']}. A DPO step is of one user, 1 + 3 lists of 64 tokens, ours with "
@@ -85,14 +85,16 @@ def gpu_section() -> list[str]:
         step = row["how"].startswith(("sampling", "stage"))
         cells = [
             bits(row), row["how"] if step else f"DPO step, {row['how']}", row["prompt"],
-            f"{row.get('tokens_per_s', 0):,.0f}", f"{share:.0%}" if share else "–",
+            f"{row.get('tokens_per_s', 0):,.0f}{marks[row.get('note')]}",
+            f"{share:.0%}" if share else "–",
             f"{row['peak_gb']:.1f}" if "peak_gb" in row else "–",
             {True: "yes", False: "no"}.get(row.get("fits_24_gb"), "–"),
         ]  # fmt: skip
         if row.get("out_of_memory"):
-            cells[3:6] = ["out of memory", "–", "–"]
+            cells[3:6] = ["out of memory" + marks[row.get("note")], "–", "–"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     lines += [
+        *gpu_notes(rows),
         "\nOne user, one list, by our sampler without a server; the paper has 0.28 s and 2.9 s, of "
         "its own model and cards:\n",
         "| weights | prompt | first token, s | 70 tokens, s |",

@@ -70,6 +70,17 @@ def bits(row: dict) -> str:
     return "4-bit" if row["4bit"] else "bf16"
 
 
+def gpu_marks(rows: list[dict]) -> dict[str | None, str]:
+    """What stands beside a figure of a row with this note; None: without one."""
+    notes = dict.fromkeys(r["note"] for r in rows if "note" in r)
+    return {None: "", **dict(zip(notes, ("\\*", "†", "‡"), strict=False))}
+
+
+def gpu_notes(rows: list[dict]) -> list[str]:
+    """Below a table of these rows: what the marks mean."""
+    return [f"\n{mark} {note}." for note, mark in gpu_marks(rows).items() if note]
+
+
 def seconds(candidates: dict[str, Callable[[], object]], repeats: int = 5) -> dict[str, float]:
     """Median CPU seconds of each candidate; they run in turn, after one unmeasured turn."""
     times: dict[str, list[float]] = {name: [] for name in candidates}

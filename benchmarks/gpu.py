@@ -1,4 +1,4 @@
-"""A DPO step and sampling with a model of Qwen2.5-7B's shape on one GPU.
+"""DPO steps, stages and sampling with a model of Qwen2.5-7B's shape on one GPU.
 
     python -m benchmarks.gpu > results/gpu.jsonl   # random weights: as fast and large as real ones
     python -m benchmarks.gpu --small               # a small shape on any machine, to try it
@@ -33,7 +33,7 @@ import llm
 import plan
 from benchmarks.common import quiet_libraries, tokens
 from benchmarks.dpo import our_step, trl_step
-from config import ROOT, load_config
+from config import ROOT, Config, load_config
 
 # Dense bf16 TFLOP/s and memory GB/s of data-sheets; a card that is not listed gets no share.
 CARDS = {
@@ -105,11 +105,14 @@ def measure_step(model, length: int, how: str, peak_tflops: float | None) -> dic
     )
     # Forward, and the gradient in the input (frozen weights have none): 4 FLOP a weight.
     flop = 4 * weights * row + 4 * config.vocab_size * config.hidden_size * LISTS * LIST_TOKENS
-    return {
-        "prompt": length, "how": how, "seconds": seconds, "tokens_per_s": row / seconds,
+    made = {
+        "seconds": seconds, "tokens_per_s": row / seconds,
         "share_of_peak": flop / seconds / 1e12 / peak_tflops if peak_tflops else None,
         "peak_gb": peak_gb(),
-    }
+    }  # fmt: skip
+    if how == "sdpa" and torch.cuda.is_available():
+        made["fits_24_gb"] = measure_24_gb(model, length)
+    return made
 
 
 @contextlib.contextmanager
@@ -156,29 +159,27 @@ def measure_sampling(model, n: int, length: int, new: int, bandwidth: float | No
     seconds = timed(decoding(model, 4, n, length, new))
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
     return {
-        "prompt": length, "how": f"sampling {n} lists", "tokens_per_s": 4 * n * new / seconds,
+        "tokens_per_s": 4 * n * new / seconds,
         "share_of_bandwidth": weights * new / seconds / bandwidth if bandwidth else None,
-    }  # fmt: skip
+    }
 
 
 def measure_waiting(model, length: int) -> dict:
     """Seconds until one user has the first token, and a list of 70."""
     first, whole = (timed(decoding(model, 1, 1, length, new)) for new in (1, 70))
-    return {"prompt": length, "how": "one list", "first_token_s": first, "list_of_70_s": whole}
+    return {"first_token_s": first, "list_of_70_s": whole}
 
 
-def measure_stage(model, stage: str, small: bool) -> dict:
-    """The heaviest call of a stage of configs/qwen2.5-7b.yaml, with 24 GB of memory at most.
+def measure_stage(model, stage: str, config: Config) -> dict:
+    """The heaviest call of a stage, with 24 GB of memory at most.
 
-    peak_gb is what torch has allocated at most, estimate_gb what --plan says of it.
+    peak_gb is what torch has allocated at most, estimate_gb what --plan says of it for 7B.
     """
-    words = ["generator.max_prompt_tokens=64", "generator.sample_rows=8"] if small else []
-    config = load_config(ROOT / "configs" / "qwen2.5-7b.yaml", words)
     g, size = config.generator, model.config.vocab_size
     optimiser, schedule = isg.new_optimiser(model, 1e-5, 100)
-    users = {"sit": config.sit.batch_users, "dpo": config.dpo.batch_users}.get(stage)
+    users = config.sit.batch_users if stage == "sit" else config.dpo.batch_users
     lists = config.sit.lists_per_row if stage == "sit" else 1 + len(config.dpo.negatives)
-    prompts = [tokens(g.max_prompt_tokens, size) for _ in range(users or 1)]
+    prompts = [tokens(g.max_prompt_tokens, size) for _ in range(users)]
     written = [[tokens(g.max_new_tokens, size) for _ in range(lists)] for _ in prompts]
 
     def step() -> None:
@@ -186,25 +187,38 @@ def measure_stage(model, stage: str, small: bool) -> dict:
         isg.step(model, optimiser, schedule, -logps.mean())
 
     step()  # the state of AdamW is there from now on; while sampling too
-    best = isg.lora_weights(model)
-    n = min(config.dpo.samples, plan.HELD_OUT_LISTS, config.eval.lists)
-    count, work = users, step
+    best = None if stage == "sit" else isg.lora_weights(model)  # what dpo keeps
+    run, made = step, users * (g.max_prompt_tokens + lists * g.max_new_tokens)
     if stage == "sampling":
-        count = g.sample_rows // n
-        work = decoding(model, count, n, g.max_prompt_tokens, g.max_new_tokens)
-    else:
-        n = lists
+        n = min(config.dpo.samples, plan.HELD_OUT_LISTS, config.eval.lists)
+        users = g.sample_rows // n
+        run = decoding(model, users, n, g.max_prompt_tokens, g.max_new_tokens)
+        made = users * n * g.max_new_tokens
     with at_most_24_gb():
-        seconds, peak = timed(work, 1), peak_gb()
+        seconds, peak = timed(run, 1), peak_gb()
     del best
-    model.zero_grad()
-    made = count * n * g.max_new_tokens + (stage != "sampling") * count * g.max_prompt_tokens
-    estimate = plan.stages(config, plan.QWEN["7B"], 2)[stage]["peak"]
-    return {
-        "prompt": g.max_prompt_tokens, "how": f"stage {stage}", "seconds": seconds,
-        "tokens_per_s": made / seconds, "peak_gb": peak, "estimate_gb": estimate / 1e9,
-        "fits_24_gb": True,
-    }  # fmt: skip
+    row = {"seconds": seconds, "tokens_per_s": made / seconds}
+    if torch.cuda.is_available():
+        estimate = plan.stages(config, plan.QWEN["7B"], 2)[stage]["peak"]
+        row |= {"peak_gb": peak, "estimate_gb": estimate / 1e9, "fits_24_gb": True}
+    return row
+
+
+def measurements(model, small: bool, in_4bit: bool, ways: list[str]):
+    """(name of the work, prompt tokens, function that gives the rest of its row)."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    tflops, bandwidth = next((v for k, v in CARDS.items() if k in name), (None, None))
+    short, long = (32, 64) if small else (512, 2048)
+    yield "sampling 16 lists", short, lambda: measure_sampling(model, 16, short, 24, bandwidth)
+    yield "one list", short, lambda: measure_waiting(model, short)
+    words = ["generator.max_prompt_tokens=64", "generator.sample_rows=8"] if small else []
+    config = load_config(ROOT / "configs" / "qwen2.5-7b.yaml", words)
+    for stage in ("sit", "dpo", "sampling") if in_4bit else ():
+        length = config.generator.max_prompt_tokens
+        yield f"stage {stage}", length, lambda stage=stage: measure_stage(model, stage, config)
+    for how in ways:
+        for length in (short, long) if how != "trl" or not in_4bit else ():
+            yield how, length, lambda a=(length, how): measure_step(model, *a, tflops)
 
 
 def main() -> None:
@@ -212,42 +226,28 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--ways", nargs="+", default=["sdpa", "flex_attention", "trl"])
     args = parser.parse_args()
-    small = args.small
-    if not small and not torch.cuda.is_available():
+    gpu = torch.cuda.is_available()
+    if not args.small and not gpu:
         raise SystemExit("benchmarks.gpu: no CUDA device; --small tries the script without one")
     quiet_libraries()
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    tflops, bandwidth = next((v for k, v in CARDS.items() if k in name), (None, None))
-    ways = [w for w in args.ways if torch.cuda.is_available() or w != "flex_attention"]
+    ways = [w for w in args.ways if gpu or w != "flex_attention"]
+    about = {"device": torch.cuda.get_device_name() if gpu else "CPU", "torch": torch.__version__}
     with tempfile.TemporaryDirectory() as folder:
-        save_random_model(Path(folder), small)
+        save_random_model(Path(folder), args.small)
         for in_4bit in (True, False):
             base = llm.load_generator(folder, in_4bit, gradient_checkpointing=True)
             model = llm.add_lora(base, 16, 32, seed=0)
-            about = {"device": name, "torch": torch.__version__, "4bit": in_4bit}
-            lengths = (32, 64) if small else (512, 2048)
-            steps = [(how, length) for how in ways for length in lengths]
-            stages = [(f"stage {x}", 0) for x in ("sit", "dpo", "sampling") if in_4bit]
-            for how, length in [("sampling", lengths[0]), ("waiting", lengths[0]), *stages, *steps]:
-                if how == "trl" and in_4bit:
-                    continue
+            for how, length, measure in measurements(model, args.small, in_4bit, ways):
                 try:
-                    if how == "sampling":
-                        made = measure_sampling(model, 16, length, 24, bandwidth)
-                    elif how == "waiting":
-                        made = measure_waiting(model, length)
-                    elif how in dict(stages):
-                        made = measure_stage(model, how.removeprefix("stage "), small)
-                    else:
-                        made = measure_step(model, length, how, tflops)
-                    if how == "sdpa" and torch.cuda.is_available():
-                        made["fits_24_gb"] = measure_24_gb(model, length)
+                    made = measure()
                 except torch.OutOfMemoryError:
-                    made = {"prompt": length, "how": how, "out_of_memory": True}
-                print(json.dumps(about | made), flush=True)
+                    made = {"out_of_memory": True}
+                model.zero_grad()
+                row = about | {"4bit": in_4bit, "prompt": length, "how": how} | made
+                print(json.dumps(row), flush=True)
             del base, model
             gc.collect()  # a model's modules refer to each other
-            if torch.cuda.is_available():
+            if gpu:
                 torch.cuda.empty_cache()
 
 

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 import llm
 import plan
-from benchmarks.common import bits, gpu_rows, machine, prepare, tokens
+from benchmarks.common import bits, gpu_marks, gpu_notes, gpu_rows, machine, prepare, tokens
 from config import ROOT, GeneratorConfig
 
 SHAPES = {  # hidden, layers, heads, kv_heads, intermediate, vocabulary, tied
@@ -216,7 +216,7 @@ def page(rows: list[dict]) -> str:
 
 
 def gpu_section() -> list[str]:
-    """The steps that benchmarks.gpu measured, beside the estimate."""
+    """The steps and stages that benchmarks.gpu measured, beside the estimate."""
     if not (rows := gpu_rows()):
         return ["\nUnmeasured: CUDA."]
     lines = [
@@ -228,7 +228,7 @@ def gpu_section() -> list[str]:
         "| weights | work | prompt | estimate, GB | measured, GB | ratio |",
         "|---|---|---|---|---|---|",
     ]
-    shape = plan.QWEN["7B"]
+    shape, marks = plan.QWEN["7B"], gpu_marks(rows)
     for r in rows:
         if not (r["how"] in ("sdpa", "flex_attention") or "estimate_gb" in r) or "peak_gb" not in r:
             continue
@@ -241,10 +241,11 @@ def gpu_section() -> list[str]:
             step = plan.training(shape, g, 1, 4, 2)["peak"] - 8 * shape.lora(g.lora_rank)
             guess, work = step / 1e9, f"DPO step, {r['how']}"
         lines.append(
-            f"| {bits(r)} | {work} | {r['prompt']} | {guess:.2f} | {r['peak_gb']:.2f} | "
+            f"| {bits(r)} | {work} | {r['prompt']} | {guess:.2f} | "
+            f"{r['peak_gb']:.2f}{marks[r.get('note')]} | "
             f"**{guess / r['peak_gb']:.3f}** |"
         )
-    return lines
+    return lines + gpu_notes(rows)
 
 
 def row(shape: str, what: str, precision: str, again: bool, prompt: int) -> dict:

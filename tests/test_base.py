@@ -72,16 +72,16 @@ def test_the_seed_decides_the_corpus(examples):
     assert other.example(5, 2) != examples[0]
 
 
-def test_a_batch_is_the_same_wherever_it_is_written(tmp_path):
+def test_a_batch_is_the_same_whoever_writes_it_and_when():
     generator = GeneratorConfig()
-    tokenizer = base.train_tokenizer(base.tokenizer_texts(MICRO, generator), MICRO.vocabulary)
-    here = base.Batches(tokenizer, MICRO, generator)
-    there = base.Batches(tokenizer, MICRO, generator)
-    _ = there[0]
-    assert torch.equal(here[3].ids, there[3].ids) and not torch.equal(here[2].ids, here[3].ids)
-    assert MICRO.batch_tokens <= (here[3].branch >= 0).sum() < 2 * MICRO.batch_tokens
-    for batch in torch.utils.data.DataLoader(here, batch_size=None, num_workers=2):
-        assert isinstance(batch, llm.TreeRows)
+    texts = base.tokenizer_texts(MICRO, generator)
+    batches = base.Batches(base.train_tokenizer(texts, MICRO.vocabulary), MICRO, generator)
+    own = [batches[i] for i in reversed(range(len(batches)))][::-1]
+    assert not torch.equal(own[2].ids, own[3].ids)
+    assert MICRO.batch_tokens <= (own[3].branch >= 0).sum() < 2 * MICRO.batch_tokens
+    others = [*torch.utils.data.DataLoader(batches, batch_size=None, num_workers=2)]
+    for a, b in zip(own, others, strict=True):
+        assert all(map(torch.equal, vars(a).values(), vars(b).values()))
 
 
 def test_a_base_model_loads_in_transformers_and_is_the_same_twice(tmp_path, monkeypatch):

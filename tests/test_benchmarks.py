@@ -44,13 +44,21 @@ def test_pages_take_a_row_that_ran_out_of_memory(monkeypatch, tmp_path):
     (tmp_path / "results").mkdir()
     about = {"device": "card", "torch": "2", "4bit": False, "prompt": 512}
     step = {"how": "sdpa", "tokens_per_s": 10.0, "share_of_peak": None, "peak_gb": 9.0, "note": "n"}
-    rows = [about | step, about | {"how": "flex_attention", "out_of_memory": True}]
+    rows = [
+        about | step,
+        about | {"how": "flex_attention", "out_of_memory": True},
+        about | {"how": "stage sit", "tokens_per_s": 20.0, "peak_gb": 8.0, "estimate_gb": 4.0},
+        about | {"how": "one list", "first_token_s": 0.25, "list_of_70_s": 3.5},
+    ]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "results" / "gpu.jsonl").write_text(text)
     monkeypatch.setattr(common, "ROOT", tmp_path)
     page = "\n".join(benchmarks.__main__.gpu_section())
-    assert "| sdpa" not in page and "9.0*" in page and "out of memory" in page
-    assert "flex" not in "\n".join(benchmarks.plan.gpu_section())
+    assert "| sdpa" not in page and "| 10\\* |" in page and "out of memory" in page
+    assert "| bf16 | stage sit | 512 | 20 |" in page and "| bf16 | 512 | 0.25 | 3.5 |" in page
+    page = "\n".join(benchmarks.plan.gpu_section())
+    assert "flex" not in page and "| stage sit | 512 | 4.00 | 8.00 | **0.500** |" in page
+    assert "9.00\\*" in page and "\\* n." in page
 
 
 def test_the_gpu_script_runs_in_small():
@@ -60,7 +68,7 @@ def test_the_gpu_script_runs_in_small():
     )
     made = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert {(m["4bit"], m["how"]) for m in made} == {
-        (True, "sdpa"), (True, "sampling 16 lists"),
-        (False, "sdpa"), (False, "sampling 16 lists"), (False, "trl"),
+        *((True, f"stage {name}") for name in ("sit", "dpo", "sampling")), (False, "trl"),
+        *((x, how) for x in (True, False) for how in ("sdpa", "sampling 16 lists", "one list")),
     }  # fmt: skip
-    assert all(m["tokens_per_s"] > 0 for m in made)
+    assert all(m.get("tokens_per_s", m.get("first_token_s")) > 0 for m in made)

@@ -172,6 +172,7 @@ def test_tree_rows_are_laid_out_as_their_docstring_shows():
     assert rows.branch.tolist() == [[0, 0, 0, 1, 1, 2], [0, 0, 1, 2, 3, -1]]
     assert rows.trunk.tolist() == [[0, 0, 0, 0, 0, 0], [0, 0, 0, 2, 2, -1]]
     assert rows.source.tolist() == [2, 3, 2, 7, 9]
+    assert rows.target.tolist() == [1, 2, 3, 4, 5]
 
 
 def test_flex_attention_gives_the_same_log_probabilities():

@@ -378,6 +378,18 @@ def test_a_user_without_history_gets_popular_starters(finished):
         assert len({*popular(profile)}) == k and {*popular(profile)} <= shown
 
 
+def test_a_garbled_name_is_mined_as_one_of_no_utility(finished):
+    named = [f"{form} Chess" for form in ("Who invented", "How to win at", "History of", "Love")]
+    garbled = [f"{form} Chss" for form in ("Who invented", "How to win at", "Poems about")]
+    for word, refused in (("dpo.grounded=true", len(garbled)), ("dpo.grounded=false", 0)):
+        p = train.Pipeline(micro(finished.parent, "dpo.weight=1.0", word))
+        state = dataclasses.replace(p.states["u1"][-1], interests=["Where to start with Chess"])
+        lists = [named[:3], named[1:], garbled]
+        (pair,), counts = isg.mine_round(p, p.ranker("train"), [state], [lists])
+        assert counts["ungrounded"] == refused
+        assert not refused or not {*pair["chosen"]} & {*garbled}
+
+
 def test_own_lists_join_the_tuning(finished, tmp_path):
     """Table 8: tuned again on the teacher's lists and the policy's own."""
     shutil.copytree(finished.parent, tmp_path / "own")
