@@ -347,12 +347,13 @@ def write(
 ) -> list[dict]:
     """reproduction.md, claims.md, reproduction.json and pictures into `folder`; returns claims."""
     folder.mkdir(parents=True, exist_ok=True)
+    starts = ", ".join(f"{x['minutes']:.0f} ({x['commit']})" for x in about["starts"])
     note = (
         f"{about['command']}: seeds {about['seeds']}, commit {about['commit']}, config "
-        f"{about['config']}. The last start took {about['minutes']:.0f} minutes on "
-        f"{about['processors']} processors, {about['cpu_hours']:.1f} core hours; what earlier "
-        f"starts had trained is not in it. Methods wrote {seeds[0]['ab']['lists']} lists a user; "
-        "what chooses when serving, and the popular starters and the oracle, show one."
+        f"{about['config']}. Minutes of its starts, which go on with what is there: {starts}; "
+        f"{sum(x['core_hours'] for x in about['starts']):.1f} core hours on {about['processors']} "
+        f"processors. Methods wrote {seeds[0]['ab']['lists']} lists a user; what chooses when "
+        "serving, and the popular starters and the oracle, show one."
     )
     legend = __doc__.partition("\n\n")[2]
     more = {"1": spoken_table, "2": online_table, "3": cases, "6": interests_table,

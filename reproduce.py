@@ -7,9 +7,9 @@
 
 A seed's main run (train.py's stages) is trained once; a variant starts as a copy of it, so only the
 stages that its settings change run again. What was trained and written is kept, and measured again
-at each start; tasks run side by side, one a core. Seeds from 0 on are reported; settings were
-chosen on seeds of 100 and above, but for four that the reported ones had a part in (README,
-departures 1, 12, 13 and 15).
+where the code has changed since; tasks run side by side, one a core. Seeds from 0 on are reported;
+settings were chosen on seeds of 100 and above, but for four that the reported ones had a part in
+(README, departures 1, 12, 13 and 15).
 
 What is compared is paired by user: a claim holds where the 95 % interval of the mean difference
 (bootstrap over users, within seeds) lies above zero, and does not where it lies below.
@@ -165,9 +165,9 @@ def write_starters(p: Pipeline, variant: str) -> None:
     write_json(path, {"key": key, "lists": made})
 
 
-def starters_of(config: Config) -> evaluation.Lists:
-    path = Path(config.run.root) / config.run.name / "report" / "starters.json"
-    return read_json(path)["lists"]
+def starters_of(config: Config) -> dict:
+    """{"key", "lists": what write_starters wrote}."""
+    return read_json(Path(config.run.root) / config.run.name / "report" / "starters.json")
 
 
 def compared_lists(
@@ -200,11 +200,15 @@ def measure_seed(words: list[str], path: str, seed: int, variants: list[str]) ->
     torch.set_flush_denormal(True)
     llm.quiet_libraries()
     config = seed_config(words, path, seed, MAIN)
+    made = [starters_of(seed_config(words, path, seed, v)) for v in (MAIN, *variants)]
+    file, key = Path(config.run.root) / config.run.name / "report" / "values.json", None
+    env = environment(config)
+    if env["uncommitted_changes"] is False:
+        key = digest(env["commit"], env["versions"], config, [x["key"] for x in made])
+        if file.is_file() and read_json(file)["key"] == key:
+            return
     p, truth = Pipeline(config), world.load_truth(Path(config.run.root) / config.run.name / "world")
-    main = starters_of(config)
-    written = dict(main)
-    for variant in variants:
-        written |= starters_of(seed_config(words, path, seed, variant))
+    main, written = made[0]["lists"], {m: rows for x in made for m, rows in x["lists"].items()}
     users = list(main["rule-based"])
     lists, online = compared_lists(p, truth, main, written)
     pools = {m: {u: main[m][u][: config.ab.searched] for u in users} for m in SEARCHED}
@@ -227,7 +231,8 @@ def measure_seed(words: list[str], path: str, seed: int, variants: list[str]) ->
         },
     }
     activity = {u: len(p.users[u].sessions) / config.world.days for u in online["PE"]}
-    write_json(p.run / "report" / "values.json", {
+    write_json(file, {
+        "key": key,
         "values": values,
         "ab": ab.simulate(truth, activity, online, config.ab, seed),
         "topics": {
@@ -299,7 +304,7 @@ def reproduce(
     if unknown := [t for t in tables if t not in (*TABLES, "all")]:
         raise UserError(f"--reproduce {unknown[0]}: no such table; there are {' '.join(TABLES)}")
     tables = [t for t in TABLES if t in tables or "all" in tables]
-    words, started = [*(QUICK if quick else []), *words], time.time()
+    words = [*(QUICK if quick else []), *words]
     variants = [v for t in tables for v in NEEDS.get(t, [])]
     numbers = list(range(first, first + seeds))
     config = seed_config(words, path, first, MAIN)
@@ -316,8 +321,9 @@ def reproduce(
             tasks[name] = Task(train_run, (words, path, s, v), (main,), length)
         needs = (main, *own.values())
         tasks[f"{main}, measured"] = Task(measure_seed, (words, path, s, variants), needs)
-    spent = in_parallel(tasks)
     root = Path(config.run.root)
+    with clock(root / f"{config.run.name.rpartition('-seed')[0]}-starts.json", env) as starts:
+        in_parallel(tasks, starts[-1])
     folders = [root / seed_config(words, path, s, MAIN).run.name for s in numbers]
     values = [read_json(f / "report" / "values.json") for f in folders]
     log = [json.loads(x) for x in (folders[0] / "metrics.jsonl").read_text().splitlines()]
@@ -330,19 +336,34 @@ def reproduce(
         + f" --first-seed {first}" * bool(first) + " --quick" * quick
         + "".join(f" {w}" for w in words if w not in QUICK)
         + f" --config {path}" * changed,
-        "seeds": numbers, "config": digest(config),
-        "commit": (env["commit"] or "")[:10] + " with changes" * bool(env["uncommitted_changes"]),
-        "minutes": (time.time() - started) / 60, "cpu_hours": spent / 3600,
-        "processors": os.cpu_count(),
+        "seeds": numbers, "config": digest(config), "commit": starts[-1]["commit"],
+        "starts": starts, "processors": os.cpu_count(),
     }
     rows = report.write(values, tables, log, about, out)
     print((out / "reproduction.md").read_text(encoding="utf-8"))
     print(f"{claims.counted(rows)}: {out / 'claims.md'}")
 
 
-def in_parallel(tasks: dict[str, Task]) -> float:
-    """Run tasks, one process a core; returns the seconds of work in all."""
-    spent, done, running = 0.0, [], {}
+@contextlib.contextmanager
+def clock(file: Path, env: dict):
+    """The starts of a reproduction so far, this one the last: commit, minutes, core hours.
+
+    One that was interrupted counts, one that was killed does not.
+    """
+    began, commit = time.time(), (env["commit"] or "")[:10]
+    commit += " with changes" * bool(env["uncommitted_changes"])
+    starts = read_json(file) if file.is_file() else []
+    starts.append({"commit": commit, "minutes": 0.0, "core_hours": 0.0})
+    try:
+        yield starts
+    finally:
+        starts[-1]["minutes"] = (time.time() - began) / 60
+        write_json(file, starts)
+
+
+def in_parallel(tasks: dict[str, Task], spent: dict[str, float] | None = None) -> None:
+    """Run tasks, one process a core; spent["core_hours"] grows with each that ends."""
+    work, done, running = 0.0, [], {}
     total, workers = sum(task.length for task in tasks.values()), min(len(tasks), os.cpu_count())
     with ProcessPoolExecutor(workers or 1, multiprocessing.get_context("spawn")) as pool:
         try:
@@ -356,9 +377,11 @@ def in_parallel(tasks: dict[str, Task]) -> float:
                     done.append(running.pop(future))
                     if future.exception():
                         print(f"failed: {done[-1]}", flush=True)
-                    spent += future.result()
+                    work += future.result()
+                    if spent is not None:
+                        spent["core_hours"] = work / 3600
                     length = sum(tasks[name].length for name in done)
-                    left = spent / length * (total - length) / workers / 60
+                    left = work / length * (total - length) / workers / 60
                     line = f"{len(done)} of {len(tasks)}: {done[-1]}, about {left:.0f} minutes left"
                     print(line, flush=True)
         except BaseException:
@@ -366,7 +389,6 @@ def in_parallel(tasks: dict[str, Task]) -> float:
             for child in multiprocessing.active_children():  # or it goes on, unseen, for minutes
                 child.terminate()
             raise
-    return spent
 
 
 def timed(work, job: tuple) -> float:

@@ -162,7 +162,7 @@ def test_equal_policies_write_equal_lists(finished, tmp_path, monkeypatch):
     methods = {"IceBreaker": reproduce.Method("sit"), "middle": reproduce.Method("sit")}
     monkeypatch.setattr(reproduce, "METHODS", methods)
     reproduce.write_starters(p, reproduce.MAIN)
-    made = reproduce.starters_of(p.config)
+    made = reproduce.starters_of(p.config)["lists"]
     assert [*made["middle"]] == p.ids("test") and {*p.ids("judge")} < {*made["IceBreaker"]}
     for user, lists in made["middle"].items():
         assert made["IceBreaker"][user][:2] == lists and len(made["IceBreaker"][user]) == 4

@@ -15,7 +15,7 @@ import claims
 import compare
 import report
 import reproduce
-from config import UserError
+from config import UserError, read_json
 from pipeline import Pipeline
 
 METRICS = """utility train_utility true_clicks lexical words semantic dissimilarity starters known
@@ -68,14 +68,16 @@ def test_an_interval_over_seeds_is_students():
 
 
 def test_the_report_holds_every_table_and_claim(tmp_path):
-    about = {"command": "c", "seeds": [0, 1], "commit": "x", "config": "y", "minutes": 1.0,
-             "cpu_hours": 1.0, "processors": 2}  # fmt: skip
+    starts = [{"commit": "x", "minutes": 1.0, "core_hours": 0.5}] * 2
+    about = {"command": "c", "seeds": [0, 1], "commit": "x", "config": "y", "starts": starts,
+             "processors": 2}  # fmt: skip
     wanted = list(reproduce.TABLES)
     log = [{"time": 1.0, "stage": "sit", "epoch": 0, "loss": 1.0, "learning_rate": 0.1}] * 3
     rows = report.write([seed_values(0), seed_values(1)], wanted, log, about, tmp_path)
     assert len(rows) == len(claims.CLAIMS) >= 22
     page = (tmp_path / "reproduction.md").read_text()
     assert all(f"Table {n}" in page for n in (1, 2, 3, 6, 7, 8, 9)) and "<b>" not in page
+    assert "1 (x), 1 (x); 1.0 core hours on 2 processors" in page
     text = (tmp_path / "claims.md").read_text()
     assert all(row["text"] in text for row in rows)
     verdict = {(r["metric"], r["more"], r["less"]): r for r in rows}
@@ -164,6 +166,16 @@ def _until(met, seconds=120):
     while not met():
         assert time.monotonic() < end
         time.sleep(0.1)
+
+
+def test_the_clock_keeps_the_starts_that_were_interrupted(tmp_path):
+    file, env = tmp_path / "starts.json", {"commit": "0123456789abc", "uncommitted_changes": True}
+    with pytest.raises(KeyboardInterrupt), reproduce.clock(file, env):
+        raise KeyboardInterrupt
+    with reproduce.clock(file, env | {"uncommitted_changes": False}) as starts:
+        reproduce.in_parallel({"a": reproduce.Task(time.sleep, (1,))}, starts[-1])
+    assert starts == read_json(file) and starts[1]["core_hours"] > 0 < starts[0]["minutes"]
+    assert [x["commit"] for x in starts] == ["0123456789 with changes", "0123456789"]
 
 
 def _note(path, name):
