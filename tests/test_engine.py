@@ -133,7 +133,7 @@ def test_a_batch_answers_each_ask_as_if_it_were_alone(engine, monkeypatch):
     alone = [engine.write([ask])[0] for ask in asks]
     # In another batch texts are encoded with other rounding, which may turn the order.
     assert [sorted(texts(x)) for x in together] == [sorted(texts(x)) for x in alone]
-    assert sum(len(x.starters) > 0 for x in together) >= 12 and together[0].tokens > 0
+    assert sum(len(x.starters) > 0 for x in together) >= 10 and together[0].tokens > 0
     # PE hears all, latest first; the others what the gate kept.
     heard = [c.state.interests for c in distilled(engine, *asks[:2])]
     assert heard[0] == SUMMARIES[::-1] and len(heard[1]) <= engine.config.rid.max_keep

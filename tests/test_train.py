@@ -383,9 +383,11 @@ def test_a_garbled_name_is_mined_as_one_of_no_utility(finished):
     garbled = [f"{form} Chss" for form in ("Who invented", "How to win at", "Poems about")]
     for word, refused in (("dpo.grounded=true", len(garbled)), ("dpo.grounded=false", 0)):
         p = train.Pipeline(micro(finished.parent, "dpo.weight=1.0", word))
-        state = dataclasses.replace(p.states["u1"][-1], interests=["Where to start with Chess"])
+        asked = ["Where to start with Chess"]
+        vectors, state = p.encoder(asked), p.states["u1"][-1]
+        known = dataclasses.replace(state, interests=asked, embeddings=vectors)
         lists = [named[:3], named[1:], garbled]
-        (pair,), counts = isg.mine_round(p, p.ranker("train"), [state], [lists])
+        (pair,), counts = isg.mine_round(p, p.ranker("train"), [known], [lists])
         assert counts["ungrounded"] == refused
         assert not refused or not {*pair["chosen"]} & {*garbled}
 
