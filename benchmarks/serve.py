@@ -192,8 +192,8 @@ def main() -> None:
         "\n## Answers that are ready\n",
         f"{len(cached)} requests of one client, until its last byte: p50 "
         f"{1e3 * statistics.median(cached):.1f} ms, p95 {1e3 * quantile(cached, 0.95):.1f} ms.\n",
-        "Not measured: the server on a GPU. The sampler alone, beside the paper's 0.28 s to the first "
-        "token and 2.9 s for a list of 70: [benchmarks.md](benchmarks.md).",
+        "Not measured: the server on a GPU. The sampler alone, beside the paper's 0.28 s to the "
+        "first token and 2.9 s for a list of 70: [benchmarks.md](benchmarks.md).",
     ]
     page = "\n".join(lines) + "\n"
     (ROOT / "results" / "serving.md").write_text(page, encoding="utf-8")
