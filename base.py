@@ -146,7 +146,8 @@ def build_base(settings: BaseConfig, generator: GeneratorConfig, folder: str | P
     batches = Batches(tokenizer, settings, generator)
     model = new_model(settings, tokenizer).to(device)
     precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU; what follows has the usual one
+    if device == "cuda":  # TF32 while it trains; what follows has the usual precision
+        torch.set_float32_matmul_precision("high")
     try:
         train(model, batches, settings)
     finally:

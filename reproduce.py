@@ -205,7 +205,7 @@ def measure_seed(words: list[str], path: str, seed: int, variants: list[str]) ->
     env = environment(config)
     if env["uncommitted_changes"] is False:
         key = digest(env["commit"], env["versions"], config, [x["key"] for x in made])
-        if file.is_file() and read_json(file)["key"] == key:
+        if file.is_file() and read_json(file).get("key") == key:
             return
     p, truth = Pipeline(config), world.load_truth(Path(config.run.root) / config.run.name / "world")
     main, written = made[0]["lists"], {m: rows for x in made for m, rows in x["lists"].items()}

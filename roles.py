@@ -122,11 +122,12 @@ _MATHS = re.compile(r"\$[^$]*\$|\\\w+")
 _GENERIC = frozenset("""
 app art article basics beer beginner beginners book books business check class code coffee common
 computer course cooking data day days design education example examples exercise fact facts family
-film fitness fix food fun game games gift group guide health history hobby home idea ideas information job language level
-life list love man math mathematics method mistakes money month movie movies music news number
-numbers overview part person place plan problem problems programming project question questions
-reading review science service short show software sport sports story student students study system
-teacher teaching technology test time tips tool tools topic topics travel trip tutorial type types
+film fitness fix food fun game games gift group guide health history hobby home idea ideas
+information job language level life list love man math mathematics method mistakes money month movie
+movies music news number numbers overview part person place plan problem problems programming
+project question questions reading review science service short show software sport sports story
+student students study system teacher teaching technology test time tips tool tools topic topics
+travel trip tutorial type types
 video weekend word words world year years 音乐 旅游 旅行 美食 电影 游戏 运动 学习 工作 生活 健康 小说 新手 入门 技巧 攻略 指南 方法 问题 推荐
 教程 知识 建议 计划 周末 朋友 时间 东西 科技 历史 文化
 """.split())

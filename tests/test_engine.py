@@ -124,7 +124,7 @@ def test_somebody_new_gets_popular_starters_of_the_profiles_language(engine):
 
 
 def test_a_batch_answers_each_ask_as_if_it_were_alone(engine, monkeypatch):
-    users = [person(*SUMMARIES), *engine.examples[:3], person(name="nobody")]
+    users = [person(*SUMMARIES), *engine.examples[1:4], person(name="nobody")]
     asks = [Ask(u, 3, method=m) for u in users for m in engine.methods]
     # The little model writes nothing that is fit to show.
     monkeypatch.setattr(engine, "_fit", lambda starters, case: [str(x)[:30] for x in starters])
@@ -133,7 +133,7 @@ def test_a_batch_answers_each_ask_as_if_it_were_alone(engine, monkeypatch):
     alone = [engine.write([ask])[0] for ask in asks]
     # In another batch texts are encoded with other rounding, which may turn the order.
     assert [sorted(texts(x)) for x in together] == [sorted(texts(x)) for x in alone]
-    assert sum(len(x.starters) > 0 for x in together) >= 10 and together[0].tokens > 0
+    assert sum(len(x.starters) > 0 for x in together) >= 12 and together[0].tokens > 0
     # PE hears all, latest first; the others what the gate kept.
     heard = [c.state.interests for c in distilled(engine, *asks[:2])]
     assert heard[0] == SUMMARIES[::-1] and len(heard[1]) <= engine.config.rid.max_keep
