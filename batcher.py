@@ -84,6 +84,7 @@ class Job:
     gone: bool = False  # the client has left
     forgotten: bool = False  # the user was deleted meanwhile
     partial: bool = False  # good starters were left out, as the client knows them
+    begun: bool = False  # the client has had a starter
 
 
 class Full(Exception):
@@ -185,7 +186,7 @@ class Batcher:
         except Exception as error:
             log.error("a batch of %d failed: %s", len(jobs), where(error))
             for job in jobs:
-                if len(jobs) > 1 and not job.ask.emit:  # a stream may have begun
+                if len(jobs) > 1 and not job.begun:
                     self._write([job])
                 else:
                     job.tell("the models failed; the server's log says where")
@@ -360,7 +361,7 @@ class Desk:
     def release(self, job: Job) -> None:
         self.jobs.discard(job)
         if job.forgotten:  # it has read the user's texts again
-            self.engine.forget(job.ask.user)
+            self.engine.forget()
 
     def put(self, user_id: str, sessions: list[data.Session], profile: dict | None) -> int:
         held = self.store.put_sessions(user_id, sessions, profile)
@@ -372,12 +373,10 @@ class Desk:
             self.batcher.forget(user_id)
             for job in list(self.jobs):
                 job.forgotten = job.forgotten or job.ask.user.user_id == user_id
-            user = self.store.user(user_id)
-            user = user or data.User(user_id=user_id, sessions=[])
             try:
                 return self.store.delete_user(user_id)
             finally:
-                self.engine.forget(user)
+                self.engine.forget()
 
     def close(self) -> None:
         self.batcher.stop()
@@ -385,7 +384,7 @@ class Desk:
 
     def examples(self) -> list[data.User]:
         """Some simulated people, as the store knows them."""
-        users = (self.store.user(user.user_id) for user in self.engine.examples[:12])
+        users = (self.store.user(user.user_id) for user in self.engine.examples)
         return [user for user in users if user]
 
 

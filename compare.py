@@ -1,8 +1,8 @@
 """What a reproduction compares its methods with, and measures beside the metrics of eval.py.
 
 Rerankers over a method's own lists, a floor and a ceiling, users with few sessions; the worth of
-interests, topics, cases. reproduce.py brings the lists, after training: no one else but
-eval.py and ab.py sees the simulated world's hidden truth.
+interests, topics, cases. reproduce.py brings the lists, after training. The simulated
+world's hidden truth is seen here, in eval.py, ab.py and reproduce.py, and by no stage that trains.
 """
 
 from __future__ import annotations

@@ -14,12 +14,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import errno
+import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import shutil
+import sqlite3
 import subprocess
 import sys
 import time
@@ -115,7 +118,7 @@ class RidConfig:
     temperature: float = 0.1  # Eq. (3)
     learning_rate: float = 1e-3
     epochs: int = 30
-    patience: int = 5  # epochs without a better held-out per-user AUC
+    patience: int = 5  # epochs without a better held-out per-user AUC that are waited through
     batch_users: int = 16
     negatives_within: int = 32  # per positive
     encoder_learning_rate: float = 0.0  # above 0: the encoder of E_u and E_h is fine-tuned too
@@ -151,8 +154,8 @@ class GeneratorConfig:
     temperature: float = 0.7
     top_p: float = 0.95
     top_k: int = 50  # only these are drawn from; 0: all
-    attempts: int = 3  # draws of a list, until it holds list_size starters that can be shown
-    sampler: str = "fast"  # or "generate": the random numbers of transformers' generate
+    attempts: int = 3  # draws of a list, until it holds list_size starters (the server: one)
+    sampler: str = "fast"  # or "generate": its random numbers (the server always draws fast)
     sample_rows: int = 256  # sequences decoded together
     endpoint: str = ""  # http://host/v1 of a server with the saved adapters, to sample from instead
     endpoint_key_env: str = ""  # the variable that holds its key, if it wants one
@@ -335,7 +338,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] = ()) -> Co
         try:
             merged = OmegaConf.merge(merged, layer)
             config = OmegaConf.to_object(merged)  # resolves ${...}
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, TypeError) as error:
             setting = getattr(error, "full_key", None) or "setting"
             raise UserError(f"{where}: {setting}: {str(error).splitlines()[0]}") from None
     config.run.name = config.run.name or Path(config.data.users or path or "tiny").stem
@@ -362,48 +365,54 @@ def _check(config: Config) -> None:
         raise UserError("rid.min_keep: between 1 and rid.max_keep")
     if not 0 <= dpo.weight <= 1:
         raise UserError("dpo.weight: between 0 (diversity only) and 1 (utility only)")
-    if dpo.reference not in ("round", "sit"):
-        raise UserError("dpo.reference: 'round' or 'sit'")
-    if config.generator.sampler not in ("fast", "generate"):
-        raise UserError("generator.sampler: 'fast' or 'generate'")
-    if config.generator.attention not in ("sdpa", "flex_attention"):
-        raise UserError("generator.attention: 'sdpa' or 'flex_attention'")
-    if config.generator.top_k < 0 or not 0 < config.generator.top_p <= 1:
-        raise UserError("generator.top_k: 0 (all tokens) or more; generator.top_p: in (0, 1]")
-    if rid.encoder_learning_rate < 0:
-        raise UserError("rid.encoder_learning_rate: 0 (the encoder stays as it is) or more")
-    for role in ("teacher", "matcher", "judge", "summariser"):
-        if getattr(config.roles, role) not in ("rules", "endpoint", "generator"):
-            raise UserError(f"roles.{role}: 'rules', 'endpoint' or 'generator'")
+    roles = ("teacher", "matcher", "judge", "summariser")
+    choices = {
+        "dpo.reference": ("round", "sit"), "generator.sampler": ("fast", "generate"),
+        "generator.attention": ("sdpa", "flex_attention"), "ab.split": ("paired", "shares"),
+        **{f"roles.{role}": ("rules", "endpoint", "generator") for role in roles},
+    }  # fmt: skip
+    for key, names in choices.items():
+        if _value(config, key) not in names:
+            raise UserError(f"{key}: {', '.join(map(repr, names[:-1]))} or {names[-1]!r}")
+    for role in roles:
         if getattr(config.roles, role) == "generator" and not config.generator.model:
             raise UserError(
                 f"roles.{role}=generator: needs generator.model; the embedded one only writes lists"
             )
-    if config.endpoint.retries < 0:
-        raise UserError("endpoint.retries: 0 or more")
+    if not 0 < config.generator.top_p <= 1:
+        raise UserError("generator.top_p: above 0, and 1 at most")
     if not config.serve.arms or set(config.serve.arms) - {"PE", "SFT", "IceBreaker"}:
         raise UserError("serve.arms: some of PE, SFT, IceBreaker")
-    if config.ab.split not in ("paired", "shares"):
-        raise UserError("ab.split: 'paired' or 'shares'")
     if config.ab.searched < config.ab.lists:
         raise UserError("ab.searched: at least ab.lists")
     unknown = set(dpo.negatives) - {"utility", "diversity", "joint"}
     if unknown or not dpo.negatives:
         raise UserError("dpo.negatives: some of utility, diversity, joint")
-    positive = """world.users world.days rid.batch_users rid.activity_groups rid.temperature
-        rid.towers roles.match_candidates endpoint.concurrency endpoint.timeout
-        endpoint.max_tokens ranker.depth_cap generator.list_size generator.max_new_tokens
-        generator.temperature generator.attempts generator.head_chunk generator.sample_rows
-        encoder.batch_size
-        base.batches base.batch_tokens base.tokenizer_prompts base.lists sit.batch_users
-        dpo.rounds dpo.samples dpo.beam dpo.expand dpo.batch_users dpo.checkpoints dpo.beta
-        eval.lists ab.days ab.lists ab.copies ab.searched data.max_errors dpo.pairs_per_user
-        serve.candidates serve.batch serve.queue serve.timeout serve.impression_hours
-        serve.reload_seconds serve.max_body serve.max_sessions serve.max_text"""
+    positive = """ab.days ab.lists ab.copies ab.searched base.batches base.batch_tokens
+        base.tokenizer_prompts base.lists base.heads data.max_errors dpo.passes dpo.rounds
+        dpo.samples dpo.beam dpo.expand dpo.batch_users dpo.checkpoints dpo.beta dpo.pairs_per_user
+        encoder.batch_size endpoint.concurrency endpoint.timeout endpoint.max_tokens
+        eval.bootstrap eval.lists generator.list_size generator.lora_rank
+        generator.max_new_tokens generator.temperature generator.attempts
+        generator.head_chunk generator.sample_rows ranker.epochs ranker.batch_impressions
+        ranker.depth_cap rid.batch_users rid.activity_groups rid.temperature rid.epochs
+        rid.towers roles.match_candidates serve.candidates serve.batch serve.queue
+        serve.timeout serve.impression_hours serve.reload_seconds serve.max_body
+        serve.max_sessions serve.max_text sit.batch_users sit.epochs sit.lists_per_row
+        world.users world.days"""
     for key in positive.split():
-        section, name = key.split(".")
-        if not getattr(getattr(config, section), name) > 0:  # nan is refused too
+        if not _value(config, key) > 0:  # nan is refused too
             raise UserError(f"{key}: must be above 0")
+    for key in "endpoint.retries generator.top_k rid.encoder_learning_rate serve.ahead".split():
+        if not _value(config, key) >= 0:
+            raise UserError(f"{key}: must be 0 or more")
+    if config.base.hidden % config.base.heads:
+        raise UserError("base.heads: must divide base.hidden")
+
+
+def _value(config: Config, key: str):
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
 
 
 def digest(*parts) -> str:
@@ -413,6 +422,13 @@ def digest(*parts) -> str:
 
 
 def file_digest(path: str | Path) -> str:
+    """Twelve hex digits of a file's bytes, read again only where the file has changed."""
+    found = os.stat(path)
+    return _file_digest(str(path), found.st_ino, found.st_mtime_ns, found.st_size)
+
+
+@functools.lru_cache
+def _file_digest(path: str, *version: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
@@ -465,12 +481,12 @@ def gather(own: list) -> list:
 def atomic_path(path: str | Path):
     """Yield a temporary path beside `path`; on success sync it and rename it into place.
 
-    Works for a file or a folder. A killed process leaves the old content or none, never half. Of
-    several processes, which all have the same to write, the first one's stays.
+    Works for a file or a folder. A killed process leaves the old content, the new or (of a folder)
+    none, never half. Of several processes, which all have the same to write, the first one's stays.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary, old = (path.with_name(f".{path.name}.{os.getpid()}{x}.tmp") for x in ("", ".old"))
     try:
         yield temporary
         if processes()[0] > 0:
@@ -480,13 +496,16 @@ def atomic_path(path: str | Path):
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
         if path.is_dir() and temporary.is_dir():  # rename cannot replace a folder that is not empty
-            shutil.rmtree(path)
+            os.replace(path, old)
         os.replace(temporary, path)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
+        if old.is_dir() and not path.exists():
+            os.replace(old, path)
+        for rest in (temporary, old):
+            if rest.is_dir():
+                shutil.rmtree(rest)
+            else:
+                rest.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value) -> None:
@@ -597,9 +616,13 @@ def script(main) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except OSError as error:  # a folder that cannot be written, a full disk
-        if not error.filename:
+        if not error.filename and error.errno != errno.ENOSPC:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{error.strerror}; the same command goes on", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except sqlite3.OperationalError as error:  # of the cache of answers, or a server's store
+        print(f"error: SQLite: {error}; the same command goes on", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         print("stopped; run the same command again to resume", file=sys.stderr)

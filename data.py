@@ -39,7 +39,7 @@ from pydantic import (
     model_validator,
 )
 
-from config import UserError, atomic_path, read_json, script
+from config import Config, UserError, atomic_path, read_json, script
 
 
 class DataError(UserError):
@@ -111,6 +111,12 @@ class User(Record):
     user_id: Name
     profile: dict[Text, Text] | None = None
     sessions: list[Session]
+
+    @model_validator(mode="after")
+    def _ids_are_unique(self):
+        if len({s.session_id for s in self.sessions}) < len(self.sessions):
+            raise ValueError("sessions: a session_id stands twice")
+        return self
 
 
 class Impression(Record):
@@ -374,14 +380,17 @@ def list_text(starters: list[str]) -> str:
 def export_trl(run: str | Path) -> Iterator[dict]:
     """Preference pairs of a finished run's DPO rounds, as TRL's DPOTrainer takes them.
 
-    Conversations: the prompt's chat template is the tokenizer's, as in training here. Raises
-    UserError if the folder is no run with DPO rounds.
+    Conversations: the prompt's chat template is the tokenizer's, as in training here, but interests
+    that went beyond generator.max_prompt_tokens there are not left out. Raises UserError if the
+    folder is no run with DPO rounds.
     """
-    rounds = sorted(Path(run).glob("dpo/round*/pairs.json"))
-    if not rounds:
+    file = Path(run) / "config.yaml"
+    config = OmegaConf.load(file) if file.is_file() else Config()
+    paths = [Path(run) / f"dpo/round{n + 1}/pairs.json" for n in range(config.dpo.rounds)]
+    if not any(map(Path.is_file, paths)):
         raise UserError(f"{run}: no dpo/round*/pairs.json; run train.py --stage dpo first")
-    settings = OmegaConf.load(Path(run) / "config.yaml").generator
-    for path in rounds:
+    settings = config.generator
+    for path in filter(Path.is_file, paths):
         for pair in read_json(path):
             lines = "".join(f"\n- {plain(interest)}" for interest in pair["interests"])
             text = settings.instruction.format(n=settings.list_size) + lines

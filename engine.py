@@ -172,9 +172,9 @@ class Engine:
     def history_hash(user: data.User) -> str:
         return digest(user.model_dump(mode="json"))
 
-    def forget(self, user: data.User) -> None:
-        """Drop what is kept in memory of this user's texts: every vector that is not of the run,
-        as nobody notes whose text a vector was. For any thread."""
+    def forget(self) -> None:
+        """Drop every vector that is not of the run, as nobody notes whose text a vector was. For
+        any thread."""
         self.p.encoder.trim(0)
         self._forgotten = True  # once more after the batch that may be running
 

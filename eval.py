@@ -352,7 +352,7 @@ def methods(p: Pipeline) -> dict[str, tuple[Path | None, bool]]:
     """Method -> (adapter, whether it is given the distilled interests)."""
     table = {"PE": (None, False), "PE+RID": (None, True), "SFT": (p.run / "sit" / "adapter", True)}
     if p.impressions:
-        if p.config.dpo.vanilla:
+        if p.config.dpo.vanilla and "skipped" not in p.run.figures("dpo/vanilla"):
             table["SFT+DPO"] = (p.run / "dpo" / "vanilla" / "adapter", True)
         table["IceBreaker"] = (p.run / "dpo" / f"round{p.config.dpo.rounds}" / "adapter", True)
     return table

@@ -107,7 +107,8 @@ def train_round(config: Config, wanted: list[str], free: Iterable[str]) -> None:
             f"is nothing to learn yet ({len(rows)} lists were shown, {len(lists['train'])} of them "
             f"to such users); try again when more was tapped"
         )
-    key = digest(rows, config.ranker, config.dpo, config.run.seed, _run_key(p.run))
+    settings = config.ranker, config.dpo, config.run.seed, config.roles, config.serve.candidates
+    key = digest(rows, *settings, config.eval.bootstrap, _run_key(p.run))
     number = gather([_begin(p, key)] if first else [])[0]
     name, folder = f"feedback round {number}", f"feedback/round{number}"
     if (p.run / folder / "verdict.json").is_file():
@@ -309,7 +310,8 @@ def _improve(p: Pipeline, number: int, start: dict, lists: dict[str, list[dict]]
     model = p.policy(adapter, trainable=True)
     held = [*_held_out(p, lists).values()]
     name = f"feedback {number}"
-    made, _ = isg.improve(p, name, model, adapter, ranker, states, held, earlier + tapped)
+    pairs = earlier + tapped
+    made, _ = isg.improve(p, name, model, adapter, ranker, states, held, pairs, keep=False)
     llm.save_adapter(model, p.run / folder / "adapter")
     return {"store_users": sum(s.user_id in latest for s in states), "tapped": len(tapped), **made}
 

@@ -119,11 +119,11 @@ class Front:
         foreign = origin is not None and _netloc(origin) != headers.get(b"host", "").lower()
         if foreign or (site not in ("same-origin", "none") and not visit):
             raise HTTPException(403, "a page of another site may not use this server")
-        if not self._has_key(headers) and not self._from_here(scope, headers):
-            if not self.key:
-                raise HTTPException(403, "Host: use 127.0.0.1 or localhost, or set a key")
+        if self.key and not self._has_key(headers):
             wanted = {"WWW-Authenticate": 'Basic realm="IceBreaker, key as password"'}
             raise HTTPException(401, "the server's key is needed: Authorization: Bearer", wanted)
+        if not self.key and not self._from_here(scope, headers):
+            raise HTTPException(403, "Host: use 127.0.0.1 or localhost, or set a key")
         kind = headers.get(b"content-type", "").partition(";")[0].strip().lower()
         if scope["method"] in ("POST", "PUT", "PATCH") and kind != "application/json":
             raise HTTPException(415, "Content-Type: application/json")

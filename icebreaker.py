@@ -3,7 +3,7 @@
 Resonance-aware interest distillation (RID, section 2.2): history statistics, resonance scorer
 (Eq. 2), contrastive loss (Eq. 3), activity-aware gate (Eq. 4). Starter generation (ISG, 2.3):
 utility ranker (Eq. 7), list search (Algorithm 1), preference mining (Eq. 8), DPO loss (Eq. 6).
-The loops that train these are in train.py; `python train.py` runs them all.
+The loops that train these are in rid.py and isg.py; `python train.py` runs them all.
 
 Departures from the paper: E_h sees statistics of a session within its user's history beside the
 text (on a real search log text alone ranks worse than plain frequency); the retrieval over "large

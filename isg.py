@@ -111,6 +111,8 @@ def fit_ranker(p: Pipeline, pairs, name: str, path: Path) -> ib.UtilityRanker:
     for epoch in progress(range(settings.epochs), f"ranker {name}"):
         ranker.train()
         for index in torch.randperm(len(rows["owner"])).split(size):
+            if len(index) == 1:  # a remainder that batch norm cannot scale
+                continue
             logits = ranker_logits(ranker, rows, states, index)
             loss = ib.utility_loss(logits, rows["targets"][index])
             optimiser.zero_grad()
@@ -144,15 +146,23 @@ def stage_ranker(p: Pipeline) -> dict:
 def fit_rankers(p: Pipeline, lists: dict[str, list], folder: str) -> dict:
     """Rankers of the lists of "train" and of "judge" users, in the run's folder; the figures are of
     "test" users."""
+    for name, pairs in lists.items():
+        if not pairs:
+            raise UserError(
+                f"{p.impressions_file}: timestamp: no list of the {name} users was shown after the "
+                f"first {p.config.data.cuts[0]:.0%} (data.cuts) of their sessions; a ranker needs "
+                f"the times of lists and of sessions"
+            )
     test = lists["test"]
     rows, states = ranker_rows(p, test), pad_states([s for _, s in test])
     every, figures = torch.arange(len(rows["owner"])), {}
     for name in ("train", "judge"):
         pairs = lists[name]
-        if sum(bool(shown.clicked) for shown, _ in pairs) < 10:
+        tapped = [shown.user_id for shown, _ in pairs if shown.clicked]
+        if len(tapped) < 10 or len(set(tapped)) < 2:
             raise UserError(
-                f"{p.impressions_file}: clicked: fewer than 10 lists with a tap among the {name} "
-                f"users; a ranker needs more logs"
+                f"{p.impressions_file}: clicked: fewer than 10 lists with a tap, or fewer than two "
+                f"people's, among the {name} users; a ranker needs more logs"
             )
         label = f"{folder}/{name}".removeprefix("ranker/")
         ranker = fit_ranker(p, pairs, label, p.run / folder / f"{name}.safetensors")
@@ -614,6 +624,10 @@ def align_on_clicks(p: Pipeline, pairs: list[dict]) -> dict:
     folder, key = "dpo/vanilla", digest(p.key, "vanilla", settings)
     if not p.run.is_done(folder, key):
         clicked, rng = click_pairs(p), random.Random(p.seed("clicked"))
+        if not clicked:
+            why = "no user of the logs has a tapped and an ignored list of the same interests"
+            p.run.mark_done(folder, key, skipped=why)
+            return p.run.figures(folder)
         # As many pairs as IceBreaker learned from: their kinds are compared, not their number.
         clicked = rng.sample(clicked, min(len(clicked), sum(len(x["rejected"]) for x in pairs)))
         model = p.policy(p.run / "sit" / "adapter", trainable=True)
@@ -639,15 +653,16 @@ def dpo_round(p: Pipeline, number: int, adapter: Path, earlier: list[dict]) -> d
 
 def improve(
     p: Pipeline, number: int | str, model, adapter: Path, ranker, states: list[State],
-    valid: list[State], earlier: list[dict],
+    valid: list[State], earlier: list[dict], keep: bool = True,
 ) -> tuple[dict, list[dict]]:  # fmt: skip
     """Sample, search, mine and align, in place; returns figures and the pairs found.
 
     model: the policy saved in `adapter`; states: whom it writes for; valid: those on whom the best
-    checkpoint is chosen; earlier: pairs that join the new ones.
+    checkpoint is chosen; earlier: pairs that join the new ones; keep: whether what was sampled may
+    stay in a file.
     """
     settings = p.config.dpo
-    sampled = own_lists(p, number, model, adapter, states)
+    sampled = own_lists(p, number, model, adapter, states, keep)
     taught = teacher_lists(p, states, settings.teacher_lists, f"round {number}")
     lists = [x + y for x, y in zip(sampled, taught, strict=True)]
     found, counts = mine_round(p, ranker, share(states), share(lists))
@@ -672,12 +687,13 @@ def improve(
 
 
 def own_lists(
-    p: Pipeline, number: int | str, model, adapter: Path, states: list[State]
+    p: Pipeline, number: int | str, model, adapter: Path, states: list[State], keep: bool = True
 ) -> list[list[list[str]]]:
     """dpo.samples lists of the policy for each state: the candidates of a round.
 
-    With their repeats, which the search avoids: such a list is a natural diversity negative. They
-    stay in sampled.json beside the adapter, for a killed round and for runs that start as a copy.
+    With their repeats, which the search avoids: such a list is a natural diversity negative. With
+    `keep` they stay in sampled.json beside the adapter, for a killed round and for runs that start
+    as a copy.
     """
     inputs, n, seed = [s.interests for s in states], p.config.dpo.samples, p.seed("dpo", number)
     weights = file_digest(adapter / "adapter_model.safetensors")
@@ -686,7 +702,7 @@ def own_lists(
     if path.is_file() and (kept := read_json(path))["key"] == key:
         return kept["lists"]
     lists = p.write_lists(adapter, inputs, n, seed, model, repeats=True)
-    if processes()[0] == 0 and not p.config.generator.endpoint:  # what that answered is kept anyway
+    if keep and processes()[0] == 0 and not p.config.generator.endpoint:  # that has its own cache
         write_json(path, {"key": key, "lists": lists})
     return lists
 

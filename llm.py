@@ -231,6 +231,11 @@ def user_turn(tokenizer, begin: str = "") -> tuple[list[int], list[int]]:
 
 
 def _encode_lines(tokenizer, interests: list[str], room: int) -> list[int]:
+    if room < 1 and interests:
+        raise UserError(
+            "generator.max_prompt_tokens: the chat template and the instruction leave no room for "
+            "an interest; raise it"
+        )
     body: list[int] = []
     for interest in interests:
         line = encode_text(tokenizer, f"\n- {data.plain(interest)}")
@@ -674,6 +679,11 @@ class _Buffer(DynamicLayer):
         return self.length
 
 
+@functools.lru_cache(maxsize=4)  # a large vocabulary takes longer to walk than a step
+def _tokens_with(tokenizer, character: str) -> list[int]:
+    return sorted(i for text, i in tokenizer.get_vocab().items() if character in text)
+
+
 class _Ends:
     """Which samples end with the token just drawn: an end token, or one that completes `stop`."""
 
@@ -681,10 +691,10 @@ class _Ends:
         settings = getattr(model, "generation_config", None)
         more = settings.eos_token_id if settings else None
         ends = {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])} - {None}
-        last = [i for text, i in tokenizer.get_vocab().items() if stop and stop[-1] in text]
+        last = _tokens_with(tokenizer, stop[-1]) if stop else []
         device = next(model.parameters()).device
         self.ends = torch.tensor(sorted(ends), device=device)
-        self.last = torch.tensor(sorted(last), device=device)  # only these can complete `stop`
+        self.last = torch.tensor(last, device=device)  # only these can complete `stop`
         self.tokenizer, self.stop = tokenizer, stop
 
     def __call__(self, token: Tensor, tokens: Tensor, prompt: Tensor, sample: Tensor) -> Tensor:

@@ -258,7 +258,14 @@ class Pipeline:
 
     @property
     def model_path(self) -> str:
-        return self.config.generator.model or str(base_folder(self.config))
+        """A hub id or a folder. Raises UserError where the embedded model is not there yet."""
+        folder = base_folder(self.config)
+        if not self.config.generator.model and not (folder / "config.json").is_file():
+            raise UserError(
+                f"{folder}: no embedded model of these settings (base.*); python train.py --stage "
+                f"base makes it, with the same settings"
+            )
+        return self.config.generator.model or str(folder)
 
     @cached_property
     def tokenizer(self):

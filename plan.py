@@ -424,10 +424,13 @@ def _endpoints(config: Config) -> Found:
     base = config.endpoint.base_url or os.environ.get("OPENAI_BASE_URL", "")
     if asked and not base:
         yield False, "endpoint.base_url: a role asks an endpoint; set it, or OPENAI_BASE_URL"
-    key = os.environ.get(config.endpoint.key_env, "").strip()
-    urls = {"endpoint.base_url": base, "generator.endpoint": config.generator.endpoint}
-    for name, url in urls.items():
+    g = config.generator
+    for name, url, variable in (
+        ("endpoint.base_url", base, config.endpoint.key_env),
+        ("generator.endpoint", g.endpoint, g.endpoint_key_env),
+    ):
         if url:
+            key = os.environ.get(variable, "").strip() if variable else ""
             why = unreachable(url.rstrip("/") + "/models", key)
             shown = url.split("@")[-1]  # whatever stands before is a secret
             advice = f": {why}; start the server, or correct {name} or its key"

@@ -173,10 +173,13 @@ class Waiter:
             shown = [dataclasses.asdict(interest) for interest in interests]
             tell(("interests", {"threshold": threshold, "interests": shown}))
 
+        def emit(starter) -> None:
+            job.begun = True
+            tell(("starter", dataclasses.asdict(starter)))
+
         job.tell = tell
         if stream:
-            job.ask = dataclasses.replace(
-                job.ask, begin=begin, emit=lambda x: tell(("starter", dataclasses.asdict(x))))
+            job.ask = dataclasses.replace(job.ask, begin=begin, emit=emit)
         desk.batcher.submit(job)
 
     @property
@@ -217,6 +220,8 @@ class Waiter:
         try:
             while isinstance(item := await self._next(), tuple):
                 name, value = item
+                if name == "interests" and told[name]:  # written again, as its batch had failed
+                    continue
                 yield sse(name, {"slot": told[name]} | value if name == "starter" else value)
                 told[name] += 1
                 if name == "starter" and told[name] == 1:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 import torch
@@ -96,11 +97,23 @@ def test_a_typo_is_refused_with_the_nearest_name(word, nearest, tmp_path):
         "dpo.beta=nan",
         "run.name=../up",
         "world.users=-1",
+        "sit.epochs=0",
+        "eval.bootstrap=0",
+        "generator.lora_rank=0",
+        "generator.top_k=-1",
+        "generator.sampler=slow",
+        "serve.ahead=-1",
+        "base.heads=3",
     ],
 )
 def test_a_wrong_value_is_refused_with_its_setting(word):
     message = refusal(None, [word])
     assert word.split("=")[0] in message.replace(f"'{word}'", "") and "\n" not in message
+
+
+@pytest.mark.parametrize("word", ["data.cuts.0=0.3", "serve.arms.0=PE"])
+def test_a_list_is_set_whole(word):
+    assert word.partition(".0")[0].split(".")[0] in refusal(None, [word])
 
 
 @pytest.mark.parametrize(
@@ -151,6 +164,24 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
         raise RuntimeError
     assert (path / "inner" / "second").read_text() == "second"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("moment", [1, 2])  # before each of the two renames
+def test_a_swap_of_folders_that_is_interrupted_leaves_the_old_one(tmp_path, monkeypatch, moment):
+    path, moves, rename = tmp_path / "adapter", [], os.replace
+    path.mkdir()
+    (path / "old").touch()
+
+    def replace(*names):
+        moves.append(names)
+        if len(moves) == moment:
+            raise KeyboardInterrupt
+        rename(*names)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt), atomic_path(path) as temporary:
+        temporary.mkdir()
+    assert [*tmp_path.iterdir()] == [path] and (path / "old").exists()
 
 
 def test_tensors_read_back_bit_for_bit(tmp_path):

@@ -116,6 +116,7 @@ USER_MUTATIONS = [
     (("sessions",), NOT_A_LIST, None),
     (("sessions", 1), (None, *NOT_AN_OBJECT), None),
     (("sessions", 1, "session_id"), (None, *NOT_TEXT, *EMPTY), None),
+    (("sessions", 1, "session_id"), ("s0",), "sessions"),  # stands twice
     (("sessions", 1, "timestamp"), BAD_STAMPS, None),
     (("sessions", 1, "summary"), NOT_TEXT, None),
     (("sessions", 1, "summary"), (None, *EMPTY), None),  # neither summary nor messages

@@ -238,7 +238,7 @@ def test_what_is_forgotten_leaves_memory(engine):
     user = user.model_copy(update={"sessions": [*user.sessions, session]})
     engine.write([Ask(user, 3)])
     assert len(set(engine.p.encoder._known) - known) >= 3
-    engine.forget(user)
+    engine.forget()
     assert set(engine.p.encoder._known) <= known
     engine.write([Ask(person(*SUMMARIES), 3)])  # was it under way, it would be dropped again
     assert set(engine.p.encoder._known) <= known

@@ -232,7 +232,8 @@ def inputs(finished, tmp_path, monkeypatch):
     def given(path):
         found = {}
 
-        def improve(p, name, model, adapter, ranker, states, held, pairs):
+        def improve(p, name, model, adapter, ranker, states, held, pairs, keep):
+            assert not keep
             return found.update(states=states, held=held, pairs=pairs) or {}, []
 
         monkeypatch.setattr(isg, "fit_rankers", lambda p, lists, _: found.update(lists=lists) or {})

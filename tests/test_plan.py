@@ -214,3 +214,15 @@ def test_a_key_is_shown_nowhere(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret\nkey")
     text = plan.doctor(load_config(None, ["endpoint.base_url=http://me:secret@127.0.0.1:9/v1"]))
     assert "secret" not in text and "127.0.0.1:9/v1" in text
+
+
+def test_a_key_goes_to_its_own_endpoint_alone(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "a")
+    monkeypatch.setenv("OTHER_KEY", "b")
+    asked = {}
+    monkeypatch.setattr(plan, "unreachable", lambda url, key="": asked.update({url: key}) or "")
+    roles, generator = "endpoint.base_url=http://x/v1", "generator.endpoint=http://y/v1"
+    plan.doctor(load_config(None, [roles, generator]))
+    assert (asked["http://x/v1/models"], asked["http://y/v1/models"]) == ("a", "")
+    plan.doctor(load_config(None, [roles, generator, "generator.endpoint_key_env=OTHER_KEY"]))
+    assert (asked["http://x/v1/models"], asked["http://y/v1/models"]) == ("a", "b")

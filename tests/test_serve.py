@@ -515,9 +515,10 @@ def every_route(app):
         ("OPTIONS", "/v1/starters"), ("HEAD", "/")]
 
 
-def test_every_route_but_health_needs_the_key(tmp_path, monkeypatch):
+@pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.1"])
+def test_every_route_but_health_needs_the_key_if_one_is_set(tmp_path, monkeypatch, host):
     monkeypatch.setenv("ICEBREAKER_KEY", "right")
-    app = make_app(tmp_path, host="0.0.0.0")
+    app = make_app(tmp_path, host=host)
 
     def basic(password):
         return {"Authorization": "Basic " + base64.b64encode(f"me:{password}".encode()).decode()}

@@ -87,8 +87,11 @@ def test_exported_pairs_train_in_trl_as_they_are(finished, tmp_path):
     from trl import DPOConfig, DPOTrainer
 
     p = train.Pipeline(micro(finished.parent))  # writes the config of the run
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "dpo" / "round10").mkdir()  # of an earlier training with more rounds
+    shutil.copy(finished / "dpo/round1/pairs.json", tmp_path / "run" / "dpo" / "round10")
     out = tmp_path / "pairs.jsonl"
-    command = [sys.executable, ROOT / "data.py", "export", "trl", finished, "--out", out]
+    command = [sys.executable, ROOT / "data.py", "export", "trl", tmp_path / "run", "--out", out]
     subprocess.run(command, check=True)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     pairs = [x for n in (1, 2) for x in read_json(finished / f"dpo/round{n}/pairs.json")]
@@ -376,6 +379,35 @@ def test_a_user_without_history_gets_popular_starters(finished):
     shown = {y for x in p.impressions for y in x.starters}
     for profile in (None, {"region": "CN"}, {"region": "US", "age": "55+"}):
         assert len({*popular(profile)}) == k and {*popular(profile)} <= shown
+
+
+def test_logs_too_thin_for_a_ranker_are_named(finished):
+    p = train.Pipeline(micro(finished.parent))
+    whole = {name: isg.shown_lists(p, p.ids(name)) for name in ("train", "judge", "test")}
+    tapped = next(pair for pair in whole["train"] if pair[0].clicked)
+    for lists, message in (
+        (whole | {"test": []}, "timestamp: no list of the test users"),
+        (whole | {"train": [tapped] * 20}, "clicked: .* fewer than two people's, among the train"),
+    ):
+        with pytest.raises(UserError, match=message):
+            isg.fit_rankers(p, lists, "thin")
+    p.impressions = [x.model_copy(update={"timestamp": None}) for x in p.impressions]
+    with pytest.raises(UserError, match="timestamp: no list of the train users"):
+        isg.stage_ranker(p)
+
+
+def test_a_last_batch_of_one_starter_does_not_stop_the_ranker(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "tiny")
+    p = train.Pipeline(micro(tmp_path, "ranker.batch_impressions=1"))
+    pairs = isg.shown_lists(p, p.ids("train"))
+    held = sorted({x.user_id for x, _ in pairs})[::7]
+    shown, state = pairs.pop()
+    rows = sum(len(x.starters) for x, _ in pairs if x.user_id not in held)
+    count = (1 - rows) % p.config.generator.list_size or p.config.generator.list_size
+    assert shown.user_id not in held and len(shown.starters) >= count
+    short = shown.model_copy(update={"starters": shown.starters[:count], "clicked": []})
+    ranker = isg.fit_ranker(p, [*pairs, (short, state)], "short", tmp_path / "short.safetensors")
+    assert all(x.isfinite().all() for x in ranker.parameters())
 
 
 def test_a_garbled_name_is_mined_as_one_of_no_utility(finished):
