@@ -131,8 +131,13 @@ def test_what_everybody_taps_is_written_more(improved, tapped, capsys):
     assert capsys.readouterr().out.count("already done") == 8
 
 
-def test_no_text_of_the_store_is_printed_or_kept(improved, tapped, tmp_path, capsys):
+def test_no_text_of_the_store_is_printed_or_kept(finished, improved, tapped, tmp_path, capsys):
     """Deleting somebody from the store would not delete it there."""
+    drawn, later = (
+        {f.relative_to(root): f.read_bytes() for f in root.rglob("sampled.json")}
+        for root in (finished, improved)
+    )
+    assert drawn == later != {}  # nor what was sampled for somebody
     shutil.copytree(improved, tmp_path / "runs")
     (tmp_path / "runs" / "tiny" / "feedback" / "round1" / "verdict.json").unlink()
     train.run_stages(small(tmp_path / "runs", f"data.feedback={tapped}"), ROUND)  # the check again

@@ -400,6 +400,24 @@ def test_a_failed_batch_is_answered_500_and_the_thread_lives_on(tmp_path, caplog
     assert "secret" not in caplog.text and "illness" not in caplog.text
 
 
+def test_one_bad_ask_fails_no_other_of_its_batch(tmp_path):
+    def fragile(asks, gone):
+        for ask in asks:
+            if ask.begin:
+                ask.begin([], None)
+        if any(ask.user.sessions[0].summary == "bad" for ask in asks):
+            raise ValueError
+        return write(asks, gone)
+
+    with running(tmp_path, window_ms=300.0) as server:
+        write, server.engine.write = server.engine.write, fragile
+        requests = [starters_of(text, stream=True) for text in ("bad", "tea")]
+        bad, good = (text for _, _, text in asyncio.run(many(server.port, requests)))
+    assert [name for name, _ in events_of(bad)] == ["interests", "error"]
+    names = [name for name, _ in events_of(good)]
+    assert names.count("interests") == 1 and names.count("starter") == 5 and names[-1] == "done"
+
+
 def test_what_takes_too_long_is_answered_504_and_given_up(tmp_path):
     with running(tmp_path, FakeEngine(steps=1000, seconds=0.01), timeout=0.3) as server:
         started = time.monotonic()

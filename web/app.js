@@ -51,7 +51,9 @@ function showProblem(error) {
 // One line for a reply that is not 2xx. FastAPI's detail is a text, or a list of {loc, msg}.
 async function reason(reply) {
   const wait = Math.ceil(reply.headers.get("Retry-After"));
-  if (reply.status === 429 && wait > 0) return `The server is busy. Try again in ${count(wait, "second")}.`;
+  if (reply.status === 429 && wait > 0) {
+    return `The server is busy. Try again in ${count(wait, "second")}.`;
+  }
   const { detail } = await reply.json().catch(() => ({}));
   const refused = Array.isArray(detail) && `${detail[0].loc.slice(1).join(".")}: ${detail[0].msg}`;
   return String(refused || detail || `The server answered ${reply.status}.`).slice(0, 200);
