@@ -41,16 +41,21 @@ _RETRIEVED = (
 )
 _DEPLOYED = (
     "the teacher's lists, from the same interests, do (table 2): probably because the small "
-    "generator garbles names and writes five starters about few subjects"
+    "generator garbles names"
 )
-_GARBLED = (
-    "probably because the small generator garbles names and writes five starters about few "
-    "subjects; the teacher's rules do not"
+_GARBLED = "probably because the small generator garbles names; the teacher's rules do not"
+_FEW = (
+    "probably because a list speaks of three or four interests, whether the generator is given "
+    "four or the whole history (table 3)"
 )
-_FEW = "probably because the small generator writes about one or two subjects, however many it gets"
-_POPULAR = (
-    "probably because they are what most people tapped, about five different things, where the "
-    "small generator writes about one or two"
+_POPULAR = "probably because they are what most people tapped, about five different things"
+_MIXED = (
+    "probably because two in five deployed starters are popular or drawn at random (world.py), "
+    "about whatever subject"
+)
+_SHORT = (
+    "CTR is per starter shown, and taps lean to the first places of a list: prompting's lists are "
+    "the shortest (table 1), and their taps are fewer (Taps)"
 )
 _RARE = (
     "probably because the base model makes up rare words, and the teacher's forms of questions "
@@ -107,7 +112,7 @@ def _online() -> list[Claim]:
         paper = lifts[arm][metric]
         if paper.startswith("-"):
             text = f"{name} falls behind the deployed retrieval in {metric}"
-            why = _GOODWILL if arm == "PE" else UNKNOWN
+            why = UNKNOWN if arm != "PE" else _SHORT if metric == "CTR" else _GOODWILL
             made.append(Claim("2", text, metric, ab.CONTROL, arm, paper, why))
         elif paper != OWN or arm == ICE:
             text = f"{name} lifts {metric} over the deployed retrieval"
@@ -188,7 +193,7 @@ CLAIMS = [
     Claim("1", "IceBreaker has more topics than vanilla DPO", S, ICE, "SFT+DPO", "5.01 > 2.64",
           _RETRIEVED),
     Claim("1", "one list of IceBreaker is about more topics than one of the deployed retrieval", S,
-          ICE, "deployed retrieval", OWN, _FEW),
+          ICE, "deployed retrieval", OWN, _MIXED),
     *_online(),
     Claim("2", "the teacher's lists lift CTR over the deployed retrieval", "CTR", "teacher",
           ab.CONTROL, OWN),
