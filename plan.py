@@ -33,7 +33,7 @@ GIB = 2**30
 CARDS = (12, 24, 40, 80)  # GiB
 # What a card must have beside the estimate: CUDA context, cuBLAS, the text encoder; fragmentation.
 CONTEXT, FRAGMENTATION = 1.0 * GIB, 1.10
-HELD_OUT_LISTS = 2  # of each user when train.py values a checkpoint
+HELD_OUT_LISTS = 2  # of each user when isg.improve values a checkpoint
 
 
 # ------------------------------------------------------------------------------------------ shapes
