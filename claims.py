@@ -45,8 +45,8 @@ _DEPLOYED = (
 )
 _GARBLED = "probably because the small generator garbles names; the teacher's rules do not"
 _FEW = (
-    "probably because a list speaks of three or four interests, whether the generator is given "
-    "four or the whole history (table 3)"
+    "probably because a list is about as many topics whether the generator is given four interests "
+    "or the whole history (tables 1 and 6)"
 )
 _POPULAR = "probably because they are what most people tapped, about five different things"
 _MIXED = (

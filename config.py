@@ -154,7 +154,7 @@ class GeneratorConfig:
     temperature: float = 0.7
     top_p: float = 0.95
     top_k: int = 50  # only these are drawn from; 0: all
-    attempts: int = 3  # draws of a list, until it holds list_size starters (the server: one)
+    attempts: int = 3  # draws of a list, until it holds list_size starters (the engine: one)
     sampler: str = "fast"  # or "generate": its random numbers (the server always draws fast)
     sample_rows: int = 256  # sequences decoded together
     endpoint: str = ""  # http://host/v1 of a server with the saved adapters, to sample from instead
@@ -338,9 +338,11 @@ def load_config(path: str | Path | None = None, overrides: list[str] = ()) -> Co
         try:
             merged = OmegaConf.merge(merged, layer)
             config = OmegaConf.to_object(merged)  # resolves ${...}
-        except (OmegaConfBaseException, TypeError) as error:
+        except OmegaConfBaseException as error:
             setting = getattr(error, "full_key", None) or "setting"
             raise UserError(f"{where}: {setting}: {str(error).splitlines()[0]}") from None
+        except TypeError:  # a list and a mapping do not merge
+            raise UserError(f"{where}: a list is given whole, as data.cuts=[0.4,0.6]") from None
     config.run.name = config.run.name or Path(config.data.users or path or "tiny").stem
     _check(config)
     return config
@@ -389,10 +391,11 @@ def _check(config: Config) -> None:
     if unknown or not dpo.negatives:
         raise UserError("dpo.negatives: some of utility, diversity, joint")
     positive = """ab.days ab.lists ab.copies ab.searched base.batches base.batch_tokens
-        base.tokenizer_prompts base.lists base.heads data.max_errors dpo.passes dpo.rounds
-        dpo.samples dpo.beam dpo.expand dpo.batch_users dpo.checkpoints dpo.beta dpo.pairs_per_user
-        encoder.batch_size endpoint.concurrency endpoint.timeout endpoint.max_tokens
-        eval.bootstrap eval.lists generator.list_size generator.lora_rank
+        base.tokenizer_prompts base.lists base.hidden base.layers base.heads base.kv_heads
+        data.max_errors dpo.passes dpo.rounds dpo.samples dpo.beam dpo.expand
+        dpo.batch_users dpo.checkpoints dpo.beta dpo.pairs_per_user encoder.batch_size
+        endpoint.concurrency endpoint.timeout endpoint.max_tokens eval.bootstrap
+        eval.lists generator.max_prompt_tokens generator.list_size generator.lora_rank
         generator.max_new_tokens generator.temperature generator.attempts
         generator.head_chunk generator.sample_rows ranker.epochs ranker.batch_impressions
         ranker.depth_cap rid.batch_users rid.activity_groups rid.temperature rid.epochs
@@ -403,11 +406,13 @@ def _check(config: Config) -> None:
     for key in positive.split():
         if not _value(config, key) > 0:  # nan is refused too
             raise UserError(f"{key}: must be above 0")
-    for key in "endpoint.retries generator.top_k rid.encoder_learning_rate serve.ahead".split():
+    not_negative = """endpoint.retries generator.top_k rid.encoder_learning_rate serve.ahead
+        dpo.teacher_lists dpo.max_users dpo.margin"""
+    for key in not_negative.split():
         if not _value(config, key) >= 0:
             raise UserError(f"{key}: must be 0 or more")
-    if config.base.hidden % config.base.heads:
-        raise UserError("base.heads: must divide base.hidden")
+    if config.base.hidden % config.base.heads or config.base.heads % config.base.kv_heads:
+        raise UserError("base.heads: must divide base.hidden, and base.kv_heads base.heads")
 
 
 def _value(config: Config, key: str):
@@ -608,6 +613,9 @@ def environment(config: Config) -> dict:
     }
 
 
+WRITE_FAILED = ("SQLITE_FULL", "SQLITE_BUSY", "SQLITE_READONLY")
+
+
 def script(main) -> None:
     """Run a script's main(): what the user can mend becomes one message on stderr, exit code 2."""
     try:
@@ -618,11 +626,12 @@ def script(main) -> None:
     except OSError as error:  # a folder that cannot be written, a full disk
         if not error.filename and error.errno != errno.ENOSPC:
             raise
-        place = f"{error.filename}: " if error.filename else ""
-        print(f"error: {place}{error.strerror}; the same command goes on", file=sys.stderr)
+        print(f"error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except sqlite3.OperationalError as error:  # of the cache of answers, or a server's store
-        print(f"error: SQLite: {error}; the same command goes on", file=sys.stderr)
+        if getattr(error, "sqlite_errorname", "") not in WRITE_FAILED:
+            raise
+        print(f"error: SQLite: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         print("stopped; run the same command again to resume", file=sys.stderr)

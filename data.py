@@ -39,7 +39,7 @@ from pydantic import (
     model_validator,
 )
 
-from config import Config, UserError, atomic_path, read_json, script
+from config import UserError, atomic_path, read_json, script
 
 
 class DataError(UserError):
@@ -384,13 +384,14 @@ def export_trl(run: str | Path) -> Iterator[dict]:
     that went beyond generator.max_prompt_tokens there are not left out. Raises UserError if the
     folder is no run with DPO rounds.
     """
-    file = Path(run) / "config.yaml"
-    config = OmegaConf.load(file) if file.is_file() else Config()
-    paths = [Path(run) / f"dpo/round{n + 1}/pairs.json" for n in range(config.dpo.rounds)]
-    if not any(map(Path.is_file, paths)):
+    file, paths = Path(run) / "config.yaml", []
+    if file.is_file():
+        config = OmegaConf.load(file)
+        paths = [Path(run) / f"dpo/round{n + 1}/pairs.json" for n in range(config.dpo.rounds)]
+    if not (paths := [path for path in paths if path.is_file()]):
         raise UserError(f"{run}: no dpo/round*/pairs.json; run train.py --stage dpo first")
     settings = config.generator
-    for path in filter(Path.is_file, paths):
+    for path in paths:
         for pair in read_json(path):
             lines = "".join(f"\n- {plain(interest)}" for interest in pair["interests"])
             text = settings.instruction.format(n=settings.list_size) + lines

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -107,7 +108,7 @@ def fit_ranker(p: Pipeline, pairs, name: str, path: Path) -> ib.UtilityRanker:
     )
     size = settings.batch_impressions * p.config.generator.list_size
     every = torch.arange(len(stop_rows["owner"]))
-    best, best_loss, waited = None, float("inf"), 0
+    best, best_loss, waited, loss = None, float("inf"), 0, torch.tensor(float("nan"))
     for epoch in progress(range(settings.epochs), f"ranker {name}"):
         ranker.train()
         for index in torch.randperm(len(rows["owner"])).split(size):
@@ -626,6 +627,7 @@ def align_on_clicks(p: Pipeline, pairs: list[dict]) -> dict:
         clicked, rng = click_pairs(p), random.Random(p.seed("clicked"))
         if not clicked:
             why = "no user of the logs has a tapped and an ignored list of the same interests"
+            shutil.rmtree(p.run / folder / "adapter", ignore_errors=True)  # of other logs
             p.run.mark_done(folder, key, skipped=why)
             return p.run.figures(folder)
         # As many pairs as IceBreaker learned from: their kinds are compared, not their number.

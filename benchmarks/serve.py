@@ -45,7 +45,7 @@ def server(run: Path, *settings: str):
         log = open(Path(folder) / "log", "w")  # noqa: SIM115 - closed with the process
         process = subprocess.Popen(
             [*command, f"serve.store={folder}/store.sqlite", *settings], cwd=ROOT, stdout=log,
-            stderr=log,
+            stderr=log, env={k: v for k, v in os.environ.items() if k != "ICEBREAKER_KEY"},
         )
         url = f"http://127.0.0.1:{port}"
         try:

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -14,6 +16,9 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+os.environ.pop("ICEBREAKER_KEY", None)  # a server of the tests wants a key where a test says so
 
 
 @pytest.fixture(autouse=True)

@@ -293,7 +293,9 @@ user_rows = st.lists(
         {
             "user_id": names,
             "profile": st.none() | st.dictionaries(names, st.text(max_size=5), max_size=2),
-            "sessions": st.lists(session, max_size=4),
+            "sessions": st.lists(
+                session, max_size=4, unique_by=lambda s: data._one_line(s["session_id"])
+            ),
         }
     ),
     min_size=1,

@@ -471,6 +471,7 @@ def test_without_simulated_people_only_a_pasted_history_is_offered(page, server)
      "sessions.0.summary: too long"),
     ((413, {}, {"detail": "body: above 1048576 bytes"}), "body: above 1048576 bytes"),
     ((500, {}, "oops"), "The server answered 500."),
+    ((503, {"Retry-After": "1"}, {"detail": "the store is full"}), "the store is full"),
 ])
 def test_errors_are_one_line(page, server, refusal, line):
     server.refuse["/v1/starters"] = refusal

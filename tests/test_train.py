@@ -20,6 +20,7 @@ from sentence_transformers import SentenceTransformer
 from test_chat import KEY, Stub
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+import eval as evaluation
 import isg
 import llm
 import rid
@@ -394,6 +395,23 @@ def test_logs_too_thin_for_a_ranker_are_named(finished):
     p.impressions = [x.model_copy(update={"timestamp": None}) for x in p.impressions]
     with pytest.raises(UserError, match="timestamp: no list of the train users"):
         isg.stage_ranker(p)
+
+
+def test_logs_of_tapped_lists_alone_skip_the_baseline(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "tiny")
+    p = train.Pipeline(micro(tmp_path))
+    assert "SFT+DPO" in evaluation.methods(p)
+    p.impressions, p.key = [x for x in p.impressions if x.clicked], "of other logs"
+    assert "tapped and an ignored list" in isg.align_on_clicks(p, [])["skipped"]
+    assert "SFT+DPO" not in evaluation.methods(p)
+    assert not (p.run / "dpo" / "vanilla" / "adapter").exists()
+
+
+def test_a_prompt_without_room_and_a_base_that_is_not_there_are_named(finished):
+    with pytest.raises(UserError, match="generator.max_prompt_tokens: .* no room"):
+        train.Pipeline(micro(finished.parent, "generator.max_prompt_tokens=5")).prompt(["Chess"])
+    with pytest.raises(UserError, match="no embedded model of these settings"):
+        _ = train.Pipeline(micro(finished.parent, "base.seed=9")).tokenizer
 
 
 def test_a_last_batch_of_one_starter_does_not_stop_the_ranker(finished, tmp_path):
