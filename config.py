@@ -348,6 +348,22 @@ def load_config(path: str | Path | None = None, overrides: list[str] = ()) -> Co
     return config
 
 
+POSITIVE = """ab.days ab.lists ab.copies ab.searched base.batches base.batch_tokens
+    base.tokenizer_prompts base.lists base.hidden base.layers base.heads base.kv_heads
+    data.max_errors dpo.passes dpo.rounds dpo.samples dpo.beam dpo.expand dpo.batch_users
+    dpo.checkpoints dpo.beta dpo.pairs_per_user encoder.batch_size endpoint.concurrency
+    endpoint.timeout endpoint.max_tokens eval.bootstrap eval.lists generator.max_prompt_tokens
+    generator.list_size generator.lora_rank generator.max_new_tokens generator.temperature
+    generator.attempts generator.head_chunk generator.sample_rows ranker.epochs
+    ranker.batch_impressions ranker.depth_cap rid.batch_users rid.activity_groups
+    rid.temperature rid.epochs rid.towers roles.match_candidates serve.candidates serve.batch
+    serve.queue serve.timeout serve.impression_hours serve.reload_seconds serve.max_body
+    serve.max_sessions serve.max_text sit.batch_users sit.epochs sit.lists_per_row world.users
+    world.days"""
+NOT_NEGATIVE = """endpoint.retries generator.top_k rid.encoder_learning_rate serve.ahead
+    dpo.teacher_lists dpo.max_users dpo.margin"""
+
+
 def _check(config: Config) -> None:
     """Raise UserError for values of the right type that cannot work."""
     data, rid, dpo = config.data, config.rid, config.dpo
@@ -390,25 +406,10 @@ def _check(config: Config) -> None:
     unknown = set(dpo.negatives) - {"utility", "diversity", "joint"}
     if unknown or not dpo.negatives:
         raise UserError("dpo.negatives: some of utility, diversity, joint")
-    positive = """ab.days ab.lists ab.copies ab.searched base.batches base.batch_tokens
-        base.tokenizer_prompts base.lists base.hidden base.layers base.heads base.kv_heads
-        data.max_errors dpo.passes dpo.rounds dpo.samples dpo.beam dpo.expand
-        dpo.batch_users dpo.checkpoints dpo.beta dpo.pairs_per_user encoder.batch_size
-        endpoint.concurrency endpoint.timeout endpoint.max_tokens eval.bootstrap
-        eval.lists generator.max_prompt_tokens generator.list_size generator.lora_rank
-        generator.max_new_tokens generator.temperature generator.attempts
-        generator.head_chunk generator.sample_rows ranker.epochs ranker.batch_impressions
-        ranker.depth_cap rid.batch_users rid.activity_groups rid.temperature rid.epochs
-        rid.towers roles.match_candidates serve.candidates serve.batch serve.queue
-        serve.timeout serve.impression_hours serve.reload_seconds serve.max_body
-        serve.max_sessions serve.max_text sit.batch_users sit.epochs sit.lists_per_row
-        world.users world.days"""
-    for key in positive.split():
+    for key in POSITIVE.split():
         if not _value(config, key) > 0:  # nan is refused too
             raise UserError(f"{key}: must be above 0")
-    not_negative = """endpoint.retries generator.top_k rid.encoder_learning_rate serve.ahead
-        dpo.teacher_lists dpo.max_users dpo.margin"""
-    for key in not_negative.split():
+    for key in NOT_NEGATIVE.split():
         if not _value(config, key) >= 0:
             raise UserError(f"{key}: must be 0 or more")
     if config.base.hidden % config.base.heads or config.base.heads % config.base.kv_heads:

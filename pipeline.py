@@ -259,13 +259,15 @@ class Pipeline:
     @property
     def model_path(self) -> str:
         """A hub id or a folder. Raises UserError where the embedded model is not there yet."""
+        if self.config.generator.model:
+            return self.config.generator.model
         folder = base_folder(self.config)
-        if not self.config.generator.model and not (folder / "config.json").is_file():
+        if not (folder / "config.json").is_file():
             raise UserError(
                 f"{folder}: no embedded model of these settings (base.*); python train.py --stage "
                 f"base makes it, with the same settings"
             )
-        return self.config.generator.model or str(folder)
+        return str(folder)
 
     @cached_property
     def tokenizer(self):

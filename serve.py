@@ -143,13 +143,10 @@ def request_models(limits: ServeConfig) -> SimpleNamespace:
         def _without_user(cls, sessions, info):
             if sessions is not None and info.data.get("user_id") is not None:
                 raise ValueError("either user_id or sessions: inline ones belong to no user")
-            named = sessions and [
+            return sessions and data.each_once([
                 s if s.session_id else s.model_copy(update={"session_id": f"#{i}"})
                 for i, s in enumerate(sessions, 1)
-            ]
-            if named and len({s.session_id for s in named}) < len(named):
-                raise ValueError("a session_id stands twice")
-            return named
+            ])
 
     class SessionsBody(Body):
         sessions: Annotated[list[Session], most]
