@@ -434,7 +434,7 @@ def main() -> None:
     export.add_argument("--out", required=True)
     arguments = parser.parse_args()
     if arguments.command == "import":
-        import importers
+        from tools import importers
 
         if any(Path(arguments.out).resolve() == Path(f).resolve() for f in arguments.file):
             raise UserError(f"--out {arguments.out}: is the file to be imported")

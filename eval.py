@@ -290,7 +290,7 @@ def table_markdown(result: dict) -> str:
 
 def plot_frontier(result: dict, path: str | Path) -> None:
     """Utility against lexical diversity, one named point a method with 95 % bars."""
-    import figures
+    from tables import figures
 
     points = {
         method: {
@@ -387,9 +387,9 @@ def stage_eval(p: Pipeline) -> dict:
 
     truth = None
     if not p.config.data.users:  # only here, after training, is the world's hidden state opened
-        import world
+        from world import people
 
-        truth = world.load_truth(p.run / "world")
+        truth = people.load_truth(p.run / "world")
     result = evaluate(
         lists, scorer("judge"), p.encoder, p.corpus, truth=truth, train_score=scorer("train"),
         bootstrap=settings.bootstrap, seed=p.config.run.seed,
@@ -415,7 +415,7 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
     if arguments.reproduce:
-        import reproduce
+        from tables import reproduce
 
         words = [x for x in arguments.reproduce if "=" in x] + arguments.settings
         tables = [x for x in arguments.reproduce if "=" not in x]

@@ -81,11 +81,11 @@ class Pipeline:
     def _check_players(config: Config) -> None:
         """Raise UserError now, not after hours, if an endpoint that will be asked is not set."""
         if "endpoint" in vars(config.roles).values():
-            import chat
+            from roles import chat
 
             chat.Endpoint(config.endpoint)
         if url := config.generator.endpoint:
-            import chat
+            from roles import chat
 
             settings = dataclasses.replace(config.endpoint, base_url=url, model="sit")
             chat.Endpoint(settings, setting="generator.endpoint")
@@ -316,7 +316,7 @@ class Pipeline:
         g = self.config.generator
         if not g.endpoint:
             return self.sample_lists(model or self.policy(adapter), inputs, n, seed, repeats)
-        import chat
+        from roles import chat
 
         settings = self._served(adapter)
         more = {"top_p": g.top_p} | ({"top_k": g.top_k} if g.top_k else {})
@@ -348,7 +348,7 @@ class Pipeline:
 
     def is_served(self, adapter: Path) -> bool:
         """Whether generator.endpoint says that it has this adapter."""
-        import chat
+        from roles import chat
 
         settings = self._served(adapter)
         server = chat.Endpoint(settings, setting="generator.endpoint")
@@ -391,7 +391,7 @@ class Pipeline:
 
     def chat(self, player: str):
         """The LLM that plays roles: "endpoint", or "generator", the base without an adapter."""
-        import chat
+        from roles import chat
 
         if player not in self._chats:
             if player == "endpoint":
@@ -406,7 +406,7 @@ class Pipeline:
         player = self.config.roles.judge
         if player == "rules":
             return roles.RuleJudge(self.encoder)
-        import chat
+        from roles import chat
 
         return chat.LLMJudge(self.chat(player))
 

@@ -51,11 +51,11 @@ from fastapi.responses import (
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
 import data
-from batcher import Desk, Full, Job, Written, log, precompute, where
 from config import ROOT, Config, ServeConfig, UserError, file_digest, load_config, script
-from engine import METHODS, Engine
-from front import ASK, Front, busy, key_for
-from store import Store
+from serving.desk import Desk, Full, Job, Written, log, precompute, where
+from serving.engine import METHODS, Engine
+from serving.front import ASK, Front, busy, key_for
+from serving.store import Store
 
 STATUSES = (400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503, 504)  # beside 200 and 422
 TOO_LONG = "not written within serve.timeout; try again"
@@ -394,7 +394,7 @@ def invalid(*place_and_reason: str) -> RequestValidationError:
 
 
 def _add_pages(app: FastAPI, desk: Desk) -> None:
-    files = {path.name: path for path in (ROOT / "web").iterdir() if path.is_file()}
+    files = {path.name: path for path in (ROOT / "serving" / "web").iterdir() if path.is_file()}
 
     @app.get("/livez")
     async def livez():

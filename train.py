@@ -35,10 +35,7 @@ from pathlib import Path
 import torch
 
 import eval as evaluation
-import feedback
-import isg
 import llm
-import rid
 from config import (
     ROOT,
     Config,
@@ -53,6 +50,8 @@ from config import (
     write_json,
 )
 from pipeline import Pipeline, base_folder, short, sum_counts
+from serving import feedback
+from stages import isg, rid
 
 # ------------------------------------------------------------------------------------ world, base
 
@@ -60,9 +59,9 @@ from pipeline import Pipeline, base_folder, short, sum_counts
 def stage_world(p: Pipeline) -> dict:
     """Write the simulated platform's logs, or check the files that the user gave."""
     if not p.config.data.users:
-        import world
+        from world import people
 
-        world.generate(p.config.world).write(p.run / "world")
+        people.generate(p.config.world).write(p.run / "world")
     return {
         "users": len(p.logged_users),
         "sessions": sum(len(u.sessions) for u in p.logged_users),
@@ -77,11 +76,11 @@ def stage_base(p: Pipeline) -> dict:
         return {"model": p.config.generator.model}
     folder = base_folder(p.config)
     if not (folder / "figures.json").is_file():
-        import base
+        from tools import tiny_model
 
         print(f"  base: {p.config.base.batches} batches to learn from; weights/ has the default's")
         write_json(
-            folder / "figures.json", base.build_base(p.config.base, p.config.generator, folder)
+            folder / "figures.json", tiny_model.build_base(p.config.base, p.config.generator, folder)
         )
     return {"folder": str(folder), **read_json(folder / "figures.json")}
 
@@ -286,7 +285,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, arguments.settings)
     if arguments.plan or arguments.doctor:
-        import plan
+        from tools import plan
 
         print(plan.plan(config) if arguments.plan else plan.doctor(config))
         return

@@ -21,17 +21,17 @@ from sentence_transformers.sentence_transformer.losses import (
 )
 
 import icebreaker as ib
-import world
 from benchmarks.common import Row, prepare, report, same_step, seconds
 from config import WorldConfig
 from encoder import embed, packaged_minilm
+from world import people
 
 SCALE, MINI_BATCH = 20.0, 8
 
 
 def triplets(users: int, rows_per_user: int) -> list[tuple[str, str, str]]:
     """(history, positive, negative) texts of simulated users."""
-    logs = world.generate(WorldConfig(users=400, impressions_per_user=1, starter_pool=200))
+    logs = people.generate(WorldConfig(users=400, impressions_per_user=1, starter_pool=200))
     rows = []
     for user in logs.users:
         texts = list(dict.fromkeys(s.summary for s in user.sessions if s.summary))

@@ -67,7 +67,7 @@ def trl_step(model, prompt, lists, reference, lists_only: bool = False):
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    import base
+    from tools import tiny_model
 
     if "ref" in model.peft_config:  # of an earlier trainer of this model
         model.delete_adapter("ref")
@@ -80,7 +80,7 @@ def trl_step(model, prompt, lists, reference, lists_only: bool = False):
     row = {"prompt": "a", "chosen": "b", "rejected": "c"}
     trainer = DPOTrainer(
         model, None, settings, train_dataset=Dataset.from_list([row]),
-        processing_class=base.train_tokenizer(["a b c"] * 3, 300),
+        processing_class=tiny_model.train_tokenizer(["a b c"] * 3, 300),
     )
     pairs = [
         {

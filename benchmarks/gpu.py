@@ -28,12 +28,12 @@ from pathlib import Path
 
 import torch
 
-import isg
 import llm
-import plan
 from benchmarks.common import quiet_libraries, tokens
 from benchmarks.dpo import our_step, trl_step
 from config import ROOT, Config, load_config
+from stages import isg
+from tools import plan
 
 # Dense bf16 TFLOP/s and memory GB/s of data-sheets; a card that is not listed gets no share.
 CARDS = {

@@ -24,11 +24,11 @@ from pathlib import Path
 import httpx
 import numpy as np
 
-import world
 from benchmarks.serve import server
 from config import ROOT, load_config
 from eval import bootstrap_interval
 from pipeline import Pipeline
+from world import people
 
 AT_ONCE, DRAWS = 16, 3
 PEOPLE, VISITS = 300, 5  # of results/loop.md; with others nothing is written there
@@ -51,7 +51,7 @@ async def starters(http, user: str, **more) -> dict:
     return reply.raise_for_status().json()
 
 
-def tapping(truth: world.Truth):
+def tapping(truth: people.Truth):
     """A visit: see a list, tap what one likes, say so."""
     rng = np.random.default_rng(0)
 
@@ -69,7 +69,7 @@ def tapping(truth: world.Truth):
     return visit
 
 
-def watching(truth: world.Truth):
+def watching(truth: people.Truth):
     """A list's expected taps; nothing is reported, so nothing of the server's state changes."""
 
     async def visit(http, user: str, number: int) -> float:
@@ -96,7 +96,7 @@ def main() -> None:
 def loop(run: Path, people: int, times: int) -> None:
     words = [f"run.root={run.parent}", f"run.name={run.name}"]
     p = Pipeline(load_config(run / "config.yaml", words))
-    truth = world.load_truth(run / "world")
+    truth = people.load_truth(run / "world")
     known = [u for u in p.ids("train", "valid", "judge") if p.users[u].sessions][:people]
     others = [u for u in p.ids("test") if p.states[u][-1].interests]
     store = run / "serve.sqlite"

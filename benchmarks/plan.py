@@ -29,9 +29,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import llm
-import plan
 from benchmarks.common import bits, gpu_marks, gpu_notes, gpu_rows, machine, prepare, tokens
 from config import ROOT, GeneratorConfig
+from tools import plan
 
 SHAPES = {  # hidden, layers, heads, kv_heads, intermediate, vocabulary, tied
     "tiny": (64, 2, 4, 2, 128, 400, True),

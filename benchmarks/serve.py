@@ -29,7 +29,7 @@ import data
 import llm
 from benchmarks.common import machine
 from config import ROOT, load_config
-from engine import Ask, Engine
+from serving.engine import Ask, Engine
 
 PEOPLE, CLIENTS, ROUNDS = 40, (1, 8, 32), 6
 

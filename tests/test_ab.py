@@ -7,30 +7,29 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-import ab
-import world
 from config import AbConfig, WorldConfig
+from world import ab, people
 
 SETTINGS = WorldConfig(users=60, seed=5, starter_pool=400, impressions_per_user=1)
 
 
 @pytest.fixture(scope="module")
 def platform():
-    made = world.generate(SETTINGS)
-    return world.Truth(made.truth), made.users
+    made = people.generate(SETTINGS)
+    return people.Truth(made.truth), made.users
 
 
 @pytest.fixture(scope="module")
 def arms(platform):
     """Lists drawn at random, and lists of what the hidden truth says will be tapped."""
     truth, users = platform
-    pool = world.Retrieval(truth.taxonomy, np.random.default_rng(0), 400).pool
+    pool = people.Retrieval(truth.taxonomy, np.random.default_rng(0), 400).pool
     best = {
         u.user_id: sorted(pool, key=lambda y, u=u: -truth.click_probabilities(u.user_id, [y])[0])
         for u in users
     }
     return {
-        "deployed": world.retrieved_lists(SETTINGS, users, 3, 0),
+        "deployed": people.retrieved_lists(SETTINGS, users, 3, 0),
         "random": _random(pool, users, 0),
         "again": _random(pool, users, 1),
         "oracle": {u: [rows[i:15:3] for i in range(3)] for u, rows in best.items()},
@@ -69,7 +68,7 @@ class SureTruth:
 
 def test_a_life_in_which_nothing_is_left_to_chance(monkeypatch):
     """u1 comes every day and taps two of three starters, u2 never comes."""
-    monkeypatch.setattr(world, "depth", lambda resonance: 0.0)
+    monkeypatch.setattr(people, "depth", lambda resonance: 0.0)
     truth, lists = SureTruth(), {"u1": [["tap 1?", "no", "tap 2"]], "u2": [["tap 1"]]}
     made = ab.simulate(truth, {"u1": 1e9, "u2": 0.0}, {"a": lists}, AbConfig(days=14), seed=0)
     counts = {"active_days": 14, "started_days": 14, "sessions": 28, "taps": 28, "shown": 42}
@@ -93,8 +92,8 @@ def test_without_a_tap_four_in_five_start_a_conversation_of_their_own():
 def test_a_tap_leads_to_as_many_further_sessions_as_in_the_log():
     gaps = [ab._draws("u1", day, 5, 0)[2] for day in range(4000)]
     for resonance in (0.0, 1.0):
-        further = [(g < world.depth(resonance)).sum() for g in gaps]
-        mean = world.depth(resonance)
+        further = [(g < people.depth(resonance)).sum() for g in gaps]
+        mean = people.depth(resonance)
         assert np.mean(further) == pytest.approx(mean, abs=5 * math.sqrt(mean / 4000))
         assert np.var(further) == pytest.approx(mean, rel=0.15)  # as a Poisson draw has
 

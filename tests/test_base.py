@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import base
 import llm
 import roles
 from config import ROOT, BaseConfig, GeneratorConfig, load_config
 from pipeline import base_folder
+from tools import tiny_model
 
 MICRO = BaseConfig(
     vocabulary=400, hidden=128, layers=2, heads=2, kv_heads=2, intermediate=32, batches=6,
@@ -19,7 +19,7 @@ MICRO = BaseConfig(
 
 @pytest.fixture(scope="module")
 def examples():
-    corpus = base.BaseCorpus(3)
+    corpus = tiny_model.BaseCorpus(3)
     return [corpus.example(5, 2) for _ in range(400)]
 
 
@@ -33,7 +33,7 @@ def test_lists_have_k_distinct_starters_that_parse_back(examples):
 @pytest.mark.parametrize("code", ["en", "zh"])
 @pytest.mark.parametrize("held_out", [False, True])
 def test_every_starter_holds_a_subject_that_a_line_holds(code, held_out):
-    corpus = base.BaseCorpus(4)
+    corpus = tiny_model.BaseCorpus(4)
     if held_out and code == "zh":
         pytest.skip("held-out forms are English")
     for count in range(1, 9):
@@ -47,35 +47,35 @@ def test_every_starter_holds_a_subject_that_a_line_holds(code, held_out):
 
 
 def test_subjects_are_nearly_all_distinct():
-    corpus = base.BaseCorpus(0)
+    corpus = tiny_model.BaseCorpus(0)
     names = [corpus.subject("en") for _ in range(5000)]
     assert len(set(names)) > 0.9 * len(names)
     assert len({corpus.subject("zh") for _ in range(500)}) > 490
 
 
 def test_held_out_forms_are_never_trained_on():
-    phrases = base.BaseCorpus(0).phrases
+    phrases = tiny_model.BaseCorpus(0).phrases
     known = set(phrases["openings"] + phrases["pairs"])
     assert known.isdisjoint(form.split(" {x}")[0] for form in phrases["held_out"])
 
 
 def test_the_first_examples_are_the_easy_ones():
-    corpus = base.BaseCorpus(6)
+    corpus = tiny_model.BaseCorpus(6)
     lines, lists = corpus.example(5, 2, done=0.0)
     assert len(lines) == 1 and all(lines[0] in starter for x in lists for starter in x)
     assert max(len(corpus.example(5, 1)[0]) for _ in range(100)) == 10
 
 
 def test_the_seed_decides_the_corpus(examples):
-    again, other = base.BaseCorpus(3), base.BaseCorpus(5)
+    again, other = tiny_model.BaseCorpus(3), tiny_model.BaseCorpus(5)
     assert [again.example(5, 2) for _ in range(400)] == examples
     assert other.example(5, 2) != examples[0]
 
 
 def test_a_batch_is_the_same_whoever_writes_it_and_when():
     generator = GeneratorConfig()
-    texts = base.tokenizer_texts(MICRO, generator)
-    batches = base.Batches(base.train_tokenizer(texts, MICRO.vocabulary), MICRO, generator)
+    texts = tiny_model.tokenizer_texts(MICRO, generator)
+    batches = tiny_model.Batches(tiny_model.train_tokenizer(texts, MICRO.vocabulary), MICRO, generator)
     own = [batches[i] for i in reversed(range(len(batches)))][::-1]
     assert not torch.equal(own[2].ids, own[3].ids)
     assert MICRO.batch_tokens <= (own[3].branch >= 0).sum() < 2 * MICRO.batch_tokens
@@ -89,7 +89,7 @@ def test_a_base_model_loads_in_transformers_and_is_the_same_twice(tmp_path, monk
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # a CPU's bytes are the same
     generator = GeneratorConfig(max_new_tokens=12)
-    figures = [base.build_base(MICRO, generator, tmp_path / name) for name in "ab"]
+    figures = [tiny_model.build_base(MICRO, generator, tmp_path / name) for name in "ab"]
     a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
     assert a == b
     assert figures[0]["held_out_loss"] == figures[1]["held_out_loss"]
@@ -121,5 +121,5 @@ def test_the_default_settings_begin_with_the_shipped_weights(tmp_path):
 
 
 def test_the_taxonomy_of_the_simulated_platform_is_never_read():
-    assert "taxonomy" not in Path(base.__file__).read_text(encoding="utf-8")
-    assert "world" not in vars(base)
+    assert "taxonomy" not in Path(tiny_model.__file__).read_text(encoding="utf-8")
+    assert "world" not in vars(tiny_model)

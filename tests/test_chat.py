@@ -27,12 +27,12 @@ from hypothesis import strategies as st
 from test_llm import looping, tiny
 from test_roles import encode
 
-import base
-import chat
 import roles
-from chat import Chat, Endpoint, Local, Request
 from config import ROOT, EndpointConfig, UserError
 from data import Message
+from roles import chat
+from roles.chat import Chat, Endpoint, Local, Request
+from tools import tiny_model
 
 KEY = "sk-secret-0123456789"
 SECRET = "user-text-that-nobody-may-see"
@@ -349,7 +349,7 @@ def test_a_stopped_run_ends_at_once(serve, tmp_path):
     """Ctrl-C while calls hang, with 60 s and retries to go."""
     server = serve(lambda _: time.sleep(30) or "1")
     program = (
-        "import sys, chat, config\nfrom pathlib import Path\n"
+        "import sys, config\nfrom roles import chat\nfrom pathlib import Path\n"
         "s = config.EndpointConfig(base_url=sys.argv[1], model='m', concurrency=2)\n"
         "c = chat.Chat(chat.Endpoint(s), Path(sys.argv[2]))\n"
         "config.script(lambda: c.ask([chat.Request('s', str(i)) for i in range(9)], int))\n"
@@ -705,7 +705,7 @@ def test_summariser_shows_the_users_words_first(play):
 def model_folder(tmp_path_factory):
     """A random Qwen2 with a tokenizer and a chat template, as a folder."""
     folder = tmp_path_factory.mktemp("model")
-    tokenizer = base.train_tokenizer(["What is chess? Visit Kyoto && MATCH"] * 3, 320)
+    tokenizer = tiny_model.train_tokenizer(["What is chess? Visit Kyoto && MATCH"] * 3, 320)
     model = tiny(vocabulary=len(tokenizer))
     model.generation_config.do_sample = True  # or `transformers serve` ignores the temperature
     model.generation_config.eos_token_id = list(range(200, len(tokenizer)))  # a third of all
@@ -737,7 +737,7 @@ def test_local_generator(model_folder, tmp_path):
         model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
     other = Local(model, tokenizer, EndpointConfig(max_tokens=12))
     assert other.identity != backend.identity
-    tokenizer = base.train_tokenizer(["plain"], 300)
+    tokenizer = tiny_model.train_tokenizer(["plain"], 300)
     tokenizer.chat_template = None
     plain = Local(backend.model, tokenizer)._prompt(Request("s", "u"))
     assert tokenizer.decode(plain) == "s\n\nu\n"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from test_report import seed_values
 
-import claims
+from tables import claims
 
 
 def test_a_verdict_is_where_the_interval_lies():

@@ -9,12 +9,11 @@ import pytest
 import torch
 from conftest import micro
 
-import compare
 import icebreaker as ib
-import isg
-import reproduce
-import world
 from pipeline import Pipeline
+from stages import isg
+from tables import compare, reproduce
+from world import people
 
 
 def test_searched_lists_take_what_was_written_once_and_the_best_first(finished):
@@ -142,7 +141,7 @@ def test_topics_count_what_is_known_and_chores_apart():
 
 def test_the_oracle_is_above_what_it_was_shown_and_the_floor_is_drawn_anew(finished):
     p = Pipeline(micro(finished.parent), describe=False)
-    users, truth = p.ids("test")[:3], world.load_truth(finished / "world")
+    users, truth = p.ids("test")[:3], people.load_truth(finished / "world")
     k, n = p.config.generator.list_size, p.config.ab.lists
     shown = sorted({y for x in p.impressions for y in x.starters})
     seen = {"a": {u: [shown[:4]] for u in users}, "b": {u: [shown[4:7], []] for u in users}}

@@ -8,11 +8,11 @@ import torch
 from conftest import micro
 
 import data
-import isg
 import llm
 import roles
 from config import UserError, read_json, read_tensors, write_json, write_tensors
-from engine import Ask, Engine, _in_a_loop
+from serving.engine import Ask, Engine, _in_a_loop
+from stages import isg
 
 SUMMARIES = ["chess openings for club players", "sourdough bread at home", "chess endgames",
              "hiking in the Dolomites", "sourdough starter care"]

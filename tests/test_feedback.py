@@ -8,13 +8,13 @@ from collections import Counter
 import pytest
 import torch
 
-import feedback
 import icebreaker as ib
-import isg
 import roles
 import train
 from config import ROOT, UserError, load_config, read_json
-from store import Store
+from serving import feedback
+from serving.store import Store
+from stages import isg
 
 # A teacher of three kinds, which even a minute's generator can write.
 KINDS = {

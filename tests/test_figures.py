@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from PIL import Image
 
-import figures
+from tables import figures
 
 LONG = "a name that goes on and on, with no regard for the room that a picture has " * 3
 NAMES = ["PE", LONG, "日本料理", "_hidden", "$100 or $200", ""]

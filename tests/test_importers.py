@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-import importers
+from tools import importers
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRET = "zebra-crossing"  # what people say in these files; it must never reach a message

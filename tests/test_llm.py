@@ -10,11 +10,11 @@ from peft import PeftModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-import base
 import icebreaker as ib
 import llm
 import roles
 from config import UserError
+from tools import tiny_model
 
 TEXTS = [
     "- Kyoto gardens\n- chess openings",
@@ -25,7 +25,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return base.train_tokenizer(TEXTS * 3, 320)
+    return tiny_model.train_tokenizer(TEXTS * 3, 320)
 
 
 def tiny(tied: bool = True, vocabulary: int = 320, hidden: int = 32, **more):

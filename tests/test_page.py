@@ -22,14 +22,14 @@ from fastapi.staticfiles import StaticFiles
 from playwright.sync_api import expect, sync_playwright
 from test_serve import running as real_server
 
-import front
+from serving import front
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
 pytestmark = pytest.mark.skipif(
     not BROWSER, reason=f"none of {', '.join(NAMES)} is on the PATH")
 
-WEB = Path(__file__).parent.parent / "web"
+WEB = Path(__file__).parent.parent / "serving" / "web"
 POLICY = front.POLICY.decode()
 SUBJECTS = ["A short guide to Denali", "了解铁观音的冲泡方法", "Where to start with Netrunner",
             "Discussing Cortado in detail", "unit conversion: light-years", "Jasper Alberta"]

@@ -10,9 +10,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import llm
-import plan
 from benchmarks.plan import row
 from config import ROOT, UserError, load_config
+from tools import plan
 
 CONFIGS = sorted((ROOT / "configs").glob("qwen*.yaml"))
 SEVEN = ["generator.model=Qwen/Qwen2.5-7B-Instruct", "generator.load_in_4bit=true"]

@@ -10,13 +10,10 @@ import numpy as np
 import pytest
 from conftest import micro
 
-import ab
-import claims
-import compare
-import report
-import reproduce
 from config import UserError, read_json
 from pipeline import Pipeline
+from tables import claims, compare, report, reproduce
+from world import ab
 
 METRICS = """utility train_utility true_clicks lexical words semantic dissimilarity starters known
     resonance value""".split()

@@ -29,11 +29,11 @@ import schemathesis
 from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 
 import data
-import front
 import serve
 from config import ROOT, Config, UserError, digest, write_json
-from engine import METHODS, Answer, Interest, Starter
-from store import Store
+from serving import front
+from serving.engine import METHODS, Answer, Interest, Starter
+from serving.store import Store
 
 CANARY_REQUESTS = int(os.environ.get("CANARY_REQUESTS", 3000))
 

@@ -19,10 +19,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import store as module
 from config import UserError
 from data import Session, User
-from store import BadImpression, Store
+from serving import store as module
+from serving.store import BadImpression, Store
 
 ROOT = Path(__file__).resolve().parent.parent
 KILLS = int(os.environ.get("STORE_KILLS", "5"))  # STORE_KILLS=60 for the long run
@@ -583,7 +583,7 @@ def python(code: str, *words) -> subprocess.Popen:
 
 def test_many_processes_make_one_store(tmp_path):
     code = (
-        "import sys, store; s = store.Store(sys.argv[1]);"
+        "import sys; from serving import store; s = store.Store(sys.argv[1]);"
         "print(s.offer('u' + sys.argv[2], [], ['x'], 'PE', 'v'))"
     )
     jobs = [python(code, tmp_path / "s", n) for n in range(6)]
@@ -595,7 +595,7 @@ def test_many_processes_make_one_store(tmp_path):
 
 def test_training_reads_beside_a_server_that_writes(store):
     code = (
-        "import sys, store; s = store.Store(sys.argv[1]);"
+        "import sys; from serving import store; s = store.Store(sys.argv[1]);"
         "print(*[len(list(s.shown())) for _ in range(50)], s.rates()[0]['taps'])"
     )
     show(store, 0, name="first")
@@ -643,7 +643,7 @@ def test_what_is_acknowledged_is_synced(store):
 
 
 RECORDS = """
-import itertools, sys, store
+import itertools, sys; from serving import store
 s = store.Store(sys.argv[1])
 for n in itertools.count():
     name = f"{sys.argv[2]} {n}"
@@ -653,7 +653,7 @@ for n in itertools.count():
 """
 
 DELETES = """
-import itertools, sys, store, data
+import itertools, sys, data; from serving import store
 s = store.Store(sys.argv[1])
 for n in itertools.count():
     name = f"CANARY-{sys.argv[2]}-{n}-"
@@ -711,7 +711,7 @@ def test_no_acknowledged_deletion_is_undone_by_a_kill(tmp_path):
 
 def test_half_of_a_killed_call_does_not_stay_in_the_log(tmp_path):
     code = """if True:
-        import os, signal, sys, store
+        import os, signal, sys; from serving import store
         s = store.Store(sys.argv[1])
         s._db.execute("PRAGMA cache_size=1")  # so that the log is written before the end
         with s._transaction() as db:

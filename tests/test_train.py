@@ -21,13 +21,12 @@ from test_chat import KEY, Stub
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import eval as evaluation
-import isg
 import llm
-import rid
 import roles
 import train
 from config import ROOT, UserError, read_json, read_tensors
 from encoder import packaged_minilm
+from stages import isg, rid
 
 
 def artifacts(run):
@@ -518,7 +517,9 @@ def test_every_row_of_the_readme_map_exists():
         module = None
         for name in re.findall(r"`([\w.]+)`", code):
             module, _, symbol = name.rpartition(".") if "." in name else (module, "", name)
-            source = (ROOT / f"{module}.py").read_text()
+            path = ROOT / module.replace(".", "/")
+            file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+            source = file.read_text()
             assert re.search(rf"^(?:def|class) {symbol}\b", source, re.MULTILINE), name
         for name in re.findall(r"`(\w+)`", test):
             assert f"def {name}(" in tests, name

@@ -7,27 +7,27 @@ import numpy as np
 import pytest
 
 import data
-import world
 from config import ROOT, WorldConfig
+from world import people
 
 SETTINGS = WorldConfig(users=400, seed=7)
 
 
 @pytest.fixture(scope="module")
 def made():
-    return world.generate(SETTINGS)
+    return people.generate(SETTINGS)
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path):
     small = WorldConfig(users=20, seed=3)
     for name in ("a", "b"):
-        world.generate(small).write(tmp_path / name)
+        people.generate(small).write(tmp_path / name)
     for file in ("users.jsonl", "impressions.jsonl", "truth/truth.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
 def test_taxonomy_is_as_large_as_promised():
-    taxonomy = world.Taxonomy()
+    taxonomy = people.Taxonomy()
     names = [str(s).lower() for e in taxonomy.topics.values() for s in e["subjects"]]
     assert len(set(taxonomy.category.values())) >= 12 and len(taxonomy.topics) >= 120
     assert len(names) >= 2000 and len(set(names)) == len(names)
@@ -52,13 +52,13 @@ def test_sessions_look_like_a_real_log(made):
 
 def test_taps_fall_with_the_slot_and_most_lists_get_none(made):
     rate = np.mean([[slot in i.clicked for slot in range(5)] for i in made.impressions], axis=0)
-    assert np.allclose(rate / rate[0], world.EXAMINATION, atol=0.12)
+    assert np.allclose(rate / rate[0], people.EXAMINATION, atol=0.12)
     assert 0.5 <= np.mean([not i.clicked for i in made.impressions]) <= 0.9
     assert any(len(i.clicked) > 1 for i in made.impressions)
 
 
 def test_frequency_and_resonance_are_weakly_related_and_chores_do_not_resonate(made):
-    taxonomy = world.Taxonomy()
+    taxonomy = people.Taxonomy()
     interests = [i for u in made.truth["users"].values() for i in u["interests"]]
     chores = [i for i in interests if taxonomy.functional(i["topic"])]
     others = [i for i in interests if not taxonomy.functional(i["topic"])]
@@ -88,7 +88,7 @@ def test_the_log_holds_no_hidden_state(made, tmp_path):
 
 
 def test_truth_points_in_the_right_direction(made):
-    truth = world.Truth(made.truth)
+    truth = people.Truth(made.truth)
     checked = 0
     for user_id, user in made.truth["users"].items():
         best = max(user["interests"], key=lambda i: i["resonance"])
@@ -96,8 +96,8 @@ def test_truth_points_in_the_right_direction(made):
             continue
         good = f"Surprising facts about {best['subjects'][0]}"
         p = truth.click_probabilities(user_id, [good, good, "Surprising facts about Zzyzx"])
-        assert p[0] > p[1] / world.EXAMINATION[1] > 0  # redundancy, slot bias taken out
-        assert p[0] > p[2] / world.EXAMINATION[2]
+        assert p[0] > p[1] / people.EXAMINATION[1] > 0  # redundancy, slot bias taken out
+        assert p[0] > p[2] / people.EXAMINATION[2]
         assert truth.resonance(user_id, good) > truth.resonance(user_id, "Zzyzx")
         checked += 1
     assert checked >= 3
@@ -106,35 +106,35 @@ def test_truth_points_in_the_right_direction(made):
 
 
 def test_what_was_asked_since_the_log_is_no_longer_new(made):
-    truth, user_id = world.Truth(made.truth), made.users[0].user_id
+    truth, user_id = people.Truth(made.truth), made.users[0].user_id
     pair = ["Surprising facts about Saturn?", "Surprising facts about Sourdough?"]
     new = truth.click_probabilities(user_id, pair)
-    again = truth.click_probabilities(user_id, pair, asked_since={world.question(pair[0])})
+    again = truth.click_probabilities(user_id, pair, asked_since={people.question(pair[0])})
     assert again[0] < new[0] and again[1] == new[1]
 
 
 def test_retrieved_lists_are_of_the_kind_that_the_log_shows(made):
-    lists = world.retrieved_lists(SETTINGS, made.users, 5, seed=1)
-    retrieval = world._platform(SETTINGS)[2]
+    lists = people.retrieved_lists(SETTINGS, made.users, 5, seed=1)
+    retrieval = people._platform(SETTINGS)[2]
     logged = [y for i in made.impressions for y in i.starters]
     shown = [y for rows in lists.values() for x in rows for y in x]
     assert {*logged, *shown} <= {*retrieval.pool}
-    assert all(len({*x}) == world.LIST_SIZE for rows in lists.values() for x in rows)
+    assert all(len({*x}) == people.LIST_SIZE for rows in lists.values() for x in rows)
     assert lists.keys() == {u.user_id for u in made.users}
     popular = [np.mean([y in retrieval.popular for y in x]) for x in (logged, shown)]
     assert popular[1] == pytest.approx(popular[0], abs=0.03)
 
-    topic = world.Taxonomy().understand
+    topic = people.Taxonomy().understand
     asked = {u.user_id: {topic(s.summary)[0] for s in u.sessions} for u in made.users}
     own = [topic(y)[0] in asked[u] for u, rows in lists.items() for x in rows for y in x]
     logged_own = [topic(y)[0] in asked[i.user_id] for i in made.impressions for y in i.starters]
     assert np.mean(own) == pytest.approx(np.mean(logged_own), abs=0.05)
 
     some = made.users[3:5]
-    assert world.retrieved_lists(SETTINGS, some, 2, 1) == {
+    assert people.retrieved_lists(SETTINGS, some, 2, 1) == {
         u.user_id: lists[u.user_id][:2] for u in some
     }
-    assert world.retrieved_lists(SETTINGS, some, 2, 2) != world.retrieved_lists(
+    assert people.retrieved_lists(SETTINGS, some, 2, 2) != people.retrieved_lists(
         SETTINGS, some, 2, 1
     )
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import isg
 import llm
 import pipeline
 import train
 from config import ROOT, gather, load_config, processes, read_json, share, write_json
+from stages import isg
 
 
 def main() -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-import ab
-import figures
-from claims import LIFTS, Seeds, bootstrap, claims_page, judged, paired, pooled, values_of
 from config import atomic_path, write_json
 from eval import COLUMNS, LEGEND, PAPER, escape
+from tables import figures
+from tables.claims import LIFTS, Seeds, bootstrap, claims_page, judged, paired, pooled, values_of
+from world import ab
 
 ROUNDS = ["early", "middle", "IceBreaker", "round 4", "round 5"]
 CHOICES = [f"{kind}{end}" for kind in ("list search", "MMR", "DPP")

@@ -42,7 +42,6 @@ from pathlib import Path
 import numpy as np
 
 import data
-import isg
 import llm
 from config import (
     Config,
@@ -58,7 +57,8 @@ from config import (
 )
 from eval import bootstrap_interval
 from pipeline import Pipeline, State, short
-from store import Store
+from serving.store import Store
+from stages import isg
 
 LISTS_PER_USER = 20  # for a ranker: about as many as people of the simulated log have
 MARGIN = 0.05  # of a figure's value before; a fall of more refuses the round

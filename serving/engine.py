@@ -23,14 +23,13 @@ from pathlib import Path
 import torch
 
 import data
-import feedback
 import icebreaker as ib
-import isg
 import llm
-import rid
 import roles
 from config import Config, UserError, digest, read_json, read_tensors
 from pipeline import Pipeline, State, history_of, profile_text, scorer_inputs
+from serving import feedback
+from stages import isg, rid
 
 METHODS = ("PE", "SFT", "IceBreaker")
 # "JoJoJoJo", or half a character: a small generator has lost its thread.

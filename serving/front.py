@@ -21,8 +21,8 @@ from urllib.parse import urlsplit
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 
-from batcher import Desk, log, where
 from config import Config, UserError
+from serving.desk import Desk, log, where
 
 ASK = "/v1/starters"
 LOOK_UPS = 8  # requests for starters beside those that wait or are written: theirs may be ready

@@ -10,8 +10,8 @@ from itertools import product
 
 import numpy as np
 
-import ab
 from eval import user_lifts
+from world import ab
 
 Seeds = list[dict]  # report/values.json of each seed
 UNKNOWN, OWN = "not known", "–"

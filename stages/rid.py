@@ -49,7 +49,7 @@ def summarise(p: Pipeline, messages: list[list]) -> list[str | None]:
     """A line for each session's messages, by the role that is set; None where there is none."""
     if p.config.roles.summariser == "rules":
         return [roles.RuleSummariser().summarise(m) for m in messages]
-    import chat
+    from roles import chat
 
     return chat.LLMSummariser(p.chat(p.config.roles.summariser)).summarise(messages)
 
@@ -71,7 +71,7 @@ def stage_match(p: Pipeline) -> dict:
             roles.themes(everyone, settings.theme_share),
         )
     else:
-        import chat
+        from roles import chat
 
         matcher = chat.LLMMatcher(
             p.chat(settings.matcher), p.encoder, settings.match_candidates, settings.match_floor

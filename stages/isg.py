@@ -286,7 +286,7 @@ def teacher_lists(p: Pipeline, states: list[State], n: int, purpose: str) -> lis
         texts = [teacher.write(x, k, random.Random(seed)) for x, seed in orders]
         lists = [p.usable(text, x) for text, (x, _) in zip(texts, orders, strict=True)]
     else:
-        import chat
+        from roles import chat
 
         inputs, seeds = [x for x, _ in orders], [seed for _, seed in orders]
         texts = chat.LLMTeacher(p.chat(player)).write(inputs, k, seeds)

@@ -27,8 +27,8 @@ from tqdm import tqdm
 import data
 import roles
 from config import Config, ServeConfig, digest
-from engine import Answer, Ask, Engine
-from store import Store
+from serving.engine import Answer, Ask, Engine
+from serving.store import Store
 
 log = logging.getLogger("serve")
 SPARE_BATCH = 4  # asks ahead of clients that are written together: small, as a client may come

@@ -22,7 +22,7 @@ What a person does in one arm, day by day:
 - sees the next of the arm's lists, and taps by the world's click probabilities; what was tapped
   before in this test is no longer new; each tap starts a conversation;
 - without a tap, starts an own conversation with probability UNAIDED;
-- after a tap, has further sessions on that day, as in the log (world.depth), and goodwill grows.
+- after a tap, has further sessions on that day, as in the log (people.depth), and goodwill grows.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 import data
-import world
 from config import AbConfig
+from world import people
 
 # Plausible, chosen before any result, and the same for every arm; never to be tuned for a method.
 UNAIDED = 0.8  # the paper: roughly 20 % enter and leave without starting a conversation
@@ -43,7 +43,7 @@ GOODWILL_GAIN = 0.1  # a tap that resonates wholly (1) raises the visiting rate 
 GOODWILL_CAP = 0.5  # ... by half at the most, however many there were ...
 GOODWILL_HALF_LIFE = 7.0  # ... and half of it is gone after a week
 
-CONTROL = "deployed"  # the arm of world.retrieved_lists
+CONTROL = "deployed"  # the arm of people.retrieved_lists
 COUNTS = ("active_days", "started_days", "sessions", "taps", "shown")
 METRICS = ("Active", "Avg.S", "CTR", "CSR", "Taps")
 FIGURES = ("value", "control", "lift", "interval", "p")
@@ -68,7 +68,7 @@ class Person:
     goodwill: float = 0.0
     tapped: set[str] = field(default_factory=set)
 
-    def day(self, truth: world.Truth, draws: tuple, cache: dict) -> tuple[int, ...]:
+    def day(self, truth: people.Truth, draws: tuple, cache: dict) -> tuple[int, ...]:
         """What happens on the next day, as COUNTS."""
         visit, own, gaps, taps = draws
         self.goodwill *= 0.5 ** (1 / GOODWILL_HALF_LIFE)
@@ -76,7 +76,7 @@ class Person:
             return (0,) * len(COUNTS)
         starters = self.lists[self.turn % len(self.lists)] if self.lists else []
         self.turn += 1
-        asked = frozenset(self.tapped.intersection(map(world.question, starters)))
+        asked = frozenset(self.tapped.intersection(map(people.question, starters)))
         key = (tuple(starters), asked)
         if key not in cache:
             cache[key] = truth.click_probabilities(self.user_id, starters, asked_since=asked)
@@ -85,9 +85,9 @@ class Person:
             started = int(own < UNAIDED)
             return 1, started, started, 0, len(starters)
         best = max(truth.resonance(self.user_id, starters[i]) for i in tapped)
-        self.tapped.update(world.question(starters[i]) for i in tapped)
+        self.tapped.update(people.question(starters[i]) for i in tapped)
         self.goodwill = min(GOODWILL_CAP, self.goodwill + GOODWILL_GAIN * best)
-        further = int((gaps < world.depth(best)).sum())
+        further = int((gaps < people.depth(best)).sum())
         return 1, 1, len(tapped) + further, len(tapped), len(starters)
 
 
@@ -100,7 +100,7 @@ def _draws(user_id: str, day: int, slots: int, seed: int, copy: int = 0) -> tupl
 
 
 def simulate(
-    truth: world.Truth,
+    truth: people.Truth,
     activity: dict[str, float],
     lists: dict[str, dict[str, list[list[str]]]],
     settings: AbConfig,

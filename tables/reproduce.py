@@ -32,14 +32,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import ab
-import claims
-import compare
 import eval as evaluation
 import llm
-import report
 import train
-import world
 from config import (
     ROOT,
     Config,
@@ -51,6 +46,8 @@ from config import (
     write_json,
 )
 from pipeline import Pipeline, utilities
+from tables import claims, compare, report
+from world import ab, people
 
 MAIN = ""  # the variant with the settings as they are
 SINGLE = ("utility", "diversity", "joint")
@@ -171,7 +168,7 @@ def starters_of(config: Config) -> dict:
 
 
 def compared_lists(
-    p: Pipeline, truth: world.Truth, main: evaluation.Lists, written: evaluation.Lists
+    p: Pipeline, truth: people.Truth, main: evaluation.Lists, written: evaluation.Lists
 ) -> tuple[evaluation.Lists, evaluation.Lists]:
     """What every method shows the test users, and every arm of the online test its people.
 
@@ -188,7 +185,7 @@ def compared_lists(
     lists |= compare.few_sessions(p, users) | compare.cold_start(p, users)
     seen = {m: lists[m] for m in (*main, "teacher", "popular starters")}
     lists |= compare.floor_and_ceiling(p, truth, users, seen)
-    online[ab.CONTROL] = world.retrieved_lists(
+    online[ab.CONTROL] = people.retrieved_lists(
         config.world, [p.users[u] for u in online["PE"]], config.ab.lists, config.run.seed
     )
     lists["deployed retrieval"] = {u: online[ab.CONTROL][u] for u in users}
@@ -207,7 +204,7 @@ def measure_seed(words: list[str], path: str, seed: int, variants: list[str]) ->
         key = digest(env["commit"], env["versions"], config, [x["key"] for x in made])
         if file.is_file() and read_json(file).get("key") == key:
             return
-    p, truth = Pipeline(config), world.load_truth(Path(config.run.root) / config.run.name / "world")
+    p, truth = Pipeline(config), people.load_truth(Path(config.run.root) / config.run.name / "world")
     main, written = made[0]["lists"], {m: rows for x in made for m, rows in x["lists"].items()}
     users = list(main["rule-based"])
     lists, online = compared_lists(p, truth, main, written)
@@ -261,7 +258,7 @@ def measure_seed(words: list[str], path: str, seed: int, variants: list[str]) ->
 
 
 def values_of_lists(
-    p: Pipeline, truth: world.Truth, lists: evaluation.Lists, classifier
+    p: Pipeline, truth: people.Truth, lists: evaluation.Lists, classifier
 ) -> evaluation.PerUser:
     """The metrics of eval.py and compare.py, of every method and test user."""
     def scorer(name: str):

@@ -18,11 +18,10 @@ import torch
 
 import eval as evaluation
 import icebreaker as ib
-import isg
-import rid
-import world
 from config import AbConfig, read_json
 from pipeline import Pipeline, utilities
+from stages import isg, rid
+from world import people
 
 SWEEP = (0.1, 0.5)  # lambdas of choosing when serving, beside dpo.weight
 
@@ -157,7 +156,7 @@ def search_values(
 
 
 def floor_and_ceiling(
-    p: Pipeline, truth: world.Truth, users: list[str], written: evaluation.Lists
+    p: Pipeline, truth: people.Truth, users: list[str], written: evaluation.Lists
 ) -> evaluation.Lists:
     """Random starters; and what one who sees the hidden truth would pick, greedily, of all in
     `written` and 200 shown ones."""
@@ -210,12 +209,12 @@ def cold_start(p: Pipeline, users: list[str]) -> evaluation.Lists:
     return {"popular starters": {u: [popular(p.users[u].profile)] for u in users}}
 
 
-def functional(truth: world.Truth, text: str) -> bool:
+def functional(truth: people.Truth, text: str) -> bool:
     topic = truth.taxonomy.understand(text)[0]
     return bool(topic) and truth.taxonomy.functional(topic)
 
 
-def topics(truth: world.Truth, texts: list[str]) -> Counter[str]:
+def topics(truth: people.Truth, texts: list[str]) -> Counter[str]:
     """Number of texts by topic category, chores apart; texts about nothing known do not count."""
     taxonomy = truth.taxonomy
     known = [topic for text in texts if (topic := taxonomy.understand(text)[0])]
@@ -225,7 +224,7 @@ def topics(truth: world.Truth, texts: list[str]) -> Counter[str]:
 
 
 def spoken_of(
-    truth: world.Truth, lists: dict[str, list[list[str]]]
+    truth: people.Truth, lists: dict[str, list[list[str]]]
 ) -> dict[str, dict[str, float]]:
     """Of each user's starters: the share about something known, and the resonance, by the truth."""
     pools = {u: [y for x in rows for y in x] for u, rows in lists.items()}
@@ -239,13 +238,13 @@ def spoken_of(
     }
 
 
-def chores(truth: world.Truth, texts: dict[str, list[str]]) -> dict[str, float]:
+def chores(truth: people.Truth, texts: dict[str, list[str]]) -> dict[str, float]:
     """Share of chores among each user's texts; users of whom no text is understood are left out."""
     known = {u: made for u, own in texts.items() if (made := topics(truth, own))}
     return {u: made["Chores"] / made.total() for u, made in known.items()}
 
 
-def interest_values(p: Pipeline, truth: world.Truth, users: list[str]) -> evaluation.PerUser:
+def interest_values(p: Pipeline, truth: people.Truth, users: list[str]) -> evaluation.PerUser:
     """Of the interests by each distillation: resonance by the hidden truth, share of chores, and
     wins in the judge's pairwise comparison with the rule-based ones (Table 6)."""
     judge = p.interest_judge()
@@ -267,7 +266,7 @@ def interest_values(p: Pipeline, truth: world.Truth, users: list[str]) -> evalua
     return made
 
 
-def matcher_quality(p: Pipeline, truth: world.Truth, users: list[str]) -> dict[str, float]:
+def matcher_quality(p: Pipeline, truth: people.Truth, users: list[str]) -> dict[str, float]:
     """Precision and recall of `match` against hidden subjects, all cuts of these users."""
     labels = read_json(p.run / "match" / "revisited.json")
     understand, counts = truth.taxonomy.understand, {"tp": 0, "fp": 0, "fn": 0}
@@ -286,7 +285,7 @@ def matcher_quality(p: Pipeline, truth: world.Truth, users: list[str]) -> dict[s
     }
 
 
-def classifier_accuracy(truth: world.Truth, classifier, texts: list[str]) -> float:
+def classifier_accuracy(truth: people.Truth, classifier, texts: list[str]) -> float:
     """Share of the texts about something known to whose topic the classifier gives its category."""
     real = {text: category for text in texts if (category := truth.category(text))}
     guessed = classifier.categories([*real])

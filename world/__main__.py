@@ -1,0 +1,4 @@
+from config import script
+from world.people import main
+
+script(main)
