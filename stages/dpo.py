@@ -263,7 +263,7 @@ def align(
     best, log, policy = Best(model), [], llm.averaged_gradients(model)
     if held_out:
         best.offer(held_out(model))
-    for number in progress(range(1, steps + 1), f"dpo {label}"):
+    for number in (bar := progress(range(1, steps + 1), f"dpo {label}")):
         order = order or rng.sample(range(len(rows)), len(rows))  # another pass
         batch, order = order[:size], order[size:]
         part, factor = part_of(batch)
@@ -280,6 +280,7 @@ def align(
         pair_columns = torch.stack([losses, chosen, rejected, ref_chosen, ref_rejected])  # (5, P)
         log.append(dpo_figures(gather([pair_columns.tolist()] if factor else [])))
         run.folder.log("dpo", round=label, step=number, **log[-1], learning_rate=rate)
+        bar.set(loss=log[-1]["loss"])
         if held_out and number in marks:
             best.offer(value := held_out(model))
             run.folder.log("dpo", round=label, step=number, held_out=value)

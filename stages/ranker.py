@@ -103,7 +103,7 @@ def fit_ranker(run: Run, shown: Shown, label: str, path: Path) -> ib.UtilityRank
         weight_decay=0.0,
     )
     every, loss, best = torch.arange(len(stop[0]["list"])), torch.tensor(float("nan")), Best(ranker)
-    for epoch in progress(range(settings.epochs), f"ranker {label}"):
+    for epoch in (bar := progress(range(settings.epochs), f"ranker {label}")):
         ranker.train()
         for index in torch.randperm(len(fit[0]["list"])).split(settings.batch_impressions * k):
             if len(index) == 1:  # a remainder that batch norm cannot scale
@@ -119,6 +119,7 @@ def fit_ranker(run: Run, shown: Shown, label: str, path: Path) -> ib.UtilityRank
         run.folder.log(
             "ranker", ranker=label, epoch=epoch, loss=loss.item(), held_out_loss=stop_loss
         )
+        bar.set(loss=stop_loss)
         best.offer(-stop_loss)
         if best.waited > settings.patience:
             break

@@ -111,7 +111,7 @@ def fit_scorer(run: Run, revisits: Revisits, train: list[Row], valid: list[Row])
     for user_id, cut in train:
         cuts[user_id].append(cut)
     best = Best(scorer)
-    for epoch in progress(range(settings.epochs), "rid"):
+    for epoch in (bar := progress(range(settings.epochs), "rid")):
         # One cut per user and epoch: a user's own texts never serve as cross-user negatives.
         order = [(user_id, shuffle.choice(c)) for user_id, c in cuts.items()]
         shuffle.shuffle(order)
@@ -135,6 +135,7 @@ def fit_scorer(run: Run, revisits: Revisits, train: list[Row], valid: list[Row])
             losses.append(loss.item() / len(scorer.towers))
         auc = revisits.auc(valid, score_rows(run, scorer, valid))
         run.folder.log("rid", epoch=epoch, loss=float(np.mean(losses)), valid_auc=auc)
+        bar.set(loss=float(np.mean(losses)), auc=auc)
         best.offer(auc)
         if best.waited > settings.patience:
             break

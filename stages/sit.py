@@ -60,7 +60,7 @@ def instruct(run: Run, writer: Writer, rows: Rows) -> tuple[torch.nn.Module, dic
     policy = llm.averaged_gradients(model)
     for epoch in range(settings.epochs):
         order = rng.sample(rows, len(rows))
-        for start in progress(range(0, len(rows), size), f"sit epoch {epoch + 1}"):
+        for start in (bar := progress(range(0, len(rows), size), f"sit epoch {epoch + 1}")):
             batch = order[start : start + size]
             tokens = sum(len(ids) for _, lists in batch for ids in lists)  # T of all processes
             part, factor = part_of(batch)
@@ -71,6 +71,7 @@ def instruct(run: Run, writer: Writer, rows: Rows) -> tuple[torch.nn.Module, dic
             rate = schedule.get_last_lr()[0]
             step(model, optimiser, schedule, loss)
             run.folder.log("sit", epoch=epoch, loss=losses[-1], learning_rate=rate)
+            bar.set(loss=losses[-1])
     last = losses[steps - steps // settings.epochs :]  # of the last epoch
     return model, {"first_loss": losses[0], "loss": float(np.mean(last))}
 
