@@ -110,7 +110,7 @@ class TopicClassifier:
     `accuracy` is measured on a fifth of the names, left out of the fit.
     """
 
-    def __init__(self, encode: Callable, path: Path = ROOT / "configs" / "taxonomy.yaml"):
+    def __init__(self, encode: Callable, path: Path = ROOT / "world" / "taxonomy.yaml"):
         from sklearn.linear_model import LogisticRegression
         from sklearn.model_selection import train_test_split
 

@@ -22,7 +22,7 @@ KINDS = {
     "zh": "考考我对{x}的了解\n{x}的未来会怎样？\n为{x}设计一张海报",
 }
 # Two interests a user: with four, the subjects alone keep lists apart.
-SMALL = """world.users=60 world.median_sessions=6 world.impressions_per_user=30
+SMALL = """world.users=60 world.impressions_per_user=30
     world.starter_pool=200 base.batches=200 base.lists=2 base.tokenizer_prompts=500
     base.layers=2 base.hidden=96 base.batch_tokens=512 base.learning_rate=2e-3
     base.vocabulary=600 rid.epochs=2 rid.towers=1 ranker.epochs=20
@@ -44,6 +44,7 @@ def finished(tmp_path_factory):
     root = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(roles, "_TEMPLATES", KINDS)
+        patch.setattr("world.people.MEDIAN_SESSIONS", 6)
         train.run_stages(small(root), ["dpo"])
     return root
 
