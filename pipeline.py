@@ -406,9 +406,9 @@ class Pipeline:
         player = self.config.roles.judge
         if player == "rules":
             return roles.RuleJudge(self.encoder)
-        from roles import chat
+        from roles import prompted
 
-        return chat.LLMJudge(self.chat(player))
+        return prompted.LLMJudge(self.chat(player))
 
     def calls(self) -> dict[str, int]:
         """What became of this process's calls to LLMs since this was last asked."""

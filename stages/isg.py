@@ -286,10 +286,10 @@ def teacher_lists(p: Pipeline, states: list[State], n: int, purpose: str) -> lis
         texts = [teacher.write(x, k, random.Random(seed)) for x, seed in orders]
         lists = [p.usable(text, x) for text, (x, _) in zip(texts, orders, strict=True)]
     else:
-        from roles import chat
+        from roles import prompted
 
         inputs, seeds = [x for x, _ in orders], [seed for _, seed in orders]
-        texts = chat.LLMTeacher(p.chat(player)).write(inputs, k, seeds)
+        texts = prompted.LLMTeacher(p.chat(player)).write(inputs, k, seeds)
         lists = [text and roles.covering(p.fit_to_show(text, x), x, k, p.encoder)
                  for text, x in zip(texts, inputs, strict=True)]  # None where the call failed
     return gather([[x for x in lists[i : i + n] if x is not None]

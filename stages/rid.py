@@ -49,9 +49,9 @@ def summarise(p: Pipeline, messages: list[list]) -> list[str | None]:
     """A line for each session's messages, by the role that is set; None where there is none."""
     if p.config.roles.summariser == "rules":
         return [roles.RuleSummariser().summarise(m) for m in messages]
-    from roles import chat
+    from roles import prompted
 
-    return chat.LLMSummariser(p.chat(p.config.roles.summariser)).summarise(messages)
+    return prompted.LLMSummariser(p.chat(p.config.roles.summariser)).summarise(messages)
 
 
 def stage_match(p: Pipeline) -> dict:
@@ -64,18 +64,11 @@ def stage_match(p: Pipeline) -> dict:
     settings, labels = p.config.roles, {user_id: [] for user_id in p.users}
     if settings.matcher == "rules":
         everyone = ([s.summary for s in u.sessions] for u in p.users.values())
-        matcher = roles.RuleMatcher(
-            p.encoder,
-            settings.match_cosine,
-            settings.match_cosine_alone,
-            roles.themes(everyone, settings.theme_share),
-        )
+        matcher = roles.RuleMatcher(p.encoder, roles.themes(everyone))
     else:
-        from roles import chat
+        from roles import prompted
 
-        matcher = chat.LLMMatcher(
-            p.chat(settings.matcher), p.encoder, settings.match_candidates, settings.match_floor
-        )
+        matcher = prompted.LLMMatcher(p.chat(settings.matcher), p.encoder)
     for (user_id, _), found in zip(rows, matcher.match(jobs), strict=True):  # (E, L) each
         labels[user_id].append(np.where((found > 0).any(1), 1, found.min(1, initial=0)).tolist())
     write_json(p.run / "match" / "revisited.json", labels)
