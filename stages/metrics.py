@@ -125,7 +125,7 @@ class TopicClassifier:
     `accuracy` is measured on a fifth of the names, left out of the fit.
     """
 
-    def __init__(self, encode: Callable, path: Path = ROOT / "configs" / "taxonomy.yaml"):
+    def __init__(self, encode: Callable, path: Path = ROOT / "world" / "taxonomy.yaml"):
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["categories"]
         pairs = [
             (str(name), category)
