@@ -52,6 +52,7 @@ from config import (
 from pipeline import Pipeline, base_folder, short, sum_counts
 from serving import feedback
 from stages import isg, rid
+from tools import doctor, plan
 
 # ------------------------------------------------------------------------------------ world, base
 
@@ -285,9 +286,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, arguments.settings)
     if arguments.plan or arguments.doctor:
-        from tools import plan
-
-        print(plan.plan(config) if arguments.plan else plan.doctor(config))
+        print(plan.plan(config) if arguments.plan else doctor.doctor(config))
         return
     stages = arguments.stage or ["all"]
     with joined_processes():
