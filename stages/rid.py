@@ -21,9 +21,25 @@ import torch
 
 import icebreaker as ib
 import roles
-from config import UserError, atomic_path, read_json, read_tensors, write_json, write_tensors
+from config import (
+    UserError,
+    atomic_path,
+    progress,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from encoder import Encoder, embed
-from pipeline import Pipeline, progress
+from pipeline import Pipeline
+
+MATCH_CANDIDATES = 3  # later summaries that an LLM compares with an earlier one ...
+MATCH_FLOOR = 0.3  # ... of those at least this near by cosine
+MATCH_COSINE = 0.45  # two summaries share a subject: a key phrase and this cosine ...
+MATCH_COSINE_ALONE = 0.85  # ... or this cosine alone
+THEME_SHARE = 0.02  # phrases of more people than this are themes, no subjects
+ENCODER_LEARNING_RATE = 0.0  # above 0: the encoder of E_u and E_h is fine-tuned too
+ENCODER_RECOMPUTE = False  # gradient caching: activations of one encoder.batch_size
 
 # -------------------------------------------------------------------------- summarize, match
 
@@ -66,15 +82,15 @@ def stage_match(p: Pipeline) -> dict:
         everyone = ([s.summary for s in u.sessions] for u in p.users.values())
         matcher = roles.RuleMatcher(
             p.encoder,
-            settings.match_cosine,
-            settings.match_cosine_alone,
-            roles.themes(everyone, settings.theme_share),
+            MATCH_COSINE,
+            MATCH_COSINE_ALONE,
+            roles.themes(everyone, THEME_SHARE),
         )
     else:
         from roles import chat
 
         matcher = chat.LLMMatcher(
-            p.chat(settings.matcher), p.encoder, settings.match_candidates, settings.match_floor
+            p.chat(settings.matcher), p.encoder, MATCH_CANDIDATES, MATCH_FLOOR
         )
     for (user_id, _), found in zip(rows, matcher.match(jobs), strict=True):  # (E, L) each
         labels[user_id].append(np.where((found > 0).any(1), 1, found.min(1, initial=0)).tolist())
@@ -159,12 +175,12 @@ def fit_scorer(p: Pipeline, revisits: Revisits, train, valid) -> tuple[Callable,
     scorer = new_scorer(p)
     optimiser = torch.optim.AdamW(scorer.parameters(), settings.learning_rate, weight_decay=0.01)
     trained, tuned, encode = [*scorer.towers], None, None
-    if settings.encoder_learning_rate:
+    if ENCODER_LEARNING_RATE:
         tuned, size = copy.deepcopy(p.encoder.model).eval(), p.config.encoder.batch_size
         encode = functools.partial(
-            embed, tuned, batch_size=size, recompute=settings.encoder_recompute
+            embed, tuned, batch_size=size, recompute=ENCODER_RECOMPUTE
         )
-        weights = {"params": tuned.parameters(), "lr": settings.encoder_learning_rate}
+        weights = {"params": tuned.parameters(), "lr": ENCODER_LEARNING_RATE}
         optimiser.add_param_group(weights)
         trained.append(tuned)
     trained = torch.nn.ModuleList(trained)
