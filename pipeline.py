@@ -9,7 +9,6 @@ Legend: B rows, N summaries or starters, M interests, K slots, D embedding, F st
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ import icebreaker as ib
 import llm
 import roles
 from config import (
-    ROOT,
     Config,
     EndpointConfig,
     RunFolder,
@@ -63,8 +61,6 @@ class Pipeline:
                 raise UserError(f"data.{name}={path}: no such file")
         if config.data.impressions and not config.data.users:
             raise UserError("data.impressions: needs data.users, the people it was shown to")
-        if config.generator.attention == "flex_attention" and not torch.cuda.is_available():
-            raise UserError("generator.attention=flex_attention: needs a GPU; 'sdpa' needs none")
         self._check_players(config)
         self.config, self.run = config, RunFolder(config, describe)
         self._chats: dict = {}
@@ -258,16 +254,7 @@ class Pipeline:
 
     @property
     def model_path(self) -> str:
-        """A hub id or a folder. Raises UserError where the embedded model is not there yet."""
-        if self.config.generator.model:
-            return self.config.generator.model
-        folder = base_folder(self.config)
-        if not (folder / "config.json").is_file():
-            raise UserError(
-                f"{folder}: no embedded model of these settings (base.*); python train.py --stage "
-                f"base makes it, with the same settings"
-            )
-        return str(folder)
+        return llm.model_path(self.config.generator)
 
     @cached_property
     def tokenizer(self):
@@ -302,7 +289,7 @@ class Pipeline:
             return llm.sample(
                 model, self.tokenizer, [self.prompt(x) for x in prompts], n, seed=seed,
                 max_new_tokens=g.max_new_tokens, temperature=g.temperature, top_p=g.top_p,
-                top_k=g.top_k, rows=g.sample_rows, sampler=g.sampler, numbers=numbers,
+                top_k=g.top_k, rows=g.sample_rows, numbers=numbers,
             )
 
         return self._full_lists(draw, inputs, n, seed, repeats)
@@ -428,17 +415,6 @@ class Pipeline:
         ranker = self.new_ranker()
         ranker.load_state_dict(read_tensors(self.run / folder / f"{name}.safetensors"))
         return ranker.eval()
-
-
-def base_folder(config: Config) -> Path:
-    """The embedded base model: in weights/ where it ships with these settings, else built once for
-    all runs below run.root."""
-    g = config.generator
-    name = f"base-{digest(config.base, g.instruction, g.list_size)}"
-    shipped = ROOT / "weights" / name
-    if (shipped / "figures.json").is_file():  # relative, since adapters keep their base's path
-        return Path(os.path.relpath(shipped))
-    return Path(config.run.root) / name
 
 
 def history_of(

@@ -45,11 +45,9 @@ from config import (
     gather,
     load_config,
     processes,
-    read_json,
     script,
-    write_json,
 )
-from pipeline import Pipeline, base_folder, short, sum_counts
+from pipeline import Pipeline, short, sum_counts
 from serving import feedback
 from stages import isg, rid
 
@@ -70,19 +68,9 @@ def stage_world(p: Pipeline) -> dict:
 
 
 def stage_base(p: Pipeline) -> dict:
-    """The embedded stand-in for Qwen2.5, pre-trained unless it ships; or a named model."""
-    if p.config.generator.model:
-        llm.check_model(p.model_path, p.config.generator.revision)
-        return {"model": p.config.generator.model}
-    folder = base_folder(p.config)
-    if not (folder / "figures.json").is_file():
-        from tools import tiny_model
-
-        print(f"  base: {p.config.base.batches} batches to learn from; weights/ has the default's")
-        write_json(
-            folder / "figures.json", tiny_model.build_base(p.config.base, p.config.generator, folder)
-        )
-    return {"folder": str(folder), **read_json(folder / "figures.json")}
+    """Refuse now, before hours of other stages, a generator that is not there."""
+    llm.check_model(p.model_path, p.config.generator.revision)
+    return {"model": p.model_path}
 
 
 # ------------------------------------------------------------------------------------------ merge
@@ -125,7 +113,7 @@ MATCHER = (
 )
 STAGES = {
     "world": Stage(stage_world, (), ("world", "data"), alone=True),
-    "base": Stage(stage_base, (), ("base", "generator"), alone=True),
+    "base": Stage(stage_base, (), ("generator",), alone=True),
     "summarize": Stage(rid.stage_summarize, ("world",), ("roles.summariser",), alone=True),
     "match": Stage(rid.stage_match, ("summarize",), MATCHER, alone=True),
     "rid": Stage(rid.stage_rid, ("match",), ("rid",), alone=True),
@@ -151,9 +139,7 @@ def stage_key(p: Pipeline, name: str, *without: str) -> str:
     if name == "world" and p.config.data.users:
         files = [file_digest(f) for f in (p.users_file, p.impressions_file) if f]
     if name == "base" and not p.config.generator.model:
-        folder = base_folder(p.config)
-        if folder.parent != Path(p.config.run.root):  # it ships
-            files = [file_digest(folder / "model.safetensors")]
+        files = [file_digest(Path(p.model_path) / "model.safetensors")]
     config = copy.deepcopy(p.config)
     for setting in (*HOW, *without):
         section, field = setting.split(".")

@@ -168,17 +168,17 @@ class Local:
     @torch.no_grad()
     def answers(self, requests: list[Request]) -> Iterator[tuple[int, str, str]]:
         order = sorted(range(len(requests)), key=lambda i: requests[i].temperature)
-        ended, pad = llm._Ends(self.model, self.tokenizer, "</sug>"), self.tokenizer.pad_token_id
-        ends = {pad, *ended.ends.tolist()}
+        ends = {self.tokenizer.pad_token_id} | llm.end_tokens(self.model, self.tokenizer)
         for temperature, group in itertools.groupby(order, lambda i: requests[i].temperature):
-            draw = llm._FastDraw(temperature, top_p=1.0, top_k=0, seed=0)
             while batch := list(itertools.islice(group, self.rows)):
-                prompts, t = [self._prompt(requests[i]) for i in batch], self.max_tokens
-                draw.begin([requests[i].sample for i in batch], 1, t)
-                tokens = llm._decode(self.model, prompts, 1, t, draw, ended, pad)[:, 0]  # (B, T)
-                texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-                for i, text, last in zip(batch, texts, tokens[:, -1].tolist(), strict=True):
-                    whole = last in ends or "</sug>" in text
+                drawn = llm.sample_ids(
+                    self.model, self.tokenizer, [self._prompt(requests[i]) for i in batch], 1,
+                    max_new_tokens=self.max_tokens, temperature=temperature, top_p=1.0, seed=0,
+                    numbers=[requests[i].sample for i in batch], rows=self.rows,
+                )
+                for i, (tokens,) in zip(batch, drawn, strict=True):
+                    text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+                    whole = tokens[-1].item() in ends or "</sug>" in text
                     yield i, text, "cut short" if not whole else "" if text.strip() else "empty"
 
     def _prompt(self, request: Request) -> list[int]:
@@ -369,7 +369,7 @@ Answer with that line alone.""" + _DATA
 
 def _data(**fields) -> str:
     """A block that its text cannot leave: one line of JSON without markup, between tags."""
-    text = data.plain(_encodable(json.dumps(fields, ensure_ascii=False)))
+    text = llm.plain(_encodable(json.dumps(fields, ensure_ascii=False)))
     text = re.sub(r"\[(/?[A-Z_]+)\]", r"(\1)", text)  # control tokens of Mistral: [/INST]
     return f"<data>\n{text}\n</data>"
 
@@ -422,7 +422,7 @@ _REFUSAL = re.compile(
 
 def read_line(text: str) -> str:
     """The first line with content, without bullet and quotes, cut to 200 characters. No refusal."""
-    lines = [roles._clean(line) for line in _answer_part(text).splitlines()]
+    lines = [llm.clean_starter(line) for line in _answer_part(text).splitlines()]
     line = next((x for x in lines if any(map(str.isalnum, x)) and x[-1] not in ":："), None)
     if line is None or _REFUSAL.match(line):
         raise ValueError("no line")

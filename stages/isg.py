@@ -365,7 +365,7 @@ def list_logps(p: Pipeline, policy: Callable, rows) -> list[torch.Tensor]:
     """
     prompts, lists = zip(*rows, strict=True)
     g = p.config.generator
-    return policy(list(prompts), list(lists), g.head_chunk, g.attention)
+    return policy(list(prompts), list(lists), g.head_chunk)
 
 
 def part_of(batch: list) -> tuple[list, float]:

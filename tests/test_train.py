@@ -24,7 +24,7 @@ import eval as evaluation
 import llm
 import roles
 import train
-from config import ROOT, UserError, read_json, read_tensors
+from config import ROOT, GeneratorConfig, UserError, read_json, read_tensors
 from encoder import packaged_minilm
 from stages import isg, rid
 
@@ -39,8 +39,6 @@ def test_a_killed_run_resumes_to_the_same_bytes_and_never_reads_the_truth(
     finished, tmp_path, monkeypatch
 ):
     """The second run is killed in DPO's round 2, and trains with the hidden truth taken away."""
-    base = next(finished.parent.glob("base-*"))
-    shutil.copytree(base, tmp_path / base.name)
     config, whole_align = micro(tmp_path), isg.align
     train.run_stages(config, ["world"])
     truth = tmp_path / "tiny" / "world" / "truth"
@@ -147,7 +145,7 @@ QWEN_TEMPLATE = (  # that of Qwen2.5 Instruct in short: a system message comes b
 def qwen(finished, tmp_path_factory):
     """A local folder like Qwen/Qwen2.5-7B-Instruct, but small and random."""
     folder = tmp_path_factory.mktemp("hub") / "qwen"
-    tokenizer = llm.load_tokenizer(str(next(finished.parent.glob("base-*"))))
+    tokenizer = llm.load_tokenizer(llm.model_path(GeneratorConfig()))
     tokenizer.chat_template = QWEN_TEMPLATE
     tokenizer.add_tokens(["<tool_call>", "</tool_call>"])
     tokenizer.save_pretrained(folder)
@@ -406,11 +404,9 @@ def test_logs_of_tapped_lists_alone_skip_the_baseline(finished, tmp_path):
     assert not (p.run / "dpo" / "vanilla" / "adapter").exists()
 
 
-def test_a_prompt_without_room_and_a_base_that_is_not_there_are_named(finished):
+def test_a_prompt_without_room_is_named(finished):
     with pytest.raises(UserError, match="generator.max_prompt_tokens: .* no room"):
         train.Pipeline(micro(finished.parent, "generator.max_prompt_tokens=5")).prompt(["Chess"])
-    with pytest.raises(UserError, match="no embedded model of these settings"):
-        _ = train.Pipeline(micro(finished.parent, "base.seed=9")).tokenizer
 
 
 def test_a_last_batch_of_one_starter_does_not_stop_the_ranker(finished, tmp_path):
