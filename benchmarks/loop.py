@@ -88,8 +88,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "runs" / Path(arguments.run).name
         shutil.copytree(arguments.run, run, ignore=shutil.ignore_patterns("serve.sqlite*"))
-        for base in Path(arguments.run).parent.glob("base-*"):
-            shutil.copytree(base, run.parent / base.name)
         loop(run, arguments.people, arguments.visits)
 
 
