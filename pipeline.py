@@ -258,8 +258,8 @@ class Pipeline:
         folder = base_folder(self.config)
         if not (folder / "config.json").is_file():
             raise UserError(
-                f"{folder}: no embedded model of these settings; python train.py --stage base makes it, "
-                f"with the same settings"
+                f"{folder}: no embedded model of these settings; python train.py --stage base "
+                f"makes it, with the same settings"
             )
         return str(folder)
 

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import ROOT, Config, GeneratorConfig, UserError
+from tools import tiny_model
 
 GIB = 2**30
 CARDS = (12, 24, 40, 80)  # GiB
@@ -113,7 +114,7 @@ def read_shape(path: Path) -> Shape:
 
 def find_shape(config: Config) -> Shape:
     """Of generator.model: a local folder, the hub's local cache, or a known Qwen2.5."""
-    g, b = config.generator, config.base
+    g, b = config.generator, tiny_model.BASE
     if not g.model:
         sizes = (b.hidden, b.layers, b.heads, b.kv_heads, b.intermediate, b.vocabulary)
         return Shape(*sizes, tied=True, head_dim=b.hidden // b.heads)
