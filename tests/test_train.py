@@ -91,8 +91,8 @@ def test_exported_pairs_train_in_trl_as_they_are(finished, tmp_path):
     (tmp_path / "run" / "dpo" / "round10").mkdir()  # of an earlier training with more rounds
     shutil.copy(finished / "dpo/round1/pairs.json", tmp_path / "run" / "dpo" / "round10")
     out = tmp_path / "pairs.jsonl"
-    command = [sys.executable, ROOT / "data.py", "export", "trl", tmp_path / "run", "--out", out]
-    subprocess.run(command, check=True)
+    command = [sys.executable, "-m", "tools.logs", "export", "trl", tmp_path / "run", "--out", out]
+    subprocess.run(command, check=True, cwd=ROOT)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     pairs = [x for n in (1, 2) for x in read_json(finished / f"dpo/round{n}/pairs.json")]
     assert len(rows) == sum(len(x["rejected"]) for x in pairs) > 0
