@@ -90,7 +90,7 @@ def read_grade(text: str) -> float:
 
 def read_line(text: str) -> str:
     """The first line with content, without bullet and quotes, cut to 200 characters. No refusal."""
-    for line in map(clean, _answer_part(text).splitlines()):
+    for line in map(clean_starter, _answer_part(text).splitlines()):
         if any(map(str.isalnum, line)) and line[-1] not in ":：":  # "Here is the line:"
             break
     else:
