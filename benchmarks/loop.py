@@ -23,11 +23,11 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+from pipeline import Pipeline
 
 from benchmarks.serve import server
 from config import ROOT, load_config
 from eval import bootstrap_interval
-from pipeline import Pipeline
 from world import people
 
 AT_ONCE, DRAWS = 16, 3

@@ -10,7 +10,6 @@ choose offline rules over text (rules.py) instead; both have the same methods (p
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np

@@ -20,11 +20,10 @@ from typing import TypeVar
 
 import numpy as np
 
-import data
 import llm
 from data import Message
-from roles.chat import Chat, Request, encodable
 from llm import clean_starter, parse_starters
+from roles.chat import Chat, Request, encodable
 from roles.text import Encode, chores, cosines, patterns, read_yaml, same_text
 
 T = TypeVar("T")

@@ -11,11 +11,11 @@ import time
 from types import SimpleNamespace
 
 import prometheus_client as prometheus
+from pipeline import progress
 
 import data
 import roles
 from config import Config, digest
-from pipeline import progress
 from serving.batcher import Batcher, Job
 from serving.engine import Answer, Ask, Engine
 from serving.store import Store

@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pipeline import Pipeline, State, history_of, profile_text, scorer_inputs
 
 import data
 import icebreaker as ib
 import llm
 import roles
 from config import Config, UserError, digest, read_json, read_tensors
-from pipeline import Pipeline, State, history_of, profile_text, scorer_inputs
 from serving import feedback
 from stages import isg, rid
 
