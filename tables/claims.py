@@ -9,15 +9,13 @@ Unstated in the paper: how its claims were tested; users are drawn again within 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import yaml
 
 from stages.metrics import bootstrap, user_lifts
+from tables import experiments
 from world import ab
 
 Seeds = list[dict]  # report/values.json of each seed
@@ -44,17 +42,8 @@ class Claim:
     base: str = "PE"
 
 
-@functools.cache
-def written() -> dict:
-    """What claims.yaml holds: units, reasons, reading, built_in, claims."""
-    return yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-
-
 def all_claims() -> list[Claim]:
-    return [Claim(**fields) for fields in written()["claims"]]
-
-
-# ------------------------------------------------------------------------- the two sides of a claim
+    return [Claim(**fields) for fields in experiments.read("claims")["claims"]]
 
 
 def values_of(seed: dict, method: str, metric: str, base: str = "PE") -> dict[str, float]:
@@ -75,9 +64,7 @@ def paired(
     return [np.array([a[u] - factor * b[u] for u in a if u in b]) for a, b in sides]
 
 
-def pooled(
-    metric: str, topics: dict[str, dict[str, int]], draws: int = 0, seed: int = 0
-) -> np.ndarray:
+def pooled(metric: str, topics: dict[str, dict], draws: int = 0, seed: int = 0) -> np.ndarray:
     """(1 + draws,): a metric of POOLED of all users' topics, then of bootstrap samples of users.
 
     topics: user -> category -> number of texts. Not a mean over users, so metrics.bootstrap does
@@ -167,7 +154,7 @@ def counted(rows: list[dict]) -> str:
 
 def claims_page(rows: list[dict], note: str) -> str:
     """results/claims.md."""
-    texts = written()
+    texts = experiments.read("claims")
     lines = ["# The paper's claims, one by one", "", note, "",
              f"{counted(rows)}. (Ours have no figure of the paper.)", "",
              texts["reading"], "", texts["built_in"], "",

@@ -36,21 +36,24 @@ class Table:
     chosen: tuple[str, ...] = ()  # what is chosen from the lists of each of SEARCHED
     note: str = ""  # of what stands below the table, or in its place
     head: tuple[str, ...] = ()  # columns of that
+    note: str = ""  # of what stands below the table, or in its place
+    head: tuple[str, ...] = ()  # columns of that
 
 
 @functools.cache
-def written() -> dict:
-    """What experiments.yaml holds: variants, methods, lengths, quick, tables, and texts."""
-    return yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+def read(name: str = "experiments") -> dict:
+    """What experiments.yaml or claims.yaml holds."""
+    path = Path(__file__).with_name(f"{name}.yaml")
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def methods() -> dict[str, Method]:
-    return {name: Method(**fields) for name, fields in written()["methods"].items()}
+    return {name: Method(**fields) for name, fields in read()["methods"].items()}
 
 
 def tables() -> dict[str, Table]:
     """Name of --reproduce -> table, in the order of the report."""
-    return {name: Table(**fields) for name, fields in written()["tables"].items()}
+    return {name: Table(**fields) for name, fields in read()["tables"].items()}
 
 
 def rows_of(table: Table) -> list[str]:

@@ -24,7 +24,6 @@ from tables.claims import LIFTS, Seeds, claims_page, judged, paired, pooled, val
 from world import ab
 
 ROUNDS = ["early", "middle", "IceBreaker", "round 4", "round 5"]  # after 1, 2, ... 5 of DPO
-LAMBDAS = (", lambda 0.1", "", ", lambda 0.5")  # endings of a chooser's name; "": dpo.weight, 0.2
 
 # --------------------------------------------------------------------------------------- statistics
 
@@ -45,12 +44,6 @@ def spread(rows: list[np.ndarray], form: str) -> str:
     """Mean ± half-width of `over_seeds`; the mean alone for one seed."""
     mean, half = over_seeds(rows)
     return format(mean, form) + ("" if np.isnan(half) else f" ± {format(half, form.lstrip('+'))}")
-
-
-def interval(rows: list[np.ndarray], scale: float = 1.0) -> tuple[float, list[float]]:
-    """(mean, [low, high]) over users, as the pictures draw it, divided by `scale`."""
-    value, low, high = (end / scale for end in bootstrap(rows))
-    return value, [low, high]
 
 
 # ------------------------------------------------------------------------------------------ tables
@@ -136,7 +129,7 @@ def measured(seeds: Seeds) -> str:
     """What the other figures rest on: rankers, scorer, classifier and matcher against the truth."""
     basis = [s["basis"] for s in seeds]
     values = {name: [functools.reduce(operator.getitem, path.split("."), b) for b in basis]
-              for name, path in experiments.written()["basis"].items()}
+              for name, path in experiments.read()["basis"].items()}
     values |= {f"in round {i} of DPO no checkpoint was better than its start": kept
                for i, kept in enumerate(zip(*(b["kept_start"] for b in basis), strict=True), 1)}
     ours, sft = (per_seed(seeds, m, "lexical_compared") for m in ("IceBreaker", "SFT"))
@@ -151,107 +144,104 @@ def measured(seeds: Seeds) -> str:
 # ---------------------------------------------------------------------------------------- pictures
 
 
-def daily(seeds: Seeds) -> dict[str, dict]:
-    """arm -> CTR, and sessions per user and day, up to each day: means over seeds, with 95 %
+def daily(seeds: Seeds, name: str, per_day: bool = False) -> dict[str, dict]:
+    """arm -> "ctr" or "sessions" up to each day as figures.lines has it: means over seeds, with 95 %
     intervals over users (normal; errors of the seeds are independent)."""
     arms = {}
     for arm in seeds[0]["ab"]["arms"]:
-        days = [s["ab"]["arms"][arm]["cumulative"] for s in seeds]
-        if not all(days):  # it met nobody
+        seeds_days = [s["ab"]["arms"][arm]["cumulative"] for s in seeds]
+        if not all(seeds_days):  # it met nobody
             continue
-        arms[arm] = {"day": [*range(1, len(days[0]["ctr"]) + 1)]}
-        for name, per in (("ctr", 1), ("sessions", np.array(arms[arm]["day"]))):
-            mean = np.mean([d[name] for d in days], axis=0) / per  # (days,)
-            half = 1.96 * np.sqrt(np.sum(np.square([d[f"{name}_error"] for d in days]), 0)) / per
-            ends = {"": 0, "_low": -half, "_high": half}
-            arms[arm] |= {name + k: (mean + h / len(days)).tolist() for k, h in ends.items()}
+        values, errors = (np.array([d[k] for d in seeds_days]) for k in (name, f"{name}_error"))
+        days = np.arange(1, values.shape[1] + 1)
+        scale = 1 / days if per_day else 100  # CTR in per cent
+        mean, half = values.mean(0), 1.96 * np.sqrt((errors**2).sum(0)) / len(seeds)
+        ends = {"y": mean, "low": mean - half, "high": mean + half}
+        arms[arm] = {"x": days.tolist()} | {k: (scale * end).tolist() for k, end in ends.items()}
     return arms
 
 
-def frontier(seeds: Seeds, wanted: list[str], have: set[str]) -> tuple[dict, dict]:
-    """Points and lines of figures.frontier: table 1's methods, and what lambda changes."""
-    labels, lines = {}, {}
-    trained = {"IceBreaker": "", "lambda 0.5": "λ 0.5", "lambda 1.0": "λ 1"}
-    if {*trained} <= have:
-        lines["DPO"] = [*trained]
-        labels |= trained
-    if "serving" in wanted:
-        for method, kind in (("SFT", "MMR"), ("SFT", "DPP"), ("SFT", "list search"),
-                             ("IceBreaker", "list search")):
-            best = f"{method}, highest utility"  # where every chooser with lambda 1 ends
-            sweep = [f"{method}, {kind}{end}" for end in LAMBDAS]
-            lines[f"{method}, {kind}"] = [*sweep, best]
-            labels |= {**dict.fromkeys(sweep, ""), sweep[0]: "λ 0.1", best: "λ 1"}
-    labels |= {method: method for method in paper_figures()["table1"]}
-    points = {}
-    for method, label in labels.items():
-        x, y = (interval(per_seed(seeds, method, m)) for m in ("r_score", "lexical"))
-        points[method] = {"x": x[0], "x_interval": x[1], "y": y[0], "y_interval": y[1],
-                          "label": label}
-    return points, lines
+def draw_days(seeds: Seeds, path: Path) -> None:
+    figures.lines({"click-through rate (CTR), %": daily(seeds, "ctr"),
+                   "sessions per user and day": daily(seeds, "sessions", per_day=True)},
+                  path, "day of the test", "A/B test: means of all days up to each, bands 95 %")
 
 
 def draw_frontier(seeds: Seeds, wanted: list[str], have: set[str], path: Path) -> None:
-    points, lines = frontier(seeds, wanted, have)
-    figures.frontier(points, path, lines, xlabel="utility: R-Score against PE (held-out ranker)",
-                     ylabel="distinct keywords per list",
-                     title="Utility against diversity; lines: lambda, the weight of utility, is "
-                     "0.1, 0.2, 0.5, 1; bars: 95 % over users, of these trainings")
+    """Table 1's methods, and what lambda changes: in training, and in choosing when serving."""
+    lines = {}
+    if {"lambda 0.5", "lambda 1.0"} <= have:
+        lines["DPO"] = {"IceBreaker": "", "lambda 0.5": "λ 0.5", "lambda 1.0": "λ 1"}
+    if "serving" in wanted:
+        for method, kind in (("SFT", "MMR"), ("SFT", "DPP"), ("SFT", "list search"),
+                             ("IceBreaker", "list search")):
+            choices = (f"{kind}, lambda 0.1", kind, f"{kind}, lambda 0.5", "highest utility")
+            names = (f"{method}, {choice}" for choice in choices)
+            lines[f"{method}, {kind}"] = dict(zip(names, ("λ 0.1", "", "", "λ 1"), strict=True))
+    methods = dict.fromkeys([m for names in lines.values() for m in names], 0)
+    points = {method: tuple(bootstrap(per_seed(seeds, method, m)) for m in ("r_score", "lexical"))
+              for method in methods | dict.fromkeys(paper_figures()["table1"])}
+    figures.frontier(points, path, lines, "utility: R-Score against PE (held-out ranker)",
+                     "distinct keywords per list", "Utility against diversity; lines: lambda, the "
+                     "weight of utility, is 0.1, 0.2, 0.5, 1; bars: 95 % over users, of these "
+                     "trainings")
 
 
 def draw_hacking(seeds: Seeds, path: Path) -> None:
     """Lifts over PE as the training ranker, the held-out one and the hidden truth see them."""
-    judges = {"train": "train_utility", "held_out": "utility", "truth": "true_clicks"}
-    rows: dict[str, dict] = {m: {} for m in paper_figures()["table1"] if m != "PE"}
-    for judge, metric in judges.items():
-        base = over_seeds(per_seed(seeds, "PE", metric))[0]  # their units differ: shares of PE's
-        for method, row in rows.items():
-            lift, ends = interval(paired(seeds, metric, method, "PE"), base)
-            row[judge] = {"lift": lift, "interval": ends}
-    figures.hacking(rows, path, title="Lift over PE, by who judges; whiskers: 95 % over users, of "
-                    "these trainings")
+    judges = {"training ranker": "train_utility", "held-out ranker": "utility",
+              "hidden truth": "true_clicks"}
+    # Their units differ: lifts are shares of PE's mean.
+    base = {judge: over_seeds(per_seed(seeds, "PE", m))[0] for judge, m in judges.items()}
+    rows = {
+        method: {judge: tuple(end / base[judge] for end in bootstrap(paired(seeds, m, method, "PE")))
+                 for judge, m in judges.items()}
+        for method in paper_figures()["table1"] if method != "PE"
+    }
+    figures.hacking(rows, path, "Lift over PE, by who judges; whiskers: 95 % over users, of these "
+                    "trainings")
 
 
 def draw_rings(seeds: Seeds, path: Path) -> None:
-    shares = {stage: mean_shares(seeds, stage) for stage in seeds[0]["topics"]}
-    stages = {"history": "history", "RID": "trigger interests", "IceBreaker": "starters"}
+    names = {"history": "history", "RID": "trigger interests", "IceBreaker": "starters"}
     panels = [
-        {"title": title, "inner": shares[a], "outer": shares[b],
-         "inner_label": stages[a], "outer_label": stages[b]}
+        {"title": title, "inner": mean_shares(seeds, a), "outer": mean_shares(seeds, b),
+         "inner_label": names[a], "outer_label": names[b]}
         for title, a, b in (("RID", "history", "RID"), ("ISG", "RID", "IceBreaker"))
     ]
-    figures.rings(panels, path, functional={"Chores"}, title="Topics, means over seeds")
+    figures.rings(panels, path, {"Chores"}, "Topics, means over seeds")
 
 
 def draw_rounds(seeds: Seeds, path: Path) -> None:
     """R-Score and keywords after each of five rounds of DPO."""
-    series = {}
-    for metric in ("r_score", "lexical"):
-        ends = zip(*(bootstrap(per_seed(seeds, m, metric)) for m in ROUNDS), strict=True)
-        series[metric] = {"x": [*range(1, len(ROUNDS) + 1)],
-                          **dict(zip(("y", "low", "high"), map(list, ends), strict=True))}
-    figures.lines({"R-Score": series["r_score"]}, path, "round", "R-Score",
-                  "Utility and diversity by round; bands: 95 % over users, of these trainings",
-                  {"keywords": series["lexical"]}, "distinct keywords per list")
+    panels = {}
+    for label, metric in (("R-Score", "r_score"), ("distinct keywords per list", "lexical")):
+        y, low, high = zip(*(bootstrap(per_seed(seeds, m, metric)) for m in ROUNDS), strict=True)
+        x = range(1, len(ROUNDS) + 1)
+        panels[label] = {"IceBreaker": {"x": x, "y": y, "low": low, "high": high}}
+    figures.lines(panels, path, "round", "Utility and diversity by round; bands: 95 % over users, "
+                  "of these trainings")
 
 
 def pictures(seeds: Seeds, log: list[dict], folder: Path, wanted: list[str]) -> list[str]:
     """Write the PNGs that these tables allow; returns their names."""
     have = {m for m in seeds[0]["values"] if all(m in s["values"] for s in seeds)}
-    draw: dict[str, tuple[bool, Callable[[Path], None]]] = {  # name -> (whether it can be, how)
-        "training_curves": (True, lambda path: figures.curves(
+    draw: dict[str, Callable[[Path], None]] = {
+        "training_curves": lambda path: figures.curves(
             log, path, "Training on the first seed (long ones: each step thin, a running mean "
-            "thick)")),
-        "frontier": (True, lambda path: draw_frontier(seeds, wanted, have, path)),
-        "reward_hacking": (True, lambda path: draw_hacking(seeds, path)),
-        "rings": ("figure3" in wanted, lambda path: draw_rings(seeds, path)),
-        "ab_days": ("2" in wanted, lambda path: figures.ab_days(daily(seeds), path)),
-        "rounds": ({*ROUNDS} <= have, lambda path: draw_rounds(seeds, path)),
+            "thick)"),
+        "frontier": lambda path: draw_frontier(seeds, wanted, have, path),
+        "reward_hacking": lambda path: draw_hacking(seeds, path),
     }
-    draw = {f"{name}.png": how for name, (possible, how) in draw.items() if possible}
+    if "figure3" in wanted:
+        draw["rings"] = lambda path: draw_rings(seeds, path)
+    if "2" in wanted:
+        draw["ab_days"] = lambda path: draw_days(seeds, path)
+    if {*ROUNDS} <= have:
+        draw["rounds"] = lambda path: draw_rounds(seeds, path)
     for name, how in draw.items():
-        how(folder / name)
-    return [*draw]
+        how(folder / f"{name}.png")
+    return [f"{name}.png" for name in draw]
 
 
 # --------------------------------------------------------------------------------------- the report
@@ -259,7 +249,9 @@ def pictures(seeds: Seeds, log: list[dict], folder: Path, wanted: list[str]) -> 
 
 def reproduction_page(seeds: Seeds, wanted: list[str], note: str, names: list[str]) -> str:
     """reproduction.md: the tables that are wanted, what they rest on, the pictures."""
-    texts = experiments.written()
+    texts = experiments.read()
+    one = seeds[0]["ab"]
+    people = ", ".join(str(len(s["ab"]["arms"][ab.CONTROL]["users"])) for s in seeds)
     one = seeds[0]["ab"]
     people = ", ".join(str(len(s["ab"]["arms"][ab.CONTROL]["users"])) for s in seeds)
     below = {"2": lambda: ab.table(ab.lifts([s["ab"] for s in seeds])),
