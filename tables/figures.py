@@ -12,7 +12,6 @@ hatch, topics of a ring in number.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import math
 import textwrap
@@ -20,7 +19,6 @@ from pathlib import Path
 
 import matplotlib.style
 import numpy as np
-from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Wedge
@@ -37,46 +35,26 @@ RING_COLOURS, GREY = [*COLOURS[:6], "#F0E442"], "#BBBBBB"
 MARKERS, HATCHES = "osD^vPX*<", ("", "///", "...")
 DASHES = ["-", "--", "-.", ":", (0, (6, 1)), (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1))]
 OTHERS, LEAST = "Others", 0.04  # topics with a smaller share are pooled
-CHINESE_FONTS = ["Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "PingFang SC",
-                 "WenQuanYi Micro Hei", "Microsoft YaHei", "SimHei", "Arial Unicode MS"]
 STYLE = {  # 8 inches of 120 dots; a README shows them at about 800 px, and 10 pt as 14 px
     "figure.dpi": 120, "savefig.dpi": 120, "font.size": 10, "axes.titlesize": 11,
     "figure.titlesize": 12, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True,
     "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.8,
     "hatch.linewidth": 0.8, "hatch.color": "black", "legend.frameon": False,
-    "axes.formatter.useoffset": False, "text.parse_math": False,  # a name may hold a dollar sign
+    "axes.formatter.useoffset": False,
 }
 HALO = [withStroke(linewidth=3, foreground="white")]  # behind text that lies on something
 
 
-@functools.cache
-def _fonts() -> tuple[list[str], frozenset[int]]:
-    """Font families in order of preference, and the code points that one of them has."""
-    files = {font.name: font.fname for font in font_manager.fontManager.ttflist}
-    # matplotlib's list of fonts is a cache: a file may be gone since.
-    names = [n for n in CHINESE_FONTS if n in files and Path(files[n]).is_file()][:1]
-    paths = [font_manager.findfont("DejaVu Sans"), *(files[n] for n in names)]
-    points = (font_manager.get_font(path).get_charmap() for path in paths)
-    return ["DejaVu Sans", *names], frozenset(itertools.chain(*points))
-
-
-def readable(name, width: int = 30, rows: int = 2) -> str:
-    """A name in at most `rows` lines of `width`; what no font here has becomes its code points."""
-    text, drawable = "", _fonts()[1]
-    words = " ".join(str(name).split())
-    for drawn, group in itertools.groupby(words, lambda char: ord(char) in drawable):
-        chars = list(group)
-        text += "".join(chars) if drawn else f"‹{' '.join(f'{ord(c):x}' for c in chars)}›"
-    width = width // 2 if any(ord(c) > 0x2E80 for c in text) else width  # Chinese is twice as wide
-    text = "\n".join(textwrap.wrap(text, width, max_lines=rows, placeholder=" …"))
-    return f" {text}" if text.startswith("_") else text  # matplotlib hides a label that begins so
+def readable(name: str, width: int = 30, rows: int = 2) -> str:
+    """A name in at most `rows` lines of `width` characters."""
+    return "\n".join(textwrap.wrap(name, width, max_lines=rows, placeholder=" …"))
 
 
 @contextlib.contextmanager
 def sheet(path: str | Path, title: str, panels: int = 1, height: float = 4.6):
     """Open a figure in the one style of all: yields (figure, axes); on disk whole or not at all."""
     columns = min(2, panels)
-    with matplotlib.style.context(["default", STYLE, {"font.family": _fonts()[0]}]):
+    with matplotlib.style.context(["default", STYLE]):
         figure = Figure((8, height), layout="constrained")  # inches
         figure.get_layout_engine().set(h_pad=0.07)
         FigureCanvasAgg(figure)  # no pyplot: no window, nothing shared between figures
@@ -117,11 +95,8 @@ def _bars(value, low, high) -> np.ndarray:
     return np.maximum([value - low, high - value], 0.0).reshape(2, -1)
 
 
-# ---------------------------------------------------------------------------------- lines and bars
-
-
 def lines(panels: dict[str, dict[str, dict]], path, xlabel: str, title: str) -> None:
-    """Label of a y axis -> label of a line -> {"x", "y", "low", "high"} (lists), lines with bands."""
+    """Label of a y axis -> label of a line -> {"x", "y", "low", "high"} (lists), bands too."""
     names = list(dict.fromkeys(name for rows in panels.values() for name in rows))
     with sheet(path, title, len(panels)) as (figure, axes):
         for ax, (ylabel, rows) in zip(axes, panels.items(), strict=True):
@@ -165,8 +140,9 @@ def hacking(rows: dict[str, dict[str, Interval]], path, title: str) -> None:
 def frontier(points: dict[str, tuple[Interval, Interval]], path, lines: dict[str, dict[str, str]],
              xlabel: str, ylabel: str, title: str) -> None:
     """Point -> (x, y), with 95 % bars; line -> its points in order (a sweep of lambda) -> what is
-    written beside each, perhaps nothing. A point of no line is named in the legend, as lines are."""
-    series = lines | {name: {name: ""} for name in points if not any(name in x for x in lines.values())}
+    written beside each, if anything. A point of no line is named in the legend, as lines are."""
+    joined = {name for names in lines.values() for name in names}
+    series = lines | {name: {name: ""} for name in points if name not in joined}
     with sheet(path, title, height=5.6) as (figure, [ax]):
         for i, (label, names) in enumerate(series.items()):
             x, y = (np.array([points[name][axis] for name in names]) for axis in (0, 1))  # (n, 3)
@@ -179,9 +155,6 @@ def frontier(points: dict[str, tuple[Interval, Interval]], path, lines: dict[str
         ax.margins(0.12)
         _label(ax, xlabel, ylabel)
         _legend(figure, _handles([ax]))
-
-
-# ------------------------------------------------------------------------------------------- rings
 
 
 def rings(panels: list[dict], path, functional, title: str) -> None:
@@ -238,9 +211,6 @@ def _pooled(shares: dict[str, float]) -> dict[str, float]:
     return pooled
 
 
-# ------------------------------------------------------------------------------------------ curves
-
-
 PANELS = [  # stage, field, title, x, y, a value to compare with
     ("rid", "loss", "RID: contrastive loss", "epoch", "loss, nats", None),
     ("rid", "valid_auc", "RID: held-out AUC (dotted: chance)", "epoch", "AUC", 0.5),
@@ -293,7 +263,7 @@ def curves(rows: list[dict], path, title: str) -> None:
         for ax, ((stage, _, name, xlabel, ylabel, level), series) in zip(axes, drawn, strict=True):
             for part, xy in series.items():
                 number = list(start).index(part) if part in start else part == "judge"
-                _trace(ax, number, *zip(*xy, strict=True), readable(RANKERS.get(part, part)))
+                _trace(ax, number, *zip(*xy, strict=True), readable(RANKERS.get(part, part or "")))
             if level is not None:
                 ax.axhline(level, color="black", linestyle=":", linewidth=1)
             if stage == "ranker":

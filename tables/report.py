@@ -4,6 +4,8 @@
 
 Section 3 of the paper: tables 1 to 3 and 6 to 9, figure 3, and what experiments.yaml adds.
 Departure: every cell has an interval over seeds (Student's t), the paper's have none.
+
+Legend: S seeds, U users of one seed.
 """
 
 from __future__ import annotations
@@ -25,24 +27,22 @@ from world import ab
 
 ROUNDS = ["early", "middle", "IceBreaker", "round 4", "round 5"]  # after 1, 2, ... 5 of DPO
 
-# --------------------------------------------------------------------------------------- statistics
-
 
 def per_seed(seeds: Seeds, method: str, metric: str, base: str = "PE") -> list[np.ndarray]:
-    """Values of the users of each seed; those of claims.LIFTS are against `base`."""
+    """Values of the users of each seed, (U,) each; those of claims.LIFTS are against `base`."""
     return [np.array([*values_of(s, method, metric, base).values()]) for s in seeds]
 
 
 def over_seeds(rows: list[np.ndarray]) -> tuple[float, float]:
     """(mean, half-width of the 95 % interval over seeds by Student's t; nan for one seed)."""
-    means, n = np.array([values.mean() for values in rows]), len(rows)
+    means, n = np.array([values.mean() for values in rows]), len(rows)  # (S,)
     half = t.ppf(0.975, n - 1) * means.std(ddof=1) / n**0.5 if n > 1 else float("nan")
     return float(means.mean()), float(half)
 
 
 def spread(rows: list[np.ndarray], form: str) -> str:
     """Mean ± half-width of `over_seeds`; the mean alone for one seed."""
-    mean, half = over_seeds(rows)
+    mean, half = over_seeds(rows)  # a half-width has no sign: "+.2f" without its plus
     return format(mean, form) + ("" if np.isnan(half) else f" ± {format(half, form.lstrip('+'))}")
 
 
@@ -65,15 +65,14 @@ def cell(seeds: Seeds, method: str, metric: str, form: str, base: str = "PE") ->
 
 def method_table(seeds: Seeds, name: str) -> str:
     """The table's methods, every metric; methods that were not trained are left out."""
-    wanted, paper = experiments.tables()[name], paper_figures().get(f"table{name}", {})
-    rows = [
-        [method, *(cell(seeds, method, metric, form, wanted.against) for _, metric, form in COLUMNS),
+    table, paper = experiments.tables()[name], paper_figures().get(f"table{name}", {})
+    head = ["Method", *(title for title, _, _ in COLUMNS),
+            "paper: R-User, R-Score, lexical, semantic"]
+    return markdown_table(head, [
+        [method, *(cell(seeds, method, metric, form, table.against) for _, metric, form in COLUMNS),
          ", ".join(paper.get(method, ["–"]))]
-        for method in experiments.rows_of(wanted)
-        if all(method in seed["values"] for seed in seeds)
-    ]
-    titles = [title for title, _, _ in COLUMNS]
-    return markdown_table(["Method", *titles, "paper: R-User, R-Score, lexical, semantic"], rows)
+        for method in experiments.rows_of(table) if all(method in s["values"] for s in seeds)
+    ])
 
 
 def second_table(seeds: Seeds, name: str) -> str:
@@ -82,22 +81,19 @@ def second_table(seeds: Seeds, name: str) -> str:
     if name == "1":  # what their starters speak of
         cells = {m: [(m, "known"), (m, "resonance")] for m in table.methods}
     elif name == "6":  # the interests themselves, before anything is written from them
-        cells = {kind: [(f"interests: {kind}", metric)
-                        for metric in ("judge_win", "resonance", "functional")]
-                 for kind in ("all", "rule", "RID")}
+        kinds, metrics = ("all", "rule", "RID"), ("judge_win", "resonance", "functional")
+        cells = {kind: [(f"interests: {kind}", m) for m in metrics] for kind in kinds}
     else:  # what beam, pool and chooser make of the objective of list search
         cells = {choice: [(f"{method}, {choice}", "value") for method in experiments.SEARCHED]
                  for choice in table.chosen}
-    return markdown_table(table.head, [
-        [label, *(cell(seeds, method, metric, ".3f") for method, metric in row)]
-        for label, row in cells.items()
-    ])
+    return markdown_table(table.head, [[label, *(cell(seeds, *pair, ".3f") for pair in pairs)]
+                                       for label, pairs in cells.items()])
 
 
 def cases(seeds: Seeds) -> str:
     """Table 3: users at fixed percentiles of the first seed's lift over SFT."""
     blocks = []
-    for case in seeds[0]["cases"]:
+    for case in seeds[0]["cases"]:  # texts of users: escaped, or one could write into the page
         texts = {k: "; ".join(map(escape, case[k])) for k in ("summaries", "interests")}
         starters = [f"- {m}: " + " · ".join(map(escape, ys)) for m, ys in case["starters"].items()]
         blocks += [f"**{case['percentile']}th percentile** (lift {case['lift']:+.4f})",
@@ -145,19 +141,18 @@ def measured(seeds: Seeds) -> str:
 
 
 def daily(seeds: Seeds, name: str, per_day: bool = False) -> dict[str, dict]:
-    """arm -> "ctr" or "sessions" up to each day as figures.lines has it: means over seeds, with 95 %
+    """arm -> "ctr" or "sessions" up to each day, as figures.lines has it: means over seeds with 95 %
     intervals over users (normal; errors of the seeds are independent)."""
     arms = {}
     for arm in seeds[0]["ab"]["arms"]:
-        seeds_days = [s["ab"]["arms"][arm]["cumulative"] for s in seeds]
-        if not all(seeds_days):  # it met nobody
-            continue
-        values, errors = (np.array([d[k] for d in seeds_days]) for k in (name, f"{name}_error"))
-        days = np.arange(1, values.shape[1] + 1)
-        scale = 1 / days if per_day else 100  # CTR in per cent
-        mean, half = values.mean(0), 1.96 * np.sqrt((errors**2).sum(0)) / len(seeds)
-        ends = {"y": mean, "low": mean - half, "high": mean + half}
-        arms[arm] = {"x": days.tolist()} | {k: (scale * end).tolist() for k, end in ends.items()}
+        days = [s["ab"]["arms"][arm]["cumulative"] for s in seeds]
+        if all(days):  # else the arm met nobody
+            values, errors = (np.array([d[k] for d in days]) for k in (name, f"{name}_error"))
+            x = np.arange(1, values.shape[1] + 1)
+            scale = 1 / x if per_day else 100  # of sums up to a day; of shares, in per cent
+            mean, half = values.mean(0), 1.96 * np.sqrt((errors**2).sum(0)) / len(seeds)
+            ends = {"y": mean, "low": mean - half, "high": mean + half}
+            arms[arm] = {"x": x.tolist()} | {k: (scale * end).tolist() for k, end in ends.items()}
     return arms
 
 
@@ -171,16 +166,18 @@ def draw_frontier(seeds: Seeds, wanted: list[str], have: set[str], path: Path) -
     """Table 1's methods, and what lambda changes: in training, and in choosing when serving."""
     lines = {}
     if {"lambda 0.5", "lambda 1.0"} <= have:
-        lines["DPO"] = {"IceBreaker": "", "lambda 0.5": "λ 0.5", "lambda 1.0": "λ 1"}
+        lines["IceBreaker, lambda in DPO"] = {"IceBreaker": "", "lambda 0.5": "",
+                                              "lambda 1.0": "λ 1"}
     if "serving" in wanted:
         for method, kind in (("SFT", "MMR"), ("SFT", "DPP"), ("SFT", "list search"),
                              ("IceBreaker", "list search")):
+            # With lambda 1 every chooser takes the highest utility.
             choices = (f"{kind}, lambda 0.1", kind, f"{kind}, lambda 0.5", "highest utility")
             names = (f"{method}, {choice}" for choice in choices)
             lines[f"{method}, {kind}"] = dict(zip(names, ("λ 0.1", "", "", "λ 1"), strict=True))
-    methods = dict.fromkeys([m for names in lines.values() for m in names], 0)
+    methods = [*(m for names in lines.values() for m in names), *paper_figures()["table1"]]
     points = {method: tuple(bootstrap(per_seed(seeds, method, m)) for m in ("r_score", "lexical"))
-              for method in methods | dict.fromkeys(paper_figures()["table1"])}
+              for method in dict.fromkeys(methods)}
     figures.frontier(points, path, lines, "utility: R-Score against PE (held-out ranker)",
                      "distinct keywords per list", "Utility against diversity; lines: lambda, the "
                      "weight of utility, is 0.1, 0.2, 0.5, 1; bars: 95 % over users, of these "
@@ -191,25 +188,24 @@ def draw_hacking(seeds: Seeds, path: Path) -> None:
     """Lifts over PE as the training ranker, the held-out one and the hidden truth see them."""
     judges = {"training ranker": "train_utility", "held-out ranker": "utility",
               "hidden truth": "true_clicks"}
-    # Their units differ: lifts are shares of PE's mean.
-    base = {judge: over_seeds(per_seed(seeds, "PE", m))[0] for judge, m in judges.items()}
-    rows = {
-        method: {judge: tuple(end / base[judge] for end in bootstrap(paired(seeds, m, method, "PE")))
-                 for judge, m in judges.items()}
-        for method in paper_figures()["table1"] if method != "PE"
-    }
+    rows = {method: {} for method in paper_figures()["table1"] if method != "PE"}
+    for judge, metric in judges.items():
+        base = over_seeds(per_seed(seeds, "PE", metric))[0]  # units differ: shares of PE's mean
+        for method, lifts in rows.items():
+            ends = bootstrap(paired(seeds, metric, method, "PE"))
+            lifts[judge] = tuple(end / base for end in ends)
     figures.hacking(rows, path, "Lift over PE, by who judges; whiskers: 95 % over users, of these "
                     "trainings")
 
 
 def draw_rings(seeds: Seeds, path: Path) -> None:
-    names = {"history": "history", "RID": "trigger interests", "IceBreaker": "starters"}
-    panels = [
-        {"title": title, "inner": mean_shares(seeds, a), "outer": mean_shares(seeds, b),
-         "inner_label": names[a], "outer_label": names[b]}
-        for title, a, b in (("RID", "history", "RID"), ("ISG", "RID", "IceBreaker"))
-    ]
-    figures.rings(panels, path, {"Chores"}, "Topics, means over seeds")
+    history, interests, starters = (mean_shares(seeds, s) for s in ("history", "RID", "IceBreaker"))
+    figures.rings([
+        {"title": "RID", "inner": history, "inner_label": "history",
+         "outer": interests, "outer_label": "trigger interests"},
+        {"title": "ISG", "inner": interests, "inner_label": "trigger interests",
+         "outer": starters, "outer_label": "starters"},
+    ], path, {"Chores"}, "Topics, means over seeds")
 
 
 def draw_rounds(seeds: Seeds, path: Path) -> None:
@@ -217,8 +213,7 @@ def draw_rounds(seeds: Seeds, path: Path) -> None:
     panels = {}
     for label, metric in (("R-Score", "r_score"), ("distinct keywords per list", "lexical")):
         y, low, high = zip(*(bootstrap(per_seed(seeds, m, metric)) for m in ROUNDS), strict=True)
-        x = range(1, len(ROUNDS) + 1)
-        panels[label] = {"IceBreaker": {"x": x, "y": y, "low": low, "high": high}}
+        panels[label] = {"IceBreaker": {"x": [1, 2, 3, 4, 5], "y": y, "low": low, "high": high}}
     figures.lines(panels, path, "round", "Utility and diversity by round; bands: 95 % over users, "
                   "of these trainings")
 
@@ -241,7 +236,7 @@ def pictures(seeds: Seeds, log: list[dict], folder: Path, wanted: list[str]) -> 
         draw["rounds"] = lambda path: draw_rounds(seeds, path)
     for name, how in draw.items():
         how(folder / f"{name}.png")
-    return [f"{name}.png" for name in draw]
+    return [*draw]
 
 
 # --------------------------------------------------------------------------------------- the report
@@ -249,12 +244,9 @@ def pictures(seeds: Seeds, log: list[dict], folder: Path, wanted: list[str]) -> 
 
 def reproduction_page(seeds: Seeds, wanted: list[str], note: str, names: list[str]) -> str:
     """reproduction.md: the tables that are wanted, what they rest on, the pictures."""
-    texts = experiments.read()
-    one = seeds[0]["ab"]
-    people = ", ".join(str(len(s["ab"]["arms"][ab.CONTROL]["users"])) for s in seeds)
-    one = seeds[0]["ab"]
-    people = ", ".join(str(len(s["ab"]["arms"][ab.CONTROL]["users"])) for s in seeds)
-    below = {"2": lambda: ab.table(ab.lifts([s["ab"] for s in seeds])),
+    texts, results = experiments.read(), [s["ab"] for s in seeds]
+    people = ", ".join(str(len(one["arms"][ab.CONTROL]["users"])) for one in results)
+    below = {"2": lambda: ab.table(ab.lifts(results)),
              "3": lambda: cases(seeds), "figure3": lambda: shares_table(seeds)}
     parts = ["# The paper's tables on the simulated platform\n", note + "\n", texts["legend"]]
     for name in wanted:
@@ -263,11 +255,10 @@ def reproduction_page(seeds: Seeds, wanted: list[str], note: str, names: list[st
         if table.methods:
             parts.append(method_table(seeds, name))
         if table.note:
-            parts.append(table.note.format(**one, people=people) + "\n")
+            parts.append(table.note.format(**results[0], people=people) + "\n")
             parts.append(below[name]() if name in below else second_table(seeds, name))
     parts += ["## Metrics\n", LEGEND + "\n" + texts["metrics"], measured(seeds)]
-    parts += [f"![{n.removesuffix('.png').replace('_', ' ')}]({n})\n" for n in names]
-    return "\n".join(parts)
+    return "\n".join(parts + [f"![{name.replace('_', ' ')}]({name}.png)\n" for name in names])
 
 
 def write(
@@ -275,15 +266,10 @@ def write(
 ) -> list[dict]:
     """reproduction.md, claims.md, reproduction.json and pictures into `folder`; returns claims."""
     folder.mkdir(parents=True, exist_ok=True)
-    starts = ", ".join(f"{start['minutes']:.0f} ({start['commit']})" for start in about["starts"])
+    minutes = ", ".join(f"{start['minutes']:.0f} ({start['commit']})" for start in about["starts"])
     hours = sum(start["core_hours"] for start in about["starts"])
-    note = (
-        f"{about['command']}: seeds {about['seeds']}, commit {about['commit']}, config "
-        f"{about['config']}. Minutes of its starts, which go on with what is there: {starts}; "
-        f"{hours:.1f} core hours on {about['processors']} processors. Methods wrote "
-        f"{seeds[0]['ab']['lists']} lists a user; what chooses when serving, and the popular "
-        "starters and the oracle, show one."
-    )
+    note = experiments.read()["about"].format(
+        **about, minutes=minutes, hours=hours, lists=seeds[0]["ab"]["lists"])
     rows = judged(seeds, wanted)
     methods = {
         method: {metric: over_seeds(per_seed(seeds, method, metric))

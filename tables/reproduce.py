@@ -21,7 +21,9 @@ import contextlib
 import json
 import multiprocessing
 import os
+import shlex
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -72,7 +74,7 @@ def train_run(words: list[str], path: str, seed: int, variant: str) -> None:
     write_starters(config, variant)
 
 
-# ------------------------------------------------------------------------------------------ the whole
+# ---------------------------------------------------------------------------------------- the whole
 
 
 def reproduce(
@@ -94,26 +96,15 @@ def reproduce(
     values = [read_json(report_folder(config) / "values.json") for config in configs]
     log = (report_folder(configs[0]).parent / "metrics.jsonl").read_text().splitlines()
     about = {
-        "command": command(names, seeds, path, words, quick, first), "seeds": numbers,
-        "config": digest(configs[0]), "commit": starts[-1]["commit"], "starts": starts,
-        "processors": os.cpu_count(),
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "seeds": numbers, "config": digest(configs[0]), "commit": starts[-1]["commit"],
+        "starts": starts, "processors": os.cpu_count(),
     }
     whole = names == list(tables) and seeds >= 3 and not (first or words) and is_default(path)
     out = ROOT / "results" if whole else root / ("quick" if quick else "partial") / "report"
     rows = report.write(values, names, [json.loads(line) for line in log], about, out)
     print((out / "reproduction.md").read_text(encoding="utf-8"))
     print(f"{claims.counted(rows)}: {out / 'claims.md'}")
-
-
-def command(
-    names: list[str], seeds: int, path: str, words: list[str], quick: bool, first: int
-) -> str:
-    """The command that gives this report again; words: those of --quick too."""
-    asked = [word for word in words if word not in experiments.read()["quick"]]
-    parts = ["python eval.py --reproduce"]
-    parts += ["all"] if names == list(experiments.tables()) else names
-    parts += [f"--seeds {seeds}", *[f"--first-seed {first}"] * bool(first), *["--quick"] * quick]
-    return " ".join([*parts, *asked, *[f"--config {path}"] * (not is_default(path))])
 
 
 # -------------------------------------------------------------------------------------------- tasks
@@ -129,9 +120,7 @@ class Task:
     length: float = 1.0  # beside a variant's, roughly; for the time that is left
 
 
-def tasks_of(
-    words: list[str], path: str, seeds: list[int], variants: list[str]
-) -> dict[str, Task]:
+def tasks_of(words: list[str], path: str, seeds: list[int], variants: list[str]) -> dict[str, Task]:
     """Each seed's main run, its variants, and its measurement once all of them are there."""
     tasks, lengths = {}, experiments.read()["lengths"]
     for seed in seeds:
@@ -162,7 +151,7 @@ def clock(file: Path, env: dict):
         write_json(file, starts)
 
 
-def in_parallel(tasks: dict[str, Task], spent: dict[str, float] | None = None) -> None:
+def in_parallel(tasks: dict[str, Task], spent: dict[str, float]) -> None:
     """Run tasks, one process a core; spent["core_hours"] grows with each that ends."""
     seconds, done, running = 0.0, [], {}  # running: future -> name
     total, workers = sum(task.length for task in tasks.values()), min(len(tasks), os.cpu_count())
@@ -180,8 +169,7 @@ def in_parallel(tasks: dict[str, Task], spent: dict[str, float] | None = None) -
                     if future.exception():
                         print(f"failed: {done[-1]}", flush=True)
                     seconds += future.result()  # raises what the task raised
-                    if spent is not None:
-                        spent["core_hours"] = seconds / 3600
+                    spent["core_hours"] = seconds / 3600
                     length = sum(tasks[name].length for name in done)
                     left = seconds / length * (total - length) / workers / 60
                     print(f"{len(done)} of {len(tasks)}: {done[-1]}, about {left:.0f} minutes left",
