@@ -22,7 +22,7 @@ Seeds = list[dict]  # report/values.json of each seed
 OURS = "–"  # in place of the paper's figures: a claim of our own
 LIFTS = ("r_user", "r_score", "train_r_score")  # metrics that compare a method with a base
 POOLED: dict[str, Callable] = {  # of shares of topic categories (..., C), chores being one of them
-    "spread": lambda shares: np.exp(-(shares * np.log(np.maximum(shares, 1e-9))).sum(-1)),
+    "spread": lambda shares: np.exp(-(shares * np.log(np.maximum(shares, 1e-9))).sum(-1)),  # 1 to C
     "head": lambda shares: shares.max(-1),
 }
 
@@ -36,10 +36,10 @@ class Claim:
     metric: str
     more: str
     less: str
-    paper: str = OURS
-    why: str = "not known"
+    paper: str = OURS  # its figures, quoted
+    why: str = "not known"  # it does not hold, where that is so
     factor: float = 1.0
-    base: str = "PE"
+    base: str = "PE"  # of LIFTS
 
 
 def all_claims() -> list[Claim]:
@@ -48,7 +48,7 @@ def all_claims() -> list[Claim]:
 
 def values_of(seed: dict, method: str, metric: str, base: str = "PE") -> dict[str, float]:
     """User -> value of one seed; those of LIFTS are against `base`, Eq. (9) and (10)."""
-    values = seed["values"]
+    values = seed["values"]  # method -> metric -> user -> value
     if metric not in LIFTS:
         return values[method][metric]
     of = "train_utility" if metric.startswith("train_") else "utility"  # which ranker judges
@@ -60,7 +60,7 @@ def paired(
 ) -> list[np.ndarray]:
     """more - factor * less of every user, (U,) for each seed."""
     sides = [[values_of(seed, m, metric, base) for m in (more, less)] for seed in seeds]
-    # A metric may be known of some users only: no share of chores where no text is understood.
+    # Of some users a metric may not be known: no share of chores where no text is understood.
     return [np.array([a[u] - factor * b[u] for u in a if u in b]) for a, b in sides]
 
 
@@ -73,7 +73,7 @@ def pooled(metric: str, topics: dict[str, dict], draws: int = 0, seed: int = 0) 
     names = sorted({name for counts in topics.values() for name in counts})
     counts = np.array([[topics[u].get(name, 0) for name in names] for u in sorted(topics)])  # (U,C)
     n = len(counts)
-    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws)
+    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws)  # (draws, U)
     sums = np.vstack([np.ones(n), weights]) @ counts  # (1 + draws, C)
     return POOLED[metric](sums / np.maximum(sums.sum(1, keepdims=True), 1))
 
@@ -104,7 +104,7 @@ def _by_topics(seeds: Seeds, claim: Claim) -> tuple:
         for m in (claim.more, claim.less)
     )
     gaps = (more - less).mean(0)
-    interval = np.quantile(gaps[1:], [0.025, 0.975])
+    interval = np.quantile(gaps[1:], [0.025, 0.975])  # the first is of the users as they are
     return (gaps[0], *interval), (more - less)[:, 0], [side[:, 0].mean() for side in (more, less)]
 
 

@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import math
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.style
@@ -53,7 +54,7 @@ def readable(name: str, width: int = 30, rows: int = 2) -> str:
 @contextlib.contextmanager
 def sheet(path: str | Path, title: str, panels: int = 1, height: float = 4.6):
     """Open a figure in the one style of all: yields (figure, axes); on disk whole or not at all."""
-    columns = min(2, panels)
+    columns = min(2, panels)  # a row
     with matplotlib.style.context(["default", STYLE]):
         figure = Figure((8, height), layout="constrained")  # inches
         figure.get_layout_engine().set(h_pad=0.07)
@@ -63,7 +64,7 @@ def sheet(path: str | Path, title: str, panels: int = 1, height: float = 4.6):
             spare.remove()
         figure.suptitle(readable(title, 76, 3))
         yield figure, axes[:panels]
-        with atomic_path(path) as temporary:
+        with atomic_path(path) as temporary:  # not reached where drawing raised
             figure.savefig(temporary, format="png")
 
 
@@ -71,18 +72,17 @@ def _label(axes, xlabel: str, ylabel: str, title: str = "") -> None:
     axes.set(xlabel=readable(xlabel, 60), ylabel=readable(ylabel, 34), title=readable(title, 40, 3))
 
 
-def _legend(figure, handles: dict, handlelength: float = 3.0) -> None:
-    """One legend below all panels, in as many columns as its longest label leaves room for."""
+def _legend(figure, handles: dict | None = None, handlelength: float = 3.0) -> None:
+    """One legend below all panels, in as many columns as its longest label leaves room for.
+
+    handles: label -> line; of the panels where not given, a label that several have once.
+    """
+    pairs = (zip(*ax.get_legend_handles_labels(), strict=True) for ax in figure.axes)
+    handles = handles or {label: line for line, label in itertools.chain(*pairs)}
     longest = max((len(row) for label in handles for row in label.split("\n")), default=0)
-    columns = max(1, min(len(handles), int(100 / (longest + 6 + handlelength))))  # 100: one line
+    columns = max(1, min(len(handles), int(100 / (longest + 6 + handlelength))))  # 100 characters
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns,
                   handlelength=handlelength)
-
-
-def _handles(axes) -> dict:
-    """label -> line, of all panels; a label that several have, once."""
-    pairs = [zip(*ax.get_legend_handles_labels(), strict=True) for ax in axes]
-    return {label: handle for handle, label in itertools.chain(*pairs)}
 
 
 def _key(i: int) -> dict:
@@ -95,20 +95,40 @@ def _bars(value, low, high) -> np.ndarray:
     return np.maximum([value - low, high - value], 0.0).reshape(2, -1)
 
 
-def lines(panels: dict[str, dict[str, dict]], path, xlabel: str, title: str) -> None:
-    """Label of a y axis -> label of a line -> {"x", "y", "low", "high"} (lists), bands too."""
-    names = list(dict.fromkeys(name for rows in panels.values() for name in rows))
-    with sheet(path, title, len(panels)) as (figure, axes):
-        for ax, (ylabel, rows) in zip(axes, panels.items(), strict=True):
-            for name, row in rows.items():
-                y, low, high = (np.array(row[k], float) for k in ("y", "low", "high"))
-                key = _key(names.index(name))  # the same in every panel
-                ax.fill_between(row["x"], low, high, color=key["color"], alpha=0.15, linewidth=0)
+@dataclass(frozen=True)
+class Panel:
+    """Lines on two axes: label -> {"x", "y"} and, for a band, "low" and "high" (lists)."""
+
+    ylabel: str  # with its unit
+    xlabel: str
+    series: dict[str, dict]
+    title: str = ""
+    level: float | None = None  # a value to compare with
+
+
+def lines(panels: list[Panel], path, title: str) -> None:
+    """A label looks the same in every panel and is named once, below; an empty one is not."""
+    names = list(dict.fromkeys(name for panel in panels for name in panel.series))
+    height = 4.6 if len(panels) < 3 else 0.9 + 2.6 * -(-len(panels) // 2)  # inches
+    with sheet(path, title, len(panels), height) as (figure, axes):
+        for ax, panel in zip(axes, panels, strict=True):
+            for name, row in panel.series.items():
+                y, key = np.array(row["y"], float), _key(names.index(name))  # None becomes nan
+                if "low" in row:
+                    low, high = (np.array(row[end], float) for end in ("low", "high"))
+                    ax.fill_between(row["x"], low, high, color=key["color"], alpha=0.15, lw=0)
+                if len(y) > 40:  # a jagged line: thin, and its running mean over a twentieth
+                    ax.plot(row["x"], y, color=key["color"], linewidth=0.6, alpha=0.4)
+                    window, ones = np.ones(len(y) // 20), np.ones(len(y))
+                    # At both ends the window holds fewer points: divided by how many there are.
+                    y = np.convolve(y, window, "same") / np.convolve(ones, window, "same")
                 every = 1 if len(y) < 16 else len(y) // 8  # markers would cover a long line
-                ax.plot(row["x"], y, label=readable(name), markevery=every, **key)
-            ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # days, rounds
-            _label(ax, xlabel, ylabel)
-        _legend(figure, _handles(axes))
+                ax.plot(row["x"], y, label=readable(name), markersize=5, markevery=every, **key)
+            if panel.level is not None:
+                ax.axhline(panel.level, color="black", linestyle=":", linewidth=1)
+            ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))  # steps, days
+            _label(ax, panel.xlabel, panel.ylabel, panel.title)
+        _legend(figure)
 
 
 def hacking(rows: dict[str, dict[str, Interval]], path, title: str) -> None:
@@ -128,13 +148,13 @@ def hacking(rows: dict[str, dict[str, Interval]], path, title: str) -> None:
                             (x, max(lift, high) if up else min(lift, low)), (0, 3 if up else -3),
                             textcoords="offset points", fontsize=9, ha="center",
                             va="bottom" if up else "top")
-        ax.axhline(0, color="black", linewidth=1)
+        ax.axhline(0, color="black", linewidth=1)  # the baseline
         width = max(8, 88 // len(rows))  # characters of a method's name
         ax.set_xticks(range(len(rows)), [readable(name, width, 3) for name in rows])
         ax.grid(False, axis="x")
-        ax.margins(y=0.1)
+        ax.margins(y=0.1)  # room for the numbers
         _label(ax, "", "lift, % of the baseline's mean (whiskers: 95 %)")
-        _legend(figure, _handles([ax]))
+        _legend(figure)
 
 
 def frontier(points: dict[str, tuple[Interval, Interval]], path, lines: dict[str, dict[str, str]],
@@ -152,9 +172,9 @@ def frontier(points: dict[str, tuple[Interval, Interval]], path, lines: dict[str
             for place, text in zip(np.stack([x[:, 0], y[:, 0]], 1), names.values(), strict=True):
                 ax.annotate(text, place, (5, 5), textcoords="offset points", fontsize=9,
                             color=_key(i)["color"], path_effects=HALO)
-        ax.margins(0.12)
+        ax.margins(0.12)  # room for what is written beside points
         _label(ax, xlabel, ylabel)
-        _legend(figure, _handles([ax]))
+        _legend(figure)
 
 
 def rings(panels: list[dict], path, functional, title: str) -> None:
@@ -164,6 +184,7 @@ def rings(panels: list[dict], path, functional, title: str) -> None:
     total: dict[str, float] = {}  # of all rings: the order of topics is the same in each
     for topic, share in (x for rows in pooled for ring in rows.values() for x in ring.items()):
         total[topic] = total.get(topic, 0.0) + share
+    # The largest first; chores and the pooled rest stand at the end, whatever their share.
     order = sorted(total, key=lambda t: (t == OTHERS, t in functional, -total[t], t))
     looks = {t: {"facecolor": GREY if t == OTHERS else "#777777" if t in functional else
                  RING_COLOURS[i % 7], "edgecolor": "white",
@@ -181,7 +202,7 @@ def rings(panels: list[dict], path, functional, title: str) -> None:
             # The title lies within the axes: of axes that keep a shape the layout misplaces it.
             ax.set(xlim=(-1.02, 1.02), ylim=(-1.02, 1.47), aspect="equal")
             ax.set_title("\n".join(notes), y=2.04 / 2.49)
-            ax.axis("off")
+            ax.axis("off")  # rings have no scale
         keys = {f"{i}  {readable(t, 34, 1)}": Patch(**looks[t]) for i, t in enumerate(order, 1)}
         if set(order) & set(functional):
             keys["hatched: functional"] = Patch(facecolor="white", edgecolor="black", hatch="///")
@@ -199,7 +220,7 @@ def _ring(ax, shares: dict[str, float], order: list[str], looks: dict, radius: f
         text = f"{i}\n{share:.0%}" if share * radius > 0.05 else str(i)
         ax.text(x, y, text if share else "", fontsize=9, ha="center", va="center", linespacing=1.0,
                 path_effects=HALO)
-        angle -= 360 * share
+        angle -= 360 * share  # degrees
 
 
 def _pooled(shares: dict[str, float]) -> dict[str, float]:
@@ -211,17 +232,18 @@ def _pooled(shares: dict[str, float]) -> dict[str, float]:
     return pooled
 
 
-PANELS = [  # stage, field, title, x, y, a value to compare with
+ROUNDS = "step, rounds one after another"
+CURVES = [  # stage, field, title, x, y, a value to compare with
     ("rid", "loss", "RID: contrastive loss", "epoch", "loss, nats", None),
     ("rid", "valid_auc", "RID: held-out AUC (dotted: chance)", "epoch", "AUC", 0.5),
     ("ranker", "held_out_loss", "Rankers: held-out loss", "epoch", "loss, nats", None),
     ("sit", "loss", "SIT: loss", "step", "loss, nats a token", None),
-    ("dpo", "loss", "DPO: loss (dotted: ln 2)", "", "loss, nats", math.log(2)),
-    ("dpo", "margin", "DPO: margin over the reference", "", "log-probability, nats", 0.0),
-    ("dpo", "chosen_logp_change", "DPO: chosen lists", "", "log-probability change, nats", 0.0),
-    ("dpo", "held_out", "DPO: utility and diversity, held out", "", "start of the round = 1", 1.0),
+    ("dpo", "loss", "DPO: loss (dotted: ln 2)", ROUNDS, "loss, nats", math.log(2)),
+    ("dpo", "margin", "DPO: margin over the reference", ROUNDS, "log-probability, nats", 0.0),
+    ("dpo", "chosen_logp_change", "DPO: chosen lists", ROUNDS, "log-probability change, nats", 0.0),
+    ("dpo", "held_out", "DPO: utility, diversity, held out", ROUNDS, "start of the round = 1", 1.0),
 ]
-RANKERS = {"train": "trains the generator", "judge": "judges (held out)"}
+RANKERS = {"train": "training ranker", "judge": "held-out ranker"}
 
 
 def last_run(rows: list[dict]) -> dict[tuple, list[dict]]:
@@ -244,44 +266,22 @@ def last_run(rows: list[dict]) -> dict[tuple, list[dict]]:
 
 def curves(rows: list[dict], path, title: str) -> None:
     """Rows of a run's metrics.jsonl: losses and held-out figures of the stages that are there."""
-    logged, drawn = last_run(rows), []
+    logged, panels = last_run(rows), []
     start, end = {}, 0  # the rounds of DPO one after another on one axis
     for (stage, kind, part), steps in logged.items():
         if stage == "dpo" and kind == "loss":
             start[part], end = end, end + steps[-1]["step"]
-    for panel in PANELS:
-        kind, series = "held_out" if panel[1] == "held_out" else "loss", {}
-        for part, steps in ((k[2], v) for k, v in logged.items() if k[:2] == (panel[0], kind)):
-            xy = [(start.get(part, 0) + row["step"] if "step" in row else row["epoch"] + 1,
-                   row[panel[1]]) for row in steps if row.get(panel[1]) is not None]
+    for stage, field, name, xlabel, ylabel, level in CURVES:
+        kind, series = "held_out" if field == "held_out" else "loss", {}
+        for part, steps in ((k[2], v) for k, v in logged.items() if k[:2] == (stage, kind)):
+            begin = start.get(part, 0)
+            xy = [(begin + row["step"] if "step" in row else row["epoch"] + 1, row[field])
+                  for row in steps if row.get(field) is not None]
             if xy:  # the held-out figure is relative to where its round started
-                series[part] = [(start.get(part, 0), 1.0)] * (kind == "held_out") + xy
-        drawn += [(panel, series)] if series else []
-    if not drawn:
+                x, y = zip(*[(begin, 1.0)] * (kind == "held_out"), *xy, strict=True)
+                series[RANKERS.get(part, part or "")] = {"x": x, "y": y}
+        if series:
+            panels.append(Panel(ylabel, xlabel, series, name, level))
+    if not panels:
         raise ValueError("curves: no epoch or step of rid, ranker, sit or dpo in these rows")
-    with sheet(path, title, len(drawn), 0.9 + 2.6 * -(-len(drawn) // 2)) as (figure, axes):
-        for ax, ((stage, _, name, xlabel, ylabel, level), series) in zip(axes, drawn, strict=True):
-            for part, xy in series.items():
-                number = list(start).index(part) if part in start else part == "judge"
-                _trace(ax, number, *zip(*xy, strict=True), readable(RANKERS.get(part, part or "")))
-            if level is not None:
-                ax.axhline(level, color="black", linestyle=":", linewidth=1)
-            if stage == "ranker":
-                ax.legend()  # its names are no rounds: they do not belong below
-            if stage == "dpo":
-                ax.set_xlim(-0.03 * end - 1, 1.03 * end + 1)  # the same for all of DPO
-            ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-            _label(ax, xlabel or "step, rounds one after another", ylabel, name)
-        _legend(figure, _handles(ax for ax, (panel, _) in zip(axes, drawn, strict=True)
-                                 if panel[0] == "dpo"))
-
-
-def _trace(ax, i: int, x: tuple, y: tuple, label: str) -> None:
-    """A curve; of more than 40 points the running mean over a twentieth of them, in front."""
-    key, mean = _key(i) | {"linestyle": "-"}, y  # dashes of a jagged line cannot be told apart
-    if len(y) > 40:
-        ax.plot(x, y, color=key["color"], linewidth=0.6, alpha=0.4)
-        window = np.ones(len(y) // 20)
-        # At both ends the window holds fewer points: divided by how many there are.
-        mean = np.convolve(y, window, "same") / np.convolve(np.ones(len(y)), window, "same")
-    ax.plot(x, mean, markersize=5, markevery=1 if len(y) < 16 else len(y) // 6, label=label, **key)
+    lines(panels, path, title)

@@ -21,12 +21,12 @@ from stages.ranker import load_ranker, utilities
 import llm
 import train
 from config import Config, digest, environment, read_json, write_json
-from stages.metrics import KeywordCounter, Lists, PerUser, TopicClassifier, measure, paper_figures
-from tables import controls, experiments, rerank
+from stages.metrics import Lists, PerUser, TopicClassifier, measure
+from tables import controls, experiments
 from tables import truth as hidden
 from world import ab, people
 
-RETRIEVAL = "deployed retrieval"  # its lists in the tables; as an arm of the online test, ab.CONTROL
+RETRIEVAL = "deployed retrieval"  # in the tables; the same lists are the arm ab.CONTROL
 
 
 def report_folder(config: Config) -> Path:
@@ -46,25 +46,25 @@ def write_starters(config: Config, variant: str) -> None:
     methods = {n: m for n, m in experiments.methods().items() if m.variant == variant}
     key = digest(train.stage_key(run, "dpo"), settings.lists, settings.searched,
                  {name: vars(method) for name, method in methods.items()})
-    if path.is_file() and read_json(path)["key"] == key:
+    if path.is_file() and read_json(path)["key"] == key:  # by the same policies, as many lists
         return
     writer, lists = new_writer(config), {}
-    more = rerank.online_lists(settings)[0] - settings.lists  # beyond what every method writes
+    more = controls.online_lists(settings)[0] - settings.lists  # beyond what every method writes
     for name, method in methods.items():
         adapter = run.adapter(method.adapter)
-        if adapter and not adapter.is_dir():  # fewer rounds than the paper's: no such method
+        if adapter and not adapter.is_dir():  # fewer rounds were asked for: no such method
             continue
         # Test users first, and lists beyond ab.lists apart: a user's random numbers are then the
         # same for every method, and equal policies write equal lists.
         users = run.ids("test") + run.ids("judge") * (name in experiments.ONLINE)
-        users = [u for u in users if run.states[u][-1].interests]
+        users = [u for u in users if run.states[u][-1].interests]  # others are a cold start
         inputs = [controls.interests_of(run, u, method.interests) for u in users]
         rows = writer.write(adapter, inputs, settings.lists, run.seed("eval"))
         if name in experiments.SEARCHED and more > 0:
             rest = writer.write(adapter, inputs, more, run.seed("eval", "more"))
             rows = [first + second for first, second in zip(rows, rest, strict=True)]
         lists[name] = dict(zip(users, rows, strict=True))
-    run.encoder.save()
+    run.encoder.save()  # what was encoded here need not be again when it is measured
     write_json(path, {"key": key, "lists": lists})
 
 
@@ -92,13 +92,13 @@ def measure_seed(config: Config, variants: list[Config]) -> None:
 
 
 def measured(run: Run, main: Lists, written: Lists) -> dict:
-    """What values.json holds but its key: values, ab, topics, cases, basis; as of compared_lists."""
+    """What values.json holds but its key; main, written: as of compared_lists."""
     config, truth = run.config, people.load_truth(run.folder / "world")
-    players = Players(config, run.encoder, new_writer(config))
+    players = Players(config, run.encoder, new_writer(config))  # teacher and judge
     lists, online = compared_lists(run, players, truth, main, written)
-    users = list(lists[RETRIEVAL])
+    users = list(lists[RETRIEVAL])  # the test users
     pools = {m: {u: main[m][u][: config.ab.searched] for u in users} for m in experiments.SEARCHED}
-    chosen = {method: rerank.reranked(run, method, pool) for method, pool in pools.items()}
+    chosen = {method: controls.reranked(run, method, pool) for method, pool in pools.items()}
     for rows in chosen.values():
         lists |= rows
     # All texts at once: like lengths share a batch.
@@ -107,7 +107,7 @@ def measured(run: Run, main: Lists, written: Lists) -> dict:
     values = values_of_lists(run, truth, lists, classifier)
     values |= hidden.interest_values(run, players, truth, users)
     for method, pool in pools.items():
-        for name, by_user in rerank.search_values(run, pool, chosen[method]).items():
+        for name, by_user in controls.search_values(run, pool, chosen[method]).items():
             values[name]["value"] = by_user
     texts = stage_texts(run, lists, users)
     activity = {u: len(run.users[u].sessions) / config.world.days for u in online["PE"]}  # per day
@@ -130,16 +130,18 @@ def compared_lists(
 
     main: starters of the seed's main run; written: those, and its variants'.
     """
-    config, users, people_online = run.config, list(main["rule-based"]), list(main["PE"])
+    config = run.config
+    users, people_online = list(main["rule-based"]), list(main["PE"])  # test; test and judge
     online = {arm: main[arm] for arm in experiments.ONLINE}
     for arm in experiments.SEARCHED:
-        online[f"{arm}, list search"] = rerank.searched_in_turn(run, main[arm])
+        online[f"{arm}, list search"] = controls.searched_in_turn(run, main[arm])
     online["teacher"] = controls.taught(run, players, people_online)
-    lists = {
+    lists = {  # as many of every method: what was written for list search is left out
         name: {u: rows[u][: config.ab.lists] for u in users}
         for name, rows in {**written, "teacher": online["teacher"]}.items()
     }
     lists |= controls.few_sessions(run, players.writer, users) | controls.cold_start(run, users)
+    # Of the variants' lists the oracle sees none: it is the same whichever tables are wanted.
     seen = {method: lists[method] for method in (*main, "teacher", "popular starters")}
     lists |= controls.floor_and_ceiling(run, truth, users, seen)
     online[ab.CONTROL] = people.retrieved_lists(
@@ -155,22 +157,15 @@ def values_of_lists(
     """The metrics of the paper and those of the hidden truth, of every method and test user."""
     def scorer(name: str):
         ranker = load_ranker(run, name)
-        return lambda u, y: utilities(ranker, run.states[u][-1], run.encoder(y)).numpy()
+        return lambda u, y: utilities(ranker, run.states[u][-1], run.encoder(y)).numpy()  # (K,)
 
-    values = measure(
-        lists, scorer("judge"), run.encoder, classifier, run.corpus, truth, scorer("train")
-    )
+    judge, train_judge = scorer("judge"), scorer("train")  # the first was fitted on other users
+    values = measure(lists, judge, run.encoder, classifier, run.corpus, truth, train_judge)
     for method in lists:
         values[method] |= hidden.spoken_of(truth, lists[method])
-    pools = {method: {u: rerank.pool_of(rows) for u, rows in lists[method].items()}
-             for method in paper_figures()["table1"]}
-    values["IceBreaker"]["functional"] = hidden.chores(truth, pools["IceBreaker"])
-    # Keywords weighed by what the methods wrote, as a reader of the paper may have understood it.
-    count = KeywordCounter([y for users in pools.values() for pool in users.values() for y in pool])
-    for method in experiments.SEARCHED:
-        values[method]["lexical_compared"] = {
-            u: float(np.mean([count(row) for row in rows])) for u, rows in lists[method].items()
-        }
+    # Distinct starters: a chore that every list repeats is one.
+    starters = {u: controls.pool_of(rows) for u, rows in lists["IceBreaker"].items()}
+    values["IceBreaker"]["functional"] = hidden.chores(truth, starters)  # Figure 3
     return values
 
 
@@ -186,18 +181,16 @@ def stage_texts(run: Run, lists: Lists, users: list[str]) -> dict[str, dict[str,
 
 def cases(run: Run, values: PerUser, lists: Lists, users: list[str]) -> list[dict]:
     """Users at the 10th, 50th and 90th percentile of IceBreaker's lift over SFT (Table 3)."""
-    scores = [values[method]["utility"] for method in ("IceBreaker", "SFT")]
-    lift = {u: scores[0][u] - scores[1][u] for u in users}
-    order, rows = sorted(users, key=lift.get), []
-    for percentile in (10, 50, 90):
-        user = order[percentile * len(order) // 100]
-        rows.append({
-            "percentile": percentile, "lift": lift[user],
-            "summaries": run.histories[user][-1].texts[::-1][:12],  # the latest
-            "interests": run.states[user][-1].interests,
-            "starters": {m: lists[m][user][0] for m in (RETRIEVAL, "SFT", "IceBreaker")},
-        })
-    return rows
+    ours, sft = (values[method]["utility"] for method in ("IceBreaker", "SFT"))
+    order = sorted(users, key=lambda user: ours[user] - sft[user])
+    chosen = {percentile: order[percentile * len(order) // 100] for percentile in (10, 50, 90)}
+    return [
+        {"percentile": percentile, "lift": ours[user] - sft[user],
+         "summaries": run.histories[user][-1].texts[::-1][:12],  # the latest first
+         "interests": run.states[user][-1].interests,
+         "starters": {m: lists[m][user][0] for m in (RETRIEVAL, "SFT", "IceBreaker")}}
+        for percentile, user in chosen.items()
+    ]
 
 
 def basis(run: Run, truth: people.Truth, classifier, users: list[str], texts: dict) -> dict:
@@ -208,8 +201,8 @@ def basis(run: Run, truth: people.Truth, classifier, users: list[str], texts: di
     config, starters = run.config, [y for theirs in texts.values() for y in theirs]
     rounds = [run.folder.figures(f"dpo/round{n + 1}") for n in range(config.dpo.rounds)]
     return {
-        "rid": run.folder.figures("rid"),
-        "ranker": run.folder.figures("ranker"),
+        "rid": run.folder.figures("rid"),  # AUC of the scorer and of its baselines
+        "ranker": run.folder.figures("ranker"),  # AUC and ECE of both
         "matcher": hidden.matcher_quality(run, truth, run.ids("test")),
         "classifier": classifier.accuracy,
         "classifier_on_starters": hidden.classifier_accuracy(truth, classifier, starters),

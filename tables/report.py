@@ -112,7 +112,7 @@ def mean_shares(seeds: Seeds, stage: str) -> dict[str, float]:
 def shares_table(seeds: Seeds) -> str:
     """Figure 3 in figures: how far chores and the largest category lead."""
     rows = []
-    for stage in seeds[0]["topics"]:
+    for stage in seeds[0]["topics"]:  # history, RID, IceBreaker, deployed retrieval
         shares = mean_shares(seeds, stage)
         chores = shares.pop("Chores", 0.0)  # a category of its own, and never the "largest" here
         head = max(shares, key=shares.get)
@@ -123,15 +123,12 @@ def shares_table(seeds: Seeds) -> str:
 
 def measured(seeds: Seeds) -> str:
     """What the other figures rest on: rankers, scorer, classifier and matcher against the truth."""
-    basis = [s["basis"] for s in seeds]
+    basis = [s["basis"] for s in seeds]  # nested: "ranker.judge.ece" is a path into it
     values = {name: [functools.reduce(operator.getitem, path.split("."), b) for b in basis]
               for name, path in experiments.read()["basis"].items()}
     values |= {f"in round {i} of DPO no checkpoint was better than its start": kept
                for i, kept in enumerate(zip(*(b["kept_start"] for b in basis), strict=True), 1)}
-    ours, sft = (per_seed(seeds, m, "lexical_compared") for m in ("IceBreaker", "SFT"))
-    values["IceBreaker's share of SFT's keywords, weighed by table 1's lists"] = [
-        a.mean() / b.mean() for a, b in zip(ours, sft, strict=True)
-    ]
+    # Few seeds: each one's figure says more than an interval.
     rows = [[name, f"{np.mean(row):.3f} ({', '.join(f'{v:.3f}' for v in row)})"]
             for name, row in values.items()]
     return "## What the figures rest on\n\n" + markdown_table(["", "mean (each seed)"], rows)
@@ -140,31 +137,33 @@ def measured(seeds: Seeds) -> str:
 # ---------------------------------------------------------------------------------------- pictures
 
 
-def daily(seeds: Seeds, name: str, per_day: bool = False) -> dict[str, dict]:
-    """arm -> "ctr" or "sessions" up to each day, as figures.lines has it: means over seeds with 95 %
+def daily(seeds: Seeds, name: str) -> dict[str, dict]:
+    """arm -> "ctr" or "sessions" up to each day, as figures.lines has it: means over seeds, 95 %
     intervals over users (normal; errors of the seeds are independent)."""
     arms = {}
     for arm in seeds[0]["ab"]["arms"]:
         days = [s["ab"]["arms"][arm]["cumulative"] for s in seeds]
         if all(days):  # else the arm met nobody
+            # (S, days) each; errors are standard errors over users, seeds are independent.
             values, errors = (np.array([d[k] for d in days]) for k in (name, f"{name}_error"))
-            x = np.arange(1, values.shape[1] + 1)
-            scale = 1 / x if per_day else 100  # of sums up to a day; of shares, in per cent
+            x = np.arange(1, values.shape[1] + 1)  # (days,)
+            scale = 1 / x if name == "sessions" else 100  # sums up to a day; CTR in per cent
             mean, half = values.mean(0), 1.96 * np.sqrt((errors**2).sum(0)) / len(seeds)
-            ends = {"y": mean, "low": mean - half, "high": mean + half}
+            ends = {"y": mean, "low": mean - half, "high": mean + half}  # of 95 %
             arms[arm] = {"x": x.tolist()} | {k: (scale * end).tolist() for k, end in ends.items()}
     return arms
 
 
 def draw_days(seeds: Seeds, path: Path) -> None:
-    figures.lines({"click-through rate (CTR), %": daily(seeds, "ctr"),
-                   "sessions per user and day": daily(seeds, "sessions", per_day=True)},
-                  path, "day of the test", "A/B test: means of all days up to each, bands 95 %")
+    labels = {"ctr": "click-through rate (CTR), %", "sessions": "sessions per user and day"}
+    figures.lines([figures.Panel(label, "day of the test", daily(seeds, name))
+                   for name, label in labels.items()],
+                  path, "A/B test: means of all days up to each, bands 95 %")
 
 
 def draw_frontier(seeds: Seeds, wanted: list[str], have: set[str], path: Path) -> None:
     """Table 1's methods, and what lambda changes: in training, and in choosing when serving."""
-    lines = {}
+    lines = {}  # line -> its points -> what is written beside them
     if {"lambda 0.5", "lambda 1.0"} <= have:
         lines["IceBreaker, lambda in DPO"] = {"IceBreaker": "", "lambda 0.5": "",
                                               "lambda 1.0": "λ 1"}
@@ -187,13 +186,13 @@ def draw_frontier(seeds: Seeds, wanted: list[str], have: set[str], path: Path) -
 def draw_hacking(seeds: Seeds, path: Path) -> None:
     """Lifts over PE as the training ranker, the held-out one and the hidden truth see them."""
     judges = {"training ranker": "train_utility", "held-out ranker": "utility",
-              "hidden truth": "true_clicks"}
-    rows = {method: {} for method in paper_figures()["table1"] if method != "PE"}
+              "hidden truth": "true_clicks"}  # who judges -> its metric
+    rows = {method: {} for method in paper_figures()["table1"] if method != "PE"}  # in its order
     for judge, metric in judges.items():
         base = over_seeds(per_seed(seeds, "PE", metric))[0]  # units differ: shares of PE's mean
         for method, lifts in rows.items():
             ends = bootstrap(paired(seeds, metric, method, "PE"))
-            lifts[judge] = tuple(end / base for end in ends)
+            lifts[judge] = tuple(end / base for end in ends)  # value, low, high
     figures.hacking(rows, path, "Lift over PE, by who judges; whiskers: 95 % over users, of these "
                     "trainings")
 
@@ -210,18 +209,19 @@ def draw_rings(seeds: Seeds, path: Path) -> None:
 
 def draw_rounds(seeds: Seeds, path: Path) -> None:
     """R-Score and keywords after each of five rounds of DPO."""
-    panels = {}
+    panels = []
     for label, metric in (("R-Score", "r_score"), ("distinct keywords per list", "lexical")):
         y, low, high = zip(*(bootstrap(per_seed(seeds, m, metric)) for m in ROUNDS), strict=True)
-        panels[label] = {"IceBreaker": {"x": [1, 2, 3, 4, 5], "y": y, "low": low, "high": high}}
-    figures.lines(panels, path, "round", "Utility and diversity by round; bands: 95 % over users, "
-                  "of these trainings")
+        row = {"x": range(1, len(ROUNDS) + 1), "y": y, "low": low, "high": high}
+        panels.append(figures.Panel(label, "round", {"IceBreaker": row}))
+    figures.lines(panels, path, "Utility and diversity by round; bands: 95 % over users, of these "
+                  "trainings")
 
 
 def pictures(seeds: Seeds, log: list[dict], folder: Path, wanted: list[str]) -> list[str]:
     """Write the PNGs that these tables allow; returns their names."""
     have = {m for m in seeds[0]["values"] if all(m in s["values"] for s in seeds)}
-    draw: dict[str, Callable[[Path], None]] = {
+    draw: dict[str, Callable[[Path], None]] = {  # name -> how
         "training_curves": lambda path: figures.curves(
             log, path, "Training on the first seed (long ones: each step thin, a running mean "
             "thick)"),
@@ -246,15 +246,17 @@ def reproduction_page(seeds: Seeds, wanted: list[str], note: str, names: list[st
     """reproduction.md: the tables that are wanted, what they rest on, the pictures."""
     texts, results = experiments.read(), [s["ab"] for s in seeds]
     people = ", ".join(str(len(one["arms"][ab.CONTROL]["users"])) for one in results)
+    # What stands below a table's note, where it is no second_table.
     below = {"2": lambda: ab.table(ab.lifts(results)),
              "3": lambda: cases(seeds), "figure3": lambda: shares_table(seeds)}
     parts = ["# The paper's tables on the simulated platform\n", note + "\n", texts["legend"]]
-    for name in wanted:
+    for name in wanted:  # in the order of experiments.yaml
         table = experiments.tables()[name]
         parts.append(f"## {table.title}\n")
         if table.methods:
             parts.append(method_table(seeds, name))
         if table.note:
+            # Days, lists and lives are settings, the same of every seed.
             parts.append(table.note.format(**results[0], people=people) + "\n")
             parts.append(below[name]() if name in below else second_table(seeds, name))
     parts += ["## Metrics\n", LEGEND + "\n" + texts["metrics"], measured(seeds)]
@@ -271,7 +273,7 @@ def write(
     note = experiments.read()["about"].format(
         **about, minutes=minutes, hours=hours, lists=seeds[0]["ab"]["lists"])
     rows = judged(seeds, wanted)
-    methods = {
+    methods = {  # method -> metric -> [mean, half-width over seeds], for who wants to plot it anew
         method: {metric: over_seeds(per_seed(seeds, method, metric))
                  for metric in [*metrics, *LIFTS * ("utility" in metrics)]}
         for method, metrics in seeds[0]["values"].items()
@@ -281,7 +283,7 @@ def write(
         "about": about, "methods": methods, "online": ab.lifts([s["ab"] for s in seeds]),
         "basis": [s["basis"] for s in seeds], "claims": rows,
     })
-    names = pictures(seeds, log, folder, wanted)
+    names = pictures(seeds, log, folder, wanted)  # before the page that shows them
     pages = {"reproduction.md": reproduction_page(seeds, wanted, note, names),
              "claims.md": claims_page(rows, note)}
     for name, text in pages.items():

@@ -10,9 +10,6 @@ stages that its settings change run again. What was trained and written is kept,
 where the code has changed since; tasks run side by side, one a core. Seeds from 0 on are reported;
 settings were chosen on seeds of 100 and above, but for four that the reported ones had a part in
 (README, departures 1, 12, 13 and 15).
-
-What is compared is paired by user: a claim holds where the 95 % interval of the mean difference
-(bootstrap over users, within seeds) lies above zero, and does not where it lies below.
 """
 
 from __future__ import annotations
@@ -39,8 +36,6 @@ from tables import claims, experiments, report
 from tables.experiments import MAIN
 from tables.measure import measure_seed, report_folder, write_starters
 
-# ------------------------------------------------------------------------------- the runs of a seed
-
 
 def is_default(path: str) -> bool:
     return Path(path).resolve() == ROOT / "configs" / "tiny.yaml"
@@ -48,7 +43,7 @@ def is_default(path: str) -> bool:
 
 def seed_config(words: list[str], path: str, seed: int, variant: str = MAIN) -> Config:
     """The settings of one run; its folder is named after them, seed and variant."""
-    # Another file's settings are part of the name, the default's are not: its runs stay the same.
+    # Another file's settings are part of the name; the default's may change, and its runs with them.
     given = words if is_default(path) else [*words, digest(load_config(path))]
     name = "-".join(["reproduce", digest(given)[:6], f"seed{seed}", *variant.split()])
     changes = [f"world.seed={seed}", f"run.seed={seed}", f"run.name={name}"]
@@ -65,16 +60,12 @@ def train_run(words: list[str], path: str, seed: int, variant: str) -> None:
         main = folder.with_name(seed_config(words, path, seed).run.name)
         part = folder.with_name(f"{folder.name}.tmp")  # a killed copy must not look like a run
         shutil.rmtree(part, ignore_errors=True)
-        shutil.copytree(  # every file of a run is replaced whole, but for the log
-            main, part, copy_function=os.link,
-            ignore=shutil.ignore_patterns("metrics.jsonl", "report", "*.tmp"),
-        )
+        others = shutil.ignore_patterns("metrics.jsonl", "report", "*.tmp")
+        # Links will do: every file of a run is replaced whole, but for the log.
+        shutil.copytree(main, part, copy_function=os.link, ignore=others)
         part.rename(folder)
-    train.run_stages(config, ["dpo"])
+    train.run_stages(config, ["dpo"])  # and what it needs, where that is not there
     write_starters(config, variant)
-
-
-# ---------------------------------------------------------------------------------------- the whole
 
 
 def reproduce(
@@ -85,11 +76,12 @@ def reproduce(
     if unknown := [name for name in names if name not in (*tables, "all")]:
         raise UserError(f"--reproduce {unknown[0]}: no such table; there are {' '.join(tables)}")
     names = [name for name in tables if name in names or "all" in names]
-    words = [*(experiments.read()["quick"] if quick else []), *words]
+    whole = names == list(tables) and seeds >= 3 and not (first or words or quick)
+    words = [*experiments.read()["quick"] * quick, *words]  # the user's come last, and win
     variants = [variant for name in names for variant in tables[name].variants]
     numbers = list(range(first, first + seeds))
     configs = [seed_config(words, path, number) for number in numbers]
-    env, root = environment(configs[0]), Path(configs[0].run.root)
+    env, root = environment(configs[0]), Path(configs[0].run.root)  # one root for all seeds
     tasks = tasks_of(words, path, numbers, variants)
     with clock(root / f"{configs[0].run.name.rpartition('-seed')[0]}-starts.json", env) as starts:
         in_parallel(tasks, starts[-1])
@@ -100,8 +92,9 @@ def reproduce(
         "seeds": numbers, "config": digest(configs[0]), "commit": starts[-1]["commit"],
         "starts": starts, "processors": os.cpu_count(),
     }
-    whole = names == list(tables) and seeds >= 3 and not (first or words) and is_default(path)
-    out = ROOT / "results" if whole else root / ("quick" if quick else "partial") / "report"
+    # Only all of it, as it ships, is what the README speaks of.
+    out = root / ("quick" if quick else "partial") / "report"
+    out = ROOT / "results" if whole and is_default(path) else out
     rows = report.write(values, names, [json.loads(line) for line in log], about, out)
     print((out / "reproduction.md").read_text(encoding="utf-8"))
     print(f"{claims.counted(rows)}: {out / 'claims.md'}")
@@ -115,22 +108,21 @@ class Task:
     """Work for a process of its own, once the tasks that it needs are done."""
 
     work: Callable
-    arguments: tuple
+    arguments: tuple  # both travel to the process: picklable
     needs: tuple[str, ...] = ()
     length: float = 1.0  # beside a variant's, roughly; for the time that is left
 
 
-def tasks_of(words: list[str], path: str, seeds: list[int], variants: list[str]) -> dict[str, Task]:
+def tasks_of(words: list[str], path: str, seeds: list[int], variants) -> dict[str, Task]:
     """Each seed's main run, its variants, and its measurement once all of them are there."""
     tasks, lengths = {}, experiments.read()["lengths"]
     for seed in seeds:
-        main, configs = f"seed {seed}", [seed_config(words, path, seed, v) for v in variants]
-        runs = {f"{main}, {v}": v for v in variants}
+        main, runs = f"seed {seed}", {f"seed {seed}, {v}": v for v in variants}
         tasks[main] = Task(train_run, (words, path, seed, MAIN), length=3.0)
         for name, v in runs.items():
             tasks[name] = Task(train_run, (words, path, seed, v), (main,), lengths.get(v, 1.0))
-        measurement = (seed_config(words, path, seed), configs)
-        tasks[f"{main}, measured"] = Task(measure_seed, measurement, (main, *runs))
+        config, *others = (seed_config(words, path, seed, v) for v in (MAIN, *variants))
+        tasks[f"{main}, measured"] = Task(measure_seed, (config, others), (main, *runs))
     return tasks
 
 
@@ -146,8 +138,8 @@ def clock(file: Path, env: dict):
     starts.append({"commit": commit, "minutes": 0.0, "core_hours": 0.0})
     try:
         yield starts
-    finally:
-        starts[-1]["minutes"] = (time.time() - began) / 60
+    finally:  # of an interruption too
+        starts[-1]["minutes"] = (time.time() - began) / 60  # of the clock, not of cores
         write_json(file, starts)
 
 
@@ -156,13 +148,14 @@ def in_parallel(tasks: dict[str, Task], spent: dict[str, float]) -> None:
     seconds, done, running = 0.0, [], {}  # running: future -> name
     total, workers = sum(task.length for task in tasks.values()), min(len(tasks), os.cpu_count())
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started here: one a core
+    # Not forked: torch's threads do not survive a fork.
     with ProcessPoolExecutor(workers or 1, multiprocessing.get_context("spawn")) as pool:
         try:
             while len(done) < len(tasks):
                 for name, task in tasks.items():
                     if name not in [*done, *running.values()] and {*task.needs} <= {*done}:
                         running[pool.submit(timed, task.work, task.arguments)] = name
-                if not running:
+                if not running:  # nothing can start
                     raise ValueError(f"tasks that wait for each other: {tasks.keys() - {*done}}")
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     done.append(running.pop(future))
@@ -171,10 +164,10 @@ def in_parallel(tasks: dict[str, Task], spent: dict[str, float]) -> None:
                     seconds += future.result()  # raises what the task raised
                     spent["core_hours"] = seconds / 3600
                     length = sum(tasks[name].length for name in done)
-                    left = seconds / length * (total - length) / workers / 60
+                    left = seconds / length * (total - length) / workers / 60  # minutes
                     print(f"{len(done)} of {len(tasks)}: {done[-1]}, about {left:.0f} minutes left",
                           flush=True)
-        except BaseException:
+        except BaseException:  # Ctrl-C too
             pool.shutdown(wait=False, cancel_futures=True)
             for child in multiprocessing.active_children():  # or it goes on, unseen, for minutes
                 child.terminate()
@@ -184,7 +177,7 @@ def in_parallel(tasks: dict[str, Task], spent: dict[str, float]) -> None:
 def timed(work: Callable, arguments: tuple) -> float:
     """Seconds of work(*arguments), its output kept apart: several speak at once."""
     threading.Thread(target=end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # or the processes wait for each other at every operation
     started = time.time()
     with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
         work(*arguments)
@@ -194,4 +187,4 @@ def timed(work: Callable, arguments: tuple) -> float:
 def end_with_parent() -> None:
     """A worker whose parent was killed would go on, and write where the next start writes too."""
     multiprocessing.parent_process().join()
-    os._exit(1)
+    os._exit(1)  # at once: sys.exit would end this thread alone

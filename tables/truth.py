@@ -2,8 +2,8 @@
 
     python eval.py --reproduce 6 figure3
 
-No stage that trains sees the hidden truth: it is read here, in measure.py, by the simulated platform
-(world/) and by stage eval, after training. The judge of Table 6 stands here for comparison.
+No stage that trains sees it: it is read here, in measure.py and controls.py, by stage eval after
+training, and by the simulated platform (world/). Table 6's judge stands beside it.
 """
 
 from __future__ import annotations
@@ -22,42 +22,35 @@ from world.people import Truth
 
 def is_chore(truth: Truth, text: str) -> bool:
     """Whether a text is about a functional topic, such as a conversion of units."""
-    topic = truth.taxonomy.understand(text)[0]
+    topic = truth.taxonomy.understand(text)[0]  # of (topic, subjects, angle); None: nothing known
     return bool(topic) and truth.taxonomy.functional(topic)
 
 
 def topics(truth: Truth, texts: list[str]) -> Counter[str]:
     """Number of texts by topic category, chores apart; texts about nothing known do not count."""
     taxonomy = truth.taxonomy
-    understood = [topic for text in texts if (topic := taxonomy.understand(text)[0])]
-    return Counter(
-        "Chores" if taxonomy.functional(topic) else taxonomy.category[topic]
-        for topic in understood
-    )
+    spoken = [topic for text in texts if (topic := taxonomy.understand(text)[0])]
+    return Counter("Chores" if taxonomy.functional(t) else taxonomy.category[t] for t in spoken)
 
 
 def chores(truth: Truth, texts: dict[str, list[str]]) -> dict[str, float]:
     """Share of chores among each user's texts; users of whom no text is understood are left out."""
     counts = {user: topics(truth, theirs) for user, theirs in texts.items()}
-    return {user: count["Chores"] / count.total() for user, count in counts.items() if count}
+    return {u: count["Chores"] / count.total() for u, count in counts.items() if count}  # not empty
 
 
 def resonance(truth: Truth, texts: dict[str, list[str]]) -> dict[str, float]:
     """Mean hidden interest, 0 to 1, of each user in what the texts speak about."""
-    return {
-        user: float(np.mean([truth.resonance(user, text) for text in theirs]))
-        for user, theirs in texts.items()
-    }
+    return {u: float(np.mean([truth.resonance(u, text) for text in theirs]))
+            for u, theirs in texts.items()}
 
 
 def spoken_of(truth: Truth, lists: dict[str, list[list[str]]]) -> dict[str, dict[str, float]]:
     """Of each user's starters: the share about something known, and the resonance."""
     starters = {user: [y for row in rows for y in row] for user, rows in lists.items()}
-    starters = {user: theirs for user, theirs in starters.items() if theirs}
-    understood = {
-        user: float(np.mean([bool(truth.taxonomy.understand(y)[0]) for y in theirs]))
-        for user, theirs in starters.items()
-    }
+    starters = {u: theirs for u, theirs in starters.items() if theirs}  # an empty list says nothing
+    understood = {u: float(np.mean([bool(truth.taxonomy.understand(y)[0]) for y in theirs]))
+                  for u, theirs in starters.items()}
     return {"known": understood, "resonance": resonance(truth, starters)}
 
 
@@ -65,12 +58,10 @@ def interest_values(run: Run, players: Players, truth: Truth, users: list[str]) 
     """Of the interests by each distillation: resonance by the hidden truth, share of chores, and
     wins in the judge's pairwise comparison with the rule-based ones (Table 6)."""
     kinds = {k: {u: interests_of(run, u, k) for u in users} for k in ("all", "rule", "RID")}
-    values: PerUser = {
-        f"interests: {kind}": {
-            "resonance": resonance(truth, interests), "functional": chores(truth, interests)
-        }
-        for kind, interests in kinds.items()
-    }
+    values: PerUser = {}
+    for kind, texts in kinds.items():
+        values[f"interests: {kind}"] = {
+            "resonance": resonance(truth, texts), "functional": chores(truth, texts)}
     # The judge reads the history in its order, the oldest first.
     rows = [(kinds["all"][u][::-1], kinds["RID"][u], kinds["rule"][u]) for u in users]
     wins = dict(zip(users, players.judge().compare(rows), strict=True))  # RID's, 0 to 1
@@ -82,8 +73,8 @@ def interest_values(run: Run, players: Players, truth: Truth, users: list[str]) 
 
 def matcher_quality(run: Run, truth: Truth, users: list[str]) -> dict[str, float]:
     """Precision and recall of `match` against hidden subjects, all cuts of these users."""
-    revisits, understand = Revisits(run), truth.taxonomy.understand
-    counts = Counter()  # of (label, hidden truth)
+    revisits, understand = Revisits(run), truth.taxonomy.understand  # text -> topic, subjects, ...
+    counts: Counter = Counter()  # of (label of the matcher, hidden truth)
     for user, cut in ((user, cut) for user in users for cut in revisits.cuts):
         later = [understand(session.summary) for session in run.parts(user, cut)[1]]
         for text, label in zip(run.histories[user][cut].texts, revisits[user, cut], strict=True):
@@ -93,14 +84,13 @@ def matcher_quality(run: Run, truth: Truth, users: list[str]) -> dict[str, float
             if label >= 0:  # else the matcher's call failed
                 counts[bool(label), bool(real)] += 1
     right = counts[True, True]
-    return {
-        "precision": right / max(1, right + counts[True, False]),
-        "recall": right / max(1, right + counts[False, True]),
-    }
+    return {"precision": right / max(1, right + counts[True, False]),
+            "recall": right / max(1, right + counts[False, True])}
 
 
 def classifier_accuracy(truth: Truth, classifier: TopicClassifier, texts: list[str]) -> float:
     """Share of the texts about something known to whose topic the classifier gives its category."""
+    # Each text once; what is about nothing known has no category to be wrong about.
     categories = {text: category for text in texts if (category := truth.category(text))}
     guesses = classifier.categories([*categories])
     return float(np.mean([a == b for a, b in zip(guesses, categories.values(), strict=True)]))

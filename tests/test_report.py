@@ -7,7 +7,7 @@ import pytest
 from conftest import micro
 
 from run import Run
-from tables import claims, experiments, report, rerank
+from tables import claims, controls, experiments, report
 from world import ab
 
 METRICS = """utility train_utility true_clicks lexical words semantic dissimilarity starters known
@@ -29,7 +29,7 @@ def seed_values(number: int, lift: float = 0.5, users: int = 30) -> dict:
         own = {"resonance": column(1.0), "functional": column(0.3), "judge_win": column(0.5)}
         values[f"interests: {kind}"] = own
     for method in ("SFT", "IceBreaker"):
-        values[method] |= {"functional": column(0.1), "lexical_compared": column(2.0)}
+        values[method]["functional"] = column(0.1)
     days = {x: [1.0, 1.0] for x in ("ctr", "ctr_error", "sessions", "sessions_error")}
     searched = [f"{arm}, list search" for arm in experiments.SEARCHED]
     arms = (*experiments.ONLINE, *searched, "teacher", ab.CONTROL)
@@ -90,7 +90,7 @@ def test_the_report_holds_every_table_and_claim(tmp_path):
 
 def test_every_method_of_a_table_is_made_and_every_claim_names_known_ones(finished):
     run = Run(micro(finished.parent), describe=False)
-    chosen = [rerank.reranked(run, m, {run.ids("test")[0]: [[]]}) for m in experiments.SEARCHED]
+    chosen = [controls.reranked(run, m, {run.ids("test")[0]: [[]]}) for m in experiments.SEARCHED]
     made = {*experiments.methods()} | {m for rows in chosen for m in rows}
     made |= {"teacher", "random starters", "deployed retrieval", "oracle", "popular starters"}
     made |= {"IceBreaker, 1 session", "IceBreaker, 2 sessions"}
