@@ -199,7 +199,7 @@ def measure_stage(model, stage: str, config: Config) -> dict:
     del best
     row = {"seconds": seconds, "tokens_per_s": made / seconds}
     if torch.cuda.is_available():
-        estimate = plan.stages(config, plan.QWEN["7B"], 2)[stage]["peak"]
+        estimate = plan.stage_bytes(config, plan.QWEN["7B"], 2)[stage]["peak"]
         row |= {"peak_gb": peak, "estimate_gb": estimate / 1e9, "fits_24_gb": True}
     return row
 
