@@ -21,19 +21,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from roles.players import Players
-from roles.writer import Writer
-from run import Run, UserState, history_of, profile_text
-from stages.cold_start import PopularStarters
-from stages.ranker import load_ranker, utilities
-from stages.search import list_order, score_pools
 
 import data
 import llm
 import roles
 from config import Config, UserError, digest
+from roles.players import Players
+from roles.writer import Writer
+from run import Run, UserState, history_of, profile_text
 from serving import feedback
+from stages.cold_start import PopularStarters
+from stages.ranker import load_ranker, utilities
 from stages.rid import Distiller
+from stages.search import list_order, score_pools
 
 METHODS = ("PE", "SFT", "IceBreaker")
 # "JoJoJoJo", or half a character: a small generator has lost its thread.

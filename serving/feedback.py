@@ -43,13 +43,6 @@ from datetime import datetime
 from pathlib import Path
 
 import numpy as np
-from roles.players import Players
-from roles.writer import Writer
-from run import Run, UserState, one_line, shown_before
-from stages.metrics import bootstrap
-from stages.ranker import fit_rankers, load_ranker, shown_lists
-from stages.search import searched
-from stages.sit import chosen_states
 
 import data
 import llm
@@ -65,8 +58,15 @@ from config import (
     read_json,
     write_json,
 )
+from roles.players import Players
+from roles.writer import Writer
+from run import Run, UserState, one_line, shown_before
 from serving.store import Shown, Store
 from stages import dpo
+from stages.metrics import bootstrap
+from stages.ranker import fit_rankers, load_ranker, shown_lists
+from stages.search import searched
+from stages.sit import chosen_states
 
 LISTS_PER_USER = 20  # for a ranker: about as many as people of the simulated log have
 MARGIN = 0.05  # of a figure's value before; a fall of more refuses the round
