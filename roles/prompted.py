@@ -20,10 +20,10 @@ from typing import TypeVar
 
 import numpy as np
 
-import data
+import llm
 from data import Message
+from llm import clean_starter, parse_starters
 from roles.chat import Chat, Request, encodable
-from roles.parse import clean, parse_starters
 from roles.text import Encode, chores, cosines, patterns, read_yaml, same_text
 
 T = TypeVar("T")
@@ -46,7 +46,7 @@ def prompt(role: str) -> str:
 
 def data_block(**fields) -> str:
     """A block that its text cannot leave: one line of JSON without markup, between tags."""
-    text = data.plain(encodable(json.dumps(fields, ensure_ascii=False)))
+    text = llm.plain(encodable(json.dumps(fields, ensure_ascii=False)))
     text = re.sub(r"\[(/?[A-Z_]+)\]", r"(\1)", text)  # control tokens of Mistral: [/INST]
     return f"<data>\n{text}\n</data>"
 
@@ -89,7 +89,7 @@ def read_grade(text: str) -> float:
 
 def read_line(text: str) -> str:
     """The first line with content, without bullet and quotes, cut to 200 characters. No refusal."""
-    for line in map(clean, _answer_part(text).splitlines()):
+    for line in map(clean_starter, _answer_part(text).splitlines()):
         if any(map(str.isalnum, line)) and line[-1] not in ":：":  # "Here is the line:"
             break
     else:

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pipeline import Pipeline, utilities
 
 import eval as evaluation
 import icebreaker as ib
 from config import AbConfig, read_json
-from pipeline import Pipeline, utilities
 from stages import isg, rid
 from world import people
 

@@ -31,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pipeline import Pipeline, utilities
 
 import eval as evaluation
 import llm
@@ -45,7 +46,6 @@ from config import (
     read_json,
     write_json,
 )
-from pipeline import Pipeline, utilities
 from tables import claims, compare, report
 from world import ab, people
 

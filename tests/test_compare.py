@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import micro
+from pipeline import Pipeline
 
 import icebreaker as ib
-from pipeline import Pipeline
 from stages import isg
 from tables import compare, reproduce
 from world import people

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import micro
+from pipeline import Pipeline
 
 from config import UserError, read_json
-from pipeline import Pipeline
 from tables import claims, compare, report, reproduce
 from world import ab
 
