@@ -4,8 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import data
 from test_data import ROOT, impression_row, user_row, write_rows
+
+import data
 from tools import logs
 
 
