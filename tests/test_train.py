@@ -462,7 +462,8 @@ def test_the_scorers_encoder_can_be_tuned(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(rid, "ENCODER_LEARNING_RATE", 1e-4)
     for recompute in (False, True):
         monkeypatch.setattr(rid, "ENCODER_RECOMPUTE", recompute)
-        config = micro(tmp_path, f"rid.epochs={1 + recompute}")
+        (tmp_path / "tiny" / "rid" / "done.json").unlink()
+        config = micro(tmp_path, "rid.epochs=1")
         train.run_stages(config, ["rid"])
         scores.append(json.loads((tmp_path / "tiny" / "rid" / "triggers.json").read_text()))
     flat = [

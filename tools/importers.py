@@ -4,8 +4,7 @@
 
 One record per kind of file. Its sessions() yields (user_id, session_id, timestamp, messages) with
 messages as (role, text or None); a user_id of None is the one person whose export the file is.
-Records are strict: a row that does not fit is a fault that is listed by its place, never by its
-content, and the rows of a conversation are the only ones that are read whole into memory.
+Records are strict: a row that does not fit is a fault, listed by its place and not its content.
 """
 
 from __future__ import annotations
@@ -103,9 +102,8 @@ class ChatGPT(Record):
 
 
 # The models whose conversations people shared.
-_SHAREGPT_ROLES = {"human": "user", "user": "user", "system": "system"} | dict.fromkeys(
-    ("gpt", "chatgpt", "assistant", "bing", "bard"), "assistant"
-)
+_SHAREGPT_ROLES = dict.fromkeys(("gpt", "chatgpt", "assistant", "bing", "bard"), "assistant")
+_SHAREGPT_ROLES |= {"human": "user", "user": "user", "system": "system"}
 
 
 class ShareGPTMessage(Record):
@@ -146,7 +144,7 @@ class WildChat(Record):
 
     def sessions(self) -> Sessions:
         addresses = [self.hashed_ip, *(m.hashed_ip for m in self.conversation)]
-        user_id = next(filter(None, addresses), self.conversation_hash)
+        user_id = next(filter(None, addresses), self.conversation_hash)  # without: a user each
         said = [(m.role, m.content) for m in self.conversation]
         yield user_id, self.conversation_hash, self.timestamp, said
 
@@ -182,9 +180,8 @@ class Locomo(Record):
 
     def sessions(self) -> Sessions:
         talk = self.conversation
-        for name, (key, lines) in itertools.product(
-            (talk.speaker_a, talk.speaker_b), talk.sessions.items()
-        ):
+        speakers = (talk.speaker_a, talk.speaker_b)
+        for name, (key, lines) in itertools.product(speakers, talk.sessions.items()):
             stamp = None
             with contextlib.suppress(TypeError, ValueError):  # what cannot be read is unknown
                 stamp = datetime.strptime(talk.times[key], "%I:%M %p on %d %B, %Y")
