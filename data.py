@@ -306,15 +306,3 @@ def language(text: str) -> str:
     # Counts, not shares: "iPhone 15 怎么样" is a Chinese question about a Latin name.
     counts = {name: len(script.findall(text)) for name, script in _SCRIPTS.items()}
     return max(counts, key=counts.get) if any(counts.values()) else "other"
-
-
-# ----------------------------------------------------------------------- what the generator reads
-
-
-def plain(text: str) -> str:
-    """Text that can neither open or close a <sug> field nor part two starters."""
-    return re.sub("&{2,}", "&", text.replace("<", "(").replace(">", ")"))
-
-
-def list_text(starters: list[str]) -> str:
-    return f"<sug> {' && '.join(map(plain, starters))} </sug>"

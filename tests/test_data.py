@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+import llm
 import roles
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -388,14 +389,13 @@ MARKUP = ["&", "&&", "&&&&", "<", ">", "<sug>", "</sug>", "<think>", "</think>",
 
 @given(st.lists(st.lists(st.sampled_from(MARKUP), max_size=9).map("".join), min_size=1, max_size=5))
 def test_no_text_of_a_starter_parts_or_ends_a_list(texts):
-    """A list reads back as many starters as were written, whichever of the two ways writes it."""
+    """A list reads back as many starters as were written."""
     starters = [f"x{text}y" for text in texts]
-    for written in (data.list_text(starters), roles.format_starters(starters)):
-        read = roles.parse_starters(written).starters
-        assert len(read) == len(starters)
-        assert all(r[0] == "x" and r[-1] == "y" for r in read)
+    read = roles.parse_starters(llm.format_starters(starters)).starters
+    assert len(read) == len(starters)
+    assert all(r[0] == "x" and r[-1] == "y" for r in read)
 
 
 def test_a_starter_keeps_its_text_but_for_markup():
-    written = data.list_text(["a &&&& b", "<sug> c && d </sug>", "R&D", "e &"])
+    written = llm.format_starters(["a &&&& b", "<sug> c && d </sug>", "R&D", "e &"])
     assert roles.parse_starters(written).starters == ("a & b", "(sug) c & d (/sug)", "R&D", "e &")

@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 
 import data
+import llm
 from config import UserError, atomic_path, load_config, read_json, script
 from data import Impression, User
 from tools.importers import KINDS, import_users
@@ -100,12 +101,12 @@ def export_trl(run: str | Path) -> Iterator[dict]:
     task = config.generator.instruction.format(n=config.generator.list_size)  # as llm.prompts
     # Rounds accumulate pairs in training, but each file holds those of its round alone.
     for pair in (pair for path in paths for pair in read_json(path)):
-        text = "\n- ".join([task, *map(data.plain, pair["interests"])])
+        text = "\n- ".join([task, *map(llm.plain, pair["interests"])])
         for rejected in pair["rejected"].values():  # of each kind that was mined
             yield {
                 "prompt": [{"role": "user", "content": text}],
-                "chosen": [{"role": "assistant", "content": data.list_text(pair["chosen"])}],
-                "rejected": [{"role": "assistant", "content": data.list_text(rejected)}],
+                "chosen": [{"role": "assistant", "content": llm.format_starters(pair["chosen"])}],
+                "rejected": [{"role": "assistant", "content": llm.format_starters(rejected)}],
             }
 
 
