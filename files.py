@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import functools
 import hashlib
@@ -29,12 +28,9 @@ class UserError(Exception):
 
 
 def digest(*parts) -> str:
-    """Twelve hex digits of anything JSON can hold (models and dataclasses too)."""
-
-    def plain(part):
-        return part.model_dump() if isinstance(part, BaseModel) else dataclasses.asdict(part)
-
-    text = json.dumps(parts, sort_keys=True, default=plain)  # moving a setting changes nothing
+    """Twelve hex digits of anything JSON can hold, and of pydantic models."""
+    # Sorted: where a setting stands among the others changes nothing.
+    text = json.dumps(parts, sort_keys=True, default=BaseModel.model_dump)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
