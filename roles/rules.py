@@ -9,9 +9,10 @@ E earlier and L later summaries, D embedding.
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -146,7 +147,7 @@ def _unit(phrase: str) -> str:
 def _spans(phrase: str) -> set[str]:
     """Every run of whole words in a phrase; of two or more characters in Chinese."""
     zh = language(phrase) == "zh"
-    units = (list(phrase) if zh else words_of(phrase))[:12]  # quadratic: no phrase is longer
+    units = (list(phrase.casefold()) if zh else words_of(phrase))[:12]  # there are n^2 / 2 spans
     shortest, joint = (2, "") if zh else (1, " ")
     return {joint.join(units[i:j]) for i in range(len(units))
             for j in range(i + shortest, len(units) + 1)}
@@ -154,11 +155,10 @@ def _spans(phrase: str) -> set[str]:
 
 def themes(histories: Iterable[Iterable[str]]) -> set[str]:
     """Phrases that more than THEME_SHARE of the people use (and than five): no subjects."""
-    people, total = Counter(), 0
-    for summaries in histories:
-        people.update({_unit(phrase) for text in set(summaries) for phrase in key_phrases(text)})
-        total += 1
-    return {phrase for phrase, n in people.items() if n > max(5, THEME_SHARE * total)}
+    people = [{_unit(phrase) for text in set(summaries) for phrase in key_phrases(text)}
+              for summaries in histories]
+    users = Counter(itertools.chain.from_iterable(people))
+    return {phrase for phrase, n in users.items() if n > max(5, THEME_SHARE * len(people))}
 
 
 class RuleMatcher:
@@ -184,20 +184,9 @@ class RuleMatcher:
 
     def _contained(self, whole: list[str], parts: list[str]) -> np.ndarray:
         """(len(whole), len(parts)): some key phrase of the whole contains one of the part."""
-        columns = defaultdict(list)  # phrase -> the parts that it is of
-        for column, text in enumerate(parts):
-            for phrase in map(_unit, key_phrases(text)):
-                if phrase not in self.themes:
-                    columns[phrase].append(column)
-        contained = np.zeros((len(whole), len(parts)), dtype=bool)
-        for row, text in enumerate(whole):
-            for phrase in key_phrases(text):
-                for span in _spans(phrase.casefold()) & columns.keys():
-                    contained[row, columns[span]] = True
-        return contained
-
-
-# ------------------------------------------------------------------------------ judge, summariser
+        spans = [set().union(*map(_spans, key_phrases(text))) for text in whole]
+        units = [{*map(_unit, key_phrases(text))} - self.themes for text in parts]
+        return np.array([[not unit.isdisjoint(span) for unit in units] for span in spans])
 
 
 class RuleJudge:
@@ -208,12 +197,11 @@ class RuleJudge:
 
     def compare(self, rows: Sequence[tuple[list[str], list[str], list[str]]]) -> list[float]:
         """(history, a, b) -> share won by a: 1.0, 0.5 for a tie, 0.0. Swapping swaps the answer."""
-        return [self._compare(*row) for row in rows]
-
-    def _compare(self, history: list[str], a: list[str], b: list[str]) -> float:
-        size = max(len(a), len(b))
-        gap = self._score(history, a, size) - self._score(history, b, size)
-        return 0.5 if abs(gap) < 1e-6 else float(gap > 0)
+        gaps = []
+        for history, a, b in rows:
+            size = max(len(a), len(b))  # a short list gains nothing by being short
+            gaps.append(self._score(history, a, size) - self._score(history, b, size))
+        return [0.5 if abs(gap) < 1e-6 else float(gap > 0) for gap in gaps]
 
     def _score(self, history: list[str], interests: list[str], size: int) -> float:
         """Share of specific interests, plus distinct subjects, plus persistence; each in [0, 1]."""
