@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from config import ROOT, UserError, atomic_path, load_config, script, write_json
+from config import ROOT, UserError, atomic_path, load_config, progress, script, write_json
 from icebreaker import list_diversity
-from pipeline import Pipeline, progress, utilities
+from pipeline import Pipeline, utilities
 
 ORDER = ("PE", "PE+RID", "SFT", "SFT+DPO", "IceBreaker")
 PAPER = {

@@ -8,7 +8,6 @@ Legend: B rows, N summaries or starters, M interests, K slots, D embedding, F st
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -19,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import data
 import icebreaker as ib
@@ -34,12 +32,12 @@ from config import (
     digest,
     file_digest,
     gather,
-    processes,
     read_json,
     read_tensors,
     share,
 )
 from encoder import Encoder
+from tools import tiny_model
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,6 @@ class Pipeline:
                 raise UserError(f"data.{name}={path}: no such file")
         if config.data.impressions and not config.data.users:
             raise UserError("data.impressions: needs data.users, the people it was shown to")
-        if config.generator.attention == "flex_attention" and not torch.cuda.is_available():
-            raise UserError("generator.attention=flex_attention: needs a GPU; 'sdpa' needs none")
         self._check_players(config)
         self.config, self.run = config, RunFolder(config, describe)
         self._chats: dict = {}
@@ -87,10 +83,8 @@ class Pipeline:
         if url := config.generator.endpoint:
             from roles import chat
 
-            settings = dataclasses.replace(config.endpoint, base_url=url, model="sit")
+            settings = config.endpoint.model_copy(update={"base_url": url, "model": "sit"})
             chat.Endpoint(settings, setting="generator.endpoint")
-        if config.generator.sampler == "generate" and processes()[1] > 1:
-            raise UserError("generator.sampler=generate: one process only; 'fast' takes several")
 
     def seed(self, *parts) -> int:
         """A seed of its own for every purpose, from run.seed."""
@@ -107,7 +101,7 @@ class Pipeline:
     @cached_property
     def logged_users(self) -> list[data.User]:
         """Every user as in the file; sessions may have messages in place of a summary."""
-        return data.read_users(self.users_file, self.config.data.max_errors)
+        return data.read_users(self.users_file)
 
     @cached_property
     def users(self) -> dict[str, data.User]:
@@ -127,7 +121,7 @@ class Pipeline:
     def impressions(self) -> list[data.Impression]:
         if not self.impressions_file:
             return []
-        rows = data.read_impressions(self.impressions_file, self.config.data.max_errors)
+        rows = data.read_impressions(self.impressions_file)
         unknown = {row.user_id for row in rows} - {u.user_id for u in self.logged_users}
         if unknown:
             raise UserError(
@@ -264,8 +258,8 @@ class Pipeline:
         folder = base_folder(self.config)
         if not (folder / "config.json").is_file():
             raise UserError(
-                f"{folder}: no embedded model of these settings (base.*); python train.py --stage "
-                f"base makes it, with the same settings"
+                f"{folder}: no embedded model of these settings; python train.py --stage base makes it, "
+                f"with the same settings"
             )
         return str(folder)
 
@@ -302,7 +296,7 @@ class Pipeline:
             return llm.sample(
                 model, self.tokenizer, [self.prompt(x) for x in prompts], n, seed=seed,
                 max_new_tokens=g.max_new_tokens, temperature=g.temperature, top_p=g.top_p,
-                top_k=g.top_k, rows=g.sample_rows, sampler=g.sampler, numbers=numbers,
+                top_k=g.top_k, rows=g.sample_rows, numbers=numbers,
             )
 
         return self._full_lists(draw, inputs, n, seed, repeats)
@@ -341,10 +335,10 @@ class Pipeline:
             name = adapter.parent.name
             if adapter.parent.parent.name == "feedback":
                 name = name.replace("round", "feedback")
-        return dataclasses.replace(
-            self.config.endpoint, base_url=g.endpoint, key_env=g.endpoint_key_env, model=name,
-            temperature=g.temperature, max_tokens=g.max_new_tokens,
-        )  # fmt: skip
+        return self.config.endpoint.model_copy(update={
+            "base_url": g.endpoint, "key_env": g.endpoint_key_env, "model": name,
+            "temperature": g.temperature, "max_tokens": g.max_new_tokens,
+        })  # fmt: skip
 
     def is_served(self, adapter: Path) -> bool:
         """Whether generator.endpoint says that it has this adapter."""
@@ -434,7 +428,7 @@ def base_folder(config: Config) -> Path:
     """The embedded base model: in weights/ where it ships with these settings, else built once for
     all runs below run.root."""
     g = config.generator
-    name = f"base-{digest(config.base, g.instruction, g.list_size)}"
+    name = f"base-{digest(tiny_model.BASE, g.instruction, g.list_size)}"
     shipped = ROOT / "weights" / name
     if (shipped / "figures.json").is_file():  # relative, since adapters keep their base's path
         return Path(os.path.relpath(shipped))
@@ -489,12 +483,6 @@ def utilities(ranker: ib.UtilityRanker, state: State, starters: torch.Tensor) ->
     """r_util(u, y) in (0, 1) of starters (N, D) for one user -> (N,)."""
     inputs = {k: x.expand(len(starters), *x.shape[1:]) for k, x in pad_states([state]).items()}
     return torch.sigmoid(ranker(**inputs, starters=starters))
-
-
-def progress(items, label: str, **kwargs):
-    """A progress bar on a terminal, nothing elsewhere, and only of the first process."""
-    disable = True if processes()[0] else None
-    return tqdm(items, desc=label, disable=disable, leave=False, **kwargs)
 
 
 def sum_counts(parts: list[dict]) -> dict[str, int]:

@@ -58,6 +58,7 @@ from serving.front import ASK, Front, busy, key_for
 from serving.store import Store
 
 STATUSES = (400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503, 504)  # beside 200 and 422
+MAX_TEXT = 2000  # characters of a summary
 TOO_LONG = "not written within serve.timeout; try again"
 STORE_FAILED = "the store cannot be used at the moment; try again"
 
@@ -113,8 +114,8 @@ class Events(Body):
 
 def request_models(limits: ServeConfig) -> SimpleNamespace:
     """The bodies whose limits are settings. A session's messages may be longer than a summary."""
-    line = Annotated[data.Text, StringConstraints(max_length=limits.max_text)]
-    speech = Annotated[data.Text, StringConstraints(max_length=16 * limits.max_text)]
+    line = Annotated[data.Text, StringConstraints(max_length=MAX_TEXT)]
+    speech = Annotated[data.Text, StringConstraints(max_length=16 * MAX_TEXT)]
     facts = Annotated[dict[data.Name, line], Field(max_length=50)]
     most = Field(max_length=limits.max_sessions)
 
@@ -476,7 +477,7 @@ def main() -> None:
         key_for(config, arguments.host)
         sock = bound(arguments.host, arguments.port)
     path = config.serve.store or run / "serve.sqlite"
-    store = Store(path, config.serve.impression_hours, config.serve.max_sessions)
+    store = Store(path, max_sessions=config.serve.max_sessions)
     engine = Engine(config)
     store.import_users(engine.p.users.values(), file_digest(engine.p.users_file))
     if sock is None:

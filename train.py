@@ -52,6 +52,7 @@ from config import (
 from pipeline import Pipeline, base_folder, short, sum_counts
 from serving import feedback
 from stages import isg, rid
+from tools import tiny_model
 
 # ------------------------------------------------------------------------------------ world, base
 
@@ -76,11 +77,9 @@ def stage_base(p: Pipeline) -> dict:
         return {"model": p.config.generator.model}
     folder = base_folder(p.config)
     if not (folder / "figures.json").is_file():
-        from tools import tiny_model
-
-        print(f"  base: {p.config.base.batches} batches to learn from; weights/ has the default's")
+        print(f"  base: {tiny_model.BASE.batches} batches to learn from; weights/ has the default's")
         write_json(
-            folder / "figures.json", tiny_model.build_base(p.config.base, p.config.generator, folder)
+            folder / "figures.json", tiny_model.build_base(tiny_model.BASE, p.config.generator, folder)
         )
     return {"folder": str(folder), **read_json(folder / "figures.json")}
 
@@ -119,15 +118,11 @@ class Stage:
     alone: bool = False  # of several processes the first does all
 
 
-MATCHER = (
-    "encoder",
-    *(f"roles.{name}" for name in vars(Config().roles) if name.startswith(("match", "theme"))),
-)
 STAGES = {
     "world": Stage(stage_world, (), ("world", "data"), alone=True),
-    "base": Stage(stage_base, (), ("base", "generator"), alone=True),
+    "base": Stage(stage_base, (), ("generator",), alone=True),
     "summarize": Stage(rid.stage_summarize, ("world",), ("roles.summariser",), alone=True),
-    "match": Stage(rid.stage_match, ("summarize",), MATCHER, alone=True),
+    "match": Stage(rid.stage_match, ("summarize",), ("encoder", "roles.matcher"), alone=True),
     "rid": Stage(rid.stage_rid, ("match",), ("rid",), alone=True),
     "ranker": Stage(isg.stage_ranker, ("rid",), ("ranker", "generator"), alone=True),  # K slots
     "sit": Stage(isg.stage_sit, ("rid", "base"), ("generator", "sit", "roles.teacher")),
@@ -136,8 +131,8 @@ STAGES = {
     "merge": Stage(stage_merge, ("dpo",), ("generator",), alone=True),
 }
 # Settings that say how, or where, the same is computed; or that concern feedback rounds alone.
-HOW = [f"generator.{x}" for x in ("endpoint", "endpoint_key_env", "sample_rows", "head_chunk",
-                                  "attention", "gradient_checkpointing")]  # fmt: skip
+HOW = [f"generator.{x}" for x in ("endpoint", "endpoint_key_env", "sample_rows",
+                                  "gradient_checkpointing")]  # fmt: skip
 HOW += ["data.feedback", "dpo.pairs_per_user"]
 ALL = [name for name in STAGES if name != "merge"]  # run where nothing else is asked for
 
@@ -152,8 +147,9 @@ def stage_key(p: Pipeline, name: str, *without: str) -> str:
         files = [file_digest(f) for f in (p.users_file, p.impressions_file) if f]
     if name == "base" and not p.config.generator.model:
         folder = base_folder(p.config)
+        files = [folder.name]  # holds tiny_model.BASE
         if folder.parent != Path(p.config.run.root):  # it ships
-            files = [file_digest(folder / "model.safetensors")]
+            files += [file_digest(folder / "model.safetensors")]
     config = copy.deepcopy(p.config)
     for setting in (*HOW, *without):
         section, field = setting.split(".")
@@ -215,7 +211,7 @@ def run_stages(config: Config, wanted: list[str]) -> None:
     llm.quiet_libraries()
     if config.data.feedback:
         with explained(config, "dpo"):
-            feedback.train_round(config, wanted, free=[*HOW, "data.max_errors"])
+            feedback.train_round(config, wanted, free=HOW)
         return
     p, needed = Pipeline(config), set(wanted)
     for name in reversed(STAGES):

@@ -100,7 +100,7 @@ def loop(run: Path, people: int, times: int) -> None:
     known = [u for u in p.ids("train", "valid", "judge") if p.users[u].sessions][:people]
     others = [u for u in p.ids("test") if p.states[u][-1].interests]
     store = run / "serve.sqlite"
-    with server(run, "serve.reload_seconds=1", f"serve.store={store}") as url:
+    with server(run, f"serve.store={store}") as url:
         model = httpx.get(url + "/v1/model").json()["model"]
         before = asyncio.run(visits(url, others, watching(truth), DRAWS))
         seen = np.array(asyncio.run(visits(url, known, tapping(truth), times))).sum((0, 1))

@@ -89,7 +89,7 @@ def work(model, tokenizer, g: GeneratorConfig, what: str):
 
     def step() -> None:
         optimiser.zero_grad()
-        logps = torch.cat(llm.completion_logps(model, prompts, own, g.head_chunk))
+        logps = torch.cat(llm.completion_logps(model, prompts, own))
         (-logps.sum()).backward()
         optimiser.step()
 

@@ -25,10 +25,9 @@ from urllib.parse import urlsplit
 
 import openai
 import torch
-from tqdm import tqdm
 
 import llm
-from config import EndpointConfig, UserError
+from config import EndpointConfig, UserError, progress
 
 T = TypeVar("T")
 
@@ -217,8 +216,7 @@ class Chat:
             self._heard = self._heard or bool(values)
             self.counts += Counter(cached=len(values), asked=len(todo))
             with contextlib.closing(self.backend.answers(todo)) as answers:  # ends the calls too
-                bar = tqdm(answers, "ask", total=len(todo), disable=None, leave=False)
-                for i, text, failure in bar:
+                for i, text, failure in progress(answers, "ask", len(todo)):
                     if not failure:
                         try:
                             values[todo[i]] = read(text)

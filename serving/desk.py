@@ -31,6 +31,8 @@ from serving.engine import Answer, Ask, Engine
 from serving.store import Store
 
 log = logging.getLogger("serve")
+WINDOW_SECONDS = 0.004  # the first request of a batch waits so long for others
+RELOAD_SECONDS = 5.0  # between looks for a newly trained round
 SPARE_BATCH = 4  # asks ahead of clients that are written together: small, as a client may come
 MOST_AHEAD = 60  # starters kept ready for a user and method
 MOST_SHOWN = 100  # latest lists that tell a user's taste
@@ -147,11 +149,11 @@ class Batcher:
         self.thread.join(self.settings.timeout)
 
     def _run(self) -> None:
-        look = time.monotonic() + self.settings.reload_seconds
+        look = time.monotonic() + RELOAD_SECONDS
         while not self.stopped:
             jobs, spare = self._next(look)
             if time.monotonic() >= look:
-                look = time.monotonic() + self.settings.reload_seconds
+                look = time.monotonic() + RELOAD_SECONDS
                 self._safely(self.engine.refresh)
             if spare:
                 self._safely(self.write_ahead, spare)
@@ -174,7 +176,7 @@ class Batcher:
                 count = min(SPARE_BATCH, len(self.spare))
                 popped = [self.spare.popitem(last=False) for _ in range(count)]
                 return [], [(*key, n) for key, n in popped]
-            end = self.waiting[0].born + self.settings.window_ms / 1000
+            end = self.waiting[0].born + WINDOW_SECONDS
             size = self.settings.batch
             self.wake.wait_for(lambda: len(self.waiting) >= size, max(0.0, end - time.monotonic()))
             return [self.waiting.popleft() for _ in range(min(size, len(self.waiting)))], []

@@ -332,9 +332,8 @@ class Engine:
         for text in self._fit(starters, case):
             if text not in known and not case.full:
                 (utility,) = self._utilities(case, [text])
-                if utility >= self.config.serve.min_utility:
-                    case.emitted.append(self._starter(case, text, utility))
-                    case.ask.emit(case.emitted[-1])
+                case.emitted.append(self._starter(case, text, utility))
+                case.ask.emit(case.emitted[-1])
 
     # ---------------------------------------------------------------------------------- the order
 
@@ -360,9 +359,8 @@ class Engine:
         made: list[list[Starter]] = []
         for case, pool in zip(cases, pools, strict=True):
             values = self._utilities(case, pool) if pool else []
-            good = [(y, u) for y, u in zip(pool, values, strict=True)
-                    if u >= self.config.serve.min_utility]
-            made.append([self._starter(case, y, u) for y, u in good])
+            rated = zip(pool, values, strict=True)
+            made.append([self._starter(case, y, u) for y, u in rated])
         order = self._in_lists(made)
         answers = []
         for case, starters, own in zip(cases, made, order, strict=True):

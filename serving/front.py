@@ -25,6 +25,7 @@ from config import Config, UserError
 from serving.desk import Desk, log, where
 
 ASK = "/v1/starters"
+MAX_BODY = 2**20  # bytes
 LOOK_UPS = 8  # requests for starters beside those that wait or are written: theirs may be ready
 OPEN = ("/livez", "/readyz")
 POLICY = b"default-src 'self'; base-uri 'none'; frame-ancestors 'none'; form-action 'none'"
@@ -151,9 +152,9 @@ class Front:
 
         None: the client has left.
         """
-        limit, parts, total, more = self.settings.max_body, [], 0, True
+        limit, parts, total, more = MAX_BODY, [], 0, True
         length = dict(scope["headers"]).get(b"content-length", b"0")
-        too_large = HTTPException(413, f"body: more than {limit} bytes (serve.max_body)")
+        too_large = HTTPException(413, f"body: more than {limit} bytes")
         if not length.isdigit() or int(length) > limit:
             raise too_large
         try:

@@ -12,7 +12,6 @@ Legend: B rows, N candidates, M lists or interests, K slots, P pairs, D embeddin
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import random
 import shutil
@@ -35,12 +34,16 @@ from config import (
     file_digest,
     gather,
     processes,
+    progress,
     read_json,
     share,
     write_json,
     write_tensors,
 )
-from pipeline import Pipeline, State, pad_states, progress, short, sum_counts, utilities
+from pipeline import Pipeline, State, pad_states, short, sum_counts, utilities
+
+SLOT_LEARNING_RATE = 0.02  # position explains most of a tap and must not wait for w
+RANDOM_LISTS = 8  # random draws from the pool among the lists considered
 
 # ----------------------------------------------------------------------------------------- ranker
 
@@ -100,7 +103,7 @@ def fit_ranker(p: Pipeline, pairs, name: str, path: Path) -> ib.UtilityRanker:
     ranker = p.new_ranker()
     with torch.no_grad():
         ranker.head.bias.fill_(torch.logit(rows["targets"].mean().clamp(0.001, 0.999)))
-    slots = {"params": ranker.slot.parameters(), "lr": settings.slot_learning_rate}
+    slots = {"params": ranker.slot.parameters(), "lr": SLOT_LEARNING_RATE}
     optimiser = torch.optim.AdamW(
         [{"params": ranker.head.parameters(), "weight_decay": 0.05}, slots],
         settings.learning_rate,
@@ -364,8 +367,7 @@ def list_logps(p: Pipeline, policy: Callable, rows) -> list[torch.Tensor]:
     policy: llm.averaged_gradients(model), as long as gradients are wanted.
     """
     prompts, lists = zip(*rows, strict=True)
-    g = p.config.generator
-    return policy(list(prompts), list(lists), g.head_chunk, g.attention)
+    return policy(list(prompts), list(lists))
 
 
 def part_of(batch: list) -> tuple[list, float]:
@@ -457,7 +459,7 @@ def mine_round(p: Pipeline, ranker, states: list[State], lists) -> tuple[list[di
         n, number = len(pool), {y: j for j, y in enumerate(pool)}
         considered = [x for x in beams[i].tolist() if x[0] >= 0]
         considered += [[number[y] for y in x] for x in own if len(x) == k]
-        considered += [rng.sample(range(n), k) for _ in range(settings.random_lists)]
+        considered += [rng.sample(range(n), k) for _ in range(RANDOM_LISTS)]
         # A set counts once, in the order that came first: rounding is not to choose among orders.
         considered = [*{tuple(sorted(x)): x for x in considered[::-1]}.values()][::-1]
         chosen, rejected = ib.mine_preferences(
@@ -621,7 +623,7 @@ def align_on_clicks(p: Pipeline, pairs: list[dict]) -> dict:
 
     Eq. (6) alone: with dpo.sft_weight it would learn to write like the retrieval.
     """
-    settings = dataclasses.replace(p.config.dpo, sft_weight=0.0)
+    settings = p.config.dpo.model_copy(update={"sft_weight": 0.0})
     folder, key = "dpo/vanilla", digest(p.key, "vanilla", settings)
     if not p.run.is_done(folder, key):
         clicked, rng = click_pairs(p), random.Random(p.seed("clicked"))

@@ -21,9 +21,20 @@ import torch
 
 import icebreaker as ib
 import roles
-from config import UserError, atomic_path, read_json, read_tensors, write_json, write_tensors
+from config import (
+    UserError,
+    atomic_path,
+    progress,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from encoder import Encoder, embed
-from pipeline import Pipeline, progress
+from pipeline import Pipeline
+
+ENCODER_LEARNING_RATE = 0.0  # above 0: the encoder of E_u and E_h is fine-tuned too
+ENCODER_RECOMPUTE = False  # gradient caching: activations of one encoder.batch_size
 
 # -------------------------------------------------------------------------- summarize, match
 
@@ -152,12 +163,12 @@ def fit_scorer(p: Pipeline, revisits: Revisits, train, valid) -> tuple[Callable,
     scorer = new_scorer(p)
     optimiser = torch.optim.AdamW(scorer.parameters(), settings.learning_rate, weight_decay=0.01)
     trained, tuned, encode = [*scorer.towers], None, None
-    if settings.encoder_learning_rate:
+    if ENCODER_LEARNING_RATE:
         tuned, size = copy.deepcopy(p.encoder.model).eval(), p.config.encoder.batch_size
         encode = functools.partial(
-            embed, tuned, batch_size=size, recompute=settings.encoder_recompute
+            embed, tuned, batch_size=size, recompute=ENCODER_RECOMPUTE
         )
-        weights = {"params": tuned.parameters(), "lr": settings.encoder_learning_rate}
+        weights = {"params": tuned.parameters(), "lr": ENCODER_LEARNING_RATE}
         optimiser.add_param_group(weights)
         trained.append(tuned)
     trained = torch.nn.ModuleList(trained)

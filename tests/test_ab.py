@@ -144,21 +144,6 @@ def test_the_same_lists_give_the_same_lives_whatever_the_order_of_arms(platform,
     json.dumps([made, lifts], allow_nan=False)
 
 
-def test_shares_put_each_person_in_one_arm(platform, arms):
-    made = _run(platform, arms, split="shares", days=7)
-    met = [set(rows["users"]) for rows in made["arms"].values()]
-    users = [u.user_id for u in platform[1]]
-    assert sum(map(len, met)) == len(set().union(*met)) == len(users)
-    assert min(map(len, met)) >= 5
-    paired = _run(platform, arms, days=7)["arms"]
-    for arm, rows in made["arms"].items():
-        assert rows["users"].items() <= paired[arm]["users"].items()
-    turned = _run(platform, dict(reversed(arms.items())), split="shares", days=7)
-    assert turned == made and ab.lifts([turned]) == ab.lifts([made])
-    alone = _run(platform, arms, split="shares", days=7, users=1)  # three arms meet nobody
-    assert ab.lifts([alone]).keys() == arms.keys() - {"deployed"}
-
-
 def test_a_life_begins_without_what_another_tapped():
     truth = SureTruth()
     lists = {"a": {"u1": [["tap 1"]]}}
@@ -177,18 +162,11 @@ def test_a_person_counts_once_with_the_mean_of_several_lives(platform, arms):
     assert other != once["users"]
 
 
-def test_fewer_people_are_some_of_all(platform, arms):
-    few, everybody = (_run(platform, arms, days=7, users=n)["arms"]["random"] for n in (9, 0))
-    assert len(few["users"]) == 9 and few["users"].items() <= everybody["users"].items()
-
-
 def test_what_cannot_be_compared_is_refused(platform, arms):
     with pytest.raises(ValueError, match="same users"):
         _run(platform, arms | {"few": {"u1": [["x"]]}})
     with pytest.raises(ValueError, match="activity"):
         ab.simulate(platform[0], {}, arms, AbConfig(), 0)
-    with pytest.raises(ValueError, match="split"):
-        _run(platform, arms, split="halves")
 
 
 # ------------------------------------------------------------------------------- metrics and lifts
@@ -290,15 +268,14 @@ def test_two_arms_of_random_lists_hold_zero_in_their_interval(platform, arms):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("split", ["paired", "shares"])
-def test_of_a_hundred_tests_without_a_difference_about_five_are_positive(platform, arms, split):
+def test_of_a_hundred_tests_without_a_difference_about_five_are_positive(platform, arms):
     truth, users = platform
     pool = sorted({y for rows in arms["random"].values() for x in rows for y in x})
     positive = np.zeros((100, len(ab.METRICS)))
     outside = np.zeros_like(positive)
     for seed in range(100):
         lists = {name: _random(pool, users, [seed, i]) for i, name in enumerate(("deployed", "b"))}
-        made = _run(platform, lists, seed, days=14, split=split)
+        made = _run(platform, lists, seed, days=14)
         for i, x in enumerate(ab.lifts([made], bootstrap=200)["b"].values()):
             positive[seed, i] = x["p"] < 0.05
             outside[seed, i] = not x["interval"][0] <= 0 <= x["interval"][1]

@@ -15,6 +15,8 @@ from config import ROOT, UserError, load_config, read_json
 from serving import feedback
 from serving.store import Store
 from stages import isg
+from tools import tiny_model
+from world import people
 
 # A teacher of three kinds, which even a minute's generator can write.
 KINDS = {
@@ -22,16 +24,25 @@ KINDS = {
     "zh": "考考我对{x}的了解\n{x}的未来会怎样？\n为{x}设计一张海报",
 }
 # Two interests a user: with four, the subjects alone keep lists apart.
-SMALL = """world.users=60 world.median_sessions=6 world.impressions_per_user=30
-    world.starter_pool=200 base.batches=200 base.lists=2 base.tokenizer_prompts=500
-    base.layers=2 base.hidden=96 base.batch_tokens=512 base.learning_rate=2e-3
-    base.vocabulary=600 rid.epochs=2 rid.towers=1 ranker.epochs=20
+SMALL = """world.users=60 world.impressions_per_user=30
+    world.starter_pool=200 rid.epochs=2 rid.towers=1 ranker.epochs=20
     generator.list_size=3 generator.max_new_tokens=40 sit.max_rows=120 sit.epochs=4
     sit.learning_rate=3e-3 dpo.max_users=30 dpo.rounds=1 dpo.samples=4 dpo.checkpoints=1
     dpo.vanilla=false dpo.learning_rate=2e-4 dpo.teacher_lists=2 dpo.grounded=false
     data.train=0.4 data.judge=0.25 data.valid=0.25 data.test=0.1 rid.min_keep=2""".split()
 ROUND = ["ranker", "dpo"]
 CANARY = "Quxholm"  # a place of which the run has never heard
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_base():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_model, "BASE", tiny_model.BaseConfig(
+            batches=200, lists=2, tokenizer_prompts=500, layers=2, hidden=96, batch_tokens=512,
+            learning_rate=2e-3, vocabulary=600,
+        ))  # fmt: skip
+        patch.setattr(people, "MEDIAN_SESSIONS", 6)
+        yield
 
 
 def small(root, *words):

@@ -406,11 +406,12 @@ def test_logs_of_tapped_lists_alone_skip_the_baseline(finished, tmp_path):
     assert not (p.run / "dpo" / "vanilla" / "adapter").exists()
 
 
-def test_a_prompt_without_room_and_a_base_that_is_not_there_are_named(finished):
+def test_a_prompt_without_room_and_a_base_that_is_not_there_are_named(finished, monkeypatch):
     with pytest.raises(UserError, match="generator.max_prompt_tokens: .* no room"):
         train.Pipeline(micro(finished.parent, "generator.max_prompt_tokens=5")).prompt(["Chess"])
     with pytest.raises(UserError, match="no embedded model of these settings"):
-        _ = train.Pipeline(micro(finished.parent, "base.seed=9")).tokenizer
+        monkeypatch.setattr(train.tiny_model, "BASE", train.tiny_model.BaseConfig(seed=9))
+        _ = train.Pipeline(micro(finished.parent)).tokenizer
 
 
 def test_a_last_batch_of_one_starter_does_not_stop_the_ranker(finished, tmp_path):
@@ -458,8 +459,10 @@ def test_the_scorers_encoder_can_be_tuned(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(
         rid, "embed", lambda *a, **k: asked.append(k["recompute"]) or embed(*a, **k)
     )
-    for word in ("rid.encoder_recompute=false", "rid.encoder_recompute=true"):
-        config = micro(tmp_path, "rid.encoder_learning_rate=1e-4", "rid.epochs=1", word)
+    monkeypatch.setattr(rid, "ENCODER_LEARNING_RATE", 1e-4)
+    for recompute in (False, True):
+        monkeypatch.setattr(rid, "ENCODER_RECOMPUTE", recompute)
+        config = micro(tmp_path, f"rid.epochs={1 + recompute}")
         train.run_stages(config, ["rid"])
         scores.append(json.loads((tmp_path / "tiny" / "rid" / "triggers.json").read_text()))
     flat = [

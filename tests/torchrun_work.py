@@ -8,6 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import conftest  # noqa: F401  (the tests' small base model)
+
 import llm
 import pipeline
 import train

@@ -179,15 +179,13 @@ def training(s: Shape, g: GeneratorConfig, users: int, lists: int, a: int) -> di
     tokens, scored = users * width, users * lists * g.max_new_tokens
     layer, mask = tokens * saved_bytes(s, g.lora_rank, a), users * width**2 * a
     inputs = tokens * a * s.hidden
-    if g.attention == "flex_attention":
-        mask = 0
-    elif a == 2:  # CUDA's kernel takes keys in eights: a layer keeps a padded copy
+    if a == 2:  # CUDA's kernel takes keys in eights: a layer keeps a padded copy
         layer += mask
     checkpoint = g.gradient_checkpointing
     once = mask + 2 * tokens * a * s.head_dim  # and cosines and sines of the positions
     # The vocabulary's rows: logits in fp32, in bf16 also as the head makes them; those of a chunk
     # stay until the next are made. Beside them the last norm, and the scored positions.
-    chunk, logit = min(g.head_chunk, scored), 4 if a == 4 else 4 + a
+    chunk, logit = min(256, scored), 4 if a == 4 else 4 + a
     head = s.vocabulary * max(logit * chunk, 4 * chunk + logit * min(chunk, scored - chunk))
     terms = {
         "weights": weight_bytes(s, g.load_in_4bit, a),
@@ -211,7 +209,7 @@ def sampling(s: Shape, g: GeneratorConfig, n: int, a: int, lora_bytes=4) -> dict
     weight = a * h * i if g.load_in_4bit else 0
     per_token = a * i + a * i  # silu(gate), up
     per_token += 3 * a * h + (4 * h if a == 2 else 0)  # embedding, residual, normed; LoRA's x
-    drawn = 0 if g.sampler == "fast" and g.top_k else 32  # sorted values, ids, softmax, sums
+    drawn = 0 if g.top_k else 32  # sorted values, ids, softmax, sums
     repeated = 2 * a * prompts * length * d if s.heads > s.kv_heads and n > 1 else 0
     steps = prompts * n * length * (a + 3)  # the mask, and the truth values it is made of
     terms = {

@@ -33,7 +33,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-import data
 from config import AbConfig
 from world import people
 
@@ -114,33 +113,29 @@ def simulate(
     Raises ValueError where arms cover different users, or a user has no activity.
     """
     users = sorted(next(iter(lists.values()), {}), key=lambda u: zlib.crc32(u.encode()))
-    users = sorted(users[: settings.users or None])
+    users = sorted(users)
     if not users or any(set(rows) != set(next(iter(lists.values()))) for rows in lists.values()):
         raise ValueError("simulate: every arm needs lists for the same users, at least one")
     if unknown := [u for u in users if u not in activity or u not in truth.users]:
         raise ValueError(f"simulate: no activity or hidden state of {unknown[:5]}")
-    if settings.split not in ("paired", "shares"):
-        raise ValueError("simulate: split is 'paired' or 'shares'")
-    arm_of = data.split_users(users, dict.fromkeys(sorted(lists), 1.0), seed)
-    copies = settings.copies if settings.split == "paired" else 1
+    copies = settings.copies
     slots = max(len(x) for rows in lists.values() for u in users for x in [[], *rows[u]])
     counts: dict[str, dict[str, np.ndarray]] = {arm: {} for arm in lists}
     for user in users:
-        arms = lists if settings.split == "paired" else [arm_of[user]]
-        lives = {arm: np.zeros((settings.days, len(COUNTS))) for arm in arms}
+        lives = {arm: np.zeros((settings.days, len(COUNTS))) for arm in lists}
         cache: dict = {}
         for copy in range(copies):
-            shown = {arm: lists[arm][user][: settings.lists] for arm in arms}
+            shown = {arm: lists[arm][user][: settings.lists] for arm in lists}
             people = {arm: Person(user, activity[user], x, copy) for arm, x in shown.items()}
             for day in range(settings.days):
                 draws = _draws(user, day + 1, slots, seed, copy)
                 for arm, person in people.items():
                     lives[arm][day] += person.day(truth, draws, cache)
-        for arm in arms:
+        for arm in lists:
             counts[arm][user] = lives[arm] / copies
     return {
         "days": settings.days,
-        "split": settings.split,
+        "split": "paired",
         "lists": settings.lists,
         "copies": copies,
         "seed": seed,

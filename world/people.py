@@ -33,6 +33,7 @@ START = datetime(2026, 1, 1)
 SLOT_RATES = np.array([0.47, 0.29, 0.19, 0.17, 0.07])  # measured for the same content by slot
 EXAMINATION = SLOT_RATES / SLOT_RATES[0]
 LIST_SIZE = 5
+MEDIAN_SESSIONS = 12  # 6 in a forum, 150 in a search log; heavy-tailed around it, 1 to 500
 REPEAT_SHARE = 0.2  # of sessions that repeat an earlier summary on purpose; chance adds the rest
 ONE_OFF_SHARE = 0.3  # of sessions about a topic that is no interest of the user
 CHINESE_SHARE = 0.04
@@ -334,7 +335,7 @@ def _platform(settings) -> tuple[list[data.User], dict, Retrieval, np.random.Gen
 def _person(taxonomy, rng, settings, number, robot) -> tuple[data.User, dict]:
     chinese = rng.random() < CHINESE_SHARE
     interests = _interests(taxonomy, rng, settings.days, chinese)
-    count = int(np.clip(np.exp(rng.normal(np.log(settings.median_sessions), 0.9)), 1, 500))
+    count = int(np.clip(np.exp(rng.normal(np.log(MEDIAN_SESSIONS), 0.9)), 1, 500))
     count = max(count, 40) if robot else count
     joined = rng.uniform(0, settings.days * 0.3)
     days = np.sort(rng.uniform(joined, settings.days, count))
