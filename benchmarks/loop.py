@@ -23,11 +23,11 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+from pipeline import Pipeline
 
 from benchmarks.serve import server
 from config import ROOT, load_config
 from eval import bootstrap_interval
-from pipeline import Pipeline
 from world import people
 
 AT_ONCE, DRAWS = 16, 3
@@ -88,8 +88,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "runs" / Path(arguments.run).name
         shutil.copytree(arguments.run, run, ignore=shutil.ignore_patterns("serve.sqlite*"))
-        for base in Path(arguments.run).parent.glob("base-*"):
-            shutil.copytree(base, run.parent / base.name)
         loop(run, arguments.people, arguments.visits)
 
 

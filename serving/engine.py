@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pipeline import Pipeline, State, history_of, profile_text, scorer_inputs
 
 import data
 import icebreaker as ib
 import llm
 import roles
 from config import Config, UserError, digest, read_json, read_tensors
-from pipeline import Pipeline, State, history_of, profile_text, scorer_inputs
 from serving import feedback
 from stages import isg, rid
 
@@ -58,6 +58,7 @@ class Answer:
     threshold: float | None  # the gate's line for this user's activity; None without a history
     starters: list[Starter]  # of 1 + serve.ahead lists, in the order in which to show them
     tokens: int  # generated
+    model: str  # Engine.version of what wrote it
 
 
 @dataclass(frozen=True)
@@ -370,7 +371,8 @@ class Engine:
             for starter in ready[len(case.emitted) : case.ask.n]:  # the first list was too short
                 if case.ask.emit:
                     case.ask.emit(starter)
-            answers.append(Answer(case.interests, case.threshold, ready, case.tokens))
+            answers.append(
+                Answer(case.interests, case.threshold, ready, case.tokens, self.version))
         return answers
 
     def _in_lists(self, made: list[list[Starter]]) -> list[list[int]]:

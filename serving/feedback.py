@@ -40,6 +40,7 @@ from datetime import datetime
 from pathlib import Path
 
 import numpy as np
+from pipeline import Pipeline, State, short
 
 import data
 import llm
@@ -56,7 +57,6 @@ from config import (
     write_json,
 )
 from eval import bootstrap_interval
-from pipeline import Pipeline, State, short
 from serving.store import Store
 from stages import isg
 

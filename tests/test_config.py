@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import sqlite3
@@ -20,6 +21,7 @@ from config import (
     digest,
     file_digest,
     load_config,
+    progress,
     read_json,
     read_tensors,
     script,
@@ -260,3 +262,42 @@ def test_a_user_error_is_one_message_and_exit_code_2(capsys):
         script(main)
     assert caught.value.code == 2
     assert capsys.readouterr().err == "error: data.jsonl:3: user_id: missing\n"
+
+
+# --------------------------------------------------------------------------------------- progress
+
+
+def test_progress_writes_plain_lines_where_there_is_no_terminal(capsys, monkeypatch):
+    clock = itertools.count(0, 15)  # seconds; one look a step
+    monkeypatch.setattr("config.time.monotonic", lambda: next(clock))
+    steps = progress(iter("abcd"), "dpo round 1", total=4)
+    for number, _ in enumerate(steps, 1):
+        steps.set(loss=0.5 / number)
+    output = capsys.readouterr()
+    lines = output.err.splitlines()
+    assert lines == [
+        "dpo round 1: 2/4, 15.00s/it, 00:30 left, loss=0.25",
+        "dpo round 1: 4/4, 15.00s/it, 00:00 left, loss=0.125",
+    ]
+    assert output.out == "" and progress.every <= 30
+
+
+def test_progress_of_a_quick_loop_says_nothing_and_passes_every_item_on(capsys):
+    assert [*progress(range(3), "quick")] == [0, 1, 2] and [*progress(iter("ab"), "x")] == [*"ab"]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_only_the_first_process_shows_progress(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "every", 0)
+    for rank, lines in (("0", 2), ("1", 0)):
+        for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("RANK", rank), ("WORLD_SIZE", "2")):
+            monkeypatch.setenv(name, value)
+        assert [*progress("ab", "sit")] == [*"ab"]
+        assert len(capsys.readouterr().err.splitlines()) == lines
+
+
+def test_a_terminal_gets_a_bar(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr(progress, "every", 0)
+    assert [*progress("ab", "sit")] == [*"ab"]
+    assert "| 0/2 [" in capsys.readouterr().err
