@@ -183,7 +183,7 @@ def measure_stage(model, stage: str, config: Config) -> dict:
     written = [[tokens(g.max_new_tokens, size) for _ in range(lists)] for _ in prompts]
 
     def step() -> None:
-        logps = torch.cat(llm.completion_logps(model, prompts, written, g.head_chunk, g.attention))
+        logps = torch.cat(llm.completion_logps(model, prompts, written))
         isg.step(model, optimiser, schedule, -logps.mean())
 
     step()  # the state of AdamW is there from now on; while sampling too

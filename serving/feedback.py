@@ -181,9 +181,9 @@ def _ready(config: Config, wanted: list[str], free: Iterable[str]) -> Pipeline:
     saved = load_config(folder / "config.yaml")
     pairs = [(config.dpo, saved.dpo, "dpo", "rounds"), (config.run, saved.run, "run", "seed")]
     pairs += [
-        (getattr(config, section), getattr(saved, section), section, field.name)
+        (getattr(config, section), getattr(saved, section), section, field)
         for section in AGREED
-        for field in dataclasses.fields(getattr(config, section))
+        for field in type(getattr(config, section)).model_fields
     ]
     for now, then, section, name in pairs:
         if getattr(now, name) != getattr(then, name) and f"{section}.{name}" not in free:

@@ -7,7 +7,6 @@ world's hidden truth is seen here, in eval.py, ab.py and reproduce.py, and by no
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections import Counter
 from itertools import product
@@ -66,7 +65,9 @@ def searched(
     settings: of config.dpo, such as beam and weight, where they differ from the run's.
     """
     pools, k = [*map(pool_of, lists.values())], p.config.generator.list_size
-    config = dataclasses.replace(p.config, dpo=dataclasses.replace(p.config.dpo, **settings))
+    config = p.config.model_copy(
+        update={"dpo": p.config.dpo.model_copy(update=settings)}
+    )
     states = [p.states[u][-1] for u in lists]
     orders = isg.in_lists(config, *isg.score_pools(p, p.ranker("train"), states, pools), lists=n)
     made = {}

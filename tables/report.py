@@ -206,8 +206,8 @@ def online_table(seeds: Seeds) -> str:
     results = [s["ab"] for s in seeds]
     people = ", ".join(str(len(r["arms"][ab.CONTROL]["users"])) for r in results)
     one = results[0]
-    how = (f"{one['days']} days; people of each seed in the control arm: {people}; split: "
-           f"{one['split']}; lists of each person, in turn: {one['lists']}; lives: {one['copies']}."
+    how = (f"{one['days']} days; people of each seed in the control arm: {people}; "
+           f"lists of each person, in turn: {one['lists']}; lives: {one['copies']}."
            " They are the test users and those on whom the judge ranker was fitted: of neither has "
            "a method learned. Arms with list search write more and show the better part "
            "(ab.searched).")  # fmt: skip

@@ -4,14 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY_BASE
 
 import llm
 import roles
-from config import ROOT, BaseConfig, GeneratorConfig, load_config
+from config import ROOT, GeneratorConfig, load_config
 from pipeline import base_folder
 from tools import tiny_model
 
-MICRO = BaseConfig(
+MICRO = tiny_model.BaseConfig(
     vocabulary=400, hidden=128, layers=2, heads=2, kv_heads=2, intermediate=32, batches=6,
     batch_tokens=1024, tokenizer_prompts=24, lists=2,
 )
@@ -102,8 +103,9 @@ def test_a_base_model_loads_in_transformers_and_is_the_same_twice(tmp_path, monk
     )
 
 
-def test_the_default_settings_begin_with_the_shipped_weights(tmp_path):
+def test_the_default_settings_begin_with_the_shipped_weights(tmp_path, monkeypatch):
     """Without them the first command would pre-train for long, and unseen."""
+    monkeypatch.setattr(tiny_model, "BASE", TINY_BASE)
     words = [f"run.root={tmp_path}"]
     config = load_config(ROOT / "configs" / "tiny.yaml", words)
     folder = base_folder(config)
@@ -115,9 +117,10 @@ def test_the_default_settings_begin_with_the_shipped_weights(tmp_path):
         [lists] = llm.sample(model, tokenizer, [prompt], 8, max_new_tokens=160, temperature=0.7,
                              top_p=0.95, seed=0)  # fmt: skip
     assert all("Wexford Harbour" in text or "coffee press" in text for text in lists)
-    for word in ("base.seed=1", "generator.list_size=4"):
-        other = load_config(ROOT / "configs" / "tiny.yaml", [*words, word])
-        assert base_folder(other).parent == tmp_path
+    other = load_config(ROOT / "configs" / "tiny.yaml", [*words, "generator.list_size=4"])
+    assert base_folder(other).parent == tmp_path
+    monkeypatch.setattr(tiny_model, "BASE", tiny_model.BaseConfig(seed=1))
+    assert base_folder(config).parent == tmp_path
 
 
 def test_the_taxonomy_of_the_simulated_platform_is_never_read():

@@ -1,6 +1,5 @@
 """What a reproduction compares: choosers, users with few sessions, interests, and their worth."""
 
-import dataclasses
 import json
 import shutil
 from types import SimpleNamespace
@@ -44,7 +43,7 @@ def test_searched_lists_take_what_was_written_once_and_the_best_first(finished):
 
 def test_arms_with_list_search_show_half_of_each_pool_in_turn(finished):
     p = Pipeline(micro(finished.parent), describe=False)
-    p.config.ab = dataclasses.replace(p.config.ab, lists=3, searched=4)
+    p.config.ab = p.config.ab.model_copy(update={"lists": 3, "searched": 4})
     shown = sorted({y for x in p.impressions for y in x.starters})
     lists = [shown[5 * i : 5 * i + 5] for i in range(8)]
     users = p.ids("test")[:2]

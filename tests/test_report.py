@@ -41,7 +41,7 @@ def seed_values(number: int, lift: float = 0.5, users: int = 30) -> dict:
     people["IceBreaker"]["taps"] = 2.2  # a tenth more
     return {
         "values": values,
-        "ab": {"days": 2, "split": "paired", "lists": 1, "copies": 1, "seed": number, "arms": {
+        "ab": {"days": 2, "lists": 1, "copies": 1, "seed": number, "arms": {
             arm: {"users": dict.fromkeys(names, people[arm]), "cumulative": days} for arm in arms}},
         "topics": {
             x: dict.fromkeys(names, {"Chores": 3, "games": 6 + (x == "IceBreaker")})

@@ -20,6 +20,7 @@ import math
 import os
 import random
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,11 +30,30 @@ from tqdm import tqdm
 
 import data
 import roles
-from config import ROOT, BaseConfig, GeneratorConfig, atomic_path
+from config import ROOT, GeneratorConfig, atomic_path
 from encoder import packaged_minilm
 from llm import TreeRows, encode_completion, encode_prompt, row_logps, sample, tree_rows
 
 HEAD_CHUNK = 1 << 16  # positions that are scored at once: V is small
+
+
+@dataclass
+class BaseConfig:
+    vocabulary: int = 2048
+    hidden: int = 128
+    layers: int = 4
+    heads: int = 2
+    kv_heads: int = 2
+    intermediate: int = 256
+    batches: int = 5000  # four minutes of an H100; too many for a CPU
+    batch_tokens: int = 49_152  # prompts and lists
+    lists: int = 4  # per prompt
+    tokenizer_prompts: int = 20_000  # from which the vocabulary is learned
+    learning_rate: float = 6e-3
+    seed: int = 0
+
+
+BASE = BaseConfig()  # what weights/ was trained with
 
 
 class BaseCorpus:
