@@ -20,12 +20,12 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from config import ROOT, Config, GeneratorConfig, UserError
+from stages.dpo import HELD_OUT_LISTS
 
 GIB = 2**30
 CARDS = (12, 24, 40, 80)  # GiB
 CONTEXT = 1.0 * GIB  # on a card beside the estimate: CUDA's context, cuBLAS, the text encoder
 FRAGMENTATION = 1.10  # of torch's allocator: blocks that are free but too small
-HELD_OUT_LISTS = 2  # of each user when a DPO checkpoint is tried out
 HEAD_CHUNK = 256  # positions whose vocabulary row exists at once, as in llm.completion_logps
 
 
