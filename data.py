@@ -372,18 +372,6 @@ def describe_impressions(impressions: list[Impression]) -> dict[str, object]:
     }
 
 
-# ----------------------------------------------------------------------- what the generator reads
-
-
-def plain(text: str) -> str:
-    """Text that can neither open or close a <sug> field nor part two starters."""
-    return re.sub("&{2,}", "&", text.replace("<", "(").replace(">", ")"))
-
-
-def list_text(starters: list[str]) -> str:
-    return f"<sug> {' && '.join(map(plain, starters))} </sug>"
-
-
 def export_trl(run: str | Path) -> Iterator[dict]:
     """Preference pairs of a finished run's DPO rounds, as TRL's DPOTrainer takes them.
 
@@ -400,12 +388,12 @@ def export_trl(run: str | Path) -> Iterator[dict]:
     settings = config.generator
     for path in paths:
         for pair in read_json(path):
-            lines = "".join(f"\n- {plain(interest)}" for interest in pair["interests"])
+            lines = "".join(f"\n- {llm.plain(interest)}" for interest in pair["interests"])
             text = settings.instruction.format(n=settings.list_size) + lines
             for rejected in pair["rejected"].values():
                 sides = {"chosen": pair["chosen"], "rejected": rejected}
                 yield {"prompt": [{"role": "user", "content": text}]} | {
-                    side: [{"role": "assistant", "content": list_text(starters)}]
+                    side: [{"role": "assistant", "content": llm.format_starters(starters)}]
                     for side, starters in sides.items()
                 }
 

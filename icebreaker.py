@@ -190,6 +190,7 @@ class Tower(nn.Module):
         x = torch.cat([self.text(embeddings), self.norm(statistics)], -1)  # (B, N, text + F)
         sessions = F.normalize(self.session(x), dim=-1)  # (B, N, H)
         element = self.element(x)
+        # Pads have no weight; a user without any session gets zeros.
         weight = self.attention(element).squeeze(-1).masked_fill(~mask, -1e4).softmax(-1) * mask
         pooled = (weight[..., None] * element).sum(1)  # (B, H)
         user = F.normalize(self.user(pooled + self.profile(profile)), dim=-1)
@@ -245,7 +246,7 @@ def contrastive_rows(
     lottery = torch.rand(b, b * n, generator=generator).masked_fill(~(allowed & within), 2.0)
     rank = lottery.argsort(1).argsort(1)
     allowed &= ~within | (rank < negatives_within)
-    positives = scores[owner, owner * n + place]  # (P,)
+    positives = scores[owner, owner * n + place]  # (P,), column 0 of the rows
     rows = torch.cat([positives[:, None], scores[owner]], 1)  # (P, 1 + B * N)
     return rows, torch.cat([torch.ones_like(owner, dtype=torch.bool)[:, None], allowed[owner]], 1)
 
@@ -255,7 +256,7 @@ def contrastive_loss(scores: Tensor, temperature: float, mask: Tensor | None = N
 
     The same as sentence-transformers' MultipleNegativesRankingLoss with scale = 1 / temperature.
     """
-    logits = scores.float() / temperature
+    logits = scores.float() / temperature  # (B, 1 + N); half precision would overflow in exp
     if mask is not None:
         keep = mask.clone()
         keep[:, 0] = True
@@ -269,7 +270,7 @@ def per_user_auc(scores, labels) -> float:
     positive, negative = scores[labels], scores[~labels]
     if not len(positive) or not len(negative):
         return float("nan")
-    difference = positive[:, None] - negative[None]
+    difference = positive[:, None] - negative[None]  # (positives, negatives)
     return float(((difference > 0) + 0.5 * (difference == 0)).mean())
 
 
@@ -310,7 +311,7 @@ def fit_thresholds(scores, revisited, groups, num_groups: int) -> np.ndarray:
 def gate(scores, threshold: float, min_keep: int, max_keep: int) -> list[int]:
     """T_u = {h : s(u, h) >= tau_g(u)}, Eq. (4): indices, best first; min_keep to max_keep."""
     scores = np.asarray(scores)
-    order = np.argsort(-scores, kind="stable")
+    order = np.argsort(-scores, kind="stable")  # stable: ties keep the order of time
     passed = int((scores >= threshold).sum())  # Eq. (4)
     return order[: min(max(passed, min_keep), max_keep)].tolist()
 
@@ -324,7 +325,7 @@ def distil(
     duplicate_cosine: float,
 ) -> list[int]:
     """The gate, with near-duplicates collapsed to the latest (the highest index), best first."""
-    cosine = embeddings @ embeddings.T
+    cosine = embeddings @ embeddings.T  # (N, N)
     passed = set(gate(scores, threshold, 0, len(scores)))
     groups: list[list[int]] = []
     for i in gate(scores, threshold, len(scores), len(scores)):
@@ -346,6 +347,7 @@ def tap_taste(starters: Tensor, surprise: Tensor) -> Tensor:
     slot. Starters weighted by surprise are one gradient step of a personal w, from zero; the last
     element is the user's own tap rate. 10 = shrinkage, in shown starters.
     """
+    # (D + 1,)
     total = torch.cat([surprise @ starters, surprise.sum()[None]])
     return total / math.sqrt(10 + len(surprise))
 
@@ -517,7 +519,7 @@ def list_diversity(similarity: Tensor, lists: Tensor | None = None) -> Tensor:
     k = lists.shape[-1]
     if k < 2:
         return torch.zeros(len(lists))
-    block = similarity[lists[:, :, None], lists[:, None, :]]  # (M, K, K)
+    block = similarity[lists[:, :, None], lists[:, None, :]]  # (M, K, K), the diagonal is 1
     off_diagonal = block.sum((1, 2)) - block.diagonal(dim1=1, dim2=2).sum(1)
     return 1 - off_diagonal / (k * (k - 1))
 
@@ -540,7 +542,7 @@ def mine_preferences(
     u, d = min_max(list_utility(utility, lists)), min_max(list_diversity(similarity, lists))
     chosen = int((weight * u + (1 - weight) * d).argmax())  # Eq. (8)
     u_gap, d_gap = u[chosen] - u, d[chosen] - d  # (M,)
-    kinds = {
+    kinds = {  # kind: (its gap, who is eligible), (M,) each
         "utility": (u_gap, (u_gap >= margin) & (d_gap.abs() <= tolerance)),
         "diversity": (d_gap, (d_gap >= margin) & (u_gap.abs() <= tolerance)),
         "joint": (u_gap + d_gap, (u_gap >= margin) & (d_gap >= margin)),

@@ -48,7 +48,7 @@ class Run:
                 raise UserError(f"data.{name}={path}: no such file")
         if config.data.impressions and not config.data.users:
             raise UserError("data.impressions: needs data.users, the people it was shown to")
-        self.config, self.folder = config, RunFolder(config, describe)
+        self.config, self.folder = config, RunFolder(config, describe)  # runs/<name>
         self.users_file, self.impressions_file = config.data.users, config.data.impressions
         if not config.data.users:  # the simulated platform's, written by stage `world`
             self.users_file = self.folder / "world" / "users.jsonl"
@@ -71,6 +71,7 @@ class Run:
     @cached_property
     def encoder(self) -> Encoder:
         settings = self.config.encoder
+        # By the model: another encoder must not read this one's vectors.
         cache = self.folder / f"embeddings-{digest(settings.name)}.safetensors"
         return Encoder(settings.name, settings.batch_size, cache)
 
@@ -89,7 +90,7 @@ class Run:
                 s if s.summary else s.model_copy(update={"summary": summaries.get(str(i))})
                 for i, s in enumerate(user.sessions)
             ]
-            kept = [s for s in sessions if s.summary]
+            kept = [s for s in sessions if s.summary]  # a failed call leaves no summary
             users[user.user_id] = user.model_copy(update={"sessions": kept})
         return users
 
@@ -117,6 +118,7 @@ class Run:
     def splits(self) -> dict[str, str]:
         """user_id -> "train", "valid", "judge" or "test"."""
         d = self.config.data
+        # By a hash of the id: more users move nobody to another split.
         shares = {"train": d.train, "valid": d.valid, "judge": d.judge, "test": d.test}
         return data.split_users(self.users, shares, self.config.run.seed)
 
@@ -125,7 +127,7 @@ class Run:
 
     def parts(self, user_id: str, cut: int) -> tuple[list[data.Session], list[data.Session]]:
         """(history, future) of a user at a cut; at the last one everything is history."""
-        user, share = self.users[user_id], self.shares[cut]
+        user, share = self.users[user_id], self.shares[cut]  # 1.0: now
         return (user.sessions, []) if share == 1.0 else data.cut_sessions(user, share)
 
     # ------------------------------------------------------------------------ histories and interests
@@ -147,13 +149,13 @@ class Run:
         """Embedding (D,) of each user's profile; zeros where there is none."""
         texts = {u.user_id: profile_text(u) for u in self.users.values()}
         self.encoder(sorted({text for text in texts.values() if text}))
-        none = torch.zeros(self.encoder.dim)
+        none = torch.zeros(self.encoder.dim)  # adds nothing to the user tower
         return {u: self.encoder([text])[0] if text else none for u, text in texts.items()}
 
     @cached_property
     def slot_rates(self) -> torch.Tensor:
         """Mean click rate by slot among the train users (K,); later slots count as the last."""
-        k, train = self.config.generator.list_size, set(self.ids("train"))
+        k, train = self.config.generator.list_size, set(self.ids("train"))  # K
         shown, taps = torch.zeros(k), torch.zeros(k)
         for impression in self.impressions:
             if impression.user_id in train:
@@ -177,7 +179,7 @@ class Run:
         triggers, shown = read_json(self.folder / "rid" / "triggers.json"), defaultdict(list)
         for impression in self.impressions:
             shown[impression.user_id].append(impression)
-        self.encoder(sorted({y for row in self.impressions for y in row.starters}))
+        self.encoder(sorted({y for row in self.impressions for y in row.starters}))  # at once
         return {
             user_id: [
                 UserState(
@@ -213,14 +215,15 @@ def history_of(
 ) -> ib.History:
     """A user's history of these sessions as of `now` (None: the latest of them)."""
     stamps = [s.timestamp for s in sessions]
-    now = now or max((s for s in stamps if s), default=None)
+    now = now or max((s for s in stamps if s), default=None)  # the last session
     days = None
     if now is not None and all(stamps):
-        days = [(now - s).total_seconds() / 86400 for s in stamps]
+        days = [(now - s).total_seconds() / 86400 for s in stamps]  # (S,)
     return ib.make_history([s.summary for s in sessions], days, encode)
 
 
 def profile_text(user: data.User) -> str:
+    # Sorted: the order of a JSON object says nothing.
     return "; ".join(f"{k}: {v}" for k, v in sorted((user.profile or {}).items()))
 
 

@@ -114,12 +114,12 @@ def stage_key(run: Run, name: str, *without: str) -> str:
 
     without: settings that are left out of account.
     """
-    stage, files = STAGES[name], []
+    stage, files = STAGES[name], []  # files that no earlier stage made
     if name == "world" and run.config.data.users:
         files = [file_digest(f) for f in (run.users_file, run.impressions_file) if f]
     if name == "base" and not run.config.generator.model:  # the embedded model, which ships
         files = [file_digest(Path(llm.model_path(run.config.generator)) / "model.safetensors")]
-    config = copy.deepcopy(run.config)
+    config = copy.deepcopy(run.config)  # from which settings are taken out
     for setting in (*HOW, *without):
         section, field = setting.split(".")
         setattr(getattr(config, section), field, None)
@@ -186,7 +186,7 @@ def run_stages(config: Config, wanted: list[str]) -> None:
     # Answers of LLMs are kept for all runs below run.root: the same question is asked once.
     writer = Writer(config, Path(config.run.root) / "answers.sqlite")
     players, needed = Players(config, run.encoder, writer), set(wanted)
-    for name in reversed(STAGES):
+    for name in reversed(STAGES):  # the table is in order: one pass finds all
         if name in needed:
             needed.update(STAGES[name].needs)
     for name in (s for s in STAGES if s in needed):
@@ -214,11 +214,11 @@ def run_stage(run: Run, players: Players, name: str) -> dict:
     calls = players.calls()
     if not stage.alone:
         calls = sum_counts(gather([calls]))
-    if calls:
+    if calls:  # failed ones make the next start ask again
         good = ("asked", "cached", "answered")
         figures["calls"] = calls
         figures["failed_calls"] = sum(n for kind, n in calls.items() if kind not in good)
-    run.encoder.save()
+    run.encoder.save()  # texts that this stage read first
     figures["seconds"] = round(time.time() - started, 1)
     return figures
 

@@ -4,7 +4,7 @@ text.py tells subjects, chores and what may be shown; rules.py plays the parts b
 by an LLM, which chat.py asks. Those two are not imported here: openai's client is slow to load.
 """
 
-from roles.parse import Parsed, format_starters, parse_starters
+from llm import Parsed, format_starters, parse_starters
 from roles.rules import (
     RuleJudge,
     RuleMatcher,

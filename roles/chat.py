@@ -160,17 +160,17 @@ class Local:
     @torch.no_grad()
     def answers(self, requests: list[Request]) -> Iterator[tuple[int, str, str]]:
         order = sorted(range(len(requests)), key=lambda i: requests[i].temperature)
-        ended, pad = llm._Ends(self.model, self.tokenizer, "</sug>"), self.tokenizer.pad_token_id
-        ends = {pad, *ended.ends.tolist()}
+        ends = {self.tokenizer.pad_token_id} | llm.end_tokens(self.model, self.tokenizer)
         for temperature, group in itertools.groupby(order, lambda i: requests[i].temperature):
-            draw = llm._FastDraw(temperature, top_p=1.0, top_k=0, seed=0)
             while batch := list(itertools.islice(group, self.rows)):
-                prompts, t = [self._prompt(requests[i]) for i in batch], self.max_tokens
-                draw.begin([requests[i].sample for i in batch], 1, t)
-                tokens = llm._decode(self.model, prompts, 1, t, draw, ended, pad)[:, 0]  # (B, T)
-                texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-                for i, text, last in zip(batch, texts, tokens[:, -1].tolist(), strict=True):
-                    whole = last in ends or "</sug>" in text
+                drawn = llm.sample_ids(
+                    self.model, self.tokenizer, [self._prompt(requests[i]) for i in batch], 1,
+                    max_new_tokens=self.max_tokens, temperature=temperature, top_p=1.0, seed=0,
+                    numbers=[requests[i].sample for i in batch], rows=self.rows,
+                )
+                for i, (tokens,) in zip(batch, drawn, strict=True):
+                    text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+                    whole = tokens[-1].item() in ends or "</sug>" in text  # else it ran out of room
                     yield i, text, "cut short" if not whole else "" if text.strip() else "empty"
 
     def _prompt(self, request: Request) -> list[int]:

@@ -19,13 +19,14 @@ import roles
 from config import Config
 from data import Message
 from roles import chat, prompted
+from roles.text import Encode
 from roles.writer import Writer, drained, fit_to_show
 
 
 class Players:
     """Raises UserError at once, not after hours, if an endpoint that will be asked is not set."""
 
-    def __init__(self, config: Config, encode: roles.Encode, writer: Writer):
+    def __init__(self, config: Config, encode: Encode, writer: Writer):
         self.config, self.encode, self.writer = config, encode, writer
         self._chats: dict[str, chat.Chat] = {}
         if "endpoint" in config.roles.model_dump().values():
@@ -37,7 +38,7 @@ class Players:
             if player == "endpoint":
                 backend = chat.Endpoint(self.config.endpoint)
             else:
-                base = self.writer.policy(None)
+                base = self.writer.policy(None)  # an adapter knows lists only
                 backend = chat.Local(base, self.writer.tokenizer, self.config.endpoint)
             self._chats[player] = chat.Chat(backend, self.writer.answers)
         return self._chats[player]
@@ -46,12 +47,13 @@ class Players:
         """A list of the teacher for each input, at most K starters; None where an LLM's call failed."""
         k, player = self.config.generator.list_size, self.config.roles.teacher
         if player == "rules":
-            teacher = roles.RuleTeacher()
+            teacher = roles.RuleTeacher()  # no state: each list has a seed of its own
             texts = [
                 teacher.write(interests, k, random.Random(seed))
                 for interests, seed in zip(inputs, seeds, strict=True)
             ]
             return [fit_to_show(text, x)[:k] for text, x in zip(texts, inputs, strict=True)]
+        # The seed numbers the draw: a second list of one user is another question.
         texts = prompted.LLMTeacher(self._chat(player)).write(inputs, k, seeds)
         # An LLM is asked for more than K: of what passes the filters, the interests take turns.
         return [

@@ -21,9 +21,10 @@ from typing import TypeVar
 import numpy as np
 
 import data
+import llm
 from data import Message
 from roles.chat import Chat, Request, encodable
-from roles.parse import clean, parse_starters
+from llm import clean_starter, parse_starters
 from roles.text import Encode, chores, cosines, patterns, read_yaml, same_text
 
 T = TypeVar("T")
@@ -46,7 +47,7 @@ def prompt(role: str) -> str:
 
 def data_block(**fields) -> str:
     """A block that its text cannot leave: one line of JSON without markup, between tags."""
-    text = data.plain(encodable(json.dumps(fields, ensure_ascii=False)))
+    text = llm.plain(encodable(json.dumps(fields, ensure_ascii=False)))
     text = re.sub(r"\[(/?[A-Z_]+)\]", r"(\1)", text)  # control tokens of Mistral: [/INST]
     return f"<data>\n{text}\n</data>"
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from data import Message, language
-from roles.parse import clean, format_starters
+from llm import clean_starter, format_starters
 from roles.text import (
     Encode,
     chores,
@@ -97,7 +97,7 @@ class RuleTeacher:
                 phrase = re.sub(r"&{2,}|[<>{}]", " ", phrase)  # neither markup nor a placeholder
                 # A template adds up to seven words, or twelve characters in Chinese.
                 zh = language(phrase) == "zh"
-                phrase = clean(phrase[:8] if zh else " ".join(phrase.split()[:5]))
+                phrase = clean_starter(phrase[:8] if zh else " ".join(phrase.split()[:5]))
                 if phrase and len(phrase) <= 60 and normal_form(phrase) not in taken:
                     phrases.append(phrase)
             if phrases and not is_unsuitable(interest):

@@ -101,6 +101,7 @@ class Writer:
 
     def _full_lists(self, draw, inputs, n: int, seed: int, repeats: bool) -> list[list[list[str]]]:
         """draw(inputs, n, seed, number of each) -> n texts of each."""
+        # A place among all inputs is the number of its random draws, whoever samples it.
         k, places = self.config.generator.list_size, share(range(len(inputs)))
         texts = draw([inputs[i] for i in places], n, seed, places)
         lists = [
@@ -112,7 +113,7 @@ class Writer:
             if not short:
                 break
             numbers = [places[r] * n + j for r, j in short]
-            seed = int(digest(seed, attempt)[:7], 16)
+            seed = int(digest(seed, attempt)[:7], 16)  # other draws, the same in every run
             again = draw([inputs[places[r]] for r, _ in short], 1, seed, numbers)
             for (r, j), (text,) in zip(short, again, strict=True):
                 new = fit_to_show(text, inputs[places[r]])[:k]
@@ -135,6 +136,7 @@ class Writer:
 
     def _server(self, adapter: Path | None) -> chat.Sampler:
         g, settings = self.config.generator, self._endpoint(adapter)
+        # vLLM takes top_k beside what OpenAI's API knows; others may refuse it.
         more = {"top_p": g.top_p} | ({"top_k": g.top_k} if g.top_k else {})
         # A server may know another training's adapter by the same name: its weights tell them apart.
         weights = adapter / "adapter_model.safetensors" if adapter else None
@@ -165,7 +167,7 @@ def fit_to_show(text: str, interests: list[str], repeats: bool = False) -> list[
 
 def drained(chats) -> Counter:
     """The sum of the counts of some chats, which begin again at nothing."""
-    counts: Counter = Counter()
+    counts: Counter = Counter()  # reason -> calls
     for some in chats:
         counts.update(some.counts)
         some.counts.clear()

@@ -25,8 +25,9 @@ class PopularStarters:
         shown = [row for row in run.impressions if row.user_id in train]
         rows = [(y, i, slot) for i, row in enumerate(shown) for slot, y in enumerate(row.starters)]
         self.starters = sorted({y for y, _, _ in rows})
-        number = {y: n for n, y in enumerate(self.starters)}
+        number = {y: n for n, y in enumerate(self.starters)}  # equal texts share their taps
         rates = run.slot_rates.tolist()
+        # One element a shown starter, (n,): its text, its surprise, its list.
         self.number = np.array([number[y] for y, _, _ in rows])
         self.surplus = np.array(
             [(slot in shown[i].clicked) - rates[min(slot, len(rates) - 1)] for _, i, slot in rows]

@@ -51,6 +51,7 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
         raise UserError("eval: no test user has a history; more users are needed")
     whole = {u: run.histories[u][-1].texts[::-1] for u in states}  # latest first
     lists: Lists = {}
+    # The same seed for every method: equal policies write equal lists.
     for method, (adapter, distilled) in progress(methods(run).items(), "write starters"):
         inputs = [s.interests if distilled else whole[u] for u, s in states.items()]
         sampled = players.writer.write(adapter, inputs, settings.lists, run.seed("eval"))
@@ -70,6 +71,7 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
         ranker = load_ranker(run, name)
         return lambda u, starters: utilities(ranker, states[u], run.encoder(starters)).numpy()
 
+    # Hidden state is opened here for the first time: everything has been written by now.
     truth = None if run.config.data.users else people.load_truth(run.folder / "world")
     result = evaluate(
         lists, scorer("judge"), run.encoder, run.corpus, truth=truth, train_score=scorer("train"),
@@ -104,13 +106,14 @@ def evaluate(
     classifier = classifier or TopicClassifier(encode)
     per_user = measure(lists, score, encode, classifier, corpus, truth, train_score)
     result = {}
+    # Users are the unit of every interval: lists of one user are no independent evidence.
     for method, values in per_user.items():
         figures = {name: float(np.mean(list(v.values()))) for name, v in values.items()}
         for name in ("lexical", "true_clicks"):
             if name in values:
                 _, *interval = bootstrap([[*values[name].values()]], draws, seed)
                 figures[f"{name}_interval"] = interval
-        if score and method != baseline:
+        if score and method != baseline:  # lifts over itself say nothing
             lifts = user_lifts(values["utility"], per_user[baseline]["utility"])
             figures |= {name: float(np.mean([*gaps.values()])) for name, gaps in lifts.items()}
             _, *interval = bootstrap([[lifts["r_score"][u] for u in users]], draws, seed)
@@ -143,7 +146,7 @@ def _cell(figures: dict, name: str, form: str) -> str:
 
 def table_markdown(result: dict) -> str:
     """Table 1 as measured, what its columns mean, and the paper's figures."""
-    rows, paper = result["methods"], paper_figures()["table1"]
+    rows, paper = result["methods"], paper_figures()["table1"]  # in the paper's order
     columns = [c for c in COLUMNS if any(c[1] in figures for figures in rows.values())]
     titles = " | ".join(title for title, _, _ in columns)
     lines = [

@@ -20,6 +20,7 @@ def stage_match(run: Run, players: Players, key: str) -> dict:
     """Mark which past summaries a later session revisits, for every user and cut."""
     cuts = range(len(run.config.data.cuts))
     rows = [(user_id, cut) for user_id in run.users for cut in cuts]
+    # Equal texts are asked about once: only whether one comes back counts.
     jobs = [
         (run.histories[u][c].texts, sorted({s.summary for s in run.parts(u, c)[1]}))
         for u, c in progress(rows, "histories")
@@ -31,6 +32,7 @@ def stage_match(run: Run, players: Players, key: str) -> dict:
         label = np.where((matches > 0).any(1), 1, matches.min(1, initial=0))  # (E,)
         labels[user_id].append(label.tolist())
     write_json(run.folder / "match" / "revisited.json", labels)
+    # (n,) over all users and cuts
     flat = np.array([label for cuts in labels.values() for cut in cuts for label in cut])
     answered = flat[flat >= 0]
     return {
@@ -56,6 +58,7 @@ class Revisits:
     def rows(self, ids: list[str]) -> list[tuple[str, int]]:
         """(user, cut) rows with both a revisited and a never-revisited summary."""
         rows = [(user_id, cut) for user_id in ids for cut in self.cuts]
+        # Without a pair of both kinds a row has no AUC and no contrast.
         return [row for row in rows if {0, 1} <= {*self[row].tolist()}]
 
     def auc(self, rows: list[tuple[str, int]], scores: list[np.ndarray]) -> float:
@@ -63,6 +66,6 @@ class Revisits:
         by_user: dict[str, list[float]] = {}
         for row, s in zip(rows, scores, strict=True):
             answered = self[row] >= 0
-            auc = ib.per_user_auc(s[answered], self[row][answered])
+            auc = ib.per_user_auc(s[answered], self[row][answered])  # pairs of one user only
             by_user.setdefault(row[0], []).append(auc)
         return float(np.mean([np.mean(v) for v in by_user.values()])) if by_user else float("nan")

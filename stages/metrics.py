@@ -69,10 +69,10 @@ def bootstrap(
     rows: values of the users (U,) of each seed, paired differences as a rule; users are drawn again
     within each seed.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)  # the same draws whatever is compared: pairs stay pairs
     rows = [np.asarray(row, float) for row in rows]
     means = [row[rng.integers(len(row), size=(draws, len(row)))].mean(1) for row in rows]
-    low, high = np.quantile(np.mean(means, axis=0), [0.025, 0.975])
+    low, high = np.quantile(np.mean(means, axis=0), [0.025, 0.975])  # of (draws,) means
     return float(np.mean([row.mean() for row in rows])), float(low), float(high)
 
 
@@ -92,6 +92,7 @@ def user_lifts(
 def keywords(text: str) -> list[str]:
     """Lower-case words without stop words; Chinese text as pairs of characters."""
     words = re.findall(r"[a-z0-9][a-z0-9'-]+", text.lower())
+    # Chinese has no spaces: pairs of characters are close to its words.
     chinese = "".join(re.findall(r"[㐀-鿿]+", text))
     return [w for w in words if w not in ENGLISH_STOP_WORDS] + [
         chinese[i : i + 2] for i in range(len(chinese) - 1)
@@ -127,6 +128,7 @@ class TopicClassifier:
 
     def __init__(self, encode: Callable, path: Path = ROOT / "world" / "taxonomy.yaml"):
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["categories"]
+        # Names of subjects alone: no text of the simulated platform is learned from.
         pairs = [
             (str(name), category)
             for category, topics in tree.items()
@@ -139,6 +141,7 @@ class TopicClassifier:
             vectors, [category for _, category in pairs], test_size=0.2, random_state=0
         )
         self.encode = encode
+        # On 384 dimensions and some hundred names a linear model is as good as any.
         self.model = LogisticRegression(max_iter=500).fit(fit, fit_labels)
         self.accuracy = float(self.model.score(held, held_labels))
 
@@ -167,7 +170,7 @@ def measure(
     count = KeywordCounter(corpus)
 
     def dissimilarity(_, starters):
-        vectors = encode(starters)
+        vectors = encode(starters)  # (K, D), unit rows
         return float(list_diversity(vectors @ vectors.T)) if len(starters) > 1 else 0.0
 
     metrics = {

@@ -35,7 +35,7 @@ def stage_ranker(run: Run, players: Players, key: str) -> dict:
 
 def shown_lists(run: Run, user_ids: list[str]) -> Shown:
     """Impressions of these users, each with the user's state at the latest cut before it."""
-    begins = {
+    begins = {  # when each cut of a user was
         u: [data.cut_time(run.users[u], share) for share in run.config.data.cuts] for u in user_ids
     }
     pairs = []
@@ -59,7 +59,7 @@ def fit_rankers(run: Run, lists: dict[str, Shown], folder: str) -> dict:
                 f"needs the times of lists and of sessions"
             )
     rows, states = ranker_inputs(run, lists["test"])
-    every, figures = torch.arange(len(rows["list"])), {}
+    every, figures = torch.arange(len(rows["list"])), {}  # test users: no ranker learns from them
     for name in ("train", "judge"):
         tapped = [impression.user_id for impression, _ in lists[name] if impression.clicked]
         if len(tapped) < 10 or len(set(tapped)) < 2:
@@ -70,6 +70,7 @@ def fit_rankers(run: Run, lists: dict[str, Shown], folder: str) -> dict:
         label = f"{folder}/{name}".removeprefix("ranker/")
         ranker = fit_ranker(run, lists[name], label, run.folder / folder / f"{name}.safetensors")
         with torch.no_grad():
+            # Without slots it ranks; with them it says how often a shown starter is tapped.
             logits = ranker_logits(ranker, rows, states, every, with_slots=False)
             shown = torch.sigmoid(ranker_logits(ranker, rows, states, every))
         clicked, slots = rows["clicked"].numpy(), rows["slots"].numpy()
@@ -85,18 +86,18 @@ def fit_ranker(run: Run, shown: Shown, label: str, path: Path) -> ib.UtilityRank
     """Soft-label cross-entropy with a per-slot logit; the best epoch on one user in seven stays."""
     settings, k = run.config.ranker, run.config.generator.list_size
     users = sorted({impression.user_id for impression, _ in shown})
-    held_out = {user_id for i, user_id in enumerate(users) if i % 7 == 0}
+    held_out = {user_id for i, user_id in enumerate(users) if i % 7 == 0}  # whole users, no lists
     fit, stop = (
         ranker_inputs(run, [pair for pair in shown if (pair[0].user_id in held_out) == side])
         for side in (False, True)
     )
     torch.manual_seed(run.seed("ranker", label))
     ranker = new_ranker(run)
-    with torch.no_grad():
+    with torch.no_grad():  # begin at the mean: taps are rare, and a bias of 0 would say one half
         ranker.head.bias.fill_(torch.logit(fit[0]["targets"].mean().clamp(0.001, 0.999)))
     optimiser = torch.optim.AdamW(
         [
-            {"params": ranker.head.parameters(), "weight_decay": 0.05},
+            {"params": ranker.head.parameters(), "weight_decay": 0.05},  # D is large, taps few
             {"params": ranker.slot.parameters(), "lr": SLOT_LEARNING_RATE},
         ],
         settings.learning_rate,
@@ -112,7 +113,7 @@ def fit_ranker(run: Run, shown: Shown, label: str, path: Path) -> ib.UtilityRank
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-        ranker.eval()
+        ranker.eval()  # batch norm by its averages
         with torch.no_grad():
             logits = ranker_logits(ranker, *stop, every)
             stop_loss = ib.utility_loss(logits, stop[0]["targets"]).item()
@@ -120,7 +121,7 @@ def fit_ranker(run: Run, shown: Shown, label: str, path: Path) -> ib.UtilityRank
             "ranker", ranker=label, epoch=epoch, loss=loss.item(), held_out_loss=stop_loss
         )
         bar.set(loss=stop_loss)
-        best.offer(-stop_loss)
+        best.offer(-stop_loss)  # the lowest loss is the best
         if best.waited > settings.patience:
             break
     best.restore()
@@ -138,20 +139,20 @@ def ranker_inputs(run: Run, shown: Shown) -> tuple[dict, dict]:
     ]
     starters, slots, clicked, after, numbers = zip(*rows, strict=True)
     clicks = torch.tensor(clicked, dtype=torch.float32)
-    depth = torch.tensor([float("nan") if n is None else n for n in after])  # sessions after a tap
+    depth = torch.tensor([float("nan") if n is None else n for n in after])  # (B,), unknown: nan
     settings = run.config.ranker
     return {
         "starters": run.encoder(list(starters)),  # (B, D)
         "slots": torch.tensor(slots).clamp_max(run.config.generator.list_size - 1),
-        "clicked": clicks,
+        "clicked": clicks,  # (B,) of 0 and 1
         "targets": ib.utility_target(clicks, depth, settings.click_share, settings.depth_cap),
-        "list": torch.tensor(numbers),
+        "list": torch.tensor(numbers),  # (B,), row of the padded states
     }, pad_states([state for _, state in shown])
 
 
 def ranker_logits(ranker, rows: dict, states: dict, index, with_slots: bool = True) -> torch.Tensor:
     """Logits (B,) of the rows at `index`."""
-    lists = rows["list"][index]
+    lists = rows["list"][index]  # states are kept once a list, and looked up
     return ranker(
         **{name: values[lists] for name, values in states.items()},
         starters=rows["starters"][index],
@@ -175,7 +176,7 @@ def load_ranker(run: Run, name: str, folder: str = "ranker") -> ib.UtilityRanker
 
 def pad_states(states: list[UserState]) -> dict[str, torch.Tensor]:
     """Inputs of UtilityRanker: interests (B, M, D), their mask (B, M), tastes (B, D + 1)."""
-    m = max(1, max(len(s.interests) for s in states))
+    m = max(1, max(len(s.interests) for s in states))  # M; one pad where nobody has any
     interests = torch.zeros(len(states), m, states[0].embeddings.shape[1])
     mask = torch.zeros(len(states), m, dtype=torch.bool)
     for i, state in enumerate(states):
@@ -187,5 +188,6 @@ def pad_states(states: list[UserState]) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def utilities(ranker: ib.UtilityRanker, state: UserState, starters: torch.Tensor) -> torch.Tensor:
     """r_util(u, y) in (0, 1) of starters (N, D) for one user -> (N,)."""
+    # One user, N starters: the state is repeated by a view.
     inputs = {k: v.expand(len(starters), *v.shape[1:]) for k, v in pad_states([state]).items()}
     return torch.sigmoid(ranker(**inputs, starters=starters))

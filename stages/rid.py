@@ -72,6 +72,7 @@ def stage_rid(run: Run, players: Players, key: str) -> dict:
     train, valid, unseen = (
         revisits.rows(run.ids(*splits)) for splits in (("train",), ("valid",), ("judge", "test"))
     )
+    # Of unseen people no tower, no threshold and no early stop has learned.
     if not train or not valid:
         raise UserError(
             f"{run.users_file}: no user comes back to an earlier subject (checked {len(run.users)} "
@@ -79,7 +80,7 @@ def stage_rid(run: Run, players: Players, key: str) -> dict:
             f"histories are needed"
         )
     scorer, valid_auc = fit_scorer(run, revisits, train, valid)
-    activity = [run.histories[u][c].sessions_per_week for u, c in train]
+    activity = [run.histories[u][c].sessions_per_week for u, c in train]  # valid users set tau
     groups = run.config.rid.activity_groups
     edges = np.quantile(activity, np.arange(1, groups) / groups).tolist()
     thresholds = fit_gate(run, revisits, scorer, valid, edges)
@@ -103,7 +104,7 @@ def fit_scorer(run: Run, revisits: Revisits, train: list[Row], valid: list[Row])
     """Minimise Eq. (3); the epoch with the best AUC on held-out users stays: (scorer, its AUC)."""
     settings = run.config.rid
     torch.manual_seed(run.seed("rid"))
-    scorer = new_scorer(run)
+    scorer = new_scorer(run)  # after the seed: its weights are drawn here
     optimiser = torch.optim.AdamW(scorer.parameters(), settings.learning_rate, weight_decay=0.01)
     shuffle = random.Random(run.seed("rid", "order"))
     lottery = torch.Generator().manual_seed(run.seed("rid", "negatives"))
@@ -115,28 +116,30 @@ def fit_scorer(run: Run, revisits: Revisits, train: list[Row], valid: list[Row])
         # One cut per user and epoch: a user's own texts never serve as cross-user negatives.
         order = [(user_id, shuffle.choice(c)) for user_id, c in cuts.items()]
         shuffle.shuffle(order)
-        scorer.train()
+        scorer.train()  # dropout on
         losses = []
         for start in range(0, len(order), settings.batch_users):
             rows = order[start : start + settings.batch_users]
             inputs, labels, ids = training_batch(run, revisits, rows, text_ids)
-            loss = 0.0
+            loss = 0.0  # a sum, as the towers share no weight
             for tower in scorer.towers:
                 user, sessions = tower(**inputs)  # (B, H), (B, N, H)
                 scores, counts = ib.contrastive_rows(
                     user, sessions, labels == 1, labels >= 0, ids, settings.negatives_within, lottery
                 )
-                loss = loss + ib.contrastive_loss(scores, settings.temperature, counts).mean()
+                rows_loss = ib.contrastive_loss(scores, settings.temperature, counts)  # (P,)
+                loss = loss + rows_loss.mean()
             optimiser.zero_grad()
             loss.backward()  # Eq. (3), of every tower
             for tower in scorer.towers:  # they share nothing, so each has a norm of its own
                 torch.nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
             optimiser.step()
-            losses.append(loss.item() / len(scorer.towers))
+            losses.append(loss.item() / len(scorer.towers))  # of one tower
         auc = revisits.auc(valid, score_rows(run, scorer, valid))
         run.folder.log("rid", epoch=epoch, loss=float(np.mean(losses)), valid_auc=auc)
         bar.set(loss=float(np.mean(losses)), auc=auc)
         best.offer(auc)
+        # Early stopping: what is learned later is the training users by heart.
         if best.waited > settings.patience:
             break
     best.restore()
@@ -150,8 +153,8 @@ def training_batch(run: Run, revisits: Revisits, rows: list[Row], text_ids: dict
     Equal texts have equal numbers: what equals a positive is never a negative.
     """
     inputs = scorer_inputs(*histories_of(run, rows))
-    labels = torch.full(inputs["mask"].shape, -1)
-    ids = torch.full(labels.shape, -1)
+    labels = torch.full(inputs["mask"].shape, -1)  # (B, N)
+    ids = torch.full(labels.shape, -1)  # (B, N)
     for i, (user_id, cut) in enumerate(rows):
         texts = run.histories[user_id][cut].texts
         labels[i, : len(texts)] = torch.from_numpy(revisits[user_id, cut])
@@ -167,8 +170,9 @@ def fit_gate(run: Run, revisits: Revisits, scorer, valid: list[Row], edges) -> l
         for (u, c), s in zip(valid, scores, strict=True)
     ]
     labels = [revisits[row] for row in valid]
+    # One row a summary, (n,): a threshold is for scores of all users of a group.
     score, label, group = map(np.concatenate, (scores, labels, groups))
-    answered = label >= 0
+    answered = label >= 0  # a failed call is no evidence either way
     return ib.fit_thresholds(
         score[answered], label[answered], group[answered], run.config.rid.activity_groups
     ).tolist()
@@ -177,6 +181,7 @@ def fit_gate(run: Run, revisits: Revisits, scorer, valid: list[Row], edges) -> l
 def distil_everybody(run: Run, distiller: Distiller) -> float:
     """Write every user's trigger interests at every cut; return the mean number kept."""
     rows = [(u, c) for u in run.users for c in range(len(run.shares)) if run.histories[u][c].texts]
+    # Who has no history at a cut has no interests there, and takes the cold-start path.
     triggers = {u: [{"interests": [], "scores": []} for _ in run.shares] for u in run.users}
     for (user_id, cut), scores in zip(rows, score_rows(run, distiller.scorer, rows), strict=True):
         history = run.histories[user_id][cut]
@@ -213,7 +218,7 @@ def resonance(
     scorer: ib.ResonanceScorer, histories: list[ib.History], profiles: torch.Tensor
 ) -> list[np.ndarray]:
     """s(u, h) (N,) of every summary of each history; profiles (B, D)."""
-    scorer.eval()
+    scorer.eval()  # dropout off
     scores = []
     for start in range(0, len(histories), 32):  # as many pads as a few long histories cause
         part = slice(start, start + 32)
@@ -234,6 +239,7 @@ def scorer_inputs(histories: list[ib.History], profiles: torch.Tensor) -> dict[s
     }
     for i, h in enumerate(histories):
         m = len(h.texts)
+        # Pads stay zero; the mask keeps them out of every sum and softmax.
         inputs["embeddings"][i, :m], inputs["statistics"][i, :m] = h.embeddings, h.statistics
-        inputs["mask"][i, :m] = True
+        inputs["mask"][i, :m] = True  # (B, N)
     return inputs

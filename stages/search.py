@@ -23,14 +23,14 @@ def score_pools(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Utilities (B, N), cosines (B, N, N) and valid (B, N) of every user's distinct candidates."""
     encode(sorted({y for pool in pools for y in pool}))  # all at once, then looked up
-    b, n = len(pools), max(map(len, pools))
+    b, n = len(pools), max(map(len, pools))  # pads: valid is False there
     utility, valid = torch.zeros(b, n), torch.zeros(b, n, dtype=torch.bool)
     similarity = torch.zeros(b, n, n)
     for i, (state, pool) in enumerate(zip(states, pools, strict=True)):
         m, embeddings = len(pool), encode(pool)
         if pool:
             utility[i, :m], valid[i, :m] = utilities(ranker, state, embeddings), True
-            similarity[i, :m, :m] = embeddings @ embeddings.T
+            similarity[i, :m, :m] = embeddings @ embeddings.T  # unit rows: cosines
     return utility, similarity, valid
 
 
@@ -61,10 +61,10 @@ def list_order(
         )  # fmt: skip
         for row, best in zip(rich.tolist(), beams[:, 0].tolist(), strict=True):
             order[row] += best
-        free[rich] = free[rich].scatter(1, beams[:, 0], False)
+        free[rich] = free[rich].scatter(1, beams[:, 0], False)  # no starter stands in two lists
     for row, few in enumerate(free.sum(1).tolist()):
         if few < list_size:
-            rest = free[row].nonzero().flatten()
+            rest = free[row].nonzero().flatten()  # too few for a list of their own
             order[row] += rest[utility[row, rest].argsort(descending=True, stable=True)].tolist()
     return order
 

@@ -30,7 +30,7 @@ def stage_sit(run: Run, players: Players, key: str) -> dict:
     """Supervised interest-expanded instruction tuning (Eq. 5) on the teacher's lists."""
     settings, k, writer = run.config.sit, run.config.generator.list_size, players.writer
     rng, cuts = random.Random(run.seed("sit")), list(range(len(run.config.data.cuts)))
-    states = chosen_states(run, cuts, settings.max_rows, rng)
+    states = chosen_states(run, cuts, settings.max_rows, rng)  # users at any slice of the log
     taught = teacher_lists(run, players, states, settings.lists_per_row, "sit")
     rows = encoded(writer, states, taught, k)
     if not rows:
@@ -54,8 +54,8 @@ def instruct(run: Run, writer: Writer, rows: Rows) -> tuple[torch.nn.Module, dic
     """A new adapter, tuned on (prompt ids, [list ids, ...]) rows; and its losses."""
     settings, g, rng = run.config.sit, run.config.generator, random.Random(run.seed("sit", "order"))
     model = llm.add_lora(writer.policy(None), g.lora_rank, g.lora_alpha, run.seed("lora"))
-    size, losses = settings.batch_users, []
-    steps = settings.epochs * -(-len(rows) // size)
+    size, losses = settings.batch_users, []  # users of a step, over all processes
+    steps = settings.epochs * -(-len(rows) // size)  # the last batch may be smaller
     optimiser, schedule = new_optimiser(model, settings.learning_rate, steps)
     policy = llm.averaged_gradients(model)
     for epoch in range(settings.epochs):
@@ -64,11 +64,11 @@ def instruct(run: Run, writer: Writer, rows: Rows) -> tuple[torch.nn.Module, dic
             batch = order[start : start + size]
             tokens = sum(len(ids) for _, lists in batch for ids in lists)  # T of all processes
             part, factor = part_of(batch)
-            prompts, lists = map(list, zip(*part, strict=True))
+            prompts, lists = map(list, zip(*part, strict=True))  # token ids
             logps = policy(prompts, lists)  # summed over a list's tokens, (C,) a prompt
             loss = -torch.cat(logps).sum() / tokens * factor  # Eq. (5)
-            losses.append(float(np.mean(gather([loss.item()]))))
-            rate = schedule.get_last_lr()[0]
+            losses.append(float(np.mean(gather([loss.item()]))))  # a mean per token
+            rate = schedule.get_last_lr()[0]  # the one that this step uses
             step(model, optimiser, schedule, loss)
             run.folder.log("sit", epoch=epoch, loss=losses[-1], learning_rate=rate)
             bar.set(loss=losses[-1])
@@ -90,7 +90,7 @@ def encoded(writer: Writer, states: list[UserState], lists: list[list[list[str]]
 def chosen_states(run: Run, cuts: list[int], limit: int, rng: random.Random) -> list[UserState]:
     """Train users with interests at these cuts: at random, at most `limit` states (0: all)."""
     states = [run.states[u][c] for u in run.ids("train") for c in cuts]
-    states = [state for state in states if state.interests]
+    states = [state for state in states if state.interests]  # others have nothing to write about
     return rng.sample(states, limit) if 0 < limit < len(states) else states
 
 

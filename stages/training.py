@@ -50,10 +50,10 @@ def new_optimiser(model, learning_rate: float, steps: int):
         [w for w in model.parameters() if w.requires_grad],
         learning_rate,
         eps=1e-6,
-        weight_decay=0.0,
-        fused=True,
+        weight_decay=0.0,  # LoRA starts at zero and stays small
+        fused=True,  # one kernel for all weights
     )
-    warm = max(1, steps // 10)
+    warm = max(1, steps // 10)  # Adam's second moments are noise at first
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda i: min((i + 1) / warm, max(0.0, (steps - i) / max(1, steps - warm)))
     )
@@ -61,12 +61,12 @@ def new_optimiser(model, learning_rate: float, steps: int):
 
 
 def step(model, optimiser, schedule, loss: torch.Tensor) -> None:
-    optimiser.zero_grad()
-    loss.backward()
+    optimiser.zero_grad()  # sets them to None: frozen weights never hold any
+    loss.backward()  # under DDP the processes' gradients are averaged here
     # One list far from all others must not undo what the rest of a batch has learned.
     torch.nn.utils.clip_grad_norm_([w for w in model.parameters() if w.requires_grad], 1.0)
     optimiser.step()
-    schedule.step()
+    schedule.step()  # after the optimiser, whose rate was that of before
 
 
 def part_of(batch: list) -> tuple[list, float]:

@@ -5,7 +5,6 @@ import torch
 
 import train
 from config import ROOT, load_config
-from tools import tiny_model
 
 # The models of the tests are tiny: two threads gain nothing, and where other programs use the
 # machine they wait for each other at every operation.
@@ -33,11 +32,6 @@ MICRO = """world.users=40 world.impressions_per_user=30 world.starter_pool=200 r
     sit.epochs=1 dpo.max_users=6 dpo.rounds=2 dpo.samples=2 dpo.checkpoints=1 data.train=0.3
     data.judge=0.3 data.valid=0.2 data.test=0.2 eval.lists=1 eval.bootstrap=20
     eval.examples=2""".split()
-
-
-TINY_BASE, tiny_model.BASE = tiny_model.BASE, tiny_model.BaseConfig(
-    batches=12, batch_tokens=1024, tokenizer_prompts=40, lists=2, layers=2, vocabulary=400
-)
 
 
 def micro(root, *words):
