@@ -1,4 +1,5 @@
-"""The house keeps its plan: layers, short functions, comments that say why, few settings and lines.
+"""The house keeps its plan: layers, short functions, comments that say why, few settings and lines,
+and a README and docs whose names exist.
 
 Each check takes {file: source} and returns its faults as `file:line: what`, so that the first tests
 can show on made-up files that it finds some.
@@ -6,12 +7,13 @@ can show on made-up files that it finds some.
 
 import ast
 import io
+import re
 import tokenize
 
 import pytest
 from pydantic import BaseModel
 
-from config import ROOT, load_config
+from config import ROOT, Config, load_config
 
 # A room imports from its own package and from the rooms of the lines above; those of one line do
 # not know each other.
@@ -141,6 +143,26 @@ def settings(section: BaseModel) -> int:
     return sum(settings(v) if isinstance(v, BaseModel) else 1 for v in values)
 
 
+def unknown_names(page: str, where: str, files, sections, folder=ROOT) -> list[str]:
+    """Links, files, commands and settings that a page names and that do not exist."""
+    file_names = {part for file in files for part in (file, file.split("/")[-1])}
+    faults = []
+    for number, line in enumerate(page.splitlines(), 1):
+        links = re.findall(r"\]\(([^)#:]+)[)#]", line)
+        unknown = [link for link in links if not (folder / link).exists()]
+        unknown += set(re.findall(r"`([\w/]+\.py)`", line)) - file_names
+        for module in re.findall(r"python -m ([\w.]+)", line):
+            path = module.replace(".", "/")
+            if module != "pytest" and not {f"{path}.py", f"{path}/__main__.py"} & file_names:
+                unknown.append(module)
+        unknown += set(re.findall(r"python (\w+\.py)", line)) - file_names
+        for section, key in re.findall(r"[` ](\w+)\.(\w+)(?==|`)", line):
+            if key != "py" and key not in sections.get(section, {key}):
+                unknown.append(f"{section}.{key}")
+        faults += [f"{where}:{number}: no {name}" for name in unknown]
+    return faults
+
+
 # ---------------------------------------------------------------------- the checks can find faults
 
 
@@ -191,6 +213,24 @@ def test_long_functions_and_missing_comments_are_found():
     assert few_comments({"a.py": source}, 0.5) and not few_comments({"a.py": source}, 0.4)
 
 
+def test_names_that_do_not_exist_are_found(tmp_path):
+    (tmp_path / "b.md").touch()
+    page = """[a](a.md) [b](b.md#c) [d](https://e.org)
+`run.py` `stages/dpo.py` `gone.py` `eval.py`
+python -m tools.logs check
+python -m gone check; python gone.py; python run.py
+`dpo.beta` `dpo.alpha` python run.py dpo.gamma=1 torch.nn"""
+    files = ["run.py", "eval.py", "stages/dpo.py", "tools/logs.py"]
+    faults = unknown_names(page, "README.md", files, {"dpo": {"beta"}, "eval": set()}, tmp_path)
+    assert faults == [
+        f"README.md:{line}: no {name}"
+        for line, name in [
+            (1, "a.md"), (2, "gone.py"), (4, "gone"), (4, "gone.py"), (5, "dpo.alpha"),
+            (5, "dpo.gamma"),
+        ]
+    ]  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------------- the house
 
 
@@ -231,3 +271,13 @@ def test_the_house_stays_small():
 )  # fmt: skip
 def test_every_shipped_config_loads(path):
     assert load_config(path).run.name == path.stem
+
+
+def test_the_readme_and_docs_name_what_exists():
+    outside = [str(p.relative_to(ROOT)) for name in OUTSIDE for p in (ROOT / name).glob("*.py")]
+    files, config, faults = [*house(), *outside], Config(), []
+    sections = {name: set(type(getattr(config, name)).model_fields) for name in Config.model_fields}
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        page, where = path.read_text(encoding="utf-8"), str(path.relative_to(ROOT))
+        faults += unknown_names(page, where, files, sections, path.parent)
+    assert faults == []
