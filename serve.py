@@ -56,7 +56,7 @@ def create_app(config: Config, engine: Engine, store: Store, host: str = "127.0.
     key, desk = key_for(config, host), Desk(config, engine, store)
 
     @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI):
+    async def lifespan(app: FastAPI):  # when all requests are finished
         yield
         await asyncio.to_thread(desk.close)
 
@@ -88,7 +88,7 @@ def create_app(config: Config, engine: Engine, store: Store, host: str = "127.0.
         log.error("store: %s", where(error))  # a full disk, or a process that holds the file
         return JSONResponse({"detail": STORE_FAILED}, 503, {"Retry-After": "1"})
 
-    desk.queue.thread.start()
+    desk.queue.thread.start()  # last: before, only this thread uses the models
     return app
 
 
@@ -136,9 +136,9 @@ def add_people(app: FastAPI, desk: Desk, body_model: type) -> None:
     """What becomes known of people: histories, taps; and their deletion."""
 
     @app.put("/v1/users/{user_id:path}/sessions", response_model=Held)
-    def put_sessions(user_id: data.Name, body: body_model):
+    def put_sessions(user_id: data.Name, body: body_model):  # no async: FastAPI takes a thread
         """Append to a user's history; a session_id that is held is replaced."""
-        held = desk.put(user_id, body.sessions, body.profile)
+        held = desk.put(user_id, body.sessions, body.profile)  # on the disk when it returns
         return JSONResponse({"user_id": user_id, "sessions": held})
 
     @app.delete("/v1/users/{user_id:path}", response_model=dict[str, dict[str, int]])
@@ -184,11 +184,11 @@ def add_health(app: FastAPI, desk: Desk) -> None:
     """For whoever watches the process."""
 
     @app.get("/livez")
-    async def livez():
+    async def livez():  # the process runs
         return {"status": "alive"}
 
     @app.get("/readyz")
-    async def readyz():
+    async def readyz():  # and takes requests: not any more once it was told to stop
         ready = desk.queue.thread.is_alive() and not getattr(app.state.server, "should_exit", 0)
         return JSONResponse({"status": "ready" if ready else "stopping"}, 200 if ready else 503)
 
@@ -258,7 +258,7 @@ def main() -> None:
     config = load_config(run / "config.yaml", arguments.settings)
     config.run.root, config.run.name = str(run.parent), run.name  # wherever it was moved to
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO)  # a line a request; libraries say warnings alone
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when done
     # A core is left for HTTP: with all of them the engine's threads wait for each other.
     torch.set_num_threads(max(1, min(torch.get_num_threads(), os.cpu_count() - 1)))
@@ -271,7 +271,7 @@ def main() -> None:
     store.import_users(engine.run.users.values(), file_digest(engine.run.users_file))
     if arguments.precompute:
         print(precompute(Desk(config, engine, store)))
-        store.close()
+        store.close()  # the desk's thread was never started
         return
     app = create_app(config, engine, store, arguments.host)
     gc.collect()

@@ -69,7 +69,7 @@ class Desk:
     def __init__(self, config: Config, engine: Engine, store: Store):
         self.settings, self.engine, self.store = config.serve, engine, store
         self.list_size, self.metrics = config.generator.list_size, make_metrics()
-        self.arms = dict.fromkeys(config.serve.arms, 1.0)
+        self.arms = dict.fromkeys(config.serve.arms, 1.0)  # method -> share, all alike
         self.arms_seed = int(digest(config.run.seed, "arms"), 16)  # not that of the splits
         self.lock, self.jobs = threading.Lock(), set()
         self.in_flight = 0  # requests, counted by front.py
@@ -84,6 +84,7 @@ class Desk:
 
     def _job(self, user: data.User, method: str, n: int, avoid: list[str]) -> Job:
         lists = list(self.store.shown(user.user_id))[-MOST_SHOWN:]
+        # (starter, slot, tapped): the taste that the ranker is told.
         shown = [(y, i, i in s.clicked) for s in lists for i, y in enumerate(s.starters)]
         job = Job(Ask(user, n=n, shown=shown, avoid=avoid, method=method), by_id=True)
         self.jobs.add(job)
@@ -96,7 +97,7 @@ class Desk:
         with self.lock:
             user_id, days = asked.user_id, self.settings.repeat_days
             user = self.store.user(user_id)
-            if not user or not (user.sessions or user.profile):  # a newcomer
+            if not user or not (user.sessions or user.profile):  # a newcomer: who says it is whom
                 user = data.User(user_id=user_id, profile=asked.profile, sessions=[])
             method = asked.method or self.arm(user_id)
             row = self.store.ahead(user_id, self._key(user, self.engine.version, method))
@@ -130,7 +131,7 @@ class Desk:
             if kept:
                 key = self._key(ask.user, answer.model, ask.method)
                 self.store.put_ahead(ask.user.user_id, key, row, ask.method)
-            user_id = ask.user.user_id if kept else None
+            user_id = ask.user.user_id if kept else None  # nobody's: no impression id
             return self._reply(user_id, ask.method, ask.n, row, row["starters"], request_id)
 
     def _row(self, answer: Answer, job: Job) -> dict:

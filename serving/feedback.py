@@ -102,6 +102,7 @@ def train_round(config: Config, wanted: list[str], free: Iterable[str]) -> None:
     there is nothing to train from or to go on from.
     """
     refuse_unready(config, wanted, free)
+    # describe: config.yaml stays as the run was trained.
     run, started, first = Run(config, describe=False), time.time(), processes()[0] == 0
     if not current(run):
         raise UserError(f"{run.folder.path}: was trained without impressions (data.impressions), "
@@ -229,7 +230,7 @@ def begin(run: Run, key: str) -> int:
     begun = {int(f.parent.name[5:]): read_json(f)["key"] for f in folder.glob("round*/round.json")}
     if key in begun.values():  # killed or finished: the same round
         return next(number for number, other in begun.items() if other == key)
-    last = max(begun, default=0)
+    last = max(begun, default=0)  # rounds are numbered from 1
     finished = (folder / f"round{last}/verdict.json").is_file() or newest.get("round") == last
     if last and not finished:  # killed, and the store or the settings are other ones now
         shutil.rmtree(folder / f"round{last}")
@@ -277,6 +278,7 @@ def states_of(
         pairs += [(impression, state(one, one.at)) for impression, one
                   in zip(impressions[:moments], user_lists, strict=False)]
         if told := [one for one in user_lists if one.interests]:
+            # The interests of the latest list, the taste of all of them.
             latest[user_id] = state(max(told, key=lambda one: one.at), datetime.max)
     by_hash = sorted(latest, key=lambda user_id: digest(run.config.run.seed, user_id))
     return pairs, {user_id: latest[user_id] for user_id in by_hash}
@@ -369,7 +371,7 @@ def check(new: Round) -> dict:
         verdict[kind][name] = row
         figures = f"{row['before']:.4f} -> {row['after']:.4f} ({low:+.4f} to {high:+.4f})"
         lines.append(f"{kind} {name} {figures}")
-        if fallen(row):
+        if fallen(row):  # one is enough
             faults.append(f"{name} of lists as {kind} fell")
     reason = "; ".join(faults) or "neither utility nor diversity fell"
     if len({file_digest(adapter / "adapter_model.safetensors") for adapter in new.adapters}) == 1:
@@ -386,6 +388,7 @@ def side_figures(new: Round, adapter: Path, folder: str, states: list[UserState]
     ranker = load_ranker(run, "train", folder)
     written = writer.sample(writer.policy(adapter), [state.interests for state in states],
                             run.config.serve.candidates, run.seed("feedback", "check"))
+    # As the engine pools a user's lists.
     pools = [sorted({y for starters in lists for y in starters}) for lists in written]
     served = [lists or [[]] for lists in  # who wrote nothing serves an empty list
               searched(run.config, run.encoder, ranker, states, pools, 1)]

@@ -46,7 +46,7 @@ class Waiter:
             tell(("starter", dataclasses.asdict(starter)))
 
         job.tell = tell
-        if stream:
+        if stream:  # else the engine need not look at every step for starters that are whole
             job.ask = dataclasses.replace(job.ask, begin=begin, emit=emit)
         desk.queue.submit(job)
 
@@ -109,13 +109,14 @@ class Waiter:
 
     def end(self) -> None:
         """The client has its answer or has left: the job's place is free."""
-        self.desk.metrics.disconnects.inc(not self.finished)
+        self.desk.metrics.disconnects.inc(not self.finished)  # by 0 or 1
         self.desk.queue.leave(self.job)
         self.desk.release(self.job)
 
 
 class Stream(StreamingResponse):
     """Ends the waiter however the connection ends, even before the first event."""
+    # A generator's own `finally` does not run where it never began.
 
     def __init__(self, waiter: Waiter):
         super().__init__(waiter.events(), media_type="text/event-stream")
