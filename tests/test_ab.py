@@ -23,7 +23,8 @@ def platform():
 def arms(platform):
     """Lists drawn at random, and lists of what the hidden truth says will be tapped."""
     truth, users = platform
-    pool = people.Retrieval(truth.taxonomy, np.random.default_rng(0), 400).pool
+    forms = people.Platform(SETTINGS).forms["starters"]
+    pool = people.Retrieval(truth.taxonomy, forms, np.random.default_rng(0), 400).pool
     best = {
         u.user_id: sorted(pool, key=lambda y, u=u: -truth.click_probabilities(u.user_id, [y])[0])
         for u in users

@@ -8,14 +8,14 @@ import warnings
 
 import pytest
 from matplotlib.figure import Figure
-from matplotlib.text import Annotation
 from PIL import Image
 
 from tables import figures
 
 LONG = "a name that goes on and on, with no regard for the room that a picture has " * 3
-NAMES = ["PE", LONG, "日本料理", "_hidden", "$100 or $200", ""]
-INTERVALS = [[0.1, 0.4], None, [None, None], [0.2, 0.2], [0.3, 0.5], [0.0, 1.0]]
+NAMES = ["PE", LONG, "SFT, list search", "λ 0.1", "100 %", "IceBreaker"]
+INTERVALS = [[0.25, 0.1, 0.4], [0.2, 0.2, 0.2], [0.3, 0.3, 0.5], [0.1, 0.2, 0.3],
+             [-0.2, -0.4, -0.1], [0.0, -1.0, 1.0]]  # the fourth lies outside, by rounding
 
 
 def dpo(name: str, steps: int, loss: float = 0.6) -> list[dict]:
@@ -27,10 +27,8 @@ def dpo(name: str, steps: int, loss: float = 0.6) -> list[dict]:
 
 
 def sit(steps: int, loss: float, epochs: int = 1, until: int | None = None) -> list[dict]:
-    warm = max(1, steps // 10)
-    rates = [min((i + 1) / warm, (steps - i) / (steps - warm)) for i in range(steps)]
-    return [{"stage": "sit", "epoch": i * epochs // steps, "loss": loss, "learning_rate": rate}
-            for i, rate in enumerate(rates)][:until]
+    return [{"stage": "sit", "epoch": i * epochs // steps, "step": i + 1, "loss": loss}
+            for i in range(steps)][:until]
 
 
 LOG = [
@@ -43,31 +41,39 @@ LOG = [
 ]
 SERIES = {n: {"x": [1, 2, 3], "y": [i, None, i + 1], "low": [i - 1, None, i], "high": [i + 1] * 3}
           for i, n in enumerate(NAMES)}
-ONE = {"only": {"x": [2], "y": [0.5]}}
-POINTS = {n: {"x": i / 10, "x_interval": x, "y": 0.3, "y_interval": y}
-          for i, (n, x, y) in enumerate(zip(NAMES, INTERVALS, INTERVALS[::-1], strict=True))}
-DAYS = {n: {"day": [*range(1, 31)], "ctr": [0.1 * i] * 30, "ctr_low": [0.05 * i] * 30,
-            "ctr_high": [0.2 * i] * 30, "sessions": [2.0 + i] * 30} for i, n in enumerate(NAMES)}
-LIFTS = {n: {"train": {"lift": 0.3 - i / 9, "interval": x and [0.1, 0.4] if None not in (x or [0])
-                       else None}, "held_out": {"lift": -0.2}} | ({} if i else {"truth": None})
-         for i, (n, x) in enumerate(zip(NAMES, INTERVALS, strict=True))}
+ONE = {"only": {"x": [2], "y": [0.5], "low": [0.4], "high": [0.6]}}
+DAYS = {n: {"x": [*range(1, 31)], "y": [0.1 * i] * 30, "low": [0.05 * i] * 30,
+            "high": [0.2 * i] * 30} for i, n in enumerate(NAMES)}
+POINTS = dict(zip(NAMES, zip(INTERVALS, INTERVALS[::-1], strict=True), strict=True))
+SWEEP = {LONG: {"PE": "λ 0.1", "100 %": "", "λ 0.1": "λ 1"}}
+JUDGES = ("training ranker", "held-out ranker", LONG)
+LIFTS = {n: dict.fromkeys(JUDGES, x) for n, x in zip(NAMES, INTERVALS, strict=True)}
 TOPICS = dict.fromkeys([*NAMES, *map(str, range(9)), "tiny"], 1.0) | {"tiny": 0.1}
-PANEL = {"title": LONG, "inner": TOPICS, "outer": {"PE": 3, "3": 1}, "inner_label": "历史",
+PANEL = {"title": LONG, "inner": TOPICS, "outer": {"PE": 3, "3": 1}, "inner_label": "history",
          "outer_label": LONG}
+
+
+def rings(panels, path):
+    figures.rings(panels, path, {"3", "λ 0.1"}, LONG)
+
+
+def frontier(points, path, lines=None):
+    figures.frontier(points, path, lines or {}, LONG, LONG, LONG)
+
+
 CASES = {
-    "curves": (figures.curves, LOG),
-    "curves of one epoch": (figures.curves, LOG[:2]),
-    "frontier": (figures.frontier, POINTS),
-    "frontier of one point": (figures.frontier, {"only": {"x": 1, "y": 2}}),
-    "rings": (lambda x, path: figures.rings(x, path, {"3", "日本料理"}), [PANEL] * 3),
-    "rings, one empty": (figures.rings, [PANEL | {"inner": {}}]),
-    "ab_days": (figures.ab_days, DAYS),
-    "ab_days, one day": (figures.ab_days, {"PE": {"day": [1], "ctr": [0.1], "sessions": [2]}}),
-    "hacking": (figures.hacking, LIFTS),
-    "hacking, one bar": (figures.hacking, {"PE": {"truth": {"lift": 0.0}}}),
-    "lines": (lambda x, path: figures.lines(x, path, LONG, LONG, LONG), SERIES),
-    "two panels": (lambda x, path: figures.lines(x, path, "轮", "y", "题", ONE, "$z$"), SERIES),
-    "one point": (lambda x, path: figures.lines(x, path, "x", "y", ""), ONE),
+    "curves": (lambda x, path: figures.curves(x, path, LONG), LOG),
+    "curves of one epoch": (lambda x, path: figures.curves(x, path, "t"), LOG[:2]),
+    "frontier": (lambda x, path: frontier(x, path, SWEEP), POINTS),
+    "frontier of one point": (frontier, {"only": ([1, 0, 2], [2, 2, 2])}),
+    "rings": (rings, [PANEL] * 3),
+    "rings, one empty": (rings, [PANEL | {"inner": {}}]),
+    "hacking": (lambda x, path: figures.hacking(x, path, LONG), LIFTS),
+    "hacking, one bar": (lambda x, path: figures.hacking(x, path, "t"), {"PE": {"a": [0, 0, 0]}}),
+    "lines": (lambda x, path: figures.lines(x, path, LONG, LONG), {LONG: SERIES}),
+    "two panels": (lambda x, path: figures.lines(x, path, "x", "t"), {"a": SERIES, "b": ONE}),
+    "days": (lambda x, path: figures.lines(x, path, "day", "t"), {"a": DAYS}),
+    "one point": (lambda x, path: figures.lines(x, path, "x", ""), {"y": ONE}),
 }
 
 
@@ -94,22 +100,23 @@ def drawn(monkeypatch):
     return kept
 
 
-def test_fifteen_names_do_not_overlap(drawn, tmp_path):
-    points = {f"lambda = {i / 14:.2f}": {"x": i / 14, "x_interval": [i / 14 - 0.05, i / 14 + 0.05],
-              "y": math.cos(i / 14), "y_interval": [0.5, 1.0]} for i in range(12)}
-    points |= {f"method {i}": {"x": 0.3 + i / 100, "y": 0.9} for i in range(3)}
-    figures.frontier(points, tmp_path / "a.png", {"a sweep": [*points][:12]})
-    texts = [t for t in drawn[0].axes[0].texts if isinstance(t, Annotation) and t.get_text()]
-    assert len(texts) == 15
-    boxes = [t.get_window_extent() for t in texts]
-    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
-    frame = drawn[0].axes[0].get_window_extent()
-    assert all(frame.x0 <= b.x0 and b.x1 <= frame.x1 and frame.y0 <= b.y0 for b in boxes)
+def test_every_point_and_line_is_named_once_and_drawn_with_its_bars(drawn, tmp_path):
+    frontier(POINTS, tmp_path / "a.png", {"a sweep": {"PE": "λ 0.1", "100 %": ""}})
+    [axes], [legend] = drawn[0].axes, drawn[0].legends
+    named = [text.get_text().replace("\n", " ") for text in legend.get_texts()]
+    alone = [figures.readable(n, 40).replace("\n", " ") for n in POINTS if n not in ("PE", "100 %")]
+    assert named == ["a sweep", *alone]
+    assert [text.get_text() for text in axes.texts if text.get_text()] == ["λ 0.1"]
+    joined = next(line for line in axes.lines if line.get_label() == "a sweep")
+    assert [*joined.get_xdata()] == [0.25, -0.2] and [*joined.get_ydata()] == [0.0, 0.2]
+    bars = axes.collections[:2]  # of the sweep: along x, then along y
+    assert bars[0].get_segments()[0][:, 0] == pytest.approx([0.1, 0.4])
+    assert bars[1].get_segments()[0][:, 1] == pytest.approx([-1, 1])
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_titles_keep_clear_of_each_other(count, drawn, tmp_path):
-    figures.rings([PANEL] * count, tmp_path / "a.png", {"3"}, LONG)
+    rings([PANEL] * count, tmp_path / "a.png")
     figures.curves(LOG, tmp_path / "b.png", LONG)
     for figure in drawn:
         boxes = [ax.title.get_window_extent() for ax in figure.axes]
@@ -121,21 +128,21 @@ def test_titles_keep_clear_of_each_other(count, drawn, tmp_path):
 def test_small_topics_are_pooled_and_functional_ones_hatched(drawn, tmp_path):
     assert figures._pooled({"a": 6, "b": 0.3, "c": 3.4, "d": 0.3}) == pytest.approx(
         {"a": 0.6, "Others": 0.06, "c": 0.34})
-    panel = {"title": "t", "inner": {"a": 1, "chores": 3}, "outer": {"a": 1}}
-    figures.rings([panel], tmp_path / "a.png", {"chores"})
+    panel = {"title": "t", "inner": {"a": 1, "chores": 3}, "inner_label": "talk",
+             "outer": {"a": 1}, "outer_label": "lists"}
+    figures.rings([panel], tmp_path / "a.png", {"chores"}, "t")
     labels = [t.get_text() for t in drawn[0].legends[0].get_texts()]
     assert labels == ["1  a", "2  chores", "hatched: functional"]
     assert [bool(h.get_hatch()) for h in drawn[0].legends[0].legend_handles] == [False, True, True]
-    assert "inner: inner (75% functional)" in drawn[0].axes[0].get_title()
+    assert "inner: talk (75% functional)" in drawn[0].axes[0].get_title()
 
 
-def test_a_name_without_glyphs_is_spelt_out():
-    assert figures.readable("x\ud800y\U000f0000") == "x‹d800›y‹f0000›"  # no font has these
+def test_a_long_name_is_cut_at_its_last_row():
     assert figures.readable(LONG, 20).endswith("…") and figures.readable(LONG, 20).count("\n") == 1
 
 
 def test_hacking_lifts_are_drawn_in_per_cent(drawn, tmp_path):
-    figures.hacking({"a": {"train": {"lift": 0.25, "interval": [0.2, 0.4]}}}, tmp_path / "a.png")
+    figures.hacking({"a": {"train": (0.25, 0.2, 0.4)}}, tmp_path / "a.png", "t")
     axes = drawn[0].axes[0]
     assert axes.patches[0].get_height() == 25 and axes.texts[0].get_text() == "+25"
     ends = axes.collections[0].get_segments()[0][:, 1]
@@ -158,24 +165,25 @@ def test_a_rerun_replaces_its_part_and_those_after_it():
 
 @pytest.mark.parametrize("epochs", [1, 3])
 @pytest.mark.parametrize("steps", [10, 40, 100])
-def test_a_rerun_of_sit_is_told_by_its_learning_rate(steps, epochs):
+def test_a_rerun_of_sit_is_told_by_its_step(steps, epochs):
     assert losses(sit(steps, 1.0, epochs)) == {("sit", None): [1.0] * steps}
-    for killed in (steps // 2, steps):
+    for killed in (1, steps // 2, steps):
         rows = [*sit(steps, 1.0, epochs, killed), *sit(steps, 2.0, epochs)]
         assert losses(rows) == {("sit", None): [2.0] * steps}
 
 
 def test_dpo_rounds_stand_one_after_another(drawn, tmp_path):
-    figures.curves(LOG, tmp_path / "a.png")
+    figures.curves(LOG, tmp_path / "a.png", "t")
     [axes] = [a for a in drawn[0].axes if a.get_title().startswith("DPO: loss")]
     named = {line.get_label(): list(line.get_xdata()) for line in axes.lines}
     assert named["round 1"] == [*range(1, 9)] and named["round 2"] == [*range(9, 59)]
     assert named["clicked"] == [*range(59, 68)]
+    assert axes.lines[-1].get_ydata()[0] == pytest.approx(math.log(2))
 
 
 def test_nothing_to_draw_is_said_and_leaves_no_file(tmp_path):
     with pytest.raises(ValueError, match="no epoch or step"):
-        figures.curves([{"stage": "world"}], tmp_path / "a.png")
+        figures.curves([{"stage": "world"}], tmp_path / "a.png", "t")
     with pytest.raises(KeyError):
-        figures.lines({"a": {"y": [1]}}, tmp_path / "a.png", "", "", "")
+        figures.lines({"a": {"b": {"y": [1]}}}, tmp_path / "a.png", "", "")
     assert not list(tmp_path.iterdir())

@@ -1,18 +1,13 @@
-"""The report of made-up values, and tasks side by side."""
+"""The report of made-up values."""
 
 import json
-import multiprocessing
-import os
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import micro
-from pipeline import Pipeline
 
-from config import UserError, read_json
-from tables import claims, compare, report, reproduce
+from run import Run
+from tables import claims, controls, experiments, report
 from world import ab
 
 METRICS = """utility train_utility true_clicks lexical words semantic dissimilarity starters known
@@ -27,16 +22,17 @@ def seed_values(number: int, lift: float = 0.5, users: int = 30) -> dict:
     def column(mean):
         return dict(zip(names, (mean + 0.1 * rng.standard_normal(users)).tolist(), strict=True))
 
-    methods = dict.fromkeys(m for _, rows in report.TABLES.values() for m in rows)  # in order
+    tables = experiments.tables().values()
+    methods = dict.fromkeys(m for table in tables for m in experiments.rows_of(table))  # in order
     values = {m: {x: column(1 + lift * (m == "IceBreaker")) for x in METRICS} for m in methods}
     for kind in ("all", "rule", "RID"):
         own = {"resonance": column(1.0), "functional": column(0.3), "judge_win": column(0.5)}
         values[f"interests: {kind}"] = own
     for method in ("SFT", "IceBreaker"):
-        values[method] |= {"functional": column(0.1), "lexical_compared": column(2.0)}
+        values[method]["functional"] = column(0.1)
     days = {x: [1.0, 1.0] for x in ("ctr", "ctr_error", "sessions", "sessions_error")}
-    searched = [f"{arm}, list search" for arm in reproduce.SEARCHED]
-    arms = (*reproduce.ONLINE, *searched, "teacher", ab.CONTROL)
+    searched = [f"{arm}, list search" for arm in experiments.SEARCHED]
+    arms = (*experiments.ONLINE, *searched, "teacher", ab.CONTROL)
     people = {arm: dict.fromkeys(ab.COUNTS, 2.0) for arm in arms}
     people["IceBreaker"]["taps"] = 2.2  # a tenth more
     return {
@@ -68,10 +64,10 @@ def test_the_report_holds_every_table_and_claim(tmp_path):
     starts = [{"commit": "x", "minutes": 1.0, "core_hours": 0.5}] * 2
     about = {"command": "c", "seeds": [0, 1], "commit": "x", "config": "y", "starts": starts,
              "processors": 2}  # fmt: skip
-    wanted = list(reproduce.TABLES)
+    wanted = list(experiments.tables())
     log = [{"time": 1.0, "stage": "sit", "epoch": 0, "loss": 1.0, "learning_rate": 0.1}] * 3
     rows = report.write([seed_values(0), seed_values(1)], wanted, log, about, tmp_path)
-    assert len(rows) == len(claims.CLAIMS) >= 22
+    assert len(rows) == len(claims.all_claims()) == 128
     page = (tmp_path / "reproduction.md").read_text()
     assert all(f"Table {n}" in page for n in (1, 2, 3, 6, 7, 8, 9)) and "<b>" not in page
     assert "1 (x), 1 (x); 1.0 core hours on 2 processors" in page
@@ -93,25 +89,21 @@ def test_the_report_holds_every_table_and_claim(tmp_path):
 
 
 def test_every_method_of_a_table_is_made_and_every_claim_names_known_ones(finished):
-    p = Pipeline(micro(finished.parent), describe=False)
-    chosen = [compare.reranked(p, m, {p.ids("test")[0]: [[]]}) for m in reproduce.SEARCHED]
-    made = {*reproduce.METHODS} | {m for x in chosen for m in x}
+    run = Run(micro(finished.parent), describe=False)
+    chosen = [controls.reranked(run, m, {run.ids("test")[0]: [[]]}) for m in experiments.SEARCHED]
+    made = {*experiments.methods()} | {m for rows in chosen for m in rows}
     made |= {"teacher", "random starters", "deployed retrieval", "oracle", "popular starters"}
     made |= {"IceBreaker, 1 session", "IceBreaker, 2 sessions"}
-    assert {m for _, rows in report.TABLES.values() for m in rows} <= made
-    arms = {*reproduce.ONLINE, "teacher", ab.CONTROL}
-    arms |= {f"{m}, list search" for m in reproduce.SEARCHED}
-    for claim in claims.CLAIMS:
+    tables = experiments.tables().values()
+    assert {m for table in tables for m in experiments.rows_of(table)} <= made
+    arms = {*experiments.ONLINE, "teacher", ab.CONTROL}
+    arms |= {f"{m}, list search" for m in experiments.SEARCHED}
+    for claim in claims.all_claims():
         known = arms if claim.metric in ab.METRICS else made
         assert {m for m in (claim.more, claim.less) if not m.startswith("interests")} <= known
-    assert {v for needs in reproduce.NEEDS.values() for v in needs} == {*reproduce.VARIANTS}
-    texts = [claim.text for claim in claims.CLAIMS]
-    assert len({*texts}) == len(texts)
-
-
-def test_an_unknown_table_is_refused_before_anything_is_trained():
-    with pytest.raises(UserError, match="--reproduce 4: no such table; there are 1 2 3 6"):
-        reproduce.reproduce(["1", "4"], 1, "", [], quick=False)
+    variants = {*experiments.read()["variants"]}
+    assert {v for table in tables for v in table.variants} == variants
+    assert {m.variant for m in experiments.methods().values()} == variants | {experiments.MAIN}
 
 
 def test_r_user_and_r_score_are_against_the_methods_of_the_table():
@@ -120,71 +112,3 @@ def test_r_user_and_r_score_are_against_the_methods_of_the_table():
     assert claims.values_of(seed, "IceBreaker", "r_user") == {"u": 1.0, "v": 0.5}
     assert claims.values_of(seed, "IceBreaker", "r_user", "none") == {"u": 0.0, "v": 0.5}
     assert claims.values_of(seed, "IceBreaker", "r_score", "none")["u"] == pytest.approx(-0.1)
-
-
-def _fail_or_sleep(seconds):
-    if not seconds:
-        raise KeyError("a variant that fails")
-    time.sleep(seconds)
-
-
-def test_where_one_task_fails_the_others_do_not_go_on_unseen(capsys):
-    started = time.monotonic()
-    with pytest.raises(KeyError, match="a variant that fails"):
-        reproduce.in_parallel({
-            f"task {i}": reproduce.Task(_fail_or_sleep, (seconds,))
-            for i, seconds in enumerate((600, 0, 600, 600))
-        })
-    assert time.monotonic() - started < 300
-    assert "failed: task 1" in capsys.readouterr().out
-
-
-def _note_and_sleep(path):
-    path.write_text(str(os.getpid()))
-    time.sleep(600)
-
-
-def _work_alone(path):
-    reproduce.in_parallel({"a": reproduce.Task(_note_and_sleep, (path,))})
-
-
-def test_a_killed_start_leaves_no_work_behind(tmp_path):
-    path = tmp_path / "pid"
-    parent = multiprocessing.get_context("spawn").Process(target=_work_alone, args=(path,))
-    parent.start()
-    _until(lambda: path.exists() and path.read_text())
-    parent.kill()
-    state = Path(f"/proc/{path.read_text()}/stat")
-    _until(lambda: not state.exists() or ") Z " in state.read_text())  # ended
-
-
-def _until(met, seconds=120):
-    end = time.monotonic() + seconds
-    while not met():
-        assert time.monotonic() < end
-        time.sleep(0.1)
-
-
-def test_the_clock_keeps_the_starts_that_were_interrupted(tmp_path):
-    file, env = tmp_path / "starts.json", {"commit": "0123456789abc", "uncommitted_changes": True}
-    with pytest.raises(KeyboardInterrupt), reproduce.clock(file, env):
-        raise KeyboardInterrupt
-    with reproduce.clock(file, env | {"uncommitted_changes": False}) as starts:
-        reproduce.in_parallel({"a": reproduce.Task(time.sleep, (1,))}, starts[-1])
-    assert starts == read_json(file) and starts[1]["core_hours"] > 0 < starts[0]["minutes"]
-    assert [x["commit"] for x in starts] == ["0123456789 with changes", "0123456789"]
-
-
-def _note(path, name):
-    with open(path, "a") as file:
-        file.write(name)
-
-
-def test_a_task_waits_for_those_it_needs(tmp_path):
-    order = tmp_path / "order"
-    needs = {"c": "b", "b": "a", "a": "", "d": "ac"}
-    tasks = {x: reproduce.Task(_note, (order, x), tuple(needs[x])) for x in needs}
-    reproduce.in_parallel(tasks)
-    assert order.read_text() == "abcd"
-    with pytest.raises(ValueError, match="wait for each other"):
-        reproduce.in_parallel({"a": reproduce.Task(_note, (order, "a"), ("b",))})

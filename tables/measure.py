@@ -1,0 +1,213 @@
+"""What the methods of one seed write, and every value of it that a table, claim or picture needs.
+
+    report/starters.json of each run     the lists of its methods (write_starters)
+    report/values.json of a main run     all that the report reads (measure_seed)
+
+Section 3 of the paper: metrics of appendix B.1, and what only the simulated world can add to them.
+reproduce.py calls both functions in processes of their own, after training.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from roles.players import Players
+from roles.writer import Writer
+from run import Run
+from stages.ranker import load_ranker, utilities
+
+import llm
+import train
+from config import Config, digest, environment, read_json, write_json
+from stages.metrics import Lists, PerUser, TopicClassifier, measure
+from tables import controls, experiments
+from tables import truth as hidden
+from world import ab, people
+
+RETRIEVAL = "deployed retrieval"  # in the tables; the same lists are the arm ab.CONTROL
+
+
+def report_folder(config: Config) -> Path:
+    return Path(config.run.root) / config.run.name / "report"
+
+
+def new_writer(config: Config) -> Writer:
+    return Writer(config, Path(config.run.root) / "answers.sqlite")
+
+
+def write_starters(config: Config, variant: str) -> None:
+    """report/starters.json of a run: the lists of its methods for the test users.
+
+    Methods of the online test write for the judge users too, of whom no method has learned.
+    """
+    run, path, settings = Run(config), report_folder(config) / "starters.json", config.ab
+    methods = {n: m for n, m in experiments.methods().items() if m.variant == variant}
+    key = digest(train.stage_key(run, "dpo"), settings.lists, settings.searched,
+                 {name: vars(method) for name, method in methods.items()})
+    if path.is_file() and read_json(path)["key"] == key:  # by the same policies, as many lists
+        return
+    writer, lists = new_writer(config), {}
+    more = controls.online_lists(settings)[0] - settings.lists  # beyond what every method writes
+    for name, method in methods.items():
+        adapter = run.adapter(method.adapter)
+        if adapter and not adapter.is_dir():  # fewer rounds were asked for: no such method
+            continue
+        # Test users first, and lists beyond ab.lists apart: a user's random numbers are then the
+        # same for every method, and equal policies write equal lists.
+        users = run.ids("test") + run.ids("judge") * (name in experiments.ONLINE)
+        users = [u for u in users if run.states[u][-1].interests]  # others are a cold start
+        inputs = [controls.interests_of(run, u, method.interests) for u in users]
+        rows = writer.write(adapter, inputs, settings.lists, run.seed("eval"))
+        if name in experiments.SEARCHED and more > 0:
+            rest = writer.write(adapter, inputs, more, run.seed("eval", "more"))
+            rows = [first + second for first, second in zip(rows, rest, strict=True)]
+        lists[name] = dict(zip(users, rows, strict=True))
+    run.encoder.save()  # what was encoded here need not be again when it is measured
+    write_json(path, {"key": key, "lists": lists})
+
+
+def starters_of(config: Config) -> dict:
+    """{"key", "lists": what write_starters wrote}."""
+    return read_json(report_folder(config) / "starters.json")
+
+
+def measure_seed(config: Config, variants: list[Config]) -> None:
+    """report/values.json of a seed's main run: every value of every method and test user.
+
+    config: of the main run, variants: of the runs that started as its copies.
+    """
+    torch.set_flush_denormal(True)  # as in training, or rankers would give other last digits
+    llm.quiet_libraries()
+    starters = [starters_of(one) for one in (config, *variants)]
+    path, key, env = report_folder(config) / "values.json", None, environment(config)
+    if env["uncommitted_changes"] is False:  # else the commit does not tell which code measured
+        key = digest(env["commit"], env["versions"], config, [one["key"] for one in starters])
+        if path.is_file() and read_json(path).get("key") == key:
+            return
+    main = starters[0]["lists"]
+    written = {method: rows for one in starters for method, rows in one["lists"].items()}
+    write_json(path, {"key": key, **measured(Run(config), main, written)})
+
+
+def measured(run: Run, main: Lists, written: Lists) -> dict:
+    """What values.json holds but its key; main, written: as of compared_lists."""
+    config, truth = run.config, people.load_truth(run.folder / "world")
+    players = Players(config, run.encoder, new_writer(config))  # teacher and judge
+    lists, online = compared_lists(run, players, truth, main, written)
+    users = list(lists[RETRIEVAL])  # the test users
+    pools = {m: {u: main[m][u][: config.ab.searched] for u in users} for m in experiments.SEARCHED}
+    chosen = {method: controls.reranked(run, method, pool) for method, pool in pools.items()}
+    for rows in chosen.values():
+        lists |= rows
+    # All texts at once: like lengths share a batch.
+    run.encoder(sorted({y for m in lists.values() for u in m.values() for row in u for y in row}))
+    classifier = TopicClassifier(run.encoder)
+    values = values_of_lists(run, truth, lists, classifier)
+    values |= hidden.interest_values(run, players, truth, users)
+    for method, pool in pools.items():
+        for name, by_user in controls.search_values(run, pool, chosen[method]).items():
+            values[name]["value"] = by_user
+    texts = stage_texts(run, lists, users)
+    activity = {u: len(run.users[u].sessions) / config.world.days for u in online["PE"]}  # per day
+    figures = {
+        "values": values,
+        "ab": ab.simulate(truth, activity, online, config.ab, config.run.seed),
+        "topics": {stage: {u: hidden.topics(truth, theirs) for u, theirs in rows.items()}
+                   for stage, rows in texts.items()},
+        "cases": cases(run, values, lists, users),
+        "basis": basis(run, truth, classifier, users, texts["IceBreaker"]),
+    }
+    run.encoder.save()
+    return figures
+
+
+def compared_lists(
+    run: Run, players: Players, truth: people.Truth, main: Lists, written: Lists
+) -> tuple[Lists, Lists]:
+    """What every method shows the test users, and every arm of the online test its people.
+
+    main: starters of the seed's main run; written: those, and its variants'.
+    """
+    config = run.config
+    users, people_online = list(main["rule-based"]), list(main["PE"])  # test; test and judge
+    online = {arm: main[arm] for arm in experiments.ONLINE}
+    for arm in experiments.SEARCHED:
+        online[f"{arm}, list search"] = controls.searched_in_turn(run, main[arm])
+    online["teacher"] = controls.taught(run, players, people_online)
+    lists = {  # as many of every method: what was written for list search is left out
+        name: {u: rows[u][: config.ab.lists] for u in users}
+        for name, rows in {**written, "teacher": online["teacher"]}.items()
+    }
+    lists |= controls.few_sessions(run, players.writer, users) | controls.cold_start(run, users)
+    # Of the variants' lists the oracle sees none: it is the same whichever tables are wanted.
+    seen = {method: lists[method] for method in (*main, "teacher", "popular starters")}
+    lists |= controls.floor_and_ceiling(run, truth, users, seen)
+    online[ab.CONTROL] = people.retrieved_lists(
+        config.world, [run.users[u] for u in people_online], config.ab.lists, config.run.seed
+    )
+    lists[RETRIEVAL] = {u: online[ab.CONTROL][u] for u in users}
+    return lists, online
+
+
+def values_of_lists(
+    run: Run, truth: people.Truth, lists: Lists, classifier: TopicClassifier
+) -> PerUser:
+    """The metrics of the paper and those of the hidden truth, of every method and test user."""
+    def scorer(name: str):
+        ranker = load_ranker(run, name)
+        return lambda u, y: utilities(ranker, run.states[u][-1], run.encoder(y)).numpy()  # (K,)
+
+    judge, train_judge = scorer("judge"), scorer("train")  # the first was fitted on other users
+    values = measure(lists, judge, run.encoder, classifier, run.corpus, truth, train_judge)
+    for method in lists:
+        values[method] |= hidden.spoken_of(truth, lists[method])
+    # Distinct starters: a chore that every list repeats is one.
+    starters = {u: controls.pool_of(rows) for u, rows in lists["IceBreaker"].items()}
+    values["IceBreaker"]["functional"] = hidden.chores(truth, starters)  # Figure 3
+    return values
+
+
+def stage_texts(run: Run, lists: Lists, users: list[str]) -> dict[str, dict[str, list[str]]]:
+    """Figure 3: what users spoke of, what RID kept of it, and what is written from that."""
+    return {
+        "history": {u: controls.interests_of(run, u, "all") for u in users},
+        "RID": {u: run.states[u][-1].interests for u in users},
+        **{method: {u: [y for row in rows for y in row] for u, rows in lists[method].items()}
+           for method in ("IceBreaker", RETRIEVAL)},
+    }
+
+
+def cases(run: Run, values: PerUser, lists: Lists, users: list[str]) -> list[dict]:
+    """Users at the 10th, 50th and 90th percentile of IceBreaker's lift over SFT (Table 3)."""
+    ours, sft = (values[method]["utility"] for method in ("IceBreaker", "SFT"))
+    order = sorted(users, key=lambda user: ours[user] - sft[user])
+    chosen = {percentile: order[percentile * len(order) // 100] for percentile in (10, 50, 90)}
+    return [
+        {"percentile": percentile, "lift": ours[user] - sft[user],
+         "summaries": run.histories[user][-1].texts[::-1][:12],  # the latest first
+         "interests": run.states[user][-1].interests,
+         "starters": {m: lists[m][user][0] for m in (RETRIEVAL, "SFT", "IceBreaker")}}
+        for percentile, user in chosen.items()
+    ]
+
+
+def basis(run: Run, truth: people.Truth, classifier, users: list[str], texts: dict) -> dict:
+    """What the other figures rest on: scorer, rankers, matcher, classifier, gate, rounds.
+
+    texts: user -> IceBreaker's starters.
+    """
+    config, starters = run.config, [y for theirs in texts.values() for y in theirs]
+    rounds = [run.folder.figures(f"dpo/round{n + 1}") for n in range(config.dpo.rounds)]
+    return {
+        "rid": run.folder.figures("rid"),  # AUC of the scorer and of its baselines
+        "ranker": run.folder.figures("ranker"),  # AUC and ECE of both
+        "matcher": hidden.matcher_quality(run, truth, run.ids("test")),
+        "classifier": classifier.accuracy,
+        "classifier_on_starters": hidden.classifier_accuracy(truth, classifier, starters),
+        # The gate can act only where more pass it than it must keep.
+        "above_least": float(np.mean(
+            [len(run.states[u][-1].interests) > config.rid.min_keep for u in users])),
+        "kept_start": [figures["held_out"] <= 1 + 1e-9 for figures in rounds],  # 1: the start
+    }

@@ -1,0 +1,96 @@
+"""What only the hidden truth of the simulated world can tell: of texts, interests and labels.
+
+    python eval.py --reproduce 6 figure3
+
+No stage that trains sees it: it is read here, in measure.py and controls.py, by stage eval after
+training, and by the simulated platform (world/). Table 6's judge stands beside it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+from roles.players import Players
+from run import Run
+from stages.match import Revisits
+
+from stages.metrics import PerUser, TopicClassifier
+from tables.controls import interests_of
+from world.people import Truth
+
+
+def is_chore(truth: Truth, text: str) -> bool:
+    """Whether a text is about a functional topic, such as a conversion of units."""
+    topic = truth.taxonomy.understand(text)[0]  # of (topic, subjects, angle); None: nothing known
+    return bool(topic) and truth.taxonomy.functional(topic)
+
+
+def topics(truth: Truth, texts: list[str]) -> Counter[str]:
+    """Number of texts by topic category, chores apart; texts about nothing known do not count."""
+    taxonomy = truth.taxonomy
+    spoken = [topic for text in texts if (topic := taxonomy.understand(text)[0])]
+    return Counter("Chores" if taxonomy.functional(t) else taxonomy.category[t] for t in spoken)
+
+
+def chores(truth: Truth, texts: dict[str, list[str]]) -> dict[str, float]:
+    """Share of chores among each user's texts; users of whom no text is understood are left out."""
+    counts = {user: topics(truth, theirs) for user, theirs in texts.items()}
+    return {u: count["Chores"] / count.total() for u, count in counts.items() if count}  # not empty
+
+
+def resonance(truth: Truth, texts: dict[str, list[str]]) -> dict[str, float]:
+    """Mean hidden interest, 0 to 1, of each user in what the texts speak about."""
+    return {u: float(np.mean([truth.resonance(u, text) for text in theirs]))
+            for u, theirs in texts.items()}
+
+
+def spoken_of(truth: Truth, lists: dict[str, list[list[str]]]) -> dict[str, dict[str, float]]:
+    """Of each user's starters: the share about something known, and the resonance."""
+    starters = {user: [y for row in rows for y in row] for user, rows in lists.items()}
+    starters = {u: theirs for u, theirs in starters.items() if theirs}  # an empty list says nothing
+    understood = {u: float(np.mean([bool(truth.taxonomy.understand(y)[0]) for y in theirs]))
+                  for u, theirs in starters.items()}
+    return {"known": understood, "resonance": resonance(truth, starters)}
+
+
+def interest_values(run: Run, players: Players, truth: Truth, users: list[str]) -> PerUser:
+    """Of the interests by each distillation: resonance by the hidden truth, share of chores, and
+    wins in the judge's pairwise comparison with the rule-based ones (Table 6)."""
+    kinds = {k: {u: interests_of(run, u, k) for u in users} for k in ("all", "rule", "RID")}
+    values: PerUser = {}
+    for kind, texts in kinds.items():
+        values[f"interests: {kind}"] = {
+            "resonance": resonance(truth, texts), "functional": chores(truth, texts)}
+    # The judge reads the history in its order, the oldest first.
+    rows = [(kinds["all"][u][::-1], kinds["RID"][u], kinds["rule"][u]) for u in users]
+    wins = dict(zip(users, players.judge().compare(rows), strict=True))  # RID's, 0 to 1
+    wins = {user: win for user, win in wins.items() if win is not None}  # None: the call failed
+    values["interests: RID"]["judge_win"] = wins
+    values["interests: rule"]["judge_win"] = {user: 1 - win for user, win in wins.items()}
+    return values
+
+
+def matcher_quality(run: Run, truth: Truth, users: list[str]) -> dict[str, float]:
+    """Precision and recall of `match` against hidden subjects, all cuts of these users."""
+    revisits, understand = Revisits(run), truth.taxonomy.understand  # text -> topic, subjects, ...
+    counts: Counter = Counter()  # of (label of the matcher, hidden truth)
+    for user, cut in ((user, cut) for user in users for cut in revisits.cuts):
+        later = [understand(session.summary) for session in run.parts(user, cut)[1]]
+        for text, label in zip(run.histories[user][cut].texts, revisits[user, cut], strict=True):
+            topic, subjects, _ = understand(text)
+            real = any(topic == other and subjects & theirs for other, theirs, _ in later)
+            real &= not is_chore(truth, text)  # a chore is no interest
+            if label >= 0:  # else the matcher's call failed
+                counts[bool(label), bool(real)] += 1
+    right = counts[True, True]
+    return {"precision": right / max(1, right + counts[True, False]),
+            "recall": right / max(1, right + counts[False, True])}
+
+
+def classifier_accuracy(truth: Truth, classifier: TopicClassifier, texts: list[str]) -> float:
+    """Share of the texts about something known to whose topic the classifier gives its category."""
+    # Each text once; what is about nothing known has no category to be wrong about.
+    categories = {text: category for text in texts if (category := truth.category(text))}
+    guesses = classifier.categories([*categories])
+    return float(np.mean([a == b for a, b in zip(guesses, categories.values(), strict=True)]))
