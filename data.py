@@ -1,18 +1,14 @@
-"""Records of users and shown lists: JSONL in and out, checks, splits by user, cuts by time.
+"""Records of users and shown lists: JSONL in and out, splits by user, cuts by time.
 
-    python data.py check users.jsonl
-    python data.py import chatgpt conversations.json --out users.jsonl  # sharegpt, wildchat, locomo
-    python data.py export trl runs/tiny --out pairs.jsonl     # for TRL's DPOTrainer
+`python -m tools.logs check users.jsonl` says what a file holds, or all that is wrong with it.
 
 Every bad line is reported as `file:line: field: reason`, all of them up to a limit, and never with
-the content of the row: these are people's histories.
+the content of the row: these are people's histories. Models see the fields below and no others.
 """
 
 from __future__ import annotations
 
-import argparse
 import bisect
-import contextlib
 import hashlib
 import itertools
 import json
@@ -23,10 +19,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Literal
 
-from omegaconf import OmegaConf
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -36,11 +30,12 @@ from pydantic import (
     StringConstraints,
     ValidationError,
     ValidationInfo,
-    field_validator,
     model_validator,
 )
 
-from config import UserError, atomic_path, read_json, script
+from config import UserError, atomic_path
+
+MOST_FAULTS = 20  # bad lines that are listed; the rest are counted
 
 
 class DataError(UserError):
@@ -50,7 +45,7 @@ class DataError(UserError):
 def _one_line(value):
     """Collapse space and control characters; drop lone surrogates, which nothing can encode."""
     if not isinstance(value, str):
-        return value
+        return value  # for the field to refuse
     value = re.sub(r"[\ud800-\udfff]", "", value)
     return " ".join(re.sub(r"[\x00-\x1f\x7f]", " ", value).split())
 
@@ -78,6 +73,7 @@ Sentence = Annotated[Text, StringConstraints(min_length=1)]
 
 
 class Record(BaseModel):
+    # Strict: 1.0 is no index and "true" no number, and a log that has them is broken.
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
     @model_validator(mode="before")
@@ -99,7 +95,7 @@ class Session(Record):
     session_id: Name
     timestamp: Stamp = None
     summary: Annotated[Text | None, AfterValidator(lambda text: text or None)] = None
-    messages: list[Message] | None = None
+    messages: list[Message] | None = None  # where it has no summary: the summariser writes one
 
     @model_validator(mode="after")
     def _has_content(self):
@@ -118,20 +114,15 @@ def each_once(sessions: list[Session]) -> list[Session]:
 class User(Record):
     user_id: Name
     profile: dict[Text, Text] | None = None
-    sessions: list[Session]
-
-    @field_validator("sessions")
-    @classmethod
-    def _ids_stand_once(cls, sessions):
-        return each_once(sessions)
+    sessions: Annotated[list[Session], AfterValidator(each_once)]
 
 
 class Impression(Record):
     user_id: Name
     timestamp: Stamp = None
-    starters: Annotated[list[Sentence], Field(min_length=1)]
-    clicked: list[Annotated[int, Field(ge=0)]]
-    sessions_after: Annotated[int, Field(ge=0)] | None = None
+    starters: Annotated[list[Sentence], Field(min_length=1)]  # by slot
+    clicked: list[Annotated[int, Field(ge=0)]]  # slots
+    sessions_after: Annotated[int, Field(ge=0)] | None = None  # that followed from the taps
 
     @model_validator(mode="after")
     def _clicked_exists(self):
@@ -144,8 +135,9 @@ class Impression(Record):
 
 
 def lines_of(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    """Yield (number from 1, line) of a file; raises DataError if it cannot be read."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb") as file:  # bytes: one line that is no UTF-8 is one fault
             yield from enumerate(file, 1)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from None
@@ -161,7 +153,7 @@ def parse_json(text: bytes):
         return json.loads(text.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except UnicodeDecodeError:
         raise ValueError("not UTF-8") from None
-    except json.JSONDecodeError as error:
+    except json.JSONDecodeError as error:  # its message would quote the line
         raise ValueError(f"not JSON ({error.msg} at character {error.pos + 1})") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
@@ -180,48 +172,53 @@ def parse_line(line: bytes) -> dict:
     return value
 
 
-def _reasons(error: ValidationError) -> Iterator[str]:
-    """Yield `field: reason` for each fault that pydantic found in one row."""
-    for item in error.errors(include_input=False, include_url=False):
-        where = ".".join(map(_label, item["loc"]))
-        reason = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "value_error" and re.match(r"[a-z]+: ", reason):  # names its own field
-            yield f"{where}.{reason}" if where else reason
-        else:
-            yield f"{where or 'line'}: {reason}"
-
-
 class Faults:
-    """Faults of rows: the first `limit` as lines for a DataError, the rest as a count."""
+    """Faults of rows: the first MOST_FAULTS as lines for a DataError, the rest as a count."""
 
-    def __init__(self, limit: int):
-        self.lines, self.found, self.limit = [], 0, limit
+    def __init__(self):
+        self.lines, self.count = [], 0
 
     def add(self, place: str, error: ValueError) -> None:
         """Note a row's ValidationError, or its ValueError with `field: reason`."""
-        reasons = list(_reasons(error)) if isinstance(error, ValidationError) else [str(error)]
-        self.lines += [f"{place}: {text}" for text in reasons[: self.limit - len(self.lines)]]
-        self.found += len(reasons)
+        reasons = [str(error)]
+        if isinstance(error, ValidationError):
+            reasons = map(_reason, error.errors(include_input=False, include_url=False))
+        for reason in reasons:
+            self.count += 1
+            if self.count <= MOST_FAULTS:
+                self.lines.append(f"{place}: {reason}")
 
     def refuse(self) -> None:
-        if self.found:
-            rest = self.found - len(self.lines)
+        """Raise DataError if there were any."""
+        if self.count:
+            rest = self.count - len(self.lines)
             raise DataError("\n".join(self.lines + [f"... and {rest} more"] * bool(rest)))
 
 
-def _read(path: str | Path, record: type[BaseModel], max_errors: int, check=None) -> list:
-    """Read each row as a `record`; `check(row)` refuses one by ValueError with `field: reason`."""
-    rows, faults, extra = [], Faults(max_errors), Counter()
+def _reason(fault: dict) -> str:
+    """`field: reason` of one fault that pydantic reports."""
+    where = ".".join(map(_label, fault["loc"]))
+    reason = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error" and re.match(r"[a-z]+: ", reason):  # names its field itself
+        return f"{where}.{reason}" if where else reason
+    return f"{where or 'line'}: {reason}"
+
+
+def _read(path: str | Path, record: type[Record]) -> list:
+    """Read each row as a `record`; raises DataError that lists every bad line."""
+    rows, faults, extra, seen = [], Faults(), Counter(), set()
     for number, line in lines_of(path):
         if not line.strip():
             continue
         try:
             row = record.model_validate(parse_line(line), context=extra)
-            if check:
-                check(row)
-            rows.append(row)
+            if record is User and row.user_id in seen:  # an impression's user may stand often
+                raise ValueError("user_id: stands on an earlier line too")
         except ValueError as error:  # a ValidationError is one too
             faults.add(f"{path}:{number}", error)
+            continue
+        seen.add(row.user_id)
+        rows.append(row)
     faults.refuse()
     if not rows:
         raise DataError(f"{path}:1: line: the file holds no rows")
@@ -232,46 +229,33 @@ def _read(path: str | Path, record: type[BaseModel], max_errors: int, check=None
     return rows
 
 
-def read_users(path: str | Path, max_errors: int = 20) -> list[User]:
+def read_users(path: str | Path) -> list[User]:
     """Read users.jsonl; sessions come back in time order where all have a time.
 
     Raises DataError that lists every bad line.
     """
-    seen = set()
-
-    def once(user: User):
-        if user.user_id in seen:
-            raise ValueError("user_id: stands on an earlier line too")
-        seen.add(user.user_id)
-
-    return [in_time_order(user) for user in _read(path, User, max_errors, once)]
+    return [in_time_order(user) for user in _read(path, User)]
 
 
 def in_time_order(user: User) -> User:
-    if all(s.timestamp for s in user.sessions):
-        return user.model_copy(
-            update={"sessions": sorted(user.sessions, key=lambda s: s.timestamp)}
-        )
-    return user
+    if not all(s.timestamp for s in user.sessions):
+        return user  # the order of the file is all that is told
+    return user.model_copy(update={"sessions": sorted(user.sessions, key=lambda s: s.timestamp)})
 
 
-def read_impressions(path: str | Path, max_errors: int = 20) -> list[Impression]:
+def read_impressions(path: str | Path) -> list[Impression]:
     """Read impressions.jsonl. Raises DataError that lists every bad line."""
-    return _read(path, Impression, max_errors)
+    return _read(path, Impression)
 
 
-def _write(path: str | Path, rows: Iterable[BaseModel]) -> None:
+def write_users(path: str | Path, rows: Iterable[Record]) -> None:
+    """Write records as JSONL, a line each, only with the fields that were given."""
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for row in rows:
             file.write(row.model_dump_json(exclude_unset=True) + "\n")
 
 
-def write_users(path: str | Path, users: Iterable[User]) -> None:
-    _write(path, users)
-
-
-def write_impressions(path: str | Path, impressions: Iterable[Impression]) -> None:
-    _write(path, impressions)
+write_impressions = write_users
 
 
 # ----------------------------------------------------------------------------------- splits, cuts
@@ -316,144 +300,3 @@ def language(text: str) -> str:
     """Return the script that dominates: "zh" (Chinese characters), "en" (Latin words), "other"."""
     counts = {name: len(script.findall(text)) for name, script in _SCRIPTS.items()}
     return max(counts, key=counts.get) if any(counts.values()) else "other"
-
-
-# ------------------------------------------------------------------------------------------ check
-
-
-def _is_robot(user: User) -> bool:
-    """At least 20 sessions and nine in ten of them word for word the same."""
-    texts = Counter(s.summary for s in user.sessions if s.summary)
-    n = len(user.sessions)
-    return n >= 20 and max(texts.values(), default=0) >= 0.9 * n
-
-
-def _spread(values: list[int]) -> str:
-    return f"min {min(values)}, median {median(values):g}, max {max(values)}" if values else "none"
-
-
-def describe_users(users: list[User]) -> dict[str, object]:
-    """Return what a users file holds, as label -> figure."""
-    sessions = [s for u in users for s in u.sessions]
-    texts = [s.summary for s in sessions if s.summary]
-    distinct = sum(len({s.summary for s in u.sessions if s.summary}) for u in users)
-    languages = Counter(map(language, texts)).most_common()
-    return {
-        "users": len(users),
-        "sessions": len(sessions),
-        "sessions per user": _spread([len(u.sessions) for u in users]),
-        "exact repeats within a user": f"{1 - distinct / len(texts):.1%}" if texts else "none",
-        "languages": ", ".join(f"{name} {n / len(texts):.1%}" for name, n in languages) or "none",
-        "characters per summary": _spread([len(text) for text in texts]),
-        "sessions without a summary": len(sessions) - len(texts),
-        "sessions without a timestamp": sum(s.timestamp is None for s in sessions),
-        "users without a profile": sum(not u.profile for u in users),
-        "users without a session": sum(not u.sessions for u in users),
-        "likely robots": sum(map(_is_robot, users)),
-    }
-
-
-def describe_impressions(impressions: list[Impression]) -> dict[str, object]:
-    """Return what an impressions file holds, as label -> figure."""
-    shown = Counter(slot for i in impressions for slot in range(len(i.starters)))
-    clicked = Counter(slot for i in impressions for slot in set(i.clicked))
-    by_slot = [f"{clicked[slot]} ({clicked[slot] / n:.1%})" for slot, n in sorted(shown.items())]
-    unclicked = sum(not i.clicked for i in impressions)
-    return {
-        "lists": len(impressions),
-        "users": len({i.user_id for i in impressions}),
-        "starters per list": _spread([len(i.starters) for i in impressions]),
-        "distinct starters": len({text for i in impressions for text in i.starters}),
-        "starters clicked": f"{clicked.total() / shown.total():.1%}",
-        "lists without a click": f"{unclicked / len(impressions):.1%}",
-        "clicks by slot": ", ".join(by_slot),
-        "lists without a timestamp": sum(i.timestamp is None for i in impressions),
-        "lists without sessions_after": sum(i.sessions_after is None for i in impressions),
-    }
-
-
-# ----------------------------------------------------------------------- what the generator reads
-
-
-def plain(text: str) -> str:
-    """Text that can neither open or close a <sug> field nor part two starters."""
-    return re.sub("&{2,}", "&", text.replace("<", "(").replace(">", ")"))
-
-
-def list_text(starters: list[str]) -> str:
-    return f"<sug> {' && '.join(map(plain, starters))} </sug>"
-
-
-def export_trl(run: str | Path) -> Iterator[dict]:
-    """Preference pairs of a finished run's DPO rounds, as TRL's DPOTrainer takes them.
-
-    Conversations: the prompt's chat template is the tokenizer's, as in training here, but interests
-    that went beyond generator.max_prompt_tokens there are not left out. Raises UserError if the
-    folder is no run with DPO rounds.
-    """
-    file, paths = Path(run) / "config.yaml", []
-    if file.is_file():
-        config = OmegaConf.load(file)
-        paths = [Path(run) / f"dpo/round{n + 1}/pairs.json" for n in range(config.dpo.rounds)]
-    if not (paths := [path for path in paths if path.is_file()]):
-        raise UserError(f"{run}: no dpo/round*/pairs.json; run train.py --stage dpo first")
-    settings = config.generator
-    for path in paths:
-        for pair in read_json(path):
-            lines = "".join(f"\n- {plain(interest)}" for interest in pair["interests"])
-            text = settings.instruction.format(n=settings.list_size) + lines
-            for rejected in pair["rejected"].values():
-                sides = {"chosen": pair["chosen"], "rejected": rejected}
-                yield {"prompt": [{"role": "user", "content": text}]} | {
-                    side: [{"role": "assistant", "content": list_text(starters)}]
-                    for side, starters in sides.items()
-                }
-
-
-def _holds_impressions(path: str | Path) -> bool:
-    """Decide by the keys of the first line that is a JSON object."""
-    for _, line in lines_of(path):
-        with contextlib.suppress(ValueError):
-            return "starters" in parse_line(line)
-    return False
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("check", help="say what a users or impressions file holds")
-    check.add_argument("file")
-    importer = commands.add_parser("import", help="conversations from elsewhere as users.jsonl")
-    importer.add_argument("kind", choices=["chatgpt", "sharegpt", "wildchat", "locomo"])
-    importer.add_argument("file", nargs="+", help="one file or the parts of one data set")
-    importer.add_argument("--out", required=True)
-    importer.add_argument("--user", default="me", help="user_id for a chatgpt export")
-    export = commands.add_parser("export", help="preference pairs of a run for another trainer")
-    export.add_argument("kind", choices=["trl"])
-    export.add_argument("run", help="folder of a finished run")
-    export.add_argument("--out", required=True)
-    arguments = parser.parse_args()
-    if arguments.command == "import":
-        from tools import importers
-
-        if any(Path(arguments.out).resolve() == Path(f).resolve() for f in arguments.file):
-            raise UserError(f"--out {arguments.out}: is the file to be imported")
-        print(importers.import_users(arguments.kind, arguments.file, arguments.out, arguments.user))
-        return
-    if arguments.command == "export":
-        lines = [json.dumps(pair, ensure_ascii=False) for pair in export_trl(arguments.run)]
-        with atomic_path(arguments.out) as temporary:
-            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        print(f"{len(lines)} pairs written to {arguments.out}")
-        return
-    path = arguments.file
-    figures = (
-        describe_impressions(read_impressions(path))
-        if _holds_impressions(path)
-        else describe_users(read_users(path))
-    )
-    print("\n".join(f"{label + ':':30} {figure}" for label, figure in figures.items()))
-
-
-if __name__ == "__main__":
-    script(main)

@@ -1,4 +1,4 @@
-"""The text encoder: unit vectors of summaries and starters, cached by text, or differentiable.
+"""The text encoder: unit vectors of summaries and starters, each distinct text encoded once.
 
     python train.py encoder.name=sentence-transformers/all-mpnet-base-v2
 
@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from functools import cached_property
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from config import UserError, read_tensors, write_tensors
 
@@ -24,45 +23,43 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 
 
 class Encoder:
-    """Texts to unit vectors; each distinct text is encoded once, also across runs with `cache`.
+    """`encoder(texts)` -> float32 (n, D), unit rows; with `cache` also across runs.
 
-    `encoder(texts)` -> float32 (n, D). Raises UserError if the model cannot be loaded.
+    Raises UserError if the model cannot be loaded.
     """
 
-    def __init__(
-        self, name: str = "", batch_size: int = 64, cache: str | Path | None = None, model=None
-    ):
+    def __init__(self, name: str = "", batch_size: int = 64, cache: str | Path | None = None):
         self.name, self.batch_size = name, batch_size
         self.cache = Path(cache) if cache else None
-        self._model, self._known, self._saved = model, {}, 0
+        self._vectors: dict[bytes, Tensor] = {}  # by digest of the text, oldest first
         if self.cache and self.cache.is_file():
             stored = read_tensors(self.cache)
             keys = [bytes(row) for row in stored["keys"].numpy()]
-            self._known = dict(zip(keys, stored["vectors"], strict=True))
-            self._saved = len(self._known)
+            self._vectors = dict(zip(keys, stored["vectors"], strict=True))
+        self._saved = len(self._vectors)  # the first so many are in the file
 
-    @property
+    @cached_property
     def model(self):
-        if self._model is None:
-            from sentence_transformers import SentenceTransformer
+        # Slow to import, and not needed where the cache holds everything.
+        from sentence_transformers import SentenceTransformer
 
-            path = self.name or packaged_minilm()
-            try:
-                self._model = SentenceTransformer(path, trust_remote_code=False)
-            except (OSError, ValueError) as error:
-                raise UserError(
-                    f"encoder.name={self.name}: cannot be loaded "
-                    f"({str(error).splitlines()[0]}); empty = the packaged MiniLM"
-                ) from None
-            self._model.tokenizer.split_special_tokens = True  # "[SEP]" in a text is text
-        return self._model
+        path = self.name or packaged_minilm()
+        try:
+            model = SentenceTransformer(path, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"encoder.name={self.name}: cannot be loaded ({str(error).splitlines()[0]}); "
+                f"empty = the packaged MiniLM"
+            ) from None
+        model.tokenizer.split_special_tokens = True  # "[SEP]" in a text is text
+        return model
 
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> Tensor:
         keys = [_key(text) for text in texts]
-        known = {k: self._known.get(k) for k in keys}  # another thread may `forget` meanwhile
-        found = {k: v for k, v in known.items() if v is not None}
-        new = {k: t for k, t in zip(keys, texts, strict=True) if k not in found}
+        # A copy: another thread may `trim` meanwhile.
+        vectors = {key: v for key in keys if (v := self._vectors.get(key)) is not None}
+        new = {k: text for k, text in zip(keys, texts, strict=True) if k not in vectors}
         if new:
             rows = self.model.encode(
                 list(new.values()),
@@ -71,57 +68,33 @@ class Encoder:
                 convert_to_tensor=True,
                 show_progress_bar=None if len(new) > 500 else False,
             )
-            found.update(zip(new, rows.float().cpu(), strict=True))
-            self._known.update((k, found[k]) for k in new)
-        return torch.stack([found[k] for k in keys]) if keys else torch.zeros(0, self.dim)
+            vectors.update(zip(new, rows.float().cpu(), strict=True))
+            self._vectors.update((key, vectors[key]) for key in new)
+        return torch.stack([vectors[k] for k in keys]) if keys else torch.zeros(0, self.dim)
 
     @property
     def dim(self) -> int:
-        known = next(iter(self._known.values()), None)
-        return len(known) if known is not None else self.model.get_sentence_embedding_dimension()
+        """D."""
+        vector = next(iter(self._vectors.values()), None)
+        return len(vector) if vector is not None else self.model.get_sentence_embedding_dimension()
 
     def trim(self, most: int) -> None:
         """Keep what the cache file holds, and at most `most` other vectors: the newest."""
-        others = list(self._known)[self._saved :]
+        others = list(self._vectors)[self._saved :]
         for key in others[: max(0, len(others) - most)]:
-            self._known.pop(key, None)
+            self._vectors.pop(key, None)
 
     def save(self) -> None:
         """Write the cache file, if there is anything new."""
-        if self.cache and len(self._known) > self._saved:
-            keys = torch.tensor([list(k) for k in self._known], dtype=torch.uint8)
-            write_tensors(
-                self.cache, {"keys": keys, "vectors": torch.stack([*self._known.values()])}
-            )
-            self._saved = len(self._known)
+        if self.cache and len(self._vectors) > self._saved:
+            keys = torch.tensor([list(key) for key in self._vectors], dtype=torch.uint8)
+            vectors = torch.stack([*self._vectors.values()])
+            write_tensors(self.cache, {"keys": keys, "vectors": vectors})
+            self._saved = len(self._vectors)
 
 
 def _key(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()[:16]
-
-
-def embed(model, texts: list[str], batch_size: int, recompute: bool = False) -> Tensor:
-    """Unit vectors (n, D) of a sentence-transformers model, differentiable, for contrastive steps.
-
-    Each distinct text is encoded once, texts of like length together. recompute: gradient caching
-    (Gao et al., 2021): the activations of one mini-batch exist at a time, and are computed again
-    in backward, when the gradient of the loss in the vectors is known.
-    """
-    from sentence_transformers.util import batch_to_device
-
-    distinct = sorted(set(texts), key=lambda text: (len(text), text))
-
-    def encode(batch: list[str]) -> Tensor:
-        features = batch_to_device(model.preprocess(batch), model.device)
-        return F.normalize(model(features)["sentence_embedding"], dim=-1)
-
-    batches = [distinct[i : i + batch_size] for i in range(0, len(distinct), batch_size)]
-    if recompute:
-        vectors = torch.cat([checkpoint(encode, batch, use_reentrant=False) for batch in batches])
-    else:
-        vectors = torch.cat([encode(batch) for batch in batches])
-    number = {text: i for i, text in enumerate(distinct)}
-    return vectors[[number[text] for text in texts]]
+    return hashlib.sha256(text.encode()).digest()[:16]  # 128 bits: no two texts share one
 
 
 def packaged_minilm() -> str:

@@ -3,7 +3,7 @@
 Resonance-aware interest distillation (RID, section 2.2): history statistics, resonance scorer
 (Eq. 2), contrastive loss (Eq. 3), activity-aware gate (Eq. 4). Starter generation (ISG, 2.3):
 utility ranker (Eq. 7), list search (Algorithm 1), preference mining (Eq. 8), DPO loss (Eq. 6).
-The loops that train these are in rid.py and isg.py; `python train.py` runs them all.
+The loops that train these stand in stages/; `python train.py` runs them all.
 
 Departures from the paper: E_h sees statistics of a session within its user's history beside the
 text (on a real search log text alone ranks worse than plain frequency); the retrieval over "large
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.isotonic import isotonic_regression
 from torch import Tensor, nn
 
 # ------------------------------------------------------------------------- history and statistics
@@ -66,12 +67,11 @@ def make_history(
 ) -> History:
     """Collapse repeats, embed the distinct texts and compute their statistics.
 
-    summaries: in time order; days_ago: days before the cut, or None where times are missing (one
-    day a session is then assumed).
+    summaries: in time order; days_ago: days before the cut, or None where times are missing.
     """
     n = len(summaries)
-    known = days_ago is not None
-    days = torch.tensor(list(days_ago) if known else range(n, 0, -1), dtype=torch.float32)
+    # Without times a day a session: order is known, and half-lives need some unit.
+    days = torch.tensor(list(days_ago or range(n, 0, -1)), dtype=torch.float32)  # (S,)
     days = days.clamp_min(0)
     last = {text: i for i, text in enumerate(summaries)}
     texts = sorted(last, key=last.get)
@@ -102,8 +102,8 @@ def history_statistics(
         columns += [
             (soft[c] * 0.5 ** (days_ago / half_life)).sum(1).log1p() for half_life in (3, 14, 45)
         ]
-    own = of == torch.arange(n)[:, None]  # (N, S)
-    age = torch.where(own, days_ago, torch.inf).amin(1)  # of the last occurrence
+    same = of == torch.arange(n)[:, None]  # (N, S): sessions with exactly this text
+    age = torch.where(same, days_ago, torch.inf).amin(1)  # of the last occurrence
     similar = cosine > 0.6
     earlier = similar & (days_ago > age[:, None])
     gap = torch.where(earlier, days_ago, torch.inf).amin(1) - age
@@ -114,10 +114,10 @@ def history_statistics(
     columns += [age.log1p(), gap.log1p(), (oldest - newest).clamp_min(0).log1p()]
     columns.append(_token_frequency(texts, of))
     columns += [(cosine > c).float().mean(1) for c in (0.5, 0.7, 0.85)]
-    columns.append(own.sum(1).float().log1p())
+    columns.append(same.sum(1).float().log1p())
     # Recency in sessions, beside days: people differ in how often they come.
     since = torch.arange(num_sessions - 1, -1, -1, dtype=torch.float32)  # (S,) sessions after it
-    columns.append(torch.where(own, since, torch.inf).amin(1).log1p())
+    columns.append(torch.where(same, since, torch.inf).amin(1).log1p())
     columns.append((soft[0.6] * 0.5 ** (since / 5)).sum(1).log1p())
     raw = torch.stack(columns, 1)  # (N, F')
     below = (raw[None] < raw[:, None]).float().sum(1) + 0.5 * (
@@ -190,6 +190,7 @@ class Tower(nn.Module):
         x = torch.cat([self.text(embeddings), self.norm(statistics)], -1)  # (B, N, text + F)
         sessions = F.normalize(self.session(x), dim=-1)  # (B, N, H)
         element = self.element(x)
+        # Pads have no weight; a user without any session gets zeros.
         weight = self.attention(element).squeeze(-1).masked_fill(~mask, -1e4).softmax(-1) * mask
         pooled = (weight[..., None] * element).sum(1)  # (B, H)
         user = F.normalize(self.user(pooled + self.profile(profile)), dim=-1)
@@ -239,13 +240,13 @@ def contrastive_rows(
     wanted = positive & mask
     forbidden = torch.stack([torch.isin(ids, text_ids[i][wanted[i]]) for i in range(b)])
     allowed = real[None] & ~forbidden  # (B, B * N)
-    own = torch.arange(b * n)[None] // n == torch.arange(b)[:, None]
+    within = torch.arange(b * n)[None] // n == torch.arange(b)[:, None]  # (B, B * N): of the user
     # Unstated: how many within-user negatives; long histories are sampled, so that they do not
     # drown the cross-user ones.
-    lottery = torch.rand(b, b * n, generator=generator).masked_fill(~(allowed & own), 2.0)
+    lottery = torch.rand(b, b * n, generator=generator).masked_fill(~(allowed & within), 2.0)
     rank = lottery.argsort(1).argsort(1)
-    allowed &= ~own | (rank < negatives_within)
-    positives = scores[owner, owner * n + place]  # (P,)
+    allowed &= ~within | (rank < negatives_within)
+    positives = scores[owner, owner * n + place]  # (P,), column 0 of the rows
     rows = torch.cat([positives[:, None], scores[owner]], 1)  # (P, 1 + B * N)
     return rows, torch.cat([torch.ones_like(owner, dtype=torch.bool)[:, None], allowed[owner]], 1)
 
@@ -255,7 +256,7 @@ def contrastive_loss(scores: Tensor, temperature: float, mask: Tensor | None = N
 
     The same as sentence-transformers' MultipleNegativesRankingLoss with scale = 1 / temperature.
     """
-    logits = scores.float() / temperature
+    logits = scores.float() / temperature  # (B, 1 + N); half precision would overflow in exp
     if mask is not None:
         keep = mask.clone()
         keep[:, 0] = True
@@ -269,7 +270,7 @@ def per_user_auc(scores, labels) -> float:
     positive, negative = scores[labels], scores[~labels]
     if not len(positive) or not len(negative):
         return float("nan")
-    difference = positive[:, None] - negative[None]
+    difference = positive[:, None] - negative[None]  # (positives, negatives)
     return float(((difference > 0) + 0.5 * (difference == 0)).mean())
 
 
@@ -287,8 +288,6 @@ def fit_thresholds(scores, revisited, groups, num_groups: int) -> np.ndarray:
     scores, revisited, groups: (n,). Unstated: how the paper learns them. Isotonic regression,
     weighted by group size; a group without rows takes its neighbour's.
     """
-    from sklearn.isotonic import isotonic_regression
-
     scores, revisited = np.asarray(scores, float), np.asarray(revisited, bool)
     groups = np.asarray(groups)
     if not len(scores):
@@ -304,15 +303,15 @@ def fit_thresholds(scores, revisited, groups, num_groups: int) -> np.ndarray:
         f_half = 1.25 * hits / (kept + 0.25 * max(1, r.sum()))  # F_beta with beta = 0.5
         f_half[:-1][s[:-1] == s[1:]] = -1  # equal scores pass or fall together
         best[g], weight[g] = s[np.argmax(f_half)], len(s)
-    known = np.flatnonzero(weight)
-    best = best[known[np.abs(known[None] - np.arange(num_groups)[:, None]).argmin(1)]]
+    filled = np.flatnonzero(weight)  # groups with rows
+    best = best[filled[np.abs(filled[None] - np.arange(num_groups)[:, None]).argmin(1)]]
     return isotonic_regression(best, sample_weight=np.maximum(weight, 1e-9))
 
 
 def gate(scores, threshold: float, min_keep: int, max_keep: int) -> list[int]:
     """T_u = {h : s(u, h) >= tau_g(u)}, Eq. (4): indices, best first; min_keep to max_keep."""
     scores = np.asarray(scores)
-    order = np.argsort(-scores, kind="stable")
+    order = np.argsort(-scores, kind="stable")  # stable: ties keep the order of time
     passed = int((scores >= threshold).sum())  # Eq. (4)
     return order[: min(max(passed, min_keep), max_keep)].tolist()
 
@@ -326,7 +325,7 @@ def distil(
     duplicate_cosine: float,
 ) -> list[int]:
     """The gate, with near-duplicates collapsed to the latest (the highest index), best first."""
-    cosine = embeddings @ embeddings.T
+    cosine = embeddings @ embeddings.T  # (N, N)
     passed = set(gate(scores, threshold, 0, len(scores)))
     groups: list[list[int]] = []
     for i in gate(scores, threshold, len(scores), len(scores)):
@@ -348,6 +347,7 @@ def tap_taste(starters: Tensor, surprise: Tensor) -> Tensor:
     slot. Starters weighted by surprise are one gradient step of a personal w, from zero; the last
     element is the user's own tap rate. 10 = shrinkage, in shown starters.
     """
+    # (D + 1,)
     total = torch.cat([surprise @ starters, surprise.sum()[None]])
     return total / math.sqrt(10 + len(surprise))
 
@@ -519,7 +519,7 @@ def list_diversity(similarity: Tensor, lists: Tensor | None = None) -> Tensor:
     k = lists.shape[-1]
     if k < 2:
         return torch.zeros(len(lists))
-    block = similarity[lists[:, :, None], lists[:, None, :]]  # (M, K, K)
+    block = similarity[lists[:, :, None], lists[:, None, :]]  # (M, K, K), the diagonal is 1
     off_diagonal = block.sum((1, 2)) - block.diagonal(dim1=1, dim2=2).sum(1)
     return 1 - off_diagonal / (k * (k - 1))
 
@@ -542,7 +542,7 @@ def mine_preferences(
     u, d = min_max(list_utility(utility, lists)), min_max(list_diversity(similarity, lists))
     chosen = int((weight * u + (1 - weight) * d).argmax())  # Eq. (8)
     u_gap, d_gap = u[chosen] - u, d[chosen] - d  # (M,)
-    kinds = {
+    kinds = {  # kind: (its gap, who is eligible), (M,) each
         "utility": (u_gap, (u_gap >= margin) & (d_gap.abs() <= tolerance)),
         "diversity": (d_gap, (d_gap >= margin) & (u_gap.abs() <= tolerance)),
         "joint": (u_gap + d_gap, (u_gap >= margin) & (d_gap >= margin)),

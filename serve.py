@@ -5,10 +5,11 @@
     curl -s http://127.0.0.1:8000/v1/starters -H 'Content-Type: application/json' \\
         -d '{"sessions": [{"summary": "Night trains to Vienna"}], "n": 3}'
 
-A request passes, in this order: front.py (key, origin, size, load), a route, `Desk` of batcher.py
-(is the answer in the store? else an ask), `Batcher` (the engine's one thread), `Desk` again (what
-is kept of the answer). The API is described by /openapi.json; /docs shows it without a script, as
-the usual page loads its scripts from elsewhere, which the content security policy refuses.
+A request passes, in this order, these files of serving/: front.py (key, origin, size, load), a
+route below, desk.py (is the answer in the store? else an ask), batcher.py (the engine's one
+thread), engine.py (the models), desk.py again (what is kept of the answer). The API is described by
+/openapi.json; /docs shows it without a script, as the usual page loads its scripts from elsewhere,
+which the content security policy refuses.
 
 No text of a user is in a log, in an error or in a metric, and none becomes a path. Of an ask with
 its sessions inline nothing is kept. Retries are safe: PUT replaces, events count once.
@@ -17,7 +18,6 @@ its sessions inline nothing is kept. Retries are safe: PUT replaces, events coun
 import argparse
 import asyncio
 import contextlib
-import dataclasses
 import gc
 import html
 import json
@@ -30,10 +30,7 @@ import socket
 import sqlite3
 import sys
 import time
-from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Annotated, Literal
 
 import prometheus_client as prometheus
 import torch
@@ -46,237 +43,19 @@ from fastapi.responses import (
     JSONResponse,
     PlainTextResponse,
     Response,
-    StreamingResponse,
 )
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
 import data
-from config import ROOT, Config, ServeConfig, UserError, file_digest, load_config, script
-from serving.desk import Desk, Full, Job, Written, log, precompute, where
-from serving.engine import METHODS, Engine
+from config import ROOT, Config, UserError, file_digest, load_config, script
+from serving.batcher import Full, log, where
+from serving.bodies import Event, Events, Fault, Held, Reply, request_models
+from serving.desk import Desk, precompute
+from serving.engine import Engine
 from serving.front import ASK, Front, busy, key_for
 from serving.store import Store
+from serving.waiter import STORE_FAILED, Stream, Waiter, whole_stream
 
 STATUSES = (400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503, 504)  # beside 200 and 422
-TOO_LONG = "not written within serve.timeout; try again"
-STORE_FAILED = "the store cannot be used at the moment; try again"
-
-# ----------------------------------------------------------------------- what goes in and comes out
-
-
-class Interest(BaseModel):
-    text: str
-    score: float
-    kept: bool = Field(description="by the gate: the starters are written for these")
-
-
-class ShownStarter(BaseModel):
-    slot: int
-    text: str
-    utility: float
-    interest: str | None = Field(description="because you asked about ...; null: cold start")
-    source: Literal["generated", "cached", "cold start"]
-
-
-class Reply(BaseModel):
-    request_id: str
-    impression_id: str | None = Field(description="for /v1/events; null: nothing is kept of it")
-    model: str
-    method: str
-    threshold: float | None
-    interests: list[Interest]
-    starters: list[ShownStarter] = Field(description="fewer than n where no more are good")
-
-
-class Held(BaseModel):
-    user_id: str
-    sessions: int
-
-
-class Fault(BaseModel):
-    detail: str
-
-
-class Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-
-class Event(Body):
-    impression_id: Annotated[str, StringConstraints(min_length=1, max_length=200)]
-    type: Literal["shown", "tap"]
-    slot: Annotated[int, Field(ge=0, le=100)] | None = None
-
-
-class Events(Body):
-    events: Annotated[list[Event], Field(min_length=1, max_length=100)]
-
-
-def request_models(limits: ServeConfig) -> SimpleNamespace:
-    """The bodies whose limits are settings. A session's messages may be longer than a summary."""
-    line = Annotated[data.Text, StringConstraints(max_length=limits.max_text)]
-    speech = Annotated[data.Text, StringConstraints(max_length=16 * limits.max_text)]
-    facts = Annotated[dict[data.Name, line], Field(max_length=50)]
-    most = Field(max_length=limits.max_sessions)
-
-    class Message(data.Message):
-        content: speech
-
-    class Session(data.Session):
-        summary: line | None = None
-        messages: Annotated[list[Message], Field(max_length=200)] | None = None
-
-    class InlineSession(Session):
-        session_id: data.Name | None = None
-
-    class StartersBody(Body):
-        user_id: data.Name | None = None
-        sessions: Annotated[list[InlineSession], most] | None = None
-        profile: facts | None = None
-        n: Annotated[int, Field(ge=1, le=10)] = 5
-        refresh: bool = False
-        exclude: Annotated[list[line], Field(max_length=100)] = []
-        method: Literal[METHODS] | None = None
-        stream: bool = False
-
-        @field_validator("sessions")
-        @classmethod
-        def _without_user(cls, sessions, info):
-            if sessions is not None and info.data.get("user_id") is not None:
-                raise ValueError("either user_id or sessions: inline ones belong to no user")
-            return sessions and data.each_once([
-                s if s.session_id else s.model_copy(update={"session_id": f"#{i}"})
-                for i, s in enumerate(sessions, 1)
-            ])
-
-    class SessionsBody(Body):
-        sessions: Annotated[list[Session], most]
-        profile: facts | None = None
-
-    return SimpleNamespace(Starters=StartersBody, Sessions=SessionsBody)
-
-
-# ------------------------------------------------------------------------------------------- routes
-
-
-class Waiter:
-    """One client that waits for its job."""
-
-    def __init__(self, desk: Desk, job: Job, request: Request, stream: bool):
-        self.desk, self.job, self.request, self.inbox = desk, job, request, asyncio.Queue()
-        self.started, self.finished, loop = time.monotonic(), False, asyncio.get_running_loop()
-
-        def tell(item) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(self.inbox.put_nowait, item)
-
-        def begin(interests, threshold) -> None:
-            shown = [dataclasses.asdict(interest) for interest in interests]
-            tell(("interests", {"threshold": threshold, "interests": shown}))
-
-        def emit(starter) -> None:
-            job.begun = True
-            tell(("starter", dataclasses.asdict(starter)))
-
-        job.tell = tell
-        if stream:
-            job.ask = dataclasses.replace(job.ask, begin=begin, emit=emit)
-        desk.batcher.submit(job)
-
-    @property
-    def patience(self) -> float:
-        return self.started + self.desk.settings.timeout - time.monotonic()
-
-    async def _kept(self, item: Written | str) -> dict:
-        """The reply of what the engine's thread told in the end. Raises HTTPException."""
-        self.finished = True
-        if isinstance(item, str):
-            raise HTTPException(500, item)
-        request_id = self.request.state.request_id
-        return await asyncio.to_thread(self.desk.keep, self.job, item, request_id)
-
-    def _first(self) -> None:
-        self.desk.metrics.first.observe(time.monotonic() - self.started)
-
-    async def reply(self) -> Response:
-        left = asyncio.create_task(_left(self.request))
-        heard = asyncio.create_task(self.inbox.get())
-        try:
-            await asyncio.wait({left, heard}, timeout=self.patience, return_when="FIRST_COMPLETED")
-            if heard.done():
-                reply = await self._kept(heard.result())
-                self._first()
-                return JSONResponse(reply)
-            if left.done():
-                return Response(status_code=499)  # for the log: nobody reads it
-            self.finished = True
-            raise HTTPException(504, TOO_LONG)
-        finally:
-            left.cancel()
-            heard.cancel()
-            self.end()
-
-    async def events(self):
-        told: Counter[str] = Counter()
-        try:
-            while isinstance(item := await self._next(), tuple):
-                name, value = item
-                if name == "interests" and told[name]:  # written again, as its batch had failed
-                    continue
-                yield sse(name, {"slot": told[name]} | value if name == "starter" else value)
-                told[name] += 1
-                if name == "starter" and told[name] == 1:
-                    self._first()
-            reply = await self._kept(item)
-            for event in whole_stream(reply, told):
-                yield event
-        except TimeoutError:
-            self.finished = True
-            self.desk.metrics.rejections.labels("timeout").inc()
-            yield sse("error", {"detail": TOO_LONG})
-        except (HTTPException, sqlite3.OperationalError) as error:
-            yield sse("error", {"detail": getattr(error, "detail", STORE_FAILED)})
-
-    async def _next(self):
-        return await asyncio.wait_for(self.inbox.get(), self.patience)
-
-    def end(self) -> None:
-        """The client has its answer or has left: the job's place is free."""
-        self.desk.metrics.disconnects.inc(not self.finished)
-        self.desk.batcher.leave(self.job)
-        self.desk.release(self.job)
-
-
-class Stream(StreamingResponse):
-    """Ends the waiter however the connection ends, even before the first event."""
-
-    def __init__(self, waiter: Waiter):
-        super().__init__(waiter.events(), media_type="text/event-stream")
-        self.waiter = waiter
-
-    async def __call__(self, scope, receive, send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self.waiter.end()
-
-
-async def _left(request: Request) -> None:
-    """Return when the client has closed the connection. The body must have been read."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def sse(name: str, value: dict) -> str:
-    return f"event: {name}\ndata: {json.dumps(value, ensure_ascii=False)}\n\n"
-
-
-def whole_stream(reply: dict, told: Counter[str] | None = None) -> list[str]:
-    """The events of a reply, but for those that were told by name: the first ones."""
-    told = told or Counter()
-    events = [("interests", {key: reply[key] for key in ("threshold", "interests")})]
-    events = events[told["interests"] :]
-    events += [("starter", starter) for starter in reply["starters"][told["starter"] :]]
-    return [sse(*event) for event in (*events, ("done", reply))]
 
 
 def create_app(config: Config, engine: Engine, store: Store, host: str = "127.0.0.1") -> FastAPI:
@@ -288,28 +67,26 @@ def create_app(config: Config, engine: Engine, store: Store, host: str = "127.0.
         yield
         await asyncio.to_thread(desk.close)
 
-    faults = {status: {"model": Fault} for status in STATUSES}
     app = FastAPI(title="IceBreaker", version="1", docs_url=None, redoc_url=None,
-                  redirect_slashes=False, lifespan=lifespan, responses=faults)  # fmt: skip
+                  redirect_slashes=False, lifespan=lifespan,
+                  responses={status: {"model": Fault} for status in STATUSES})
     app.state.desk, app.state.server = desk, None
     app.add_middleware(Front, desk=desk, host=host, key=key)
-    bodies = request_models(config.serve)
-    _add_api(app, desk, bodies)
-    _add_pages(app, desk)
-    fields = {name for model in (*vars(bodies).values(), Event, Events, data.Session, data.Message)
-              for name in model.model_fields} | {"body", "path", "user_id"}  # fmt: skip
+    bodies = request_models(config.serve.max_sessions)
+    add_starters(app, desk, bodies.Starters)
+    add_people(app, desk, bodies.Sessions)
+    add_reports(app, desk)
+    add_health(app, desk)
+    add_pages(app)
+    models = (*vars(bodies).values(), Event, Events, data.Session, data.Message)
+    fields = {name for model in models for name in model.model_fields} | {"body", "path", "user_id"}
 
     @app.exception_handler(RequestValidationError)
     async def refuse(request: Request, error: RequestValidationError):
         """Which field and why, never what it held: a key of a profile is not named either."""
-        faults = [
-            {
-                "loc": [x if isinstance(x, int) or x in fields else "*" for x in fault["loc"]],
-                "msg": fault["msg"],
-                "type": fault["type"],
-            }
-            for fault in error.errors()[:20]
-        ]
+        faults = [{"loc": [part if isinstance(part, int) or part in fields else "*"
+                           for part in fault["loc"]], "msg": fault["msg"], "type": fault["type"]}
+                  for fault in error.errors()[:20]]
         return JSONResponse({"detail": faults}, 422)
 
     @app.exception_handler(sqlite3.OperationalError)
@@ -321,34 +98,50 @@ def create_app(config: Config, engine: Engine, store: Store, host: str = "127.0.
     return app
 
 
-def _add_api(app: FastAPI, desk: Desk, bodies: SimpleNamespace) -> None:
+def invalid(*place_and_reason: str) -> RequestValidationError:
+    """The error of a field that pydantic lets through: its place in the body, and the reason."""
+    *place, reason = place_and_reason
+    loc = ["body", *(int(part) if part.isdigit() else part for part in place)]
+    return RequestValidationError([{"loc": loc, "msg": reason, "type": "value_error"}])
+
+
+# ------------------------------------------------------------------------------------------- routes
+
+
+def add_starters(app: FastAPI, desk: Desk, body_model: type) -> None:
+    """Starters for somebody."""
     event = {"type": "object", "properties": {
         "event": {"enum": ["interests", "starter", "done", "error"]},
-        "data": {"type": "string", "contentMediaType": "application/json"}}}  # fmt: skip
+        "data": {"type": "string", "contentMediaType": "application/json"}}}
     stream = {200: {"content": {"text/event-stream": {"schema": event}}}}
 
     @app.post(ASK, response_model=Reply, responses=stream)
-    async def starters(body: bodies.Starters, request: Request):
+    async def starters(body: body_model, request: Request):
         """Starters for a user by id, or for the sessions given. stream: server-sent events
         `interests`, `starter` each, `done` with the whole reply, or `error`."""
-        if body.method and body.method not in desk.methods:
-            raise invalid("method", f"this run has {', '.join(desk.methods)}")
+        if body.method and body.method not in desk.engine.methods:
+            raise invalid("method", f"this run has {', '.join(desk.engine.methods)}")
         started = time.monotonic()
-        found = await asyncio.to_thread(desk.look_up, body, request.state.request_id)
-        if isinstance(found, dict):
+        # In a thread: the store may wait for its disk, and the loop for nobody.
+        ready = await asyncio.to_thread(desk.look_up, body, request.state.request_id)
+        if isinstance(ready, dict):
             desk.metrics.first.observe(time.monotonic() - started)
             if body.stream:
-                return Response("".join(whole_stream(found)), media_type="text/event-stream")
-            return JSONResponse(found)
+                return Response("".join(whole_stream(ready)), media_type="text/event-stream")
+            return JSONResponse(ready)
         try:
-            waiter = Waiter(desk, found, request, body.stream)
+            waiter = Waiter(desk, ready, request, body.stream)
         except Full:
-            desk.release(found)
+            desk.release(ready)
             raise busy(desk) from None
         return Stream(waiter) if body.stream else await waiter.reply()
 
+
+def add_people(app: FastAPI, desk: Desk, body_model: type) -> None:
+    """What becomes known of people: histories, taps; and their deletion."""
+
     @app.put("/v1/users/{user_id:path}/sessions", response_model=Held)
-    def put_sessions(user_id: data.Name, body: bodies.Sessions):
+    def put_sessions(user_id: data.Name, body: body_model):
         """Append to a user's history; a session_id that is held is replaced."""
         held = desk.put(user_id, body.sessions, body.profile)
         return JSONResponse({"user_id": user_id, "sessions": held})
@@ -369,11 +162,15 @@ def _add_api(app: FastAPI, desk: Desk, bodies: SimpleNamespace) -> None:
             raise invalid(*re.findall(r"\w+", place), reason) from None
         return JSONResponse({"recorded": new})
 
+
+def add_reports(app: FastAPI, desk: Desk) -> None:
+    """What the page shows beside starters."""
+
     @app.get("/v1/examples")
     def examples():
         """Some simulated people, where the run has them."""
         keys = {"user_id": True, "profile": True,
-                "sessions": {"__all__": {"session_id", "timestamp", "summary"}}}  # fmt: skip
+                "sessions": {"__all__": {"session_id", "timestamp", "summary"}}}
         return JSONResponse([u.model_dump(mode="json", include=keys) for u in desk.examples()])
 
     @app.get("/v1/ab")
@@ -383,18 +180,12 @@ def _add_api(app: FastAPI, desk: Desk, bodies: SimpleNamespace) -> None:
 
     @app.get("/v1/model")
     def model():
-        arms = list(desk.arms)
-        return {"model": desk.engine.version, "methods": list(desk.methods), "arms": arms}
+        engine = desk.engine
+        return {"model": engine.version, "methods": list(engine.methods), "arms": list(desk.arms)}
 
 
-def invalid(*place_and_reason: str) -> RequestValidationError:
-    *place, reason = place_and_reason
-    loc = ["body", *(int(x) if x.isdigit() else x for x in place)]
-    return RequestValidationError([{"loc": loc, "msg": reason, "type": "value_error"}])
-
-
-def _add_pages(app: FastAPI, desk: Desk) -> None:
-    files = {path.name: path for path in (ROOT / "serving" / "web").iterdir() if path.is_file()}
+def add_health(app: FastAPI, desk: Desk) -> None:
+    """For whoever watches the process."""
 
     @app.get("/livez")
     async def livez():
@@ -410,12 +201,16 @@ def _add_pages(app: FastAPI, desk: Desk) -> None:
         text = prometheus.generate_latest(desk.metrics.registry)
         return Response(text, media_type=prometheus.CONTENT_TYPE_LATEST)
 
+
+def add_pages(app: FastAPI) -> None:
+    # Looked up by name: no path is made of what a client sent.
+    files = {path.name: path for path in (ROOT / "serving" / "web").iterdir() if path.is_file()}
+
     @app.get("/docs", include_in_schema=False)
     def docs():
-        parts = [
-            f"<h2>{verb.upper()} {path}</h2><pre>{html.escape(json.dumps(text, indent=1))}</pre>"
-            for path, verbs in app.openapi()["paths"].items() for verb, text in verbs.items()
-        ]  # fmt: skip
+        parts = [f"<h2>{verb.upper()} {path}</h2><pre>{html.escape(json.dumps(text, indent=1))}"
+                 "</pre>" for path, verbs in app.openapi()["paths"].items()
+                 for verb, text in verbs.items()]
         schemas = html.escape(json.dumps(app.openapi()["components"], indent=1))
         return HTMLResponse(f"<h1>IceBreaker</h1>{''.join(parts)}<pre>{schemas}</pre>")
 
@@ -445,11 +240,20 @@ def bound(host: str, port: int) -> socket.socket:
 
 def serve(app: FastAPI, sock: socket.socket) -> None:
     """Until SIGTERM or SIGINT; requests that are in flight then are finished."""
-    grace = math.ceil(app.state.desk.settings.timeout) + 1
+    grace = math.ceil(app.state.desk.settings.timeout) + 1  # seconds
     app.state.server = uvicorn.Server(uvicorn.Config(
         app, ws="none", lifespan="on", log_config=None, access_log=False, proxy_headers=False,
-        server_header=False, timeout_graceful_shutdown=grace))  # fmt: skip
+        server_header=False, timeout_graceful_shutdown=grace))
     app.state.server.run(sockets=[sock])
+
+
+def config_of(run: Path, settings: list[str]) -> Config:
+    """The settings of a finished run, some of them replaced."""
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"--run {run}: no run there; python train.py makes runs/tiny")
+    config = load_config(run / "config.yaml", settings)
+    config.run.root, config.run.name = str(run.parent), run.name  # wherever it was moved to
+    return config
 
 
 def main() -> None:
@@ -461,10 +265,7 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
     run = Path(arguments.run).resolve()
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"--run {arguments.run}: no run there; python train.py makes runs/tiny")
-    config = load_config(run / "config.yaml", arguments.settings)
-    config.run.root, config.run.name = str(run.parent), run.name
+    config = config_of(run, arguments.settings)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     log.setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when done
@@ -475,8 +276,7 @@ def main() -> None:
     if not arguments.precompute:
         key_for(config, arguments.host)
         sock = bound(arguments.host, arguments.port)
-    path = config.serve.store or run / "serve.sqlite"
-    store = Store(path, config.serve.impression_hours, config.serve.max_sessions)
+    store = Store(config.serve.store or run / "serve.sqlite", config.serve.max_sessions)
     engine = Engine(config)
     store.import_users(engine.p.users.values(), file_digest(engine.p.users_file))
     if sock is None:

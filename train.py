@@ -5,16 +5,16 @@
     python train.py data.users=mine.jsonl              # your own users (see README)
     python train.py --plan --config configs/qwen2.5-7b.yaml    # memory and tokens; nothing loads
     python train.py --doctor                           # what this machine has and lacks
-    python train.py --stage ranker --stage dpo data.feedback=FILE    # a round more; see feedback.py
+    python train.py --stage ranker --stage dpo data.feedback=FILE   # a round more: serving/feedback.py
     torchrun --nproc-per-node=2 train.py --stage dpo   # on two GPUs
 
 Stages: world -> base -> summarize -> match -> rid -> ranker -> sit -> dpo -> eval, and merge where
-asked for; their loops stand in rid.py and isg.py. A stage is skipped if its settings and inputs
-have not changed, and runs its predecessors first if they are missing.
+asked for; the loop of each stands in stages/, in the file of its name. A stage is skipped if its
+settings and inputs have not changed, and runs its predecessors first if they are missing.
 
 Departures from the paper: LoRA instead of full fine-tuning; teacher and revisit matcher are offline
-rules over text (roles.py) unless an LLM is named (chat.py); the platform is simulated (world.py)
-unless logs are given.
+rules over text unless an LLM is named (roles/); the platform is simulated (world/) unless logs are
+given.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from pathlib import Path
 
 import torch
 
-import eval as evaluation
 import llm
 from config import (
     ROOT,
@@ -45,116 +44,82 @@ from config import (
     gather,
     load_config,
     processes,
-    read_json,
     script,
-    write_json,
 )
-from pipeline import Pipeline, base_folder, short, sum_counts
+from roles.players import Players
+from roles.writer import Writer
+from run import Run, one_line, sum_counts
 from serving import feedback
-from stages import isg, rid
+from stages.dpo import stage_dpo
+from stages.eval import stage_eval
+from stages.match import stage_match
+from stages.merge import stage_merge
+from stages.ranker import stage_ranker
+from stages.rid import stage_rid
+from stages.sit import stage_sit
+from stages.summarize import stage_summarize
+from tools import doctor, plan
+from world import people
 
-# ------------------------------------------------------------------------------------ world, base
 
-
-def stage_world(p: Pipeline) -> dict:
+def stage_world(run: Run, players: Players, key: str) -> dict:
     """Write the simulated platform's logs, or check the files that the user gave."""
-    if not p.config.data.users:
-        from world import people
-
-        people.generate(p.config.world).write(p.run / "world")
+    if not run.config.data.users:
+        people.generate(run.config.world).write(run.folder / "world")
     return {
-        "users": len(p.logged_users),
-        "sessions": sum(len(u.sessions) for u in p.logged_users),
-        "impressions": len(p.impressions),
+        "users": len(run.logged_users),
+        "sessions": sum(len(user.sessions) for user in run.logged_users),
+        "impressions": len(run.impressions),
     }
 
 
-def stage_base(p: Pipeline) -> dict:
-    """The embedded stand-in for Qwen2.5, pre-trained unless it ships; or a named model."""
-    if p.config.generator.model:
-        llm.check_model(p.model_path, p.config.generator.revision)
-        return {"model": p.config.generator.model}
-    folder = base_folder(p.config)
-    if not (folder / "figures.json").is_file():
-        from tools import tiny_model
-
-        print(f"  base: {p.config.base.batches} batches to learn from; weights/ has the default's")
-        write_json(
-            folder / "figures.json", tiny_model.build_base(p.config.base, p.config.generator, folder)
-        )
-    return {"folder": str(folder), **read_json(folder / "figures.json")}
-
-
-# ------------------------------------------------------------------------------------------ merge
-
-
-def stage_merge(p: Pipeline) -> dict:
-    """The latest policy as a plain 16-bit model, for servers without adapters."""
-    adapter = p.run / "sit" / "adapter"
-    if p.impressions:
-        adapter = p.run / "dpo" / f"round{p.config.dpo.rounds}" / "adapter"
-    g, folder = p.config.generator, p.run / "merge" / "model"
-    base = llm.load_generator(p.model_path, load_in_4bit=False, revision=g.revision)
-    # The folder's name is of this machine, and is left out of what may be published.
-    name = Path(p.model_path).name if Path(p.model_path).is_dir() else p.model_path
-    card = (
-        f"# Conversation starters\n\nWeights of `{name}` with the LoRA adapter "
-        f"`{adapter.relative_to(p.run.path)}` of an IceBreaker run (config `{digest(p.config)}`) "
-        f"merged in, bfloat16.\n\nPrompt: the chat template "
-        f"around `{g.instruction.format(n=g.list_size)}` and one line `- interest` for each "
-        f"interest, best first. Answer: `<sug> a && b && ... </sug>`.\n"
-    )
-    llm.merge_adapter(base, adapter, p.tokenizer, folder, card)
-    return {"folder": str(folder), "adapter": str(adapter)}
-
-
-# ------------------------------------------------------------------------------------------- main
+def stage_base(run: Run, players: Players, key: str) -> dict:
+    """Is the generator there? Asked before hours of other work."""
+    path = players.writer.model_path
+    llm.check_model(path, run.config.generator.revision)
+    return {"model": path}
 
 
 @dataclass(frozen=True)
 class Stage:
-    run: Callable[[Pipeline], dict]  # returns the figures of its closing line
+    run: Callable[[Run, Players, str], dict]  # returns the figures of its closing line
     needs: tuple[str, ...]  # earlier stages
     settings: tuple[str, ...]  # sections and settings that its result depends on
     alone: bool = False  # of several processes the first does all
 
 
-MATCHER = (
-    "encoder",
-    *(f"roles.{name}" for name in vars(Config().roles) if name.startswith(("match", "theme"))),
-)
 STAGES = {
     "world": Stage(stage_world, (), ("world", "data"), alone=True),
-    "base": Stage(stage_base, (), ("base", "generator"), alone=True),
-    "summarize": Stage(rid.stage_summarize, ("world",), ("roles.summariser",), alone=True),
-    "match": Stage(rid.stage_match, ("summarize",), MATCHER, alone=True),
-    "rid": Stage(rid.stage_rid, ("match",), ("rid",), alone=True),
-    "ranker": Stage(isg.stage_ranker, ("rid",), ("ranker", "generator"), alone=True),  # K slots
-    "sit": Stage(isg.stage_sit, ("rid", "base"), ("generator", "sit", "roles.teacher")),
-    "dpo": Stage(isg.stage_dpo, ("sit", "ranker"), ("dpo",)),
-    "eval": Stage(evaluation.stage_eval, ("dpo",), ("eval",)),
+    "base": Stage(stage_base, (), ("generator",), alone=True),
+    "summarize": Stage(stage_summarize, ("world",), ("roles.summariser",), alone=True),
+    "match": Stage(stage_match, ("summarize",), ("encoder", "roles.matcher"), alone=True),
+    "rid": Stage(stage_rid, ("match",), ("rid",), alone=True),
+    "ranker": Stage(stage_ranker, ("rid",), ("ranker", "generator"), alone=True),  # K slots
+    "sit": Stage(stage_sit, ("rid", "base"), ("generator", "sit", "roles.teacher")),
+    "dpo": Stage(stage_dpo, ("sit", "ranker"), ("dpo",)),
+    "eval": Stage(stage_eval, ("dpo",), ("eval",)),
     "merge": Stage(stage_merge, ("dpo",), ("generator",), alone=True),
 }
-# Settings that say how, or where, the same is computed; or that concern feedback rounds alone.
-HOW = [f"generator.{x}" for x in ("endpoint", "endpoint_key_env", "sample_rows", "head_chunk",
-                                  "attention", "gradient_checkpointing")]  # fmt: skip
-HOW += ["data.feedback", "dpo.pairs_per_user"]
 ALL = [name for name in STAGES if name != "merge"]  # run where nothing else is asked for
+# Settings that say how, or where, the same is computed; or that concern feedback rounds alone.
+HOW = (
+    "generator.endpoint", "generator.endpoint_key_env", "generator.sample_rows",
+    "generator.gradient_checkpointing", "data.feedback", "dpo.pairs_per_user",
+)  # fmt: skip
+ROUNDS = ("dpo.rounds", "dpo.vanilla")  # a round of DPO is the same whatever follows it
 
 
-def stage_key(p: Pipeline, name: str, *without: str) -> str:
+def stage_key(run: Run, name: str, *without: str) -> str:
     """Digest of all that a stage's result depends on: settings, data files, earlier stages.
 
     without: settings that are left out of account.
     """
-    stage, files = STAGES[name], []
-    if name == "world" and p.config.data.users:
-        files = [file_digest(f) for f in (p.users_file, p.impressions_file) if f]
-    if name == "base" and not p.config.generator.model:
-        folder = base_folder(p.config)
-        if folder.parent != Path(p.config.run.root):  # it ships
-            files = [file_digest(folder / "model.safetensors")]
-    config = copy.deepcopy(p.config)
+    stage, files = STAGES[name], []  # files that no earlier stage made
+    if name == "world" and run.config.data.users:
+        files = [file_digest(f) for f in (run.users_file, run.impressions_file) if f]
+    if name == "base" and not run.config.generator.model:  # the embedded model, which ships
+        files = [file_digest(Path(llm.model_path(run.config.generator)) / "model.safetensors")]
+    config = copy.deepcopy(run.config)  # from which settings are taken out
     for setting in (*HOW, *without):
         section, field = setting.split(".")
         setattr(getattr(config, section), field, None)
@@ -164,16 +129,16 @@ def stage_key(p: Pipeline, name: str, *without: str) -> str:
         "generator": [g.model, g.revision],
     }
     values = [operator.attrgetter(setting)(config) for setting in stage.settings]
-    values += [llm_of[x] for x in values if isinstance(x, str) and x in llm_of]
+    values += [llm_of[value] for value in values if isinstance(value, str) and value in llm_of]
     # A stage that ran again because calls had failed has made something else than before.
-    before = [(stage_key(p, s, *without), failed_calls(p, s)) for s in stage.needs]
-    return digest(name, p.config.run.seed, values, files, before)
+    before = [(stage_key(run, s, *without), failed_calls(run, s)) for s in stage.needs]
+    return digest(name, config.run.seed, values, files, before)
 
 
-def failed_calls(p: Pipeline, name: str) -> int:
+def failed_calls(run: Run, name: str) -> int:
     """Calls to LLMs in vain, as far as this stage has run: it is run again and asks for these."""
-    done = (p.run / name / "done.json").is_file()
-    return p.run.figures(name).get("failed_calls", 0) if done else 0
+    done = (run.folder / name / "done.json").is_file()
+    return run.folder.figures(name).get("failed_calls", 0) if done else 0
 
 
 def out_of_memory(config: Config, stage: str) -> str:
@@ -215,40 +180,47 @@ def run_stages(config: Config, wanted: list[str]) -> None:
     llm.quiet_libraries()
     if config.data.feedback:
         with explained(config, "dpo"):
-            feedback.train_round(config, wanted, free=[*HOW, "data.max_errors"])
+            feedback.train_round(config, wanted, free=HOW)
         return
-    p, needed = Pipeline(config), set(wanted)
-    for name in reversed(STAGES):
+    run = Run(config)
+    # Answers of LLMs are kept for all runs below run.root: the same question is asked once.
+    writer = Writer(config, Path(config.run.root) / "answers.sqlite")
+    players, needed = Players(config, run.encoder, writer), set(wanted)
+    for name in reversed(STAGES):  # the table is in order: one pass finds all
         if name in needed:
             needed.update(STAGES[name].needs)
     for name in (s for s in STAGES if s in needed):
-        key, note = stage_key(p, name), "" if name in wanted else f" (for {', '.join(wanted)})"
-        if p.run.is_done(name, key) and not failed_calls(p, name):
+        key, note = stage_key(run, name), "" if name in wanted else f" (for {', '.join(wanted)})"
+        if run.folder.is_done(name, key) and not failed_calls(run, name):
             print(f"{name}: already done with these settings, skipped")
             continue
         print(f"{name}: running{note}", flush=True)
-        p.key = stage_key(p, name, "dpo.rounds", "dpo.vanilla")  # a round is the same without
-        started = time.time()
-        figures: dict = {}
-        with explained(config, name):
-            if processes()[0] == 0 or not STAGES[name].alone:
-                figures = STAGES[name].run(p)
-        calls = p.calls()
-        if not STAGES[name].alone:
-            calls = sum_counts(gather([calls]))
-        if calls:
-            good = ("asked", "cached", "answered")
-            figures["calls"] = calls
-            figures["failed_calls"] = sum(n for kind, n in calls.items() if kind not in good)
-        p.encoder.save()
-        figures["seconds"] = round(time.time() - started, 1)
-        p.run.mark_done(name, key, **figures)
-        p.run.log(name, **figures)
-        print(f"{name}: {short(figures)}", flush=True)
+        figures = run_stage(run, players, name)
+        run.folder.mark_done(name, key, **figures)
+        run.folder.log(name, **figures)
+        print(f"{name}: {one_line(figures)}", flush=True)
     if "eval" in wanted:
-        print("\n" + (p.run / "eval" / "table.md").read_text(encoding="utf-8"))
+        print("\n" + (run.folder / "eval" / "table.md").read_text(encoding="utf-8"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"Everything is in {p.run.path}; peak memory {peak:.1f} GiB")
+    print(f"Everything is in {run.folder.path}; peak memory {peak:.1f} GiB")
+
+
+def run_stage(run: Run, players: Players, name: str) -> dict:
+    """What one stage made, its calls to LLMs and its seconds."""
+    stage, started, figures = STAGES[name], time.time(), {}
+    with explained(run.config, name):
+        if processes()[0] == 0 or not stage.alone:
+            figures = stage.run(run, players, stage_key(run, name, *ROUNDS))
+    calls = players.calls()
+    if not stage.alone:
+        calls = sum_counts(gather([calls]))
+    if calls:  # failed ones make the next start ask again
+        good = ("asked", "cached", "answered")
+        figures["calls"] = calls
+        figures["failed_calls"] = sum(n for kind, n in calls.items() if kind not in good)
+    run.encoder.save()  # texts that this stage read first
+    figures["seconds"] = round(time.time() - started, 1)
+    return figures
 
 
 @contextlib.contextmanager
@@ -285,9 +257,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, arguments.settings)
     if arguments.plan or arguments.doctor:
-        from tools import plan
-
-        print(plan.plan(config) if arguments.plan else plan.doctor(config))
+        print(plan.plan(config) if arguments.plan else doctor.doctor(config))
         return
     stages = arguments.stage or ["all"]
     with joined_processes():

@@ -31,23 +31,23 @@ def run(script: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def page(made: dict[str, dict]) -> str:
+def page(results: dict[str, dict]) -> str:
     """results/benchmarks.md from what each script printed."""
-    known = Row.__dataclass_fields__
+    columns = Row.__dataclass_fields__
     rows = [
-        Row(**{k: v for k, v in row.items() if k in known})
+        Row(**{k: v for k, v in row.items() if k in columns})  # the ratios are computed anew
         for script in SCRIPTS
-        for row in made.get(script, {}).get("rows", [])
+        for row in results.get(script, {}).get("rows", [])
     ]
-    machines = {json.dumps(one["machine"]) for one in made.values()}
+    machines = {json.dumps(result["machine"]) for result in results.values()}
     lines = [
         "# Beside the peers\n",
         "```bash\npip install -r requirements-dev.txt && python -m benchmarks\n```\n",
         "CPU seconds of one thread, candidates in turn in one process, medians of five "
         "(sampling 96 tokens: once); peak memory of a process that does nothing else.\n",
         *(
-            ", ".join(f"{name} {value}" for name, value in json.loads(one).items()) + ".\n"
-            for one in sorted(machines)
+            ", ".join(f"{name} {value}" for name, value in json.loads(machine).items()) + ".\n"
+            for machine in sorted(machines)
         ),
         "DPO, SIT and sampling: random weights of Qwen2.5-0.5B's width and 151,936 tokens, 4 "
         "layers, fp32, LoRA r16 on all linear layers (sampling: none). Each script's first lines "
@@ -56,10 +56,10 @@ def page(made: dict[str, dict]) -> str:
         f"\nBelow what was asked: {'; '.join(r.work for r in rows if r.missed) or 'none'}.\n",
     ]
     for script in SCRIPTS:
-        if "table" in made.get(script, {}):
-            one = made[script]
-            lines.append(f"## {one['benchmark']}\n\n`python -m benchmarks.{script}`: {one['text']}")
-            lines.append(f"\n{one['table']}\n")
+        if "table" in (result := results.get(script, {})):
+            command = f"`python -m benchmarks.{script}`"
+            lines.append(f"## {result['benchmark']}\n\n{command}: {result['text']}")
+            lines.append(f"\n{result['table']}\n")
     return "\n".join([*lines, *gpu_section()]) + "\n"
 
 
@@ -115,8 +115,8 @@ def main() -> None:
         parser.error(f"no such comparison: {', '.join(sorted(unknown))}")
     kept = RESULTS / "benchmarks.json"
     for script in scripts:
-        made = read_json(kept) if kept.is_file() else {}
-        write_json(kept, made | {script: run(script)})
+        results = read_json(kept) if kept.is_file() else {}
+        write_json(kept, results | {script: run(script)})
     (RESULTS / "benchmarks.md").write_text(page(read_json(kept)), encoding="utf-8")
 
 

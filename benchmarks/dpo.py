@@ -44,12 +44,12 @@ def work(name: str):
     return random_tokens(length), [random_tokens(n) for n in lists], reference
 
 
-def our_step(model, prompt, lists, reference, attention: str = "sdpa"):
+def our_step(model, prompt, lists, reference):
     reference = reference.to(next(model.parameters()).device)
 
     def run() -> float:
         model.zero_grad()
-        (logps,) = llm.completion_logps(model, [prompt], [lists], attention=attention)
+        (logps,) = llm.completion_logps(model, [prompt], [lists])
         rejected = logps[1:]
         loss = ib.dpo_loss(
             logps[:1].expand_as(rejected), rejected, reference[:1].expand_as(rejected),

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu > results/gpu.jsonl   # random weights: as fast and large as real ones
     python -m benchmarks.gpu --small               # a small shape on any machine, to try it
-    python -m benchmarks.gpu --ways sdpa           # DPO steps with this attention only
+    python -m benchmarks.gpu --ways sdpa           # our DPO steps only
 
 For 4-bit (NF4) and bf16, prompts of 512 and 2,048, one user a step (1 + 3 lists of 64 tokens), with
 gradient checkpointing: tokens/s, share of the card's dense bf16 peak (model FLOP only: recomputed
@@ -32,6 +32,7 @@ import llm
 from benchmarks.common import quiet_libraries, tokens
 from benchmarks.dpo import our_step, trl_step
 from config import ROOT, Config, load_config
+from llm.sampling import Draw, Tree
 from stages import isg
 from tools import plan
 
@@ -91,11 +92,11 @@ def work(model, length: int):
 
 
 def measure_step(model, length: int, how: str, peak_tflops: float | None) -> dict:
-    """how: an attention of ours, or "trl"."""
+    """how: "sdpa", which is ours, or "trl"."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     user = work(model, length)
-    seconds = timed(trl_step(model, *user) if how == "trl" else our_step(model, *user, how))
+    seconds = timed(trl_step(model, *user) if how == "trl" else our_step(model, *user))
     row = length + LISTS * LIST_TOKENS  # TRL computes more tokens for the same work
     config = model.config
     weights = config.num_hidden_layers * (
@@ -146,13 +147,17 @@ def decoding(model, prompts: int, n: int, length: int, new: int):
     """A function that samples n lists of `new` tokens of each of some prompts, to the end."""
     size = model.config.vocab_size
     inputs = [tokens(length, size) for _ in range(prompts)]
-    draw = llm._FastDraw(0.7, 0.95, 50, seed=0)
+    draw = Draw(0.7, 0.95, 50, seed=0)
     draw.begin([*range(prompts)], n, new)
 
-    def never(token, *_):
-        return torch.zeros_like(token, dtype=torch.bool)
+    @torch.no_grad()
+    def run() -> None:
+        tree = Tree(model, inputs, n, new, pad=0)
+        while tree.is_open:  # random weights never write an end worth waiting for
+            tree.write(draw(tree.logits, tree.prompt, tree.sample, tree.steps))
+            tree.step()
 
-    return torch.no_grad()(lambda: llm._decode(model, inputs, n, new, draw, never, 0))
+    return run
 
 
 def measure_sampling(model, n: int, length: int, new: int, bandwidth: float | None) -> dict:
@@ -183,7 +188,7 @@ def measure_stage(model, stage: str, config: Config) -> dict:
     written = [[tokens(g.max_new_tokens, size) for _ in range(lists)] for _ in prompts]
 
     def step() -> None:
-        logps = torch.cat(llm.completion_logps(model, prompts, written, g.head_chunk, g.attention))
+        logps = torch.cat(llm.completion_logps(model, prompts, written))
         isg.step(model, optimiser, schedule, -logps.mean())
 
     step()  # the state of AdamW is there from now on; while sampling too
@@ -199,7 +204,7 @@ def measure_stage(model, stage: str, config: Config) -> dict:
     del best
     row = {"seconds": seconds, "tokens_per_s": made / seconds}
     if torch.cuda.is_available():
-        estimate = plan.stages(config, plan.QWEN["7B"], 2)[stage]["peak"]
+        estimate = plan.stage_bytes(config, plan.QWEN["7B"], 2)[stage]["peak"]
         row |= {"peak_gb": peak, "estimate_gb": estimate / 1e9, "fits_24_gb": True}
     return row
 
@@ -224,20 +229,19 @@ def measurements(model, small: bool, in_4bit: bool, ways: list[str]):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--ways", nargs="+", default=["sdpa", "flex_attention", "trl"])
+    parser.add_argument("--ways", nargs="+", default=["sdpa", "trl"])
     args = parser.parse_args()
     gpu = torch.cuda.is_available()
     if not args.small and not gpu:
         raise SystemExit("benchmarks.gpu: no CUDA device; --small tries the script without one")
     quiet_libraries()
-    ways = [w for w in args.ways if gpu or w != "flex_attention"]
     about = {"device": torch.cuda.get_device_name() if gpu else "CPU", "torch": torch.__version__}
     with tempfile.TemporaryDirectory() as folder:
         save_random_model(Path(folder), args.small)
         for in_4bit in (True, False):
             base = llm.load_generator(folder, in_4bit, gradient_checkpointing=True)
             model = llm.add_lora(base, 16, 32, seed=0)
-            for how, length, measure in measurements(model, args.small, in_4bit, ways):
+            for how, length, measure in measurements(model, args.small, in_4bit, args.ways):
                 try:
                     made = measure()
                 except torch.OutOfMemoryError:

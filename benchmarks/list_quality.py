@@ -38,25 +38,25 @@ def candidates() -> tuple[torch.Tensor, torch.Tensor]:
 def main() -> None:
     prepare()
     utility, e = candidates()
-    similarity = e @ e.transpose(1, 2)
-    numbers, vectors = utility.numpy(), e.numpy()
+    similarity = e @ e.mT  # (USERS, N, N)
+    utilities, vectors = utility.numpy(), e.numpy()
 
     def value(lists) -> float:
         """Mean over users of lambda U + (1 - lambda) D; lists: K indices a user."""
         scores = []
-        for u, s, x in zip(utility, similarity, torch.as_tensor(np.array(lists)), strict=True):
-            own = x[None]
-            u, d = ib.list_utility(u, own), ib.list_diversity(s, own)
+        lists = torch.as_tensor(np.array(lists))[:, None]  # (USERS, 1, K)
+        for utilities, cosines, chosen in zip(utility, similarity, lists, strict=True):
+            u, d = ib.list_utility(utilities, chosen), ib.list_diversity(cosines, chosen)
             scores.append((WEIGHT * u + (1 - WEIGHT) * d).item())
         return float(np.mean(scores))
 
     def search(beam: int, expand: int):
-        lists, _ = ib.list_search(utility, e @ e.transpose(1, 2), K, beam, expand, WEIGHT)
+        lists, _ = ib.list_search(utility, e @ e.mT, K, beam, expand, WEIGHT)
         return lists[:, 0].tolist()
 
     def pyversity(strategy, diversity: float):
         return [
-            diversify(vectors[i], numbers[i], K, strategy, diversity).indices.tolist()
+            diversify(vectors[i], utilities[i], K, strategy, diversity).indices.tolist()
             for i in range(USERS)
         ]
 
@@ -69,9 +69,9 @@ def main() -> None:
     }
     for strategy in (Strategy.MMR, Strategy.DPP):
         settings = (0.1, 0.3, 0.5, 0.7, 0.9)
-        best = max(settings, key=lambda x, s=strategy: value(pyversity(s, x)))
+        best = max(settings, key=lambda d, s=strategy: value(pyversity(s, d)))
         name = f"pyversity {strategy.name}, diversity {best} (best of five)"
-        methods[name] = lambda s=strategy, x=best: pyversity(s, x)
+        methods[name] = lambda s=strategy, d=best: pyversity(s, d)
     times = seconds(methods)
     values = {name: value(run()) for name, run in methods.items()}
     lines = ["| method | value | CPU ms a user |", "|---|---|---|"]
@@ -82,8 +82,8 @@ def main() -> None:
         f"users. Value is lambda U + (1 - lambda) D at lambda {WEIGHT}, mean over users."
     )
     print(f"\n{text}\n\n" + "\n".join(lines) + "\n")
-    made = {"benchmark": "List quality against time", "text": text, "table": "\n".join(lines)}
-    print(json.dumps(made | {"machine": machine()}), flush=True)
+    result = {"benchmark": "List quality against time", "text": text, "table": "\n".join(lines)}
+    print(json.dumps(result | {"machine": machine()}), flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,10 @@ USERS, N, K, BEAM, WEIGHT = 256, 64, 6, 8, 0.4
 
 
 def plain_search(utility, similarity, expand: int) -> list[float]:
-    """Values of the best lists of one user, as a programmer would write it from Algorithm 1."""
+    """Values of the best lists of one user, as a programmer would write it from Algorithm 1.
+
+    utility: N numbers; similarity: N rows of N.
+    """
     order = sorted(range(len(utility)), key=lambda i: -utility[i])
     beams = [([], 0.0)]
     for _ in range(K):
@@ -23,7 +26,7 @@ def plain_search(utility, similarity, expand: int) -> list[float]:
             for y in [i for i in order if i not in items][:expand]:
                 gain = WEIGHT * utility[y]
                 if items:
-                    close = sum(similarity[y][x] for x in items) / len(items)
+                    close = sum(similarity[y][i] for i in items) / len(items)
                     gain += (1 - WEIGHT) * (1 - close)
                 grown, key = value + gain, frozenset([*items, y])
                 if key not in best or grown > best[key][1]:
@@ -36,24 +39,24 @@ def main() -> None:
     prepare()
     utility = torch.rand(USERS, N)
     e = torch.nn.functional.normalize(torch.randn(USERS, N, 384), dim=-1)
-    similarity = e @ e.transpose(1, 2)
-    rows = list(zip(utility.tolist(), similarity.tolist(), strict=True))
+    similarity = e @ e.mT
+    users = list(zip(utility.tolist(), similarity.tolist(), strict=True))
 
     def ours(expand: int) -> torch.Tensor:
         return ib.list_search(utility, similarity, K, BEAM, expand, WEIGHT)[1]
 
     def plain(expand: int) -> torch.Tensor:
-        return torch.tensor([plain_search(*row, expand) for row in rows])
+        return torch.tensor([plain_search(*user, expand) for user in users])
 
-    made = []
+    rows = []
     for expand, what in ((N, "every candidate"), (8, "the 8 of highest utility (default)")):
         error = (ours(expand) - plain(expand)).abs().max().item()
         assert error < 1e-5, error
-        times = seconds({"ours": lambda x=expand: ours(x), "plain": lambda x=expand: plain(x)})
+        times = seconds({"ours": lambda n=expand: ours(n), "plain": lambda n=expand: plain(n)})
         work = f"list search, {USERS} users, N={N}, K={K}, beam {BEAM}, {what} tried at each slot"
         note = f"values differ by {error:.0e}; cosines given to both"
-        made.append(Row(work, "plain Python", *times.values(), 30, note=note))
-    report("List search", made)
+        rows.append(Row(work, "plain Python", *times.values(), 30, note=note))
+    report("List search", rows)
 
 
 if __name__ == "__main__":

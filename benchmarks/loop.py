@@ -23,11 +23,11 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+from pipeline import Pipeline
 
 from benchmarks.serve import server
 from config import ROOT, load_config
 from eval import bootstrap_interval
-from pipeline import Pipeline
 from world import people
 
 AT_ONCE, DRAWS = 16, 3
@@ -88,8 +88,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "runs" / Path(arguments.run).name
         shutil.copytree(arguments.run, run, ignore=shutil.ignore_patterns("serve.sqlite*"))
-        for base in Path(arguments.run).parent.glob("base-*"):
-            shutil.copytree(base, run.parent / base.name)
         loop(run, arguments.people, arguments.visits)
 
 
@@ -100,7 +98,7 @@ def loop(run: Path, people: int, times: int) -> None:
     known = [u for u in p.ids("train", "valid", "judge") if p.users[u].sessions][:people]
     others = [u for u in p.ids("test") if p.states[u][-1].interests]
     store = run / "serve.sqlite"
-    with server(run, "serve.reload_seconds=1", f"serve.store={store}") as url:
+    with server(run, f"serve.store={store}") as url:
         model = httpx.get(url + "/v1/model").json()["model"]
         before = asyncio.run(visits(url, others, watching(truth), DRAWS))
         seen = np.array(asyncio.run(visits(url, known, tapping(truth), times))).sum((0, 1))

@@ -1,9 +1,9 @@
-"""The bytes that plan.py estimates beside those that a CPU measures.
+"""The bytes that tools/plan.py estimates beside those that a CPU measures.
 
     python -m benchmarks.plan                # about 20 minutes of one core; writes results/plan.md
 
-Each row is a fresh process: randomly initialised Qwen2 weights saved to a folder, loaded by llm.py,
-then a SIT step, a DPO step (1 + 3 lists) or sampling through llm.py. The step runs once on a tiny
+Each row is a fresh process: randomly initialised Qwen2 weights saved to a folder, loaded by llm,
+then a SIT step, a DPO step (1 + 3 lists) or sampling through llm. The step runs once on a tiny
 model first, so that imports and thread pools are there, and counts from then on.
 
 Measured in fp32 and 4-bit: the process's resident memory (VmHWM, reset after loading, with glibc's
@@ -82,14 +82,14 @@ def work(model, tokenizer, g: GeneratorConfig, what: str):
         return lambda: llm.sample(
             model, tokenizer, prompts, SAMPLES, max_new_tokens=g.max_new_tokens, seed=0, stop="",
             temperature=g.temperature, top_p=g.top_p, top_k=g.top_k, rows=g.sample_rows,
-        )
+        )  # stop="": every list is as long as it may be
     prompts = [tokens(g.max_prompt_tokens, size) for _ in range(USERS)]
-    own = [[tokens(g.max_new_tokens, size) for _ in range(LISTS[what])] for _ in range(USERS)]
+    lists = [[tokens(g.max_new_tokens, size) for _ in range(LISTS[what])] for _ in range(USERS)]
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
 
     def step() -> None:
         optimiser.zero_grad()
-        logps = torch.cat(llm.completion_logps(model, prompts, own, g.head_chunk))
+        logps = torch.cat(llm.completion_logps(model, prompts, lists))
         (-logps.sum()).backward()
         optimiser.step()
 
@@ -101,7 +101,7 @@ class LiveTensors(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.known, self.now, self.peak = {}, 0, 0
+        self.alive, self.now, self.peak = {}, 0, 0  # address -> bytes of what was made in here
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         before = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs or {}))
@@ -111,15 +111,15 @@ class LiveTensors(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
                 place, size = storage.data_ptr(), storage.nbytes()
-                if size and place not in before and place not in self.known:
-                    self.known[place] = size
+                if size and place not in before and place not in self.alive:
+                    self.alive[place] = size
                     self.now += size
                     weakref.finalize(storage, self.free, place)
         self.peak = max(self.peak, self.now)
         return out
 
     def free(self, place: int) -> None:
-        self.now -= self.known.pop(place, 0)
+        self.now -= self.alive.pop(place, 0)
 
 
 def resident(name: str) -> int:
@@ -130,8 +130,8 @@ def resident(name: str) -> int:
 def measure(shape: str, what: str, precision: str, g: GeneratorConfig) -> dict[str, float]:
     """Bytes of the weights and of the peak, in this process."""
     prepare()
-    bf16, words = precision == "bf16", [word_tokenizer(SHAPES[x][5]) for x in ("tiny", shape)]
-    vocabularies = [x.get_vocab() for x in words]  # llm.sample reads them too
+    bf16, words = precision == "bf16", [word_tokenizer(SHAPES[s][5]) for s in ("tiny", shape)]
+    vocabularies = [tokenizer.get_vocab() for tokenizer in words]  # llm.sample reads them too
     with tempfile.TemporaryDirectory() as tiny, tempfile.TemporaryDirectory() as folder:
         save_model("tiny", tiny)
         work(load(tiny, g, bf16), words[0], g, what)()
@@ -230,20 +230,19 @@ def gpu_section() -> list[str]:
     ]
     shape, marks = plan.QWEN["7B"], gpu_marks(rows)
     for r in rows:
-        if not (r["how"] in ("sdpa", "flex_attention") or "estimate_gb" in r) or "peak_gb" not in r:
+        if not (r["how"] == "sdpa" or "estimate_gb" in r) or "peak_gb" not in r:
             continue
-        guess, work = r.get("estimate_gb"), r["how"]
-        if not guess:
+        estimated, work = r.get("estimate_gb"), r["how"]
+        if not estimated:
             g = GeneratorConfig(
                 max_prompt_tokens=r["prompt"], max_new_tokens=64, load_in_4bit=r["4bit"],
-                gradient_checkpointing=True, attention=r["how"],
+                gradient_checkpointing=True,
             )
             step = plan.training(shape, g, 1, 4, 2)["peak"] - 8 * shape.lora(g.lora_rank)
-            guess, work = step / 1e9, f"DPO step, {r['how']}"
+            estimated, work = step / 1e9, f"DPO step, {r['how']}"
         lines.append(
-            f"| {bits(r)} | {work} | {r['prompt']} | {guess:.2f} | "
-            f"{r['peak_gb']:.2f}{marks[r.get('note')]} | "
-            f"**{guess / r['peak_gb']:.3f}** |"
+            f"| {bits(r)} | {work} | {r['prompt']} | {estimated:.2f} | "
+            f"{r['peak_gb']:.2f}{marks[r.get('note')]} | **{estimated / r['peak_gb']:.3f}** |"
         )
     return lines + gpu_notes(rows)
 
@@ -256,13 +255,14 @@ def row(shape: str, what: str, precision: str, again: bool, prompt: int) -> dict
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
     )
-    made = json.loads(done.stdout.splitlines()[-1])
-    guess = estimate(shape, what, precision, settings(precision, again, prompt))
-    beside = (guess["peak"] - guess["weights"]) / (made["peak"] - made["weights"])
+    measured = json.loads(done.stdout.splitlines()[-1])
+    estimated = estimate(shape, what, precision, settings(precision, again, prompt))
+    ratio = estimated["peak"] / measured["peak"]
+    beside = (estimated["peak"] - estimated["weights"]) / (measured["peak"] - measured["weights"])
     return {
         "shape": shape, "stage": what, "precision": precision, "again": again, "prompt": prompt,
-        "estimate": guess["peak"], "measured": made["peak"],
-        "ratio": guess["peak"] / made["peak"], "ratio_without_weights": beside,
+        "estimate": estimated["peak"], "measured": measured["peak"],
+        "ratio": ratio, "ratio_without_weights": beside,
     }
 
 

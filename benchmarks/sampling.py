@@ -2,9 +2,10 @@
 
     python -m benchmarks.sampling
 
-generate reads the prompt n times and sorts the whole vocabulary at each token. Our "generate" mode
-draws the same tokens; the fast sampler cuts to the top_k first and draws with other random numbers.
-In the tree every step reads the other samples' tokens too (masked), so long lists gain less.
+generate reads the prompt n times and sorts the whole vocabulary at each token. With its draws
+(benchmarks/parity.py) our tree gives the same tokens; our own cuts to the top_k first and has other
+random numbers. In the tree every step reads the other samples' tokens too (masked), so long lists
+gain less.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 
 import llm
 from benchmarks.common import Row, prepare, qwen, report, seconds, tokens
+from benchmarks.parity import GenerateDraw
 
 N, VOCABULARY = 16, 151_936
 CHOSEN = {"temperature": 0.7, "top_k": 50, "top_p": 0.95}
@@ -29,18 +31,18 @@ def word_tokenizer():
 
 
 def compare(model, tokenizer, lengths: list[int], new: int, repeats: int) -> dict[str, float]:
-    """CPU seconds of generate and of both samplers, after a check that the tokens are the same."""
+    """CPU seconds of generate and of the tree with either draw, once the tokens are the same."""
     prompts = [tokens(n) for n in lengths]
     width = max(lengths)
     ids = torch.tensor([[1] * (width - len(p)) + p for p in prompts])
     real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
 
     def ours(sampler: str) -> list[str]:
+        draw = GenerateDraw(**CHOSEN, seed=0) if sampler == "generate" else None
         lists = llm.sample(
-            model, tokenizer, prompts, N, seed=0, max_new_tokens=new, sampler=sampler, stop="",
-            **CHOSEN,
+            model, tokenizer, prompts, N, seed=0, max_new_tokens=new, draw=draw, stop="", **CHOSEN
         )
-        return [y for own in lists for y in own]
+        return [text for texts in lists for text in texts]
 
     def generate() -> list[str]:
         torch.manual_seed(0)

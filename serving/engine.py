@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pipeline import Pipeline, State, history_of, profile_text, scorer_inputs
 
 import data
 import icebreaker as ib
 import llm
 import roles
 from config import Config, UserError, digest, read_json, read_tensors
-from pipeline import Pipeline, State, history_of, profile_text, scorer_inputs
 from serving import feedback
 from stages import isg, rid
 
@@ -58,6 +58,7 @@ class Answer:
     threshold: float | None  # the gate's line for this user's activity; None without a history
     starters: list[Starter]  # of 1 + serve.ahead lists, in the order in which to show them
     tokens: int  # generated
+    model: str  # Engine.version of what wrote it
 
 
 @dataclass(frozen=True)
@@ -332,9 +333,8 @@ class Engine:
         for text in self._fit(starters, case):
             if text not in known and not case.full:
                 (utility,) = self._utilities(case, [text])
-                if utility >= self.config.serve.min_utility:
-                    case.emitted.append(self._starter(case, text, utility))
-                    case.ask.emit(case.emitted[-1])
+                case.emitted.append(self._starter(case, text, utility))
+                case.ask.emit(case.emitted[-1])
 
     # ---------------------------------------------------------------------------------- the order
 
@@ -360,9 +360,8 @@ class Engine:
         made: list[list[Starter]] = []
         for case, pool in zip(cases, pools, strict=True):
             values = self._utilities(case, pool) if pool else []
-            good = [(y, u) for y, u in zip(pool, values, strict=True)
-                    if u >= self.config.serve.min_utility]
-            made.append([self._starter(case, y, u) for y, u in good])
+            rated = zip(pool, values, strict=True)
+            made.append([self._starter(case, y, u) for y, u in rated])
         order = self._in_lists(made)
         answers = []
         for case, starters, own in zip(cases, made, order, strict=True):
@@ -372,7 +371,8 @@ class Engine:
             for starter in ready[len(case.emitted) : case.ask.n]:  # the first list was too short
                 if case.ask.emit:
                     case.ask.emit(starter)
-            answers.append(Answer(case.interests, case.threshold, ready, case.tokens))
+            answers.append(
+                Answer(case.interests, case.threshold, ready, case.tokens, self.version))
         return answers
 
     def _in_lists(self, made: list[list[Starter]]) -> list[list[int]]:

@@ -40,6 +40,7 @@ from datetime import datetime
 from pathlib import Path
 
 import numpy as np
+from pipeline import Pipeline, State, short
 
 import data
 import llm
@@ -56,7 +57,6 @@ from config import (
     write_json,
 )
 from eval import bootstrap_interval
-from pipeline import Pipeline, State, short
 from serving.store import Store
 from stages import isg
 
@@ -181,9 +181,9 @@ def _ready(config: Config, wanted: list[str], free: Iterable[str]) -> Pipeline:
     saved = load_config(folder / "config.yaml")
     pairs = [(config.dpo, saved.dpo, "dpo", "rounds"), (config.run, saved.run, "run", "seed")]
     pairs += [
-        (getattr(config, section), getattr(saved, section), section, field.name)
+        (getattr(config, section), getattr(saved, section), section, field)
         for section in AGREED
-        for field in dataclasses.fields(getattr(config, section))
+        for field in type(getattr(config, section)).model_fields
     ]
     for now, then, section, name in pairs:
         if getattr(now, name) != getattr(then, name) and f"{section}.{name}" not in free:

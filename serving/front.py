@@ -22,21 +22,24 @@ from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 
 from config import Config, UserError
-from serving.desk import Desk, log, where
+from serving.batcher import log, where
+from serving.desk import Desk
 
 ASK = "/v1/starters"
 LOOK_UPS = 8  # requests for starters beside those that wait or are written: theirs may be ready
-OPEN = ("/livez", "/readyz")
+MAX_BODY = 2**20  # bytes
+OPEN = ("/livez", "/readyz")  # for whoever watches the process; they say nothing of a user
 POLICY = b"default-src 'self'; base-uri 'none'; frame-ancestors 'none'; form-action 'none'"
 HEADERS = [(b"content-security-policy", POLICY), (b"x-content-type-options", b"nosniff"),
-           (b"referrer-policy", b"no-referrer"), (b"cache-control", b"no-store")]  # fmt: skip
+           (b"referrer-policy", b"no-referrer"), (b"cache-control", b"no-store")]
+# The metric `rejections` counts statuses under these names.
 REASONS = {401: "key", 403: "origin", 408: "slow", 413: "size", 415: "type", 422: "field",
-           429: "queue", 504: "timeout"}  # fmt: skip
+           429: "queue", 504: "timeout"}
 LOOPBACK_HOST = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORECASE)
 
 
 def is_loopback(name: str) -> bool:
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError):  # a name, not an address
         return ipaddress.ip_address(name).is_loopback
     return name == "localhost"
 
@@ -45,10 +48,8 @@ def key_for(config: Config, host: str) -> str:
     """The clients' key. Raises UserError where an address needs one and there is none."""
     key = os.environ.get(config.serve.key_env, "")
     if not key and not is_loopback(host):
-        raise UserError(
-            f"--host {host}: others can reach this address; put the key that clients must send in "
-            f"the variable {config.serve.key_env} (serve.key_env)"
-        )
+        raise UserError(f"--host {host}: others can reach this address; put the key that clients "
+                        f"must send in the variable {config.serve.key_env} (serve.key_env)")
     return key
 
 
@@ -63,29 +64,30 @@ class Front:
     def __init__(self, app, desk: Desk, host: str, key: str):
         self.app, self.desk, self.settings = app, desk, desk.settings
         self.local, self.key = is_loopback(host), key.encode()
-        self.most, self.asking = self.settings.queue + self.settings.batch + LOOK_UPS, 0
+        self.asking = 0  # requests for starters under way
+        self.most = self.settings.queue + self.settings.batch + LOOK_UPS
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
-            if scope["type"] == "lifespan":
+            if scope["type"] == "lifespan":  # else a web socket: there is none
                 await self.app(scope, receive, send)
             return
-        started, status, request_id = time.perf_counter(), 499, uuid.uuid4().hex
+        started, status, request_id = time.perf_counter(), 499, uuid.uuid4().hex  # 499: left early
         scope.setdefault("state", {})["request_id"] = request_id
-        own = [*HEADERS, (b"x-request-id", request_id.encode())]
+        headers = [*HEADERS, (b"x-request-id", request_id.encode())]
 
         async def answer(message):
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = message | {"headers": [*message["headers"], *own]}
+                message = message | {"headers": [*message["headers"], *headers]}
             await send(message)
 
         asks = scope["path"] == ASK
         self.desk.in_flight, self.asking = self.desk.in_flight + 1, self.asking + asks
         try:
             self._check(scope)
-            # Refused before it costs anything; others than asks get more room.
+            # Refused before it costs anything; other requests than asks get more room.
             if self.asking > self.most if asks else self.desk.in_flight > 4 * self.most:
                 raise busy(self.desk)
             if body := await self._whole(scope, receive):
@@ -95,19 +97,22 @@ class Front:
             await reply(scope, receive, answer)
         except Exception as error:  # uvicorn would log its text
             log.error("%s: %s", request_id, where(error))
-            if status == 499:
+            if status == 499:  # nothing was sent yet
                 reply = JSONResponse({"detail": "internal error; the server's log says where"}, 500)
                 await reply(scope, receive, answer)
         finally:
             self.desk.in_flight, self.asking = self.desk.in_flight - 1, self.asking - asks
-            route = getattr(scope.get("route"), "path_format", ASK if asks else "other")
-            seconds = time.perf_counter() - started
-            self.desk.metrics.seconds.labels(route, f"{status // 100}xx").observe(seconds)
-            if status in REASONS:
-                self.desk.metrics.rejections.labels(REASONS[status]).inc()
-            if route not in OPEN:
-                words = (scope["method"], route, status, 1000 * seconds, request_id)
-                log.info("%s %s %d %.1f ms %s", *words)
+            self._note(scope, status, time.perf_counter() - started)
+
+    def _note(self, scope, status: int, seconds: float) -> None:
+        """Metrics and a line of log: the route's pattern, never the path, which may name a user."""
+        route = getattr(scope.get("route"), "path_format", ASK if scope["path"] == ASK else "other")
+        self.desk.metrics.seconds.labels(route, f"{status // 100}xx").observe(seconds)
+        if status in REASONS:
+            self.desk.metrics.rejections.labels(REASONS[status]).inc()
+        if route not in OPEN:
+            words = (scope["method"], route, status, 1000 * seconds, scope["state"]["request_id"])
+            log.info("%s %s %d %.1f ms %s", *words)
 
     def _check(self, scope) -> None:
         """Raise HTTPException unless the request may go on."""
@@ -115,7 +120,7 @@ class Front:
             return
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         site, origin = headers.get(b"sec-fetch-site", "none"), headers.get(b"origin")
-        visit = scope["method"] == "GET" and headers.get(b"sec-fetch-mode") == "navigate"
+        visit = scope["method"] == "GET" and headers.get(b"sec-fetch-mode") == "navigate"  # a link
         foreign = origin is not None and _netloc(origin) != headers.get(b"host", "").lower()
         if foreign or (site not in ("same-origin", "none") and not visit):
             raise HTTPException(403, "a page of another site may not use this server")
@@ -125,20 +130,21 @@ class Front:
         if not self.key and not self._from_here(scope, headers):
             raise HTTPException(403, "Host: use 127.0.0.1 or localhost, or set a key")
         kind = headers.get(b"content-type", "").partition(";")[0].strip().lower()
+        # A form of another site can send any other type without asking first.
         if scope["method"] in ("POST", "PUT", "PATCH") and kind != "application/json":
             raise HTTPException(415, "Content-Type: application/json")
 
     def _has_key(self, headers: dict[bytes, str]) -> bool:
         scheme, _, value = headers.get(b"authorization", "").partition(" ")
         sent = value.strip().encode("latin-1")
-        if scheme.lower() == "basic":
+        if scheme.lower() == "basic":  # what a browser asks its user for
             try:
                 sent = base64.b64decode(sent, validate=True).partition(b":")[2]
             except binascii.Error:
                 return False
         elif scheme.lower() != "bearer":
             return False
-        return hmac.compare_digest(sent, self.key)
+        return hmac.compare_digest(sent, self.key)  # in constant time
 
     def _from_here(self, scope, headers: dict[bytes, str]) -> bool:
         """Asked on this machine, by a name of this machine, and not passed on by a proxy."""
@@ -151,10 +157,10 @@ class Front:
 
         None: the client has left.
         """
-        limit, parts, total, more = self.settings.max_body, [], 0, True
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        too_large = HTTPException(413, f"body: more than {limit} bytes (serve.max_body)")
-        if not length.isdigit() or int(length) > limit:
+        parts, total, more = [], 0, True
+        length = dict(scope["headers"]).get(b"content-length", b"0")  # a chunked body has none
+        too_large = HTTPException(413, f"body: more than {MAX_BODY} bytes")
+        if not length.isdigit() or int(length) > MAX_BODY:
             raise too_large
         try:
             async with asyncio.timeout(self.settings.timeout):
@@ -164,13 +170,13 @@ class Front:
                         return None
                     parts.append(message.get("body", b""))
                     total, more = total + len(parts[-1]), message.get("more_body", False)
-                    if total > limit:
+                    if total > MAX_BODY:
                         raise too_large
         except TimeoutError:
             raise HTTPException(408, "body: too slow (serve.timeout)") from None
         body = [{"type": "http.request", "body": b"".join(parts), "more_body": False}]
 
-        async def again():
+        async def again():  # once the body, then what tells that the client has left
             return body.pop() if body else await receive()
 
         return again
@@ -179,7 +185,7 @@ class Front:
 def _netloc(origin: str) -> str:
     with contextlib.suppress(ValueError):
         return urlsplit(origin).netloc.lower()
-    return ""
+    return ""  # nobody's
 
 
 def busy(desk: Desk) -> HTTPException:

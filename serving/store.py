@@ -9,7 +9,7 @@ disk before the call returns (synchronous=FULL); the rest survives a killed proc
 cut may take the last of it (NORMAL). Other processes may open the file at any time: a method reads
 for no longer than its query takes. Three things that are easily got wrong:
 - secure_delete alone leaves text behind: SQLite moves rows between pages, and what it moved stays
-  in the unused part of the old page (found for 12 of 100 deleted users). So a deletion rewrites
+  in the unused part of the old page (so it was for 12 of 100 deleted users). So a deletion rewrites
   the file (VACUUM) and empties the write-ahead log.
 - `sessions_after` is counted when sessions arrive (table appended), not from the sessions that are
   held: those make room for newer ones, and one that is sent again did not follow a list.
@@ -33,16 +33,22 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from scipy.special import stdtrit
+
 import data
 from config import UserError
 
 VERSION = 1  # of the tables, in PRAGMA user_version
 WAIT = 10.0  # seconds for another process's lock
+IMPRESSION_SECONDS = 48 * 3600  # taps are taken for so long after an answer
 KEPT = 30 * 86400  # seconds for which a list is remembered that nobody was shown
 
-# Times are seconds since 1970, UTC. sessions.position: in the history, without gaps. appended: n
-# sessions came while `after` was the user's latest list (0: none). lists.id: in the order of
-# answers; at: of the answer; shown: of its first event, null before. deleted: keyed hashes of ids.
+# Times are seconds since 1970, UTC.
+# sessions.position: in the history, without gaps.
+# appended: n sessions came while `after` was the user's latest list (0: none).
+# lists.id: in the order of answers. lists.at: of the answer; shown: of its first event, or null.
+# ahead: what is kept ready, one row for each user and method.
+# deleted: keyed hashes of user ids, so that an import brings nobody back.
 TABLES = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value);
 CREATE TABLE deleted (mark BLOB PRIMARY KEY);
@@ -64,20 +70,16 @@ class BadImpression(ValueError):
 
 @dataclass(frozen=True)
 class Shown:
-    """A list that a user saw.
-
-    at: when it was answered, UTC without a zone. clicked: slots, ascending. sessions_after:
-    sessions appended after it and before the user's next shown list; None: neither came yet.
-    """
+    """A list that a user saw."""
 
     user_id: str
-    at: datetime
-    interests: list[str]
+    at: datetime  # of the answer, UTC without a zone
+    interests: list[str]  # for which it was written
     starters: list[str]
-    clicked: list[int]
-    sessions_after: int | None
+    clicked: list[int]  # slots, ascending
+    sessions_after: int | None  # before the user's next shown list; None: neither came yet
     method: str
-    version: str
+    version: str  # of the model
 
 
 def _dump(value) -> str:
@@ -87,14 +89,13 @@ def _dump(value) -> str:
 class Store:
     """One connection and a lock: any thread may call any method.
 
-    impression_hours: how long an impression id is taken; max_sessions: kept of a user. Raises
-    UserError if the file is no store, cannot be written, or has tables of another version. A full
-    or failing disk raises sqlite3.OperationalError; the call then changed nothing.
+    max_sessions: kept of a user. Raises UserError if the file is no store, cannot be written, or
+    has tables of another version. A full or failing disk raises sqlite3.OperationalError; the call
+    then changed nothing.
     """
 
-    def __init__(self, path: str | Path, impression_hours: float = 48.0, max_sessions: int = 500):
+    def __init__(self, path: str | Path, max_sessions: int = 500):
         self.path, self.max_sessions = Path(path), max_sessions
-        self.impression_seconds = impression_hours * 3600
         self.now = time.time  # tests put their own clock here
         self._lock = threading.RLock()
         try:
@@ -107,19 +108,10 @@ class Store:
 
     def _open(self) -> None:
         """Check the file and make the tables of a new one; another program's stays as it is."""
-        db, mode, patience = self._db, "", time.monotonic() + WAIT
-        while not self._has_tables() and not mode:
-            try:
-                mode = self._rows("PRAGMA journal_mode=WAL")[0][0]
-            except sqlite3.OperationalError:  # another process makes the file: no waiting in here
-                if time.monotonic() > patience:
-                    raise
-                time.sleep(0.01)
-        if mode not in ("", "wal"):
-            raise UserError(f"{self.path}: SQLite cannot keep a write-ahead log in this folder")
-        db.execute("PRAGMA secure_delete=ON")
-        db.execute("PRAGMA fullfsync=ON")  # macOS: fsync alone ends in the drive's cache
-        with self._transaction(durable=True):  # fails where the file cannot be written
+        self._use_log()
+        self._db.execute("PRAGMA secure_delete=ON")
+        self._db.execute("PRAGMA fullfsync=ON")  # macOS: fsync alone ends in the drive's cache
+        with self._transaction(durable=True) as db:  # fails where the file cannot be written
             if not self._has_tables():  # no other process was faster
                 list(map(db.execute, TABLES.split(";")))
                 db.execute("INSERT INTO meta VALUES ('key', ?)", (secrets.token_bytes(32),))
@@ -128,18 +120,28 @@ class Store:
         with contextlib.suppress(sqlite3.OperationalError):  # then at the next deletion
             self._wipe()  # what a killed process had left to do
 
+    def _use_log(self) -> None:
+        """Give a new file its write-ahead log, as soon as no other process is making the file."""
+        patience = time.monotonic() + WAIT
+        while not self._has_tables():
+            try:
+                [(mode,)] = self._rows("PRAGMA journal_mode=WAL")
+                if mode != "wal":  # a network share, say
+                    raise UserError(f"{self.path}: SQLite cannot keep a write-ahead log there")
+                return
+            except sqlite3.OperationalError:  # locked: for this pragma SQLite does not wait
+                if time.monotonic() > patience:
+                    raise
+                time.sleep(0.01)
+
     def _has_tables(self) -> bool:
         """False: the file is empty. Raises UserError for tables that this code does not know."""
         tables = self._rows("SELECT 1 FROM sqlite_master")  # first: another process may make them
         [(version,)] = self._rows("PRAGMA user_version")
-        if version == VERSION:
-            return True
-        if version != 0 or tables:
-            raise UserError(
-                f"{self.path}: tables of version {version}, this code knows {VERSION};"
-                " name another file with serve.store"
-            )
-        return False
+        if version != VERSION and (version or tables):
+            raise UserError(f"{self.path}: tables of version {version}, this code knows {VERSION};"
+                            " name another file with serve.store")
+        return version == VERSION
 
     @contextlib.contextmanager
     def _transaction(self, durable: bool = False) -> Iterator[sqlite3.Connection]:
@@ -198,8 +200,7 @@ class Store:
         with self._transaction(durable=True) as db:
             db.execute("INSERT OR IGNORE INTO users VALUES (?, NULL)", (user_id,))
             if profile is not None:
-                row = (_dump(profile), user_id)
-                db.execute("UPDATE users SET profile=? WHERE user_id=?", row)
+                db.execute("UPDATE users SET profile=? WHERE user_id=?", (_dump(profile), user_id))
             held, new = self._put(user_id, sessions)
             if new:
                 [(last,)] = self._rows("SELECT max(id) FROM lists WHERE user_id=?", user_id)
@@ -211,12 +212,12 @@ class Store:
         """Merge sessions into those held; return how many are held now, how many of them new."""
         query = "SELECT session_id, position, timestamp FROM sessions WHERE user_id=?"
         rows = self._rows(f"{query} ORDER BY position", user_id)
-        places = {s: place for s, place, _ in rows}
-        given = {s.session_id: s for s in sessions}
-        times = {s: stamp for s, _, stamp in rows}
-        times |= {s: x.timestamp and x.timestamp.isoformat() for s, x in given.items()}
+        places, times = {s: place for s, place, _ in rows}, {s: stamp for s, _, stamp in rows}
+        given = {session.session_id: session for session in sessions}
+        times |= {s: session.timestamp and session.timestamp.isoformat()
+                  for s, session in given.items()}
         order = _merged(list(places), list(given))
-        if all(times.values()):
+        if all(times.values()):  # one session without a time, and the order is that of arrival
             order.sort(key=times.get)
         order = order[-self.max_sessions :]
         # Positions start so that the first session that stays keeps its own: appending moves none.
@@ -229,21 +230,22 @@ class Store:
                 write.append((user_id, s, place, times[s], body))
             elif places[s] != place:
                 move.append((place, user_id, s))
-        key = "WHERE user_id=? AND session_id=?"
-        self._db.executemany(f"DELETE FROM sessions {key}", drop)
-        self._db.executemany(f"UPDATE sessions SET position=? {key}", move)
+        where = "WHERE user_id=? AND session_id=?"
+        self._db.executemany(f"DELETE FROM sessions {where}", drop)
+        self._db.executemany(f"UPDATE sessions SET position=? {where}", move)
         self._db.executemany("INSERT OR REPLACE INTO sessions VALUES (?, ?, ?, ?, ?)", write)
         return len(order), len(set(order) - places.keys())
 
     def user(self, user_id: str) -> data.User | None:
         """A user's profile and history; None: neither was ever put."""
-        with self._lock:
-            found = self._rows("SELECT profile FROM users WHERE user_id=?", user_id)
+        with self._lock:  # both of one moment
+            row = self._rows("SELECT profile FROM users WHERE user_id=?", user_id)
             query = "SELECT body FROM sessions WHERE user_id=? ORDER BY position"
             bodies = ",".join(body for (body,) in self._rows(query, user_id))
-        if not found:
+        if not row:
             return None
-        head = f'"user_id":{_dump(user_id)},"profile":{found[0][0] or "null"}'
+        # Joined as text: one call reads the whole history, 500 sessions in 2 ms.
+        head = f'"user_id":{_dump(user_id)},"profile":{row[0][0] or "null"}'
         return data.User.model_validate_json(f'{{{head},"sessions":[{bodies}]}}')
 
     def user_ids(self) -> list[str]:
@@ -256,13 +258,14 @@ class Store:
         while another process reads the store for longer than WAIT: the rows are gone then, but
         not yet their bytes; deleting again, or the next start, wipes those too.
         """
+        removed = {}
         with self._lock:
             with self._transaction(durable=True) as db:
-                own = "list IN (SELECT id FROM lists WHERE user_id=?)"
-                removed = {"taps": db.execute(f"DELETE FROM taps WHERE {own}", (user_id,)).rowcount}
-                for table in ("users", "sessions", "appended", "lists", "ahead"):
-                    query = f"DELETE FROM {table} WHERE user_id=?"
-                    removed[table] = db.execute(query, (user_id,)).rowcount
+                for table in ("taps", "users", "sessions", "appended", "lists", "ahead"):
+                    by = "user_id=?" if table != "taps" else (  # first, while their lists are there
+                        "list IN (SELECT id FROM lists WHERE user_id=?)")
+                    removed[table] = db.execute(f"DELETE FROM {table} WHERE {by}",
+                                                (user_id,)).rowcount
                 if any(removed.values()):
                     db.execute("INSERT OR IGNORE INTO deleted VALUES (?)", (self._mark(user_id),))
                     db.execute("INSERT OR IGNORE INTO meta VALUES ('unwiped', 1)")
@@ -275,7 +278,7 @@ class Store:
         self._db.execute("PRAGMA synchronous=FULL")
         if asked:
             self._db.execute("VACUUM")
-        if self._rows("PRAGMA wal_checkpoint(TRUNCATE)")[0][0]:
+        if self._rows("PRAGMA wal_checkpoint(TRUNCATE)")[0][0]:  # 1: another reads the old pages
             raise sqlite3.OperationalError("deleted, but not wiped: another process reads the file")
         if asked:
             with self._transaction() as db:
@@ -287,29 +290,30 @@ class Store:
         return hmac.digest(self._key, message, "sha256")[:16]
 
     def _mark(self, user_id: str) -> bytes:
+        """What tells a deleted user again, and tells nobody else who it was."""
         return self._mac(b"deleted" + user_id.encode())
 
     def _impression(self, token: bytes) -> str:
         """12 bytes of token, 8 of expiry in milliseconds and 16 of MAC, as 48 characters."""
-        expiry = int((self.now() + self.impression_seconds) * 1000)
+        expiry = int((self.now() + IMPRESSION_SECONDS) * 1000)
         body = token + expiry.to_bytes(8, "big", signed=True)
         return base64.urlsafe_b64encode(body + self._mac(b"impression" + body)).decode()
 
-    def _list(self, impression: str) -> tuple[int, int]:
-        """(id, number of slots) of an impression's list. Raises BadImpression with the reason."""
+    def _list(self, impression: str, place: str) -> tuple[int, int]:
+        """(id, number of slots) of an impression's list. Raises BadImpression: `place: reason`."""
         try:
             raw = base64.urlsafe_b64decode(impression)
         except (TypeError, ValueError):
             raw = b""
         body, mac = raw[:-16], raw[-16:]
-        own = hmac.compare_digest(mac, self._mac(b"impression" + body))
-        if not own or base64.urlsafe_b64encode(raw).decode() != impression:
-            raise BadImpression("not an impression id of this server")
+        genuine = hmac.compare_digest(mac, self._mac(b"impression" + body))
+        if not genuine or base64.urlsafe_b64encode(raw).decode() != impression:  # another spelling
+            raise BadImpression(f"{place}: not an impression id of this server")
         if int.from_bytes(body[12:], "big", signed=True) < self.now() * 1000:
-            raise BadImpression("expired")
+            raise BadImpression(f"{place}: expired")
         query = "SELECT id, json_array_length(starters) FROM lists WHERE token=?"
         if not (rows := self._rows(query, body[:12])):
-            raise BadImpression("its list was deleted")
+            raise BadImpression(f"{place}: its list was deleted")
         return rows[0]
 
     def offer(
@@ -323,20 +327,16 @@ class Store:
         with self._transaction() as db:
             query = "SELECT token FROM lists WHERE user_id=? AND shown IS NULL AND"
             same = "(method, version, interests, starters) = (?, ?, ?, ?)"
-            found = self._rows(f"{query} {same}", user_id, *content)
-            token = found[0][0] if found else secrets.token_bytes(12)
+            rows = self._rows(f"{query} {same}", user_id, *content)
+            token = rows[0][0] if rows else secrets.token_bytes(12)
             [(last,)] = self._rows("SELECT max(id) FROM lists")
             row = ((last or 0) + 1, token, user_id, self.now(), None, *content)
             db.execute("INSERT OR REPLACE INTO lists VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
-            if row[0] % 1000 == 0:
-                self._tidy(db)
+            if row[0] % 1000 == 0:  # old lists that no event can reach, and ids without a history
+                old = self.now() - max(KEPT, IMPRESSION_SECONDS)
+                db.execute("DELETE FROM lists WHERE shown IS NULL AND at < ?", (old,))
+                db.execute("DELETE FROM ahead WHERE user_id NOT IN (SELECT user_id FROM users)")
         return self._impression(token)
-
-    def _tidy(self, db) -> None:
-        """Drop old lists that no event can reach, and what is ready for ids without a history."""
-        old = self.now() - max(KEPT, self.impression_seconds)
-        db.execute("DELETE FROM lists WHERE shown IS NULL AND at < ?", (old,))
-        db.execute("DELETE FROM ahead WHERE user_id NOT IN (SELECT user_id FROM users)")
 
     def record(self, events: list[tuple[str, str, int | None]]) -> int:
         """Take (impression id, "shown" | "tap", slot) events durably, all or none.
@@ -347,21 +347,19 @@ class Store:
         new = 0
         with self._transaction(durable=True) as db:
             for i, (impression, kind, slot) in enumerate(events):
-                try:
-                    found, slots = self._list(impression)
-                except BadImpression as error:
-                    raise BadImpression(f"events[{i}].impression_id: {error}") from None
+                place = f"events[{i}]"
+                number, slots = self._list(impression, f"{place}.impression_id")
                 if kind not in ("shown", "tap"):
-                    raise ValueError(f"events[{i}].type: 'shown' or 'tap'")
+                    raise ValueError(f"{place}.type: 'shown' or 'tap'")
                 if kind == "shown" and slot is not None:
-                    raise ValueError(f"events[{i}].slot: only a tap has one")
-                if kind == "tap" and (type(slot) is not int or not 0 <= slot < slots):
-                    raise ValueError(f"events[{i}].slot: not one of the list's {slots} slots")
+                    raise ValueError(f"{place}.slot: only a tap has one")
+                if kind == "tap" and (type(slot) is not int or not 0 <= slot < slots):  # no bool
+                    raise ValueError(f"{place}.slot: not one of the list's {slots} slots")
                 query = "UPDATE lists SET shown=? WHERE id=? AND shown IS NULL"
-                changed = db.execute(query, (self.now(), found)).rowcount
+                changed = db.execute(query, (self.now(), number)).rowcount
                 if kind == "tap":
                     query = "INSERT OR IGNORE INTO taps VALUES (?, ?)"
-                    changed = db.execute(query, (found, slot)).rowcount
+                    changed = db.execute(query, (number, slot)).rowcount
                 new += changed
         return new
 
@@ -374,25 +372,24 @@ class Store:
 
     def shown(self, user_id: str | None = None) -> Iterator[Shown]:
         """Lists with an event, of one user or of all, in the order in which they were answered."""
-        user = [] if user_id is None else [user_id]
+        only = [] if user_id is None else [user_id]
         rows = self._rows(
             f"""
             WITH seen AS (
                 SELECT *, lead(id) OVER (PARTITION BY user_id ORDER BY id) AS next FROM lists
-                WHERE shown IS NOT NULL AND starters != '[]' {"AND user_id = ?" * len(user)})
+                WHERE shown IS NOT NULL AND starters != '[]' {"AND user_id = ?" * len(only)})
             SELECT user_id, at, interests, starters,
                 (SELECT json_group_array(slot) FROM taps WHERE list = id),
                 (SELECT sum(n) FROM appended WHERE appended.user_id = seen.user_id
                     AND after >= id AND (next IS NULL OR after < next)),
                 next, method, version
             FROM seen ORDER BY id
-            """,
-            *user,
-        )
-        for user_id, at, interests, starters, taps, after, following, *arm in rows:
-            when = datetime.fromtimestamp(at, UTC).replace(tzinfo=None)
-            lists = (json.loads(interests), json.loads(starters), sorted(json.loads(taps)))
-            yield Shown(user_id, when, *lists, after or (0 if following else None), *arm)
+            """, *only)
+        for user, at, interests, starters, taps, after, following, method, version in rows:
+            yield Shown(user, datetime.fromtimestamp(at, UTC).replace(tzinfo=None),
+                        json.loads(interests), json.loads(starters), sorted(json.loads(taps)),
+                        after or (0 if following else None),  # 0 is known only afterwards
+                        method, version)
 
     def rates(self) -> list[dict]:
         """Taps per shown starter of each method, with a 95 % interval by users (`_interval`)."""
@@ -404,17 +401,15 @@ class Store:
                 FROM lists WHERE shown IS NOT NULL AND starters != '[]')
             SELECT method, count(*), sum(tapped > 0), sum(slots), sum(tapped)
             FROM seen GROUP BY method, user_id ORDER BY method
-            """
-        )
-        made = []
+            """)
+        table, names = [], ("lists", "lists_tapped", "starters", "taps")
         for method, group in itertools.groupby(rows, lambda row: row[0]):
-            _, lists, tapped, starters, taps = zip(*group, strict=True)  # by user
-            counts = {"users": len(lists), "lists": sum(lists), "lists_tapped": sum(tapped)}
-            counts |= {"starters": sum(starters), "taps": sum(taps)}
-            low, high = _interval(starters, taps)
-            figures = {"rate": sum(taps) / sum(starters), "low": low, "high": high}
-            made.append({"method": method, **counts, **figures})
-        return made
+            columns = [*zip(*group, strict=True)][1:]  # of each name one number a user
+            sums = dict(zip(names, map(sum, columns), strict=True))
+            low, high = _interval(*columns[2:])
+            table.append({"method": method, "users": len(columns[0]), **sums,
+                          "rate": sums["taps"] / sums["starters"], "low": low, "high": high})
+        return table
 
     # --------------------------------------------------------------------------- lists kept ready
 
@@ -430,18 +425,15 @@ class Store:
             db.execute("INSERT OR REPLACE INTO ahead VALUES (?, ?, ?, ?)", row)
 
 
-# ------------------------------------------------------------------------------------- arithmetic
-
-
 def _merged(held: list[str], given: list[str]) -> list[str]:
     """Both in one order: what is new goes before the next of `given` that is held, or last."""
-    known, before, waiting = set(held), {}, []
+    places, before, waiting = set(held), {}, []
     for name in given:
-        if name in known:
+        if name in places:
             before[name], waiting = waiting, []
         else:
             waiting.append(name)
-    return [x for name in held for x in (*before.get(name, ()), name)] + waiting
+    return [each for name in held for each in (*before.get(name, ()), name)] + waiting
 
 
 def _interval(starters: tuple[int, ...], taps: tuple[int, ...]) -> tuple[float, float]:
@@ -452,13 +444,11 @@ def _interval(starters: tuple[int, ...], taps: tuple[int, ...]) -> tuple[float, 
     (a single one, no tap at all) each counts as one starter.
     """
     n, total = len(starters), sum(starters)
-    rate = sum(taps) / total
+    rate, size = sum(taps) / total, n
     spread = sum((t - rate * s) ** 2 for s, t in zip(starters, taps, strict=True))
-    size, z = n, 1.959964
-    if n > 1:
-        z += (z**3 + z) / (4 * (n - 1))  # Student's, to the first order
-        if spread:
-            size = min(total, rate * (1 - rate) * total**2 / (spread * n / (n - 1)))
+    if n > 1 and spread:
+        size = min(total, rate * (1 - rate) * total**2 / (spread * n / (n - 1)))
+    z = float(stdtrit(n - 1 if n > 1 else math.inf, 0.975))  # of one user no spread is known
     middle = (rate + z**2 / (2 * size)) / (1 + z**2 / size)
     half = z / (1 + z**2 / size) * math.sqrt(rate * (1 - rate) / size + (z / (2 * size)) ** 2)
     return max(0.0, middle - half), min(1.0, middle + half)

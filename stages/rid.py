@@ -1,293 +1,253 @@
-"""Resonance-aware interest distillation (RID): which past interests are worth bringing up again.
+"""Stage `rid`: resonance-aware interest distillation. Which past interests are worth bringing up?
 
     python train.py --stage rid
 
-Three stages: `summarize` puts a line for a session of messages, `match` marks what a later session
-came back to, `rid` trains the scorer on that (Eq. 3), fits the gate (Eq. 4) and distils everybody's
-trigger interests.
+Section 2.2 of the paper: train the resonance scorer (Eq. 2) with the contrastive loss (Eq. 3) on
+what later sessions came back to (stage `match`), fit the activity-aware gate (Eq. 4) on held-out
+users, and distil everybody's trigger interests.
 
-Legend: B rows, N summaries, E earlier and L later ones.
+Departures: several towers whose cosines are averaged, since one alone varies with its seed.
+Thresholds maximise F_0.5 of "revisited" on held-out users, as the paper leaves open how they are
+learned.
+
+Legend: B rows, N summaries, D embedding, F statistics, H hidden.
 """
 
 from __future__ import annotations
 
-import copy
-import functools
+import itertools
 import random
-from collections.abc import Callable
+from collections import defaultdict
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 import icebreaker as ib
-import roles
-from config import UserError, atomic_path, read_json, read_tensors, write_json, write_tensors
-from encoder import Encoder, embed
-from pipeline import Pipeline, progress
+from config import (
+    RidConfig,
+    UserError,
+    progress,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+from roles.players import Players
+from run import Run
+from stages.match import Revisits
+from stages.training import Best
 
-# -------------------------------------------------------------------------- summarize, match
-
-
-def stage_summarize(p: Pipeline) -> dict:
-    """Write a summary of every session that came with messages alone."""
-    missing = [
-        (user.user_id, i, session.messages)
-        for user in p.logged_users
-        for i, session in enumerate(user.sessions)
-        if not session.summary
-    ]
-    made = summarise(p, [m for *_, m in missing])
-    summaries: dict[str, dict[str, str]] = {}
-    for (user_id, i, _), text in zip(missing, made, strict=True):
-        if text:
-            summaries.setdefault(user_id, {})[str(i)] = text
-    write_json(p.run / "summarize" / "summaries.json", summaries)
-    return {"without_summary": len(missing), "still": sum(not text for text in made)}
+Row = tuple[str, int]  # a user at a cut of the log
 
 
-def summarise(p: Pipeline, messages: list[list]) -> list[str | None]:
-    """A line for each session's messages, by the role that is set; None where there is none."""
-    if p.config.roles.summariser == "rules":
-        return [roles.RuleSummariser().summarise(m) for m in messages]
-    from roles import chat
+@dataclass(frozen=True)
+class Distiller:
+    """Histories in, trigger interests out: the trained scorer and the gate."""
 
-    return chat.LLMSummariser(p.chat(p.config.roles.summariser)).summarise(messages)
+    scorer: ib.ResonanceScorer
+    edges: list[float]  # quantiles of activity between the gate's groups
+    thresholds: list[float]  # tau of each group, Eq. (4)
+    settings: RidConfig
 
+    @classmethod
+    def load(cls, run: Run) -> Distiller:
+        """As stage `rid` saved it."""
+        scorer, gate = new_scorer(run), read_json(run.folder / "rid" / "gate.json")
+        scorer.load_state_dict(read_tensors(run.folder / "rid" / "scorer.safetensors"))
+        return cls(scorer.eval(), gate["edges"], gate["thresholds"], run.config.rid)
 
-def stage_match(p: Pipeline) -> dict:
-    """Mark which past summaries a later session revisits, for every user and cut."""
-    cuts = range(len(p.config.data.cuts))
-    rows = [(user_id, cut) for user_id in p.users for cut in cuts]
-    jobs = [
-        (p.histories[u][c].texts, sorted({s.summary for s in p.parts(u, c)[1]})) for u, c in rows
-    ]
-    settings, labels = p.config.roles, {user_id: [] for user_id in p.users}
-    if settings.matcher == "rules":
-        everyone = ([s.summary for s in u.sessions] for u in p.users.values())
-        matcher = roles.RuleMatcher(
-            p.encoder,
-            settings.match_cosine,
-            settings.match_cosine_alone,
-            roles.themes(everyone, settings.theme_share),
-        )
-    else:
-        from roles import chat
+    def scores(self, histories: list[ib.History], profiles: torch.Tensor) -> list[np.ndarray]:
+        """s(u, h) (N,) of every summary of each history; profiles (B, D)."""
+        return resonance(self.scorer, histories, profiles)
 
-        matcher = chat.LLMMatcher(
-            p.chat(settings.matcher), p.encoder, settings.match_candidates, settings.match_floor
-        )
-    for (user_id, _), found in zip(rows, matcher.match(jobs), strict=True):  # (E, L) each
-        labels[user_id].append(np.where((found > 0).any(1), 1, found.min(1, initial=0)).tolist())
-    write_json(p.run / "match" / "revisited.json", labels)
-    flat = np.array([x for own in labels.values() for cut in own for x in cut])
-    known = flat[flat >= 0]
-    return {
-        "summaries": len(flat),
-        "unknown": len(flat) - len(known),
-        "revisited_share": float(known.mean()) if len(known) else 0.0,
-    }
+    def threshold(self, history: ib.History) -> float:
+        """tau_g(u): the gate's line for a user of this activity."""
+        return self.thresholds[ib.activity_group(history.sessions_per_week, self.edges)]
+
+    def keep(self, history: ib.History, scores) -> list[int]:
+        """Indices of the trigger interests T_u, best first, near-duplicates collapsed (Eq. 4)."""
+        r = self.settings
+        return ib.distil(
+            scores, self.threshold(history), r.min_keep, r.max_keep, history.embeddings,
+            r.duplicate_cosine,
+        )  # fmt: skip
 
 
-class Revisits:
-    """Labels of `match`: which summaries of a (user, cut) row a later session revisited.
-
-    1 revisited, 0 not, -1 unknown (the matcher's call failed): these are neither.
-    """
-
-    def __init__(self, p: Pipeline):
-        self.labels = read_json(p.run / "match" / "revisited.json")
-        self.cuts = range(len(p.config.data.cuts))
-
-    def __getitem__(self, row: tuple[str, int]) -> np.ndarray:
-        return np.array(self.labels[row[0]][row[1]], int)  # (N,)
-
-    def rows(self, ids: list[str]) -> list[tuple[str, int]]:
-        """(user, cut) rows with both a revisited and a never-revisited summary."""
-        rows = [(user_id, cut) for user_id in ids for cut in self.cuts]
-        return [row for row in rows if {0, 1} <= {*self[row].tolist()}]
-
-    def auc(self, rows: list[tuple[str, int]], scores: list[np.ndarray]) -> float:
-        """Mean over users of the AUC of "revisited later" (each user's cuts averaged first)."""
-        by_user: dict[str, list[float]] = {}
-        for row, s in zip(rows, scores, strict=True):
-            known = self[row] >= 0
-            auc = ib.per_user_auc(s[known], self[row][known])
-            by_user.setdefault(row[0], []).append(auc)
-        return float(np.mean([np.mean(v) for v in by_user.values()])) if by_user else float("nan")
-
-
-def stage_rid(p: Pipeline) -> dict:
+def stage_rid(run: Run, players: Players, key: str) -> dict:
     """Train the resonance scorer (Eq. 3), fit the gate (Eq. 4), distil every user's interests."""
-    revisits = Revisits(p)
+    revisits = Revisits(run)
     train, valid, unseen = (
-        revisits.rows(p.ids(*s)) for s in (("train",), ("valid",), ("judge", "test"))
+        revisits.rows(run.ids(*splits)) for splits in (("train",), ("valid",), ("judge", "test"))
     )
+    # Of unseen people no tower, no threshold and no early stop has learned.
     if not train or not valid:
         raise UserError(
-            f"{p.users_file}: no user comes back to an earlier subject (checked {len(p.users)} "
+            f"{run.users_file}: no user comes back to an earlier subject (checked {len(run.users)} "
             f"users, in four splits), so there is nothing to learn from; more users or longer "
             f"histories are needed"
         )
-    score, valid_auc = fit_scorer(p, revisits, train, valid)
-    activity = [p.histories[u][c].sessions_per_week for u, c in train]
-    groups = p.config.rid.activity_groups
+    scorer, valid_auc = fit_scorer(run, revisits, train, valid)
+    activity = [run.histories[u][c].sessions_per_week for u, c in train]  # valid users set tau
+    groups = run.config.rid.activity_groups
     edges = np.quantile(activity, np.arange(1, groups) / groups).tolist()
-    thresholds = fit_gate(p, revisits, score, valid, edges)
-    write_json(p.run / "rid" / "gate.json", {"edges": edges, "thresholds": thresholds})
-    kept = distil_all(p, score, edges, thresholds)
+    thresholds = fit_gate(run, revisits, scorer, valid, edges)
+    write_json(run.folder / "rid" / "gate.json", {"edges": edges, "thresholds": thresholds})
+    kept_per_user = distil_everybody(run, Distiller(scorer, edges, thresholds, run.config.rid))
     baselines = {"recency": ib.recency_scores, "frequency": ib.frequency_scores}
     return {
         "train_users": len({u for u, _ in train}),
         "valid_auc": valid_auc,
         "thresholds": thresholds,
-        "kept_per_user": kept,
+        "kept_per_user": kept_per_user,
         "unseen_users": len({u for u, _ in unseen}),
-        "auc": revisits.auc(unseen, score(unseen)) if unseen else float("nan"),
+        "auc": revisits.auc(unseen, score_rows(run, scorer, unseen)) if unseen else float("nan"),
     } | {
-        f"auc_{name}": revisits.auc(unseen, [rank(p.histories[u][c]).numpy() for u, c in unseen])
+        f"auc_{name}": revisits.auc(unseen, [rank(run.histories[u][c]).numpy() for u, c in unseen])
         for name, rank in baselines.items()
     }
 
 
-def fit_scorer(p: Pipeline, revisits: Revisits, train, valid) -> tuple[Callable, float]:
-    """Minimise Eq. (3); the epoch with the best AUC on held-out users stays.
-
-    Returns (user, cut) rows -> s(u, h) of their summaries, and that AUC.
-    """
-    settings = p.config.rid
-    torch.manual_seed(p.seed("rid"))
-    scorer = new_scorer(p)
+def fit_scorer(run: Run, revisits: Revisits, train: list[Row], valid: list[Row]):
+    """Minimise Eq. (3); the epoch with the best AUC on held-out users stays: (scorer, its AUC)."""
+    settings = run.config.rid
+    torch.manual_seed(run.seed("rid"))
+    scorer = new_scorer(run)  # after the seed: its weights are drawn here
     optimiser = torch.optim.AdamW(scorer.parameters(), settings.learning_rate, weight_decay=0.01)
-    trained, tuned, encode = [*scorer.towers], None, None
-    if settings.encoder_learning_rate:
-        tuned, size = copy.deepcopy(p.encoder.model).eval(), p.config.encoder.batch_size
-        encode = functools.partial(
-            embed, tuned, batch_size=size, recompute=settings.encoder_recompute
-        )
-        weights = {"params": tuned.parameters(), "lr": settings.encoder_learning_rate}
-        optimiser.add_param_group(weights)
-        trained.append(tuned)
-    trained = torch.nn.ModuleList(trained)
-
-    def score(rows: list[tuple[str, int]]) -> list[np.ndarray]:
-        return p.resonance(scorer, rows, Encoder(model=tuned) if tuned else None)
-
-    shuffle = random.Random(p.seed("rid", "order"))
-    lottery = torch.Generator().manual_seed(p.seed("rid", "negatives"))
-    text_id: dict[str, int] = {}
-    cuts: dict[str, list[int]] = {}
+    shuffle = random.Random(run.seed("rid", "order"))
+    lottery = torch.Generator().manual_seed(run.seed("rid", "negatives"))
+    cuts, text_ids = defaultdict(list), defaultdict(itertools.count().__next__)
     for user_id, cut in train:
-        cuts.setdefault(user_id, []).append(cut)
-    best, best_auc, waited = None, -1.0, 0
-    for epoch in progress(range(settings.epochs), "rid"):
+        cuts[user_id].append(cut)
+    best = Best(scorer)
+    for epoch in (bar := progress(range(settings.epochs), "rid")):
         # One cut per user and epoch: a user's own texts never serve as cross-user negatives.
         order = [(user_id, shuffle.choice(c)) for user_id, c in cuts.items()]
         shuffle.shuffle(order)
-        scorer.train()
+        scorer.train()  # dropout on
         losses = []
         for start in range(0, len(order), settings.batch_users):
             rows = order[start : start + settings.batch_users]
-            batch = p.scorer_batch(rows, encode)
-            label = torch.full(batch["mask"].shape, -1)
-            ids = torch.full(label.shape, -1)
-            for i, (user_id, cut) in enumerate(rows):
-                texts = p.histories[user_id][cut].texts
-                label[i, : len(texts)] = torch.from_numpy(revisits[user_id, cut])
-                ids[i, : len(texts)] = torch.tensor(
-                    [text_id.setdefault(t, len(text_id)) for t in texts]
-                )
-            loss = 0.0
+            inputs, labels, ids = training_batch(run, revisits, rows, text_ids)
+            loss = 0.0  # a sum, as the towers share no weight
             for tower in scorer.towers:
-                user, sessions = tower(**batch)
+                user, sessions = tower(**inputs)  # (B, H), (B, N, H)
                 scores, counts = ib.contrastive_rows(
-                    user, sessions, label == 1, label >= 0, ids, settings.negatives_within, lottery
+                    user, sessions, labels == 1, labels >= 0, ids, settings.negatives_within, lottery
                 )
-                loss = loss + ib.contrastive_loss(scores, settings.temperature, counts).mean()
+                rows_loss = ib.contrastive_loss(scores, settings.temperature, counts)  # (P,)
+                loss = loss + rows_loss.mean()
             optimiser.zero_grad()
             loss.backward()  # Eq. (3), of every tower
-            for part in trained:
-                torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0)
+            for tower in scorer.towers:  # they share nothing, so each has a norm of its own
+                torch.nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
             optimiser.step()
-            losses.append(loss.item() / len(scorer.towers))
-        auc = revisits.auc(valid, score(valid))
-        p.run.log("rid", epoch=epoch, loss=float(np.mean(losses)), valid_auc=auc)
-        if auc > best_auc:
-            best, best_auc, waited = {k: v.clone() for k, v in trained.state_dict().items()}, auc, 0
-        else:
-            waited += 1
-            if waited > settings.patience:
-                break
-    trained.load_state_dict(best)
-    write_tensors(p.run / "rid" / "scorer.safetensors", scorer.state_dict())
-    if tuned:
-        with atomic_path(p.run / "rid" / "encoder") as temporary:
-            tuned.save(str(temporary))
-    return score, best_auc
+            losses.append(loss.item() / len(scorer.towers))  # of one tower
+        auc = revisits.auc(valid, score_rows(run, scorer, valid))
+        run.folder.log("rid", epoch=epoch, loss=float(np.mean(losses)), valid_auc=auc)
+        bar.set(loss=float(np.mean(losses)), auc=auc)
+        best.offer(auc)
+        # Early stopping: what is learned later is the training users by heart.
+        if best.waited > settings.patience:
+            break
+    best.restore()
+    write_tensors(run.folder / "rid" / "scorer.safetensors", scorer.state_dict())
+    return scorer, best.value
 
 
-def fit_gate(p: Pipeline, revisits: Revisits, score, valid, edges) -> list[float]:
-    """A threshold for each activity group, from held-out users."""
-    scores = score(valid)
+def training_batch(run: Run, revisits: Revisits, rows: list[Row], text_ids: dict[str, int]):
+    """Inputs of a tower, labels (B, N) of `match` (-1: none or pad), and a number for each text.
+
+    Equal texts have equal numbers: what equals a positive is never a negative.
+    """
+    inputs = scorer_inputs(*histories_of(run, rows))
+    labels = torch.full(inputs["mask"].shape, -1)  # (B, N)
+    ids = torch.full(labels.shape, -1)  # (B, N)
+    for i, (user_id, cut) in enumerate(rows):
+        texts = run.histories[user_id][cut].texts
+        labels[i, : len(texts)] = torch.from_numpy(revisits[user_id, cut])
+        ids[i, : len(texts)] = torch.tensor([text_ids[text] for text in texts])
+    return inputs, labels, ids
+
+
+def fit_gate(run: Run, revisits: Revisits, scorer, valid: list[Row], edges) -> list[float]:
+    """A threshold for each activity group, from held-out users (Eq. 4)."""
+    scores = score_rows(run, scorer, valid)
     groups = [
-        np.full(len(s), ib.activity_group(p.histories[u][c].sessions_per_week, edges))
+        np.full(len(s), ib.activity_group(run.histories[u][c].sessions_per_week, edges))
         for (u, c), s in zip(valid, scores, strict=True)
     ]
     labels = [revisits[row] for row in valid]
+    # One row a summary, (n,): a threshold is for scores of all users of a group.
     score, label, group = map(np.concatenate, (scores, labels, groups))
-    known = label >= 0
-    fitted = ib.fit_thresholds(
-        score[known], label[known], group[known], p.config.rid.activity_groups
-    )
-    return fitted.tolist()
+    answered = label >= 0  # a failed call is no evidence either way
+    return ib.fit_thresholds(
+        score[answered], label[answered], group[answered], run.config.rid.activity_groups
+    ).tolist()
 
 
-def distil_all(p: Pipeline, score, edges, thresholds) -> float:
+def distil_everybody(run: Run, distiller: Distiller) -> float:
     """Write every user's trigger interests at every cut; return the mean number kept."""
-    everyone = [(u, c) for u in p.users for c in range(len(p.shares)) if p.histories[u][c].texts]
-    triggers = {u: [{"interests": [], "scores": []} for _ in p.shares] for u in p.users}
-    for (user_id, cut), found in distil_rows(p, score, edges, thresholds, everyone).items():
-        triggers[user_id][cut] = found
-    write_json(p.run / "rid" / "triggers.json", triggers)
+    rows = [(u, c) for u in run.users for c in range(len(run.shares)) if run.histories[u][c].texts]
+    # Who has no history at a cut has no interests there, and takes the cold-start path.
+    triggers = {u: [{"interests": [], "scores": []} for _ in run.shares] for u in run.users}
+    for (user_id, cut), scores in zip(rows, score_rows(run, distiller.scorer, rows), strict=True):
+        history = run.histories[user_id][cut]
+        keep = distiller.keep(history, scores)
+        triggers[user_id][cut] = {
+            "interests": [history.texts[i] for i in keep],
+            "scores": [float(scores[i]) for i in keep],
+        }
+    write_json(run.folder / "rid" / "triggers.json", triggers)
     return float(np.mean([len(cuts[-1]["interests"]) for cuts in triggers.values()]))
 
 
-def distil_rows(p: Pipeline, score, edges, thresholds, rows) -> dict[tuple[str, int], dict]:
-    """(user, cut) row -> its trigger interests, best first, and their scores (Eq. 4)."""
-    settings, found = p.config.rid, {}
-    for row, scores in zip(rows, score(rows), strict=True):
-        history = p.histories[row[0]][row[1]]
-        keep = ib.distil(
-            scores,
-            thresholds[ib.activity_group(history.sessions_per_week, edges)],
-            settings.min_keep,
-            settings.max_keep,
-            history.embeddings,
-            settings.duplicate_cosine,
-        )
-        found[row] = {
-            "interests": [history.texts[j] for j in keep],
-            "scores": [float(scores[j]) for j in keep],
-        }
-    return found
+# --------------------------------------------------------------------------------------- the scorer
 
 
-def new_scorer(p: Pipeline) -> ib.ResonanceScorer:
-    r, features = p.config.rid, len(ib.FEATURE_NAMES)
-    return ib.ResonanceScorer(r.towers, p.encoder.dim, features, r.text_dim, r.hidden, r.dropout)
+def new_scorer(run: Run) -> ib.ResonanceScorer:
+    r, statistics = run.config.rid, len(ib.FEATURE_NAMES)
+    return ib.ResonanceScorer(r.towers, run.encoder.dim, statistics, r.text_dim, r.hidden, r.dropout)
 
 
-def saved_scorer(p: Pipeline) -> ib.ResonanceScorer:
-    scorer = new_scorer(p)
-    scorer.load_state_dict(read_tensors(p.run / "rid" / "scorer.safetensors"))
-    return scorer.eval()
+def histories_of(run: Run, rows: list[Row]) -> tuple[list[ib.History], torch.Tensor]:
+    """The histories of (user, cut) rows, and their profiles (B, D)."""
+    histories = [run.histories[user_id][cut] for user_id, cut in rows]
+    return histories, torch.stack([run.profiles[user_id] for user_id, _ in rows])
 
 
-def distil_latest(p: Pipeline) -> dict[str, list[str]]:
-    """Trigger interests of p.users as they are now, by the scorer and gate that `rid` saved."""
-    scorer, gate = saved_scorer(p), read_json(p.run / "rid" / "gate.json")
-    last = len(p.shares) - 1
-    rows = [(u, last) for u in p.users if p.histories[u][last].texts]
-    found = distil_rows(
-        p, lambda x: p.resonance(scorer, x), gate["edges"], gate["thresholds"], rows
-    )
-    return {u: row["interests"] for (u, _), row in found.items()}
+def score_rows(run: Run, scorer: ib.ResonanceScorer, rows: list[Row]) -> list[np.ndarray]:
+    """s(u, h) of every summary of every (user, cut) row."""
+    return resonance(scorer, *histories_of(run, rows)) if rows else []
+
+
+@torch.no_grad()
+def resonance(
+    scorer: ib.ResonanceScorer, histories: list[ib.History], profiles: torch.Tensor
+) -> list[np.ndarray]:
+    """s(u, h) (N,) of every summary of each history; profiles (B, D)."""
+    scorer.eval()  # dropout off
+    scores = []
+    for start in range(0, len(histories), 32):  # as many pads as a few long histories cause
+        part = slice(start, start + 32)
+        inputs = scorer_inputs(histories[part], profiles[part])
+        s = scorer(**inputs)  # (B, N), Eq. (2)
+        scores += [row[mask].numpy() for row, mask in zip(s, inputs["mask"], strict=True)]
+    return scores
+
+
+def scorer_inputs(histories: list[ib.History], profiles: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Padded inputs of ResonanceScorer and Tower; profiles (B, D)."""
+    (b, d), n = profiles.shape, max(len(h.texts) for h in histories)
+    inputs = {
+        "embeddings": torch.zeros(b, n, d),  # (B, N, D)
+        "statistics": torch.zeros(b, n, len(ib.FEATURE_NAMES)),  # (B, N, F)
+        "mask": torch.zeros(b, n, dtype=torch.bool),
+        "profile": profiles,
+    }
+    for i, h in enumerate(histories):
+        m = len(h.texts)
+        # Pads stay zero; the mask keeps them out of every sum and softmax.
+        inputs["embeddings"][i, :m], inputs["statistics"][i, :m] = h.embeddings, h.statistics
+        inputs["mask"][i, :m] = True  # (B, N)
+    return inputs

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from config import AbConfig, WorldConfig
-from world import ab, people
+from world import ab, click_model, people
 
 SETTINGS = WorldConfig(users=60, seed=5, starter_pool=400, impressions_per_user=1)
 
@@ -68,7 +68,7 @@ class SureTruth:
 
 def test_a_life_in_which_nothing_is_left_to_chance(monkeypatch):
     """u1 comes every day and taps two of three starters, u2 never comes."""
-    monkeypatch.setattr(people, "depth", lambda resonance: 0.0)
+    monkeypatch.setattr(ab, "further_sessions", lambda resonance: 0.0)
     truth, lists = SureTruth(), {"u1": [["tap 1?", "no", "tap 2"]], "u2": [["tap 1"]]}
     made = ab.simulate(truth, {"u1": 1e9, "u2": 0.0}, {"a": lists}, AbConfig(days=14), seed=0)
     counts = {"active_days": 14, "started_days": 14, "sessions": 28, "taps": 28, "shown": 42}
@@ -92,8 +92,8 @@ def test_without_a_tap_four_in_five_start_a_conversation_of_their_own():
 def test_a_tap_leads_to_as_many_further_sessions_as_in_the_log():
     gaps = [ab._draws("u1", day, 5, 0)[2] for day in range(4000)]
     for resonance in (0.0, 1.0):
-        further = [(g < people.depth(resonance)).sum() for g in gaps]
-        mean = people.depth(resonance)
+        mean = click_model.further_sessions(resonance)
+        further = [(g < mean).sum() for g in gaps]
         assert np.mean(further) == pytest.approx(mean, abs=5 * math.sqrt(mean / 4000))
         assert np.var(further) == pytest.approx(mean, rel=0.15)  # as a Poisson draw has
 
@@ -144,21 +144,6 @@ def test_the_same_lists_give_the_same_lives_whatever_the_order_of_arms(platform,
     json.dumps([made, lifts], allow_nan=False)
 
 
-def test_shares_put_each_person_in_one_arm(platform, arms):
-    made = _run(platform, arms, split="shares", days=7)
-    met = [set(rows["users"]) for rows in made["arms"].values()]
-    users = [u.user_id for u in platform[1]]
-    assert sum(map(len, met)) == len(set().union(*met)) == len(users)
-    assert min(map(len, met)) >= 5
-    paired = _run(platform, arms, days=7)["arms"]
-    for arm, rows in made["arms"].items():
-        assert rows["users"].items() <= paired[arm]["users"].items()
-    turned = _run(platform, dict(reversed(arms.items())), split="shares", days=7)
-    assert turned == made and ab.lifts([turned]) == ab.lifts([made])
-    alone = _run(platform, arms, split="shares", days=7, users=1)  # three arms meet nobody
-    assert ab.lifts([alone]).keys() == arms.keys() - {"deployed"}
-
-
 def test_a_life_begins_without_what_another_tapped():
     truth = SureTruth()
     lists = {"a": {"u1": [["tap 1"]]}}
@@ -177,28 +162,20 @@ def test_a_person_counts_once_with_the_mean_of_several_lives(platform, arms):
     assert other != once["users"]
 
 
-def test_fewer_people_are_some_of_all(platform, arms):
-    few, everybody = (_run(platform, arms, days=7, users=n)["arms"]["random"] for n in (9, 0))
-    assert len(few["users"]) == 9 and few["users"].items() <= everybody["users"].items()
-
-
 def test_what_cannot_be_compared_is_refused(platform, arms):
     with pytest.raises(ValueError, match="same users"):
         _run(platform, arms | {"few": {"u1": [["x"]]}})
     with pytest.raises(ValueError, match="activity"):
         ab.simulate(platform[0], {}, arms, AbConfig(), 0)
-    with pytest.raises(ValueError, match="split"):
-        _run(platform, arms, split="halves")
 
 
 # ------------------------------------------------------------------------------- metrics and lifts
 
 
-def _result(split="paired", **arms):
+def _result(**arms):
     """arm -> rows of COUNTS."""
     return {
         "days": 7,
-        "split": split,
         "seed": 0,
         "arms": {
             arm: {"users": {f"u{i}": dict(zip(ab.COUNTS, x, strict=True)) for i, x in enumerate(r)}}
@@ -233,7 +210,7 @@ def test_cumulative_figures_by_hand():
     lives[..., ab.COUNTS.index("shown")] = 5
     lives[0, :, ab.COUNTS.index("taps")] = 1
     lives[:, :, ab.COUNTS.index("sessions")] = [[1, 1], [3, 1]]
-    made = ab._cumulative(lives)
+    made = ab._summary(["u1", "u2"], lives)["cumulative"]
     assert made["ctr"] == [0.1, 0.1] and made["sessions"] == [2.0, 3.0]
     assert made["ctr_error"] == pytest.approx([0.1 / 2**0.5] * 2)
     assert made["sessions_error"] == pytest.approx([1 / 2**0.5, 1 / 2**0.5])
@@ -241,23 +218,19 @@ def test_cumulative_figures_by_hand():
 
 def test_delta_method_and_bootstrap_agree():
     rng = np.random.default_rng(0)
-    for split in ("paired", "shares"):
-        shown = 5 * rng.integers(1, 9, (2, 400))
-        taps = rng.binomial(shown, [[0.10], [0.12]])
-        rows = [
-            [(1, 1, 1, *x) for x in zip(*y, strict=True)] for y in zip(taps, shown, strict=True)
-        ]
-        made = _result(split, deployed=rows[0], ours=rows[1])
-        figures = ab.lifts([made], bootstrap=4000)["ours"]["CTR"]
-        low, high = figures["interval"]
-        ours, deployed = (ab._samples([made], arm, 4000)[1:, 2] for arm in ("ours", "deployed"))
-        z = (figures["value"] - figures["control"]) / (ours - deployed).std()
-        # in standard errors of the gap, which the bootstrap knows to about 1 %
-        own = NormalDist().inv_cdf(1 - figures["p"] / 2)
-        assert own == pytest.approx(z, rel=0.05)
-        beaten, interval = ab.beats([made], "ours", "deployed", "CTR")
-        assert beaten == figures["lift"] and interval == pytest.approx([low, high], rel=0.2)
-        assert ab.beats([made], "deployed", "ours", "CTR")[0] == -beaten
+    shown = 5 * rng.integers(1, 9, (2, 400))
+    taps = rng.binomial(shown, [[0.10], [0.12]])
+    rows = [[(1, 1, 1, *x) for x in zip(*y, strict=True)] for y in zip(taps, shown, strict=True)]
+    made = _result(deployed=rows[0], ours=rows[1])
+    figures = ab.lifts([made], bootstrap=4000)["ours"]["CTR"]
+    low, high = figures["interval"]
+    ours, deployed = (ab._samples([made], arm, 4000)[1:, 2] for arm in ("ours", "deployed"))
+    z = (figures["value"] - figures["control"]) / (ours - deployed).std()
+    # in standard errors of the gap, which the bootstrap knows to about 1 %
+    assert NormalDist().inv_cdf(1 - figures["p"] / 2) == pytest.approx(z, rel=0.05)
+    beaten, interval = ab.beats([made], "ours", "deployed", "CTR")
+    assert beaten == figures["lift"] and interval == pytest.approx([low, high], rel=0.2)
+    assert ab.beats([made], "deployed", "ours", "CTR")[0] == -beaten
 
 
 def test_where_control_has_nothing_there_is_no_lift():
@@ -290,15 +263,14 @@ def test_two_arms_of_random_lists_hold_zero_in_their_interval(platform, arms):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("split", ["paired", "shares"])
-def test_of_a_hundred_tests_without_a_difference_about_five_are_positive(platform, arms, split):
+def test_of_a_hundred_tests_without_a_difference_about_five_are_positive(platform, arms):
     truth, users = platform
     pool = sorted({y for rows in arms["random"].values() for x in rows for y in x})
     positive = np.zeros((100, len(ab.METRICS)))
     outside = np.zeros_like(positive)
     for seed in range(100):
         lists = {name: _random(pool, users, [seed, i]) for i, name in enumerate(("deployed", "b"))}
-        made = _run(platform, lists, seed, days=14, split=split)
+        made = _run(platform, lists, seed, days=14)
         for i, x in enumerate(ab.lifts([made], bootstrap=200)["b"].values()):
             positive[seed, i] = x["p"] < 0.05
             outside[seed, i] = not x["interval"][0] <= 0 <= x["interval"][1]

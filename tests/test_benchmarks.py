@@ -6,12 +6,15 @@ import sys
 
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 
 import benchmarks.__main__
 import benchmarks.plan
 import icebreaker as ib
 from benchmarks import common, list_search
+from benchmarks.contrastive import embed
 from config import ROOT
+from encoder import packaged_minilm
 
 
 def test_plain_and_vectorised_search_agree(monkeypatch):
@@ -27,6 +30,26 @@ def test_plain_and_vectorised_search_agree(monkeypatch):
         for row, u, s in zip(values, utility.tolist(), similarity.tolist(), strict=True):
             expected = list_search.plain_search(u, s, expand)
             assert row.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_embed_reads_each_text_once_and_recomputation_changes_no_gradient():
+    model = SentenceTransformer(packaged_minilm()).eval()
+    texts = ["chess openings", "Kyoto in autumn, by train and on foot", "chess openings", "bread"]
+    expected = torch.from_numpy(model.encode(texts, normalize_embeddings=True))
+    read, weight = [], model[0].auto_model.encoder.layer[0].output.dense.weight
+    preprocess = model.preprocess
+    model.preprocess = lambda batch: read.extend(batch) or preprocess(batch)
+    slopes = []
+    for recompute in (False, True):
+        read.clear()
+        vectors = embed(model, texts, 2, recompute)
+        assert torch.allclose(vectors, expected, atol=1e-5) and torch.equal(vectors[0], vectors[2])
+        assert sorted(read) == sorted(set(texts))
+        model.zero_grad()
+        (vectors[0] @ vectors[1] - vectors[2] @ vectors[3]).backward()
+        assert len(read) == (6 if recompute else 3)
+        slopes.append(weight.grad.clone())
+    assert torch.allclose(*slopes, rtol=1e-4, atol=1e-7)
 
 
 def test_candidates_take_turns_and_the_first_turn_is_not_measured():
@@ -46,7 +69,7 @@ def test_pages_take_a_row_that_ran_out_of_memory(monkeypatch, tmp_path):
     step = {"how": "sdpa", "tokens_per_s": 10.0, "share_of_peak": None, "peak_gb": 9.0, "note": "n"}
     rows = [
         about | step,
-        about | {"how": "flex_attention", "out_of_memory": True},
+        about | {"how": "trl", "out_of_memory": True},
         about | {"how": "stage sit", "tokens_per_s": 20.0, "peak_gb": 8.0, "estimate_gb": 4.0},
         about | {"how": "one list", "first_token_s": 0.25, "list_of_70_s": 3.5},
     ]
@@ -57,7 +80,7 @@ def test_pages_take_a_row_that_ran_out_of_memory(monkeypatch, tmp_path):
     assert "| sdpa" not in page and "| 10\\* |" in page and "out of memory" in page
     assert "| bf16 | stage sit | 512 | 20 |" in page and "| bf16 | 512 | 0.25 | 3.5 |" in page
     page = "\n".join(benchmarks.plan.gpu_section())
-    assert "flex" not in page and "| stage sit | 512 | 4.00 | 8.00 | **0.500** |" in page
+    assert "trl" not in page and "| stage sit | 512 | 4.00 | 8.00 | **0.500** |" in page
     assert "9.00\\*" in page and "\\* n." in page
 
 

@@ -30,7 +30,7 @@ from test_roles import encode
 import roles
 from config import ROOT, EndpointConfig, UserError
 from data import Message
-from roles import chat
+from roles import chat, prompted
 from roles.chat import Chat, Endpoint, Local, Request
 from tools import tiny_model
 
@@ -480,7 +480,7 @@ NASTY = [
 @given(st.lists(st.text() | st.sampled_from(NASTY) | st.lists(
     st.sampled_from(NASTY)).map("".join), max_size=4))
 def test_user_text_cannot_leave_its_string(texts):
-    block = chat._data(first=texts, last="x")
+    block = prompted.data_block(first=texts, last="x")
     start, middle, end = block.partition("\n")[0], block.split("\n")[1:-1], block.split("\n")[-1]
     assert (start, len(middle), end) == ("<data>", 1, "</data>")
     assert not re.search(r"[<>]|\[/?INST\]", middle[0]) and middle[0].encode()
@@ -491,15 +491,16 @@ def test_user_text_cannot_leave_its_string(texts):
             assert text == kept  # what holds no markup is left as it was
 
 
-def test_roles_send_user_text_inside_the_block_only(tmp_path):
+def test_roles_send_user_text_inside_the_block_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(prompted, "FLOOR", 0.0)
     backend = Scripted(lambda _: "")
     asking = Chat(backend, tmp_path / "a.sqlite")
     text = SECRET + "".join(NASTY).replace("\ud800", "")
-    chat.LLMTeacher(asking).write([[text]], 5, [0])
-    chat.LLMMatcher(asking, encode, 3, 0.0).match([([text], [text + " more"])])
-    chat.LLMJudge(asking).compare([([text], [text], [text, "b"])])
-    chat.LLMJudge(asking).quality([([text], [text])])
-    chat.LLMSummariser(asking).summarise([[Message(role="user", content=text)]])
+    prompted.LLMTeacher(asking).write([[text]], 5, [0])
+    prompted.LLMMatcher(asking, encode).match([([text], [text + " more"])])
+    prompted.LLMJudge(asking).compare([([text], [text], [text, "b"])])
+    prompted.LLMJudge(asking).quality([([text], [text])])
+    prompted.LLMSummariser(asking).summarise([[Message(role="user", content=text)]])
     assert len(backend.asked) == 6
     for request in backend.asked:
         before, block = request.user.split("<data>\n")
@@ -549,20 +550,20 @@ def test_teacher_asks_for_twice_the_list_and_keeps_whole_fields_only(play):
         "g": "<think> a form: <sug> What is Dune? && Who wrote it? </sug>",
     }
     asking = play(lambda request: texts[fields(request)["interests"][0]])
-    written = chat.LLMTeacher(asking).write([[key] for key in texts], 5, list(range(7)))
+    written = prompted.LLMTeacher(asking).write([[key] for key in texts], 5, list(range(7)))
     assert written == [texts["a"]] + [None] * 6
     assert roles.parse_starters(written[0]).starters == ("What is Dune?", "Who wrote it?")
     assert asking.counts == {"asked": 7, "answered": 1, "unreadable": 5, "time-out": 1}
     assert [(r.sample, r.temperature) for r in asking.backend.asked] == [(i, 0.7) for i in range(7)]
     for n, count in ((1, 5), (5, 10), (30, 20)):
-        chat.LLMTeacher(asking).write([["a"]], n, [9])
+        prompted.LLMTeacher(asking).write([["a"]], n, [9])
         assert asking.backend.asked[-1].user.startswith(f"{count} suggestions")
 
 
 def test_matcher_asks_about_near_texts_and_leaves_failures_unknown(play):
     labels = {"Dune film": "match.", "Dune two": "**Different** - they do not match", "Dune x": ""}
     asking = play(lambda request: labels[fields(request)["later"]])
-    matcher = chat.LLMMatcher(asking, encode, 3, 0.3)
+    matcher = prompted.LLMMatcher(asking, encode)
     earlier, later = ["dune"], ["Dune two", "Dune film", "Dune x", "zzzz q"]
     found = matcher.match([(earlier, later), (earlier, later[:2]), ([], later), (earlier, [])])
     assert [m.tolist() for m in found] == [[[0, 1, -1, 0]], [[0, 1]], [], [[]]]
@@ -571,26 +572,29 @@ def test_matcher_asks_about_near_texts_and_leaves_failures_unknown(play):
     assert {r.temperature for r in asking.backend.asked} == {0.0}
 
 
-def test_matcher_does_not_ask_about_rows_that_match_word_for_word(play):
+def test_matcher_does_not_ask_about_rows_that_match_word_for_word(play, monkeypatch):
     """Their label, whether any later summary matches, cannot change; that of other rows can."""
+    monkeypatch.setattr(prompted, "FLOOR", -1.0)
     asking = play(lambda _: "MATCH")
     later = ["Dune!", "dune two", "dune x"]
-    found = chat.LLMMatcher(asking, encode, 3, -1.0).match([(["dune", "dune y"], later)])[0]
+    found = prompted.LLMMatcher(asking, encode).match([(["dune", "dune y"], later)])[0]
     assert found.tolist() == [[1, 0, 0], [1, 1, 1]]
     assert {f["earlier"] for f in asking.backend.fields()} == {"dune y"}
     chore, asked = "translate a letter", len(asking.backend.asked)  # no interest, if repeated
-    found = chat.LLMMatcher(asking, encode, 3, -1.0).match([([chore], [chore, "letter"])])[0]
+    found = prompted.LLMMatcher(asking, encode).match([([chore], [chore, "letter"])])[0]
     assert not found.any() and len(asking.backend.asked) == asked
 
 
 @pytest.mark.parametrize("candidates, floor", [(1, -1.0), (2, 0.2), (9, 0.5), (3, 0.99)])
-def test_matcher_asks_about_the_nearest_only(play, candidates, floor):
+def test_matcher_asks_about_the_nearest_only(play, monkeypatch, candidates, floor):
     """Against a plain loop over pairs."""
+    monkeypatch.setattr(prompted, "CANDIDATES", candidates)
+    monkeypatch.setattr(prompted, "FLOOR", floor)
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(["dune", "elden", "ring", "bread", "go"], 3)) for _ in range(14)]
     earlier, later = texts[:6], sorted(set(texts[6:]))
     asking = play(lambda _: "MATCH")
-    found = chat.LLMMatcher(asking, encode, candidates, floor).match([(earlier, later)])[0]
+    found = prompted.LLMMatcher(asking, encode).match([(earlier, later)])[0]
     cosine = (encode(earlier) @ encode(later).T).numpy()
     for i, a in enumerate(earlier):
         same = [j for j, b in enumerate(later) if a == b]
@@ -607,7 +611,7 @@ def test_matcher_asks_about_the_nearest_only(play, candidates, floor):
     ("MATCH <think> or", None),
 ])
 def test_reading_a_label(text, value):
-    read = chat._read_word({"MATCH": 1, "DIFFERENT": 0})
+    read = prompted.word_reader({"MATCH": 1, "DIFFERENT": 0})
     check(read, text, value)
 
 
@@ -617,7 +621,7 @@ def test_reading_a_label(text, value):
     ("3 or 4", None), ("4<think>", None),
 ])
 def test_reading_a_grade(text, value):
-    check(chat.read_grade, text, value)
+    check(prompted.read_grade, text, value)
 
 
 @pytest.mark.parametrize("text, value", [
@@ -633,7 +637,7 @@ def test_reading_a_grade(text, value):
     ("对不起 歌词", "对不起 歌词"),
 ])
 def test_reading_a_line(text, value):
-    check(chat.read_line, text, value)
+    check(prompted.read_line, text, value)
 
 
 def check(read, text, value):
@@ -647,8 +651,8 @@ def check(read, text, value):
 @given(st.text() | st.lists(st.sampled_from(["<sug>", "</sug>", "<think>", "</think>", "&&",
                                              "MATCH", "4", ":", "\n", "a b"])).map("".join))
 def test_readers_raise_nothing_but_value_errors(text):
-    for read in (chat.read_starters, chat.read_grade, chat.read_line,
-                 chat._read_word({"MATCH": 1})):
+    for read in (prompted.read_starters, prompted.read_grade, prompted.read_line,
+                 prompted.word_reader({"MATCH": 1})):
         with contextlib.suppress(ValueError):
             assert read(text) is not None
 
@@ -661,7 +665,7 @@ def better(fields):
 
 def test_judge_hears_both_orders_and_swapping_swaps_the_answer(play):
     asking = play(lambda request: better(fields(request)))
-    judge, history = chat.LLMJudge(asking), [f"h{i}" for i in range(150)]
+    judge, history = prompted.LLMJudge(asking), [f"h{i}" for i in range(150)]
     lists = [["a"], ["b", "c"], ["d"]]
     rows = [(history, a, b) for a in lists for b in lists]
     won = np.array(judge.compare(rows)).reshape(3, 3)
@@ -677,13 +681,14 @@ def test_judge_hears_both_orders_and_swapping_swaps_the_answer(play):
 ])
 def test_judge_of_two_opinions(play, answers, value):
     asking = play(lambda request: answers[fields(request)["alpha"] == ["y"]])
-    assert chat.LLMJudge(asking).compare([(["h"], ["x"], ["y"])]) == [value]
+    assert prompted.LLMJudge(asking).compare([(["h"], ["x"], ["y"])]) == [value]
 
 
 def test_judge_grades_lists(play):
     grades = {"a": "5", "b": "Grade: 2", "c": "good"}
     asking = play(lambda request: grades[fields(request)["starters"][0]])
-    assert chat.LLMJudge(asking).quality([(["i"], [key]) for key in grades]) == [1.0, 0.25, None]
+    rows = [(["i"], [key]) for key in grades]
+    assert prompted.LLMJudge(asking).quality(rows) == [1.0, 0.25, None]
 
 
 def test_summariser_shows_the_users_words_first(play):
@@ -692,7 +697,7 @@ def test_summariser_shows_the_users_words_first(play):
            ("user", "def" * 400), ("assistant", "never seen")]
     session = [Message(role=role, content=text) for role, text in say]
     short = [Message(role="user", content="你好 world")]
-    assert chat.LLMSummariser(asking).summarise([session, short]) == ["Hel", "你好"]
+    assert prompted.LLMSummariser(asking).summarise([session, short]) == ["Hel", "你好"]
     shown = next(f["messages"] for f in asking.backend.fields() if len(f["messages"]) > 1)
     lengths = [(m["role"], len(m["text"])) for m in shown]
     assert lengths == [("assistant", 5), ("user", 2700), ("assistant", 95), ("user", 1200)]
@@ -770,8 +775,9 @@ def test_local_answers_that_were_cut_are_marked(model_folder):
 
 
 @pytest.mark.slow
-def test_a_server_that_is_not_ours(model_folder, tmp_path):
+def test_a_server_that_is_not_ours(model_folder, tmp_path, monkeypatch):
     """`transformers serve` with a random model: whatever it says is text or a counted failure."""
+    monkeypatch.setattr(prompted, "FLOOR", 0.0)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -791,7 +797,7 @@ def test_a_server_that_is_not_ours(model_folder, tmp_path):
             asking = Chat(Endpoint(settings), tmp_path / "a.sqlite")
             requests = [Request("s", f"u{i}", i, t) for i in range(5) for t in (0.0, 0.7)]
             texts = asking.ask(requests, str)
-            matched = chat.LLMMatcher(asking, encode, 3, 0.0).match([(["dune"], ["dune two"])])
+            matched = prompted.LLMMatcher(asking, encode).match([(["dune"], ["dune two"])])
         finally:
             server.kill()
     assert asking.counts["asked"] == 11 and asking.counts["answered"]

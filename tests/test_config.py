@@ -1,8 +1,8 @@
 """Settings are typed and checked; files and folders are whole or as they were."""
 
-import dataclasses
 import errno
 import hashlib
+import itertools
 import json
 import os
 import sqlite3
@@ -21,6 +21,7 @@ from config import (
     digest,
     file_digest,
     load_config,
+    progress,
     read_json,
     read_tensors,
     script,
@@ -41,7 +42,7 @@ def refusal(*arguments) -> str:
 def test_defaults_load_and_only_the_name_is_filled_in():
     loaded = load_config()
     assert loaded.run.name == "tiny"
-    assert dataclasses.replace(loaded, run=Config().run) == Config()
+    assert loaded.model_copy(update={"run": Config().run}) == Config()
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
@@ -90,7 +91,6 @@ def test_a_typo_is_refused_with_the_nearest_name(word, nearest, tmp_path):
         "data.cuts=[early]",
         "run.name=[a]",
         "run.seed={a: 1}",
-        "run.name=${nowhere}",
         "data.cuts=[0.8,0.4]",
         "data.cuts=[]",
         "data.train=0.9",
@@ -106,11 +106,15 @@ def test_a_typo_is_refused_with_the_nearest_name(word, nearest, tmp_path):
         "eval.bootstrap=0",
         "generator.lora_rank=0",
         "generator.top_k=-1",
-        "generator.sampler=slow",
+        "dpo.learning_rate=0",
         "serve.ahead=-1",
-        "base.heads=3",
-        "base.heads=0",
         "dpo.margin=nan",
+        "dpo.rounds=true",
+        "dpo.beta=true",
+        "roles.judge=me",
+        "roles.judge=generator",
+        "serve.arms=[SFT+DPO]",
+        "serve.arms=[]",
     ],
 )
 def test_a_wrong_value_is_refused_with_its_setting(word):
@@ -258,3 +262,42 @@ def test_a_user_error_is_one_message_and_exit_code_2(capsys):
         script(main)
     assert caught.value.code == 2
     assert capsys.readouterr().err == "error: data.jsonl:3: user_id: missing\n"
+
+
+# --------------------------------------------------------------------------------------- progress
+
+
+def test_progress_writes_plain_lines_where_there_is_no_terminal(capsys, monkeypatch):
+    clock = itertools.count(0, 15)  # seconds; one look a step
+    monkeypatch.setattr("config.time.monotonic", lambda: next(clock))
+    steps = progress(iter("abcd"), "dpo round 1", total=4)
+    for number, _ in enumerate(steps, 1):
+        steps.set(loss=0.5 / number)
+    output = capsys.readouterr()
+    lines = output.err.splitlines()
+    assert lines == [
+        "dpo round 1: 2/4, 15.00s/it, 00:30 left, loss=0.25",
+        "dpo round 1: 4/4, 15.00s/it, 00:00 left, loss=0.125",
+    ]
+    assert output.out == "" and progress.every <= 30
+
+
+def test_progress_of_a_quick_loop_says_nothing_and_passes_every_item_on(capsys):
+    assert [*progress(range(3), "quick")] == [0, 1, 2] and [*progress(iter("ab"), "x")] == [*"ab"]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_only_the_first_process_shows_progress(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "every", 0)
+    for rank, lines in (("0", 2), ("1", 0)):
+        for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("RANK", rank), ("WORLD_SIZE", "2")):
+            monkeypatch.setenv(name, value)
+        assert [*progress("ab", "sit")] == [*"ab"]
+        assert len(capsys.readouterr().err.splitlines()) == lines
+
+
+def test_a_terminal_gets_a_bar(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr(progress, "every", 0)
+    assert [*progress("ab", "sit")] == [*"ab"]
+    assert "| 0/2 [" in capsys.readouterr().err

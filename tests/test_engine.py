@@ -103,12 +103,10 @@ def test_the_order_is_that_of_list_search_and_then_of_the_rest(engine, scripted)
     assert texts(answer) == starters[:3]  # as the paper deploys: the list as it was written
 
 
-def test_fewer_good_starters_than_wanted_are_not_padded(engine, scripted, monkeypatch):
+def test_fewer_good_starters_than_wanted_are_not_padded(engine, scripted):
     scripted(sug("Bake a sourdough loaf"), "no list at all")
     (answer,) = engine.write([Ask(person(*SUMMARIES), 5)])
     assert texts(answer) == ["Bake a sourdough loaf"]
-    monkeypatch.setattr(engine.config.serve, "min_utility", 1.0)
-    assert engine.write([Ask(person(*SUMMARIES), 5)])[0].starters == []
 
 
 def test_somebody_new_gets_popular_starters_of_the_profiles_language(engine):
@@ -192,8 +190,8 @@ def test_the_first_list_streams_as_it_is_decoded(engine, monkeypatch):
 
 
 def test_who_leaves_gets_no_answer_and_no_more_steps(engine, monkeypatch):
-    steps, decode = [], llm._Ends.__call__
-    monkeypatch.setattr(llm._Ends, "__call__", lambda self, *a: steps.append(1) or decode(self, *a))
+    steps, step = [], llm.sampling.Tree.step
+    monkeypatch.setattr(llm.sampling.Tree, "step", lambda tree: steps.append(1) or step(tree))
     asks = [Ask(person(*SUMMARIES), 3), Ask(person(*SUMMARIES, name="other"), 3)]
     answers = engine.write(asks, gone=lambda i: i == 1 and len(steps) > 2)
     assert answers[0] and answers[1] is None and len(steps) > 4

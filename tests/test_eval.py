@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-import eval as evaluation
+from stages import eval as evaluation
+from stages import metrics
 
 
 def encode(texts):
@@ -34,13 +35,13 @@ def score(user, starters):
 
 def test_r_user_and_r_score_by_hand():
     scores, baseline = {"a": 0.5, "b": 0.2, "c": 0.3}, {"a": 0.4, "b": 0.2, "c": 0.6}
-    lifts = evaluation.user_lifts(scores, baseline)
+    lifts = metrics.user_lifts(scores, baseline)
     assert lifts["r_user"] == {"a": 1.0, "b": 0.5, "c": 0.0}
     assert lifts["r_score"] == pytest.approx({"a": 0.1, "b": 0.0, "c": -0.3})
 
 
 def test_evaluate_counts_an_empty_list_as_nothing():
-    result = evaluation.evaluate(LISTS, score, encode, TALK, classifier=Classifier(), bootstrap=50)
+    result = evaluation.evaluate(LISTS, score, encode, TALK, classifier=Classifier(), draws=50)
     sft = result["methods"]["SFT"]
     assert sft["empty"] == 0.5 and sft["starters"] == 1
     assert sft["utility"] == pytest.approx(0.3)  # user a: .6, user b: 0
@@ -57,40 +58,45 @@ def test_evaluate_refuses_methods_with_other_users():
 
 def test_keywords_of_varied_lists_outnumber_those_of_a_repeated_one():
     varied, same = ["chess openings", "jazz piano", "学习古筝"], ["jazz piano"] * 3
-    count = evaluation.KeywordCounter(varied + same)
+    count = metrics.KeywordCounter(varied + same)
     assert count(varied) > count(same) > 0 == count([])
     assert count(["gchzs pxano"]) == 0  # made-up words
-    assert evaluation.KeywordCounter([])(["the"]) == 0
+    assert metrics.KeywordCounter([])(["the"]) == 0
 
 
 def test_a_list_counts_the_same_whatever_it_is_compared_with():
     def lexical(lists):
-        return evaluation.measure(lists, score, encode, Classifier(), TALK)["SFT"]["lexical"]
+        return metrics.measure(lists, score, encode, Classifier(), TALK)["SFT"]["lexical"]
 
     assert lexical(LISTS) == lexical({**LISTS, "twin": LISTS["SFT"]})
 
 
-def test_bootstrap_covers_the_mean_and_repeats():
-    values = np.random.default_rng(0).normal(1, 1, 200)
-    low, high = evaluation.bootstrap_interval(values, 500, 0)
-    assert low < values.mean() < high
-    assert (low, high) == evaluation.bootstrap_interval(values, 500, 0)
+def test_the_interval_is_as_wide_as_the_normal_one_and_keeps_seeds_apart():
+    """1.96 standard errors either side; what lies between seeds is no uncertainty over users."""
+    values = np.random.default_rng(0).normal(1, 1, 400)
+    mean, low, high = metrics.bootstrap([values], 4000, 0)
+    half = 1.96 * values.std() / 400**0.5
+    assert mean == pytest.approx(values.mean())
+    assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.15 * half)
+    assert (mean, low, high) == metrics.bootstrap([values], 4000, 0)
+    mean, low, high = metrics.bootstrap([values - 100, values + 100], 4000, 0)
+    assert mean == pytest.approx(values.mean())
+    assert high - low == pytest.approx(2 * half / 2**0.5, rel=0.15)
 
 
 def test_report_is_written_and_user_text_stays_text(tmp_path):
-    result = evaluation.evaluate(LISTS, score, encode, TALK, classifier=Classifier(), bootstrap=50)
+    result = evaluation.evaluate(LISTS, score, encode, TALK, classifier=Classifier(), draws=50)
     nasty = "<script>x</script> [link](http://a) | **bold**\n# head"
     row = {"user_id": "a", "interests": [nasty], "starters": {"PE": [[nasty]]}}
     evaluation.write_report(result, [row], {"a": [nasty]}, {"a": [0.5]}, tmp_path)
     page, table = (tmp_path / "examples.md").read_text(), (tmp_path / "table.md").read_text()
     assert "<script" not in page and "[link]" not in page and "\n# head" not in page
-    assert evaluation.escape("JoJo's & Co.") == "JoJo's &amp; Co\\."
+    assert metrics.escape("JoJo's & Co.") == "JoJo's &amp; Co\\."
     assert "| PE |" in table and "| SFT |" in table and "+0.82" in table
-    assert (tmp_path / "utility_diversity.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_without_logs_there_are_no_utility_columns(tmp_path):
-    result = evaluation.evaluate(LISTS, None, encode, TALK, classifier=Classifier(), bootstrap=50)
+    result = evaluation.evaluate(LISTS, None, encode, TALK, classifier=Classifier(), draws=50)
     assert "R-Score" not in evaluation.table_markdown(result).splitlines()[2]
     evaluation.write_report(result, [], {}, {}, tmp_path)
-    assert not (tmp_path / "utility_diversity.png").exists()
+    assert "True clicks |" not in (tmp_path / "table.md").read_text().partition("The paper's")[0]

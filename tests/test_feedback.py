@@ -16,20 +16,21 @@ from serving import feedback
 from serving.store import Store
 from stages import isg
 
-# A teacher of three kinds, which even a minute's generator can write.
-KINDS = {
-    "en": "Quiz me on {x}\nThe origins of {x}\nPlan a weekend around {x}",
-    "zh": "考考我对{x}的了解\n{x}的未来会怎样？\n为{x}设计一张海报",
-}
+# What the teacher writes. LIVELY starters differ from one another, DULL ones hardly do. So people
+# who tap the first are served better by every figure, on any machine, once these are written more;
+# and if they tap the second, diversity must fall.
+LIVELY = ["Quiz me on {x}", "Plan a weekend around {x}", "Write a poem about {x}"]
+DULL = [f"{word} facts about {{x}}" for word in ("Some", "More", "All", "Key", "Big", "Odd")]
+KINDS = {"en": "\n".join(LIVELY + DULL),
+         "zh": "考考我对{x}的了解\n{x}的未来会怎样？\n为{x}设计一张海报"}
 # Two interests a user: with four, the subjects alone keep lists apart.
-SMALL = """world.users=60 world.median_sessions=6 world.impressions_per_user=30
-    world.starter_pool=200 base.batches=200 base.lists=2 base.tokenizer_prompts=500
-    base.layers=2 base.hidden=96 base.batch_tokens=512 base.learning_rate=2e-3
-    base.vocabulary=600 rid.epochs=2 rid.towers=1 ranker.epochs=20
-    generator.list_size=3 generator.max_new_tokens=40 sit.max_rows=120 sit.epochs=4
-    sit.learning_rate=3e-3 dpo.max_users=30 dpo.rounds=1 dpo.samples=4 dpo.checkpoints=1
-    dpo.vanilla=false dpo.learning_rate=2e-4 dpo.teacher_lists=2 dpo.grounded=false
-    data.train=0.4 data.judge=0.25 data.valid=0.25 data.test=0.1 rid.min_keep=2""".split()
+SMALL = """world.users=60 world.impressions_per_user=30 world.starter_pool=200
+    generator.model=weights/base-3d0c3382d638
+    rid.epochs=2 rid.towers=1 rid.min_keep=2 ranker.epochs=20 generator.list_size=3
+    generator.max_new_tokens=40 sit.max_rows=120 sit.epochs=4 sit.learning_rate=3e-3
+    dpo.max_users=30 dpo.rounds=1 dpo.samples=4 dpo.checkpoints=1 dpo.vanilla=false
+    dpo.learning_rate=2e-4 dpo.teacher_lists=2 dpo.grounded=false
+    data.train=0.4 data.judge=0.25 data.valid=0.25 data.test=0.1""".split()
 ROUND = ["ranker", "dpo"]
 CANARY = "Quxholm"  # a place of which the run has never heard
 
@@ -56,15 +57,19 @@ def told(finished):
     return [x for x in found if all(map(roles.key_phrases, x))]
 
 
-def serve(path, people: dict, lists: int, tap=lambda y: y.startswith("Quiz")) -> None:
-    """Show every person (id -> interests) random lists of all kinds; `tap` says what is liked."""
+def is_lively(starter: str) -> bool:
+    return "facts about" not in starter
+
+
+def serve(path, people: dict, lists: int, tap=is_lively) -> None:
+    """Show every person (id -> interests) lively, dull and mixed lists; `tap`: what is liked."""
     store, rng, clock = Store(path), random.Random(0), [1.8e9]
     store.now = lambda: clock[0]
-    kinds = KINDS["en"].splitlines()
     for user_id, interests in people.items():
         subjects = [roles.key_phrases(x)[0] for x in interests]
         events = []
         for _ in range(lists):
+            kinds = rng.choice([LIVELY, DULL, LIVELY + DULL])
             shown = [rng.choice(kinds).format(x=rng.choice(subjects)) for _ in range(3)]
             clock[0] += 60
             impression = store.offer(user_id, interests, shown, "IceBreaker", "round1")
@@ -76,7 +81,7 @@ def serve(path, people: dict, lists: int, tap=lambda y: y.startswith("Quiz")) ->
 
 @pytest.fixture(scope="module")
 def tapped(told, tmp_path_factory):
-    """A store of 80 people who tap whatever is a quiz."""
+    """A store of 80 people who tap whatever is lively."""
     path = tmp_path_factory.mktemp("store") / "serve.sqlite"
     people = {f"n{i}": told[i % len(told)] for i in range(80)}
     people |= {f"n{i}": [f"Sailing to {CANARY}", *people[f"n{i}"]] for i in range(4)}
@@ -90,29 +95,26 @@ def improved(finished, tapped, tmp_path_factory):
     root = tmp_path_factory.mktemp("improved") / "runs"
     shutil.copytree(finished, root)
     open_elsewhere = Store(tapped)  # by a running server
-    with pytest.MonkeyPatch.context() as patch:
-        # Where all like one kind, lists of it are more alike; here a third may go.
-        patch.setattr(feedback, "MARGIN", 0.33)
-        train.run_stages(small(root, f"data.feedback={tapped}"), ROUND)
+    train.run_stages(small(root, f"data.feedback={tapped}"), ROUND)
     open_elsewhere.offer("later", [], ["What else?"], "IceBreaker", "round1")
     open_elsewhere.close()
     return root
 
 
-def kinds_written(root, adapter: str) -> Counter:
-    """First words of what a policy writes for people of no training, as shares."""
+def lively_share(root, adapter: str) -> float:
+    """Of what a policy writes for people of no training, how much is lively."""
     p = train.Pipeline(small(root))
     inputs = [s.interests for u in p.ids("valid", "test") if (s := p.states[u][-1]).interests]
     lists = p.sample_lists(p.policy(p.run / adapter), inputs, 4, 0)
-    words = [y.split()[0] for own in lists for x in own for y in x]
-    return Counter({k: n / len(words) for k, n in Counter(words).items()})
+    starters = [y for drawn in lists for starters in drawn for y in starters]
+    return sum(map(is_lively, starters)) / len(starters)
 
 
 def test_what_everybody_taps_is_written_more(improved, tapped, capsys):
     run = improved / "tiny"
-    before = kinds_written(improved, "dpo/round1/adapter")
-    after = kinds_written(improved, "feedback/round1/adapter")
-    assert 0.15 < before["Quiz"] < 0.45 and after["Quiz"] > before["Quiz"] + 0.1
+    before = lively_share(improved, "dpo/round1/adapter")
+    after = lively_share(improved, "feedback/round1/adapter")
+    assert 0.15 < before < 0.6 and after > before + 0.1
     verdict = read_json(run / "feedback" / "round1" / "verdict.json")
     now = read_json(run / "feedback" / "current.json")
     assert verdict["accepted"] and verdict["written"]["utility"]["low"] > 0
@@ -174,13 +176,16 @@ def test_a_policy_that_became_worse_is_refused(improved, tapped, tmp_path, monke
     assert feedback._begin(train.Pipeline(config), "another store") == 3
 
 
-def test_lists_that_became_all_alike_are_refused(finished, tapped, tmp_path):
-    """Too large a learning rate: nothing but quizzes. The judge likes it, diversity falls."""
+def test_lists_that_became_all_alike_are_refused(finished, told, tmp_path):
+    """Dull starters are what everybody taps: the judge likes more of them, diversity falls."""
     shutil.copytree(finished, tmp_path / "runs")
-    config = small(tmp_path / "runs", f"data.feedback={tapped}", "dpo.learning_rate=1e-3")
+    serve(tmp_path / "serve.sqlite", {f"n{i}": told[i % len(told)] for i in range(80)}, 6,
+          lambda starter: not is_lively(starter))
+    config = small(tmp_path / "runs", f"data.feedback={tmp_path / 'serve.sqlite'}",
+                   "dpo.learning_rate=1e-3", "dpo.weight=0.9")
     train.run_stages(config, ROUND)
     run = tmp_path / "runs" / "tiny"
-    assert kinds_written(tmp_path / "runs", "feedback/round1/adapter")["Quiz"] > 0.8
+    assert lively_share(tmp_path / "runs", "feedback/round1/adapter") < 0.2
     verdict = read_json(run / "feedback" / "round1" / "verdict.json")
     assert verdict["written"]["utility"]["low"] > 0 > verdict["written"]["diversity"]["high"]
     assert not verdict["accepted"] and "diversity of lists as written fell" in verdict["reason"]
@@ -192,7 +197,6 @@ def test_a_killed_round_resumes_to_the_same_bytes(
 ):
     shutil.copytree(finished, tmp_path / "runs")
     config = small(tmp_path / "runs", f"data.feedback={tapped}")
-    monkeypatch.setattr(feedback, "MARGIN", 0.33)
     for module, name in ((isg, "align"), (feedback, "bootstrap_interval")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, _killed)

@@ -452,7 +452,8 @@ def test_any_value_at_any_place_is_taken_or_refused(tmp_path_factory, draws, kin
 
 def run(*words) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, ROOT / "data.py", *words], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "tools.logs", *words], cwd=ROOT, capture_output=True, text=True,
+        timeout=60,
     )
 
 

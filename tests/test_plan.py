@@ -1,5 +1,6 @@
 """Counts equal to real models', saved bytes equal to autograd's, peaks near measured ones."""
 
+import inspect
 import json
 import re
 import time
@@ -7,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import llm
 from benchmarks.plan import row
 from config import ROOT, UserError, load_config
-from tools import plan
+from tools import doctor, plan
 
 CONFIGS = sorted((ROOT / "configs").glob("qwen*.yaml"))
 SEVEN = ["generator.model=Qwen/Qwen2.5-7B-Instruct", "generator.load_in_4bit=true"]
@@ -57,6 +59,18 @@ def test_parameters_equal_those_of_the_model_built(tmp_path, family, more):
     assert shape.lora(5) == sum(p.numel() for p in trained.parameters() if p.requires_grad)
 
 
+def test_the_embedded_model_has_the_parameters_that_are_counted():
+    config = load_config(None, [])
+    (path,) = (ROOT / "weights").glob("*/model.safetensors")
+    weights = load_file(path)
+    assert plan.find_shape(config).parameters == sum(w.numel() for w in weights.values())
+
+
+def test_the_head_is_counted_in_the_chunks_it_is_computed_in():
+    chunk = inspect.signature(llm.completion_logps).parameters["head_chunk"].default
+    assert chunk == plan.HEAD_CHUNK
+
+
 def test_the_table_of_shapes_gives_the_published_sizes():
     sizes = {name: s.parameters / 1e9 for name, s in plan.QWEN.items()}
     assert sizes == pytest.approx({"0.5B": 0.494, "1.5B": 1.54, "3B": 3.09, "7B": 7.62}, rel=5e-3)
@@ -68,10 +82,10 @@ def test_nf4_with_double_quantisation_has_the_bytes_of_bitsandbytes():
 
     layer = Linear4bit(512, 1024, bias=False, quant_type="nf4").to("cpu")
     state = layer.weight.quant_state
-    made = layer.weight.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+    packed = layer.weight.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
     shape = plan.Shape(512, 1, 8, 8, 1024, 0, True, 64)
     share = plan.weight_bytes(shape, True, 0) / shape.packed  # a = 0: of the packed ones alone
-    assert made / layer.weight.quant_state.shape.numel() == pytest.approx(share)
+    assert packed / layer.weight.quant_state.shape.numel() == pytest.approx(share)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -105,19 +119,19 @@ def test_autograd_keeps_the_bytes_that_are_counted(bf16, kv_heads):
     "case", [("small", "dpo", "fp32", True, 128), ("small", "sampling", "bf16", False, 128)]
 )
 def test_a_measured_peak_is_within_15_percent(case):
-    made = row(*case)
-    assert made["ratio"] == pytest.approx(1, abs=0.15)
-    assert made["ratio_without_weights"] == pytest.approx(1, abs=0.25)
+    measured = row(*case)
+    assert measured["ratio"] == pytest.approx(1, abs=0.15)
+    assert measured["ratio_without_weights"] == pytest.approx(1, abs=0.25)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_shipped_configs_are_planned_as_their_first_lines_say(path):
     config = load_config(path)
-    made = plan.stages(config, plan.find_shape(config), 2)
+    stages = plan.stage_bytes(config, plan.find_shape(config), 2)
     head = path.read_text(encoding="utf-8").partition("generator:")[0].replace("\n# ", " ")
     said = re.search(r"of (\d+) GB.* (\S+) \(sit\), (\S+) \(dpo\) and (\S+) GiB", head).groups()
-    assert list(said[1:]) == [f"{terms['peak'] / plan.GIB:.2f}" for terms in made.values()]
-    cards = [plan.smallest_card(terms["peak"]) for terms in made.values()]
+    assert list(said[1:]) == [f"{terms['peak'] / plan.GIB:.2f}" for terms in stages.values()]
+    cards = [plan.smallest_card(terms["peak"]) for terms in stages.values()]
     assert max(cards, key=lambda x: int(x.split()[0])) == f"{said[0]} GB"
     assert config.generator.load_in_4bit and config.generator.gradient_checkpointing
     assert f"--config configs/{path.name}" in head
@@ -139,8 +153,8 @@ def test_7b_is_planned_in_a_second_without_its_weights():
 def test_settings_move_the_estimate_as_they_should():
     def peaks(*more):
         config = load_config(None, [*SEVEN, *more])
-        made = plan.stages(config, plan.find_shape(config), 2)
-        return [terms["peak"] for terms in made.values()]
+        stages = plan.stage_bytes(config, plan.find_shape(config), 2)
+        return [terms["peak"] for terms in stages.values()]
 
     base = sit, dpo, sampling = peaks()
     assert all(x > y for x, y in zip(peaks("generator.load_in_4bit=false"), base, strict=True))
@@ -184,7 +198,7 @@ def test_a_cached_config_goes_before_the_table(tmp_path):
 
 def test_the_doctor_says_what_is_there_and_what_to_do():
     bad = ["generator.endpoint=http://127.0.0.1:9/v1", "endpoint.base_url=file:///etc/passwd"]
-    lines = plan.doctor(load_config(None, [*SEVEN, *bad])).splitlines()
+    lines = doctor.doctor(load_config(None, [*SEVEN, *bad])).splitlines()
     assert all(re.match(r"(ok|problem) +\S", line) for line in lines)
     text = "\n".join(lines)
     for part in ("Python 3", "torch ", "peft ", "4-bit layer", "free disk for run.root", "cores"):
@@ -203,7 +217,7 @@ def test_the_doctor_outlives_what_is_broken(monkeypatch, tmp_path):
     monkeypatch.setattr("bitsandbytes.nn.Linear4bit", broken)
     monkeypatch.setattr("importlib.metadata.version", lambda _: "0.0.1")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "x"}))
-    text = plan.doctor(load_config(None, [f"generator.model={tmp_path}"]))
+    text = doctor.doctor(load_config(None, [f"generator.model={tmp_path}"]))
     assert "problem  four_bit: no such instruction" in text
     assert re.search(r"problem +torch 0.0.1: pip install torch==", text)
     assert re.search(r"ok +hub .*HF_HUB_OFFLINE is set", text)
@@ -212,7 +226,7 @@ def test_the_doctor_outlives_what_is_broken(monkeypatch, tmp_path):
 
 def test_a_key_is_shown_nowhere(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret\nkey")
-    text = plan.doctor(load_config(None, ["endpoint.base_url=http://me:secret@127.0.0.1:9/v1"]))
+    text = doctor.doctor(load_config(None, ["endpoint.base_url=http://me:secret@127.0.0.1:9/v1"]))
     assert "secret" not in text and "127.0.0.1:9/v1" in text
 
 
@@ -220,9 +234,9 @@ def test_a_key_goes_to_its_own_endpoint_alone(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "a")
     monkeypatch.setenv("OTHER_KEY", "b")
     asked = {}
-    monkeypatch.setattr(plan, "unreachable", lambda url, key="": asked.update({url: key}) or "")
+    monkeypatch.setattr(doctor, "unreachable", lambda url, key="": asked.update({url: key}) or "")
     roles, generator = "endpoint.base_url=http://x/v1", "generator.endpoint=http://y/v1"
-    plan.doctor(load_config(None, [roles, generator]))
+    doctor.doctor(load_config(None, [roles, generator]))
     assert (asked["http://x/v1/models"], asked["http://y/v1/models"]) == ("a", "")
-    plan.doctor(load_config(None, [roles, generator, "generator.endpoint_key_env=OTHER_KEY"]))
+    doctor.doctor(load_config(None, [roles, generator, "generator.endpoint_key_env=OTHER_KEY"]))
     assert (asked["http://x/v1/models"], asked["http://y/v1/models"]) == ("a", "b")

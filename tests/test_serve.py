@@ -31,7 +31,7 @@ from schemathesis.specs.openapi.checks import negative_data_rejection, positive_
 import data
 import serve
 from config import ROOT, Config, UserError, digest, write_json
-from serving import front
+from serving import batcher, front
 from serving.engine import METHODS, Answer, Interest, Starter
 from serving.store import Store
 
@@ -100,7 +100,7 @@ class FakeEngine:
     def _answer(self, ask, starters):
         texts = [s.summary or s.messages[0].content for s in ask.user.sessions][:12]
         interests = [Interest(text, 0.5, True) for text in texts]
-        return Answer(interests, 0.3 if texts else None, starters, 10 * len(starters))
+        return Answer(interests, 0.3 if texts else None, starters, 10 * len(starters), self.version)
 
 
 def make_app(folder, engine=None, host="127.0.0.1", **settings):
@@ -108,7 +108,7 @@ def make_app(folder, engine=None, host="127.0.0.1", **settings):
     for name, value in settings.items():
         assert hasattr(config.serve, name)
         setattr(config.serve, name, value)
-    store = Store(Path(folder) / "serve.sqlite", config.serve.impression_hours)
+    store = Store(Path(folder) / "serve.sqlite")
     return serve.create_app(config, engine or FakeEngine(), store, host)
 
 
@@ -335,8 +335,9 @@ def test_examples_are_people_of_the_store(server):
 # ------------------------------------------------------------------------------ the engine's thread
 
 
-def test_asks_are_written_in_batches_by_one_thread(tmp_path):
-    with running(tmp_path, FakeEngine(steps=1, seconds=0.05), window_ms=50.0, batch=8) as server:
+def test_asks_are_written_in_batches_by_one_thread(tmp_path, monkeypatch):
+    monkeypatch.setattr(batcher, "WINDOW", 0.05)
+    with running(tmp_path, FakeEngine(steps=1, seconds=0.05), batch=8) as server:
         asyncio.run(many(server.port, [starters_of(f"subject {i}") for i in range(24)]))
         assert len(server.engine.threads) == 1 and max(server.engine.sizes) == 8
         assert len(server.engine.sizes) < 8
@@ -374,8 +375,9 @@ def test_a_look_up_is_fast_even_while_lists_are_written_ahead(tmp_path):
         server.engine.steps = 1
 
 
-def test_a_new_round_is_taken_between_batches(tmp_path):
-    with running(tmp_path, reload_seconds=0.05) as server:
+def test_a_new_round_is_taken_between_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(batcher, "RELOAD_SECONDS", 0.05)
+    with running(tmp_path) as server:
         put(server, "u1", "trains")
         assert ask(server, user_id="u1")["model"] == "fake-1"
         server.engine.newer = "fake-2"
@@ -400,7 +402,9 @@ def test_a_failed_batch_is_answered_500_and_the_thread_lives_on(tmp_path, caplog
     assert "secret" not in caplog.text and "illness" not in caplog.text
 
 
-def test_one_bad_ask_fails_no_other_of_its_batch(tmp_path):
+def test_one_bad_ask_fails_no_other_of_its_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr(batcher, "WINDOW", 0.3)
+
     def fragile(asks, gone):
         for ask in asks:
             if ask.begin:
@@ -409,7 +413,7 @@ def test_one_bad_ask_fails_no_other_of_its_batch(tmp_path):
             raise ValueError
         return write(asks, gone)
 
-    with running(tmp_path, window_ms=300.0) as server:
+    with running(tmp_path) as server:
         write, server.engine.write = server.engine.write, fragile
         requests = [starters_of(text, stream=True) for text in ("bad", "tea")]
         bad, good = (text for _, _, text in asyncio.run(many(server.port, requests)))
@@ -484,16 +488,16 @@ def test_broken_json_is_a_client_error(server, text):
     assert reply.status_code in (400, 422)
 
 
-def test_a_large_body_is_refused_with_and_without_a_length(tmp_path):
-    with running(tmp_path, max_body=10_000) as server:
-        body = json.dumps({"exclude": ["x" * 1000] * 11}).encode()
-        kind = {"Content-Type": "application/json"}
-        whole = server.client.post("/v1/starters", content=body, headers=kind)
-        chunked = server.client.post(
-            "/v1/starters", content=(body[i : i + 500] for i in range(0, len(body), 500)),
-            headers=kind)
-        for reply in (whole, chunked):
-            assert reply.status_code == 413 and "serve.max_body" in reply.json()["detail"]
+def test_a_large_body_is_refused_with_and_without_a_length(server, monkeypatch):
+    monkeypatch.setattr(front, "MAX_BODY", 10_000)
+    body = json.dumps({"exclude": ["x" * 1000] * 11}).encode()
+    kind = {"Content-Type": "application/json"}
+    whole = server.client.post("/v1/starters", content=body, headers=kind)
+    chunked = server.client.post(
+        "/v1/starters", content=(body[i : i + 500] for i in range(0, len(body), 500)),
+        headers=kind)
+    for reply in (whole, chunked):
+        assert reply.status_code == 413 and "10000 bytes" in reply.json()["detail"]
 
 
 def test_a_slow_body_is_given_up(tmp_path):
@@ -666,7 +670,9 @@ async def many(port, requests):
     return await asyncio.gather(*(Connection(port).ask(*request) for request in requests))
 
 
-def test_clients_that_leave_free_their_places(tmp_path):
+def test_clients_that_leave_free_their_places(tmp_path, monkeypatch):
+    monkeypatch.setattr(batcher, "WINDOW", 0.3)
+
     async def leave(server):
         connections = []
         for i in range(50):
@@ -685,7 +691,7 @@ def test_clients_that_leave_free_their_places(tmp_path):
         await asyncio.gather(*(task for _, task in connections), return_exceptions=True)
         return freed
 
-    with running(tmp_path, FakeEngine(steps=600, seconds=0.05), window_ms=300.0) as server:
+    with running(tmp_path, FakeEngine(steps=600, seconds=0.05)) as server:
         print(f"50 places free after {1000 * asyncio.run(leave(server)):.0f} ms")
         server.engine.steps = 1
         assert ask(server, sessions=[{"summary": "tea"}])["starters"]
@@ -955,7 +961,8 @@ def test_canary_no_text_of_one_user_reaches_another(tmp_path, caplog):
 # ---------------------------------------------------------------------------------- the description
 
 
-def test_no_request_that_the_document_suggests_fails(tmp_path):
+def test_no_request_that_the_document_suggests_fails(server, monkeypatch):
+    monkeypatch.setattr(front, "MAX_BODY", 2**26)  # 413 would come before 422
     mode, met = schemathesis.GenerationMode, Counter()
     kinds = [mode.POSITIVE, mode.NEGATIVE]
     # The document cannot say that a session has a summary or messages, what an impression id is,
@@ -967,13 +974,12 @@ def test_no_request_that_the_document_suggests_fails(tmp_path):
 
     settings = hypothesis.settings(max_examples=15, deadline=None, derandomize=True, database=None,
                                    suppress_health_check=list(hypothesis.HealthCheck))
-    with running(tmp_path, max_body=2**26) as server:  # 413 would come before 422
-        schema = schemathesis.openapi.from_url(f"{server.client.base_url}/openapi.json")
-        operations = [result.ok() for result in schema.get_all_operations()]
-        assert len(operations) == 10
-        for operation in operations:
-            for kind in kinds[: 1 if operation.method == "get" else 2]:  # there is no bad GET
-                cases = operation.as_strategy(generation_mode=kind)
-                settings(hypothesis.given(cases)(check))()
+    schema = schemathesis.openapi.from_url(f"{server.client.base_url}/openapi.json")
+    operations = [result.ok() for result in schema.get_all_operations()]
+    assert len(operations) == 10
+    for operation in operations:
+        for kind in kinds[: 1 if operation.method == "get" else 2]:  # there is no bad GET
+            cases = operation.as_strategy(generation_mode=kind)
+            settings(hypothesis.given(cases)(check))()
     print(f"by status: {dict(met)}")
     assert met[200] > 20 and met[422] > 20

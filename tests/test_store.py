@@ -269,14 +269,15 @@ def test_every_text_of_the_same_bytes_but_one_is_refused(store):
         store.record([(alias, "shown", None)])
 
 
-def test_ids_expire(store, clock, tmp_path):
+def test_ids_expire(store, clock, tmp_path, monkeypatch):
     impression = offer(store)
     clock[0] += 48 * 3600 - 1
     assert store.record([(impression, "shown", None)]) == 1
     clock[0] += 2
     with pytest.raises(BadImpression, match=r"^events\[0\].impression_id: expired$"):
         store.record([(impression, "tap", 0)])
-    gone = Store(tmp_path / "gone", impression_hours=-1)
+    monkeypatch.setattr(module, "IMPRESSION_SECONDS", -3600)
+    gone = Store(tmp_path / "gone")
     with pytest.raises(BadImpression, match="expired"):
         gone.record([(offer(gone), "shown", None)])
 

@@ -10,48 +10,55 @@ import shutil
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import MICRO, micro
 from peft import PeftModel
-from sentence_transformers import SentenceTransformer
 from test_chat import KEY, Stub
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-import eval as evaluation
+import icebreaker as ib
 import llm
 import roles
 import train
 from config import ROOT, UserError, read_json, read_tensors
-from encoder import packaged_minilm
-from stages import isg, rid
+from roles.players import Players
+from roles.writer import Writer
+from run import Run
+from stages import dpo, match, ranker, rid, sit
+from stages import eval as evaluation
+from stages.cold_start import PopularStarters
 
 
-def artifacts(run):
+def players_of(run):
+    """Those that train.py would make; no answer is kept."""
+    return Players(run.config, run.encoder, Writer(run.config, Path(":memory:")))
+
+
+def artifacts(folder):
     names = ("*.safetensors", "triggers.json", "gate.json", "pairs.json", "starters.jsonl")
-    files = [f for name in names for f in run.rglob(name) if "embeddings-" not in f.name]
-    return {str(f.relative_to(run)): f.read_bytes() for f in files}
+    files = [f for name in names for f in folder.rglob(name) if "embeddings-" not in f.name]
+    return {str(f.relative_to(folder)): f.read_bytes() for f in files}
 
 
 def test_a_killed_run_resumes_to_the_same_bytes_and_never_reads_the_truth(
     finished, tmp_path, monkeypatch
 ):
     """The second run is killed in DPO's round 2, and trains with the hidden truth taken away."""
-    base = next(finished.parent.glob("base-*"))
-    shutil.copytree(base, tmp_path / base.name)
-    config, whole_align = micro(tmp_path), isg.align
+    config, whole_align = micro(tmp_path), dpo.align
     train.run_stages(config, ["world"])
     truth = tmp_path / "tiny" / "world" / "truth"
     truth.rename(tmp_path / "aside")
 
-    def killed(p, model, pairs, label, pick=None):
+    def killed(run, writer, model, pairs, label, *rest):
         if label == "round 2":
             raise KeyboardInterrupt
-        return whole_align(p, model, pairs, label, pick)
+        return whole_align(run, writer, model, pairs, label, *rest)
 
-    monkeypatch.setattr(isg, "align", killed)
+    monkeypatch.setattr(dpo, "align", killed)
     with pytest.raises(KeyboardInterrupt):
         train.run_stages(config, ["dpo"])
     monkeypatch.undo()
@@ -73,11 +80,12 @@ def test_a_second_run_skips_everything_and_a_changed_setting_only_what_depends_o
     assert output.count("already done") == len(train.STAGES) and "| IceBreaker |" in output
     for word, expected in {
         "dpo.beta=0.3": [*train.STAGES][:7],
-        # the base and the ranker depend on K
+        # the ranker depends on K, and so do all lists
         "generator.list_size=4": ["world", "summarize", "match", "rid"],
     }.items():
-        p = train.Pipeline(micro(finished.parent, word))
-        done = [name for name in train.STAGES if p.run.is_done(name, train.stage_key(p, name))]
+        run = Run(micro(finished.parent, word))
+        keys = {name: train.stage_key(run, name) for name in train.STAGES}
+        done = [name for name, key in keys.items() if run.folder.is_done(name, key)]
         assert done == expected
 
 
@@ -86,13 +94,13 @@ def test_exported_pairs_train_in_trl_as_they_are(finished, tmp_path):
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    p = train.Pipeline(micro(finished.parent))  # writes the config of the run
+    writer = players_of(Run(micro(finished.parent))).writer  # writes the config of the run
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "dpo" / "round10").mkdir()  # of an earlier training with more rounds
     shutil.copy(finished / "dpo/round1/pairs.json", tmp_path / "run" / "dpo" / "round10")
     out = tmp_path / "pairs.jsonl"
-    command = [sys.executable, ROOT / "data.py", "export", "trl", tmp_path / "run", "--out", out]
-    subprocess.run(command, check=True)
+    command = [sys.executable, "-m", "tools.logs", "export", "trl", tmp_path / "run", "--out", out]
+    subprocess.run(command, check=True, cwd=ROOT)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     pairs = [x for n in (1, 2) for x in read_json(finished / f"dpo/round{n}/pairs.json")]
     assert len(rows) == sum(len(x["rejected"]) for x in pairs) > 0
@@ -101,18 +109,18 @@ def test_exported_pairs_train_in_trl_as_they_are(finished, tmp_path):
         per_device_train_batch_size=1,
     )
     trainer = DPOTrainer(
-        p.policy(None), None, settings, train_dataset=Dataset.from_list(rows),
-        processing_class=p.tokenizer,
+        writer.policy(None), None, settings, train_dataset=Dataset.from_list(rows),
+        processing_class=writer.tokenizer,
     )
     first = trainer.train_dataset[0]
-    assert first["prompt_ids"] == p.prompt(pairs[0]["interests"])
-    ours = llm.encode_completion(p.tokenizer, pairs[0]["chosen"])
+    assert first["prompt_ids"] == writer.prompt(pairs[0]["interests"])
+    ours = llm.encode_completion(writer.tokenizer, pairs[0]["chosen"])
     assert first["chosen_ids"][: len(ours)] == ours  # TRL keeps the template's last line break
     assert trainer.train().training_loss == pytest.approx(0.693147, abs=1e-3)
 
 
 def test_a_full_gpu_names_the_next_setting(finished, monkeypatch):
-    def full(p):
+    def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     stage = dataclasses.replace(train.STAGES["sit"], run=full)
@@ -147,7 +155,7 @@ QWEN_TEMPLATE = (  # that of Qwen2.5 Instruct in short: a system message comes b
 def qwen(finished, tmp_path_factory):
     """A local folder like Qwen/Qwen2.5-7B-Instruct, but small and random."""
     folder = tmp_path_factory.mktemp("hub") / "qwen"
-    tokenizer = llm.load_tokenizer(str(next(finished.parent.glob("base-*"))))
+    tokenizer = llm.load_tokenizer(str(ROOT / "weights" / "tiny"))
     tokenizer.chat_template = QWEN_TEMPLATE
     tokenizer.add_tokens(["<tool_call>", "</tool_call>"])
     tokenizer.save_pretrained(folder)
@@ -166,21 +174,21 @@ def test_a_real_model_in_4_bit_runs_through_every_stage(finished, qwen, tmp_path
     words = f"generator.model={qwen} generator.load_in_4bit=true".split()
     config = micro(tmp_path, *words, "generator.gradient_checkpointing=true")
     train.run_stages(config, ["eval", "merge"])
-    p = train.Pipeline(config)
-    figures = p.run.figures("dpo")
+    run = Run(config)
+    writer, figures = players_of(run).writer, run.folder.figures("dpo")
     for name in ("round 1", "round 2", "clicked against ignored"):
         assert figures[name]["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
     base = AutoModelForCausalLM.from_pretrained(qwen)
-    adapted = PeftModel.from_pretrained(base, p.run / "dpo" / "round2" / "adapter").eval()
-    merged = AutoModelForCausalLM.from_pretrained(p.run / "merge" / "model").eval()
-    ids = torch.tensor([p.prompt(["chess openings"])])
-    text = p.tokenizer.decode(ids[0])
+    adapted = PeftModel.from_pretrained(base, run.adapter("last")).eval()
+    merged = AutoModelForCausalLM.from_pretrained(run.folder / "merge" / "model").eval()
+    ids = torch.tensor([writer.prompt(["chess openings"])])
+    text = writer.tokenizer.decode(ids[0])
     assert text.startswith("<|im_start|>system") and text.endswith("<|im_start|>assistant\n")
     with torch.no_grad():
         ours, theirs = adapted(ids).logits, merged.float()(ids).logits  # merged in 16 bit
         assert (ours - theirs).abs().max() < 0.02 * ours.abs().max()
     assert merged.config.dtype in ("bfloat16", torch.bfloat16)
-    assert "| IceBreaker |" in (p.run / "eval" / "table.md").read_text()
+    assert "| IceBreaker |" in (run.folder / "eval" / "table.md").read_text()
 
 
 @pytest.mark.parametrize("precision", ["32 bit", "16 bit", "4 bit"])
@@ -188,19 +196,20 @@ def test_the_first_loss_is_ln_2_in_every_precision(finished, qwen, tmp_path, pre
     """The reference is the policy itself, so it is exact; rounding does not enter."""
     shutil.copytree(finished, tmp_path / "tiny")
     four = f"generator.load_in_4bit={'true' if precision == '4 bit' else 'false'}"
-    p = train.Pipeline(micro(tmp_path, f"generator.model={qwen}", four))
+    run = Run(micro(tmp_path, f"generator.model={qwen}", four))
+    writer = players_of(run).writer
     pairs = read_json(finished / "dpo" / "round1" / "pairs.json")
-    model = llm.add_lora(p.policy(None), 4, 8, seed=0)
+    model = llm.add_lora(writer.policy(None), 4, 8, seed=0)
     with torch.no_grad():  # the policy differs from the base, as after sit
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 weight.normal_(std=0.1)
     if precision == "16 bit":
         model.bfloat16()
-    made = isg.align(p, model, pairs, "round 1")
-    assert made["first_loss"] == pytest.approx(math.log(2), abs=1e-7)
+    figures = dpo.align(run, writer, model, pairs, "round 1", run.config.dpo)
+    assert figures["first_loss"] == pytest.approx(math.log(2), abs=1e-7)
     first = json.loads((tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert first["step"] and made["chosen_logp"] != 0
+    assert first["step"] and figures["chosen_logp"] != 0
 
 
 def test_llm_roles_and_an_endpoint_that_fail_now_and_then(finished, qwen, tmp_path, monkeypatch):
@@ -246,29 +255,31 @@ def test_llm_roles_and_an_endpoint_that_fail_now_and_then(finished, qwen, tmp_pa
         f"generator.endpoint={server.url}",
     )
     train.run_stages(config, ["sit"])
-    p = train.Pipeline(config)
-    made, match, sit = (p.run.figures(name) for name in ("summarize", "match", "sit"))
+    run = Run(config)
+    summarized, matched, tuned = (
+        run.folder.figures(name) for name in ("summarize", "match", "sit")
+    )
     kinds = {"server error", "rate limit", "unreadable", "empty"}
-    failed = [sum(x["calls"].get(kind, 0) for kind in kinds) for x in (made, match)]
-    assert made["still"] >= failed[0] > 0  # equal sessions are asked about once
-    assert match["unknown"] > 0 and kinds & match["calls"].keys()
-    answered = sit["calls"].pop("answered")
-    assert sit["calls"].pop("asked") - answered == sum(sit["calls"].values()) > 0
-    assert sum(len(u.sessions) for u in p.users.values()) == sum(
+    failed = sum(summarized["calls"].get(kind, 0) for kind in kinds)
+    assert summarized["still"] >= failed > 0  # equal sessions are asked about once
+    assert matched["unknown"] > 0 and kinds & matched["calls"].keys()
+    answered = tuned["calls"].pop("answered")
+    assert tuned["calls"].pop("asked") - answered == sum(tuned["calls"].values()) > 0
+    assert sum(len(u.sessions) for u in run.users.values()) == sum(
         len(row["sessions"]) for row in rows
-    ) - made["still"]
-    labels = read_json(p.run / "match" / "revisited.json")
-    assert {x for own in labels.values() for cut in own for x in cut} == {-1, 0, 1}
+    ) - summarized["still"]
+    labels = read_json(run.folder / "match" / "revisited.json")
+    assert {label for cuts in labels.values() for cut in cuts for label in cut} == {-1, 0, 1}
 
     broken[0] = False
     train.run_stages(config, ["match"])  # the same command again
-    again = train.Pipeline(config).run.figures("match")
+    again = Run(config).folder.figures("match")
     assert again["unknown"] == 0 and again["failed_calls"] == 0
 
     models.clear()
     train.run_stages(config, ["eval"])
     assert {"sit", "round1", "round2", "vanilla", str(qwen)} == {*models} - {"m"}
-    lists = (p.run / "eval" / "starters.jsonl").read_text().splitlines()
+    lists = (run.folder / "eval" / "starters.jsonl").read_text().splitlines()
     assert all(json.loads(line)["starters"]["IceBreaker"][0] for line in lists)
 
 
@@ -322,19 +333,19 @@ def test_torchrun_writes_once_and_resumes(finished, qwen, tmp_path):
 
 
 def test_dpo_starts_at_ln_2_and_logs_what_to_watch(finished):
-    p = train.Pipeline(micro(finished.parent))
-    for name, figures in p.run.figures("dpo").items():
+    folder = Run(micro(finished.parent)).folder
+    for name, figures in folder.figures("dpo").items():
         if name != "seconds":
             assert figures["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
             assert {"chosen_logp", "rejected_logp", "margin"} <= figures.keys()
-    assert {"utility", "diversity"} == p.run.figures("dpo")["round 2"]["before"].keys()
+    assert {"utility", "diversity"} == folder.figures("dpo")["round 2"]["before"].keys()
 
 
 def test_what_the_matcher_could_not_say_is_no_label(finished, tmp_path, monkeypatch):
     """An unknown summary is no positive, no negative, and in no AUC; -1 stands for it on disk."""
     shutil.copytree(finished, tmp_path / "tiny")
-    p = train.Pipeline(micro(tmp_path, "rid.epochs=1"))
-    path = p.run / "match" / "revisited.json"
+    run = Run(micro(tmp_path, "rid.epochs=1"))
+    path = run.folder / "match" / "revisited.json"
     labels = read_json(path)
     unknown = {
         (user, cut): [i for i, x in enumerate(row) if x == 0][::2]
@@ -345,130 +356,126 @@ def test_what_the_matcher_could_not_say_is_no_label(finished, tmp_path, monkeypa
         for i in places:
             labels[user][cut][i] = -1
     path.write_text(json.dumps(labels))
-    revisits, seen, rows = rid.Revisits(p), [], isg.ib.contrastive_rows
-    row = next(r for r in revisits.rows(p.ids("train")) if unknown[r])
+    revisits, seen, rows = match.Revisits(run), [], ib.contrastive_rows
+    row = next(r for r in revisits.rows(run.ids("train")) if unknown[r])
     scores = np.arange(len(revisits[row])) / 100.0
-    known = revisits[row] >= 0
-    expected = rid.ib.per_user_auc(scores[known], revisits[row][known] == 1)
+    answered = revisits[row] >= 0
+    expected = ib.per_user_auc(scores[answered], revisits[row][answered] == 1)
     assert revisits.auc([row], [scores]) == pytest.approx(expected)
 
     def watched(user, sessions, positive, mask, *rest):
         seen.append((int(positive.sum()), int(mask.sum())))
         return rows(user, sessions, positive, mask, *rest)
 
-    monkeypatch.setattr(rid.ib, "contrastive_rows", watched)
-    one_cut = {r[0]: r for r in revisits.rows(p.ids("train"))}  # an epoch takes one cut a user
+    monkeypatch.setattr(ib, "contrastive_rows", watched)
+    one_cut = {r[0]: r for r in revisits.rows(run.ids("train"))}  # an epoch takes one cut a user
     train_rows = list(one_cut.values())
-    rid.fit_scorer(p, revisits, train_rows, revisits.rows(p.ids("valid")))
-    towers = p.config.rid.towers
+    rid.fit_scorer(run, revisits, train_rows, revisits.rows(run.ids("valid")))
+    towers = run.config.rid.towers
     flat = np.concatenate([revisits[r] for r in train_rows])
     assert sum(a for a, _ in seen) == towers * (flat == 1).sum()
     assert sum(b for _, b in seen) == towers * (flat >= 0).sum() < towers * len(flat)
 
 
 def test_interests_are_distilled_again_from_what_rid_saved(finished):
-    p = train.Pipeline(micro(finished.parent))
-    triggers = read_json(p.run / "rid" / "triggers.json")
+    run = Run(micro(finished.parent))
+    triggers = read_json(run.folder / "rid" / "triggers.json")
     kept = {u: cuts[-1]["interests"] for u, cuts in triggers.items() if cuts[-1]["interests"]}
-    assert rid.distil_latest(p) == kept != {}
+    distiller, (histories, profiles) = rid.Distiller.load(run), rid.histories_of(
+        run, [(user_id, -1) for user_id in kept]
+    )
+    again = {
+        user_id: [history.texts[i] for i in distiller.keep(history, scores)]
+        for user_id, history, scores in zip(
+            kept, histories, distiller.scores(histories, profiles), strict=True
+        )
+    }
+    assert again == kept != {}
 
 
 def test_a_user_without_history_gets_popular_starters(finished):
-    p = train.Pipeline(micro(finished.parent))
-    popular, k = isg.PopularStarters(p), p.config.generator.list_size
-    shown = {y for x in p.impressions for y in x.starters}
+    run = Run(micro(finished.parent))
+    popular, k = PopularStarters(run), run.config.generator.list_size
+    shown = {y for row in run.impressions for y in row.starters}
     for profile in (None, {"region": "CN"}, {"region": "US", "age": "55+"}):
         assert len({*popular(profile)}) == k and {*popular(profile)} <= shown
 
 
 def test_logs_too_thin_for_a_ranker_are_named(finished):
-    p = train.Pipeline(micro(finished.parent))
-    whole = {name: isg.shown_lists(p, p.ids(name)) for name in ("train", "judge", "test")}
+    run = Run(micro(finished.parent))
+    whole = {name: ranker.shown_lists(run, run.ids(name)) for name in ("train", "judge", "test")}
     tapped = next(pair for pair in whole["train"] if pair[0].clicked)
     for lists, message in (
         (whole | {"test": []}, "timestamp: no list of the test users"),
         (whole | {"train": [tapped] * 20}, "clicked: .* fewer than two people's, among the train"),
     ):
         with pytest.raises(UserError, match=message):
-            isg.fit_rankers(p, lists, "thin")
-    p.impressions = [x.model_copy(update={"timestamp": None}) for x in p.impressions]
+            ranker.fit_rankers(run, lists, "thin")
+    run.impressions = [x.model_copy(update={"timestamp": None}) for x in run.impressions]
     with pytest.raises(UserError, match="timestamp: no list of the train users"):
-        isg.stage_ranker(p)
+        ranker.stage_ranker(run, None, "")
 
 
 def test_logs_of_tapped_lists_alone_skip_the_baseline(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "tiny")
-    p = train.Pipeline(micro(tmp_path))
-    assert "SFT+DPO" in evaluation.methods(p)
-    p.impressions, p.key = [x for x in p.impressions if x.clicked], "of other logs"
-    assert "tapped and an ignored list" in isg.align_on_clicks(p, [])["skipped"]
-    assert "SFT+DPO" not in evaluation.methods(p)
-    assert not (p.run / "dpo" / "vanilla" / "adapter").exists()
+    run = Run(micro(tmp_path))
+    assert "SFT+DPO" in evaluation.methods(run)
+    run.impressions = [row for row in run.impressions if row.clicked]
+    figures = dpo.align_on_clicks(run, players_of(run).writer, [], key="of other logs")
+    assert "tapped and an ignored list" in figures["skipped"]
+    assert "SFT+DPO" not in evaluation.methods(run)
+    assert not run.adapter("vanilla").exists()
 
 
-def test_a_prompt_without_room_and_a_base_that_is_not_there_are_named(finished):
+def test_a_prompt_without_room_and_a_model_that_is_not_there_are_named(finished, tmp_path):
     with pytest.raises(UserError, match="generator.max_prompt_tokens: .* no room"):
-        train.Pipeline(micro(finished.parent, "generator.max_prompt_tokens=5")).prompt(["Chess"])
-    with pytest.raises(UserError, match="no embedded model of these settings"):
-        _ = train.Pipeline(micro(finished.parent, "base.seed=9")).tokenizer
+        players_of(Run(micro(finished.parent, "generator.max_prompt_tokens=5"))).writer.prompt(
+            ["Chess"]
+        )
+    with pytest.raises(UserError, match="generator.model=.*nothing: cannot be loaded"):
+        train.run_stages(micro(tmp_path, f"generator.model={tmp_path}/nothing"), ["base"])
 
 
 def test_a_last_batch_of_one_starter_does_not_stop_the_ranker(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "tiny")
-    p = train.Pipeline(micro(tmp_path, "ranker.batch_impressions=1"))
-    pairs = isg.shown_lists(p, p.ids("train"))
+    run = Run(micro(tmp_path, "ranker.batch_impressions=1"))
+    pairs = ranker.shown_lists(run, run.ids("train"))
     held = sorted({x.user_id for x, _ in pairs})[::7]
     shown, state = pairs.pop()
     rows = sum(len(x.starters) for x, _ in pairs if x.user_id not in held)
-    count = (1 - rows) % p.config.generator.list_size or p.config.generator.list_size
+    count = (1 - rows) % run.config.generator.list_size or run.config.generator.list_size
     assert shown.user_id not in held and len(shown.starters) >= count
     short = shown.model_copy(update={"starters": shown.starters[:count], "clicked": []})
-    ranker = isg.fit_ranker(p, [*pairs, (short, state)], "short", tmp_path / "short.safetensors")
-    assert all(x.isfinite().all() for x in ranker.parameters())
+    path = tmp_path / "short.safetensors"
+    fitted = ranker.fit_ranker(run, [*pairs, (short, state)], "short", path)
+    assert all(weight.isfinite().all() for weight in fitted.parameters())
 
 
 def test_a_garbled_name_is_mined_as_one_of_no_utility(finished):
     named = [f"{form} Chess" for form in ("Who invented", "How to win at", "History of", "Love")]
     garbled = [f"{form} Chss" for form in ("Who invented", "How to win at", "Poems about")]
     for word, refused in (("dpo.grounded=true", len(garbled)), ("dpo.grounded=false", 0)):
-        p = train.Pipeline(micro(finished.parent, "dpo.weight=1.0", word))
+        run = Run(micro(finished.parent, "dpo.weight=1.0", word))
         asked = ["Where to start with Chess"]
-        vectors, state = p.encoder(asked), p.states["u1"][-1]
-        known = dataclasses.replace(state, interests=asked, embeddings=vectors)
+        vectors, state = run.encoder(asked), run.states["u1"][-1]
+        state = dataclasses.replace(state, interests=asked, embeddings=vectors)
         lists = [named[:3], named[1:], garbled]
-        (pair,), counts = isg.mine_round(p, p.ranker("train"), [known], [lists])
+        searched = dpo.search(run, ranker.load_ranker(run, "train"), [state], [lists])
+        (pair,), counts = dpo.mine(run, searched)
         assert counts["ungrounded"] == refused
         assert not refused or not {*pair["chosen"]} & {*garbled}
 
 
-def test_own_lists_join_the_tuning(finished, tmp_path):
+def test_own_lists_join_the_tuning(finished, tmp_path, monkeypatch):
     """Table 8: tuned again on the teacher's lists and the policy's own."""
     shutil.copytree(finished.parent, tmp_path / "own")
-    p = train.Pipeline(micro(tmp_path / "own", "sit.own_lists=2"))
-    p.fit_to_show = lambda text, interests, repeats=False: ["Chess?", "Go?", "Checkers?"]
-    assert isg.teacher_lists(p, [p.states["u1"][0]] * 2, 0, "none asked for") == [[], []]
-    made = isg.stage_sit(p)
-    assert made["rows"] == 2 * p.run.figures("sit")["rows"]
-
-
-def test_the_scorers_encoder_can_be_tuned(finished, tmp_path, monkeypatch):
-    """Its text vectors change, and gradient caching changes nothing."""
-    shutil.copytree(finished.parent / "tiny", tmp_path / "tiny")
-    scores, asked, embed = [], [], rid.embed
-    monkeypatch.setattr(
-        rid, "embed", lambda *a, **k: asked.append(k["recompute"]) or embed(*a, **k)
-    )
-    for word in ("rid.encoder_recompute=false", "rid.encoder_recompute=true"):
-        config = micro(tmp_path, "rid.encoder_learning_rate=1e-4", "rid.epochs=1", word)
-        train.run_stages(config, ["rid"])
-        scores.append(json.loads((tmp_path / "tiny" / "rid" / "triggers.json").read_text()))
-    flat = [
-        [x for user in sorted(made) for cut in made[user] for x in cut["scores"]] for made in scores
-    ]
-    assert flat[0] == pytest.approx(flat[1], abs=1e-4) and {*asked} == {True, False}
-    tuned = SentenceTransformer(str(tmp_path / "tiny" / "rid" / "encoder"))
-    plain = SentenceTransformer(packaged_minilm())
-    assert abs(tuned.encode("chess openings") - plain.encode("chess openings")).max() > 1e-3
+    run = Run(micro(tmp_path / "own", "sit.own_lists=2"))
+    for module in ("writer", "players"):
+        monkeypatch.setattr(f"roles.{module}.fit_to_show", lambda *_: ["Chess?", "Go?", "Checkers?"])
+    players, states = players_of(run), [run.states["u1"][0]] * 2
+    assert sit.teacher_lists(run, players, states, 0, "none asked for") == [[], []]
+    figures = sit.stage_sit(run, players, "")
+    assert figures["rows"] == 2 * run.folder.figures("sit")["rows"]
 
 
 def test_own_users_without_logs_get_starters(finished, tmp_path, capsys):
@@ -481,7 +488,7 @@ def test_own_users_without_logs_get_starters(finished, tmp_path, capsys):
     assert (finished.parent / "mine" / "eval" / "starters.jsonl").read_text().count("\n") > 1
 
 
-def run(*words, folder):
+def run_train(*words, folder):
     command = [sys.executable, str(ROOT / "train.py"), f"run.root={folder}", *words]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder)
 
@@ -496,14 +503,14 @@ def run(*words, folder):
     ],
 )
 def test_wrong_input_is_one_message_and_exit_code_2(words, message, tmp_path):
-    done = run(*words, folder=tmp_path)
+    done = run_train(*words, folder=tmp_path)
     assert done.returncode == 2 and message in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_a_bad_line_is_named_before_any_model_loads(tmp_path):
     (tmp_path / "users.jsonl").write_text('{"user_id": "a", "sessions": []}\n{"user_id": 3}\n')
-    done = run("data.users=users.jsonl", folder=tmp_path)
+    done = run_train("data.users=users.jsonl", folder=tmp_path)
     assert done.returncode == 2 and "users.jsonl:2: user_id:" in done.stderr
     assert "Traceback" not in done.stderr
 

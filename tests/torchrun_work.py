@@ -3,16 +3,21 @@
     python tests/torchrun_work.py FINISHED OUT section.key=value ...
 """
 
+import random
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import conftest  # noqa: F401  (the tests' small base model)
+
 import llm
-import pipeline
 import train
 from config import ROOT, gather, load_config, processes, read_json, share, write_json
-from stages import isg
+from roles import players as players_module
+from roles import writer as writer_module
+from run import Run, sum_counts
+from stages import dpo, ranker, sit
 
 
 def main() -> None:
@@ -20,29 +25,30 @@ def main() -> None:
     llm.quiet_libraries()
     with train.joined_processes():
         count = processes()[1]
-        p = pipeline.Pipeline(load_config(ROOT / "configs" / "tiny.yaml", words))
-        states = isg.chosen_states(p, [0, 1], 7, isg.random.Random(0))
-        p.fit_to_show = lambda text, interests, repeats=False: [text[:40], text[40:80], "Chess?"]
-        lists = p.sample_lists(p.policy(None), [s.interests for s in states], 2, 5)
-        taught = isg.teacher_lists(p, states, 2, "test")
-        p.ranker("train")
-        own = share(zip(states, lists, taught, strict=True))
-        found, counts = isg.mine_round(
-            p, p.ranker("train"), [s for s, *_ in own], [x + y for _, x, y in own]
-        )
+        run = Run(load_config(ROOT / "configs" / "tiny.yaml", words))
+        writer = writer_module.Writer(run.config, Path(":memory:"))
+        players = players_module.Players(run.config, run.encoder, writer)
+        for module in (writer_module, players_module):
+            module.fit_to_show = lambda text, *_: [text[:40], text[40:80], "Chess?"]
+        states = sit.chosen_states(run, [0, 1], 7, random.Random(0))
+        lists = writer.sample(writer.policy(None), [s.interests for s in states], 2, 5)
+        taught = sit.teacher_lists(run, players, states, 2, "test")
+        both = [policy + teacher for policy, teacher in zip(lists, taught, strict=True)]
+        scorer = ranker.load_ranker(run, "train")
+        pairs, counts = dpo.mine(run, dpo.search(run, scorer, share(states), share(both)))
         rows = [
-            (p.prompt(s.interests), [llm.encode_completion(p.tokenizer, x) for x in y])
-            for s, y in zip(states, taught, strict=True)
+            (writer.prompt(s.interests), [llm.encode_completion(writer.tokenizer, y) for y in full])
+            for s, full in zip(states, taught, strict=True)
         ]
-        model, figures = isg.instruct(p, rows)
+        model, figures = sit.instruct(run, writer, rows)
         llm.save_adapter(model, Path(out) / f"sit{count}")
-        pairs = read_json(Path(finished) / "dpo" / "round1" / "pairs.json")
-        figures |= isg.align(p, model, pairs, "round 1")
+        mined = read_json(Path(finished) / "dpo" / "round1" / "pairs.json")
+        figures |= dpo.align(run, writer, model, mined, "round 1", run.config.dpo)
         llm.save_adapter(model, Path(out) / f"dpo{count}")
         figures = {k: v for k, v in figures.items() if isinstance(v, float)}
-        made = {"lists": lists, "pairs": gather(found), "figures": figures}
-        made["counts"] = pipeline.sum_counts(gather([dict(counts)]))
-        write_json(Path(out) / f"made{count}.json", made)
+        result = {"lists": lists, "pairs": gather(pairs), "figures": figures}
+        result["counts"] = sum_counts(gather([counts]))
+        write_json(Path(out) / f"made{count}.json", result)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Conversations from elsewhere as users: exports of ChatGPT, ShareGPT, WildChat and LoCoMo.
 
-    python data.py import chatgpt conversations.json --out users.jsonl
+    python -m tools.logs import chatgpt conversations.json --out users.jsonl
 
 One record per kind of file. Its sessions() yields (user_id, session_id, timestamp, messages) with
 messages as (role, text or None); a user_id of None is the one person whose export the file is.
+Records are strict: a row that does not fit is a fault that is listed by its place, never by its
+content, and the rows of a conversation are the only ones that are read whole into memory.
 """
 
 from __future__ import annotations
@@ -19,33 +21,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
-from tqdm import tqdm
 
-from data import (
-    DataError,
-    Faults,
-    Message,
-    Name,
-    Record,
-    Session,
-    Stamp,
-    Text,
-    User,
-    in_time_order,
-    lines_of,
-    parse_json,
-    parse_line,
-    write_users,
-)
+import data
+from config import progress
+from data import DataError, Faults, Name, Record, Stamp, Text, User
 
-_Sessions = Iterator[tuple[str | None, str, datetime | None, list[tuple[str, str | None]]]]
+Sessions = Iterator[tuple[str | None, str, datetime | None, list[tuple[str, str | None]]]]
 
 
 def _unix(seconds: float) -> datetime:
     """Seconds since 1970 to naive UTC."""
     try:
         return datetime.fromtimestamp(seconds, UTC).replace(tzinfo=None)
-    except (ValueError, OverflowError, OSError):
+    except (ValueError, OverflowError, OSError):  # which of them depends on the machine
         raise ValueError("not in the years 1 to 9999 as seconds since 1970") from None
 
 
@@ -88,7 +76,7 @@ class ChatGPT(Record):
     mapping: dict[str, ChatGPTNode]
     current_node: str | None = None
 
-    def sessions(self) -> _Sessions:
+    def sessions(self) -> Sessions:
         session_id = self.conversation_id or self.id
         if not session_id:
             raise ValueError("conversation_id: missing, and so is id")
@@ -129,7 +117,7 @@ class ShareGPT(Record):
     id: Name
     conversations: list[ShareGPTMessage]
 
-    def sessions(self) -> _Sessions:
+    def sessions(self) -> Sessions:
         said = [(_SHAREGPT_ROLES[m.speaker], m.value) for m in self.conversations]
         yield _part(self.id)[0], self.id, None, said
 
@@ -154,7 +142,7 @@ class WildChat(Record):
     hashed_ip: Text | None = None
     conversation: list[WildChatMessage]
 
-    def sessions(self) -> _Sessions:
+    def sessions(self) -> Sessions:
         addresses = [self.hashed_ip, *(m.hashed_ip for m in self.conversation)]
         user_id = next(filter(None, addresses), self.conversation_hash)
         said = [(m.role, m.content) for m in self.conversation]
@@ -190,7 +178,7 @@ class Locomo(Record):
     sample_id: Name
     conversation: LocomoTalk
 
-    def sessions(self) -> _Sessions:
+    def sessions(self) -> Sessions:
         talk = self.conversation
         for name, (key, lines) in itertools.product(
             (talk.speaker_a, talk.speaker_b), talk.sessions.items()
@@ -224,7 +212,7 @@ def _wrong_kind(path: str | Path, kind: str, reason: str, keys=frozenset()) -> D
 
 def _parquet(path: str | Path) -> Iterator[dict]:
     """Yield the rows of a parquet file batch by batch, only with what a WildChat record takes."""
-    import pyarrow
+    import pyarrow  # a second to import, and most files are JSON
     from pyarrow.parquet import ParquetFile
 
     message = r"conversation\.(\w+\.){1,2}(role|content|hashed_ip)"  # of conversation.list.element
@@ -235,7 +223,7 @@ def _parquet(path: str | Path) -> Iterator[dict]:
             columns = [leaf for leaf in leaves if re.fullmatch(wanted, leaf)]
             for batch in file.iter_batches(batch_size=1024, columns=columns):
                 yield from batch.to_pylist()
-    except (pyarrow.ArrowException, ValueError) as error:
+    except (pyarrow.ArrowException, ValueError) as error:  # its text may quote the file
         raise DataError(f"{path}: cannot be read as parquet ({type(error).__name__})") from None
 
 
@@ -243,16 +231,16 @@ def _places(path: str | Path, kind: str) -> Iterator[tuple[str, Any]]:
     """Yield (place, row) of a JSON array, parquet or JSONL, where a row is the bytes of a line."""
     try:
         with open(path, "rb") as file:
-            head = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+            head = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()  # a byte order mark
         if head.startswith(b"PAR1"):
             rows = _parquet(path)
         elif head.startswith(b"["):
-            rows = parse_json(Path(path).read_bytes())
+            rows = data.parse_json(Path(path).read_bytes())
         else:
-            yield from ((f"{path}:{n}", line) for n, line in lines_of(path) if line.strip())
+            lines = data.lines_of(path)
+            yield from ((f"{path}:{n}", line) for n, line in lines if line.strip())
             return
-        for number, row in enumerate(rows, 1):
-            yield f"{path}: conversation {number}", row
+        yield from ((f"{path}: conversation {n}", row) for n, row in enumerate(rows, 1))
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from None
     except ValueError as error:  # of parse_json, before the first row
@@ -264,47 +252,44 @@ def _conversations(path: str | Path, kind: str, faults: Faults) -> Iterator[tupl
 
     Raises DataError if no row looks like one of this kind, or the file cannot be read at all.
     """
-    known, keys = False, set()
+    right_kind, keys = False, set()
     for place, row in _places(path, kind):
         try:
-            row = parse_line(row) if isinstance(row, bytes) else row
+            row = data.parse_line(row) if isinstance(row, bytes) else row
             if not isinstance(row, dict):
                 raise ValueError("row: not a JSON object")
         except ValueError as error:
             faults.add(place, error)
             continue
-        keys = keys or row.keys()
-        known = known or _marks(kind) <= row.keys()
+        keys = keys or row.keys()  # of the first one, to name the kind that it may be of
+        right_kind = right_kind or _marks(kind) <= row.keys()
         yield place, row
-    if not known:
+    if not right_kind:  # rather than a fault for each of a million rows
         raise _wrong_kind(path, kind, "no such conversation in it", keys)
 
 
-def _alone(user_id: str, session_id: str, timestamp: datetime | None, said: list) -> User:
+def _user(user_id: str, session_id: str, timestamp: datetime | None, said: list) -> User:
     """A user with this session alone, or with none if they say nothing in it."""
-    messages = [Message(role=role, content=text or "") for role, text in said]
-    fields = {"session_id": session_id, "timestamp": timestamp}
-    fields["messages"] = [message for message in messages if message.content]
-    asked = any(message.role == "user" for message in fields["messages"])
-    return User.model_validate({"user_id": user_id, "sessions": [fields] if asked else []})
+    messages = [data.Message(role=role, content=text or "") for role, text in said]
+    messages = [message for message in messages if message.content]
+    session = {"session_id": session_id, "timestamp": timestamp, "messages": messages}
+    asked = any(message.role == "user" for message in messages)
+    return User.model_validate({"user_id": user_id, "sessions": [session] if asked else []})
 
 
-def import_users(
-    kind: str, paths: list[str | Path], out: str | Path, me: str = "me", max_errors: int = 20
-) -> str:
+def import_users(kind: str, paths: list[str | Path], out: str | Path, me: str = "me") -> str:
     """Write conversations of a kind, in one file or several, as users; return what was written.
 
     Until all are read, sessions are held as JSON text, which is smaller than records. Raises
     DataError that lists every faulty conversation.
     """
-    faults, left_out, messages = Faults(max_errors), Counter(), 0
-    held: dict[str, dict[str, bytes]] = {}  # user_id -> session_id -> session
+    faults, left_out, messages = Faults(), Counter(), 0
+    texts: dict[str, dict[str, bytes]] = {}  # user_id -> session_id -> session
     for path in paths:
-        rows = _conversations(path, kind, faults)
-        for place, row in tqdm(rows, "import", disable=None, leave=False):
+        for place, row in progress(_conversations(path, kind, faults), f"import {path}"):
             try:
                 parts = KINDS[kind][0].model_validate(row).sessions()
-                users = [_alone(me if owner is None else owner, *part) for owner, *part in parts]
+                users = [_user(me if name is None else name, *part) for name, *part in parts]
             except ValueError as error:  # a ValidationError is one too
                 faults.add(place, error)
                 continue
@@ -312,24 +297,24 @@ def import_users(
                 if not user.sessions:
                     left_out["without a user's words"] += 1
                     continue
-                session, sessions = user.sessions[0], held.setdefault(user.user_id, {})
-                if session.session_id in sessions:
+                [session], sessions = user.sessions, texts.setdefault(user.user_id, {})
+                if session.session_id in sessions:  # parts of a data set may overlap
                     left_out["seen before"] += 1
                     continue
                 sessions[session.session_id] = session.model_dump_json(exclude_unset=True).encode()
                 messages += len(session.messages)
     faults.refuse()
-    if not held:
+    if not texts:
         raise DataError(f"{paths[0]}: no conversation with a user's words in it")
+    data.write_users(out, _users(kind, texts))
+    counts = f"{len(texts)} users, {sum(map(len, texts.values()))} sessions ({messages} messages)"
+    rest = "".join(f"; {n} conversations {why} left out" for why, n in left_out.items())
+    return f"{counts} written to {out}{rest}"
 
-    def users_in_order() -> Iterator[User]:
-        for user_id, texts in held.items():
-            sessions = [Session.model_validate_json(text) for text in texts.values()]
-            if kind == "sharegpt":
-                sessions.sort(key=lambda session: _part(session.session_id)[1])
-            yield in_time_order(User(user_id=user_id, sessions=sessions))
 
-    write_users(out, users_in_order())
-    n_sessions = sum(map(len, held.values()))
-    made = f"{len(held)} users, {n_sessions} sessions ({messages} messages) written to {out}"
-    return made + "".join(f"; {n} conversations {why} left out" for why, n in left_out.items())
+def _users(kind: str, texts: dict[str, dict[str, bytes]]) -> Iterator[User]:
+    for user_id, held in texts.items():
+        sessions = [data.Session.model_validate_json(text) for text in held.values()]
+        if kind == "sharegpt":  # its parts have no time, but a number
+            sessions.sort(key=lambda session: _part(session.session_id)[1])
+        yield data.in_time_order(User(user_id=user_id, sessions=sessions))

@@ -1,7 +1,6 @@
-"""What a configuration will need, before anything is loaded: bytes and tokens; and is all in place.
+"""What a configuration will need, before anything is loaded: bytes and tokens.
 
     python train.py --plan --config configs/qwen2.5-7b.yaml    # estimate; no weights, no hub
-    python train.py --doctor --config configs/qwen2.5-7b.yaml  # versions, GPU, 4-bit, hub, disk
 
 The bytes are counted from the tensors that transformers' Qwen2 with PEFT's LoRA keeps alive.
 `python -m benchmarks.plan` measures the same on a CPU (results/plan.md); a 7B model's DPO steps and
@@ -13,69 +12,63 @@ Legend: T tokens of a tree row, H hidden, D heads * head_dim, I intermediate, V 
 
 from __future__ import annotations
 
-import http.client
-import importlib.metadata
 import json
-import os
-import platform
-import re
-import shutil
-import sys
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
 from config import ROOT, Config, GeneratorConfig, UserError
 
 GIB = 2**30
 CARDS = (12, 24, 40, 80)  # GiB
-# What a card must have beside the estimate: CUDA context, cuBLAS, the text encoder; fragmentation.
-CONTEXT, FRAGMENTATION = 1.0 * GIB, 1.10
-HELD_OUT_LISTS = 2  # of each user when isg.improve values a checkpoint
-
-
-# ------------------------------------------------------------------------------------------ shapes
+CONTEXT = 1.0 * GIB  # on a card beside the estimate: CUDA's context, cuBLAS, the text encoder
+FRAGMENTATION = 1.10  # of torch's allocator: blocks that are free but too small
+HELD_OUT_LISTS = 2  # of each user when a DPO checkpoint is tried out
+HEAD_CHUNK = 256  # positions whose vocabulary row exists at once, as in llm.completion_logps
 
 
 @dataclass(frozen=True)
 class Shape:
     """Of a decoder with RMSNorm, rotary positions, grouped attention and SwiGLU."""
 
-    hidden: int
+    hidden: int  # H
     layers: int
     heads: int
-    kv_heads: int
-    intermediate: int
-    vocabulary: int
-    tied: bool
+    kv_heads: int  # keys and values are shared by heads // kv_heads heads
+    intermediate: int  # I
+    vocabulary: int  # V
+    tied: bool  # the head is the embedding: its V * H weights exist once
     head_dim: int
     biases: tuple[bool, ...] = (True,) * 3 + (False,) * 4  # of `linears`; these are Qwen2's
 
     @property
-    def linears(self) -> list[tuple[int, int]]:
-        """(in, out) of a layer's linear maps: those that LoRA adapts and 4-bit packs."""
-        h, i, q, kv = self.hidden, self.intermediate, self.query, self.kv_heads * self.head_dim
-        return [(h, q), (h, kv), (h, kv), (q, h), (h, i), (h, i), (i, h)]
+    def query(self) -> int:
+        return self.heads * self.head_dim  # D; not H in every model
 
     @property
-    def query(self) -> int:  # D
-        return self.heads * self.head_dim
+    def linears(self) -> list[tuple[int, int]]:
+        """(in, out) of a layer's linear maps: those that LoRA adapts and 4-bit packs."""
+        h, i, d, kv = self.hidden, self.intermediate, self.query, self.kv_heads * self.head_dim
+        # q, k, v, o; gate, up, down
+        return [(h, d), (h, kv), (h, kv), (d, h), (h, i), (h, i), (i, h)]
 
     @property
     def packed(self) -> int:
-        """Weights of the linear maps, the head aside."""
-        return self.layers * sum(x * y for x, y in self.linears)
+        """Weights of the linear maps, the head aside: bitsandbytes leaves it as it is."""
+        return self.layers * sum(rows * columns for rows, columns in self.linears)
 
     @property
     def parameters(self) -> int:
-        bias = sum(y * has for (_, y), has in zip(self.linears, self.biases, strict=True))
-        rest = self.layers * (bias + 2 * self.hidden) + self.hidden  # and the norms
-        return self.packed + rest + self.vocabulary * self.hidden * (1 if self.tied else 2)
+        bias = sum(out for (_, out), has in zip(self.linears, self.biases, strict=True) if has)
+        norms = self.layers * 2 * self.hidden + self.hidden  # two a layer, and the last
+        embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
+        return self.packed + self.layers * bias + norms + embeddings
 
     def lora(self, rank: int) -> int:
-        return self.layers * sum(rank * (x + y) for x, y in self.linears)
+        """Weights that are trained: A (r, in) and B (out, r) of every linear map."""
+        return self.layers * sum(rank * (rows + columns) for rows, columns in self.linears)
 
 
 QWEN = {  # of the hub's config.json; heads of 64 or 128
@@ -84,7 +77,7 @@ QWEN = {  # of the hub's config.json; heads of 64 or 128
     "3B": Shape(2048, 36, 16, 2, 11_008, 151_936, True, 128),
     "7B": Shape(3584, 28, 28, 4, 18_944, 152_064, False, 128),
 }
-KNOWN = {f"Qwen/Qwen2.5-{size}{kind}": s for size, s in QWEN.items() for kind in ("", "-Instruct")}
+BY_NAME = {f"Qwen/Qwen2.5-{k}{end}": s for k, s in QWEN.items() for end in ("", "-Instruct")}
 
 
 def read_shape(path: Path) -> Shape:
@@ -94,57 +87,50 @@ def read_shape(path: Path) -> Shape:
         kind = c["model_type"]
         if kind not in ("qwen2", "llama", "mistral"):
             raise UserError(f"{path}: model_type {kind}: only qwen2, llama and mistral are counted")
-        qkv = kind == "qwen2" or c.get("attention_bias", False)
+        qkv = kind == "qwen2" or c.get("attention_bias", False)  # Qwen2 has no switch for it
         out, mlp = kind != "qwen2" and qkv, c.get("mlp_bias", False)
+        hidden, heads = c["hidden_size"], c["num_attention_heads"]
+        kv_heads = c.get("num_key_value_heads") or heads  # left out, or null, where it is the same
+        sizes = (c["num_hidden_layers"], heads, kv_heads, c["intermediate_size"], c["vocab_size"])
         return Shape(
-            hidden=c["hidden_size"],
-            layers=c["num_hidden_layers"],
-            heads=c["num_attention_heads"],
-            kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
-            intermediate=c["intermediate_size"],
-            vocabulary=c["vocab_size"],
-            tied=c.get("tie_word_embeddings", False),
-            head_dim=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
-            biases=(qkv,) * 3 + (out,) + (mlp,) * 3,
+            hidden, *sizes, tied=c.get("tie_word_embeddings", False),
+            head_dim=c.get("head_dim") or hidden // heads, biases=(qkv,) * 3 + (out,) + (mlp,) * 3,
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: no readable model config ({error!r})") from None
 
 
 def find_shape(config: Config) -> Shape:
-    """Of generator.model: a local folder, the hub's local cache, or a known Qwen2.5."""
-    g, b = config.generator, config.base
-    if not g.model:
-        sizes = (b.hidden, b.layers, b.heads, b.kv_heads, b.intermediate, b.vocabulary)
-        return Shape(*sizes, tied=True, head_dim=b.hidden // b.heads)
-    if Path(g.model).is_dir():
-        return read_shape(Path(g.model) / "config.json")
-    if cached := cached_file(g, "config.json"):
+    """Of the generator: a local folder, the hub's local cache, or a Qwen2.5; else UserError."""
+    g, path = config.generator, Path(model_path(config.generator))
+    if path.is_dir():
+        return read_shape(path / "config.json")
+    if cached := cached_file(g, "config.json"):  # goes before the table: it may be changed
         return read_shape(cached)
-    if g.model in KNOWN:
-        return KNOWN[g.model]
+    if g.model in BY_NAME:
+        return BY_NAME[g.model]
     raise UserError(
         f"generator.model={g.model}: no such folder, not in the local cache, and no known shape; "
         f"name a local folder with a config.json (where a hub can be reached: hf download "
-        f"{g.model} --local-dir FOLDER) or one of {', '.join(k for k in KNOWN if 'Inst' in k)}"
+        f"{g.model} --local-dir FOLDER) or one of {', '.join(k for k in BY_NAME if 'Inst' in k)}"
     )
 
 
-def cached_file(g: GeneratorConfig, name: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
+def model_path(g: GeneratorConfig) -> str:  # until llm.model_path is on main
+    return g.model or str(next((ROOT / "weights").glob("*/config.json")).parent)
 
+
+def cached_file(g: GeneratorConfig, name: str) -> Path | None:
+    """Where the hub's local cache holds a file of generator.model; asks no network."""
     try:
-        found = try_to_load_from_cache(g.model, name, revision=g.revision or None)
+        path = try_to_load_from_cache(g.model, name, revision=g.revision or None)
     except HFValidationError:  # no hub id: a path that does not exist
         return None
-    return Path(found) if isinstance(found, str) else None
-
-
-# ------------------------------------------------------------------------------------------- bytes
+    return Path(path) if isinstance(path, str) else None  # may be a mark of "known to be missing"
 
 
 def weight_bytes(s: Shape, in_4bit: bool, a: int) -> float:
+    """Of the frozen base model."""
     if not in_4bit:
         return a * s.parameters
     nf4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # 4 bit; a scale of 8 bit for 64, of 32 for 256 * 64
@@ -163,56 +149,49 @@ def saved_bytes(s: Shape, rank: int, a: int) -> int:
     return total + 5 * 4 * h + 4 * d + 4 * i  # LoRA's x as an fp32 copy for each of seven maps
 
 
-def layer_work(s: Shape, tokens: int, in_4bit: bool, a: int) -> float:
-    """The most that a layer's backward holds beside what was saved: in its MLP."""
-    h, i = s.hidden, s.intermediate
-    weight = a * h * i if in_4bit else 0  # dequantised for the matrix product, then dropped
-    # Two gradients of (tokens, I) while silu(gate) * up is undone; or the weight at `down`, whose
-    # LoRA input (tokens, I) is free by then.
-    mlp = max(2 * a * i * tokens, (2 * a - 4) * i * tokens + weight)
-    return mlp + (4 if a == 4 else 12) * h * tokens  # the output's gradient; in bf16 fp32 copies
-
-
 def training(s: Shape, g: GeneratorConfig, users: int, lists: int, a: int) -> dict[str, float]:
     """Bytes of a step on `users` rows [prompt | list 0 | ...] of the greatest length."""
-    width = g.max_prompt_tokens + lists * g.max_new_tokens  # T
-    tokens, scored = users * width, users * lists * g.max_new_tokens
-    layer, mask = tokens * saved_bytes(s, g.lora_rank, a), users * width**2 * a
-    inputs = tokens * a * s.hidden
-    if g.attention == "flex_attention":
-        mask = 0
-    elif a == 2:  # CUDA's kernel takes keys in eights: a layer keeps a padded copy
+    h, i, width = s.hidden, s.intermediate, g.max_prompt_tokens + lists * g.max_new_tokens
+    tokens, scored = users * width, users * lists * g.max_new_tokens  # B * T, and those of lists
+    layer, mask = tokens * saved_bytes(s, g.lora_rank, a), users * width**2 * a  # mask (B, 1, T, T)
+    if a == 2:  # CUDA's kernel takes keys in eights: a layer keeps a padded copy
         layer += mask
-    checkpoint = g.gradient_checkpointing
-    once = mask + 2 * tokens * a * s.head_dim  # and cosines and sines of the positions
+    kept, again = (tokens * a * h, layer) if g.gradient_checkpointing else (layer, 0)
+    positions = 2 * tokens * a * s.head_dim  # cosines and sines; as the mask, once for all layers
+    # The most that a layer's backward holds beside what was saved is in its MLP: two gradients of
+    # (T, I) while silu(gate) * up is undone; or the weight at `down`, dequantised for the matrix
+    # product, then dropped, whose LoRA input (T, I) is free by then.
+    weight = a * h * i if g.load_in_4bit else 0
+    mlp = max(2 * a * i * tokens, (2 * a - 4) * i * tokens + weight)
+    mlp += (4 if a == 4 else 12) * h * tokens  # the output's gradient; in bf16 fp32 copies
     # The vocabulary's rows: logits in fp32, in bf16 also as the head makes them; those of a chunk
     # stay until the next are made. Beside them the last norm, and the scored positions.
-    chunk, logit = min(g.head_chunk, scored), 4 if a == 4 else 4 + a
+    chunk, logit = min(HEAD_CHUNK, scored), 4 if a == 4 else 4 + a
     head = s.vocabulary * max(logit * chunk, 4 * chunk + logit * min(chunk, scored - chunk))
     terms = {
         "weights": weight_bytes(s, g.load_in_4bit, a),
         "LoRA, gradients, AdamW": 4 * 4 * s.lora(g.lora_rank),  # fp32: w, dw and two averages
-        "activations kept": once + s.layers * (inputs if checkpoint else layer),
-        "a layer's backward": layer * checkpoint + layer_work(s, tokens, g.load_in_4bit, a),
-        "head chunk": head + tokens * (4 + a) * s.hidden + 2 * scored * a * s.hidden,
+        "activations kept": mask + positions + s.layers * kept,
+        "a layer's backward": again + mlp,
+        "head chunk": head + tokens * (4 + a) * h + 2 * scored * a * h,
     }
-    return terms | {"peak": _peak(terms, "a layer's backward", "head chunk")}
+    return with_peak(terms, "a layer's backward", "head chunk")
 
 
-def sampling(s: Shape, g: GeneratorConfig, n: int, a: int, lora_bytes=4) -> dict[str, float]:
+def sampling(s: Shape, g: GeneratorConfig, n: int, a: int, lora_bytes: int = 4) -> dict[str, float]:
     """Bytes of decoding n lists of each of sample_rows // n prompts to the end.
 
     lora_bytes: of each LoRA weight; between steps of training AdamW's state is there too.
     """
     prompts, width = max(1, g.sample_rows // n), g.max_prompt_tokens
-    length = width + n * g.max_new_tokens  # of a row of the cache
+    length = width + n * g.max_new_tokens  # of a row of the cache: [prompt | list 0 | ...]
     h, d, i, kv = s.hidden, s.query, s.intermediate, s.kv_heads * s.head_dim
-    logits = prompts * n * s.vocabulary
-    weight = a * h * i if g.load_in_4bit else 0
+    logits = prompts * n * s.vocabulary  # of one step, a count and no bytes
+    weight = a * h * i if g.load_in_4bit else 0  # dequantised for a product, as in training
     per_token = a * i + a * i  # silu(gate), up
     per_token += 3 * a * h + (4 * h if a == 2 else 0)  # embedding, residual, normed; LoRA's x
-    drawn = 0 if g.sampler == "fast" and g.top_k else 32  # sorted values, ids, softmax, sums
-    repeated = 2 * a * prompts * length * d if s.heads > s.kv_heads and n > 1 else 0
+    drawn = 0 if g.top_k else 32  # values, ids, softmax, sums of a sort of all V
+    repeated = 2 * a * prompts * length * d if s.heads > s.kv_heads and n > 1 else 0  # K, V
     steps = prompts * n * length * (a + 3)  # the mask, and the truth values it is made of
     terms = {
         "weights": weight_bytes(s, g.load_in_4bit, a),
@@ -227,93 +206,66 @@ def sampling(s: Shape, g: GeneratorConfig, n: int, a: int, lora_bytes=4) -> dict
         + 4 * logits
         + max(repeated + steps + weight, (4 + a if a == 2 else 4) * logits, drawn * logits),
     }
-    return terms | {"peak": _peak(terms, "reading the prompts", "a token's step")}
+    return with_peak(terms, "reading the prompts", "a token's step")
 
 
-def _peak(terms: dict[str, float], *in_turn: str) -> float:
-    """All at once, of those `in_turn` the largest alone."""
-    return sum(terms.values()) - sum(terms[x] for x in in_turn) + max(terms[x] for x in in_turn)
+def with_peak(terms: dict[str, float], *in_turn: str) -> dict[str, float]:
+    """The terms and their "peak": all at once, but of those that come in turn the largest alone."""
+    together = sum(size for name, size in terms.items() if name not in in_turn)
+    return terms | {"peak": together + max(terms[name] for name in in_turn)}
 
 
-# -------------------------------------------------------------------------------------------- plan
-
-
-def stages(config: Config, s: Shape, a: int) -> dict[str, dict[str, float]]:
+def stage_bytes(config: Config, s: Shape, a: int) -> dict[str, dict[str, float]]:
     """Bytes of each stage at its peak, in terms."""
     g, dpo = config.generator, config.dpo
     lora, weights = s.lora(g.lora_rank), weight_bytes(s, g.load_in_4bit, a)
     local = "generator" in vars(config.roles).values()  # plays roles: a base model of its own
-    other = dict.fromkeys(("sit", "dpo", "sampling"), local * weights)
-    other["dpo"] += 4 * lora  # the best checkpoint so far
+    others = dict.fromkeys(("sit", "dpo", "sampling"), local * weights)
+    others["dpo"] += 4 * lora  # the best checkpoint so far
     if dpo.reference == "sit" and dpo.rounds > 1:
-        other["dpo"] += weights + 4 * lora
+        others["dpo"] += weights + 4 * lora
     fewest = min(dpo.samples, HELD_OUT_LISTS, config.eval.lists)  # the most prompts at a time
-    made = {
+    stages = {
         "sit": training(s, g, config.sit.batch_users, config.sit.lists_per_row, a),
-        "dpo": training(s, g, config.dpo.batch_users, 1 + len(dpo.negatives), a),
+        "dpo": training(s, g, dpo.batch_users, 1 + len(dpo.negatives), a),  # one list is chosen
         # Checkpoints are tried out between two steps: gradients, AdamW and the best are there too.
         "sampling": sampling(s, g, fewest, a, lora_bytes=20),
     }
-    for name, terms in made.items():
-        terms["other models"] = other[name]
-        terms["peak"] += other[name]
-    return made
+    for name, terms in stages.items():
+        terms["other models"] = others[name]
+        terms["peak"] += others[name]
+    return stages
 
 
 def token_lines(config: Config) -> list[str]:
     """Upper estimates: every prompt and list as long as the settings let it be."""
     g, sit, dpo = config.generator, config.sit, config.dpo
-    row = g.max_prompt_tokens + sit.lists_per_row * g.max_new_tokens
-    tree = g.max_prompt_tokens + (1 + len(dpo.negatives)) * g.max_new_tokens
+    rows = (sit.lists_per_row, 1 + len(dpo.negatives), dpo.samples)  # lists beside a prompt
+    row, tree, drawn = (g.max_prompt_tokens + n * g.max_new_tokens for n in rows)
     pairs = sum(range(1, dpo.rounds + 1))  # a round trains on its own pairs and on earlier ones
-    drawn = g.max_prompt_tokens + dpo.samples * g.max_new_tokens
 
     def total(count: int, each: int) -> str:
-        return f"{(count or 1) * each:,}" + ("" if count else " a user")  # 0: all there are
+        return f"in all {(count or 1) * each:,}" + ("" if count else " a user")  # 0: all there are
 
+    reference = total(dpo.max_users, (dpo.passes + 1) * pairs * tree) + " with the reference's"
+    prompts = max(1, g.sample_rows // dpo.samples)
+    held_out = f"for dpo {total(dpo.max_users, dpo.rounds * drawn)}; and for held-out users"
     return [
-        f"sit       {sit.batch_users * row:,} a step, in all "
-        f"{total(sit.max_rows, sit.epochs * row)}",
-        f"dpo       {dpo.batch_users * tree:,} a step, in all "
-        f"{total(dpo.max_users, (dpo.passes + 1) * pairs * tree)} with the reference's",
-        f"sampling  {max(1, g.sample_rows // dpo.samples) * drawn:,} a batch, for dpo in all "
-        f"{total(dpo.max_users, dpo.rounds * drawn)}; and for held-out users",
+        f"  sit       {sit.batch_users * row:,} a step, {total(sit.max_rows, sit.epochs * row)}",
+        f"  dpo       {dpo.batch_users * tree:,} a step, {reference}",
+        f"  sampling  {prompts * drawn:,} a batch, {held_out}",
     ]
 
 
-def plan(config: Config) -> str:
-    """Parameters, bytes and tokens of the generator's stages; raises UserError if unknown."""
-    g, s = config.generator, find_shape(config)
-    on_gpu, on_cpu = stages(config, s, 2), stages(config, s, 4)
-    kind = "4-bit NF4, double quantisation, bf16 compute" if g.load_in_4bit else "bf16"
-
-    def line(name: str, cells) -> str:
-        return f"  {name:24}" + "".join(f"{x:>11}" for x in cells)
-
-    table = [line("", on_gpu)]
-    every = dict.fromkeys(term for terms in on_gpu.values() for term in terms)
-    for term in sorted(every, key="peak".__eq__):  # the peak last
-        values = [terms.get(term) for terms in on_gpu.values()]
-        table.append(line(term, ["" if x is None else f"{x / GIB:.2f}" for x in values]))
-    table.append(line("smallest card", [smallest_card(x["peak"]) for x in on_gpu.values()]))
-    cpu = ", ".join(f"{name} {x['peak'] / GIB:.2f}" for name, x in on_cpu.items())
-    return "\n".join(
-        [
-            f"{g.model or 'embedded base model'}: {s.parameters:,} parameters, "
-            f"{s.lora(g.lora_rank):,} trained (LoRA r{g.lora_rank})",
-            f"\nGiB on a GPU, {kind}; an estimate (results/plan.md):",
-            *table,
-            "  A peak has the larger of the two that come in turn: a layer's backward and the head "
-            "chunk;\n  reading the prompts and a token's step. A card is enough with "
-            f"{FRAGMENTATION - 1:.0%} for fragmentation and\n  {CONTEXT / GIB:g} GiB for CUDA's "
-            "context and the text encoder beside the peak.",
-            f"\nGiB without a GPU, fp32 compute: {cpu}; Python takes about 1 more",
-            f"\nTokens at most, of prompts of {g.max_prompt_tokens} and lists of "
-            f"{g.max_new_tokens}:",
-            *(f"  {line}" for line in token_lines(config)),
-            *(["  lists come from generator.endpoint, not from here"] if g.endpoint else []),
-        ]
-    )
+def table_lines(stages: dict[str, dict[str, float]]) -> list[str]:
+    """A row a term, a column a stage, in GiB."""
+    names = dict.fromkeys(name for terms in stages.values() for name in terms)
+    rows = [["", *stages]]
+    for name in sorted(names, key="peak".__eq__):  # the peak last
+        sizes = [terms.get(name) for terms in stages.values()]
+        rows.append([name, *("" if size is None else f"{size / GIB:.2f}" for size in sizes)])
+    rows.append(["smallest card", *(smallest_card(terms["peak"]) for terms in stages.values())])
+    return [f"  {name:24}" + "".join(f"{cell:>11}" for cell in cells) for name, *cells in rows]
 
 
 def smallest_card(peak: float) -> str:
@@ -321,145 +273,23 @@ def smallest_card(peak: float) -> str:
     return f"{fits[0]} GB" if fits else "none"
 
 
-# ------------------------------------------------------------------------------------------ doctor
-
-
-def doctor(config: Config) -> str:
-    """A line for each thing that a run needs: ok, or a problem and what to do. Never raises."""
-    lines = []
-    for check in (_versions, _gpu, _four_bit, _hub, _endpoints, _room):
-        try:
-            for fine, text in check(config):
-                lines.append(f"{'ok' if fine else 'problem':9}{text}")
-        except Exception as error:  # whatever is broken, the other lines are still of use
-            reason = " ".join(str(error).split()) or type(error).__name__
-            lines.append(f"{'problem':9}{check.__name__.strip('_')}: {reason[:300]}")
+def plan(config: Config) -> str:
+    """Parameters, bytes and tokens of the generator's stages; raises UserError if unknown."""
+    g, s = config.generator, find_shape(config)
+    kind = "4-bit NF4, double quantisation, bf16 compute" if g.load_in_4bit else "bf16"
+    cpu = [f"{name} {terms['peak'] / GIB:.2f}" for name, terms in stage_bytes(config, s, 4).items()]
+    lines = [
+        f"{g.model or 'embedded base model'}: {s.parameters:,} parameters, "
+        f"{s.lora(g.lora_rank):,} trained (LoRA r{g.lora_rank})",
+        f"\nGiB on a GPU, {kind}; an estimate (results/plan.md):",
+        *table_lines(stage_bytes(config, s, 2)),
+        "  A peak has the larger of the two that come in turn: a layer's backward and the head "
+        "chunk;\n  reading the prompts and a token's step. A card is enough with "
+        f"{FRAGMENTATION - 1:.0%} for fragmentation and\n  {CONTEXT / GIB:g} GiB for CUDA's "
+        "context and the text encoder beside the peak.",
+        f"\nGiB without a GPU, fp32 compute: {', '.join(cpu)}; Python takes about 1 more",
+        f"\nTokens at most, of prompts of {g.max_prompt_tokens} and lists of {g.max_new_tokens}:",
+        *token_lines(config),
+        *(["  lists come from generator.endpoint, not from here"] if g.endpoint else []),
+    ]
     return "\n".join(lines)
-
-
-Found = Iterator[tuple[bool, str]]
-
-
-def _versions(config: Config) -> Found:
-    yield sys.version_info >= (3, 11), f"Python {platform.python_version()} (3.11 or later)"
-    text = (ROOT / "requirements.txt").read_text(encoding="utf-8")
-    pins = dict(re.findall(r"^([\w-]+)==(\S+)", text, re.MULTILINE))
-    for name in ("torch", "transformers", "peft", "bitsandbytes"):
-        try:
-            here = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            here = "missing"
-        same = here.split("+")[0] == pins[name]
-        yield same, f"{name} {here}" + ("" if same else f": pip install {name}=={pins[name]}")
-
-
-def _gpu(config: Config) -> Found:
-    import torch
-
-    if not torch.cuda.is_available():
-        yield True, "no GPU: the embedded default and small models run on the CPU"
-        return
-    card = torch.cuda.get_device_properties(0)
-    bf16 = torch.cuda.is_bf16_supported()
-    text = f"GPU {card.name}, {card.total_memory / GIB:.1f} GiB, CUDA {torch.version.cuda}"
-    yield bf16, text + (", bf16" if bf16 else ": no bf16, which starts with compute capability 8.0")
-
-
-def _four_bit(config: Config) -> Found:
-    import torch
-
-    from llm import quiet_libraries
-
-    quiet_libraries()
-    from bitsandbytes.nn import Linear4bit
-
-    gpu = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
-    layer = Linear4bit(64, 64, bias=False, compute_dtype=dtype, quant_type="nf4").to(device)
-    x = torch.randn(4, 64, device=device, dtype=dtype, requires_grad=True)
-    layer(x).sum().backward()
-    fine = bool(x.grad.isfinite().all() and x.grad.any())
-    advice = "" if fine else ": no gradient; set generator.load_in_4bit=false"
-    yield fine, f"4-bit layer of bitsandbytes, forward and backward on {device}{advice}"
-
-
-def unreachable(url: str, key: str = "") -> str:
-    """Why there is no answer from `url` within 3 seconds, or ""."""
-    if not url.startswith(("http://", "https://")):
-        return "no http address"
-    request = urllib.request.Request(url)
-    if key:
-        request.add_unredirected_header("Authorization", f"Bearer {key}")
-    try:
-        with urllib.request.urlopen(request, timeout=3):
-            return ""
-    except urllib.error.HTTPError as error:
-        return f"HTTP {error.code}"
-    except (OSError, http.client.HTTPException) as error:
-        return str(getattr(error, "reason", error)) or type(error).__name__
-    except ValueError:  # its text holds the header
-        return "no valid address, or no valid key"
-
-
-def _hub(config: Config) -> Found:
-    g, there = config.generator, _at_hand(config.generator)
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    why = "HF_HUB_OFFLINE is set" if offline else unreachable(hub)
-    advice = "; nothing is needed from it" if there else (
-        f": where it can be reached, hf download {g.model} --local-dir FOLDER; then copy FOLDER "
-        f"here and set generator.model=FOLDER"
-    )
-    yield there or not why, f"hub {hub}: {why + advice if why else 'reachable'}"
-
-
-def _at_hand(g: GeneratorConfig) -> bool:
-    if not g.model or Path(g.model).is_dir():
-        return True
-    return any(cached_file(g, f"model.safetensors{end}") for end in ("", ".index.json"))
-
-
-def _endpoints(config: Config) -> Found:
-    asked = "endpoint" in vars(config.roles).values()
-    base = config.endpoint.base_url or os.environ.get("OPENAI_BASE_URL", "")
-    if asked and not base:
-        yield False, "endpoint.base_url: a role asks an endpoint; set it, or OPENAI_BASE_URL"
-    g = config.generator
-    for name, url, variable in (
-        ("endpoint.base_url", base, config.endpoint.key_env),
-        ("generator.endpoint", g.endpoint, g.endpoint_key_env),
-    ):
-        if url:
-            key = os.environ.get(variable, "").strip() if variable else ""
-            why = unreachable(url.rstrip("/") + "/models", key)
-            shown = url.split("@")[-1]  # whatever stands before is a secret
-            advice = f": {why}; start the server, or correct {name} or its key"
-            yield not why, f"{name} {shown}" + (advice if why else " answers")
-
-
-def _room(config: Config) -> Found:
-    import torch
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    g, s, gpu = config.generator, find_shape(config), torch.cuda.is_available()
-    if not gpu and s.parameters > 2e9:
-        yield False, f"no GPU, which {s.parameters / 1e9:.1f} B parameters need: a smaller model"
-    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    peak = max(x["peak"] for x in stages(config, s, 2 if gpu else 4).values())
-    places = [("RAM", ram, 4 * GIB if gpu else peak + GIB, "a smaller model or a GPU; see --plan")]
-    if gpu:
-        card = torch.cuda.get_device_properties(0).total_memory
-        advice = "smaller batch_users, sample_rows or max_prompt_tokens; see --plan"
-        places.append(("GPU memory", card, peak * FRAGMENTATION + CONTEXT, advice))
-    adapters = 4 * s.lora(g.lora_rank) * (config.dpo.rounds + 2)  # sit, each round, the baseline
-    disks = [(f"run.root ({config.run.root})", config.run.root, adapters + GIB / 2)]
-    if not _at_hand(g):
-        disks.append((f"the hub's cache ({HF_HUB_CACHE})", HF_HUB_CACHE, 2 * s.parameters))
-    for name, folder, need in disks:
-        path = Path(folder).absolute()
-        free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
-        places.append((f"free disk for {name}", free, need, "make room, or set run.root, HF_HOME"))
-    for name, has, need, advice in places:
-        text = f"{name}: {has / GIB:.1f} GiB, {need / GIB:.1f} needed by estimate"
-        yield has >= need, text if has >= need else f"{text}; {advice}"
-    yield True, f"{os.cpu_count()} cores"

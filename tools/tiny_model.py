@@ -1,10 +1,10 @@
 """The embedded stand-in for Qwen2.5: a Qwen2-architecture model of about a million weights and its
 byte-level BPE, pre-trained here on generic starter lists, for where no model hub is reachable.
 
-    python train.py --stage base base.batches=2000 base.batch_tokens=1024 base.learning_rate=2e-3
+    python -m tools.tiny_model --out FOLDER batches=2000 batch_tokens=1024 learning_rate=2e-3
 
-weights/ holds what the default settings gave on one H100 in four minutes, and runs begin with it. A
-model of other settings is built below run.root: the one above within minutes on two cores.
+weights/tiny is what the default settings gave on one H100 in four minutes; runs begin with it. The
+command above makes a lesser one within minutes on two cores, for generator.model=FOLDER.
 
 It knows what a fluent model knows of the task (short questions in a list, how to copy a subject out
 of a line), and nothing of any user or of the simulated platform: its subjects are random words and
@@ -16,32 +16,58 @@ Legend: B rows, T tokens of a row, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import math
 import os
 import random
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-import data
+import llm
 import roles
-from config import ROOT, BaseConfig, GeneratorConfig, atomic_path
+from config import GeneratorConfig, UserError, atomic_path, script, write_json
 from encoder import packaged_minilm
-from llm import TreeRows, encode_completion, encode_prompt, row_logps, sample, tree_rows
 
+TASK = GeneratorConfig()  # the prompt, list size and sampling that runs have by default
 HEAD_CHUNK = 1 << 16  # positions that are scored at once: V is small
 
 
-class BaseCorpus:
+@dataclass(frozen=True)
+class Settings:
+    """Of the model and its training; the defaults are those of weights/tiny."""
+
+    vocabulary: int = 2048
+    hidden: int = 128
+    layers: int = 4
+    heads: int = 2
+    kv_heads: int = 2
+    intermediate: int = 256
+    batches: int = 5000  # four minutes of an H100; too many for a CPU
+    batch_tokens: int = 49_152  # prompts and lists
+    lists: int = 4  # per prompt
+    tokenizer_prompts: int = 20_000  # from which the vocabulary is learned
+    learning_rate: float = 6e-3
+    seed: int = 0
+
+
+# ---------------------------------------------------------------------------------------- corpus
+
+
+class Corpus:
     """Prompts of interest lines, and lists of starters about subjects named in those lines."""
 
     def __init__(self, seed: int):
-        with open(ROOT / "configs" / "base_corpus.yaml", encoding="utf-8") as file:
-            self.phrases = yaml.safe_load(file)
+        words = Path(__file__).with_name("tiny_corpus.yaml").read_text(encoding="utf-8")
+        self.phrases = yaml.safe_load(words)
         self.templates = {  # a fluent model knows the usual questions
             "en": self.phrases["templates"] + roles.templates("en"),
             "zh": self.phrases["templates_zh"] + roles.templates("zh"),
@@ -50,7 +76,7 @@ class BaseCorpus:
         letters = [w for w in vocabulary if w.isascii() and w.strip("#").isalpha()]
         words = [w for w in letters if w[0] != "#" and len(w) > 2]
         self.common, self.rare = words[:400], words[400:]  # they are in order of frequency
-        self.pieces = [w[2:] for w in letters if w[0] == "#" and len(w) > 3]
+        self.pieces = [w[2:] for w in letters if w[0] == "#" and len(w) > 3]  # "##ing" -> "ing"
         self.rng = random.Random(seed)
 
     def subject(self, code: str) -> str:
@@ -63,7 +89,7 @@ class BaseCorpus:
         if len(words) < 4 and rng.random() < 0.4:  # a word that is in no dictionary
             words[0] = rng.choice(self.rare)[:4] + rng.choice(self.pieces)
             rng.shuffle(words)
-        if rng.random() < 0.1:
+        if rng.random() < 0.1:  # a sequel or a year
             words.append(str(rng.choice([rng.randint(1, 9), rng.randint(10, 2050)])))
         if rng.random() < 0.45:
             return " ".join(words)
@@ -76,13 +102,10 @@ class BaseCorpus:
         if self.rng.random() < bare:
             subject = self.subject(code)
             return subject, [subject]
-        if held_out:
-            form = self.rng.choice(self.phrases["held_out"])
-        else:
-            form = self.form(code)
-            if self.rng.random() < 0.03:  # what a robot asks: one thing in many ways
-                more = [self.form(code) for _ in range(self.rng.randint(1, 9))]
-                form = ". ".join([form, *more])
+        form = self.rng.choice(self.phrases["held_out"]) if held_out else self.form(code)
+        if not held_out and self.rng.random() < 0.03:  # what a robot asks: one thing in many ways
+            more = [self.form(code) for _ in range(self.rng.randint(1, 9))]
+            form = ". ".join([form, *more])
         if form[0] != "{" and self.rng.random() < 0.5:  # a subject stays as it is
             form = form[0].upper() + form[1:]
         names = {key: self.subject(code) for key in "xy" if f"{{{key}}}" in form}
@@ -101,181 +124,126 @@ class BaseCorpus:
         parts = [[before, "{x}", after], [before, "{x}"], ["{x}", after], ["{x}"]]
         return space.join(rng.choices(parts, [5, 8, 3, 4])[0]).replace(" ?", "?")
 
-    def prompt(
-        self, code: str, count: int, held_out: bool = False, bare: float = 0.0
-    ) -> tuple[list[str], list[str]]:
-        """`count` interest lines and the subjects in them."""
+    def prompt(self, code: str, count: int, held_out=False, bare=0.0) -> tuple[list, list]:
+        """`count` interest lines and the subjects in them; held_out, bare: as of `line`."""
         rows = [self.line(code, held_out, bare) for _ in range(count)]
-        lines, subjects = zip(*rows, strict=True)
-        return list(lines), [x for names in subjects for x in names]
+        return [line for line, _ in rows], [name for _, subjects in rows for name in subjects]
 
     def starters(self, subjects: list[str], code: str, n: int) -> list[str]:
         """n questions; no subject comes twice before each has come, if they suffice."""
         rng = self.rng
         # Mostly in the order of the lines, which is easier to learn than any order.
         order = subjects if rng.random() < 0.7 else rng.sample(subjects, len(subjects))
-        chosen = [order[i % len(order)] for i in range(n)]
         forms = rng.sample(self.templates[code], n)
-        return [f.format(x=x, y=rng.choice(subjects)) for f, x in zip(forms, chosen, strict=True)]
+        pairs = [(order[i % len(order)], rng.choice(subjects)) for i in range(n)]
+        return [form.format(x=x, y=y) for form, (x, y) in zip(forms, pairs, strict=True)]
 
-    def example(
-        self, list_size: int, num_lists: int, done: float = 1.0
-    ) -> tuple[list[str], list[list[str]]]:
-        """Interest lines and some lists of starters for them; easy ones while `done` is small.
-
-        done: the share of the training that is behind.
-        """
+    def example(self, list_size: int, num_lists: int, done: float = 1.0) -> tuple[list, list]:
+        """Interest lines and some lists of starters for them; easy ones early in the training."""
         code = "zh" if self.rng.random() < 0.05 else "en"
+        # done: the share of the training that is behind; most: lines of a prompt.
         most = 10 if done > 0.45 else 4 if done > 0.3 else 2 if done > 0.15 else 1
         count = min(most, self.rng.choice([1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 8, 8, 10]))
         lines, subjects = self.prompt(code, count, bare=max(0.5, 1 - 3 * done))
         return lines, [self.starters(subjects, code, list_size) for _ in range(num_lists)]
 
 
-def build_base(settings: BaseConfig, generator: GeneratorConfig, folder: str | Path) -> dict:
-    """Pre-train the stand-in from random weights and a copy circuit (install_copy_circuit).
-
-    Writes a transformers folder. Returns its size, the loss on held-out lists, what `_copying`
-    measures, seconds, device and version. The same settings give the same weights on a CPU.
-    """
-    from transformers.utils import logging
-
-    started = time.time()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = train_tokenizer(tokenizer_texts(settings, generator), settings.vocabulary)
-    batches = Batches(tokenizer, settings, generator)
-    model = new_model(settings, tokenizer).to(device)
-    precision = torch.get_float32_matmul_precision()
-    if device == "cuda":  # TF32 while it trains; what follows has the usual precision
-        torch.set_float32_matmul_precision("high")
-    try:
-        train(model, batches, settings)
-    finally:
-        torch.set_float32_matmul_precision(precision)
-    with torch.no_grad():
-        held_loss = -row_logps(model, batches.held_out(), HEAD_CHUNK).mean().item()
-    logging.disable_progress_bar()
-    with atomic_path(folder) as temporary:
-        model.save_pretrained(temporary, safe_serialization=True)
-        tokenizer.save_pretrained(temporary)
-    figures = {"parameters": model.num_parameters(), "held_out_loss": held_loss}
-    figures |= _copying(model, tokenizer, generator, settings.seed)
-    made_by = f"{device}, torch {torch.__version__}"
-    return figures | {"seconds": round(time.time() - started), "made_by": made_by}
-
-
 class Batches(Dataset):
-    """Batch i of the training, written anew from (seed, i) wherever it is asked for.
+    """Batch i of the training, written anew from (seed, i) wherever it is asked for."""
 
-    So a GPU can have many processes write for it, and what they write does not depend on them.
-    """
+    # So a GPU can have many processes write for it, and what they write does not depend on them.
 
-    def __init__(self, tokenizer, settings: BaseConfig, generator: GeneratorConfig):
-        self.tokenizer, self.settings, self.generator = tokenizer, settings, generator
-        self.corpus = BaseCorpus(settings.seed)
+    def __init__(self, tokenizer, settings: Settings):
+        self.tokenizer, self.settings, self.corpus = tokenizer, settings, Corpus(settings.seed)
 
     def __len__(self) -> int:
         return self.settings.batches
 
-    def __getitem__(self, i: int) -> TreeRows:
+    def __getitem__(self, i: int) -> llm.TreeRows:
         return self.rows(i, i / len(self))
 
-    def held_out(self) -> TreeRows:
-        """A batch of the last kind that training does not hold."""
-        return self.rows(-1, 1.0)
-
-    def rows(self, number: int, done: float) -> TreeRows:
+    def rows(self, number: int, done: float) -> llm.TreeRows:
         """Prompts and lists of about `batch_tokens` tokens; easy ones while `done` is small."""
-        g, size = self.generator, 0
         self.corpus.rng.seed(f"{self.settings.seed} {number}")
-        prompts, completions = [], []
+        prompts, completions, size = [], [], 0
         while size < self.settings.batch_tokens:
-            lines, lists = self.corpus.example(g.list_size, self.settings.lists, done)
-            prompts.append(encode_prompt(self.tokenizer, lines, g.list_size, g.instruction, 400))
-            completions.append([encode_completion(self.tokenizer, starters) for starters in lists])
+            lines, lists = self.corpus.example(TASK.list_size, self.settings.lists, done)
+            prompts.append(_prompt(self.tokenizer, lines))
+            completions.append([llm.encode_completion(self.tokenizer, y) for y in lists])
             size += len(prompts[-1]) + sum(map(len, completions[-1]))
-        return tree_rows(prompts, completions)
+        return llm.tree_rows(prompts, completions)
 
 
-def new_model(settings: BaseConfig, tokenizer):
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+def _prompt(tokenizer, lines: list[str]) -> list[int]:
+    return llm.encode_prompt(tokenizer, lines, TASK.list_size, TASK.instruction, 400)
 
-    torch.manual_seed(settings.seed)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=settings.hidden,
-            num_hidden_layers=settings.layers,
-            num_attention_heads=settings.heads,
-            num_key_value_heads=settings.kv_heads,
-            intermediate_size=settings.intermediate,
-            tie_word_embeddings=True,
-            max_position_embeddings=1024,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6},  # as Qwen2.5
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=None,
-        )
+
+def tokenizer_texts(settings: Settings) -> list[str]:
+    """Prompts and lists of the corpus, from easy to hard."""
+    corpus, texts, n = Corpus(settings.seed), [], settings.tokenizer_prompts
+    for number in range(n):
+        lines, (starters,) = corpus.example(TASK.list_size, 1, number / n)
+        texts += ["\n- ".join([TASK.instruction, *lines]), f"\n{llm.format_starters(starters)}"]
+    return texts
+
+
+def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with ChatML control tokens and template, as Qwen2.5 has."""
+    tokenizer = Tokenizer(models.BPE())
+    # A Chinese character has the same tokens wherever it stands, so that it can be copied.
+    one_by_one = pre_tokenizers.Split(Regex("[一-鿿]"), "isolated")
+    bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([one_by_one, bytewise])
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    start = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "special_tokens": special}
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, show_progress=False, **start)
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=special[0], eos_token=special[2],
+        additional_special_tokens=special[1:2],
+        clean_up_tokenization_spaces=False,  # or " ?" would lose its space
     )
-    marks = (tokenizer.encode(x, add_special_tokens=False)[0] for x in ("-", "<"))
+    fast.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return fast
+
+
+# ----------------------------------------------------------------------------------------- model
+
+
+def new_model(settings: Settings, tokenizer) -> Qwen2ForCausalLM:
+    """Random weights of Qwen2's architecture, with the copy circuit written into them."""
+    torch.manual_seed(settings.seed)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=settings.hidden, num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads, num_key_value_heads=settings.kv_heads,
+        intermediate_size=settings.intermediate, tie_word_embeddings=True,
+        max_position_embeddings=1024,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},  # as Qwen2.5
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+    )
+    model = Qwen2ForCausalLM(config)
+    marks = (tokenizer.encode(c, add_special_tokens=False)[0] for c in "-<")  # of line and list
     install_copy_circuit(model, *marks)
     return model
 
 
-def train(model, batches: Batches, settings: BaseConfig) -> None:
-    """AdamW over the batches in their order; warm-up, a plateau, then a cosine to a thirtieth.
-
-    Attention and embeddings hold the copy circuit and move slower, or it would be lost at once.
-    """
-    slow = [p for n, p in model.named_parameters() if "self_attn" in n or "embed" in n]
-    known = {id(p) for p in slow}
-    rest = [p for p in model.parameters() if id(p) not in known]
-    rate = settings.learning_rate
-    groups = [{"params": rest}, {"params": slow, "lr": 0.3 * rate}]
-    optimiser = torch.optim.AdamW(groups, rate, betas=(0.9, 0.95), weight_decay=0.0)
-
-    def factor(step: int) -> float:
-        done = max(0.0, step / len(batches) - 0.3) / 0.7
-        return min((step + 1) / 50, 0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * done)))
-
-    # A GPU takes batches faster than one process writes them.
-    workers = min(14, (os.cpu_count() or 1) - 2) if next(model.parameters()).is_cuda else 0
-    ahead = 1 if workers > 0 else None  # a batch each: they lie in /dev/shm, small in a container
-    loader = DataLoader(
-        batches, batch_size=None, num_workers=max(0, workers), prefetch_factor=ahead
-    )
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
-    bar = tqdm(loader, "base", disable=None, leave=False)
-    for number, rows in enumerate(bar):
-        loss = -row_logps(model, rows, HEAD_CHUNK).mean()  # prompts are read, not learned
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        if number % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-        if bar.disable and number % 200 == 0:
-            print(f"  base: batch {number} of {len(batches)}, loss {loss.item():.3f}", flush=True)
-    model.eval()
-
-
 @torch.no_grad()
-def install_copy_circuit(
-    model, line_mark: int, list_mark: int, width: int = 32, sharpness: float = 24.0
-) -> None:
+def install_copy_circuit(model, line_mark: int, list_mark: int, width=32, sharpness=24.0) -> None:
     """Write the copying of prompt text into the initial attention weights; they stay trainable.
 
     The stand-in must copy names it never saw from the prompt into its lists. A real Qwen2.5 has
     learned that; from random weights it would emerge only after many millions of tokens.
-    Embeddings leave the last `width` + 1 coordinates free. Layer 0, head 0 attends one token back,
-    by its biases alone, and writes a projection of that token there; head 1 notes whether
-    `list_mark` came before, so whether a place belongs to a list. Layer 1, head 0 (induction) looks
-    in the prompt for a place whose previous token is the current one, and adds the embedding of the
-    token found. Head 0 of the later layers does the same for places after `line_mark`, where the
-    subject of a line may begin.
     """
+    # Embeddings leave the last `width` + 1 coordinates free. Layer 0, head 0 attends one token
+    # back, by its biases alone, and writes a projection of that token there; head 1 notes whether
+    # `list_mark` came before, so whether a place belongs to a list. Layer 1, head 0 (induction)
+    # looks in the prompt for a place whose previous token is the current one, and adds the
+    # embedding of the token there. Head 0 of the later layers does the same for places after
+    # `line_mark`, where the subject of a line may begin.
     config, decoder = model.config, model.model
     d, h = config.hidden_size, config.hidden_size // config.num_attention_heads
     half, flag, e = h // 2, d - width - 1, d - width
@@ -289,8 +257,7 @@ def install_copy_circuit(
     layers = [layer.self_attn for layer in decoder.layers]
     for attention in layers:
         for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
-            linear.weight[:h] = 0
-            linear.bias[:h] = 0
+            linear.weight[:h] = linear.bias[:h] = 0
         attention.o_proj.weight[:, :h] = 0
     first, induction, *pointers = layers
     # Rotary pair i is (i, i + half). The score at distance t is the sum of cos((t - 1) f_i).
@@ -319,56 +286,104 @@ def install_copy_circuit(
         attention.q_proj.bias[slow] = gain * match @ embedding[line_mark, :e] * d**0.5
 
 
-def tokenizer_texts(settings: BaseConfig, generator: GeneratorConfig) -> list[str]:
-    """Prompts and lists of the corpus, from easy to hard."""
-    corpus, texts, n = BaseCorpus(settings.seed), [], settings.tokenizer_prompts
-    for number in range(n):
-        lines, (starters,) = corpus.example(generator.list_size, 1, number / n)
-        texts += ["\n- ".join([generator.instruction, *lines]), f"\n{data.list_text(starters)}"]
-    return texts
+# -------------------------------------------------------------------------------------- training
 
 
-def train_tokenizer(texts: list[str], vocabulary: int):
-    """Byte-level BPE with ChatML control tokens and template, as Qwen2.5 has."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+def train(model, batches: Batches, settings: Settings) -> None:
+    """AdamW over the batches in their order; warm-up, a plateau, then a cosine to a thirtieth."""
+    # Attention and embeddings hold the copy circuit and move slower, or it would be lost at once.
+    groups, rate = {1.0: [], 0.3: []}, settings.learning_rate
+    for name, weight in model.named_parameters():
+        groups[0.3 if "self_attn" in name or "embed" in name else 1.0].append(weight)
+    groups = [{"params": weights, "lr": share * rate} for share, weights in groups.items()]
+    optimiser = torch.optim.AdamW(groups, rate, betas=(0.9, 0.95), weight_decay=0.0)
 
-    tokenizer = Tokenizer(models.BPE())
-    # A Chinese character has the same tokens wherever it stands, so that it can be copied.
-    one_by_one = pre_tokenizers.Split(Regex("[一-鿿]"), "isolated")
-    bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([one_by_one, bytewise])
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    start = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "special_tokens": special}
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, show_progress=False, **start)
-    tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        additional_special_tokens=special[1:2],
-        clean_up_tokenization_spaces=False,
-    )
-    fast.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    return fast
+    def factor(step: int) -> float:
+        done = max(0.0, step / len(batches) - 0.3) / 0.7
+        return min((step + 1) / 50, 0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * done)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+    # A GPU takes batches faster than one process writes them.
+    workers = max(0, min(14, (os.cpu_count() or 1) - 2)) if model.device.type == "cuda" else 0
+    ahead = 1 if workers else None  # a batch each: they lie in /dev/shm, small in a container
+    loader = DataLoader(batches, batch_size=None, num_workers=workers, prefetch_factor=ahead)
+    bar = tqdm(loader, "tiny model", disable=None, leave=False)
+    for number, rows in enumerate(bar):
+        loss = -llm.row_logps(model, rows, HEAD_CHUNK).mean()  # prompts are read, not learned
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        if number % 50 == 0:  # .item() waits for the GPU
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    model.eval()
 
 
-def _copying(model, tokenizer, generator: GeneratorConfig, seed: int) -> dict:
+def build(settings: Settings, folder: str | Path) -> dict:
+    """Pre-train from random weights and a copy circuit; write a transformers folder.
+
+    Returns, and writes as figures.json, its size, the loss on held-out lists, what `copying`
+    measures, seconds, device and version. The same settings give the same weights on a CPU.
+    """
+    started, device = time.time(), "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = train_tokenizer(tokenizer_texts(settings), settings.vocabulary)
+    batches, model = Batches(tokenizer, settings), new_model(settings, tokenizer).to(device)
+    precision = torch.get_float32_matmul_precision()
+    if device == "cuda":  # TF32 while it trains; what follows has the usual precision
+        torch.set_float32_matmul_precision("high")
+    try:
+        train(model, batches, settings)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    held_out = batches.rows(-1, 1.0)  # of the last kind, and no batch of the training
+    with torch.no_grad():
+        loss = -llm.row_logps(model, held_out, HEAD_CHUNK).mean().item()
+    figures = {"parameters": model.num_parameters(), "held_out_loss": loss}
+    figures |= copying(model, tokenizer, settings.seed)
+    figures["seconds"] = round(time.time() - started)
+    figures["made_by"] = f"{device}, torch {torch.__version__}"
+    with atomic_path(folder) as temporary:
+        model.save_pretrained(temporary, safe_serialization=True)
+        tokenizer.save_pretrained(temporary)
+        write_json(temporary / "figures.json", figures)
+    return figures
+
+
+def copying(model, tokenizer, seed: int) -> dict:
     """Of lists sampled for new subjects, in lines of forms never trained on, 1 to 8 a prompt:
     the share with K starters, and the share of starters that hold a whole subject."""
-    k, corpus = generator.list_size, BaseCorpus(seed + 1)
+    corpus = Corpus(seed + 1)
     new = [corpus.prompt("en", count, held_out=True) for count in range(1, 9) for _ in range(12)]
-    prompts = [encode_prompt(tokenizer, lines, k, generator.instruction, 400) for lines, _ in new]
-    names = ("max_new_tokens", "temperature", "top_p")
-    chosen = {name: getattr(generator, name) for name in names}
-    lists = sample(model, tokenizer, prompts, 1, seed=0, **chosen)
+    lists = llm.sample(
+        model, tokenizer, [_prompt(tokenizer, lines) for lines, _ in new], 1, seed=0,
+        max_new_tokens=TASK.max_new_tokens, temperature=TASK.temperature, top_p=TASK.top_p,
+    )
     whole, copied = [], []
     for (_, subjects), (text,) in zip(new, lists, strict=True):
         starters = text.removeprefix("<sug>").partition("</sug>")[0].split("&&")
-        whole.append(text.rstrip().endswith("</sug>") and len(starters) == k)
-        copied += [any(x in starter for x in subjects) for starter in starters]
+        whole.append(text.rstrip().endswith("</sug>") and len(starters) == TASK.list_size)
+        copied += [any(name in starter for name in subjects) for starter in starters]
     return {"whole_lists": sum(whole) / len(whole), "copied_subjects": sum(copied) / len(copied)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", required=True, help="folder of the model")
+    defaults = dataclasses.asdict(Settings())
+    parser.add_argument("settings", nargs="*", metavar="key=value", help=f"of {defaults}")
+    arguments = parser.parse_intermixed_args()
+    chosen = {}
+    for word in arguments.settings:
+        name, _, value = word.partition("=")
+        try:
+            chosen[name] = type(defaults[name])(value)
+        except (KeyError, ValueError):
+            raise UserError(f"{word}: not of the settings and their types, {defaults}") from None
+    llm.quiet_libraries()
+    print(build(Settings(**chosen), arguments.out))
+    print(f"next: python train.py generator.model={arguments.out}")
+
+
+if __name__ == "__main__":
+    script(main)

@@ -1,4 +1,31 @@
-from config import script
-from world.people import main
+"""Write a simulated platform's logs, without training on them.
+
+    python -m world people --users 500 --seed 7 --out DIR
+"""
+
+import argparse
+
+from config import load_config, script
+from world import people
+
+
+def main() -> None:
+    defaults = load_config().world
+    parser = argparse.ArgumentParser(prog="python -m world", description=__doc__.split("\n")[0])
+    platforms = parser.add_subparsers(dest="platform", required=True)
+    command = platforms.add_parser("people", description=people.__doc__.split("\n")[0])
+    command.add_argument("--users", type=int, default=defaults.users)
+    command.add_argument("--seed", type=int, default=defaults.seed)
+    command.add_argument("--out", required=True)
+    arguments = parser.parse_args()
+    # By way of the config, which refuses a number out of bounds in the usual words.
+    words = [f"world.users={arguments.users}", f"world.seed={arguments.seed}"]
+    world = people.generate(load_config(None, words).world)
+    world.write(arguments.out)
+    sessions, lists = sum(len(user.sessions) for user in world.users), len(world.impressions)
+    untapped = sum(not shown.clicked for shown in world.impressions) / lists
+    print(f"{arguments.out}: {len(world.users)} users, {sessions} sessions, {lists} lists, "
+          f"{untapped:.0%} without a tap")  # what a real log has: 50 to 90 %
+
 
 script(main)

@@ -1,41 +1,38 @@
 """The online A/B test of the paper's section 3.3, on people of the simulated platform.
 
-    python eval.py --reproduce 2 --seeds 1    # Table 2; reproduce.py brings the arms' lists
+    python eval.py --reproduce 2 --seeds 1    # Table 2; tables/reproduce.py brings the arms' lists
 
-Each arm shows its own lists to a person on the days after the log. Metrics follow appendix B.1.2.
+Each arm shows its lists to a person on the days after the log. Metrics follow appendix B.1.2.
 
-Departures: "paired" lets every arm meet copies of the same people with the same random numbers, as
-only a simulator can, so a few hundred people show what a platform needs millions for; "shares" is
-the test that a platform can run. Each person lives through the test `copies` times, each time with
-other random numbers and from the next list on, and counts once, with the mean: people stay the
-unit of every interval ("shares" has one life, as people have). Taps, a visit, stands beside CTR,
-taps a starter: as the last places are looked at least, a list that lacks a starter has the higher
-CTR for it. CSR takes a day as the evaluation period: over five weeks nearly everybody starts a
-conversation some time.
+Departures: every arm meets copies of the same people with the same random numbers, as only a
+simulator can, so a few hundred people show what a platform needs millions for. Each person lives
+through the test `copies` times, each time with other random numbers and from the next list on, and
+counts once, with the mean: people stay the unit of every interval. Taps, a visit, stands beside
+CTR, taps a starter: as the last places are looked at least, a list that lacks a starter has the
+higher CTR for it. CSR takes a day as the evaluation period: over five weeks nearly everybody starts
+a conversation some time.
 Unstated in the paper: which test its stars come from. Interests stay as they are on the last day of
-the log (eval.py's "True clicks" sees the same day): lists are written once, so drift would only
-make those of every arm older by as much.
+the log (eval's "True clicks" sees the same day): lists are written once, so drift would only make
+those of every arm older by as much.
 
 What a person does in one arm, day by day:
 - visits (is active) with probability 1 - exp(-rate * (1 + goodwill)), at most once a day; the rate
   is sessions per day in the log;
 - sees the next of the arm's lists, and taps by the world's click probabilities; what was tapped
   before in this test is no longer new; each tap starts a conversation;
-- without a tap, starts an own conversation with probability UNAIDED;
-- after a tap, has further sessions on that day, as in the log (people.depth), and goodwill grows.
+- without a tap, starts a conversation unaided with probability UNAIDED;
+- after a tap, has further sessions on that day, as in the log, and goodwill grows.
 """
 
 from __future__ import annotations
 
 import math
-import zlib
 from dataclasses import dataclass, field
 
 import numpy as np
 
-import data
 from config import AbConfig
-from world import people
+from world.click_model import Truth, further_sessions, question
 
 # Plausible, chosen before any result, and the same for every arm; never to be tuned for a method.
 UNAIDED = 0.8  # the paper: roughly 20 % enter and leave without starting a conversation
@@ -46,7 +43,6 @@ GOODWILL_HALF_LIFE = 7.0  # ... and half of it is gone after a week
 CONTROL = "deployed"  # the arm of people.retrieved_lists
 COUNTS = ("active_days", "started_days", "sessions", "taps", "shown")
 METRICS = ("Active", "Avg.S", "CTR", "CSR", "Taps")
-FIGURES = ("value", "control", "lift", "interval", "p")
 PAPER = {  # Table 2, in per mille; * significant
     "PE": ("-0.01", "-0.26", "-16.16*", "-0.17", "–"),
     "SFT": ("+0.20", "+0.33", "+6.97*", "-0.05", "–"),
@@ -62,114 +58,88 @@ class Person:
     """One person in one arm."""
 
     user_id: str
-    rate: float
+    rate: float  # visits a day
     lists: list[list[str]]
     turn: int = 0  # of the list that is seen next
     goodwill: float = 0.0
-    tapped: set[str] = field(default_factory=set)
+    tapped: set[str] = field(default_factory=set)  # as `question`s
 
-    def day(self, truth: people.Truth, draws: tuple, cache: dict) -> tuple[int, ...]:
+    def day(self, truth: Truth, draws: tuple, cache: dict) -> tuple[int, ...]:
         """What happens on the next day, as COUNTS."""
-        visit, own, gaps, taps = draws
+        visit, unaided, gaps, taps = draws
         self.goodwill *= 0.5 ** (1 / GOODWILL_HALF_LIFE)
         if visit >= 1 - math.exp(-self.rate * (1 + self.goodwill)):
             return (0,) * len(COUNTS)
         starters = self.lists[self.turn % len(self.lists)] if self.lists else []
         self.turn += 1
-        asked = frozenset(self.tapped.intersection(map(people.question, starters)))
+        asked = frozenset(self.tapped.intersection(map(question, starters)))
         key = (tuple(starters), asked)
-        if key not in cache:
+        if key not in cache:  # a person sees few lists, on many days and in many lives
             cache[key] = truth.click_probabilities(self.user_id, starters, asked_since=asked)
-        tapped = np.flatnonzero(taps[: len(starters)] < cache[key])
-        if not len(tapped):
-            started = int(own < UNAIDED)
+        tapped = [starters[slot] for slot in np.flatnonzero(taps[: len(starters)] < cache[key])]
+        if not tapped:
+            started = int(unaided < UNAIDED)
             return 1, started, started, 0, len(starters)
-        best = max(truth.resonance(self.user_id, starters[i]) for i in tapped)
-        self.tapped.update(people.question(starters[i]) for i in tapped)
+        best = max(truth.resonance(self.user_id, starter) for starter in tapped)
+        self.tapped.update(map(question, tapped))
         self.goodwill = min(GOODWILL_CAP, self.goodwill + GOODWILL_GAIN * best)
-        further = int((gaps < people.depth(best)).sum())
+        further = int((gaps < further_sessions(best)).sum())
         return 1, 1, len(tapped) + further, len(tapped), len(starters)
 
 
 def _draws(user_id: str, day: int, slots: int, seed: int, copy: int = 0) -> tuple:
     """Random numbers of a person's day, the same in every arm."""
     rng = np.random.default_rng([seed, copy, day, *user_id.encode()])
-    visit, own = rng.random(2)
+    visit, unaided = rng.random(2)
     gaps = rng.exponential(size=24).cumsum()  # those below m are as many as a Poisson(m) draw
-    return visit, own, gaps, rng.random(slots)  # last: more slots change no other number
+    return visit, unaided, gaps, rng.random(slots)  # last: more slots change no other number
 
 
 def simulate(
-    truth: people.Truth,
-    activity: dict[str, float],
-    lists: dict[str, dict[str, list[list[str]]]],
-    settings: AbConfig,
-    seed: int,
+    truth: Truth, activity: dict[str, float], lists: dict, settings: AbConfig, seed: int
 ) -> dict:
-    """Days 1..settings.days after the log. lists: arm -> user -> lists; activity: sessions per day.
+    """Days 1..settings.days after the log. lists: arm -> user -> lists of starters; activity: user ->
+    sessions per day in the log.
 
-    Returns {"days", "split", "lists", "copies", "seed", "arms": {arm: {"users": {user: COUNTS,
-    sums over the days, means over the copies}, "by_day": {count: mean over the arm's users, a day
-    each}, "cumulative": {"ctr", "ctr_error", "sessions", "sessions_error": up to each day}}}}.
+    Returns {"days", "lists", "copies", "seed", "arms": {arm: {"users": {user: COUNTS, sums over the
+    days, means over the copies}, "by_day": {count: mean over the users, a day each}, "cumulative":
+    {"ctr", "ctr_error", "sessions", "sessions_error": up to each day}}}}.
     Raises ValueError where arms cover different users, or a user has no activity.
     """
-    users = sorted(next(iter(lists.values()), {}), key=lambda u: zlib.crc32(u.encode()))
-    users = sorted(users[: settings.users or None])
-    if not users or any(set(rows) != set(next(iter(lists.values()))) for rows in lists.values()):
+    users = sorted(next(iter(lists.values()), {}))
+    if not users or any(set(rows) != set(users) for rows in lists.values()):
         raise ValueError("simulate: every arm needs lists for the same users, at least one")
     if unknown := [u for u in users if u not in activity or u not in truth.users]:
         raise ValueError(f"simulate: no activity or hidden state of {unknown[:5]}")
-    if settings.split not in ("paired", "shares"):
-        raise ValueError("simulate: split is 'paired' or 'shares'")
-    arm_of = data.split_users(users, dict.fromkeys(sorted(lists), 1.0), seed)
-    copies = settings.copies if settings.split == "paired" else 1
-    slots = max(len(x) for rows in lists.values() for u in users for x in [[], *rows[u]])
-    counts: dict[str, dict[str, np.ndarray]] = {arm: {} for arm in lists}
-    for user in users:
-        arms = lists if settings.split == "paired" else [arm_of[user]]
-        lives = {arm: np.zeros((settings.days, len(COUNTS))) for arm in arms}
+    days, copies = settings.days, settings.copies
+    slots = max([0, *(len(x) for arm in lists.values() for rows in arm.values() for x in rows)])
+    lives = {arm: np.zeros((len(users), days, len(COUNTS))) for arm in lists}
+    for number, user in enumerate(users):
         cache: dict = {}
         for copy in range(copies):
-            shown = {arm: lists[arm][user][: settings.lists] for arm in arms}
-            people = {arm: Person(user, activity[user], x, copy) for arm, x in shown.items()}
-            for day in range(settings.days):
+            shown = {arm: rows[user][: settings.lists] for arm, rows in lists.items()}
+            people = {arm: Person(user, activity[user], rows, copy) for arm, rows in shown.items()}
+            for day in range(days):
                 draws = _draws(user, day + 1, slots, seed, copy)
                 for arm, person in people.items():
-                    lives[arm][day] += person.day(truth, draws, cache)
-        for arm in arms:
-            counts[arm][user] = lives[arm] / copies
-    return {
-        "days": settings.days,
-        "split": settings.split,
-        "lists": settings.lists,
-        "copies": copies,
-        "seed": seed,
-        "arms": {arm: _summary(rows, settings.days) for arm, rows in counts.items()},
-    }
+                    lives[arm][number, day] += person.day(truth, draws, cache)
+    arms = {arm: _summary(users, counts / copies) for arm, counts in lives.items()}
+    return {"days": days, "lists": settings.lists, "copies": copies, "seed": seed, "arms": arms}
 
 
-def _summary(rows: dict[str, np.ndarray], days: int) -> dict:
-    sums = {user: x.sum(0).tolist() for user, x in rows.items()}
-    means = np.zeros((len(COUNTS), days))  # of an arm that met nobody: few people, many arms
-    if rows:
-        means = np.mean(list(rows.values()), axis=0).T
-    return {
-        "users": {user: dict(zip(COUNTS, x, strict=True)) for user, x in sums.items()},
-        "by_day": dict(zip(COUNTS, means.tolist(), strict=True)),
-        "cumulative": _cumulative(np.array([*rows.values()])) if rows else {},
-    }
-
-
-def _cumulative(lives: np.ndarray) -> dict[str, list[float]]:
-    """(U, days, COUNTS) -> CTR and sessions a user up to each day, with their standard errors over
-    users (of the CTR by the delta method)."""
+def _summary(users: list[str], lives: np.ndarray) -> dict:
+    """An arm's part of `simulate`'s result; lives (U, days, COUNTS)."""
     _, _, sessions, taps, shown = np.moveaxis(lives.cumsum(1), 2, 0)  # (U, days) each
     ctr = taps.sum(0) / np.maximum(shown.sum(0), 1e-9)
-    effects = (taps - ctr * shown) / np.maximum(shown.mean(0), 1e-9)
-    made = {"ctr": ctr, "sessions": sessions.mean(0)}
-    for name, x in (("ctr", effects), ("sessions", sessions)):
-        made[f"{name}_error"] = x.std(0) / len(lives) ** 0.5
-    return {name: x.tolist() for name, x in made.items()}
+    effects = (taps - ctr * shown) / np.maximum(shown.mean(0), 1e-9)  # on CTR: the delta method
+    root, sums = len(users) ** 0.5, zip(users, lives.sum(1).tolist(), strict=True)
+    figures = {"ctr": ctr, "ctr_error": effects.std(0) / root}
+    figures |= {"sessions": sessions.mean(0), "sessions_error": sessions.std(0) / root}
+    return {
+        "users": {user: dict(zip(COUNTS, counts, strict=True)) for user, counts in sums},
+        "by_day": dict(zip(COUNTS, lives.mean(0).T.tolist(), strict=True)),
+        "cumulative": {name: values.tolist() for name, values in figures.items()},
+    }
 
 
 # ------------------------------------------------------------------------------ metrics and lifts
@@ -178,75 +148,64 @@ def _cumulative(lives: np.ndarray) -> dict[str, list[float]]:
 def _fractions(result: dict, arm: str) -> np.ndarray:
     """(U, 2, METRICS): numerator and denominator of each metric for each user of an arm."""
     rows = [[user[name] for name in COUNTS] for user in result["arms"][arm]["users"].values()]
-    active, started, sessions, taps, shown = np.array(rows, float).reshape(-1, len(COUNTS)).T
-    people = np.ones(len(rows))
+    active, started, sessions, taps, shown = np.array(rows, float).T  # (U,) each
+    one, weeks = np.ones(len(rows)), np.full(len(rows), result["days"] / 7)
     above = [active, sessions, taps, started, taps]  # Avg.S: Eq. (11), CTR: (12), CSR: (13), a day
-    below = [people * result["days"] / 7, people, shown, active, active]
-    return np.stack([np.stack(above, 1), np.stack(below, 1)], 1)
+    return np.stack([np.stack(above, 1), np.stack([weeks, one, shown, active, active], 1)], 1)
 
 
-def _ratio(sums: np.ndarray) -> np.ndarray:
-    """(..., 2, METRICS) -> (..., METRICS); nan where there is nothing to count."""
-    above, below = sums[..., 0, :], sums[..., 1, :]
+def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """above / below; nan where there is nothing to count."""
     return np.divide(above, below, out=np.full(above.shape, np.nan), where=below > 0)
 
 
 def _samples(by_seed: list[dict], arm: str, n: int) -> np.ndarray:
-    """(1+n, METRICS): the metrics, then those of n bootstrap samples of users within each seed.
+    """(1 + n, METRICS): the metrics, then those of n bootstrap samples of users within each seed.
 
-    "paired": a sample holds the same users in every arm.
+    Ratios of sums, not means of users' ratios: hence not the bootstrap of stages/metrics.py.
     """
     sums = np.zeros((1 + n, 2, len(METRICS)))
     for number, result in enumerate(by_seed):
         fractions = _fractions(result, arm)
-        if count := len(fractions):
-            own = zlib.crc32(arm.encode()) if result["split"] == "shares" else 0
-            rng = np.random.default_rng([number, own])
-            weights = rng.multinomial(count, np.full(count, 1 / count), n)  # (n, U)
-            sums += np.tensordot(np.vstack([np.ones(count), weights]), fractions, 1)
-    return _ratio(sums)
+        users = len(fractions)
+        rng = np.random.default_rng([number, 0])  # whatever the arm: it draws the same users
+        weights = rng.multinomial(users, np.full(users, 1 / users), n)  # (n, U)
+        sums += np.tensordot(np.vstack([np.ones(users), weights]), fractions, 1)
+    return _ratio(sums[:, 0], sums[:, 1])
 
 
 def metrics(by_seed: list[dict], arm: str) -> dict[str, float | None]:
     """METRICS of an arm, as ratios of sums over users and seeds; None: nothing to count."""
     values = _samples(by_seed, arm, 0)[0].tolist()
-    return {m: None if math.isnan(x) else x for m, x in zip(METRICS, values, strict=True)}
+    return {m: None if math.isnan(v) else v for m, v in zip(METRICS, values, strict=True)}
 
 
-def _contrast(
-    by_seed: list[dict], arm: str, other: str, control: str, n: int
-) -> list[tuple[float, list[float]]]:
-    """For each metric the lift of an arm less that of another, per mille, and its interval.
+def _contrast(by_seed: list[dict], arm: str, other: str, control: str, n: int) -> list[tuple]:
+    """(lift of an arm less that of another, its 95 % interval) for each metric, per mille.
 
     nan where control has 0 or nothing to count.
     """
     a, b, c = (_samples(by_seed, name, n) for name in (arm, other, control))
-    gaps = 1000 * np.divide(a - b, c, out=np.full(c.shape, np.nan), where=c > 0)
-    made = []
-    for value, *draws in gaps.T.tolist():
-        ends = [0.025, 0.975]
-        made.append(
-            (value, [value] * 2 if math.isnan(value) else np.nanquantile(draws, ends).tolist())
-        )
-    return made
+    return [
+        (lift, [lift] * 2 if math.isnan(lift) else np.nanquantile(draws, [0.025, 0.975]).tolist())
+        for lift, *draws in (1000 * _ratio(a - b, c)).T.tolist()
+    ]
 
 
 def _p_values(by_seed: list[dict], arm: str, other: str) -> list[float]:
     """For each metric the two-sided z-test of two arms, by the delta method, users the unit."""
-    values, effects = [], []  # effects of each user on the metrics: an arm's list of (U, METRICS)
+    values, effects = [], []  # effects of each user on the metrics: a seed's (U, METRICS), by arm
     for name in (arm, other):
-        rows = [_fractions(result, name) for result in by_seed]
-        total = sum(x.sum(0) for x in rows)
-        values.append(_ratio(total))
-        below = np.where(total[1] > 0, total[1], np.nan)
-        effects.append([(x[:, 0] - values[-1] * x[:, 1]) / below for x in rows])
-    variance = np.zeros(len(METRICS))
-    for result, x, y in zip(by_seed, *effects, strict=True):
-        for z in [x - y] if result["split"] == "paired" else [x, y]:
-            variance += z.var(0, ddof=1) * len(z) if len(z) > 1 else 0.0
-    error = np.sqrt(variance)  # none (equal arms, one user): no difference is shown, p = 1
+        seeds = [_fractions(result, name) for result in by_seed]
+        above, below = sum(fractions.sum(0) for fractions in seeds)
+        values.append(_ratio(above, below))
+        below = np.where(below > 0, below, np.nan)
+        effects.append([(f[:, 0] - values[-1] * f[:, 1]) / below for f in seeds])
+    gaps = [a - b for a, b in zip(*effects, strict=True)]  # the same people in both arms
+    error = np.sqrt(sum(gap.var(0, ddof=1) * len(gap) for gap in gaps if len(gap) > 1))
+    # No error (equal arms, one user): no difference is shown, p = 1.
     z = np.divide(abs(values[0] - values[1]), error, out=np.zeros(len(METRICS)), where=error > 0)
-    return [math.erfc(x / math.sqrt(2)) for x in z]
+    return [math.erfc(score / math.sqrt(2)) for score in z]
 
 
 def lifts(by_seed: list[dict], control: str = CONTROL, bootstrap: int = 1000) -> dict:
@@ -256,41 +215,40 @@ def lifts(by_seed: list[dict], control: str = CONTROL, bootstrap: int = 1000) ->
     are None where control has 0 or nothing to count.
     """
     result, base = {}, metrics(by_seed, control)
-    for arm in (a for a in by_seed[0]["arms"] if a != control):
-        own, result[arm] = metrics(by_seed, arm), {}
-        gaps = _contrast(by_seed, arm, control, control, bootstrap)
+    for arm in (name for name in by_seed[0]["arms"] if name != control):
+        values, result[arm] = metrics(by_seed, arm), {}
+        contrast = _contrast(by_seed, arm, control, control, bootstrap)
         ps = _p_values(by_seed, arm, control)
-        for name, (lift, interval), p in zip(METRICS, gaps, ps, strict=True):
-            figures = (None,) * 3 if math.isnan(lift) else (lift, interval, p)
-            figures = (own[name], base[name], *figures)
-            result[arm][name] = dict(zip(FIGURES, figures, strict=True))
+        for metric, (lift, interval), p in zip(METRICS, contrast, ps, strict=True):
+            tested = {"lift": lift, "interval": interval, "p": p}
+            if math.isnan(lift):
+                tested = dict.fromkeys(tested)  # JSON has no nan
+            result[arm][metric] = {"value": values[metric], "control": base[metric], **tested}
     return result
 
 
-def beats(
-    by_seed: list[dict], arm: str, other: str, metric: str, control: str = CONTROL
-) -> tuple[float, list[float]]:
+def beats(by_seed: list[dict], arm: str, other: str, metric: str) -> tuple[float, list[float]]:
     """(lift of `arm` less lift of `other`, 95 % interval), per mille; nan as in `_contrast`."""
-    return _contrast(by_seed, arm, other, control, 1000)[METRICS.index(metric)]
+    return _contrast(by_seed, arm, other, CONTROL, 1000)[METRICS.index(metric)]
 
 
 def table(lifts: dict[str, dict]) -> str:
-    """Table 2 as measured, and the paper's."""
+    """Table 2 as measured, and the paper's, in Markdown."""
 
     def cell(figures: dict) -> str:
         if figures["lift"] is None:
             return "–"
-        star = "*" * (figures["p"] < 0.05)
-        low, high = figures["interval"]
+        star, (low, high) = "*" * (figures["p"] < 0.05), figures["interval"]
         return f"{figures['lift']:+.2f}{star} [{low:+.2f}, {high:+.2f}]"
 
     def row(name: str, cells) -> str:
         return f"| {name} | " + " | ".join(cells) + " |"
 
-    base = [x["control"] for x in next(iter(lifts.values())).values()]
+    control = [figures["control"] for figures in next(iter(lifts.values())).values()]
     head = row("Method", METRICS) + "\n" + "|---" * (len(METRICS) + 1) + "|"
-    lines = ["Lift over the deployed retrieval in per mille [95 % interval], * p < 0.05:", "", head]
-    lines += [row(arm, [cell(x[m]) for m in METRICS]) for arm, x in lifts.items()]
-    lines += [row("deployed, absolute", ["–" if x is None else f"{x:.4g}" for x in base])]
-    lines += ["", "The paper's Table 2:", "", head, *(row(m, x) for m, x in PAPER.items())]
-    return "\n".join(lines) + "\n"
+    return "\n".join([
+        "Lift over the deployed retrieval in per mille [95 % interval], * p < 0.05:", "", head,
+        *(row(arm, [cell(figures[m]) for m in METRICS]) for arm, figures in lifts.items()),
+        row("deployed, absolute", ["–" if v is None else f"{v:.4g}" for v in control]),
+        "", "The paper's Table 2:", "", head, *(row(arm, v) for arm, v in PAPER.items()), "",
+    ])

@@ -4,14 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llm
-import roles
-from config import ROOT, BaseConfig, GeneratorConfig, load_config
-from pipeline import base_folder
+from config import ROOT, GeneratorConfig, UserError, read_json
 from tools import tiny_model
 
-MICRO = BaseConfig(
+MICRO = tiny_model.Settings(
     vocabulary=400, hidden=128, layers=2, heads=2, kv_heads=2, intermediate=32, batches=6,
     batch_tokens=1024, tokenizer_prompts=24, lists=2,
 )
@@ -19,21 +18,21 @@ MICRO = BaseConfig(
 
 @pytest.fixture(scope="module")
 def examples():
-    corpus = tiny_model.BaseCorpus(3)
+    corpus = tiny_model.Corpus(3)
     return [corpus.example(5, 2) for _ in range(400)]
 
 
 def test_lists_have_k_distinct_starters_that_parse_back(examples):
     for _, lists in examples:
         for starters in lists:
-            parsed = roles.parse_starters(roles.format_starters(starters)).starters
+            parsed = llm.parse_starters(llm.format_starters(starters)).starters
             assert len(set(starters)) == len(parsed) == 5
 
 
 @pytest.mark.parametrize("code", ["en", "zh"])
 @pytest.mark.parametrize("held_out", [False, True])
 def test_every_starter_holds_a_subject_that_a_line_holds(code, held_out):
-    corpus = tiny_model.BaseCorpus(4)
+    corpus = tiny_model.Corpus(4)
     if held_out and code == "zh":
         pytest.skip("held-out forms are English")
     for count in range(1, 9):
@@ -47,52 +46,50 @@ def test_every_starter_holds_a_subject_that_a_line_holds(code, held_out):
 
 
 def test_subjects_are_nearly_all_distinct():
-    corpus = tiny_model.BaseCorpus(0)
+    corpus = tiny_model.Corpus(0)
     names = [corpus.subject("en") for _ in range(5000)]
     assert len(set(names)) > 0.9 * len(names)
     assert len({corpus.subject("zh") for _ in range(500)}) > 490
 
 
 def test_held_out_forms_are_never_trained_on():
-    phrases = tiny_model.BaseCorpus(0).phrases
+    phrases = tiny_model.Corpus(0).phrases
     known = set(phrases["openings"] + phrases["pairs"])
     assert known.isdisjoint(form.split(" {x}")[0] for form in phrases["held_out"])
 
 
 def test_the_first_examples_are_the_easy_ones():
-    corpus = tiny_model.BaseCorpus(6)
+    corpus = tiny_model.Corpus(6)
     lines, lists = corpus.example(5, 2, done=0.0)
     assert len(lines) == 1 and all(lines[0] in starter for x in lists for starter in x)
     assert max(len(corpus.example(5, 1)[0]) for _ in range(100)) == 10
 
 
 def test_the_seed_decides_the_corpus(examples):
-    again, other = tiny_model.BaseCorpus(3), tiny_model.BaseCorpus(5)
+    again, other = tiny_model.Corpus(3), tiny_model.Corpus(5)
     assert [again.example(5, 2) for _ in range(400)] == examples
     assert other.example(5, 2) != examples[0]
 
 
 def test_a_batch_is_the_same_whoever_writes_it_and_when():
-    generator = GeneratorConfig()
-    texts = tiny_model.tokenizer_texts(MICRO, generator)
-    batches = tiny_model.Batches(tiny_model.train_tokenizer(texts, MICRO.vocabulary), MICRO, generator)
-    own = [batches[i] for i in reversed(range(len(batches)))][::-1]
-    assert not torch.equal(own[2].ids, own[3].ids)
-    assert MICRO.batch_tokens <= (own[3].branch >= 0).sum() < 2 * MICRO.batch_tokens
+    texts = tiny_model.tokenizer_texts(MICRO)
+    batches = tiny_model.Batches(tiny_model.train_tokenizer(texts, MICRO.vocabulary), MICRO)
+    backwards = [batches[i] for i in reversed(range(len(batches)))][::-1]
+    assert not torch.equal(backwards[2].ids, backwards[3].ids)
+    assert MICRO.batch_tokens <= (backwards[3].branch >= 0).sum() < 2 * MICRO.batch_tokens
     others = [*torch.utils.data.DataLoader(batches, batch_size=None, num_workers=2)]
-    for a, b in zip(own, others, strict=True):
+    for a, b in zip(backwards, others, strict=True):
         assert all(map(torch.equal, vars(a).values(), vars(b).values()))
 
 
 def test_a_base_model_loads_in_transformers_and_is_the_same_twice(tmp_path, monkeypatch):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # a CPU's bytes are the same
-    generator = GeneratorConfig(max_new_tokens=12)
-    figures = [tiny_model.build_base(MICRO, generator, tmp_path / name) for name in "ab"]
+    monkeypatch.setattr(tiny_model, "TASK", GeneratorConfig(max_new_tokens=12))
+    figures = [tiny_model.build(MICRO, tmp_path / name) for name in "ab"]
     a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
     assert a == b
     assert figures[0]["held_out_loss"] == figures[1]["held_out_loss"]
+    assert read_json(tmp_path / "a" / "figures.json") == figures[0]
     assert 0 <= figures[0]["copied_subjects"] <= 1
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a")
@@ -102,22 +99,39 @@ def test_a_base_model_loads_in_transformers_and_is_the_same_twice(tmp_path, monk
     )
 
 
-def test_the_default_settings_begin_with_the_shipped_weights(tmp_path):
-    """Without them the first command would pre-train for long, and unseen."""
-    words = [f"run.root={tmp_path}"]
-    config = load_config(ROOT / "configs" / "tiny.yaml", words)
-    folder = base_folder(config)
-    assert folder.resolve().parent == ROOT / "weights"
-    model, tokenizer = llm.load_generator(str(folder)), llm.load_tokenizer(str(folder))
+def test_runs_begin_with_the_shipped_model_which_knows_the_task():
+    """Without it the first command would pre-train for long, and unseen."""
+    path, generator = llm.model_path(GeneratorConfig()), GeneratorConfig()
+    assert Path(path).resolve() == ROOT / "weights" / "tiny" and not Path(path).is_absolute()
+    assert llm.model_path(GeneratorConfig(model="a/b")) == "a/b"
+    model, tokenizer = llm.load_generator(path), llm.load_tokenizer(path)
     lines = ["where to start with Wexford Harbour?", "my new coffee press"]
-    prompt = llm.encode_prompt(tokenizer, lines, 5, config.generator.instruction, 400)
-    with torch.no_grad():
-        [lists] = llm.sample(model, tokenizer, [prompt], 8, max_new_tokens=160, temperature=0.7,
-                             top_p=0.95, seed=0)  # fmt: skip
+    prompt = llm.encode_prompt(tokenizer, lines, 5, generator.instruction, 400)
+    [lists] = llm.sample(
+        model, tokenizer, [prompt], 8, max_new_tokens=160, temperature=0.7, top_p=0.95, seed=0
+    )
     assert all("Wexford Harbour" in text or "coffee press" in text for text in lists)
-    for word in ("base.seed=1", "generator.list_size=4"):
-        other = load_config(ROOT / "configs" / "tiny.yaml", [*words, word])
-        assert base_folder(other).parent == tmp_path
+
+
+def test_the_default_settings_have_the_shape_of_the_shipped_model():
+    shipped, ours = read_json(ROOT / "weights" / "tiny" / "config.json"), tiny_model.Settings()
+    names = {"vocabulary": "vocab_size", "hidden": "hidden_size", "layers": "num_hidden_layers",
+             "heads": "num_attention_heads", "kv_heads": "num_key_value_heads",
+             "intermediate": "intermediate_size"}
+    assert all(getattr(ours, name) == shipped[theirs] for name, theirs in names.items())
+
+
+def test_the_command_takes_settings_and_refuses_others(monkeypatch, tmp_path):
+    built = []
+    monkeypatch.setattr(tiny_model, "build", lambda *a: built.append(a))
+    command = ["tiny_model", "--out", str(tmp_path / "m"), "batches=3", "learning_rate=1e-2"]
+    monkeypatch.setattr("sys.argv", command)
+    tiny_model.main()
+    assert built == [(tiny_model.Settings(batches=3, learning_rate=0.01), str(tmp_path / "m"))]
+    for word in ("batchs=3", "batches=many", "batches"):
+        monkeypatch.setattr("sys.argv", ["tiny_model", "--out", "m", word])
+        with pytest.raises(UserError, match=word):
+            tiny_model.main()
 
 
 def test_the_taxonomy_of_the_simulated_platform_is_never_read():

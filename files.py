@@ -1,0 +1,207 @@
+"""What every file below needs: files that are whole or absent, digests, the processes of one
+`torchrun`, progress that a log can show, and the end of a script. Imported through config.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import functools
+import hashlib
+import json
+import os
+import shutil
+import sqlite3
+import sys
+import time
+from pathlib import Path
+
+from pydantic import BaseModel
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent
+EXIT_BAD_INPUT = 2
+
+
+class UserError(Exception):
+    """Something the user can mend: scripts print the message alone and exit with 2."""
+
+
+def digest(*parts) -> str:
+    """Twelve hex digits of anything JSON can hold (models and dataclasses too)."""
+
+    def plain(part):
+        return part.model_dump() if isinstance(part, BaseModel) else dataclasses.asdict(part)
+
+    text = json.dumps(parts, sort_keys=True, default=plain)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def file_digest(path: str | Path) -> str:
+    """Twelve hex digits of a file's bytes, read again only where the file has changed."""
+    stat = os.stat(path)
+    return _file_digest(str(path), stat.st_ino, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache
+def _file_digest(path: str, *version: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+
+
+# -------------------------------------------------------------------- processes of one torchrun
+
+
+def processes() -> tuple[int, int]:
+    """(number of this process, how many there are) in a `torchrun` launch; (0, 1) outside one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # other launchers set RANK too
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def meet() -> None:
+    """Wait until every process is here."""
+    if processes()[1] > 1:
+        import torch  # `--help` and refused settings need not wait for it; nor below
+
+        torch.distributed.barrier()
+
+
+def share(items) -> list:
+    """The items that are this process's work: one in turn for each process."""
+    number, count = processes()
+    return list(items)[number::count]
+
+
+def gather(results: list) -> list:
+    """What every process made of its `share`, in the order of the whole; JSON values only."""
+    _, count = processes()
+    if count == 1:
+        return results
+    import torch
+
+    text = torch.frombuffer(bytearray(json.dumps(results).encode()), dtype=torch.uint8)  # (bytes,)
+    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(count)]
+    torch.distributed.all_gather(sizes, torch.tensor([len(text)]))
+    texts = [torch.zeros(int(max(sizes)), dtype=torch.uint8) for _ in sizes]
+    padded = torch.nn.functional.pad(text, (0, len(texts[0]) - len(text)))
+    torch.distributed.all_gather(texts, padded)  # it takes texts of one length only
+    parts = [json.loads(bytes(t[:n].tolist())) for t, n in zip(texts, sizes, strict=True)]
+    return [parts[i % count][i // count] for i in range(sum(map(len, parts)))]
+
+
+class progress:  # lower-case, as it is called like tqdm
+    """Iterate over items under a tqdm bar, or with plain lines where stderr is no terminal.
+
+    A line has the label, step of total, rate, time left and what `set` was given last; it comes
+    after a step, `every` seconds apart. Of several processes only the first one shows any.
+    """
+
+    every = 20.0  # seconds: with steps of up to ten, no half minute passes without a line
+    line = "{desc}{n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left{postfix}"
+
+    def __init__(self, items, label: str, total: int | None = None):
+        first, terminal = processes()[0] == 0, sys.stderr.isatty()
+        self.label, self.plain = label, first and not terminal
+        self.bar = tqdm(items, label, total, leave=False, disable=not (first and terminal))
+        self.bar.postfix = ""
+
+    def set(self, **figures) -> None:
+        """Show these figures, such as a loss, until the next ones are set."""
+        self.bar.set_postfix(figures, refresh=False)
+
+    def __iter__(self):
+        start = last = time.monotonic()
+        for step, item in enumerate(self.bar, 1):
+            yield item
+            now = time.monotonic()
+            if self.plain and now - last >= self.every:
+                last, shown = now, {"prefix": f"{self.label}: ", "postfix": self.bar.postfix}
+                line = tqdm.format_meter(
+                    step, self.bar.total, now - start, bar_format=self.line, **shown
+                )
+                print(line, file=sys.stderr, flush=True)
+
+
+# -------------------------------------------------------------------------------- whole or absent
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path):
+    """Yield a temporary path beside `path`; on success sync it and rename it into place.
+
+    Works for a file or a folder. A killed process leaves the old content, the new or (of a folder)
+    none, never half. Of several processes, which all have the same to write, the first one's stays.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = (path.with_name(f".{path.name}.{os.getpid()}{x}.tmp") for x in ("", ".old"))
+    try:
+        yield temporary
+        if processes()[0] > 0:
+            return
+        paths = temporary.rglob("*") if temporary.is_dir() else [temporary]
+        for file in filter(Path.is_file, paths):
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        if path.is_dir() and temporary.is_dir():  # rename cannot replace a folder that is not empty
+            os.replace(path, old)
+        os.replace(temporary, path)
+    finally:
+        if old.is_dir() and not path.exists():  # stopped between the two renames
+            os.replace(old, path)
+        for rest in (temporary, old):
+            if rest.is_dir():
+                shutil.rmtree(rest)
+            else:
+                rest.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value) -> None:
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: str | Path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def write_tensors(path: str | Path, tensors: dict) -> None:
+    from safetensors.torch import save_file  # it imports torch
+
+    with atomic_path(path) as temporary:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
+
+
+def read_tensors(path: str | Path) -> dict:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+WRITE_FAILED = ("SQLITE_FULL", "SQLITE_BUSY", "SQLITE_READONLY")
+
+
+def script(main) -> None:
+    """Run a script's main(): what the user can mend becomes one message on stderr, exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        message = str(error)
+    except OSError as error:  # a folder that cannot be written, a full disk
+        if not error.filename and error.errno != errno.ENOSPC:
+            raise
+        message = f"{error.filename or 'writing'}: {error.strerror}"
+    except sqlite3.OperationalError as error:  # of the cache of answers, or a server's store
+        if getattr(error, "sqlite_errorname", "") not in WRITE_FAILED:
+            raise  # a mistake of ours keeps its traceback
+        message = f"SQLite: {error}"
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to resume", file=sys.stderr)
+        sys.exit(130)
+    else:
+        return
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(EXIT_BAD_INPUT)

@@ -1,0 +1,152 @@
+"""What the generator reads and writes: interests -> prompt, starters -> `<sug>` field and back.
+
+    python -c "import llm; print(llm.parse_starters('<sug> 1. Why jazz? && Learn chess </sug>'))"
+
+Whatever a user or a model wrote is data: none of it becomes a control token of the chat template,
+opens or closes a field, or parts a starter in two.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from config import UserError
+
+# ---------------------------------------------------------------------------- interests -> tokens
+
+
+def encode_prompt(
+    tokenizer, interests: list[str], n: int, instruction: str, max_tokens: int
+) -> list[int]:
+    """Chat template + instruction + one line an interest -> ids, max_tokens at most."""
+    # The template is encoded apart from the user's text, whose control tokens are never parsed.
+    # Lines that do not fit are left out from the end: callers order by importance.
+    head, tail = user_turn(tokenizer, instruction.format(n=n))
+    return head + _encode_lines(tokenizer, interests, max_tokens - len(head) - len(tail)) + tail
+
+
+def prompt_text(tokenizer, interests: list[str], n: int, instruction: str, max_tokens: int) -> str:
+    """The user's turn of encode_prompt, for a server that applies the chat template itself."""
+    begin = instruction.format(n=n)
+    room = max_tokens - sum(map(len, user_turn(tokenizer, begin)))
+    lines = tokenizer.decode(_encode_lines(tokenizer, interests, room))  # cut as encode_prompt cuts
+    for token in tokenizer.added_tokens_decoder.values():  # the server would parse a whole one
+        lines = lines.replace(token.content, f"{token.content[0]} {token.content[1:]}")
+    return begin + lines
+
+
+def user_turn(tokenizer, begin: str = "") -> tuple[list[int], list[int]]:
+    """Ids of the chat template before and behind what a user says, which starts with `begin`."""
+    mark = "\x00"  # stands in no template, and no template alters it
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True
+        )
+    else:
+        text = f"{mark}\n"
+    before, after = text.split(mark)
+    return tuple(tokenizer.encode(s, add_special_tokens=False) for s in (before + begin, after))
+
+
+def _encode_lines(tokenizer, interests: list[str], room: int) -> list[int]:
+    if room < 1 and interests:
+        raise UserError(
+            "generator.max_prompt_tokens: the chat template and the instruction leave no room for "
+            "an interest; raise it"
+        )
+    body: list[int] = []
+    for interest in interests:
+        line = encode_text(tokenizer, f"\n- {plain(interest)}")
+        if len(body) + len(line) > room:
+            body += line[:room] if not body else []  # one interest, even if it must be cut
+            break
+        body += line
+    return body
+
+
+def encode_text(tokenizer, text: str) -> list[int]:
+    """Ids of somebody's text, among which is no added token, whatever the text says."""
+    encode = functools.partial(
+        tokenizer.encode, add_special_tokens=False, split_special_tokens=True
+    )
+    ids = encode(text)
+    # split_special_tokens leaves out special tokens only, not the others that were added
+    # (<tool_call> of Qwen2.5): a text with one of these is encoded a character at a time.
+    if tokenizer.added_tokens_decoder.keys().isdisjoint(ids):
+        return ids
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    return [i for c in text if c not in added for i in encode(c)]
+
+
+# ---------------------------------------------------------------------------- starters <-> field
+
+
+def plain(text: str) -> str:
+    """Text that can neither open or close a <sug> field nor part two starters."""
+    return re.sub("&{2,}", "&", text.replace("<", "(").replace(">", ")"))
+
+
+def format_starters(starters: Iterable[str]) -> str:
+    """`<sug> a && b </sug>`, which parse_starters reads as the same number of starters."""
+    return f"<sug> {' && '.join(map(plain, starters))} </sug>"
+
+
+def encode_completion(tokenizer, starters: list[str]) -> list[int]:
+    """Ids of `<sug> a && b </sug>` and the end token."""
+    return encode_text(tokenizer, format_starters(starters)) + [tokenizer.eos_token_id]
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """Starters of one completion; `reason` says why there are none, and is None if there are."""
+
+    starters: tuple[str, ...]
+    reason: str | None
+
+
+def parse_starters(text: str) -> Parsed:
+    """Starters of `<think>..</think><sug> a && b </sug>`, from any string, in linear time.
+
+    The last complete field after the reasoning counts. A field that was never closed is read to the
+    end without its last item, which is taken for cut short unless it ends like a sentence.
+    """
+    body = text[text.rfind("</think>") + 1 :]  # the whole text if there is no such tag
+    last_close = body.rfind("</sug>")
+    start = body.rfind("<sug>", 0, last_close) if last_close >= 0 else -1
+    closed = start >= 0
+    if not closed:
+        start = body.rfind("<sug>")
+    if start < 0:  # neither a closed field nor an open one
+        return Parsed((), "no <sug> field")
+    start += len("<sug>")
+    items = body[start : body.find("</sug>", start) if closed else None].split("&&")
+    if not closed and not items[-1].rstrip().endswith(tuple("?!.？！。")):
+        items.pop()  # max_new_tokens ran out in it
+        if not items:
+            return Parsed((), "unclosed <sug> field")
+    starters = tuple(filter(None, map(clean_starter, items)))
+    return Parsed(starters, None if starters else "empty <sug> field")
+
+
+QUOTES = "\"'“”‘’«»「」"
+# A run of spaces, quotes, bullets and numbering; not the 3 of "3.5 mm jacks".
+LEAD = re.compile(rf"(?:[\s{QUOTES}\-*•·–—]|[①-⑳]|\(?\d{{1,2}}[.)、](?!\d))+")
+NO_DOUBLE_QUOTES = str.maketrans("", "", "\"“”«»「」")  # single ones may be apostrophes
+
+
+def clean_starter(item: str) -> str:
+    """One line without control characters, bullets, numbering or surrounding quotes."""
+    item = "".join(" " if unicodedata.category(c)[0] == "C" else c for c in item)
+    item = " ".join(item.split())
+    lead = LEAD.match(item)
+    if lead:
+        item = item[lead.end() :]
+        if any(c in QUOTES for c in lead[0]):  # the partner of a stripped quote goes as well
+            item = " ".join(item.translate(NO_DOUBLE_QUOTES).split()).rstrip(QUOTES + " ")
+            # Without a limit, hostile text would recurse a thousand times.
+            return clean_starter(item) if LEAD.match(item) and len(item) < 1000 else item
+    return item

@@ -1,0 +1,290 @@
+"""Sampling n lists of each prompt: a tree grows, one token a branch at each step.
+
+The prompt is read once as the trunk, and the cache holds it once, not n times; the mask is that of
+tree rows (logps.py). A seed gives a prompt the same lists, whatever is decoded beside it.
+
+    python -m benchmarks.sampling   # beside transformers' generate, which draws the same tokens
+
+Departure: of the top_k likeliest tokens only the smallest set that holds top_p is drawn from; to
+sort a vocabulary of 150,000 at each step would take longer than the model.
+
+Legend: B prompts with an open sample, n samples of each, Q slots of open samples, V vocabulary,
+T new tokens at most, H hidden.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+from transformers.cache_utils import Cache, DynamicLayer
+
+from config import digest
+from llm.logps import tree_mask
+from llm.model import decoder_and_head
+from llm.prompts import encode_text
+
+
+def sample(
+    model, tokenizer, prompts: Sequence[str | list[int]], n: int, **settings
+) -> list[list[str]]:
+    """n completions of each prompt, as text; settings as of sample_ids.
+
+    Prompts given as text are encoded plainly: control tokens in them are not parsed.
+    """
+    ids = [encode_text(tokenizer, p) if isinstance(p, str) else p for p in prompts]
+    drawn = sample_ids(model, tokenizer, ids, n, **settings)
+    return [tokenizer.batch_decode(tokens, skip_special_tokens=True) for tokens in drawn]
+
+
+@torch.no_grad()
+def sample_ids(
+    model,
+    tokenizer,
+    prompts: list[list[int]],
+    n: int,
+    *,
+    max_new_tokens: int,
+    temperature: float,  # 0: greedy
+    top_p: float,
+    top_k: int = 0,  # 0: all tokens
+    seed: int,
+    rows: int = 256,  # completions that are decoded together
+    stop: str = "</sug>",
+    numbers: Sequence[int] | None = None,  # of the prompts, for their random numbers: 0, 1, 2, ...
+    prefix: Prefix | None = None,  # with which all prompts begin, read once
+    watch: Callable[[Tensor], Tensor] | None = None,
+    draw: Draw | None = None,  # for tests; else one by temperature, top_p, top_k and seed
+) -> list[Tensor]:
+    """Token ids of n completions of each prompt, (n, T) each, with pads behind each end.
+
+    A completion ends with an end token or with the text `stop`.
+    watch: called after each step with the ids so far, (b, n, steps), of the b <= rows / n prompts
+    decoded together; samples for which it returns True, (b, n), are given up.
+    Raises ValueError for an empty prompt or n < 1.
+    """
+    if n < 1 or not all(prompts):
+        raise ValueError("sample: n >= 1, no empty prompt")
+    numbers, order, size = numbers or range(len(prompts)), [*range(len(prompts))], max(1, rows // n)
+    if len(order) > size:  # like lengths together: less padding
+        order.sort(key=lambda i: len(prompts[i]))
+    draw, ends = draw or Draw(temperature, top_p, top_k, seed), Ends(model, tokenizer, stop)
+    drawn: dict[int, Tensor] = {}
+    for start in tqdm(range(0, len(order), size), "sample", disable=None, leave=False):
+        batch = order[start : start + size]
+        draw.begin([numbers[i] for i in batch], n, max_new_tokens)
+        tree = Tree(model, [prompts[i] for i in batch], n, max_new_tokens, ends.pad, prefix)
+        while tree.is_open:
+            tree.write(draw(tree.logits, tree.prompt, tree.sample, tree.steps))
+            tree.close(ends(tree))
+            if watch:
+                tree.give_up(watch(tree.tokens[:, :n, : tree.steps]))
+            tree.step()
+        drawn.update(zip(batch, tree.tokens[:, :n], strict=True))
+    return [drawn[i] for i in range(len(prompts))]
+
+
+# --------------------------------------------------------------------------------------- the tree
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The first tokens of every prompt, and what each layer keeps of them."""
+
+    ids: list[int]  # (P,)
+    layers: list[tuple[Tensor, Tensor]]  # keys and values, (1, heads, P, d) each
+
+
+@torch.no_grad()
+def read_prefix(model, ids: list[int]) -> Prefix:
+    """Read tokens with which prompts begin; it holds as long as the model's weights do."""
+    decoder, head = decoder_and_head(model, len(ids))
+    cache = Cache([_Buffer(len(ids)) for _ in range(decoder.config.num_hidden_layers)])
+    row = torch.tensor([ids], device=head.weight.device)
+    decoder(input_ids=row, past_key_values=cache, use_cache=True)
+    return Prefix(ids, [(layer.keys, layer.values) for layer in cache.layers])
+
+
+class Tree:
+    """Prompts as trunks, each with n branches (samples) that a step makes one token longer."""
+
+    # A slot grows a sample; it is dropped with its sample, a prompt with its last one. Of 3 prompts
+    # with 3 samples, where prompt 1 is done and sample 1 of prompt 0 has ended:
+    #
+    # prompt   0, 2              # (B,)
+    # sample   0 2 3 | 0 1 2     # (B, Q), the one that each slot grows; 3 = n is nobody's
+    # token    the one that each slot has just written, (B, Q); logits (B, Q, V) of the next one
+    # tokens   of all samples of all prompts, and a row for nobody, (prompts, n + 1, T)
+    # branch   of all keys in the cache, (B, keys): 0 prompt, -1 pad, 1 + sample
+
+    def __init__(self, model, prompts: list[list[int]], n: int, most: int, pad: int, prefix=None):
+        """Read the prompts, from the end of `prefix` on; most: T, the tokens a sample may have."""
+        b, width = len(prompts), max(map(len, prompts))
+        self.decoder, self.head = decoder_and_head(model, width + most)
+        device, layers = self.head.weight.device, range(self.decoder.config.num_hidden_layers)
+        self.cache = Cache([_Buffer(width + n * most) for _ in layers])
+        past = self._take_up(prefix, prompts) if prefix else 0
+        self.n, self.most, self.steps = n, most, 0
+        self.length = torch.tensor([len(p) for p in prompts], device=device)  # (prompts,)
+        self.prompt = torch.arange(b, device=device)
+        self.sample = torch.arange(n, device=device).expand(b, n)
+        self.tokens = torch.full((b, n + 1, most), pad, device=device)
+        ids = torch.tensor([p + [pad] * (width - len(p)) for p in prompts], device=device)
+        position = torch.arange(width, device=device).expand(b, width)
+        self.branch = -(position >= self.length[:, None]).long()
+        branch = self.branch[:, past:]
+        hidden = self._read(ids[:, past:], position[:, past:], branch, branch)
+        last = hidden[self.prompt, self.length - 1 - past]  # (B, H): pads stand behind it
+        # One vocabulary row a prompt: all its samples begin alike.
+        self.logits = self.head(last).float()[:, None].expand(b, n, -1)
+
+    def _take_up(self, prefix: Prefix, prompts: list[list[int]]) -> int:
+        """Begin the cache with the prefix; returns its length."""
+        past = len(prefix.ids)
+        if any(p[:past] != prefix.ids or len(p) == past for p in prompts):
+            raise ValueError("sample: a prompt does not go on from the prefix")
+        for layer, parts in zip(self.cache.layers, prefix.layers, strict=True):
+            layer.update(*(part.expand(len(prompts), *part.shape[1:]) for part in parts))
+        return past
+
+    def _read(self, ids: Tensor, position: Tensor, branch: Tensor, trunk: Tensor) -> Tensor:
+        """Tokens (B, Q), which the cache takes in -> hidden states (B, Q, H)."""
+        dtype = self.decoder.get_input_embeddings().weight.dtype
+        mask = tree_mask(branch, trunk, self.branch, dtype)
+        cache = {"past_key_values": self.cache, "use_cache": True}
+        read = self.decoder(input_ids=ids, position_ids=position, attention_mask=mask, **cache)
+        return read.last_hidden_state
+
+    @property
+    def is_open(self) -> bool:
+        return self.steps < self.most and bool((self.sample < self.n).any())
+
+    def write(self, token: Tensor) -> None:
+        """The next token of each slot, (B, Q)."""
+        self.tokens[self.prompt[:, None], self.sample, self.steps] = token
+        self.token, self.steps = token, self.steps + 1
+
+    def close(self, ended: Tensor) -> None:
+        """End the samples of these slots, (B, Q)."""
+        self.sample = self.sample.masked_fill(ended, self.n)
+
+    def give_up(self, samples: Tensor) -> None:
+        """End these samples, (prompts, n), whatever slots they are in."""
+        samples = F.pad(samples, (0, 1)).to(self.sample.device)  # nobody's is not given up
+        self.close(samples[self.prompt[:, None], self.sample])
+
+    def step(self) -> None:
+        """Read the tokens just written, unless no sample needs another one."""
+        if not self.is_open:
+            return
+        self._drop_closed()
+        self.branch = torch.cat([self.branch, self.sample + 1], 1)
+        # The first new token stands right behind the prompt, whatever the padding.
+        position = (self.length[self.prompt] + self.steps - 1)[:, None].expand_as(self.token)
+        trunk = torch.zeros_like(self.sample)
+        self.logits = self.head(self._read(self.token, position, self.sample + 1, trunk)).float()
+
+    def _drop_closed(self) -> None:
+        """Drop slots that no prompt needs, and prompts that are done."""
+        going = self.sample < self.n  # (B, Q)
+        slots = int(going.sum(1).max())
+        if slots < self.sample.shape[1]:  # open slots first, the rest of the columns away
+            kept = going.sort(dim=1, descending=True, stable=True).indices[:, :slots]
+            self.sample, self.token = self.sample.gather(1, kept), self.token.gather(1, kept)
+        rows = going.any(1)
+        if rows.float().mean() < 0.75:  # dropping a prompt copies the cache: once it saves enough
+            self.cache.batch_select_indices(rows.nonzero().flatten())
+            self.prompt, self.branch = self.prompt[rows], self.branch[rows]
+            self.sample, self.token = self.sample[rows], self.token[rows]
+
+
+class _Buffer(DynamicLayer):
+    """Keys and values of a layer, with room for `size` tokens: no copy of the past at each step."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size, self.length = size, 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+        b, heads, t, d = key_states.shape
+        if not self.is_initialized:  # dtype and device are known from here on
+            self.lazy_initialization(key_states, value_states)
+            self.keys = key_states.new_empty(b, heads, self.size, d)
+            self.values = value_states.new_empty(b, heads, self.size, value_states.shape[-1])
+        begin, self.length = self.length, self.length + t
+        self.keys[:, :, begin : self.length] = key_states
+        self.values[:, :, begin : self.length] = value_states
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]  # views
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+
+# -------------------------------------------------------------------------------- drawing, ending
+
+
+class Draw:
+    """One uniform number a sample and step, drawn on the CPU: the same on every device."""
+
+    def __init__(self, temperature: float, top_p: float, top_k: int, seed: int):
+        self.temperature, self.top_p, self.top_k, self.seed = temperature, top_p, top_k, seed
+
+    def begin(self, numbers: list[int], n: int, steps: int) -> None:
+        """A new batch: the numbers of its prompts, samples of each, tokens of each at most."""
+        seeds = (int(digest(self.seed, number), 16) for number in numbers)  # one for each prompt
+        uniform = [torch.rand(n, steps, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        self.uniform = F.pad(torch.stack(uniform), (0, 0, 0, 1))  # (prompts, n + 1, T)
+
+    def __call__(self, logits: Tensor, prompt: Tensor, sample: Tensor, step: int) -> Tensor:
+        """logits (B, Q, V) of slots with these prompts (B,) and samples (B, Q) -> tokens (B, Q)."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        self.uniform = self.uniform.to(logits.device)
+        value, token = logits.topk(min(self.top_k or logits.shape[-1], logits.shape[-1]))
+        p = (value / self.temperature).softmax(-1)  # likeliest first
+        mass = p.cumsum(-1)
+        p = p.masked_fill(mass - p >= self.top_p, 0)  # the token that reaches top_p stays
+        mass = p.cumsum(-1)
+        u = self.uniform[prompt[:, None], sample, step]  # (B, Q)
+        place = torch.searchsorted(mass, u[..., None] * mass[..., -1:])
+        return token.gather(-1, place.clamp_max(p.shape[-1] - 1)).squeeze(-1)
+
+
+def end_tokens(model, tokenizer) -> set[int]:
+    """Tokens that end a completion: the tokenizer's, and those of the model's generation_config."""
+    settings = getattr(model, "generation_config", None)
+    more = settings.eos_token_id if settings else None  # one, several (Llama 3) or none
+    return {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])} - {None}
+
+
+@functools.lru_cache(maxsize=4)  # a large vocabulary takes longer to walk than a step
+def _tokens_with(tokenizer, character: str) -> list[int]:
+    return sorted(i for text, i in tokenizer.get_vocab().items() if character in text)
+
+
+class Ends:
+    """Which samples end with the token just written: an end token, or one that completes `stop`."""
+
+    def __init__(self, model, tokenizer, stop: str):
+        device = next(model.parameters()).device
+        self.ends = torch.tensor(sorted(end_tokens(model, tokenizer)), device=device)
+        last = _tokens_with(tokenizer, stop[-1]) if stop else []
+        self.last = torch.tensor(last, device=device)  # only these can complete `stop`
+        self.tokenizer, self.stop, self.pad = tokenizer, stop, tokenizer.pad_token_id
+
+    def __call__(self, tree: Tree) -> Tensor:
+        """Boolean (B, Q), of the tree's slots."""
+        done = torch.isin(tree.token, self.ends)
+        row, slot = torch.isin(tree.token, self.last).nonzero(as_tuple=True)
+        if len(row):
+            # `stop` lies within as many tokens as it has bytes, whatever they are.
+            begin = max(0, tree.steps - len(self.stop.encode()))
+            ids = tree.tokens[tree.prompt[row], tree.sample[row, slot], begin : tree.steps]
+            texts = [self.stop in text for text in self.tokenizer.batch_decode(ids)]
+            done[row, slot] |= torch.tensor(texts, device=done.device)
+        return done

@@ -1,0 +1,202 @@
+"""The roles played by a real LLM: teacher, matcher, judge, summariser; and how answers are read.
+
+    python train.py roles.teacher=endpoint endpoint.model=NAME endpoint.base_url=http://host:8000/v1
+
+Paper: appendix B.2.1 (its rules; the prompts, prompts.yaml, are our own). User text leaves as JSON
+in which no markup survives.
+
+Departures: the matcher asks about the nearest later summaries only, and gives no rationale; the
+judge is asked in both orders, because the place of a list sways an LLM.
+E earlier and L later summaries.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+import llm
+from data import Message
+from llm import clean_starter, parse_starters
+from roles.chat import Chat, Request, encodable
+from roles.text import Encode, chores, cosines, patterns, read_yaml, same_text
+
+T = TypeVar("T")
+
+# An LLM compares an earlier summary with this many later ones at most, of those at least this near
+# by cosine: a few calls an interest. What rules call a match lies above 0.45 (rules.MATCH_COSINE).
+CANDIDATES, FLOOR = 3, 0.3
+HISTORY = 100  # latest summaries that the judge sees
+ROOM = 4000  # characters of a session that the summariser sees: about 1,000 tokens
+
+
+# ----------------------------------------------------------------------------- prompts and answers
+
+
+def prompt(role: str) -> str:
+    """What an LLM is told; every prompt ends with how the data is to be taken."""
+    prompts = read_yaml("prompts.yaml")
+    return f"{prompts[role]}\n\n{prompts['data']}"
+
+
+def data_block(**fields) -> str:
+    """A block that its text cannot leave: one line of JSON without markup, between tags."""
+    text = llm.plain(encodable(json.dumps(fields, ensure_ascii=False)))
+    text = re.sub(r"\[(/?[A-Z_]+)\]", r"(\1)", text)  # control tokens of Mistral: [/INST]
+    return f"<data>\n{text}\n</data>"
+
+
+def _answer_part(text: str) -> str:
+    answer = text.rpartition("</think>")[2].strip()
+    if "<think>" in answer:
+        raise ValueError("reasoning without an end")
+    return answer
+
+
+def read_starters(text: str) -> str:
+    """The text itself, if roles.parse_starters finds starters in a closed field."""
+    head, closed, _ = _answer_part(text).rpartition("</sug>")
+    if not (closed and "<sug>" in head and parse_starters(text).starters):
+        raise ValueError("no closed <sug> field with starters")
+    return text
+
+
+def word_reader(values: dict[str, T]) -> Callable[[str], T]:
+    """A reader of answers that begin with one of these words, a reason behind it or not."""
+    word = re.compile(rf"[\W_]*({'|'.join(values)})(?!\w|\W+or\b)", re.IGNORECASE)
+
+    def read(text: str) -> T:
+        match = word.match(_answer_part(text))
+        if not match:
+            raise ValueError(f"none of {', '.join(values)}")
+        return values[match[1].upper()]
+
+    return read
+
+
+def read_grade(text: str) -> float:
+    """'4', 'Grade: 4' or '4/5' -> 0.75. No text around it: '1. Relevance' is no grade."""
+    match = re.fullmatch(r"\W*(?:grade\W*)?([1-5])(?:\s*/\s*5)?\W*", _answer_part(text), re.I)
+    if not match:
+        raise ValueError("no grade")
+    return (int(match[1]) - 1) / 4
+
+
+def read_line(text: str) -> str:
+    """The first line with content, without bullet and quotes, cut to 200 characters. No refusal."""
+    for line in map(clean_starter, _answer_part(text).splitlines()):
+        if any(map(str.isalnum, line)) and line[-1] not in ":：":  # "Here is the line:"
+            break
+    else:
+        raise ValueError("no line")
+    if patterns("patterns")["refusal"].match(line):
+        raise ValueError("a refusal")
+    return line[:200].rstrip()
+
+
+# ------------------------------------------------------------------------------------------ roles
+
+
+@dataclass
+class LLMTeacher:
+    chat: Chat
+
+    def write(self, inputs: list[list[str]], n: int, sample: list[int]) -> list[str | None]:
+        """`<think> .. </think><sug> a && b </sug>` for the interests of each input.
+
+        Twice n starters are asked for, 5 to 20, as filters will take some. sample: the number of
+        the draw, per input.
+        """
+        count, temperature = max(5, min(20, 2 * n)), self.chat.backend.temperature
+        users = [f"{count} suggestions, please.\n{data_block(interests=i)}" for i in inputs]
+        requests = [Request(prompt("teacher"), user, number, temperature)
+                    for user, number in zip(users, sample, strict=True)]
+        return self.chat.ask(requests, read_starters)
+
+
+@dataclass
+class LLMMatcher:
+    """Compares an earlier summary with the CANDIDATES later ones that are nearest to it by the
+    cosine of `encode`, of those at or above FLOOR."""
+
+    chat: Chat
+    encode: Encode
+
+    def match(self, jobs: list[tuple[list[str], list[str]]]) -> list[np.ndarray]:
+        """int8 (E, L) of each job (earlier, later): 1 match, 0 none, -1 unknown: the call failed.
+
+        The same text matches unasked, and settles its row: the label is whether any is a match. A
+        pair of texts is asked about once, whoever wrote it.
+        """
+        matches = [self._unasked(earlier, later) for earlier, later in jobs]
+        places = [(labels, i, j, (earlier[i], later[j]))
+                  for (earlier, later), labels in zip(jobs, matches, strict=True)
+                  for i, j in np.argwhere(labels < 0)]
+        pairs = list(dict.fromkeys(pair for *_, pair in places))
+        requests = [Request(prompt("matcher"), data_block(earlier=a, later=b)) for a, b in pairs]
+        said = self.chat.ask(requests, word_reader({"MATCH": 1, "DIFFERENT": 0}))
+        label = dict(zip(pairs, said, strict=True))
+        for labels, i, j, pair in places:
+            labels[i, j] = -1 if label[pair] is None else label[pair]
+        return matches
+
+    def _unasked(self, earlier: list[str], later: list[str]) -> np.ndarray:
+        """(E, L): 1 the same text, 0 too far apart, a chore or in a settled row, -1 to be asked."""
+        if not earlier or not later:
+            return np.zeros((len(earlier), len(later)), np.int8)
+        labels, chore = same_text(earlier, later).astype(np.int8), chores(earlier)
+        labels[chore] = 0
+        cosine = cosines(self.encode, earlier, later)
+        cosine[labels.any(1) | chore] = -np.inf  # not to be asked
+        nearest = np.argsort(-cosine, axis=1, kind="stable")[:, :CANDIDATES]
+        place = np.arange(len(earlier))[:, None], nearest
+        labels[place] = np.where(cosine[place] >= FLOOR, -1, labels[place])
+        return labels
+
+
+@dataclass
+class LLMJudge:
+    chat: Chat
+
+    def compare(self, rows: list[tuple[list[str], list[str], list[str]]]) -> list[float | None]:
+        """(history, a, b) -> 1.0 if a wins, 0.0 if b does, 0.5 for a tie or two opinions.
+
+        Each pair is shown in both orders: swapping a and b swaps the answer.
+        """
+        blocks = [data_block(history=history[-HISTORY:], alpha=alpha, beta=beta)
+                  for history, a, b in rows for alpha, beta in ((a, b), (b, a))]
+        requests = [Request(prompt("judge"), block) for block in blocks]
+        won = self.chat.ask(requests, word_reader({"ALPHA": 1.0, "BETA": 0.0, "TIE": 0.5}))
+        return [None if first is None or second is None else first if first == 1 - second else 0.5
+                for first, second in zip(won[::2], won[1::2], strict=True)]
+
+    def quality(self, rows: list[tuple[list[str], list[str]]]) -> list[float | None]:
+        """(interests, starters) -> the grade of the list, 1 to 5, scaled to [0, 1]."""
+        blocks = [data_block(interests=row[0], starters=row[1]) for row in rows]
+        return self.chat.ask([Request(prompt("grader"), block) for block in blocks], read_grade)
+
+
+@dataclass
+class LLMSummariser:
+    chat: Chat
+
+    def summarise(self, sessions: list[list[Message]]) -> list[str | None]:
+        """One line per session."""
+        blocks = [data_block(messages=_excerpt(messages)) for messages in sessions]
+        return self.chat.ask([Request(prompt("summariser"), block) for block in blocks], read_line)
+
+
+def _excerpt(messages: list[Message]) -> list[dict[str, str]]:
+    """Messages in order; the user's are given room first, the others what is left."""
+    room, kept = ROOM, {}
+    for i in sorted(range(len(messages)), key=lambda i: messages[i].role != "user"):
+        text = messages[i].content[:room]
+        room -= len(text)
+        if text:
+            kept[i] = {"role": messages[i].role, "text": text}
+    return [kept[i] for i in sorted(kept)]

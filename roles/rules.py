@@ -1,0 +1,239 @@
+"""The parts that an LLM plays in the paper, by rule: teacher, matcher, judge and summariser.
+
+    python train.py roles.teacher=rules roles.matcher=rules roles.judge=rules roles.summariser=rules
+
+Paper: appendix B.2.1. Departure: it prompts large models for these roles. Rules need no network,
+give the same answer each time and can be read; prompted.py has classes with the same methods.
+E earlier and L later summaries, D embedding.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from data import Message, language
+from llm import clean_starter, format_starters
+from roles.text import (
+    Encode,
+    chores,
+    cosines,
+    filter_starters,
+    is_functional,
+    is_unsuitable,
+    key_phrases,
+    kind_of,
+    majority_language,
+    normal_form,
+    read_yaml,
+    same_text,
+    words_of,
+)
+
+# Of MiniLM: two lines on one subject rarely lie below the first, two lines on different subjects
+# rarely above the second. With these and THEME_SHARE the matcher's precision against the simulated
+# platform's hidden subjects is .67, its recall .98 (results/reproduction.md).
+MATCH_COSINE = 0.45  # enough where a specific phrase is shared
+MATCH_COSINE_ALONE = 0.85  # enough by itself: the same in other words
+# A phrase that one person in fifty uses is a field ("travel tips"), no subject. On the simulated
+# platform this raised the matcher's precision from .41 to .93 when it came in.
+THEME_SHARE = 0.02
+
+
+# ---------------------------------------------------------------------------------------- teacher
+
+Angle = list[tuple[str, str]]  # templates: (kinds of subject, parted by |, or "any"; text with {x})
+
+
+def _angles(lang: str) -> list[Angle]:
+    """Fresh lists, as the teacher shuffles them and uses them up."""
+    return [[template for item in items for template in item.items()]
+            for items in read_yaml("templates.yaml")[lang].values()]
+
+
+def templates(lang: str) -> list[str]:
+    """The teacher's questions about {x}, of every angle and kind."""
+    return [text for angle in _angles(lang) for _, text in angle]
+
+
+class RuleTeacher:
+    """Writes starters from interests alone: a key phrase of each, in turn, under varied angles."""
+
+    def write(self, interests: list[str], n: int, rng: random.Random) -> str:
+        """`<think> .. </think><sug> a && b </sug>` with n starters, in the language of most.
+
+        Chores come only when nothing else is left. Fewer than n only if no phrase is usable or the
+        templates run out.
+        """
+        wanted = majority_language(interests)
+        subjects = self._subjects([i for i in interests if language(i) == wanted])
+        angles = _angles("zh" if wanted == "zh" else "en")
+        rng.shuffle(angles)
+        for angle in angles:
+            rng.shuffle(angle)
+        starters: list[str] = []
+        turns = deque(subjects)
+        while turns and len(starters) < n:
+            subject = turns.popleft()
+            starter = self._starter(*subject, angles, interests, starters)
+            if starter:  # without one it has no further turn: templates only get fewer
+                starters.append(starter)
+                turns.append(subject)
+        named = ", ".join(phrases[0] for phrases, _ in subjects[:n]) or "none"
+        reasoning = f"<think> Interests worth building on: {named}. </think>"
+        return reasoning + format_starters(starters)
+
+    @staticmethod
+    def _subjects(interests: list[str]) -> list[tuple[list[str], str]]:
+        """(short key phrases, kind) of each usable interest; chores only if all are."""
+        subjects, taken = {False: [], True: []}, set()  # by whether it is a chore
+        for interest in interests:
+            phrases = []
+            for phrase in key_phrases(interest):
+                phrase = re.sub(r"&{2,}|[<>{}]", " ", phrase)  # neither markup nor a placeholder
+                # A template adds up to seven words, or twelve characters in Chinese.
+                zh = language(phrase) == "zh"
+                phrase = clean_starter(phrase[:8] if zh else " ".join(phrase.split()[:5]))
+                if phrase and len(phrase) <= 60 and normal_form(phrase) not in taken:
+                    phrases.append(phrase)
+            if phrases and not is_unsuitable(interest):
+                taken.add(normal_form(phrases[0]))
+                kind = kind_of(interest, "kinds") or "any"
+                subjects[is_functional(interest)].append((phrases, kind))
+        return subjects[False] or subjects[True]
+
+    @staticmethod
+    def _starter(phrases: list[str], kind: str, angles: list[Angle], interests: list[str],
+                 starters: list[str]) -> str | None:
+        """The first fitting template under the angle used least recently; it is used up."""
+        candidates = ((phrase, angle, template) for phrase in phrases for angle in angles
+                      for template in angle if {"any", kind} & {*template[0].split("|")})
+        for phrase, angle, template in candidates:
+            starter = template[1].format(x=phrase)
+            if filter_starters([starter], interests, seen=starters)[0]:
+                angle.remove(template)
+                angles.remove(angle)
+                angles.append(angle)  # least recently used comes first
+                return starter
+        return None
+
+
+def covering(starters: list[str], interests: list[str], k: int, encode: Encode) -> list[str]:
+    """At most k starters that cover the interests: from each interest in turn its next starter.
+
+    A starter is of the interest that it is nearest to. Order within an interest stays.
+    """
+    if not starters or not interests:
+        return starters[:k]
+    nearest = cosines(encode, starters, interests).argmax(1)  # (len(starters),)
+    turn = [sum(nearest[:i] == interest) for i, interest in enumerate(nearest)]  # its place there
+    order = sorted(range(len(starters)), key=lambda i: (turn[i], nearest[i]))
+    return [starters[i] for i in order[:k]]
+
+
+# ---------------------------------------------------------------------------------------- matcher
+
+
+def _unit(phrase: str) -> str:
+    """A phrase as the matcher compares it: lower-case words, or the Chinese text as it is."""
+    return phrase.casefold() if language(phrase) == "zh" else " ".join(words_of(phrase))
+
+
+def _spans(phrase: str) -> set[str]:
+    """Every run of whole words in a phrase; of two or more characters in Chinese."""
+    zh = language(phrase) == "zh"
+    units = (list(phrase) if zh else words_of(phrase))[:12]  # quadratic: no phrase is longer
+    shortest, joint = (2, "") if zh else (1, " ")
+    return {joint.join(units[i:j]) for i in range(len(units))
+            for j in range(i + shortest, len(units) + 1)}
+
+
+def themes(histories: Iterable[Iterable[str]]) -> set[str]:
+    """Phrases that more than THEME_SHARE of the people use (and than five): no subjects."""
+    people, total = Counter(), 0
+    for summaries in histories:
+        people.update({_unit(phrase) for text in set(summaries) for phrase in key_phrases(text)})
+        total += 1
+    return {phrase for phrase, n in people.items() if n > max(5, THEME_SHARE * total)}
+
+
+class RuleMatcher:
+    """Do an earlier and a later summary share a specific subject? (The paper asks an LLM.)"""
+
+    def __init__(self, encode: Encode, themes: Iterable[str] = ()):
+        self.encode, self.themes = encode, set(themes)  # a shared theme is not enough
+
+    def match(self, jobs: Sequence[tuple[list[str], list[str]]]) -> list[np.ndarray]:
+        """(E, L) of 1 (match) and 0 for each (earlier, later) job."""
+        return [self._matches(*job).astype(np.int8) for job in jobs]
+
+    def _matches(self, earlier: list[str], later: list[str]) -> np.ndarray:
+        """The same text, a cosine that suffices, or a cosine and a shared phrase; and no chore,
+        which may come again and again without being an interest."""
+        if not earlier or not later:
+            return np.zeros((len(earlier), len(later)), dtype=bool)
+        cosine = cosines(self.encode, earlier, later)  # (E, L)
+        shared = self._contained(earlier, later) | self._contained(later, earlier).T
+        match = same_text(earlier, later) | (cosine >= MATCH_COSINE_ALONE)
+        match |= shared & (cosine >= MATCH_COSINE)
+        return match & ~chores(earlier)[:, None]
+
+    def _contained(self, whole: list[str], parts: list[str]) -> np.ndarray:
+        """(len(whole), len(parts)): some key phrase of the whole contains one of the part."""
+        columns = defaultdict(list)  # phrase -> the parts that it is of
+        for column, text in enumerate(parts):
+            for phrase in map(_unit, key_phrases(text)):
+                if phrase not in self.themes:
+                    columns[phrase].append(column)
+        contained = np.zeros((len(whole), len(parts)), dtype=bool)
+        for row, text in enumerate(whole):
+            for phrase in key_phrases(text):
+                for span in _spans(phrase.casefold()) & columns.keys():
+                    contained[row, columns[span]] = True
+        return contained
+
+
+# ------------------------------------------------------------------------------ judge, summariser
+
+
+class RuleJudge:
+    """Which of two lists of interests says more about a user? (The paper asks an LLM.)"""
+
+    def __init__(self, encode: Encode):
+        self.encode = encode
+
+    def compare(self, rows: Sequence[tuple[list[str], list[str], list[str]]]) -> list[float]:
+        """(history, a, b) -> share won by a: 1.0, 0.5 for a tie, 0.0. Swapping swaps the answer."""
+        return [self._compare(*row) for row in rows]
+
+    def _compare(self, history: list[str], a: list[str], b: list[str]) -> float:
+        size = max(len(a), len(b))
+        gap = self._score(history, a, size) - self._score(history, b, size)
+        return 0.5 if abs(gap) < 1e-6 else float(gap > 0)
+
+    def _score(self, history: list[str], interests: list[str], size: int) -> float:
+        """Share of specific interests, plus distinct subjects, plus persistence; each in [0, 1]."""
+        if not interests:
+            return 0.0
+        subjects = [key_phrases(i)[0].casefold() for i in interests
+                    if key_phrases(i) and not is_functional(i)]
+        near = cosines(self.encode, interests, history) > 0.6 if history else np.zeros((1, 1))
+        persistence = np.minimum(near.sum(1), 3).mean() / 3  # three sessions make it lasting
+        return len(subjects) / len(interests) + len(set(subjects)) / size + float(persistence)
+
+
+class RuleSummariser:
+    """Stands in for a missing summary: the first thing that the user asked."""
+
+    def summarise(self, messages: list[Message] | None) -> str:
+        """First sentence of the first user message, at most 12 words or 20 Chinese characters."""
+        said = [m for m in messages or () if m.content.strip()]
+        said = [m for m in said if m.role == "user"] or said  # else what the assistant said first
+        if not said:
+            return ""
+        sentence = re.split(r"(?<=[.?!])\s+|(?<=[。？！])", said[0].content.strip(), maxsplit=1)[0]
+        return sentence[:20] if language(sentence) == "zh" else " ".join(sentence.split()[:12])

@@ -1,0 +1,174 @@
+"""Interests in, lists of starters out: by a policy in this process, or at a server of models.
+
+    writer = Writer(config, answers=Path("runs/answers.sqlite"))
+    lists = writer.write(run.adapter("sit"), [["Night trains", "Sourdough"]], n=6, seed=0)
+
+A policy is the generator with a saved LoRA adapter; `generator.endpoint` names a server that has
+the same adapters. Every list is parsed and filtered here, whoever wrote it.
+
+Legend: n lists of each input, K starters of a list.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cached_property
+from pathlib import Path
+
+import openai
+
+import llm
+import roles
+from config import Config, EndpointConfig, digest, file_digest, gather, share
+from roles import chat
+
+
+class Writer:
+    """Raises UserError at once if generator.endpoint is set and cannot be asked."""
+
+    def __init__(self, config: Config, answers: Path):
+        """answers: SQLite file of what servers have said, so that nothing is asked twice."""
+        self.config, self.answers = config, answers
+        self._servers: dict[str, chat.Sampler] = {}  # by the name that the server knows
+        if config.generator.endpoint:
+            chat.Endpoint(self._endpoint(None), setting="generator.endpoint")
+
+    @property
+    def model_path(self) -> str:
+        return llm.model_path(self.config.generator)
+
+    @cached_property
+    def tokenizer(self):
+        return llm.load_tokenizer(self.model_path, self.config.generator.revision)
+
+    def policy(self, adapter: Path | None, trainable: bool = False):
+        """The generator with a saved adapter, or the bare base model."""
+        g = self.config.generator
+        model = llm.load_generator(
+            self.model_path, g.load_in_4bit, g.gradient_checkpointing, g.revision
+        )
+        return llm.load_adapter(model, adapter, trainable) if adapter else model.eval()
+
+    def prompt(self, interests: list[str]) -> list[int]:
+        g = self.config.generator
+        return llm.encode_prompt(
+            self.tokenizer, interests, g.list_size, g.instruction, g.max_prompt_tokens
+        )
+
+    def draw(self, model, prompts: list[list[int]], n: int, seed: int, **how) -> list[list[str]]:
+        """n completions of each prompt (token ids) as text; how: as of llm.sample."""
+        g = self.config.generator
+        settings = {
+            "max_new_tokens": g.max_new_tokens, "temperature": g.temperature, "top_p": g.top_p,
+            "top_k": g.top_k, "rows": g.sample_rows,
+        }  # fmt: skip
+        return llm.sample(model, self.tokenizer, prompts, n, seed=seed, **{**settings, **how})
+
+    def sample(
+        self, model, inputs: list[list[str]], n: int, seed: int, repeats: bool = False
+    ) -> list[list[list[str]]]:
+        """n lists for each input, parsed and filtered: at most K starters each, perhaps none.
+
+        A list with fewer than K is drawn again, at most generator.attempts times in all, and the
+        fullest stays. repeats: as first drawn, and starters that a list repeats stay in it. The
+        processes of a torchrun sample a share each.
+        """
+
+        def draw(some: list[list[str]], n: int, seed: int, numbers: list[int]) -> list[list[str]]:
+            return self.draw(model, [self.prompt(x) for x in some], n, seed, numbers=numbers)
+
+        return self._full_lists(draw, inputs, n, seed, repeats)
+
+    def write(
+        self, adapter: Path | None, inputs: list[list[str]], n: int, seed: int, model=None,
+        repeats: bool = False,
+    ) -> list[list[list[str]]]:  # fmt: skip
+        """As `sample`, by a saved adapter (None: the base): from generator.endpoint if it is set,
+        where the model of that name is asked; or here, `model` being loaded already."""
+        g = self.config.generator
+        if not g.endpoint:
+            return self.sample(model or self.policy(adapter), inputs, n, seed, repeats)
+        server = self._server(adapter)
+
+        def draw(some: list[list[str]], n: int, seed: int, numbers: list[int]) -> list[list[str]]:
+            texts = [
+                llm.prompt_text(self.tokenizer, x, g.list_size, g.instruction, g.max_prompt_tokens)
+                for x in some
+            ]
+            return server.sample(texts, n, [(seed + n * i) % 2**31 for i in numbers])
+
+        return self._full_lists(draw, inputs, n, seed, repeats)
+
+    def _full_lists(self, draw, inputs, n: int, seed: int, repeats: bool) -> list[list[list[str]]]:
+        """draw(inputs, n, seed, number of each) -> n texts of each."""
+        # A place among all inputs is the number of its random draws, whoever samples it.
+        k, places = self.config.generator.list_size, share(range(len(inputs)))
+        texts = draw([inputs[i] for i in places], n, seed, places)
+        lists = [
+            [fit_to_show(text, inputs[i], repeats)[:k] for text in row]
+            for i, row in zip(places, texts, strict=True)
+        ]
+        for attempt in range(1, 1 if repeats else self.config.generator.attempts):
+            short = [(r, j) for r, row in enumerate(lists) for j, y in enumerate(row) if len(y) < k]
+            if not short:
+                break
+            numbers = [places[r] * n + j for r, j in short]
+            seed = int(digest(seed, attempt)[:7], 16)  # other draws, the same in every run
+            again = draw([inputs[places[r]] for r, _ in short], 1, seed, numbers)
+            for (r, j), (text,) in zip(short, again, strict=True):
+                new = fit_to_show(text, inputs[places[r]])[:k]
+                lists[r][j] = max(lists[r][j], new, key=len)
+        return gather(lists)
+
+    # ------------------------------------------------------------------------- generator.endpoint
+
+    def _endpoint(self, adapter: Path | None) -> EndpointConfig:
+        """Where generator.endpoint is asked for this adapter's lists."""
+        g, name = self.config.generator, self.config.generator.model or "base"
+        if adapter:  # known there by its stage: sit, round1, ..., vanilla; feedback1, ...
+            name = adapter.parent.name
+            if adapter.parent.parent.name == "feedback":
+                name = name.replace("round", "feedback")
+        return self.config.endpoint.model_copy(update={
+            "base_url": g.endpoint, "key_env": g.endpoint_key_env, "model": name,
+            "temperature": g.temperature, "max_tokens": g.max_new_tokens,
+        })  # fmt: skip
+
+    def _server(self, adapter: Path | None) -> chat.Sampler:
+        g, settings = self.config.generator, self._endpoint(adapter)
+        # vLLM takes top_k beside what OpenAI's API knows; others may refuse it.
+        more = {"top_p": g.top_p} | ({"top_k": g.top_k} if g.top_k else {})
+        # A server may know another training's adapter by the same name: its weights tell them apart.
+        weights = adapter / "adapter_model.safetensors" if adapter else None
+        policy = file_digest(weights) if weights else digest(self.model_path)
+        server = chat.Sampler(settings, more, self.answers, policy, str(adapter or ""))
+        self._servers[settings.model] = server
+        return server
+
+    def is_served(self, adapter: Path) -> bool:
+        """Whether generator.endpoint says that it has this adapter."""
+        settings = self._endpoint(adapter)
+        server = chat.Endpoint(settings, setting="generator.endpoint")
+        try:
+            return settings.model in {model.id for model in server.client.models.list()}
+        except openai.OpenAIError:
+            return False
+
+    def calls(self) -> Counter:
+        """What became of calls to generator.endpoint since this was last asked."""
+        return drained(server.chat for server in self._servers.values())
+
+
+def fit_to_show(text: str, interests: list[str], repeats: bool = False) -> list[str]:
+    """The starters of a completion that may be shown to somebody with these interests."""
+    starters = llm.parse_starters(text).starters
+    return roles.filter_starters(starters, interests, repeats=repeats)[0]
+
+
+def drained(chats) -> Counter:
+    """The sum of the counts of some chats, which begin again at nothing."""
+    counts: Counter = Counter()  # reason -> calls
+    for some in chats:
+        counts.update(some.counts)
+        some.counts.clear()
+    return counts

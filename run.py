@@ -1,0 +1,248 @@
+"""One run: its people, their histories and interests, the text encoder, and the run's folder.
+
+    run = Run(load_config("configs/tiny.yaml"))
+    run.users, run.histories["u17"][-1].texts, run.states["u17"][-1].interests
+
+What a stage needs is loaded when it is first asked for. Nobody writes into a Run: models belong to
+the stages (stages/), lists are written by roles/writer.py, and what a stage makes lies in its folder.
+
+Legend: B rows, N summaries or starters, M interests, K slots, D embedding.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+import data
+import icebreaker as ib
+from config import Config, RunFolder, UserError, digest, read_json
+from encoder import Encoder
+
+
+@dataclass(frozen=True)
+class UserState:
+    """What is known of a user at one cut of the log: the input of generator and ranker."""
+
+    user_id: str
+    interests: list[str]  # trigger interests T_u, best first
+    scores: list[float]  # s(u, h) of each
+    embeddings: torch.Tensor  # (M, D)
+    taste: torch.Tensor  # (D + 1,), ib.tap_taste of the lists shown before
+
+
+class Run:
+    """Data of one run; raises UserError at once where a named file does not exist."""
+
+    def __init__(self, config: Config, describe: bool = True):
+        """describe: write config.yaml and environment.json; not where a finished run is used."""
+        for name in ("users", "impressions"):
+            path = getattr(config.data, name)
+            if path and not Path(path).is_file():
+                raise UserError(f"data.{name}={path}: no such file")
+        if config.data.impressions and not config.data.users:
+            raise UserError("data.impressions: needs data.users, the people it was shown to")
+        self.config, self.folder = config, RunFolder(config, describe)  # runs/<name>
+        self.users_file, self.impressions_file = config.data.users, config.data.impressions
+        if not config.data.users:  # the simulated platform's, written by stage `world`
+            self.users_file = self.folder / "world" / "users.jsonl"
+            self.impressions_file = self.folder / "world" / "impressions.jsonl"
+        self.shares = [*config.data.cuts, 1.0]  # the last one: everything up to now
+
+    def seed(self, *purpose) -> int:
+        """A seed for this purpose alone, from run.seed: no two places share random numbers."""
+        return int(digest(self.config.run.seed, *purpose)[:8], 16)
+
+    def adapter(self, name: str) -> Path | None:
+        """The folder of a policy's LoRA: "sit", "vanilla", "round2", "last"; "" is the base."""
+        if not name:
+            return None
+        name = f"round{self.config.dpo.rounds}" if name == "last" else name
+        return (self.folder / "sit" if name == "sit" else self.folder / "dpo" / name) / "adapter"
+
+    # --------------------------------------------------------------------------------------- people
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        settings = self.config.encoder
+        # By the model: another encoder must not read this one's vectors.
+        cache = self.folder / f"embeddings-{digest(settings.name)}.safetensors"
+        return Encoder(settings.name, settings.batch_size, cache)
+
+    @cached_property
+    def logged_users(self) -> list[data.User]:
+        """Every user as in the file; sessions may have messages in place of a summary."""
+        return data.read_users(self.users_file)
+
+    @cached_property
+    def users(self) -> dict[str, data.User]:
+        """Every user after stage `summarize`; sessions that got no summary are left out."""
+        written, users = read_json(self.folder / "summarize" / "summaries.json"), {}
+        for user in self.logged_users:
+            summaries = written.get(user.user_id, {})  # number of a session -> its summary
+            sessions = [
+                s if s.summary else s.model_copy(update={"summary": summaries.get(str(i))})
+                for i, s in enumerate(user.sessions)
+            ]
+            kept = [s for s in sessions if s.summary]  # a failed call leaves no summary
+            users[user.user_id] = user.model_copy(update={"sessions": kept})
+        return users
+
+    @cached_property
+    def impressions(self) -> list[data.Impression]:
+        """Every list that was shown; raises UserError if some were shown to unknown users."""
+        if not self.impressions_file:
+            return []
+        rows = data.read_impressions(self.impressions_file)
+        unknown = {row.user_id for row in rows} - {u.user_id for u in self.logged_users}
+        if unknown:
+            raise UserError(
+                f"{self.impressions_file}: user_id: {len(unknown)} users of the impressions are "
+                f"not in {self.users_file}"
+            )
+        return rows
+
+    @property
+    def corpus(self) -> list[str]:
+        """What people talk about and what the platform has shown: no method has written it."""
+        summaries = [s.summary for user in self.users.values() for s in user.sessions]
+        return summaries + sorted({y for row in self.impressions for y in row.starters})
+
+    @cached_property
+    def splits(self) -> dict[str, str]:
+        """user_id -> "train", "valid", "judge" or "test"."""
+        d = self.config.data
+        # By a hash of the id: more users move nobody to another split.
+        shares = {"train": d.train, "valid": d.valid, "judge": d.judge, "test": d.test}
+        return data.split_users(self.users, shares, self.config.run.seed)
+
+    def ids(self, *splits: str) -> list[str]:
+        return [user_id for user_id in self.users if self.splits[user_id] in splits]
+
+    def parts(self, user_id: str, cut: int) -> tuple[list[data.Session], list[data.Session]]:
+        """(history, future) of a user at a cut; at the last one everything is history."""
+        user, share = self.users[user_id], self.shares[cut]  # 1.0: now
+        return (user.sessions, []) if share == 1.0 else data.cut_sessions(user, share)
+
+    # ------------------------------------------------------------------------ histories and interests
+
+    @cached_property
+    def histories(self) -> dict[str, list[ib.History]]:
+        """One History per user and cut; the last is the whole history."""
+        # All texts at once: like lengths share a batch, and vectors do not hang on who is first.
+        self.encoder(sorted({s.summary for u in self.users.values() for s in u.sessions}))
+        cuts = range(len(self.shares))
+        return {user_id: [self._history(user_id, c) for c in cuts] for user_id in self.users}
+
+    def _history(self, user_id: str, cut: int) -> ib.History:
+        past, future = self.parts(user_id, cut)
+        return history_of(past, future[0].timestamp if future else None, self.encoder)
+
+    @cached_property
+    def profiles(self) -> dict[str, torch.Tensor]:
+        """Embedding (D,) of each user's profile; zeros where there is none."""
+        texts = {u.user_id: profile_text(u) for u in self.users.values()}
+        self.encoder(sorted({text for text in texts.values() if text}))
+        none = torch.zeros(self.encoder.dim)  # adds nothing to the user tower
+        return {u: self.encoder([text])[0] if text else none for u, text in texts.items()}
+
+    @cached_property
+    def slot_rates(self) -> torch.Tensor:
+        """Mean click rate by slot among the train users (K,); later slots count as the last."""
+        k, train = self.config.generator.list_size, set(self.ids("train"))  # K
+        shown, taps = torch.zeros(k), torch.zeros(k)
+        for impression in self.impressions:
+            if impression.user_id in train:
+                for slot in range(len(impression.starters)):
+                    shown[min(slot, k - 1)] += 1
+                    taps[min(slot, k - 1)] += slot in impression.clicked
+        return taps / shown.clamp_min(1)
+
+    def taste(self, shown: list[tuple[str, int, bool]]) -> torch.Tensor:
+        """What (starter, slot, tapped) of lists shown so far say of a user's taste: (D + 1,)."""
+        starters = self.encoder([y for y, _, _ in shown])  # (N, D)
+        slots = torch.tensor([slot for _, slot, _ in shown], dtype=torch.long)
+        taps = torch.tensor([tapped for _, _, tapped in shown], dtype=torch.float32)
+        # A tap in the first slot says less than one in the last, which few people reach.
+        surprise = taps - self.slot_rates[slots.clamp_max(len(self.slot_rates) - 1)]  # (N,)
+        return ib.tap_taste(starters, surprise)
+
+    @cached_property
+    def states(self) -> dict[str, list[UserState]]:
+        """What stage `rid` distilled of every user, one UserState per cut."""
+        triggers, shown = read_json(self.folder / "rid" / "triggers.json"), defaultdict(list)
+        for impression in self.impressions:
+            shown[impression.user_id].append(impression)
+        self.encoder(sorted({y for row in self.impressions for y in row.starters}))  # at once
+        return {
+            user_id: [
+                UserState(
+                    user_id, cut["interests"], cut["scores"], self.encoder(cut["interests"]),
+                    self.taste(shown_before(shown[user_id], moment)),
+                )
+                for cut, moment in zip(cuts, self._moments(self.users[user_id]), strict=True)
+            ]
+            for user_id, cuts in triggers.items()
+        }
+
+    def _moments(self, user: data.User) -> list[datetime | None]:
+        """When each cut was; None where its sessions have no time."""
+        return [data.cut_time(user, cut) if cut < 1 else datetime.max for cut in self.shares]
+
+
+def shown_before(
+    impressions: Iterable[data.Impression], moment: datetime | None
+) -> list[tuple[str, int, bool]]:
+    """(starter, slot, tapped) of the lists shown before a moment; lists without a time say nothing."""
+    return [
+        (starter, slot, slot in row.clicked)
+        for row in impressions
+        if moment and row.timestamp and row.timestamp < moment
+        for slot, starter in enumerate(row.starters)
+    ]
+
+
+def history_of(
+    sessions: list[data.Session],
+    now: datetime | None,
+    encode: Callable[[list[str]], torch.Tensor],
+) -> ib.History:
+    """A user's history of these sessions as of `now` (None: the latest of them)."""
+    stamps = [s.timestamp for s in sessions]
+    now = now or max((s for s in stamps if s), default=None)  # the last session
+    days = None
+    if now is not None and all(stamps):
+        days = [(now - s).total_seconds() / 86400 for s in stamps]  # (S,)
+    return ib.make_history([s.summary for s in sessions], days, encode)
+
+
+def profile_text(user: data.User) -> str:
+    # Sorted: the order of a JSON object says nothing.
+    return "; ".join(f"{k}: {v}" for k, v in sorted((user.profile or {}).items()))
+
+
+# ------------------------------------------------------------------------------------------ figures
+
+
+def one_line(figures: dict) -> str:
+    """Figures as one line: floats to four digits, nested ones in braces."""
+
+    def show(value):
+        if isinstance(value, float):
+            return f"{value:.4g}"
+        if isinstance(value, dict):
+            return "{" + one_line(value) + "}"
+        return "[" + ", ".join(map(show, value)) + "]" if isinstance(value, list) else str(value)
+
+    return ", ".join(f"{name} {show(value)}" for name, value in figures.items())
+
+
+def sum_counts(parts: list[dict]) -> dict[str, int]:
+    """Counts of several processes added up."""
+    return {name: sum(part.get(name, 0) for part in parts) for part in parts for name in part}

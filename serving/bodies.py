@@ -1,0 +1,97 @@
+"""What requests and replies of the API hold, as pydantic models: /openapi.json is made of them.
+
+Requests are strict and take no field that is not named here; replies are described, not checked.
+"""
+
+from types import SimpleNamespace
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+
+import data
+from serving.engine import METHODS, Interest
+
+MAX_TEXT = 2000  # characters of a summary; a message may have 16 times as many
+
+
+class ShownStarter(BaseModel):
+    slot: int
+    text: str
+    utility: float  # r_util
+    interest: str | None = Field(description="because you asked about ...; null: cold start")
+    source: Literal["generated", "cached", "cold start"]
+
+
+class Reply(BaseModel):
+    request_id: str
+    impression_id: str | None = Field(description="for /v1/events; null: nothing is kept of it")
+    model: str
+    method: str
+    threshold: float | None  # of the gate
+    interests: list[Interest] = Field(description="kept: the starters are written for these")
+    starters: list[ShownStarter] = Field(description="fewer than n where no more are good")
+
+
+class Held(BaseModel):
+    user_id: str
+    sessions: int  # how many
+
+
+class Fault(BaseModel):
+    detail: str
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class Event(Body):
+    impression_id: Annotated[str, StringConstraints(min_length=1, max_length=200)]
+    type: Literal["shown", "tap"]
+    slot: Annotated[int, Field(ge=0, le=100)] | None = None
+
+
+class Events(Body):
+    events: Annotated[list[Event], Field(min_length=1, max_length=100)]
+
+
+def request_models(max_sessions: int) -> SimpleNamespace:
+    """The bodies with histories, which have a limit of their own in the settings."""
+    line = Annotated[data.Text, StringConstraints(max_length=MAX_TEXT)]
+    facts = Annotated[dict[data.Name, line], Field(max_length=50)]
+    most = Field(max_length=max_sessions)
+
+    class Message(data.Message):
+        content: Annotated[data.Text, StringConstraints(max_length=16 * MAX_TEXT)]
+
+    class Session(data.Session):
+        summary: line | None = None
+        messages: Annotated[list[Message], Field(max_length=200)] | None = None
+
+    class InlineSession(Session):
+        session_id: data.Name | None = None  # its place, where there is none
+
+    class StartersBody(Body):
+        user_id: data.Name | None = None
+        sessions: Annotated[list[InlineSession], most] | None = None
+        profile: facts | None = None
+        n: Annotated[int, Field(ge=1, le=10)] = 5
+        refresh: bool = False  # other starters than those that were answered, shown or not
+        exclude: Annotated[list[line], Field(max_length=100)] = []
+        method: Literal[METHODS] | None = None
+        stream: bool = False
+
+        @field_validator("sessions")
+        @classmethod
+        def _without_user(cls, sessions, info):
+            if sessions is not None and info.data.get("user_id") is not None:
+                raise ValueError("either user_id or sessions: inline ones belong to no user")
+            return sessions and data.each_once([  # a "#1" of the client's may stand there already
+                s if s.session_id else s.model_copy(update={"session_id": f"#{i}"})
+                for i, s in enumerate(sessions, 1)])
+
+    class SessionsBody(Body):
+        sessions: Annotated[list[Session], most]
+        profile: facts | None = None
+
+    return SimpleNamespace(Starters=StartersBody, Sessions=SessionsBody)

@@ -1,0 +1,144 @@
+"""A client that waits for its answer: for the whole, or for a stream of events as it is written.
+
+Events (server-sent): `interests`, one `starter` each, `done` with the whole reply, or `error`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import sqlite3
+import time
+from collections import Counter
+
+from fastapi import HTTPException, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from serving.batcher import Job
+from serving.desk import Desk
+from serving.engine import Answer
+
+TOO_LONG = "not written within serve.timeout; try again"
+STORE_FAILED = "the store cannot be used at the moment; try again"
+
+
+class Waiter:
+    """One client that waits for its job. Raises batcher.Full."""
+
+    def __init__(self, desk: Desk, job: Job, request: Request, stream: bool):
+        self.desk, self.job, self.request = desk, job, request
+        self.inbox: asyncio.Queue = asyncio.Queue()  # events, and in the end what _kept takes
+        self.started, self.finished, loop = time.monotonic(), False, asyncio.get_running_loop()
+
+        def tell(item) -> None:  # called from the engine's thread, as are the next two
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(self.inbox.put_nowait, item)
+
+        def begin(interests, threshold) -> None:
+            shown = [dataclasses.asdict(interest) for interest in interests]
+            tell(("interests", {"threshold": threshold, "interests": shown}))
+
+        def emit(starter) -> None:
+            job.begun = True
+            tell(("starter", dataclasses.asdict(starter)))
+
+        job.tell = tell
+        if stream:
+            job.ask = dataclasses.replace(job.ask, begin=begin, emit=emit)
+        desk.batcher.submit(job)
+
+    @property
+    def patience(self) -> float:
+        return self.started + self.desk.settings.timeout - time.monotonic()
+
+    async def _kept(self, item: Answer | str) -> dict:
+        """The reply of what the engine's thread told in the end. Raises HTTPException."""
+        self.finished = True
+        if isinstance(item, str):
+            raise HTTPException(500, item)
+        request_id = self.request.state.request_id
+        return await asyncio.to_thread(self.desk.keep, self.job, item, request_id)
+
+    def _note_first(self) -> None:
+        self.desk.metrics.first.observe(time.monotonic() - self.started)
+
+    async def reply(self) -> Response:
+        left = asyncio.create_task(_left(self.request))
+        heard = asyncio.create_task(self.inbox.get())
+        try:
+            await asyncio.wait({left, heard}, timeout=self.patience, return_when="FIRST_COMPLETED")
+            if heard.done():
+                reply = await self._kept(heard.result())
+                self._note_first()
+                return JSONResponse(reply)
+            if left.done():
+                return Response(status_code=499)  # for the log: nobody reads it
+            self.finished = True
+            raise HTTPException(504, TOO_LONG)
+        finally:
+            left.cancel()
+            heard.cancel()
+            self.end()
+
+    async def events(self):
+        told: Counter[str] = Counter()
+        try:
+            while isinstance(item := await self._next(), tuple):
+                name, value = item
+                if name == "interests" and told[name]:  # written again, as its batch had failed
+                    continue
+                yield sse(name, {"slot": told[name]} | value if name == "starter" else value)
+                told[name] += 1
+                if name == "starter" and told[name] == 1:
+                    self._note_first()
+            for event in whole_stream(await self._kept(item), told):
+                yield event
+        except TimeoutError:
+            self.finished = True
+            self.desk.metrics.rejections.labels("timeout").inc()  # the status was 200 long ago
+            yield sse("error", {"detail": TOO_LONG})
+        except (HTTPException, sqlite3.OperationalError) as error:
+            yield sse("error", {"detail": getattr(error, "detail", STORE_FAILED)})
+
+    async def _next(self):
+        return await asyncio.wait_for(self.inbox.get(), self.patience)
+
+    def end(self) -> None:
+        """The client has its answer or has left: the job's place is free."""
+        self.desk.metrics.disconnects.inc(not self.finished)
+        self.desk.batcher.leave(self.job)
+        self.desk.release(self.job)
+
+
+class Stream(StreamingResponse):
+    """Ends the waiter however the connection ends, even before the first event."""
+
+    def __init__(self, waiter: Waiter):
+        super().__init__(waiter.events(), media_type="text/event-stream")
+        self.waiter = waiter
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.waiter.end()
+
+
+async def _left(request: Request) -> None:
+    """Return when the client has closed the connection. The body must have been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def sse(name: str, value: dict) -> str:
+    return f"event: {name}\ndata: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+def whole_stream(reply: dict, told: Counter[str] | None = None) -> list[str]:
+    """The events of a reply, but for those that were told by name: the first ones."""
+    told = told or Counter()
+    head = [("interests", {key: reply[key] for key in ("threshold", "interests")})]
+    starters = [("starter", starter) for starter in reply["starters"][told["starter"] :]]
+    return [sse(*event) for event in (*head[told["interests"] :], *starters, ("done", reply))]

@@ -1,0 +1,66 @@
+"""Starters for a user without history: what others tapped, varied, and of the profile's liking.
+
+    starters = PopularStarters(run)({"language": "en"})
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from run import Run
+from stages.search import list_order
+
+SHRINKAGE = 20  # shown starters: a tap on a starter that was shown twice says little
+LIKE_MINDED = 5.0  # weight of a tap by somebody who shares a field of the profile
+
+
+class PopularStarters:
+    """What others tap. A starter's value is its taps beyond what its slots explain, shrunk."""
+
+    def __init__(self, run: Run, candidates: int = 60):
+        self.run, self.candidates, train = run, candidates, set(run.ids("train"))
+        shown = [row for row in run.impressions if row.user_id in train]
+        rows = [(y, i, slot) for i, row in enumerate(shown) for slot, y in enumerate(row.starters)]
+        self.starters = sorted({y for y, _, _ in rows})
+        number = {y: n for n, y in enumerate(self.starters)}  # equal texts share their taps
+        rates = run.slot_rates.tolist()
+        # One element a shown starter, (n,): its text, its surprise, its list.
+        self.number = np.array([number[y] for y, _, _ in rows])
+        self.surplus = np.array(
+            [(slot in shown[i].clicked) - rates[min(slot, len(rates) - 1)] for _, i, slot in rows]
+        )
+        self.list = np.array([i for _, i, _ in rows])
+        self.profiles = [run.users[row.user_id].profile or {} for row in shown]
+
+    def __call__(self, profile: dict[str, str] | None) -> list[str]:
+        """At most K starters."""
+        return self.ranked(profile)[: self.run.config.generator.list_size]
+
+    def ranked(self, profile: dict[str, str] | None, keep: Callable = lambda y: y) -> list[str]:
+        """All candidates that `keep` lets through, list after list as the list search orders them."""
+        fields = set((profile or {}).items())
+        like = np.array([LIKE_MINDED if fields & set(p.items()) else 1.0 for p in self.profiles])
+        weight, n = like[self.list], len(self.starters)
+        value = np.bincount(self.number, weight * self.surplus, n) / (
+            np.bincount(self.number, weight, n) + SHRINKAGE
+        )
+        order, best = np.argsort(-value, kind="stable"), []
+        for start in range(0, n, self.candidates):  # until enough pass
+            batch = order[start : start + self.candidates]
+            kept = set(keep([self.starters[i] for i in batch]))
+            best += [i for i in batch if self.starters[i] in kept]
+            if len(best) >= self.candidates:
+                break
+        best = best[: self.candidates]
+        if not best:
+            return []
+        vectors = self.run.encoder([self.starters[i] for i in best])
+        utility, config = torch.tensor(value[best], dtype=torch.float32)[None], self.run.config
+        similarity = (vectors @ vectors.T)[None]
+        (order,) = list_order(
+            config.dpo, config.generator.list_size, utility, similarity, expand=len(best)
+        )
+        return [self.starters[best[i]] for i in order]

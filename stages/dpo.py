@@ -1,0 +1,424 @@
+"""Stage `dpo`: personalised multi-dimensional alignment. Rounds of sample, search, mine, align.
+
+    python train.py --stage dpo dpo.beta=0.2
+
+Section 2.3 of the paper: in each round the policy samples lists for users of a later slice of the
+log, list search (Algorithm 1) finds better ones in the pool of all starters, preference pairs are
+mined (Eq. 8), and DPO (Eq. 6) aligns the policy on all pairs so far. The baseline SFT+DPO learns
+from tapped against ignored lists. Under torchrun the processes share the users; each step sees the
+same global batch.
+
+Departures: a term for the likelihood of the chosen lists beside Eq. (6), without which it falls with
+that of the rejected ones; of a round the checkpoint with the best held-out utility and diversity
+stays; some of a pool's lists are the teacher's; a starter that names no subject of the interests
+has utility 0 (dpo.grounded).
+
+Legend: B users, N candidates, M lists, K slots, P pairs.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import icebreaker as ib
+import llm
+import roles
+from config import (
+    DpoConfig,
+    UserError,
+    digest,
+    file_digest,
+    gather,
+    processes,
+    progress,
+    read_json,
+    share,
+    write_json,
+)
+from roles.players import Players
+from roles.writer import Writer
+from run import Run, UserState, one_line, sum_counts
+from stages.ranker import load_ranker, shown_lists, utilities
+from stages.search import score_pools
+from stages.sit import chosen_states, teacher_lists
+from stages.training import Best, new_optimiser, part_of, step
+
+HELD_OUT_LISTS = 2  # of each held-out user when a checkpoint is valued
+RANDOM_LISTS = 8  # random draws from a pool among the lists from which pairs are mined
+
+
+def stage_dpo(run: Run, players: Players, key: str) -> dict:
+    """Rounds of DPO on mined lists; and the SFT+DPO baseline on clicked ones."""
+    if not run.impressions:
+        return {"skipped": "no impressions (data.impressions), so no preferences to learn"}
+    adapter, pairs, figures = run.adapter("sit"), [], {}
+    for number in range(1, run.config.dpo.rounds + 1):
+        folder, round_key = f"dpo/round{number}", digest(key, number)  # whatever rounds follow
+        if not run.folder.is_done(folder, round_key):
+            result = dpo_round(run, players, number, adapter, pairs)
+            run.encoder.save()
+            run.folder.mark_done(folder, round_key, **result)
+            print(f"  round {number}: {one_line(result)}", flush=True)
+        figures[f"round {number}"] = run.folder.figures(folder)
+        adapter = run.adapter(f"round{number}")
+        pairs = pairs + read_json(run.folder / folder / "pairs.json")
+    if run.config.dpo.vanilla:
+        figures["clicked against ignored"] = align_on_clicks(run, players.writer, pairs, key)
+    return figures
+
+
+def dpo_round(
+    run: Run, players: Players, number: int, adapter: Path, earlier: list[dict]
+) -> dict:  # fmt: skip
+    """One round, from the policy in `adapter`; writes dpo/round<number>/{pairs.json,adapter}."""
+    cut = min(number, len(run.config.data.cuts)) - 1  # early, middle, latest slice of the log
+    rng = random.Random(run.seed("users", number))
+    states = chosen_states(run, [cut], run.config.dpo.max_users, rng)
+    valid = [state for u in run.ids("valid") if (state := run.states[u][-1]).interests]
+    model = players.writer.policy(adapter, trainable=True)
+    ranker = load_ranker(run, "train")
+    figures, pairs = train_round(run, players, number, model, adapter, ranker, states, valid, earlier)
+    llm.save_adapter(model, run.adapter(f"round{number}"))
+    write_json(run.folder / "dpo" / f"round{number}" / "pairs.json", pairs)
+    return figures
+
+
+def train_round(
+    run: Run, players: Players, number: int | str, model, adapter: Path, ranker,
+    states: list[UserState], valid: list[UserState], earlier: list[dict], keep: bool = True,
+) -> tuple[dict, list[dict]]:  # fmt: skip
+    """Sample, search, mine and align, in place; returns figures and the pairs that were mined.
+
+    model: the policy saved in `adapter`; states: whom it writes for; valid: those on whom the best
+    checkpoint is chosen; earlier: pairs that join the new ones; keep: whether what was sampled may
+    stay in a file.
+    """
+    label, writer = f"round {number}", players.writer
+    sampled = sample(run, writer, number, model, adapter, states, keep)  # dpo.samples lists a user
+    taught = teacher_lists(run, players, states, run.config.dpo.teacher_lists, label)
+    lists = [policy + teacher for policy, teacher in zip(sampled, taught, strict=True)]
+    searched = search(run, ranker, share(states), share(lists))  # Algorithm 1
+    mined, counts = mine(run, searched)  # Eq. (8)
+    pairs = [pair for pair in gather(mined) if pair]
+    if not earlier + pairs:
+        raise UserError("dpo: no preference pair found; lower dpo.margin or raise dpo.samples")
+    held_out = HeldOut(run, writer, ranker, valid, label) if valid else None
+    figures = align(run, writer, model, earlier + pairs, label, run.config.dpo, held_out)  # Eq. (6)
+    before = list_quality(run, ranker, states, sampled)
+    return {"before": before, **sum_counts(gather([counts])), **figures}, pairs
+
+
+# ------------------------------------------------------------------------------------------ sample
+
+
+def sample(
+    run: Run, writer: Writer, number: int | str, model, adapter: Path, states: list[UserState],
+    keep: bool = True,
+) -> list[list[list[str]]]:  # fmt: skip
+    """dpo.samples lists of the policy for each state: the candidates of a round.
+
+    With their repeats, which the search avoids: such a list is a natural diversity negative. With
+    `keep` they stay in sampled.json beside the adapter, for a killed round and for runs that start
+    as a copy.
+    """
+    inputs, n = [state.interests for state in states], run.config.dpo.samples
+    seed, weights = run.seed("dpo", number), file_digest(adapter / "adapter_model.safetensors")
+    key = digest(writer.model_path, weights, run.config.generator, inputs, n, seed)
+    path = adapter.parent / "sampled.json"
+    if path.is_file() and (kept := read_json(path))["key"] == key:
+        return kept["lists"]
+    lists = writer.write(adapter, inputs, n, seed, model, repeats=True)
+    # What a server said stays in the cache of answers instead.
+    if keep and processes()[0] == 0 and not run.config.generator.endpoint:
+        write_json(path, {"key": key, "lists": lists})
+    return lists
+
+
+# ------------------------------------------------------------------------------------------ search
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What the list search found in one user's pool."""
+
+    state: UserState
+    lists: list[list[str]]  # as sampled from the policy, and the teacher's
+    pool: list[str]  # their distinct starters, (N,)
+    utility: torch.Tensor  # (N,), r_util; 0 for what names no subject of the interests
+    similarity: torch.Tensor  # (N, N), cosines
+    beams: list[list[int]]  # best lists of K, as indices into the pool
+    ungrounded: int  # starters whose utility was set to 0
+
+
+def search(
+    run: Run, ranker, states: list[UserState], lists: list[list[list[str]]]
+) -> list[Searched | None]:
+    """List search (Algorithm 1) in each user's pool; None where it has fewer than K starters."""
+    settings, k = run.config.dpo, run.config.generator.list_size
+    pools = [sorted({y for starters in user_lists for y in starters}) for user_lists in lists]
+    rich = [i for i, pool in enumerate(pools) if len(pool) >= k]
+    results: list[Searched | None] = [None] * len(pools)
+    if not rich:
+        return results
+    scored = score_pools(run.encoder, ranker, [states[i] for i in rich], [pools[i] for i in rich])
+    utility, similarity, valid = scored  # (B, N), (B, N, N), (B, N)
+    grounded = valid.clone()
+    if settings.grounded:  # a small generator garbles names, and diversity would reward that
+        for row, i in enumerate(rich):
+            named = [roles.grounded(y, states[i].interests) for y in pools[i]]
+            grounded[row, : len(named)] = torch.tensor(named)
+    utility = utility * grounded
+    scaled = ib.min_max(utility, valid)  # Unstated: r_util and r_div need one scale, as in Eq. (8)
+    beams, _ = ib.list_search(
+        scaled, similarity, k, settings.beam, settings.expand, settings.weight, valid
+    )
+    for row, i in enumerate(rich):
+        n = len(pools[i])
+        results[i] = Searched(
+            states[i], lists[i], pools[i], utility[row, :n], similarity[row, :n, :n],
+            [beam for beam in beams[row].tolist() if beam[0] >= 0],  # -1: no further list exists
+            int((valid[row] & ~grounded[row]).sum()),
+        )  # fmt: skip
+    return results
+
+
+# -------------------------------------------------------------------------------------------- mine
+
+
+def mine(run: Run, searched: list[Searched | None]) -> tuple[list[dict], dict[str, int]]:
+    """Chosen and rejected lists (Eq. 8) of each user, {} if there are none; and counts."""
+    rich = [result for result in searched if result]
+    counts = Counter(users=len(searched), too_few_candidates=len(searched) - len(rich), pairs=0)
+    if rich:
+        counts["ungrounded"] = sum(result.ungrounded for result in rich)
+    return [mine_user(run, result, counts) if result else {} for result in searched], dict(counts)
+
+
+def mine_user(run: Run, searched: Searched, counts: Counter) -> dict:
+    """The preference pair of one user; what was not found is counted."""
+    settings, k = run.config.dpo, run.config.generator.list_size
+    rng = random.Random(run.seed("mine", searched.state.user_id, searched.pool))
+    place = {starter: i for i, starter in enumerate(searched.pool)}
+    lists = [*searched.beams, *([place[y] for y in s] for s in searched.lists if len(s) == k)]
+    lists += [rng.sample(range(len(place)), k) for _ in range(RANDOM_LISTS)]
+    # A set counts once, in the order that came first: rounding is not to choose among orders.
+    lists = [*{tuple(sorted(indices)): indices for indices in lists[::-1]}.values()][::-1]
+    chosen, rejected = ib.mine_preferences(
+        torch.tensor(lists), searched.utility, searched.similarity, settings.weight, settings.margin,
+        settings.tolerance,
+    )  # fmt: skip
+    rejected = {kind: j for kind, j in rejected.items() if kind in settings.negatives}
+    counts.update(f"no_{kind}" for kind, j in rejected.items() if j is None)
+    texts = [[searched.pool[i] for i in indices] for indices in lists]
+    kinds = {kind: texts[j] for kind, j in rejected.items() if j is not None}
+    counts["pairs"] += len(kinds)
+    if not kinds:
+        return {}
+    return {"interests": searched.state.interests, "chosen": texts[chosen], "rejected": kinds}
+
+
+def tapped_against_ignored(
+    rows: Iterable[tuple[Hashable, list[str], list[str], bool]],
+) -> list[tuple[Hashable, dict]]:
+    """(group, pair) of tapped and ignored lists of one group; a list is in one pair.
+
+    rows: (group, interests, starters, tapped) of shown lists, alike within a group.
+    """
+    groups: dict[Hashable, tuple[list, list]] = defaultdict(lambda: ([], []))
+    for group, interests, starters, tapped in rows:
+        groups[group][0 if tapped else 1].append((interests, starters))
+    return [
+        (group, {"interests": interests, "chosen": chosen, "rejected": {"ignored": rejected}})
+        for group, (tapped, ignored) in groups.items()
+        for (interests, chosen), (_, rejected) in zip(tapped, ignored, strict=False)
+    ]
+
+
+# ------------------------------------------------------------------------------------------- align
+
+
+def align(
+    run: Run, writer: Writer, model, pairs: list[dict], label: str, settings: DpoConfig,
+    held_out: Callable | None = None,
+) -> dict:  # fmt: skip
+    """DPO (Eq. 6) on preference pairs, in place; the checkpoint that `held_out` values most stays.
+
+    The reference is the model as it comes in (or the SIT policy): its log-probabilities are
+    computed once, by the code path that trains.
+    """
+    rng, rows = random.Random(run.seed("dpo", label)), [encoded(writer, pair) for pair in pairs]
+    size, order = settings.batch_users, rng.sample(range(len(rows)), len(rows))
+    reference = reference_logps(run, writer, model, rows, order, label)
+    steps = settings.passes * -(-len(rows) // size)
+    marks = {round(steps * (i + 1) / settings.checkpoints) for i in range(settings.checkpoints)}
+    optimiser, schedule = new_optimiser(model, settings.learning_rate, steps)
+    best, log, policy = Best(model), [], llm.averaged_gradients(model)
+    if held_out:
+        best.offer(held_out(model))
+    for number in (bar := progress(range(1, steps + 1), f"dpo {label}")):
+        order = order or rng.sample(range(len(rows)), len(rows))  # another pass
+        batch, order = order[:size], order[size:]
+        part, factor = part_of(batch)
+        logps = policy(*columns(rows[i] for i in part))  # [chosen, rejected, ...] of each user
+        chosen, rejected = against_chosen(logps)  # (P,) each
+        ref_chosen, ref_rejected = against_chosen([reference[i] for i in part])
+        losses = ib.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, settings.beta)  # Eq. (6)
+        loss = losses.sum() / sum(len(rows[i][1]) - 1 for i in batch)
+        if settings.sft_weight:  # Departure: a term for the likelihood of the chosen lists
+            tokens = sum(len(rows[i][1][0]) for i in batch)
+            loss = loss - settings.sft_weight * sum(y[0] for y in logps) / tokens
+        rate = schedule.get_last_lr()[0]
+        step(model, optimiser, schedule, loss * factor)
+        pair_columns = torch.stack([losses, chosen, rejected, ref_chosen, ref_rejected])  # (5, P)
+        log.append(dpo_figures(gather([pair_columns.tolist()] if factor else [])))
+        run.folder.log("dpo", round=label, step=number, **log[-1], learning_rate=rate)
+        bar.set(loss=log[-1]["loss"])
+        if held_out and number in marks:
+            best.offer(value := held_out(model))
+            run.folder.log("dpo", round=label, step=number, held_out=value)
+    if held_out:
+        best.restore()
+    return closing_figures(log, label) | {"held_out": best.value if held_out else None}
+
+
+def encoded(writer: Writer, pair: dict) -> tuple[list[int], list[list[int]]]:
+    """(prompt ids, [chosen list's ids, those of each rejected one])."""
+    lists = [pair["chosen"], *pair["rejected"].values()]
+    completions = [llm.encode_completion(writer.tokenizer, starters) for starters in lists]
+    return writer.prompt(pair["interests"]), completions
+
+
+def columns(rows) -> tuple[list, list]:
+    """Prompts, and completions of each, of (prompt, completions) rows."""
+    prompts, completions = zip(*rows, strict=True)
+    return list(prompts), list(completions)
+
+
+def against_chosen(logps: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """[chosen, rejected, ...] of each user -> chosen (P,) and rejected (P,), one pair a rejected."""
+    chosen = torch.cat([y[:1].expand(len(y) - 1) for y in logps])
+    return chosen, torch.cat([y[1:] for y in logps])
+
+
+@torch.no_grad()
+def reference_logps(
+    run: Run, writer: Writer, model, rows: list, order: list[int], label: str
+) -> list[torch.Tensor]:
+    """Of all rows; batched as the first pass over them, so that its first loss is ln 2 exactly."""
+    if run.config.dpo.reference == "sit" and label != "round 1":
+        model = writer.policy(run.adapter("sit"))
+    size, results = run.config.dpo.batch_users, {}
+    for start in progress(range(0, len(order), size), f"reference {label}"):
+        batch = order[start : start + size]
+        part, factor = part_of(batch)
+        logps = llm.completion_logps(model, *columns(rows[i] for i in part))
+        values = gather([y.tolist() for y in logps] if factor else [])
+        results |= zip(batch, map(torch.tensor, values), strict=True)
+    return [results[i].to(logps[0].device) for i in range(len(rows))]
+
+
+def dpo_figures(parts: list) -> dict[str, float]:
+    """Means over pairs; parts: of each process loss, chosen, rejected and their references."""
+    loss, chosen, rejected, ref_chosen, ref_rejected = np.concatenate(parts, axis=1)  # (P,) each
+    return {
+        "loss": float(loss.mean()),
+        "margin": float((chosen - ref_chosen - rejected + ref_rejected).mean()),
+        "chosen_logp": float(chosen.mean()),
+        "rejected_logp": float(rejected.mean()),
+        "chosen_logp_change": float((chosen - ref_chosen).mean()),
+    }
+
+
+def closing_figures(log: list[dict[str, float]], label: str) -> dict[str, float]:
+    """The first loss and means of the last ten steps; warns where chosen lists became unlikely."""
+    late = {name: float(np.mean([figures[name] for figures in log[-10:]])) for name in log[0]}
+    before = late["chosen_logp"] - late["chosen_logp_change"]  # negative, as log-probabilities are
+    if late["chosen_logp_change"] < 0.25 * before:
+        print(
+            f"  warning: {label}: the log-probability of chosen lists fell by "
+            f"{-late['chosen_logp_change']:.1f} nats; lower dpo.learning_rate or raise "
+            f"dpo.sft_weight"
+        )
+    return {"first_loss": log[0]["loss"], "last_loss": late.pop("loss"), **late}
+
+
+# ----------------------------------------------------------------------------------------- quality
+
+
+class HeldOut:
+    """Utility and diversity of a policy's lists on users of no pair, relative to its first call."""
+
+    def __init__(self, run: Run, writer: Writer, ranker, states: list[UserState], label: str):
+        self.run, self.writer, self.ranker, self.states = run, writer, ranker, states
+        self.label, self.start = label, {}
+
+    def __call__(self, model) -> float:
+        weight, seed = self.run.config.dpo.weight, self.run.seed("dpo", "held out")
+        inputs = [state.interests for state in self.states]
+        lists = self.writer.sample(model, inputs, HELD_OUT_LISTS, seed)
+        now = list_quality(self.run, self.ranker, self.states, lists)
+        self.run.folder.log("dpo", round=self.label, held_out=now)
+        self.start = self.start or {name: max(value, 1e-6) for name, value in now.items()}
+        gain = {name: value / self.start[name] for name, value in now.items()}
+        return weight * gain["utility"] + (1 - weight) * gain["diversity"]
+
+
+def list_quality(run: Run, ranker, states: list[UserState], lists) -> dict[str, float]:
+    """Mean utility and mean pairwise dissimilarity of lists; an empty list counts as 0."""
+    figures = list_qualities(run, ranker, states, lists)
+    return {name: float(np.mean(values)) for name, values in figures.items()}
+
+
+def list_qualities(run: Run, ranker, states: list[UserState], lists) -> dict[str, list[float]]:
+    """Utility and diversity of every list of every state in turn."""
+    run.encoder(sorted({y for user_lists in lists for starters in user_lists for y in starters}))
+    utility, diversity = [], []
+    for state, user_lists in zip(states, lists, strict=True):
+        for starters in user_lists:
+            vectors = run.encoder(starters)  # (K, D)
+            mean = utilities(ranker, state, vectors).mean().item() if starters else 0.0
+            utility.append(mean)
+            diversity.append(ib.list_diversity(vectors @ vectors.T).item())
+    return {"utility": utility, "diversity": diversity}
+
+
+# ------------------------------------------------------------------------- the baseline SFT + DPO
+
+
+def align_on_clicks(run: Run, writer: Writer, pairs: list[dict], key: str) -> dict:
+    """The SFT+DPO baseline: vanilla DPO from SIT's policy, on tapped against ignored lists.
+
+    Eq. (6) alone: with dpo.sft_weight it would learn to write like the retrieval.
+    """
+    settings = run.config.dpo.model_copy(update={"sft_weight": 0.0})
+    folder, key = "dpo/vanilla", digest(key, "vanilla", settings)
+    if run.folder.is_done(folder, key):
+        return run.folder.figures(folder)
+    clicked, rng = click_pairs(run), random.Random(run.seed("clicked"))
+    if not clicked:
+        why = "no user of the logs has a tapped and an ignored list of the same interests"
+        shutil.rmtree(run.adapter("vanilla"), ignore_errors=True)  # of other logs
+        run.folder.mark_done(folder, key, skipped=why)
+        return run.folder.figures(folder)
+    # As many pairs as IceBreaker learned from: their kinds are compared, not their number.
+    clicked = rng.sample(clicked, min(len(clicked), sum(len(x["rejected"]) for x in pairs)))
+    model = writer.policy(run.adapter("sit"), trainable=True)
+    figures = align(run, writer, model, clicked, "clicked against ignored", settings)
+    llm.save_adapter(model, run.adapter("vanilla"))
+    run.folder.mark_done(folder, key, pairs=len(clicked), **figures)
+    return run.folder.figures(folder)
+
+
+def click_pairs(run: Run) -> list[dict]:
+    """Vanilla pairs: a user's tapped list against one ignored in the same state."""
+    shown = shown_lists(run, run.ids("train"))
+    rows = ((id(s), s.interests, row.starters, bool(row.clicked)) for row, s in shown)
+    return [pair for _, pair in tapped_against_ignored(rows) if pair["interests"]]

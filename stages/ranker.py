@@ -1,0 +1,193 @@
+"""Stage `ranker`: what do people tap? r_util(u, y) of Eq. (7), fitted on the lists that were shown.
+
+    python train.py --stage ranker
+
+Fitted twice: on train users for the generator to learn from, on judge users to judge it by. Targets
+are soft (a tap counts for more if sessions follow), a logit for each slot absorbs the position.
+
+Legend: B rows, one per shown starter; M interests, K slots, D embedding.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+import data
+import icebreaker as ib
+from config import UserError, progress, read_tensors, write_tensors
+from roles.players import Players
+from run import Run, UserState
+from stages.training import Best
+
+SLOT_LEARNING_RATE = 0.02  # position explains most of a tap and must not wait for w
+Shown = list[tuple[data.Impression, UserState]]  # lists, each with the user's state at its time
+
+
+def stage_ranker(run: Run, players: Players, key: str) -> dict:
+    """Fit r_util (Eq. 7) twice: on train users for the generator, on judge users to judge it."""
+    if not run.impressions:
+        return {"skipped": "no impressions (data.impressions), so no utility to learn"}
+    lists = {name: shown_lists(run, run.ids(name)) for name in ("train", "judge", "test")}
+    return fit_rankers(run, lists, "ranker")
+
+
+def shown_lists(run: Run, user_ids: list[str]) -> Shown:
+    """Impressions of these users, each with the user's state at the latest cut before it."""
+    begins = {  # when each cut of a user was
+        u: [data.cut_time(run.users[u], share) for share in run.config.data.cuts] for u in user_ids
+    }
+    pairs = []
+    for impression in run.impressions:
+        if impression.user_id in begins and impression.timestamp:
+            times = begins[impression.user_id]
+            past = [c for c, t in enumerate(times) if t and t <= impression.timestamp]
+            if past:  # what was shown before the first cut has no state to go with it
+                pairs.append((impression, run.states[impression.user_id][past[-1]]))
+    return pairs
+
+
+def fit_rankers(run: Run, lists: dict[str, Shown], folder: str) -> dict:
+    """Rankers of the lists of "train" and of "judge" users, in the run's folder; the figures are of
+    "test" users."""
+    for name, shown in lists.items():
+        if not shown:
+            raise UserError(
+                f"{run.impressions_file}: timestamp: no list of the {name} users was shown after "
+                f"the first {run.config.data.cuts[0]:.0%} (data.cuts) of their sessions; a ranker "
+                f"needs the times of lists and of sessions"
+            )
+    rows, states = ranker_inputs(run, lists["test"])
+    every, figures = torch.arange(len(rows["list"])), {}  # test users: no ranker learns from them
+    for name in ("train", "judge"):
+        tapped = [impression.user_id for impression, _ in lists[name] if impression.clicked]
+        if len(tapped) < 10 or len(set(tapped)) < 2:
+            raise UserError(
+                f"{run.impressions_file}: clicked: fewer than 10 lists with a tap, or fewer than "
+                f"two people's, among the {name} users; a ranker needs more logs"
+            )
+        label = f"{folder}/{name}".removeprefix("ranker/")
+        ranker = fit_ranker(run, lists[name], label, run.folder / folder / f"{name}.safetensors")
+        with torch.no_grad():
+            # Without slots it ranks; with them it says how often a shown starter is tapped.
+            logits = ranker_logits(ranker, rows, states, every, with_slots=False)
+            shown = torch.sigmoid(ranker_logits(ranker, rows, states, every))
+        clicked, slots = rows["clicked"].numpy(), rows["slots"].numpy()
+        figures[name] = {
+            "lists": len(lists[name]),
+            "auc_slot_controlled": ib.slot_controlled_auc(logits.numpy(), clicked, slots),
+            "ece": ib.expected_calibration_error(shown.numpy(), rows["targets"].numpy()),
+        }
+    return figures
+
+
+def fit_ranker(run: Run, shown: Shown, label: str, path: Path) -> ib.UtilityRanker:
+    """Soft-label cross-entropy with a per-slot logit; the best epoch on one user in seven stays."""
+    settings, k = run.config.ranker, run.config.generator.list_size
+    users = sorted({impression.user_id for impression, _ in shown})
+    held_out = {user_id for i, user_id in enumerate(users) if i % 7 == 0}  # whole users, no lists
+    fit, stop = (
+        ranker_inputs(run, [pair for pair in shown if (pair[0].user_id in held_out) == side])
+        for side in (False, True)
+    )
+    torch.manual_seed(run.seed("ranker", label))
+    ranker = new_ranker(run)
+    with torch.no_grad():  # begin at the mean: taps are rare, and a bias of 0 would say one half
+        ranker.head.bias.fill_(torch.logit(fit[0]["targets"].mean().clamp(0.001, 0.999)))
+    optimiser = torch.optim.AdamW(
+        [
+            {"params": ranker.head.parameters(), "weight_decay": 0.05},  # D is large, taps few
+            {"params": ranker.slot.parameters(), "lr": SLOT_LEARNING_RATE},
+        ],
+        settings.learning_rate,
+        weight_decay=0.0,
+    )
+    every, loss, best = torch.arange(len(stop[0]["list"])), torch.tensor(float("nan")), Best(ranker)
+    for epoch in (bar := progress(range(settings.epochs), f"ranker {label}")):
+        ranker.train()
+        for index in torch.randperm(len(fit[0]["list"])).split(settings.batch_impressions * k):
+            if len(index) == 1:  # a remainder that batch norm cannot scale
+                continue
+            loss = ib.utility_loss(ranker_logits(ranker, *fit, index), fit[0]["targets"][index])
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        ranker.eval()  # batch norm by its averages
+        with torch.no_grad():
+            logits = ranker_logits(ranker, *stop, every)
+            stop_loss = ib.utility_loss(logits, stop[0]["targets"]).item()
+        run.folder.log(
+            "ranker", ranker=label, epoch=epoch, loss=loss.item(), held_out_loss=stop_loss
+        )
+        bar.set(loss=stop_loss)
+        best.offer(-stop_loss)  # the lowest loss is the best
+        if best.waited > settings.patience:
+            break
+    best.restore()
+    write_tensors(path, ranker.state_dict())
+    return ranker.eval()
+
+
+def ranker_inputs(run: Run, shown: Shown) -> tuple[dict, dict]:
+    """(one row per shown starter: embedding, slot, click, target and the number of its list; the
+    padded states of the lists)."""
+    rows = [
+        (y, slot, slot in impression.clicked, impression.sessions_after, i)
+        for i, (impression, _) in enumerate(shown)
+        for slot, y in enumerate(impression.starters)
+    ]
+    starters, slots, clicked, after, numbers = zip(*rows, strict=True)
+    clicks = torch.tensor(clicked, dtype=torch.float32)
+    depth = torch.tensor([float("nan") if n is None else n for n in after])  # (B,), unknown: nan
+    settings = run.config.ranker
+    return {
+        "starters": run.encoder(list(starters)),  # (B, D)
+        "slots": torch.tensor(slots).clamp_max(run.config.generator.list_size - 1),
+        "clicked": clicks,  # (B,) of 0 and 1
+        "targets": ib.utility_target(clicks, depth, settings.click_share, settings.depth_cap),
+        "list": torch.tensor(numbers),  # (B,), row of the padded states
+    }, pad_states([state for _, state in shown])
+
+
+def ranker_logits(ranker, rows: dict, states: dict, index, with_slots: bool = True) -> torch.Tensor:
+    """Logits (B,) of the rows at `index`."""
+    lists = rows["list"][index]  # states are kept once a list, and looked up
+    return ranker(
+        **{name: values[lists] for name, values in states.items()},
+        starters=rows["starters"][index],
+        slots=rows["slots"][index] if with_slots else None,
+    )
+
+
+# ----------------------------------------------------------------------------- the ranker as others use it
+
+
+def new_ranker(run: Run) -> ib.UtilityRanker:
+    return ib.UtilityRanker(run.encoder.dim, run.config.generator.list_size)
+
+
+def load_ranker(run: Run, name: str, folder: str = "ranker") -> ib.UtilityRanker:
+    """The fitted ranker "train" (for mining) or "judge" (for evaluation)."""
+    ranker = new_ranker(run)
+    ranker.load_state_dict(read_tensors(run.folder / folder / f"{name}.safetensors"))
+    return ranker.eval()
+
+
+def pad_states(states: list[UserState]) -> dict[str, torch.Tensor]:
+    """Inputs of UtilityRanker: interests (B, M, D), their mask (B, M), tastes (B, D + 1)."""
+    m = max(1, max(len(s.interests) for s in states))  # M; one pad where nobody has any
+    interests = torch.zeros(len(states), m, states[0].embeddings.shape[1])
+    mask = torch.zeros(len(states), m, dtype=torch.bool)
+    for i, state in enumerate(states):
+        interests[i, : len(state.interests)] = state.embeddings
+        mask[i, : len(state.interests)] = True
+    return {"interests": interests, "mask": mask, "taste": torch.stack([s.taste for s in states])}
+
+
+@torch.no_grad()
+def utilities(ranker: ib.UtilityRanker, state: UserState, starters: torch.Tensor) -> torch.Tensor:
+    """r_util(u, y) in (0, 1) of starters (N, D) for one user -> (N,)."""
+    # One user, N starters: the state is repeated by a view.
+    inputs = {k: v.expand(len(starters), *v.shape[1:]) for k, v in pad_states([state]).items()}
+    return torch.sigmoid(ranker(**inputs, starters=starters))

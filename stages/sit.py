@@ -1,0 +1,115 @@
+"""Stage `sit`: supervised interest-expanded instruction tuning, Eq. (5). A teacher's lists are taught.
+
+    python train.py --stage sit
+
+Section 2.3 of the paper. The loss is on the list's tokens only; lists of one prompt share its row.
+
+Departure: LoRA instead of full fine-tuning.
+
+Legend: C lists of a prompt, T tokens.
+"""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+
+import llm
+from config import UserError, gather, progress, share
+from roles.players import Players
+from roles.writer import Writer
+from run import Run, UserState
+from stages.training import new_optimiser, part_of, step
+
+Rows = list[tuple[list[int], list[list[int]]]]  # (prompt ids, [list ids, ...]) of each user
+
+
+def stage_sit(run: Run, players: Players, key: str) -> dict:
+    """Supervised interest-expanded instruction tuning (Eq. 5) on the teacher's lists."""
+    settings, k, writer = run.config.sit, run.config.generator.list_size, players.writer
+    rng, cuts = random.Random(run.seed("sit")), list(range(len(run.config.data.cuts)))
+    states = chosen_states(run, cuts, settings.max_rows, rng)  # users at any slice of the log
+    taught = teacher_lists(run, players, states, settings.lists_per_row, "sit")
+    rows = encoded(writer, states, taught, k)
+    if not rows:
+        raise UserError(
+            "sit: the teacher wrote no full list for any user; generator.list_size may be larger "
+            "than the interests allow"
+        )
+    model, figures = instruct(run, writer, rows)
+    if settings.own_lists:  # Table 8: once more, with what the policy has learned to write
+        sampled = writer.sample(
+            model, [s.interests for s in states], settings.own_lists, run.seed("sit", "own")
+        )
+        rows += encoded(writer, states, sampled, k)
+        model, figures = instruct(run, writer, rows)
+    llm.save_adapter(model, run.adapter("sit"))
+    short = sum(len(starters) < k for lists in taught for starters in lists)
+    return {"rows": len(rows), "short_lists_left_out": short, **figures}
+
+
+def instruct(run: Run, writer: Writer, rows: Rows) -> tuple[torch.nn.Module, dict[str, float]]:
+    """A new adapter, tuned on (prompt ids, [list ids, ...]) rows; and its losses."""
+    settings, g, rng = run.config.sit, run.config.generator, random.Random(run.seed("sit", "order"))
+    model = llm.add_lora(writer.policy(None), g.lora_rank, g.lora_alpha, run.seed("lora"))
+    size, losses = settings.batch_users, []  # users of a step, over all processes
+    steps = settings.epochs * -(-len(rows) // size)  # the last batch may be smaller
+    optimiser, schedule = new_optimiser(model, settings.learning_rate, steps)
+    policy = llm.averaged_gradients(model)
+    for epoch in range(settings.epochs):
+        order = rng.sample(rows, len(rows))
+        for start in (bar := progress(range(0, len(rows), size), f"sit epoch {epoch + 1}")):
+            batch = order[start : start + size]
+            tokens = sum(len(ids) for _, lists in batch for ids in lists)  # T of all processes
+            part, factor = part_of(batch)
+            prompts, lists = map(list, zip(*part, strict=True))  # token ids
+            logps = policy(prompts, lists)  # summed over a list's tokens, (C,) a prompt
+            loss = -torch.cat(logps).sum() / tokens * factor  # Eq. (5)
+            losses.append(float(np.mean(gather([loss.item()]))))  # a mean per token
+            rate = schedule.get_last_lr()[0]  # the one that this step uses
+            step(model, optimiser, schedule, loss)
+            run.folder.log("sit", epoch=epoch, loss=losses[-1], learning_rate=rate)
+            bar.set(loss=losses[-1])
+    last = losses[steps - steps // settings.epochs :]  # of the last epoch
+    return model, {"first_loss": losses[0], "loss": float(np.mean(last))}
+
+
+def encoded(writer: Writer, states: list[UserState], lists: list[list[list[str]]], k: int) -> Rows:
+    """Prompts and the full lists of each user as token ids; users without one are left out."""
+    rows = []
+    for state, written in zip(states, lists, strict=True):
+        full = [starters for starters in written if len(starters) == k]
+        if full:
+            completions = [llm.encode_completion(writer.tokenizer, starters) for starters in full]
+            rows.append((writer.prompt(state.interests), completions))
+    return rows
+
+
+def chosen_states(run: Run, cuts: list[int], limit: int, rng: random.Random) -> list[UserState]:
+    """Train users with interests at these cuts: at random, at most `limit` states (0: all)."""
+    states = [run.states[u][c] for u in run.ids("train") for c in cuts]
+    states = [state for state in states if state.interests]  # others have nothing to write about
+    return rng.sample(states, limit) if 0 < limit < len(states) else states
+
+
+def teacher_lists(
+    run: Run, players: Players, states: list[UserState], n: int, purpose: str
+) -> list[list[list[str]]]:
+    """n lists of the teacher for each state, filtered; fewer where an LLM's call failed.
+
+    The processes of a torchrun ask for a share each.
+    """
+    if not n:
+        return [[] for _ in states]
+    orders = [
+        (s.interests, run.seed("teacher", purpose, s.interests, i))
+        for s in share(states)
+        for i in range(n)
+    ]
+    inputs, seeds = [interests for interests, _ in orders], [seed for _, seed in orders]
+    lists = players.teach(inputs, seeds)  # None where the call failed
+    return gather(
+        [[x for x in lists[i : i + n] if x is not None] for i in range(0, len(lists), n)]
+    )

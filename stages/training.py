@@ -1,0 +1,79 @@
+"""What the training loops share: optimiser and schedule, one step, the best weights, shares of a batch.
+
+The loops themselves stand in rid.py, ranker.py, sit.py and dpo.py, each whole on one screen.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+
+from config import processes, share
+
+
+class Best:
+    """The weights with the highest value so far, and for how many values they have been that.
+
+    Frozen weights do not change and are not copied; buffers (batch norm's averages) are.
+    """
+
+    def __init__(self, module: torch.nn.Module):
+        self.module, self.value, self.waited, self.weights = module, -math.inf, 0, None
+
+    def offer(self, value: float) -> None:
+        """Keep the weights as they are now if their value is the highest; nan is the lowest."""
+        if self.weights is None or value > self.value:
+            self.weights = {name: w.detach().clone() for name, w in self._changing()}
+            self.value, self.waited = value if value == value else -math.inf, 0
+        else:
+            self.waited += 1
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for name, weight in self._changing():
+            weight.copy_(self.weights[name])
+
+    def _changing(self):
+        trained = ((n, w) for n, w in self.module.named_parameters() if w.requires_grad)
+        return itertools.chain(trained, self.module.named_buffers())
+
+
+def new_optimiser(model, learning_rate: float, steps: int):
+    """AdamW on the LoRA weights; a tenth of the steps warming up, then linear to zero.
+
+    Its eps lies above the rounding noise of gradients (1e-9), which at the usual 1e-8 moves weights
+    that nothing else moves, in a direction that depends on the order of a sum.
+    """
+    optimiser = torch.optim.AdamW(
+        [w for w in model.parameters() if w.requires_grad],
+        learning_rate,
+        eps=1e-6,
+        weight_decay=0.0,  # LoRA starts at zero and stays small
+        fused=True,  # one kernel for all weights
+    )
+    warm = max(1, steps // 10)  # Adam's second moments are noise at first
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda i: min((i + 1) / warm, max(0.0, (steps - i) / max(1, steps - warm)))
+    )
+    return optimiser, schedule
+
+
+def step(model, optimiser, schedule, loss: torch.Tensor) -> None:
+    optimiser.zero_grad()  # sets them to None: frozen weights never hold any
+    loss.backward()  # under DDP the processes' gradients are averaged here
+    # One list far from all others must not undo what the rest of a batch has learned.
+    torch.nn.utils.clip_grad_norm_([w for w in model.parameters() if w.requires_grad], 1.0)
+    optimiser.step()
+    schedule.step()  # after the optimiser, whose rate was that of before
+
+
+def part_of(batch: list) -> tuple[list, float]:
+    """This process's part of a global batch, and the factor of its loss.
+
+    DDP averages the gradients, so a share of a sum counts as often as there are processes. One
+    without a share computes a row for nothing: DDP waits for all.
+    """
+    part = share(batch)
+    return (part, float(processes()[1])) if part else (batch[:1], 0.0)

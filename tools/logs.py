@@ -1,0 +1,142 @@
+"""A log of one's own: what it holds, conversations from elsewhere, mined pairs for other trainers.
+
+    python -m tools.logs check users.jsonl               # or impressions.jsonl
+    python -m tools.logs import chatgpt conversations.json --out users.jsonl  # or another of KINDS
+    python -m tools.logs export trl runs/tiny --out pairs.jsonl               # for TRL's DPOTrainer
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+import data
+import llm
+from config import UserError, atomic_path, load_config, read_json, script
+from data import Impression, User
+from tools.importers import KINDS, import_users
+
+
+def describe_users(users: list[User]) -> dict[str, object]:
+    """Return what a users file holds, as label -> figure."""
+    sessions = [s for u in users for s in u.sessions]
+    texts = [s.summary for s in sessions if s.summary]
+    distinct = sum(len({s.summary for s in u.sessions if s.summary}) for u in users)
+    languages = Counter(map(data.language, texts)).most_common()
+    return {
+        "users": len(users),
+        "sessions": len(sessions),
+        "sessions per user": _spread([len(u.sessions) for u in users]),
+        "exact repeats within a user": f"{1 - distinct / len(texts):.1%}" if texts else "none",
+        "languages": ", ".join(f"{name} {n / len(texts):.1%}" for name, n in languages) or "none",
+        "characters per summary": _spread([len(text) for text in texts]),
+        "sessions without a summary": len(sessions) - len(texts),
+        "sessions without a timestamp": sum(s.timestamp is None for s in sessions),
+        "users without a profile": sum(not u.profile for u in users),
+        "users without a session": sum(not u.sessions for u in users),
+        "likely robots": sum(map(_is_robot, users)),
+    }
+
+
+def _spread(values: list[int]) -> str:
+    return f"min {min(values)}, median {median(values):g}, max {max(values)}" if values else "none"
+
+
+def _is_robot(user: User) -> bool:
+    """At least 20 sessions and nine in ten of them word for word the same."""
+    texts = Counter(s.summary for s in user.sessions if s.summary)
+    n = len(user.sessions)
+    return n >= 20 and max(texts.values(), default=0) >= 0.9 * n  # people repeat 23 % of theirs
+
+
+def describe_impressions(impressions: list[Impression]) -> dict[str, object]:
+    """Return what an impressions file holds, as label -> figure."""
+    shown = Counter(slot for i in impressions for slot in range(len(i.starters)))
+    clicked = Counter(slot for i in impressions for slot in set(i.clicked))  # two taps count once
+    by_slot = [f"{clicked[slot]} ({clicked[slot] / n:.1%})" for slot, n in sorted(shown.items())]
+    unclicked = sum(not i.clicked for i in impressions)
+    return {
+        "lists": len(impressions),
+        "users": len({i.user_id for i in impressions}),
+        "starters per list": _spread([len(i.starters) for i in impressions]),
+        "distinct starters": len({text for i in impressions for text in i.starters}),
+        "starters clicked": f"{clicked.total() / shown.total():.1%}",
+        "lists without a click": f"{unclicked / len(impressions):.1%}",
+        "clicks by slot": ", ".join(by_slot),  # not comparable: the first slot is seen most
+        "lists without a timestamp": sum(i.timestamp is None for i in impressions),
+        "lists without sessions_after": sum(i.sessions_after is None for i in impressions),
+    }
+
+
+def _holds_impressions(path: str | Path) -> bool:
+    """Decide by the keys of the first line that is a JSON object."""
+    for _, line in data.lines_of(path):
+        with contextlib.suppress(ValueError):  # the reader will name that line
+            return "starters" in data.parse_line(line)
+    return False
+
+
+def export_trl(run: str | Path) -> Iterator[dict]:
+    """Preference pairs of a finished run's DPO rounds, as TRL's DPOTrainer takes them.
+
+    Conversations: the prompt's chat template is the tokenizer's, as in training here, but interests
+    that went beyond generator.max_prompt_tokens there are not left out. Raises UserError if the
+    folder is no run with DPO rounds.
+    """
+    file, paths = Path(run) / "config.yaml", []
+    if file.is_file():
+        config = load_config(file)
+        # By number: an earlier training with more rounds may have left its pairs there too.
+        paths = [Path(run) / f"dpo/round{n + 1}/pairs.json" for n in range(config.dpo.rounds)]
+    if not (paths := [path for path in paths if path.is_file()]):
+        raise UserError(f"{run}: no dpo/round*/pairs.json; run train.py --stage dpo first")
+    task = config.generator.instruction.format(n=config.generator.list_size)
+    for pair in (pair for path in paths for pair in read_json(path)):
+        text = "\n- ".join([task, *map(llm.plain, pair["interests"])])
+        for rejected in pair["rejected"].values():  # of each kind that was mined
+            yield {
+                "prompt": [{"role": "user", "content": text}],
+                "chosen": [{"role": "assistant", "content": llm.format_starters(pair["chosen"])}],
+                "rejected": [{"role": "assistant", "content": llm.format_starters(rejected)}],
+            }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    check = commands.add_parser("check", help="say what a users or impressions file holds")
+    check.add_argument("file")
+    importer = commands.add_parser("import", help="conversations from elsewhere as users.jsonl")
+    importer.add_argument("kind", choices=[*KINDS])
+    importer.add_argument("file", nargs="+", help="one file or the parts of one data set")
+    importer.add_argument("--out", required=True)
+    importer.add_argument("--user", default="me", help="user_id for a chatgpt export")
+    export = commands.add_parser("export", help="preference pairs of a run for another trainer")
+    export.add_argument("kind", choices=["trl"])
+    export.add_argument("run", help="folder of a finished run")
+    export.add_argument("--out", required=True)
+    given = parser.parse_args()
+    if given.command == "check":
+        if _holds_impressions(given.file):
+            figures = describe_impressions(data.read_impressions(given.file))
+        else:
+            figures = describe_users(data.read_users(given.file))
+        print("\n".join(f"{label + ':':30} {figure}" for label, figure in figures.items()))
+    elif given.command == "import":
+        if any(Path(given.out).resolve() == Path(file).resolve() for file in given.file):
+            raise UserError(f"--out {given.out}: is the file to be imported")
+        print(import_users(given.kind, given.file, given.out, given.user))
+    else:
+        lines = [json.dumps(pair, ensure_ascii=False) for pair in export_trl(given.run)]
+        with atomic_path(given.out) as temporary:
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        print(f"{len(lines)} pairs written to {given.out}")
+
+
+if __name__ == "__main__":
+    script(main)

@@ -1,0 +1,169 @@
+"""What the simulated platform hides: how it understands a text, what resonates, who taps what.
+
+    truth = people.load_truth("runs/tiny/world")
+    truth.click_probabilities("u17", ["What is Mars?", "Quiz me on Mars"])
+
+It stands in for the paper's live users (section 3.3), who are not public. It understands a starter
+by its own lexicon (taxonomy.yaml), whoever wrote it, and knows nothing of the methods. Only what
+evaluates may read it. Every number is a plausible choice, fitted to no result.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import yaml
+
+from config import ROOT
+
+SLOT_RATES = np.array([0.47, 0.29, 0.19, 0.17, 0.07])  # of a real log, the same content by slot
+EXAMINATION = SLOT_RATES / SLOT_RATES[0]  # P(slot is looked at), the first one always
+HAN = re.compile(r"[\u3400-\u9fff]")
+
+
+class Meaning(NamedTuple):
+    """What the world understands of a text."""
+
+    topic: str | None
+    subjects: frozenset[str]  # by their English names
+    angle: int  # place in Taxonomy.angles
+
+
+class Taxonomy:
+    """taxonomy.yaml, and the lexicon that finds its subjects and topics in any text.
+
+    names: language ("en", "zh") -> topic -> subject -> its name; few topics have Chinese names.
+    """
+
+    def __init__(self):
+        tree = yaml.safe_load((ROOT / "world" / "taxonomy.yaml").read_text(encoding="utf-8"))
+        self.angles, self.topics, self.category = tree["angles"], {}, {}
+        self.names, self._subject_of, self._topic_of = {"en": {}, "zh": {}}, {}, {}
+        for category, topics in tree["categories"].items():
+            self.topics |= topics
+            self.category |= dict.fromkeys(topics, category)
+        for topic, entry in self.topics.items():
+            self.names["en"][topic] = {subject: subject for subject in entry["subjects"]}
+            if "zh" in entry:
+                self.names["zh"][topic] = entry["zh"]
+            for subject in entry["subjects"]:
+                self._subject_of[subject.lower()] = (topic, subject)
+            for subject, name in entry.get("zh", {}).items():
+                # Trap: texts are lowered, so "Excel表格" is never found; lowering it moves all draws.
+                self._subject_of[name] = (topic, subject)
+            for word in (topic, *entry["keywords"]):  # a word of two topics: of the first
+                self._topic_of.setdefault(word.lower(), topic)
+        self._find_subjects, self._find_words = _finder(self._subject_of), _finder(self._topic_of)
+        self.understand = cache(self._understand)  # of this object: it goes when the object goes
+
+    def functional(self, topic: str) -> bool:
+        """Whether a topic is a chore, such as spreadsheets."""
+        return self.topics[topic].get("functional", False)
+
+    def _understand(self, text: str) -> Meaning:
+        low, topic = text.lower(), None
+        if named := [self._subject_of[name] for name in self._find_subjects(low)]:
+            topic = named[0][0]  # a subject says more than a word of its topic
+        elif words := self._find_words(low):
+            topic = self._topic_of[words[0]]
+        shown = [any(word in low for word in angle["words"]) for angle in self.angles.values()]
+        angle = [*shown[:-1], True].index(True)  # none: the last, "plain"
+        return Meaning(topic, frozenset(subject for _, subject in named), angle)
+
+
+def _finder(names):
+    """Text -> the names in it, the longest first; whole words, save in Chinese without spaces."""
+    names = [re.escape(name) for name in sorted(names, key=len, reverse=True)]
+    latin = "|".join(name for name in names if not HAN.search(name))
+    chinese = [name for name in names if HAN.search(name)]
+    return re.compile("|".join([rf"(?<!\w)(?:{latin})(?!\w)", *chinese])).findall
+
+
+def question(text: str) -> str:
+    """A text as it is compared with what was asked before."""
+    return text.lower().strip(" ?.")
+
+
+def further_sessions(resonance: float) -> float:
+    """Mean number of further sessions after a tap on what resonates this much."""
+    return 0.3 + 3.5 * resonance
+
+
+def is_alive(interest: dict, day: float) -> bool:
+    """Whether the day lies in one of the interest's stretches of days."""
+    return any(start <= day <= end for start, end in interest["alive"])
+
+
+class Truth:
+    """The hidden state of every user, as of the end of the log (truth.json).
+
+    users: id -> {"interests": [{"topic", "subjects": favourites, best first, "frequency",
+    "resonance": in [0, 1], "alive": [(first, last day)]}], "angles": logit of each angle, "robot",
+    "asked": every `question` in the log, "last_day"}. Days count from people.START.
+    """
+
+    def __init__(self, state: dict):
+        self.users, self.taxonomy = state["users"], Taxonomy()
+
+    def match(self, user_id: str, meaning: Meaning, day: float) -> float:
+        """How much a text of this meaning resonates on a day, in [0, 1]."""
+        topic, best, category_of = meaning.topic, 0.0, self.taxonomy.category
+        for interest in self.users[user_id]["interests"]:
+            if topic == interest["topic"]:
+                near = 1.0 if meaning.subjects & set(interest["subjects"]) else 0.6
+            elif topic and category_of[topic] == category_of[interest["topic"]]:
+                near = 0.2
+            else:
+                continue
+            fresh = 1.0 if is_alive(interest, day) else 0.35  # asleep, not gone
+            best = max(best, near * fresh * interest["resonance"])
+        return best
+
+    def resonance(self, user_id: str, text: str) -> float:
+        """How much a text resonates at the end of the log, in [0, 1]."""
+        return self.match(user_id, self.taxonomy.understand(text), self.users[user_id]["last_day"])
+
+    def category(self, text: str) -> str | None:
+        topic = self.taxonomy.understand(text).topic
+        return self.taxonomy.category[topic] if topic else None
+
+    def click_probabilities(
+        self,
+        user_id: str,
+        starters: list[str],
+        day: float | None = None,
+        asked_since: frozenset[str] = frozenset(),
+    ) -> np.ndarray:
+        """P(tap) of each starter (K,), with slot bias, redundancy with those above, and novelty.
+
+        `asked_since`: `question`s asked after the log, which are no longer new either.
+        """
+        user, above, result = self.users[user_id], [], []
+        day = user["last_day"] if day is None else day
+        for slot, starter in enumerate(starters):
+            meaning = self.taxonomy.understand(starter)
+            redundancy = sum(
+                bool(meaning.subjects & other.subjects) * 0.9
+                + bool(meaning.topic and meaning.topic == other.topic) * 0.4
+                + (meaning.angle == other.angle) * 0.3
+                for other in above
+            )
+            logit = (
+                -2.9  # most lists get no tap: 50 to 90 % in real logs
+                + 4.0 * self.match(user_id, meaning, day)
+                + user["angles"][meaning.angle]
+                + 0.5 * bool(meaning.subjects)  # a name draws more than a topic
+                - 0.8 * (question(starter) in user["asked"] or question(starter) in asked_since)
+                - redundancy
+            )
+            looked_at = EXAMINATION[min(slot, len(EXAMINATION) - 1)]  # longer lists: as the last
+            result.append(looked_at / (1 + np.exp(-logit)) if starter.strip() else 0.0)
+            above.append(meaning)
+        return np.array(result)
+
+    def expected_clicks(self, user_id: str, starters: list[str]) -> float:
+        """Mean number of taps on a list at the end of the log: eval's "True clicks"."""
+        return float(self.click_probabilities(user_id, starters).sum())
