@@ -76,7 +76,7 @@ class Encoder:
             rows = self.model.encode(
                 [texts[key] for key in part], batch_size=size, normalize_embeddings=True,
                 convert_to_tensor=True, show_progress_bar=False,
-            )  # fmt: skip
+            )
             vectors.update(zip(part, rows.float().cpu(), strict=True))
         return vectors
 

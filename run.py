@@ -209,9 +209,7 @@ def shown_before(
 
 
 def history_of(
-    sessions: list[data.Session],
-    now: datetime | None,
-    encode: Callable[[list[str]], torch.Tensor],
+    sessions: list[data.Session], now: datetime | None, encode: Callable[[list[str]], torch.Tensor],
 ) -> ib.History:
     """A user's history of these sessions as of `now` (None: the latest of them)."""
     stamps = [s.timestamp for s in sessions]

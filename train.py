@@ -105,7 +105,7 @@ ALL = [name for name in STAGES if name != "merge"]  # run where nothing else is 
 HOW = (
     "generator.endpoint", "generator.endpoint_key_env", "generator.sample_rows",
     "generator.gradient_checkpointing", "data.feedback", "dpo.pairs_per_user",
-)  # fmt: skip
+)
 ROUNDS = ("dpo.rounds", "dpo.vanilla")  # a round of DPO is the same whatever follows it
 
 

@@ -61,7 +61,7 @@ class Writer:
         settings = {
             "max_new_tokens": g.max_new_tokens, "temperature": g.temperature, "top_p": g.top_p,
             "top_k": g.top_k, "rows": g.sample_rows,
-        }  # fmt: skip
+        }
         return llm.sample(model, self.tokenizer, prompts, n, seed=seed, **{**settings, **how})
 
     def sample(
@@ -82,7 +82,7 @@ class Writer:
     def write(
         self, adapter: Path | None, inputs: list[list[str]], n: int, seed: int, model=None,
         repeats: bool = False,
-    ) -> list[list[list[str]]]:  # fmt: skip
+    ) -> list[list[list[str]]]:
         """As `sample`, by a saved adapter (None: the base): from generator.endpoint if it is set,
         where the model of that name is asked; or here, `model` being loaded already."""
         g = self.config.generator
@@ -132,7 +132,7 @@ class Writer:
         return self.config.endpoint.model_copy(update={
             "base_url": g.endpoint, "key_env": g.endpoint_key_env, "model": name,
             "temperature": g.temperature, "max_tokens": g.max_new_tokens,
-        })  # fmt: skip
+        })
 
     def _server(self, adapter: Path | None) -> chat.Sampler:
         g, settings = self.config.generator, self._endpoint(adapter)

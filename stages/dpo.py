@@ -77,7 +77,7 @@ def stage_dpo(run: Run, players: Players, key: str) -> dict:
 
 def dpo_round(
     run: Run, players: Players, number: int, adapter: Path, earlier: list[dict]
-) -> dict:  # fmt: skip
+) -> dict:
     """One round, from the policy in `adapter`; writes dpo/round<number>/{pairs.json,adapter}."""
     cut = min(number, len(run.config.data.cuts)) - 1  # early, middle, latest slice of the log
     rng = random.Random(run.seed("users", number))
@@ -95,7 +95,7 @@ def dpo_round(
 def train_round(
     run: Run, players: Players, number: int | str, model, adapter: Path, ranker,
     states: list[UserState], valid: list[UserState], earlier: list[dict], keep: bool = True,
-) -> tuple[dict, list[dict]]:  # fmt: skip
+) -> tuple[dict, list[dict]]:
     """Sample, search, mine and align, in place; returns figures and the pairs that were mined.
 
     model: the policy saved in `adapter`; states: whom it writes for; valid: those on whom the best
@@ -123,7 +123,7 @@ def train_round(
 def sample(
     run: Run, writer: Writer, number: int | str, model, adapter: Path, states: list[UserState],
     keep: bool = True,
-) -> list[list[list[str]]]:  # fmt: skip
+) -> list[list[list[str]]]:
     """dpo.samples lists of the policy for each state: the candidates of a round.
 
     With their repeats, which the search avoids: such a list is a natural diversity negative. With
@@ -187,7 +187,7 @@ def search(
             states[i], lists[i], pools[i], utility[row, :n], similarity[row, :n, :n],
             [beam for beam in beams[row].tolist() if beam[0] >= 0],  # -1: no further list exists
             int((valid[row] & ~grounded[row]).sum()),
-        )  # fmt: skip
+        )
     return results
 
 
@@ -215,7 +215,7 @@ def mine_user(run: Run, searched: Searched, counts: Counter) -> dict:
     chosen, rejected = ib.mine_preferences(
         torch.tensor(lists), searched.utility, searched.similarity,
         settings.weight, settings.margin, settings.tolerance,
-    )  # fmt: skip
+    )
     rejected = {kind: j for kind, j in rejected.items() if kind in settings.negatives}
     counts.update(f"no_{kind}" for kind, j in rejected.items() if j is None)
     texts = [[searched.pool[i] for i in indices] for indices in lists]
@@ -249,7 +249,7 @@ def tapped_against_ignored(
 def align(
     run: Run, writer: Writer, model, pairs: list[dict], label: str, settings: DpoConfig,
     held_out: Callable | None = None,
-) -> dict:  # fmt: skip
+) -> dict:
     """DPO (Eq. 6) on preference pairs, in place; the checkpoint that `held_out` values most stays.
 
     The reference is the model as it comes in (or the SIT policy): its log-probabilities are

@@ -76,7 +76,7 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
     result = evaluate(
         lists, scorer("judge"), run.encoder, run.corpus, truth=truth, train_score=scorer("train"),
         draws=settings.bootstrap, seed=run.config.run.seed,
-    )  # fmt: skip
+    )
     shown = random.Random(run.seed("examples")).sample(rows, min(len(rows), settings.examples))
     scores = {u: s.scores for u, s in states.items()}
     write_report(result, shown, whole, scores, run.folder / "eval")
@@ -84,16 +84,8 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
 
 
 def evaluate(
-    lists: Lists,
-    score: Callable | None,
-    encode: Callable,
-    corpus: list[str],
-    *,
-    truth=None,
-    train_score: Callable | None = None,
-    draws: int = 1000,
-    seed: int = 0,
-    baseline: str = "PE",
+    lists: Lists, score: Callable | None, encode: Callable, corpus: list[str], *, truth=None,
+    train_score: Callable | None = None, draws: int = 1000, seed: int = 0, baseline: str = "PE",
     classifier: TopicClassifier | None = None,
 ) -> dict:
     """What `measure` gives as means over users, with the lifts over the baseline.
@@ -159,15 +151,9 @@ def table_markdown(result: dict) -> str:
         cells = [_cell(rows[method], name, form) for _, name, form in columns]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     lines += [
-        "",
-        LEGEND,
-        "",
-        "Brackets: 95 % bootstrap over users.",
-        "",
-        "The paper's Table 1 (Qwen2.5-7B, its own platform and ranker):",
-        "",
-        "| Method | R-User | R-Score | Lexical | Semantic |",
-        "|---|---|---|---|---|",
+        "", LEGEND, "", "Brackets: 95 % bootstrap over users.", "",
+        "The paper's Table 1 (Qwen2.5-7B, its own platform and ranker):", "",
+        "| Method | R-User | R-Score | Lexical | Semantic |", "|---|---|---|---|---|",
     ]
     cells = [f"| {method} | " + " | ".join(row) + " |" for method, row in paper.items()]
     return "\n".join(lines + cells) + "\n"

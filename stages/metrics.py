@@ -153,13 +153,8 @@ class TopicClassifier:
 
 
 def measure(
-    lists: Lists,
-    score: Callable | None,
-    encode: Callable,
-    classifier: TopicClassifier,
-    corpus: list[str],
-    truth=None,
-    train_score: Callable | None = None,
+    lists: Lists, score: Callable | None, encode: Callable, classifier: TopicClassifier,
+    corpus: list[str], truth=None, train_score: Callable | None = None,
 ) -> PerUser:
     """Every metric of every method and user: means over the user's lists; an empty list counts 0.
 

@@ -71,7 +71,7 @@ class Distiller:
         return ib.distil(
             scores, self.threshold(history), r.min_keep, r.max_keep, history.embeddings,
             r.duplicate_cosine,
-        )  # fmt: skip
+        )
 
 
 def stage_rid(run: Run, players: Players, key: str) -> dict:

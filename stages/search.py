@@ -35,13 +35,8 @@ def score_pools(
 
 
 def list_order(
-    settings: DpoConfig,
-    list_size: int,
-    utility: torch.Tensor,
-    similarity: torch.Tensor,
-    valid: torch.Tensor | None = None,
-    lists: int = 1000,
-    expand: int = 0,
+    settings: DpoConfig, list_size: int, utility: torch.Tensor, similarity: torch.Tensor,
+    valid: torch.Tensor | None = None, lists: int = 1000, expand: int = 0,
 ) -> list[list[int]]:
     """Candidates of each row as the list search's best list, then the best of the rest, ...
 
@@ -58,7 +53,7 @@ def list_order(
             ib.min_max(utility[rich], free[rich]),  # Unstated: r_util and r_div need one scale
             similarity[rich], list_size, settings.beam, expand or settings.expand,
             settings.weight, free[rich],
-        )  # fmt: skip
+        )
         for row, best in zip(rich.tolist(), beams[:, 0].tolist(), strict=True):
             order[row] += best
         free[rich] = free[rich].scatter(1, beams[:, 0], False)  # no starter stands in two lists
@@ -70,12 +65,8 @@ def list_order(
 
 
 def searched(
-    config: Config,
-    encode: Callable,
-    ranker: ib.UtilityRanker,
-    states: list[UserState],
-    pools: list[list[str]],
-    lists: int,
+    config: Config, encode: Callable, ranker: ib.UtilityRanker, states: list[UserState],
+    pools: list[list[str]], lists: int,
 ) -> list[list[list[str]]]:
     """At most `lists` full lists of each user's pool, best first; what there is if none is full."""
     k, results = config.generator.list_size, []
