@@ -156,7 +156,7 @@ def decoding(model, prompts: int, n: int, length: int, new: int):
         tree = Tree(model, inputs, n, new, pad=0)
         while tree.is_open:  # random weights never write an end worth waiting for
             tree.write(draw(tree.logits, tree.prompt, tree.sample, tree.steps))
-            tree.step()
+            tree.step(torch.zeros_like(tree.token, dtype=torch.bool))
 
     return run
 
