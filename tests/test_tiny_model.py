@@ -1,5 +1,7 @@
 """The generic corpus is well-formed, and the same settings give the same model."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,10 +54,17 @@ def test_subjects_are_nearly_all_distinct():
     assert len({corpus.subject("zh") for _ in range(500)}) > 490
 
 
-def test_held_out_forms_are_never_trained_on():
-    phrases = tiny_model.Corpus(0).phrases
-    known = set(phrases["openings"] + phrases["pairs"])
-    assert known.isdisjoint(form.split(" {x}")[0] for form in phrases["held_out"])
+def test_held_out_lines_are_of_forms_never_trained_on():
+    corpus = tiny_model.Corpus(0)
+    trained = {corpus.form("en").lower() for _ in range(60_000)}  # each opening with each ending
+    held_out = {form.lower() for form in corpus.phrases["held_out"]} - {"{x}"}  # bare: in both
+    assert "recommend me {x} please" in held_out and "how do i start with {x}" in trained
+    assert held_out.isdisjoint(trained)
+    for _ in range(300):
+        line, names = corpus.line("en", held_out=True)
+        for key, name in zip("xy", names, strict=False):
+            line = line.replace(name, f"{{{key}}}", 1)
+        assert line.lower() in held_out | {"{x}"}
 
 
 def test_the_first_examples_are_the_easy_ones():
@@ -90,13 +99,26 @@ def test_a_base_model_loads_in_transformers_and_is_the_same_twice(tmp_path, monk
     assert a == b
     assert figures[0]["held_out_loss"] == figures[1]["held_out_loss"]
     assert read_json(tmp_path / "a" / "figures.json") == figures[0]
-    assert 0 <= figures[0]["copied_subjects"] <= 1
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a")
     assert model.config.model_type == "qwen2" and len(tokenizer) == model.config.vocab_size
     assert (
         tokenizer.decode(tokenizer.encode("吉他 and Baldur's Gate 3")) == "吉他 and Baldur's Gate 3"
     )
+
+
+def test_copying_counts_whole_lists_and_starters_that_hold_a_subject(monkeypatch):
+    def sample(model, tokenizer, prompts, n, **_):
+        good = [f"<sug> {' && '.join([f'About {p[i % len(p)]}' for i in range(5)])} </sug>"
+                for p in prompts[::2]]  # fmt: skip
+        bad = ["<sug> one && two && three"] * len(prompts[1::2])
+        return [[text] for pair in zip(good, bad, strict=True) for text in pair]
+
+    monkeypatch.setattr(tiny_model, "_prompt", lambda tokenizer, lines: lines)
+    monkeypatch.setattr(llm, "sample", sample)
+    figures = tiny_model.copying(None, None, seed=0)
+    # Of 96 prompts half have five starters, all about a subject, and half three about none.
+    assert figures == {"whole_lists": 0.5, "copied_subjects": 5 / 8}
 
 
 def test_runs_begin_with_the_shipped_model_which_knows_the_task():
@@ -134,6 +156,17 @@ def test_the_command_takes_settings_and_refuses_others(monkeypatch, tmp_path):
             tiny_model.main()
 
 
-def test_the_taxonomy_of_the_simulated_platform_is_never_read():
-    assert "taxonomy" not in Path(tiny_model.__file__).read_text(encoding="utf-8")
-    assert "world" not in vars(tiny_model)
+def test_the_simulated_platform_is_never_read():
+    code = """
+import sys
+opened = []
+sys.addaudithook(lambda event, args: event == "open" and opened.append(str(args[0])))
+from tools import tiny_model
+corpus = tiny_model.Corpus(0)
+corpus.example(5, 2)
+assert any("tiny_corpus" in path for path in opened), opened
+world = [p for p in opened if "taxonomy" in p or "/world/" in p]
+assert not world and not any(name.split(".")[0] == "world" for name in sys.modules), world
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
