@@ -70,7 +70,8 @@ def instruct(run: Run, writer: Writer, rows: Rows) -> tuple[torch.nn.Module, dic
             losses.append(float(np.mean(gather([loss.item()]))))  # a mean per token
             rate = schedule.get_last_lr()[0]  # the one that this step uses
             step(model, optimiser, schedule, loss)
-            run.folder.log("sit", epoch=epoch, loss=losses[-1], learning_rate=rate)
+            at = {"epoch": epoch, "step": len(losses)}
+            run.folder.log("sit", **at, loss=losses[-1], learning_rate=rate)
             bar.set(loss=losses[-1])
     last = losses[steps - steps // settings.epochs :]  # of the last epoch
     return model, {"first_loss": losses[0], "loss": float(np.mean(last))}
