@@ -46,13 +46,13 @@ def _one_line(value):
     """Collapse space and control characters; drop lone surrogates, which nothing can encode."""
     if not isinstance(value, str):
         return value  # for the field to refuse
-    value = re.sub(r"[\ud800-\udfff]", "", value)
+    value = re.sub(r"[\ud800-\udfff]", "", value)  # JSON can hold them: "\ud800"
     return " ".join(re.sub(r"[\x00-\x1f\x7f]", " ", value).split())
 
 
 def _label(key) -> str:
     """A key of a row, safe and short enough for a message."""
-    return _one_line(str(key))[:40]
+    return _one_line(str(key))[:40]  # a key may be whatever people typed
 
 
 def _stamp(value):
@@ -70,6 +70,7 @@ Text = Annotated[str, BeforeValidator(_one_line)]  # one line, encodable, perhap
 Name = Annotated[Text, StringConstraints(min_length=1, max_length=200)]
 Stamp = Annotated[datetime | None, BeforeValidator(_stamp)]
 Sentence = Annotated[Text, StringConstraints(min_length=1)]
+Slot = Annotated[int, Field(ge=0)]  # place in a shown list, from 0
 
 
 class Record(BaseModel):
@@ -81,13 +82,13 @@ class Record(BaseModel):
     def _count_extra(cls, value, info: ValidationInfo):
         """Count the keys that no field takes in the reader's Counter, as `record.key`."""
         if info.context is not None and isinstance(value, dict):
-            extra = value.keys() - cls.model_fields.keys()
+            extra = value.keys() - cls.model_fields.keys()  # a typo of an optional key is one too
             info.context.update(f"{cls.__name__.lower()}.{_label(key)}" for key in extra)
         return value
 
 
 class Message(Record):
-    role: Literal["user", "assistant", "system"]
+    role: Literal["user", "assistant", "system"]  # as in chat templates
     content: Text
 
 
@@ -113,7 +114,7 @@ def each_once(sessions: list[Session]) -> list[Session]:
 
 class User(Record):
     user_id: Name
-    profile: dict[Text, Text] | None = None
+    profile: dict[Text, Text] | None = None  # any facts, such as age or region
     sessions: Annotated[list[Session], AfterValidator(each_once)]
 
 
@@ -121,7 +122,7 @@ class Impression(Record):
     user_id: Name
     timestamp: Stamp = None
     starters: Annotated[list[Sentence], Field(min_length=1)]  # by slot
-    clicked: list[Annotated[int, Field(ge=0)]]  # slots
+    clicked: list[Slot]  # none, one or several; a slot may stand twice
     sessions_after: Annotated[int, Field(ge=0)] | None = None  # that followed from the taps
 
     @model_validator(mode="after")
@@ -158,7 +159,7 @@ def parse_json(text: bytes):
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except ValueError as error:  # NaN, Infinity, an integer of thousands of digits
-        raise ValueError(f"not JSON ({error})") from None
+        raise ValueError(f"not JSON ({error})") from None  # it quotes the name alone
 
 
 def parse_line(line: bytes) -> dict:
@@ -185,7 +186,7 @@ class Faults:
             reasons = map(_reason, error.errors(include_input=False, include_url=False))
         for reason in reasons:
             self.count += 1
-            if self.count <= MOST_FAULTS:
+            if self.count <= MOST_FAULTS:  # a file of a million bad rows is no million lines
                 self.lines.append(f"{place}: {reason}")
 
     def refuse(self) -> None:
@@ -208,7 +209,7 @@ def _read(path: str | Path, record: type[Record]) -> list:
     """Read each row as a `record`; raises DataError that lists every bad line."""
     rows, faults, extra, seen = [], Faults(), Counter(), set()
     for number, line in lines_of(path):
-        if not line.strip():
+        if not line.strip():  # files joined by `cat` have empty lines
             continue
         try:
             row = record.model_validate(parse_line(line), context=extra)
@@ -223,6 +224,7 @@ def _read(path: str | Path, record: type[Record]) -> list:
     if not rows:
         raise DataError(f"{path}:1: line: the file holds no rows")
     if extra:
+        # On stderr: stdout is for figures. Names of keys only.
         keys = [f"{name} ({count} times)" for name, count in extra.most_common(20)]
         more = f" and {len(extra) - 20} more" if len(extra) > 20 else ""
         print(f"{path}: ignored keys: {', '.join(keys)}{more}", file=sys.stderr)
@@ -238,6 +240,7 @@ def read_users(path: str | Path) -> list[User]:
 
 
 def in_time_order(user: User) -> User:
+    """The user with sessions sorted by time, as they stand where one has no time."""
     if not all(s.timestamp for s in user.sessions):
         return user  # the order of the file is all that is told
     return user.model_copy(update={"sessions": sorted(user.sessions, key=lambda s: s.timestamp)})
@@ -252,6 +255,7 @@ def write_users(path: str | Path, rows: Iterable[Record]) -> None:
     """Write records as JSONL, a line each, only with the fields that were given."""
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for row in rows:
+            # No field that was not given: read back, the record is equal to what was written.
             file.write(row.model_dump_json(exclude_unset=True) + "\n")
 
 
@@ -266,8 +270,9 @@ def split_users(user_ids: Iterable[str], shares: dict[str, float], seed: int) ->
     names, ends = list(shares), list(itertools.accumulate(shares.values()))
     result = {}
     for user_id in user_ids:
-        bits = hashlib.sha256(f"{seed}/{user_id}".encode()).digest()[:8]
+        bits = hashlib.sha256(f"{seed}/{user_id}".encode()).digest()[:8]  # hash() is salted
         point = int.from_bytes(bits, "big") / 2**64 * ends[-1]  # in [0, sum of shares]
+        # The last 64-bit point may round up to the sum itself.
         result[user_id] = names[min(bisect.bisect_right(ends, point), len(names) - 1)]
     return result
 
@@ -277,9 +282,9 @@ def cut_sessions(user: User, share: float) -> tuple[list[Session], list[Session]
 
     From two sessions on neither side is empty; a single session is history.
     """
-    n = len(user.sessions)
+    n = len(user.sessions)  # up: of 2 sessions at .4 one is history
     k = math.ceil(round(share * n, 6))  # 0.55 * 100 is 55.000000000000007
-    k = min(max(1, k), n - 1) if n > 1 else n
+    k = min(max(1, k), n - 1) if n > 1 else n  # n = 0: a user of whom only a profile is told
     return user.sessions[:k], user.sessions[k:]
 
 
@@ -291,12 +296,13 @@ def cut_time(user: User, share: float) -> datetime | None:
 
 _SCRIPTS = {
     "zh": re.compile(r"[\u3400-\u9fff]"),  # a character of Chinese says what a word does
-    "en": re.compile(r"[A-Za-z\u00c0-\u024f]+"),
+    "en": re.compile(r"[A-Za-z\u00c0-\u024f]+"),  # and other Latin scripts, by words
     "other": re.compile(r"[^\W\d_A-Za-z\u00c0-\u024f\u3400-\u9fff]+"),
 }
 
 
 def language(text: str) -> str:
     """Return the script that dominates: "zh" (Chinese characters), "en" (Latin words), "other"."""
+    # Counts, not shares: "iPhone 15 怎么样" is a Chinese question about a Latin name.
     counts = {name: len(script.findall(text)) for name, script in _SCRIPTS.items()}
     return max(counts, key=counts.get) if any(counts.values()) else "other"

@@ -14,10 +14,11 @@ import importlib.util
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from config import UserError, read_tensors, write_tensors
+from config import UserError, progress, read_tensors, write_tensors
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -61,16 +62,23 @@ class Encoder:
         vectors = {key: v for key in keys if (v := self._vectors.get(key)) is not None}
         new = {k: text for k, text in zip(keys, texts, strict=True) if k not in vectors}
         if new:
-            rows = self.model.encode(
-                list(new.values()),
-                batch_size=self.batch_size,
-                normalize_embeddings=True,
-                convert_to_tensor=True,
-                show_progress_bar=None if len(new) > 500 else False,
-            )
-            vectors.update(zip(new, rows.float().cpu(), strict=True))
-            self._vectors.update((key, vectors[key]) for key in new)
+            vectors.update(self._encode(new))
+            self._vectors.update((key, vectors[key]) for key in new)  # in the order of the texts
         return torch.stack([vectors[k] for k in keys]) if keys else torch.zeros(0, self.dim)
+
+    def _encode(self, texts: dict[bytes, str]) -> dict[bytes, Tensor]:
+        """Key -> vector. Batches are those of one `encode` call: like lengths together."""
+        keys, size, vectors = list(texts), self.batch_size, {}
+        order = np.argsort([-len(text) for text in texts.values()])  # as sentence-transformers does
+        starts = range(0, len(order), size)
+        for start in progress(starts, "encode") if len(order) > 500 else starts:
+            part = [keys[i] for i in order[start : start + size]]
+            rows = self.model.encode(
+                [texts[key] for key in part], batch_size=size, normalize_embeddings=True,
+                convert_to_tensor=True, show_progress_bar=False,
+            )  # fmt: skip
+            vectors.update(zip(part, rows.float().cpu(), strict=True))
+        return vectors
 
     @property
     def dim(self) -> int:

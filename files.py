@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import functools
 import hashlib
@@ -20,8 +19,8 @@ from pathlib import Path
 from pydantic import BaseModel
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent
-EXIT_BAD_INPUT = 2
+ROOT = Path(__file__).resolve().parent  # of the checkout: scripts run from anywhere
+EXIT_BAD_INPUT = 2  # as argparse exits
 
 
 class UserError(Exception):
@@ -29,18 +28,15 @@ class UserError(Exception):
 
 
 def digest(*parts) -> str:
-    """Twelve hex digits of anything JSON can hold (models and dataclasses too)."""
-
-    def plain(part):
-        return part.model_dump() if isinstance(part, BaseModel) else dataclasses.asdict(part)
-
-    text = json.dumps(parts, sort_keys=True, default=plain)
+    """Twelve hex digits of anything JSON can hold, and of pydantic models."""
+    # Sorted: where a setting stands among the others changes nothing.
+    text = json.dumps(parts, sort_keys=True, default=BaseModel.model_dump)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def file_digest(path: str | Path) -> str:
     """Twelve hex digits of a file's bytes, read again only where the file has changed."""
-    stat = os.stat(path)
+    stat = os.stat(path)  # these three change with every rewrite: a rename brings another inode
     return _file_digest(str(path), stat.st_ino, stat.st_mtime_ns, stat.st_size)
 
 
@@ -62,7 +58,7 @@ def processes() -> tuple[int, int]:
 
 def meet() -> None:
     """Wait until every process is here."""
-    if processes()[1] > 1:
+    if processes()[1] > 1:  # train.joined_processes has made the group
         import torch  # `--help` and refused settings need not wait for it; nor below
 
         torch.distributed.barrier()
@@ -71,7 +67,7 @@ def meet() -> None:
 def share(items) -> list:
     """The items that are this process's work: one in turn for each process."""
     number, count = processes()
-    return list(items)[number::count]
+    return list(items)[number::count]  # in turn: neighbours in a sorted list are equally long
 
 
 def gather(results: list) -> list:
@@ -88,6 +84,7 @@ def gather(results: list) -> list:
     padded = torch.nn.functional.pad(text, (0, len(texts[0]) - len(text)))
     torch.distributed.all_gather(texts, padded)  # it takes texts of one length only
     parts = [json.loads(bytes(t[:n].tolist())) for t, n in zip(texts, sizes, strict=True)]
+    # Undo the dealing of `share`.
     return [parts[i % count][i // count] for i in range(sum(map(len, parts)))]
 
 
@@ -102,7 +99,7 @@ class progress:  # lower-case, as it is called like tqdm
     line = "{desc}{n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left{postfix}"
 
     def __init__(self, items, label: str, total: int | None = None):
-        first, terminal = processes()[0] == 0, sys.stderr.isatty()
+        first, terminal = processes()[0] == 0, sys.stderr.isatty()  # stdout is for results
         self.label, self.plain = label, first and not terminal
         self.bar = tqdm(items, label, total, leave=False, disable=not (first and terminal))
         self.bar.postfix = ""
@@ -136,6 +133,7 @@ def atomic_path(path: str | Path):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside it: a rename does not cross disks. The process id: two runs may write the same file.
     temporary, old = (path.with_name(f".{path.name}.{os.getpid()}{x}.tmp") for x in ("", ".old"))
     try:
         yield temporary
@@ -144,7 +142,7 @@ def atomic_path(path: str | Path):
         paths = temporary.rglob("*") if temporary.is_dir() else [temporary]
         for file in filter(Path.is_file, paths):
             with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
+                os.fsync(handle.fileno())  # else the name may reach the disk before the content
         if path.is_dir() and temporary.is_dir():  # rename cannot replace a folder that is not empty
             os.replace(path, old)
         os.replace(temporary, path)
@@ -159,7 +157,7 @@ def atomic_path(path: str | Path):
 
 
 def write_json(path: str | Path, value) -> None:
-    text = json.dumps(value, indent=1, ensure_ascii=False)
+    text = json.dumps(value, indent=1, ensure_ascii=False)  # people read these, and their diffs
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
@@ -172,6 +170,7 @@ def write_tensors(path: str | Path, tensors: dict) -> None:
     from safetensors.torch import save_file  # it imports torch
 
     with atomic_path(path) as temporary:
+        # It refuses what is not contiguous, or has memory in common with another.
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
 
 
@@ -181,7 +180,7 @@ def read_tensors(path: str | Path) -> dict:
     return load_file(path)
 
 
-WRITE_FAILED = ("SQLITE_FULL", "SQLITE_BUSY", "SQLITE_READONLY")
+WRITE_FAILED = ("SQLITE_FULL", "SQLITE_BUSY", "SQLITE_READONLY")  # not the mistakes of a query
 
 
 def script(main) -> None:
@@ -200,7 +199,7 @@ def script(main) -> None:
         message = f"SQLite: {error}"
     except KeyboardInterrupt:
         print("stopped; run the same command again to resume", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(130)  # as a shell says of Ctrl-C
     else:
         return
     print(f"error: {message}", file=sys.stderr)

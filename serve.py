@@ -6,7 +6,7 @@
         -d '{"sessions": [{"summary": "Night trains to Vienna"}], "n": 3}'
 
 A request passes, in this order, these files of serving/: front.py (key, origin, size, load), a
-route below, desk.py (is the answer in the store? else an ask), batcher.py (the engine's one
+route below, desk.py (is the answer in the store? else an ask), queue.py (the engine's one
 thread), engine.py (the models), desk.py again (what is kept of the answer). The API is described by
 /openapi.json; /docs shows it without a script, as the usual page loads its scripts from elsewhere,
 which the content security policy refuses.
@@ -47,11 +47,11 @@ from fastapi.responses import (
 
 import data
 from config import ROOT, Config, UserError, file_digest, load_config, script
-from serving.batcher import Full, log, where
 from serving.bodies import Event, Events, Fault, Held, Reply, request_models
 from serving.desk import Desk, precompute
 from serving.engine import Engine
 from serving.front import ASK, Front, busy, key_for
+from serving.queue import Full, log, where
 from serving.store import Store
 from serving.waiter import STORE_FAILED, Stream, Waiter, whole_stream
 
@@ -94,7 +94,7 @@ def create_app(config: Config, engine: Engine, store: Store, host: str = "127.0.
         log.error("store: %s", where(error))
         return JSONResponse({"detail": STORE_FAILED}, 503, {"Retry-After": "1"})
 
-    desk.batcher.thread.start()
+    desk.queue.thread.start()
     return app
 
 
@@ -193,7 +193,7 @@ def add_health(app: FastAPI, desk: Desk) -> None:
 
     @app.get("/readyz")
     async def readyz():
-        ready = desk.batcher.thread.is_alive() and not getattr(app.state.server, "should_exit", 0)
+        ready = desk.queue.thread.is_alive() and not getattr(app.state.server, "should_exit", 0)
         return JSONResponse({"status": "ready" if ready else "stopping"}, 200 if ready else 503)
 
     @app.get("/metrics", response_class=PlainTextResponse)
@@ -278,7 +278,7 @@ def main() -> None:
         sock = bound(arguments.host, arguments.port)
     store = Store(config.serve.store or run / "serve.sqlite", config.serve.max_sessions)
     engine = Engine(config)
-    store.import_users(engine.p.users.values(), file_digest(engine.p.users_file))
+    store.import_users(engine.run.users.values(), file_digest(engine.run.users_file))
     if sock is None:
         print(precompute(Desk(config, engine, store)))
         store.close()

@@ -33,7 +33,8 @@ from benchmarks.common import quiet_libraries, tokens
 from benchmarks.dpo import our_step, trl_step
 from config import ROOT, Config, load_config
 from llm.sampling import Draw, Tree
-from stages import isg
+from stages.dpo import HELD_OUT_LISTS
+from stages.training import Best, new_optimiser, step
 from tools import plan
 
 # Dense bf16 TFLOP/s and memory GB/s of data-sheets; a card that is not listed gets no share.
@@ -106,14 +107,14 @@ def measure_step(model, length: int, how: str, peak_tflops: float | None) -> dic
     )
     # Forward, and the gradient in the input (frozen weights have none): 4 FLOP a weight.
     flop = 4 * weights * row + 4 * config.vocab_size * config.hidden_size * LISTS * LIST_TOKENS
-    made = {
+    result = {
         "seconds": seconds, "tokens_per_s": row / seconds,
         "share_of_peak": flop / seconds / 1e12 / peak_tflops if peak_tflops else None,
         "peak_gb": peak_gb(),
     }  # fmt: skip
     if how == "sdpa" and torch.cuda.is_available():
-        made["fits_24_gb"] = measure_24_gb(model, length)
-    return made
+        result["fits_24_gb"] = measure_24_gb(model, length)
+    return result
 
 
 @contextlib.contextmanager
@@ -181,28 +182,28 @@ def measure_stage(model, stage: str, config: Config) -> dict:
     peak_gb is what torch has allocated at most, estimate_gb what --plan says of it for 7B.
     """
     g, size = config.generator, model.config.vocab_size
-    optimiser, schedule = isg.new_optimiser(model, 1e-5, 100)
+    optimiser, schedule = new_optimiser(model, 1e-5, 100)
     users = config.sit.batch_users if stage == "sit" else config.dpo.batch_users
     lists = config.sit.lists_per_row if stage == "sit" else 1 + len(config.dpo.negatives)
     prompts = [tokens(g.max_prompt_tokens, size) for _ in range(users)]
     written = [[tokens(g.max_new_tokens, size) for _ in range(lists)] for _ in prompts]
 
-    def step() -> None:
+    def run() -> None:
         logps = torch.cat(llm.completion_logps(model, prompts, written))
-        isg.step(model, optimiser, schedule, -logps.mean())
+        step(model, optimiser, schedule, -logps.mean())
 
-    step()  # the state of AdamW is there from now on; while sampling too
-    best = None if stage == "sit" else isg.lora_weights(model)  # what dpo keeps
-    run, made = step, users * (g.max_prompt_tokens + lists * g.max_new_tokens)
+    run()  # the state of AdamW is there from now on; while sampling too
+    best, computed = Best(model), users * (g.max_prompt_tokens + lists * g.max_new_tokens)
+    if stage != "sit":
+        best.offer(0.0)  # the copy of the adapter that dpo keeps
     if stage == "sampling":
-        n = min(config.dpo.samples, plan.HELD_OUT_LISTS, config.eval.lists)
+        n = min(config.dpo.samples, HELD_OUT_LISTS, config.eval.lists)
         users = g.sample_rows // n
         run = decoding(model, users, n, g.max_prompt_tokens, g.max_new_tokens)
-        made = users * n * g.max_new_tokens
+        computed = users * n * g.max_new_tokens
     with at_most_24_gb():
         seconds, peak = timed(run, 1), peak_gb()
-    del best
-    row = {"seconds": seconds, "tokens_per_s": made / seconds}
+    row = {"seconds": seconds, "tokens_per_s": computed / seconds}
     if torch.cuda.is_available():
         estimate = plan.stage_bytes(config, plan.QWEN["7B"], 2)[stage]["peak"]
         row |= {"peak_gb": peak, "estimate_gb": estimate / 1e9, "fits_24_gb": True}
@@ -243,11 +244,11 @@ def main() -> None:
             model = llm.add_lora(base, 16, 32, seed=0)
             for how, length, measure in measurements(model, args.small, in_4bit, args.ways):
                 try:
-                    made = measure()
+                    result = measure()
                 except torch.OutOfMemoryError:
-                    made = {"out_of_memory": True}
+                    result = {"out_of_memory": True}
                 model.zero_grad()
-                row = about | {"4bit": in_4bit, "prompt": length, "how": how} | made
+                row = about | {"4bit": in_4bit, "prompt": length, "how": how} | result
                 print(json.dumps(row), flush=True)
             del base, model
             gc.collect()  # a model's modules refer to each other

@@ -11,14 +11,12 @@ what the search was made for, and no judge of MMR and DPP in general.
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import torch
 from pyversity import Strategy, diversify
 
 import icebreaker as ib
-from benchmarks.common import machine, prepare, seconds
+from benchmarks.common import prepare, report_lines, seconds
 from config import WorldConfig
 from encoder import Encoder
 from world import people
@@ -81,9 +79,7 @@ def main() -> None:
         f"Lists of {K} from {N} starters of the simulated platform with random utilities, {USERS} "
         f"users. Value is lambda U + (1 - lambda) D at lambda {WEIGHT}, mean over users."
     )
-    print(f"\n{text}\n\n" + "\n".join(lines) + "\n")
-    result = {"benchmark": "List quality against time", "text": text, "table": "\n".join(lines)}
-    print(json.dumps(result | {"machine": machine()}), flush=True)
+    report_lines("List quality against time", text, lines)
 
 
 if __name__ == "__main__":

@@ -23,12 +23,13 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-from pipeline import Pipeline
 
 from benchmarks.serve import server
 from config import ROOT, load_config
-from eval import bootstrap_interval
+from run import Run
+from stages.metrics import bootstrap
 from world import people
+from world.click_model import Truth
 
 AT_ONCE, DRAWS = 16, 3
 PEOPLE, VISITS = 300, 5  # of results/loop.md; with others nothing is written there
@@ -51,7 +52,7 @@ async def starters(http, user: str, **more) -> dict:
     return reply.raise_for_status().json()
 
 
-def tapping(truth: people.Truth):
+def tapping(truth: Truth):
     """A visit: see a list, tap what one likes, say so."""
     rng = np.random.default_rng(0)
 
@@ -69,7 +70,7 @@ def tapping(truth: people.Truth):
     return visit
 
 
-def watching(truth: people.Truth):
+def watching(truth: Truth):
     """A list's expected taps; nothing is reported, so nothing of the server's state changes."""
 
     async def visit(http, user: str, number: int) -> float:
@@ -79,73 +80,83 @@ def watching(truth: people.Truth):
     return visit
 
 
+def train_round(folder: Path, words: list[str], store: Path) -> str:
+    """Train a round from what the store holds; gives train.py's last line, which says what came."""
+    command = [sys.executable, "train.py", "--stage", "ranker", "--stage", "dpo", "--config",
+               folder / "config.yaml", *words, f"data.feedback={store}"]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    print(done.stdout, done.stderr[-2000:], sep="\n")
+    if done.returncode:
+        raise SystemExit("the round failed")
+    if not (folder / "feedback" / "current.json").is_file():
+        print("the round was refused")
+        raise SystemExit(3)
+    return done.stdout.strip().splitlines()[-1].rpartition(" (")[0]
+
+
+def model_after(url: str, model: str) -> str:
+    """The model that the server takes up in place of this one; it looks every few seconds."""
+    for _ in range(100):
+        if (newest := httpx.get(url + "/v1/model").json()["model"]) != model:
+            return newest
+        time.sleep(0.2)
+    raise SystemExit("the server did not take up the round")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", help="folder of a finished run on the simulated platform")
     parser.add_argument("--people", type=int, default=PEOPLE, help="who visit and tap")
     parser.add_argument("--visits", type=int, default=VISITS, help="of each of them")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "runs" / Path(arguments.run).name
-        shutil.copytree(arguments.run, run, ignore=shutil.ignore_patterns("serve.sqlite*"))
-        loop(run, arguments.people, arguments.visits)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "runs" / Path(arguments.run).name
+        shutil.copytree(arguments.run, folder, ignore=shutil.ignore_patterns("serve.sqlite*"))
+        loop(folder, arguments.people, arguments.visits)
 
 
-def loop(run: Path, people: int, times: int) -> None:
-    words = [f"run.root={run.parent}", f"run.name={run.name}"]
-    p = Pipeline(load_config(run / "config.yaml", words))
-    truth = people.load_truth(run / "world")
-    known = [u for u in p.ids("train", "valid", "judge") if p.users[u].sessions][:people]
-    others = [u for u in p.ids("test") if p.states[u][-1].interests]
-    store = run / "serve.sqlite"
-    with server(run, f"serve.store={store}") as url:
-        model = httpx.get(url + "/v1/model").json()["model"]
+def loop(folder: Path, tappers: int, times: int) -> None:
+    """tappers: how many people tap; times: how often each of them visits."""
+    words = [f"run.root={folder.parent}", f"run.name={folder.name}"]
+    run = Run(load_config(folder / "config.yaml", words))
+    truth = people.load_truth(folder / "world")
+    tapping_users = [u for u in run.ids("train", "valid", "judge") if run.users[u].sessions]
+    tapping_users = tapping_users[:tappers]
+    others = [u for u in run.ids("test") if run.states[u][-1].interests]
+    store = folder / "serve.sqlite"
+    with server(folder, f"serve.store={store}") as url:
+        old = httpx.get(url + "/v1/model").json()["model"]
         before = asyncio.run(visits(url, others, watching(truth), DRAWS))
-        seen = np.array(asyncio.run(visits(url, known, tapping(truth), times))).sum((0, 1))
-        command = [sys.executable, "train.py", "--stage", "ranker", "--stage", "dpo", "--config",
-                   run / "config.yaml", *words, f"data.feedback={store}"]  # fmt: skip
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        print(done.stdout, done.stderr[-2000:], sep="\n")
-        if done.returncode:
-            raise SystemExit("the round failed")
-        if not (run / "feedback" / "current.json").is_file():
-            print("the round was refused")
-            raise SystemExit(3)
-        new = model
-        for _ in range(100):
-            if (new := httpx.get(url + "/v1/model").json()["model"]) != model:
-                break
-            time.sleep(0.2)
+        seen = np.array(asyncio.run(visits(url, tapping_users, tapping(truth), times))).sum((0, 1))
+        verdict = train_round(folder, words, store)
+        new = model_after(url, old)
         after = asyncio.run(visits(url, others, watching(truth), DRAWS))
-    a, b = (np.array(x).mean(1) for x in (before, after))
-    low, high = bootstrap_interval(b - a, 2000, 0)
-    verdict = done.stdout.strip().splitlines()[-1].rpartition(" (")[0]
+    a, b = np.mean(before, axis=1), np.mean(after, axis=1)  # (users,) expected taps a list
+    difference, low, high = bootstrap([b - a])
     page = f"""# The loop: tapped, trained, served
 
 ```bash
-python -m benchmarks.loop runs/{run.name}
+python -m benchmarks.loop runs/{folder.name}
 ```
 
-{len(known)} people of the simulated platform visited a running server {times} times each:
+{len(tapping_users)} people of the simulated platform visited a running server {times} times each:
 {seen[0]} starters shown, {seen[1]} tapped. A round was trained from the server's store, and the
 server took it up while it ran. {len(others)} other people, whom nothing has learned from, by the
 hidden click model:
 
 | model | expected taps a list |
 |---|---|
-| {model} | {a.mean():.4f} |
+| {old} | {a.mean():.4f} |
 | {new} | {b.mean():.4f} |
 
-Difference by person, 95 % bootstrap interval: {(b - a).mean():+.4f} [{low:+.4f}, {high:+.4f}].
+Difference by person, 95 % bootstrap interval: {difference:+.4f} [{low:+.4f}, {high:+.4f}].
 
 {verdict}.
 """
-    if (people, times) == (PEOPLE, VISITS):
+    if (tappers, times) == (PEOPLE, VISITS):
         (ROOT / "results" / "loop.md").write_text(page, encoding="utf-8")
     print(page)
-    if new == model:
-        raise SystemExit("the server did not take up the round")
-    if b.mean() <= a.mean():
+    if difference <= 0:
         print("the click rate did not rise")
         raise SystemExit(3)
 

@@ -26,10 +26,10 @@ import httpx
 import torch
 
 import data
-import llm
 from benchmarks.common import machine
 from config import ROOT, load_config
-from serving.engine import Ask, Engine
+from roles.writer import Writer
+from run import Run
 
 PEOPLE, CLIENTS, ROUNDS = 40, (1, 8, 32), 6
 
@@ -81,28 +81,29 @@ def quantile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-def one_client(engine: Engine, users: list[data.User], url: str) -> dict[str, list[float]]:
+def one_client(run: Run, users: list[data.User], url: str) -> dict[str, list[float]]:
     """Seconds of each way to a list, in turn for each person."""
-    g, p = engine.config.generator, engine.p
-    sampling = {"max_new_tokens": g.max_new_tokens, "temperature": g.temperature,
-                "top_p": g.top_p, "top_k": g.top_k}  # fmt: skip
+    g, writer = run.config.generator, Writer(run.config, answers=Path(":memory:"))
+    tokenizer = writer.tokenizer
+    model = writer.policy(run.adapter("last" if run.impressions else "sit"))
     times: dict[str, list[float]] = {"generate": [], "sampler": [], "server": []}
-    with engine._policy("IceBreaker") as (model, _), httpx.Client(base_url=url, timeout=60) as http:
+    with httpx.Client(base_url=url, timeout=60) as http:
         for number, user in enumerate(users):
-            (case,) = engine._distil([Ask(user, 5)], [user])
-            prompt = p.prompt(case.state.interests)
-            ids = torch.tensor([prompt])
+            # What the server distils from the whole history, stage rid has distilled of it.
+            prompt = writer.prompt(run.states[user.user_id][-1].interests)
+            ids = torch.tensor([prompt])  # (1, T)
 
             def generate(ids=ids, number=number):
                 torch.manual_seed(number)
                 model.generate(
                     input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True,
-                    stop_strings=["</sug>"], tokenizer=p.tokenizer,
-                    pad_token_id=p.tokenizer.pad_token_id, **sampling,
-                )  # fmt: skip
+                    max_new_tokens=g.max_new_tokens, temperature=g.temperature, top_p=g.top_p,
+                    top_k=g.top_k, stop_strings=["</sug>"], tokenizer=tokenizer,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
 
             def sampler(prompt=prompt, number=number):
-                llm.sample(model, p.tokenizer, [prompt], 1, seed=number, **sampling)
+                writer.draw(model, [prompt], 1, seed=number)
 
             def ask(user=user):
                 http.post("/v1/starters", json=body(user)).raise_for_status()
@@ -137,7 +138,7 @@ def many_clients(url: str, users: list[data.User], clients: int) -> tuple[list[f
     return seconds, len(seconds) / whole
 
 
-def looked_up(url: str, user: data.User, times: int = 300) -> list[float]:
+def ready_answers(url: str, user: data.User, times: int = 300) -> list[float]:
     """Seconds of requests whose answer is ready."""
     path = f"/v1/users/{user.user_id}/sessions"
     with httpx.Client(base_url=url, timeout=60) as http:
@@ -153,21 +154,22 @@ def looked_up(url: str, user: data.User, times: int = 300) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", help="folder of a finished run")
-    run = Path(parser.parse_args().run)
+    folder = Path(parser.parse_args().run)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    config = load_config(run / "config.yaml", [f"run.root={run.parent}", f"run.name={run.name}"])
-    engine = Engine(config)
-    users = [u for u in engine.p.users.values() if u.sessions][: PEOPLE + 2]
-    with server(run, "serve.candidates=1") as url:
-        times = one_client(engine, users, url)
+    words = [f"run.root={folder.parent}", f"run.name={folder.name}"]
+    run = Run(load_config(folder / "config.yaml", words), describe=False)
+    users = [u for u in run.users.values() if run.states[u.user_id][-1].interests][: PEOPLE + 2]
+    with server(folder, "serve.candidates=1") as url:
+        version = httpx.get(url + "/v1/model").json()["model"]
+        times = one_client(run, users, url)
     median = {name: statistics.median(values) for name, values in times.items()}
     names = {"generate": "raw `generate`, the prompt given", "sampler": "our sampler, the same",
              "server": "the server, from sessions to starters, one list"}  # fmt: skip
     lines = [
         "# The server\n",
-        f"```bash\npython -m benchmarks.serve {run.name and 'runs/' + run.name}\n```\n",
+        f"```bash\npython -m benchmarks.serve runs/{folder.name}\n```\n",
         ", ".join(f"{name} {value}" for name, value in machine().items()) + f"; version "
-        f"{engine.version}, {torch.get_num_threads()} threads. Milliseconds of wall clock.\n",
+        f"{version}, {torch.get_num_threads()} threads. Milliseconds of wall clock.\n",
         f"## One client, in turn for {len(times['server'])} people\n",
         "| | p50 / p95, ms | beside `generate` |\n|---|---|---|",
         *(f"| {names[name]} | {p50_p95(times[name])} | {median[name] / median['generate']:.2f} |"
@@ -176,8 +178,8 @@ def main() -> None:
         "| lists sampled | clients | p50 / p95, ms | answers a second | beside one client |",
         "|---|---|---|---|---|",
     ]  # fmt: skip
-    for candidates in (1, config.serve.candidates):
-        with server(run, f"serve.candidates={candidates}") as url:
+    for candidates in (1, run.config.serve.candidates):
+        with server(folder, f"serve.candidates={candidates}") as url:
             alone = None
             many_clients(url, users, 4)  # warms up
             for clients in CLIENTS:
@@ -187,7 +189,7 @@ def main() -> None:
                     f"| {candidates} | {clients} | {p50_p95(seconds)} | {rate:.1f} | "
                     f"{rate / alone:.1f}× |"
                 )
-            cached = looked_up(url, users[0])
+            cached = ready_answers(url, users[0])
     lines += [
         "\n## Answers that are ready\n",
         f"{len(cached)} requests of one client, until its last byte: p50 "

@@ -4,7 +4,7 @@ text.py tells subjects, chores and what may be shown; rules.py plays the parts b
 by an LLM, which chat.py asks. Those two are not imported here: openai's client is slow to load.
 """
 
-from llm import Parsed, format_starters, parse_starters
+from llm import parse_starters
 from roles.rules import (
     RuleJudge,
     RuleMatcher,
@@ -15,6 +15,7 @@ from roles.rules import (
     themes,
 )
 from roles.text import (
+    Encode,
     chores,
     cosines,
     filter_starters,
@@ -27,7 +28,7 @@ from roles.text import (
 )
 
 __all__ = [
-    "Parsed", "RuleJudge", "RuleMatcher", "RuleSummariser", "RuleTeacher", "chores", "cosines",
-    "covering", "filter_starters", "format_starters", "grounded", "is_functional", "is_unsuitable",
+    "Encode", "RuleJudge", "RuleMatcher", "RuleSummariser", "RuleTeacher", "chores", "cosines",
+    "covering", "filter_starters", "grounded", "is_functional", "is_unsuitable",
     "key_phrases", "normal_form", "parse_starters", "same_text", "templates", "themes"
 ]

@@ -24,11 +24,9 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 import openai
-import torch
-from tqdm import tqdm
 
 import llm
-from config import EndpointConfig, UserError
+from config import EndpointConfig, UserError, progress
 
 T = TypeVar("T")
 
@@ -75,8 +73,8 @@ class Endpoint:
     def answers(self, requests: list[Request]) -> Iterator[tuple[int, str, str]]:
         # Threads of this pool are daemons: a stopped run does not wait for the calls in flight.
         with ThreadPool(min(self.settings.concurrency, len(requests)) or 1) as pool:
-            jobs = enumerate(requests)
-            yield from pool.imap_unordered(lambda job: (job[0], *self._answer(job[1])), jobs)
+            numbers = range(len(requests))
+            yield from pool.imap_unordered(lambda i: (i, *self._answer(requests[i])), numbers)
 
     def _answer(self, request: Request) -> tuple[str, str]:
         turns = {"system": request.system, "user": request.user}
@@ -86,10 +84,9 @@ class Endpoint:
                 messages=[{"role": role, "content": text} for role, text in turns.items() if text],
                 max_tokens=self.settings.max_tokens, extra_body=self.more)
             return _content(completion, self.whole)
-        except openai.APITimeoutError:
-            return "", "time-out"
-        except openai.APIConnectionError:
-            return "", "connection"
+        except openai.APIConnectionError as error:
+            late = isinstance(error, openai.APITimeoutError)  # a kind of connection error there
+            return "", "time-out" if late else "connection"
         except openai.APIStatusError as error:
             return "", self._failure(error)
         except (openai.APIError, ValueError, RecursionError):  # the body is no JSON
@@ -157,20 +154,18 @@ class Local:
         self.name = f"generator {weights.hexdigest()[:12]}, max_tokens {self.max_tokens}"
         self.identity = self.name
 
-    @torch.no_grad()
     def answers(self, requests: list[Request]) -> Iterator[tuple[int, str, str]]:
         order = sorted(range(len(requests)), key=lambda i: requests[i].temperature)
         ends = {self.tokenizer.pad_token_id} | llm.end_tokens(self.model, self.tokenizer)
         for temperature, group in itertools.groupby(order, lambda i: requests[i].temperature):
-            while batch := list(itertools.islice(group, self.rows)):
+            while batch := list(itertools.islice(group, self.rows)):  # kept as soon as it is done
                 drawn = llm.sample_ids(
                     self.model, self.tokenizer, [self._prompt(requests[i]) for i in batch], 1,
                     max_new_tokens=self.max_tokens, temperature=temperature, top_p=1.0, seed=0,
-                    numbers=[requests[i].sample for i in batch], rows=self.rows,
-                )
-                for i, (tokens,) in zip(batch, drawn, strict=True):
+                    numbers=[requests[i].sample for i in batch], rows=self.rows)
+                for i, (tokens,) in zip(batch, drawn, strict=True):  # (T,) each
                     text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-                    whole = tokens[-1].item() in ends or "</sug>" in text  # else it ran out of room
+                    whole = tokens[-1].item() in ends or "</sug>" in text
                     yield i, text, "cut short" if not whole else "" if text.strip() else "empty"
 
     def _prompt(self, request: Request) -> list[int]:
@@ -217,8 +212,7 @@ class Chat:
             self._heard = self._heard or bool(values)
             self.counts += Counter(cached=len(values), asked=len(todo))
             with contextlib.closing(self.backend.answers(todo)) as answers:  # ends the calls too
-                bar = tqdm(answers, "ask", total=len(todo), disable=None, leave=False)
-                for i, text, failure in bar:
+                for i, text, failure in progress(answers, "ask", len(todo)):
                     if not failure:
                         try:
                             values[todo[i]] = read(text)

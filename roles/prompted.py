@@ -2,8 +2,8 @@
 
     python train.py roles.teacher=endpoint endpoint.model=NAME endpoint.base_url=http://host:8000/v1
 
-Paper: appendix B.2.1 (its rules; the prompts, prompts.yaml, are our own). User text leaves as JSON
-in which no markup survives.
+Paper: Tables 4 and 5 (their rules; the prompts, prompts.yaml, are our own). User text leaves as
+JSON in which no markup survives.
 
 Departures: the matcher asks about the nearest later summaries only, and gives no rationale; the
 judge is asked in both orders, because the place of a list sways an LLM.
@@ -22,20 +22,16 @@ import numpy as np
 
 import llm
 from data import Message
-from llm import clean_starter, parse_starters
 from roles.chat import Chat, Request, encodable
 from roles.text import Encode, chores, cosines, patterns, read_yaml, same_text
 
 T = TypeVar("T")
 
-# An LLM compares an earlier summary with this many later ones at most, of those at least this near
-# by cosine: a few calls an interest. What rules call a match lies above 0.45 (rules.MATCH_COSINE).
-CANDIDATES, FLOOR = 3, 0.3
+# Of the later summaries an LLM is asked about the nearest few only: three calls a summary, not all.
+CANDIDATES = 3
+FLOOR = 0.3  # cosine; of what rules.py takes for a match by a shared phrase none lies lower
 HISTORY = 100  # latest summaries that the judge sees
 ROOM = 4000  # characters of a session that the summariser sees: about 1,000 tokens
-
-
-# ----------------------------------------------------------------------------- prompts and answers
 
 
 def prompt(role: str) -> str:
@@ -51,52 +47,55 @@ def data_block(**fields) -> str:
     return f"<data>\n{text}\n</data>"
 
 
+# ------------------------------------------------------------------- readers: text in, value out
+
+
 def _answer_part(text: str) -> str:
     answer = text.rpartition("</think>")[2].strip()
-    if "<think>" in answer:
+    if "<think>" in answer:  # cut in its thoughts, which may name any answer
         raise ValueError("reasoning without an end")
     return answer
 
 
-def read_starters(text: str) -> str:
-    """The text itself, if roles.parse_starters finds starters in a closed field."""
-    head, closed, _ = _answer_part(text).rpartition("</sug>")
-    if not (closed and "<sug>" in head and parse_starters(text).starters):
-        raise ValueError("no closed <sug> field with starters")
-    return text
-
-
-def word_reader(values: dict[str, T]) -> Callable[[str], T]:
-    """A reader of answers that begin with one of these words, a reason behind it or not."""
-    word = re.compile(rf"[\W_]*({'|'.join(values)})(?!\w|\W+or\b)", re.IGNORECASE)
+def _reader(pattern: str, value: Callable[[str], T]) -> Callable[[str], T]:
+    """A reader of answers that begin with a pattern: the value of its group."""
 
     def read(text: str) -> T:
-        match = word.match(_answer_part(text))
+        match = re.match(pattern, _answer_part(text), re.IGNORECASE)
         if not match:
-            raise ValueError(f"none of {', '.join(values)}")
-        return values[match[1].upper()]
+            raise ValueError(f"not of the form {pattern}")
+        return value(match[1])
 
     return read
 
 
-def read_grade(text: str) -> float:
-    """'4', 'Grade: 4' or '4/5' -> 0.75. No text around it: '1. Relevance' is no grade."""
-    match = re.fullmatch(r"\W*(?:grade\W*)?([1-5])(?:\s*/\s*5)?\W*", _answer_part(text), re.I)
-    if not match:
-        raise ValueError("no grade")
-    return (int(match[1]) - 1) / 4
+def word_reader(values: dict[str, T]) -> Callable[[str], T]:
+    """A reader of answers that begin with one of these words, a reason behind it or not."""
+    either = rf"[\W_]*({'|'.join(values)})(?!\w|\W+or\b)"  # "MATCH or DIFFERENT" is no answer
+    return _reader(either, lambda word: values[word.upper()])
+
+
+# '4', 'Grade: 4' or '4/5' -> 0.75. No text around it: '1. Relevance' is no grade.
+_GRADE = r"\W*(?:grade\W*)?([1-5])(?:\s*/\s*5)?\W*\Z"
+read_grade = _reader(_GRADE, lambda grade: (int(grade) - 1) / 4)
+
+
+def read_starters(text: str) -> str:
+    """The text itself, if llm.parse_starters finds starters in a closed field."""
+    head, closed, _ = _answer_part(text).rpartition("</sug>")
+    if not (closed and "<sug>" in head and llm.parse_starters(text).starters):
+        raise ValueError("no closed <sug> field with starters")
+    return text
 
 
 def read_line(text: str) -> str:
     """The first line with content, without bullet and quotes, cut to 200 characters. No refusal."""
-    for line in map(clean_starter, _answer_part(text).splitlines()):
+    for line in map(llm.clean_starter, _answer_part(text).splitlines()):
         if any(map(str.isalnum, line)) and line[-1] not in ":：":  # "Here is the line:"
-            break
-    else:
-        raise ValueError("no line")
-    if patterns("patterns")["refusal"].match(line):
-        raise ValueError("a refusal")
-    return line[:200].rstrip()
+            if patterns("patterns")["refusal"].match(line):
+                break
+            return line[:200].rstrip()
+    raise ValueError("no line")
 
 
 # ------------------------------------------------------------------------------------------ roles
@@ -109,35 +108,31 @@ class LLMTeacher:
     def write(self, inputs: list[list[str]], n: int, sample: list[int]) -> list[str | None]:
         """`<think> .. </think><sug> a && b </sug>` for the interests of each input.
 
-        Twice n starters are asked for, 5 to 20, as filters will take some. sample: the number of
-        the draw, per input.
+        sample: the number of the draw, per input, which tells repeated draws apart.
         """
-        count, temperature = max(5, min(20, 2 * n)), self.chat.backend.temperature
-        users = [f"{count} suggestions, please.\n{data_block(interests=i)}" for i in inputs]
-        requests = [Request(prompt("teacher"), user, number, temperature)
-                    for user, number in zip(users, sample, strict=True)]
+        count = max(5, min(20, 2 * n))  # twice the list, as filters will take some; Table 4: 5-20
+        temperature = self.chat.backend.temperature  # lists of one input are to differ
+        blocks = [f"{count} suggestions, please.\n{data_block(interests=i)}" for i in inputs]
+        requests = [Request(prompt("teacher"), block, number, temperature)
+                    for block, number in zip(blocks, sample, strict=True)]
         return self.chat.ask(requests, read_starters)
 
 
 @dataclass
 class LLMMatcher:
-    """Compares an earlier summary with the CANDIDATES later ones that are nearest to it by the
-    cosine of `encode`, of those at or above FLOOR."""
-
     chat: Chat
     encode: Encode
 
     def match(self, jobs: list[tuple[list[str], list[str]]]) -> list[np.ndarray]:
         """int8 (E, L) of each job (earlier, later): 1 match, 0 none, -1 unknown: the call failed.
 
-        The same text matches unasked, and settles its row: the label is whether any is a match. A
-        pair of texts is asked about once, whoever wrote it.
+        The same text matches unasked, and settles its row: the label is whether any is a match.
         """
         matches = [self._unasked(earlier, later) for earlier, later in jobs]
-        places = [(labels, i, j, (earlier[i], later[j]))
+        places = [(labels, i, j, (earlier[i], later[j]))  # of what is to be asked
                   for (earlier, later), labels in zip(jobs, matches, strict=True)
                   for i, j in np.argwhere(labels < 0)]
-        pairs = list(dict.fromkeys(pair for *_, pair in places))
+        pairs = list(dict.fromkeys(pair for *_, pair in places))  # each once, whoever wrote it
         requests = [Request(prompt("matcher"), data_block(earlier=a, later=b)) for a, b in pairs]
         said = self.chat.ask(requests, word_reader({"MATCH": 1, "DIFFERENT": 0}))
         label = dict(zip(pairs, said, strict=True))
@@ -150,11 +145,11 @@ class LLMMatcher:
         if not earlier or not later:
             return np.zeros((len(earlier), len(later)), np.int8)
         labels, chore = same_text(earlier, later).astype(np.int8), chores(earlier)
-        labels[chore] = 0
-        cosine = cosines(self.encode, earlier, later)
-        cosine[labels.any(1) | chore] = -np.inf  # not to be asked
+        labels[chore] = 0  # it may come again and again without being an interest
+        cosine = cosines(self.encode, earlier, later)  # (E, L)
+        cosine[labels.any(1) | chore] = -np.inf  # rows of which nothing is asked
         nearest = np.argsort(-cosine, axis=1, kind="stable")[:, :CANDIDATES]
-        place = np.arange(len(earlier))[:, None], nearest
+        place = np.arange(len(earlier))[:, None], nearest  # (E, 1), (E, CANDIDATES)
         labels[place] = np.where(cosine[place] >= FLOOR, -1, labels[place])
         return labels
 

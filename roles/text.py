@@ -9,6 +9,7 @@ Departure: word lists (words.yaml). They need no network, answer alike each time
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import unicodedata
 from collections import Counter
@@ -92,10 +93,10 @@ def chores(texts: Iterable[str]) -> np.ndarray:
 
 
 def _is_specific(phrase: str) -> bool:
-    stop, functional = word_set("stop"), word_set("functional")
+    stop, functional, generic = map(word_set, ("stop", "functional", "generic"))
     words = [w for w in words_of(phrase) if w not in stop and w not in functional]
     # A number or a letter names nothing by itself, nor does what half the world likes.
-    plain = all(w in word_set("generic") or w.isdigit() or len(w) < 2 for w in words)
+    plain = all(w in generic or w.isdigit() or len(w) < 2 for w in words)
     return not plain and not patterns("patterns")["functional_zh"].fullmatch(phrase)
 
 
@@ -106,51 +107,45 @@ def _is_title(text: str) -> bool:
     return stops > 2 and not any(token.islower() and len(token) > 3 for token in later)
 
 
-def _close(run: list[str], runs: list[list[str]]) -> None:
-    """Move a run that has ended to `runs`, without the small words at its end."""
-    small = word_set("inside"), word_set("stop")
-    while run and any(run[-1].casefold() in words for words in small):
-        run.pop()
-    if run:
-        runs.append(run[:])
-    run.clear()
-
-
 def _runs(text: str) -> tuple[list[list[str]], list[list[str]]]:
     """(capitalised names, content words between stop words) as runs of tokens, in order."""
-    names, contents, name, content = [], [], [], []  # `name`, `content`: the runs still open
+    names, contents = [], []  # tokens in order; None ends a run
     end, first, titled = 0, True, _is_title(text)  # first: this token begins a sentence
     for match in _TOKEN.finditer(text):
         token, gap = match[0], text[end : match.start()]
         low, end = token.casefold(), match.end()
         if gap.strip():  # punctuation ends both
-            _close(name, names)
-            _close(content, contents)
+            names.append(None)
+            contents.append(None)
             first = first or any(c in ".?!:;\n" for c in gap)
         # Adverbs are as good as stop words: "quickly", but not "Emily" or "butterfly".
         adverb = low.endswith("ly") and token == low and low not in word_set("ly_nouns")
         stop = low in word_set("stop") or adverb
-        marked = token[1:] != token[1:].lower() or (  # iPhone, GPT4: a name wherever it stands
-            not token.isdigit() and any(c.isdigit() for c in token))
+        number = token.isdigit()
+        marked = token[1:] != token[1:].lower() or (not number and any(map(str.isdigit, token)))
+        within = names and names[-1] and low in word_set("inside")  # Lord of the Rings
         inner = not titled and not first and len(token) > 1  # "A" and "I" tell nothing
-        named = not stop or inner or low in word_set("openers")
-        inside = low in word_set("inside")
-        if marked or (token[0].isupper() and (named or (name and inside))):
+        named = not stop or inner or low in word_set("openers") or within
+        if marked or (token[0].isupper() and named):  # marked: iPhone, GPT4, wherever it stands
             # A capital alone, at the start of a sentence, is no evidence: `?` until more follows.
-            name.append(("?" if first and not marked else "") + token)
-        elif name and (token.isdigit() or inside):
-            name.append(token)
+            names.append(("?" if first and not marked else "") + token)
         else:
-            _close(name, names)
-        if stop:
-            _close(content, contents)
-        else:
-            content.append(token)
+            names.append(token if within or (number and names and names[-1]) else None)
+        contents.append(None if stop else token)
         first = False
-    _close(name, names)
-    _close(content, contents)
-    names = [[t.lstrip("?") for t in run] for run in names if run[0][0] != "?" or len(run) > 1]
-    return names, contents
+    names = [run for run in _split(names) if run[0][0] != "?" or len(run) > 1]
+    return [[token.lstrip("?") for token in run] for run in names], _split(contents)
+
+
+def _split(tokens: list[str | None]) -> list[list[str]]:
+    """Runs between Nones, without the small words at their ends."""
+    small, runs = word_set("inside") | word_set("stop"), []
+    for _, group in itertools.groupby(tokens, bool):
+        run = list(group)
+        while run and (run[-1] is None or run[-1].casefold() in small):
+            run.pop()
+        runs += [run] if run else []
+    return runs
 
 
 @functools.lru_cache(maxsize=100_000)  # a run asks for the same summaries again and again

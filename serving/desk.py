@@ -1,6 +1,6 @@
 """Before and after the models: is the answer in the store already, and what is kept of a new one?
 
-No HTTP (serve.py) and no thread of its own (batcher.py).
+No HTTP (serve.py) and no thread of its own (queue.py).
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import time
 from types import SimpleNamespace
 
 import prometheus_client as prometheus
-from pipeline import progress
 
 import data
 import roles
-from config import Config, digest
-from serving.batcher import Batcher, Job
+from config import Config, digest, progress
 from serving.engine import Answer, Ask, Engine
+from serving.queue import Job, Queue
 from serving.store import Store
 
 MOST_AHEAD = 60  # starters kept ready for a user and method
@@ -74,7 +73,7 @@ class Desk:
         self.arms = dict.fromkeys(config.serve.arms, 1.0)
         self.arms_seed = int(digest(config.run.seed, "arms"), 16)  # not that of the splits
         self.lock, self.jobs, self.in_flight = threading.Lock(), set(), 0  # in_flight: requests
-        self.batcher = Batcher(engine, config.serve, self.metrics, self)
+        self.queue = Queue(engine, config.serve, self.metrics, self)
 
     def arm(self, user_id: str) -> str:
         """The method of a user for whom no other is asked."""
@@ -148,7 +147,7 @@ class Desk:
             texts = [starter["text"] for starter in chosen]
             impression = self.store.offer(user_id, interests, texts, method, row["model"])
             if len(left) - len(chosen) < n and not is_all(row):  # too few for the next request
-                self.batcher.ahead(user_id, method, n)
+                self.queue.ahead(user_id, method, n)
         for starter in chosen:
             self.metrics.starters.labels(starter["source"]).inc()
         return {"request_id": request_id, "impression_id": impression, "model": row["model"],
@@ -189,12 +188,12 @@ class Desk:
     def put(self, user_id: str, sessions: list[data.Session], profile: dict | None) -> int:
         """Append to a history; return how many sessions are held. Starters are written ahead."""
         held = self.store.put_sessions(user_id, sessions, profile)
-        self.batcher.ahead(user_id, self.arm(user_id), self.list_size)
+        self.queue.ahead(user_id, self.arm(user_id), self.list_size)
         return held
 
     def delete(self, user_id: str) -> dict[str, int]:
         with self.lock:
-            self.batcher.forget(user_id)
+            self.queue.forget(user_id)
             for job in list(self.jobs):  # under way: it must keep nothing
                 job.forgotten = job.forgotten or job.ask.user.user_id == user_id
             try:
@@ -203,7 +202,7 @@ class Desk:
                 self.engine.forget()
 
     def close(self) -> None:
-        self.batcher.stop()
+        self.queue.stop()
         self.store.close()
 
     def examples(self) -> list[data.User]:
@@ -218,6 +217,6 @@ def precompute(desk: Desk) -> str:
     size = desk.settings.batch
     for i in progress(range(0, len(users), size), "precompute"):
         keys = [(user_id, desk.arm(user_id), desk.list_size) for user_id in users[i : i + size]]
-        written += desk.batcher.write_ahead(keys)
+        written += desk.queue.write_ahead(keys)
     seconds = time.time() - started
     return f"{written} of {len(users)} users written for, the others were ready: {seconds:.1f} s"

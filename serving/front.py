@@ -22,8 +22,8 @@ from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 
 from config import Config, UserError
-from serving.batcher import log, where
 from serving.desk import Desk
+from serving.queue import log, where
 
 ASK = "/v1/starters"
 LOOK_UPS = 8  # requests for starters beside those that wait or are written: theirs may be ready
@@ -189,5 +189,5 @@ def _netloc(origin: str) -> str:
 
 
 def busy(desk: Desk) -> HTTPException:
-    after = {"Retry-After": str(desk.batcher.retry_after)}
+    after = {"Retry-After": str(desk.queue.retry_after)}
     return HTTPException(429, "busy; try again after Retry-After seconds", after)

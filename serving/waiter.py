@@ -16,16 +16,16 @@ from collections import Counter
 from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from serving.batcher import Job
 from serving.desk import Desk
 from serving.engine import Answer
+from serving.queue import Job
 
 TOO_LONG = "not written within serve.timeout; try again"
 STORE_FAILED = "the store cannot be used at the moment; try again"
 
 
 class Waiter:
-    """One client that waits for its job. Raises batcher.Full."""
+    """One client that waits for its job. Raises queue.Full."""
 
     def __init__(self, desk: Desk, job: Job, request: Request, stream: bool):
         self.desk, self.job, self.request = desk, job, request
@@ -47,7 +47,7 @@ class Waiter:
         job.tell = tell
         if stream:
             job.ask = dataclasses.replace(job.ask, begin=begin, emit=emit)
-        desk.batcher.submit(job)
+        desk.queue.submit(job)
 
     @property
     def patience(self) -> float:
@@ -108,7 +108,7 @@ class Waiter:
     def end(self) -> None:
         """The client has its answer or has left: the job's place is free."""
         self.desk.metrics.disconnects.inc(not self.finished)
-        self.desk.batcher.leave(self.job)
+        self.desk.queue.leave(self.job)
         self.desk.release(self.job)
 
 

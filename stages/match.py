@@ -3,7 +3,7 @@
     python train.py --stage match
 
 Section 2.2 of the paper: positives are summaries that a later session revisits. Every user is cut
-at data.cuts; before a cut lies the history (E earlier summaries), after it the future (L later ones).
+at data.cuts: before a cut lies the history (E summaries), after it the future (L later ones).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 import icebreaker as ib
-from config import progress, read_json, write_json
+from config import read_json, write_json
 from roles.players import Players
 from run import Run
 
@@ -23,7 +23,7 @@ def stage_match(run: Run, players: Players, key: str) -> dict:
     # Equal texts are asked about once: only whether one comes back counts.
     jobs = [
         (run.histories[u][c].texts, sorted({s.summary for s in run.parts(u, c)[1]}))
-        for u, c in progress(rows, "histories")
+        for u, c in rows
     ]
     everyone = ([s.summary for s in user.sessions] for user in run.users.values())
     labels: dict[str, list[list[int]]] = {user_id: [] for user_id in run.users}

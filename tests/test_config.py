@@ -29,8 +29,7 @@ from config import (
     write_tensors,
 )
 
-WORDS = {"taxonomy.yaml", "base_corpus.yaml"}  # the embedded default's texts, no settings
-SHIPPED = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if path.name not in WORDS]
+SHIPPED = [p for p in sorted((ROOT / "configs").glob("*.yaml")) if p.name != "paper.yaml"]
 
 
 def refusal(*arguments) -> str:

@@ -9,10 +9,10 @@ from conftest import micro
 
 import data
 import llm
-import roles
 from config import UserError, read_json, read_tensors, write_json, write_tensors
-from serving.engine import Ask, Engine, _in_a_loop
-from stages import isg
+from serving.engine import Ask, Engine, in_a_loop
+from stages.ranker import load_ranker
+from stages.search import list_order
 
 SUMMARIES = ["chess openings for club players", "sourdough bread at home", "chess endgames",
              "hiking in the Dolomites", "sourdough starter care"]
@@ -35,8 +35,8 @@ def scripted(engine, monkeypatch):
     def script(*texts, candidates=None):
         told = []
         monkeypatch.setattr(engine.config.serve, "candidates", candidates or len(texts))
-        prompt = engine.p.prompt
-        monkeypatch.setattr(engine.p, "prompt", lambda x: told.append(x) or prompt(x))
+        prompt = engine.writer.prompt
+        monkeypatch.setattr(engine.writer, "prompt", lambda x: told.append(x) or prompt(x))
         monkeypatch.setattr(llm, "sample", lambda *a, **k: [list(texts) for _ in a[2]])
         return told
 
@@ -86,7 +86,7 @@ def test_the_order_is_that_of_list_search_and_then_of_the_rest(engine, scripted)
     pool = texts(answer)
     utility = torch.tensor([s.utility for s in answer.starters])
     scaled = (utility - utility.min()) / (utility.max() - utility.min())
-    similarity = engine.p.encoder(pool) @ engine.p.encoder(pool).T
+    similarity = engine.run.encoder(pool) @ engine.run.encoder(pool).T
     weight = engine.config.dpo.weight
 
     def value(chosen):  # Algorithm 1, of an order
@@ -126,7 +126,7 @@ def test_a_batch_answers_each_ask_as_if_it_were_alone(engine, monkeypatch):
     asks = [Ask(u, 3, method=m) for u in users for m in engine.methods]
     # The little model writes nothing that is fit to show.
     monkeypatch.setattr(engine, "_fit", lambda starters, case: [str(x)[:30] for x in starters])
-    monkeypatch.setattr(roles, "parse_starters", lambda text: roles.Parsed((text,), None))
+    monkeypatch.setattr(llm, "parse_starters", lambda text: llm.Parsed((text,), None))
     together = engine.write(asks)
     alone = [engine.write([ask])[0] for ask in asks]
     # In another batch texts are encoded with other rounding, which may turn the order.
@@ -148,10 +148,10 @@ def test_each_method_writes_with_its_own_policy(finished, tmp_path):
         write_tensors(adapter / "adapter_model.safetensors", larger)
     engine = Engine(micro(tmp_path / "runs"))
     (case,) = distilled(engine, Ask(person(*SUMMARIES), 3))
-    p, prompt = engine.p, engine.p.prompt(case.state.interests)
+    prompt = engine.writer.prompt(case.state.interests)
     lists, costs = [[5, 6, 7, 8], [20, 21]], []
     for method, adapter in zip(engine.methods, adapters, strict=True):
-        (expected,) = llm.completion_logps(p.policy(adapter), [prompt], [lists])
+        (expected,) = llm.completion_logps(engine.writer.policy(adapter), [prompt], [lists])
         with engine._policy(method) as (model, _):
             (found,) = llm.completion_logps(model, [prompt], [lists])
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
@@ -200,28 +200,28 @@ def test_who_leaves_gets_no_answer_and_no_more_steps(engine, monkeypatch):
     assert engine.write(asks, gone=lambda i: True) == [None, None]
 
 
-def test_samples_in_a_loop_are_given_up():
+def test_samplesin_a_loop_are_given_up():
     loop = torch.tensor([[[9] * 4 + [5, 6, 7] * 6, list(range(22)), [3] * 22]])
-    assert _in_a_loop(loop).tolist() == [[True, False, True]]
-    assert not _in_a_loop(loop[..., :10]).any()
+    assert in_a_loop(loop).tolist() == [[True, False, True]]
+    assert not in_a_loop(loop[..., :10]).any()
 
 
 def test_an_accepted_round_is_taken_up_and_nothing_else(finished, tmp_path):
     shutil.copytree(finished.parent, tmp_path / "runs")
     engine = Engine(micro(tmp_path / "runs"))
-    run, before = engine.p.run, engine.version
+    run, before = engine.run.folder, engine.version
     assert before.startswith("round2-") and not engine.refresh()
     write_json(run / "feedback" / "current.json", {
         "round": 1, "adapter": "dpo/round1/adapter", "version": "feedback1.0abc",
         "ranker": "ranker/judge.safetensors", "run": read_json(run / "dpo" / "done.json")["key"],
     })
     assert engine.refresh() and engine.version == "feedback1.0abc" and not engine.refresh()
-    judge = engine.p.ranker("judge").state_dict()
+    judge = load_ranker(engine.run, "judge").state_dict()
     assert all(torch.equal(x, judge[k]) for k, x in engine.ranker.state_dict().items())
     assert engine.write([Ask(person(*SUMMARIES), 3)])[0] is not None
     with engine._policy("IceBreaker") as (model, _):
         own = {k: v for k, v in model.state_dict().items() if "feedback1" in k}
-    saved = llm.load_adapter(engine.p.policy(None), run / "dpo/round1/adapter", False).state_dict()
+    saved = engine.writer.policy(run / "dpo/round1/adapter").state_dict()
     assert own and all(
         torch.equal(v, saved[k.replace("feedback1-0abc", "default")]) for k, v in own.items()
     )
@@ -229,23 +229,23 @@ def test_an_accepted_round_is_taken_up_and_nothing_else(finished, tmp_path):
 
 
 def test_what_is_forgotten_leaves_memory(engine):
-    known = set(engine.p.encoder._known)
+    known = set(engine.run.encoder._vectors)
     messages = [data.Message(role="user", content="How do xylophones work?")]
     session = data.Session(session_id="m", messages=messages)
     user = person("a rare summary about xylophones", town="Ghent")
     user = user.model_copy(update={"sessions": [*user.sessions, session]})
     engine.write([Ask(user, 3)])
-    assert len(set(engine.p.encoder._known) - known) >= 3
+    assert len(set(engine.run.encoder._vectors) - known) >= 3
     engine.forget()
-    assert set(engine.p.encoder._known) <= known
+    assert set(engine.run.encoder._vectors) <= known
     engine.write([Ask(person(*SUMMARIES), 3)])  # was it under way, it would be dropped again
-    assert set(engine.p.encoder._known) <= known
+    assert set(engine.run.encoder._vectors) <= known
 
 
 def test_a_long_history_is_given_up_when_nobody_waits(engine, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        type(engine.p.encoder), "__call__", lambda self, texts: asked.append(len(texts))
+        type(engine.run.encoder), "__call__", lambda self, texts: asked.append(len(texts))
     )
     user = person(*(f"summary number {i}" for i in range(300)))
     assert engine.write([Ask(user, 3)], gone=lambda i: len(asked) >= 2) == [None]
@@ -257,13 +257,13 @@ def test_a_server_of_models_can_write_instead(finished, monkeypatch):
     engine = Engine(micro(finished.parent, *words))
     asked = []
 
-    def write_lists(adapter, inputs, n, seed):
+    def write(adapter, inputs, n, seed):
         asked.append((adapter.parent.name, n))
         return [[["Bake a sourdough loaf"]] * n for _ in inputs]
 
     assert not engine.refresh() and engine.methods == ("PE", "SFT")  # it is not there
-    monkeypatch.setattr(engine.p, "write_lists", write_lists)
-    monkeypatch.setattr(engine.p, "is_served", lambda adapter: adapter.parent.name == "round2")
+    monkeypatch.setattr(engine.writer, "write", write)
+    monkeypatch.setattr(engine.writer, "is_served", lambda adapter: adapter.parent.name == "round2")
     assert engine.refresh() and engine.methods[-1] == "IceBreaker"
     emitted = []
     (answer,) = engine.write([Ask(person(*SUMMARIES), 3, emit=emitted.append)])
@@ -279,7 +279,7 @@ def test_a_run_that_lacks_what_is_served_is_refused(finished, tmp_path):
     with pytest.raises(UserError, match=r"serve.arms: .* has no IceBreaker"):
         Engine(micro(tmp_path / "runs"))
     engine = Engine(micro(tmp_path / "runs", "serve.arms=[SFT]"))
-    as_trained = (engine.p.run / "config.yaml").read_text()
+    as_trained = (engine.run.folder / "config.yaml").read_text()
     assert "arms:\n  - IceBreaker" in as_trained
     assert engine.write([Ask(person(*SUMMARIES), 3, method="SFT")])[0]
     assert engine.version == "sit" and not engine.refresh()
@@ -287,13 +287,13 @@ def test_a_run_that_lacks_what_is_served_is_refused(finished, tmp_path):
     assert engine.refresh() and engine.methods[-1] == "IceBreaker"
     shutil.rmtree(tmp_path / "runs" / "tiny" / "dpo")  # and again: what is loaded goes on
     assert not engine.refresh() and engine.write([Ask(person(*SUMMARIES), 3)])[0]
-    assert read_json(engine.p.run / "rid" / "gate.json")["thresholds"]
+    assert read_json(engine.run.folder / "rid" / "gate.json")["thresholds"]
 
 
 def test_in_lists_orders_rows_of_every_length(engine):
     valid = torch.arange(7)[None] < torch.tensor([7, 4, 2, 0])[:, None]
     utility = torch.rand(4, 7, generator=torch.Generator().manual_seed(0))
-    order = isg.in_lists(engine.config, utility, torch.eye(7).expand(4, 7, 7), valid, lists=2)
+    order = list_order(engine.config.dpo, 3, utility, torch.eye(7).expand(4, 7, 7), valid, lists=2)
     assert [sorted(x) for x in order] == [[*range(7)], [0, 1, 2, 3], [0, 1], []]
-    (first,) = isg.in_lists(engine.config, utility[:1], torch.eye(7)[None], lists=1)
+    (first,) = list_order(engine.config.dpo, 3, utility[:1], torch.eye(7)[None], lists=1)
     assert first == order[0][:3]  # four wait for the next list

@@ -4,6 +4,8 @@ import json
 import random
 import shutil
 from collections import Counter
+from datetime import datetime
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,20 +14,21 @@ import icebreaker as ib
 import roles
 import train
 from config import ROOT, UserError, load_config, read_json
+from roles import rules
+from roles.writer import Writer
+from run import Run
 from serving import feedback
-from serving.store import Store
-from stages import isg
+from serving.store import Shown, Store
+from stages import dpo
 
 # What the teacher writes. LIVELY starters differ from one another, DULL ones hardly do. So people
 # who tap the first are served better by every figure, on any machine, once these are written more;
 # and if they tap the second, diversity must fall.
 LIVELY = ["Quiz me on {x}", "Plan a weekend around {x}", "Write a poem about {x}"]
 DULL = [f"{word} facts about {{x}}" for word in ("Some", "More", "All", "Key", "Big", "Odd")]
-KINDS = {"en": "\n".join(LIVELY + DULL),
-         "zh": "考考我对{x}的了解\n{x}的未来会怎样？\n为{x}设计一张海报"}
+KINDS = {"en": LIVELY + DULL, "zh": ["考考我对{x}的了解", "{x}的未来会怎样？", "为{x}设计一张海报"]}
 # Two interests a user: with four, the subjects alone keep lists apart.
 SMALL = """world.users=60 world.impressions_per_user=30 world.starter_pool=200
-    generator.model=weights/base-3d0c3382d638
     rid.epochs=2 rid.towers=1 rid.min_keep=2 ranker.epochs=20 generator.list_size=3
     generator.max_new_tokens=40 sit.max_rows=120 sit.epochs=4 sit.learning_rate=3e-3
     dpo.max_users=30 dpo.rounds=1 dpo.samples=4 dpo.checkpoints=1 dpo.vanilla=false
@@ -39,12 +42,16 @@ def small(root, *words):
     return load_config(ROOT / "configs" / "tiny.yaml", [*SMALL, f"run.root={root}", *words])
 
 
+def run_of(root, *words) -> Run:
+    return Run(small(root, *words), describe=False)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The root of a run that was trained without a store."""
     root = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(roles, "_TEMPLATES", KINDS)
+        patch.setattr(rules, "_angles", lambda lang: [[("any", kind)] for kind in KINDS[lang]])
         train.run_stages(small(root), ["dpo"])
     return root
 
@@ -52,9 +59,9 @@ def finished(tmp_path_factory):
 @pytest.fixture(scope="module")
 def told(finished):
     """Interests that were distilled of the run's people."""
-    p = train.Pipeline(small(finished))
-    found = [s.interests for u in p.users if len((s := p.states[u][-1]).interests) > 1]
-    return [x for x in found if all(map(roles.key_phrases, x))]
+    run = run_of(finished)
+    told = [s.interests for u in run.users if len((s := run.states[u][-1]).interests) > 1]
+    return [interests for interests in told if all(map(roles.key_phrases, interests))]
 
 
 def is_lively(starter: str) -> bool:
@@ -103,9 +110,9 @@ def improved(finished, tapped, tmp_path_factory):
 
 def lively_share(root, adapter: str) -> float:
     """Of what a policy writes for people of no training, how much is lively."""
-    p = train.Pipeline(small(root))
-    inputs = [s.interests for u in p.ids("valid", "test") if (s := p.states[u][-1]).interests]
-    lists = p.sample_lists(p.policy(p.run / adapter), inputs, 4, 0)
+    run = run_of(root)
+    inputs = [s.interests for u in run.ids("valid", "test") if (s := run.states[u][-1]).interests]
+    lists = Writer(run.config, Path(":memory:")).write(run.folder / adapter, inputs, 4, 0)
     starters = [y for drawn in lists for starters in drawn for y in starters]
     return sum(map(is_lively, starters)) / len(starters)
 
@@ -120,7 +127,7 @@ def test_what_everybody_taps_is_written_more(improved, tapped, capsys):
     assert verdict["accepted"] and verdict["written"]["utility"]["low"] > 0
     assert now["round"] == 1 and now["version"].startswith("feedback1-")
     assert (run / now["adapter"]).is_dir() and (run / now["ranker"]).is_file()
-    assert now == feedback.current(train.Pipeline(small(improved)).run, 1)
+    assert now == feedback.current(run_of(improved))
 
     # The same store again makes no other round, and the run's own stages are as they were.
     settings = (run / "config.yaml").read_bytes()
@@ -158,14 +165,14 @@ def test_a_policy_that_became_worse_is_refused(improved, tapped, tmp_path, monke
     published = tmp_path / "runs" / "tiny" / "feedback" / "current.json"
     before = published.read_bytes()
 
-    def harm(p, model, pairs, label, pick=None):
+    def harm(run, writer, model, *_):
         torch.manual_seed(0)
         with torch.no_grad():
             for weight in filter(lambda w: w.requires_grad, model.parameters()):
                 weight.add_(0.3 * torch.randn_like(weight))
         return {}
 
-    monkeypatch.setattr(isg, "align", harm)
+    monkeypatch.setattr(dpo, "align", harm)
     config = small(tmp_path / "runs", f"data.feedback={tapped}", "dpo.beta=0.2")
     train.run_stages(config, ROUND)
     output, stays = capsys.readouterr().out, json.loads(before)["version"]
@@ -173,7 +180,7 @@ def test_a_policy_that_became_worse_is_refused(improved, tapped, tmp_path, monke
     assert published.read_bytes() == before
     verdict = read_json(tmp_path / "runs" / "tiny" / "feedback" / "round2" / "verdict.json")
     assert not verdict["accepted"] and verdict["from"] == stays
-    assert feedback._begin(train.Pipeline(config), "another store") == 3
+    assert feedback.begin(Run(config), "another store") == 3
 
 
 def test_lists_that_became_all_alike_are_refused(finished, told, tmp_path):
@@ -197,7 +204,7 @@ def test_a_killed_round_resumes_to_the_same_bytes(
 ):
     shutil.copytree(finished, tmp_path / "runs")
     config = small(tmp_path / "runs", f"data.feedback={tapped}")
-    for module, name in ((isg, "align"), (feedback, "bootstrap_interval")):
+    for module, name in ((dpo, "align"), (feedback, "bootstrap")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, _killed)
             with pytest.raises(KeyboardInterrupt):
@@ -221,13 +228,13 @@ def _killed(*_, **__):
 def test_a_round_that_was_never_finished_makes_room(finished, tapped, tmp_path):
     """The store of a running server grows: what was begun from less of it is begun anew."""
     shutil.copytree(finished / "tiny", tmp_path / "tiny")
-    p = train.Pipeline(small(tmp_path, f"data.feedback={tapped}"))
-    assert feedback._begin(p, "first") == feedback._begin(p, "first") == 1
-    (p.run / "feedback" / "round1" / "adapter").mkdir()
-    assert feedback._begin(p, "more of it") == 1
-    assert not (p.run / "feedback" / "round1" / "adapter").exists()
-    (p.run / "feedback" / "round1" / "verdict.json").write_text("{}")
-    assert feedback._begin(p, "still more") == 2 and feedback._begin(p, "more of it") == 1
+    run = run_of(tmp_path, f"data.feedback={tapped}")
+    assert feedback.begin(run, "first") == feedback.begin(run, "first") == 1
+    (run.folder / "feedback" / "round1" / "adapter").mkdir()
+    assert feedback.begin(run, "more of it") == 1
+    assert not (run.folder / "feedback" / "round1" / "adapter").exists()
+    (run.folder / "feedback" / "round1" / "verdict.json").write_text("{}")
+    assert feedback.begin(run, "still more") == 2 and feedback.begin(run, "more of it") == 1
 
 
 # ------------------------------------------------------------------------------- whom it trusts
@@ -239,26 +246,27 @@ def inputs(finished, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path / "runs")
 
     def given(path):
-        found = {}
+        got = {}
 
-        def improve(p, name, model, adapter, ranker, states, held, pairs, keep):
+        def train_round(run, players, name, model, adapter, ranker, states, held, pairs, keep):
             assert not keep
-            return found.update(states=states, held=held, pairs=pairs) or {}, []
+            return got.update(states=states, held=held, pairs=pairs) or {}, []
 
-        monkeypatch.setattr(isg, "fit_rankers", lambda p, lists, _: found.update(lists=lists) or {})
-        monkeypatch.setattr(isg, "improve", improve)
-        monkeypatch.setattr(train.Pipeline, "ranker", lambda *_: None)
+        monkeypatch.setattr(
+            feedback, "fit_rankers", lambda run, lists, _: got.update(lists=lists) or {})
+        monkeypatch.setattr(dpo, "train_round", train_round)
+        monkeypatch.setattr(feedback, "load_ranker", lambda *_: None)
         monkeypatch.setattr(feedback, "check", _killed)
         shutil.rmtree(tmp_path / "runs" / "tiny" / "feedback", ignore_errors=True)
         with pytest.raises(KeyboardInterrupt):
             train.run_stages(small(tmp_path / "runs", f"data.feedback={path}"), ROUND)
-        return found
+        return got
 
     return given
 
 
 def test_one_user_with_a_thousand_lists_moves_no_more_than_anybody(inputs, told, tmp_path):
-    p_lists = {}
+    learned = {}
     people = {f"n{i}": told[i % len(told)] for i in range(20)}
     splits = feedback.data.split_users(
         people, {"train": 0.4, "valid": 0.25, "judge": 0.25, "test": 0.1}, 0
@@ -268,8 +276,8 @@ def test_one_user_with_a_thousand_lists_moves_no_more_than_anybody(inputs, told,
         path = tmp_path / f"{name}.sqlite"
         serve(path, {u: x for u, x in people.items() if u != loud}, 6)
         serve(path, {loud: people[loud]}, also, tap=lambda y: y.startswith("Plan"))
-        p_lists[name] = inputs(path)
-    quiet, noisy = p_lists["quiet"], p_lists["loud"]
+        learned[name] = inputs(path)
+    quiet, noisy = learned["quiet"], learned["loud"]
     k = 2  # dpo.pairs_per_user
     pairs = [json.dumps(x) for x in noisy["pairs"]]
     new = Counter(pairs) - Counter(map(json.dumps, quiet["pairs"]))
@@ -282,41 +290,39 @@ def test_one_user_with_a_thousand_lists_moves_no_more_than_anybody(inputs, told,
 
 def test_splits_hold_for_the_store_too(inputs, finished, told, tmp_path):
     """The run's people keep their split; of others all but judges and held-out ones train."""
-    p = train.Pipeline(small(finished))
+    run = run_of(finished)
     path = tmp_path / "serve.sqlite"
-    people = {u: told[i % len(told)] for i, u in enumerate(p.users)}
+    people = {u: told[i % len(told)] for i, u in enumerate(run.users)}
     serve(path, people | {f"n{i}": told[0] for i in range(60)}, 2)
-    found = inputs(path)
-    stamp = feedback.datetime(2027, 1, 1)
+    got = inputs(path)
+    stamp = datetime(2027, 1, 1)
     shown = {
         name: {x.user_id for x, _ in lists if x.timestamp > stamp}
-        for name, lists in found["lists"].items()
+        for name, lists in got["lists"].items()
     }
     train_users, judges, test = (shown[name] for name in ("train", "judge", "test"))
     for name, users in (("train", train_users), ("judge", judges), ("test", test)):
-        assert users & {*p.users} == {*p.ids(name)}
-    assert not train_users & judges and not test - {*p.users}
+        assert users & {*run.users} == {*run.ids(name)}
+    assert not train_users & judges and not test - {*run.users}
     new = {u for u in train_users if u.startswith("n")}
     assert 15 < len(new) < 45
-    written_for = {s.user_id for s in found["states"]}
+    written_for = {s.user_id for s in got["states"]}
     assert written_for <= train_users and len(written_for) == 30  # dpo.max_users
-    held = {s.user_id for s in found["held"]}
+    held = {s.user_id for s in got["held"]}
     assert not held & (train_users | judges) and any(u.startswith("n") for u in held)
 
 
 def row(user="n1", at="2027-01-01T00:00:00", told=("a", "b"), starters="xyz", clicked=()):
-    return {
-        "user_id": user, "at": at, "interests": list(told), "starters": list(starters),
-        "clicked": list(clicked), "sessions_after": None, "method": "IceBreaker", "version": "v",
-    }  # fmt: skip
+    return Shown(user, datetime.fromisoformat(at), list(told), list(starters), list(clicked), None,
+                 "IceBreaker", "v")
 
 
 def test_pairs_are_of_one_user_one_prompt_and_beyond_what_slots_explain(finished):
-    p = train.Pipeline(small(finished))
-    p.slot_rates = torch.tensor([0.7, 0.4, 0.1])  # 1.2 taps a list, whatever is in it
+    run = run_of(finished)
+    run.slot_rates = torch.tensor([0.7, 0.4, 0.1])  # 1.2 taps a list, whatever is in it
     good, bad = row(starters="xyz", clicked=[0, 2]), row(told="ba", starters="uvw")
     pair = {"interests": ["a", "b"], "chosen": [*"xyz"], "rejected": {"ignored": [*"uvw"]}}
-    assert feedback.tapped_pairs(p, [good, bad]) == [pair]
+    assert feedback.tapped_pairs(run, [good, bad]) == [pair]
     for other in (
         row(user="n2", starters="uvw"),
         row(told="ac", starters="uvw"),  # written for other interests
@@ -324,26 +330,26 @@ def test_pairs_are_of_one_user_one_prompt_and_beyond_what_slots_explain(finished
         row(starters="zyx"),  # the same starters
         row(starters="uvw", clicked=[1]),
     ):
-        assert feedback.tapped_pairs(p, [good, other]) == []
-    assert feedback.tapped_pairs(p, [row(clicked=[0]), bad]) == []  # one tap is less than usual
-    many = [good | {"starters": [*f"xy{i}"]} for i in range(9)] + [bad] * 9
-    assert len(feedback.tapped_pairs(p, many)) == p.config.dpo.pairs_per_user == 2
+        assert feedback.tapped_pairs(run, [good, other]) == []
+    assert feedback.tapped_pairs(run, [row(clicked=[0]), bad]) == []  # one tap is less than usual
+    many = [row(starters=f"xy{i}", clicked=[0, 2]) for i in range(9)] + [bad] * 9
+    assert len(feedback.tapped_pairs(run, many)) == run.config.dpo.pairs_per_user == 2
 
 
 def test_a_state_knows_what_came_before_it_and_nothing_later(finished):
-    p = train.Pipeline(small(finished))
-    user = next(x.user_id for x in p.impressions)
-    log = [x for x in p.impressions if x.user_id == user]
+    run = run_of(finished)
+    user = next(x.user_id for x in run.impressions)
+    log = [x for x in run.impressions if x.user_id == user]
     starters = ["Quiz me on tea", "The origins of tea", "Plan a weekend around tea"]
     early, late = (f"2027-01-0{d}T00:00:00" for d in (1, 2))
     rows = [row(user, late, starters=starters), row(user, early, starters=starters, clicked=[2])]
-    lists, latest = feedback.states_of(p, rows, 5)
+    lists, latest = feedback.states_of(run, rows, 5)
     taste = {x.timestamp.day: state.taste for x, state in lists}
 
     def expected(shown):
         flat = [(y, j, j in clicked) for ys, clicked in shown for j, y in enumerate(ys)]
-        surprise = torch.tensor([tap - float(p.slot_rates[min(j, 2)]) for _, j, tap in flat])
-        return ib.tap_taste(p.encoder([y for y, *_ in flat]), surprise)
+        surprise = torch.tensor([tap - float(run.slot_rates[min(j, 2)]) for _, j, tap in flat])
+        return ib.tap_taste(run.encoder([y for y, *_ in flat]), surprise)
 
     logged = [(x.starters, x.clicked) for x in log]
     assert torch.allclose(taste[1], expected(logged), atol=1e-6)
@@ -364,11 +370,11 @@ def test_a_figure_has_fallen_by_much_or_by_surely():
 
 def test_rounds_of_a_run_that_was_trained_again_are_left(improved, tmp_path):
     shutil.copytree(improved / "tiny", tmp_path / "tiny")
-    run = train.Pipeline(small(tmp_path)).run
-    assert feedback.current(run, 1)["version"].startswith("feedback1-")
-    assert feedback.current(run, 2) is None
-    run.mark_done("dpo", "another key")
-    assert feedback.current(run, 1)["version"].startswith("round1-")
+    run = run_of(tmp_path)
+    assert feedback.current(run)["version"].startswith("feedback1-")
+    assert feedback.current(run_of(tmp_path, "dpo.rounds=2")) is None
+    run.folder.mark_done("dpo", "another key")
+    assert feedback.current(run)["version"].startswith("round1-")
 
 
 # --------------------------------------------------------------------------------- wrong input

@@ -61,8 +61,7 @@ def test_parameters_equal_those_of_the_model_built(tmp_path, family, more):
 
 def test_the_embedded_model_has_the_parameters_that_are_counted():
     config = load_config(None, [])
-    (path,) = (ROOT / "weights").glob("*/model.safetensors")
-    weights = load_file(path)
+    weights = load_file(f"{llm.model_path(config.generator)}/model.safetensors")
     assert plan.find_shape(config).parameters == sum(w.numel() for w in weights.values())
 
 

@@ -1,34 +1,16 @@
-"""Roles by rule: any string parses, lists pass their own filters, matching is by subject."""
+"""Roles by rule: lists pass their own filters, matching is by subject."""
 
 import random
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from test_prompts import MARKUP
 
 import roles
 from data import Message
-
-MARKUP = st.lists(
-    st.sampled_from(
-        [
-            "<sug>",
-            "</sug>",
-            "<think>",
-            "</think>",
-            "&&",
-            " a b",
-            "1. ",
-            '"',
-            "\x00",
-            "三体?",
-            "\n- ",
-        ]
-    ),
-    max_size=30,
-).map("".join)
 
 
 def encode(texts):
@@ -38,42 +20,6 @@ def encode(texts):
         for word in text.lower().split():
             row[sum(word.encode()) % 64] += 1
     return rows / rows.norm(dim=1, keepdim=True)
-
-
-@given(st.text() | MARKUP)
-def test_parser_never_raises_and_gives_a_reason_exactly_for_nothing(text):
-    parsed = roles.parse_starters(text)
-    assert (parsed.reason is None) == bool(parsed.starters)
-    assert all(s == s.strip() and "&&" not in s and "\x00" not in s for s in parsed.starters)
-
-
-@pytest.mark.parametrize(
-    "text, starters",
-    [
-        ("<think>x <sug>no</sug></think><sug> a b && c d </sug>", ("a b", "c d")),
-        ('<sug>old</sug> <sug>1. new one && "two"</sug><sug>cut', ("new one", "two")),
-        ("</think><sug> whole one? && cut sh", ("whole one?",)),
-        ("<sug>first && last is whole?", ("first", "last is whole?")),
-        ("nothing", ()),
-        ("<sug> && </sug>", ()),
-        ("<sug>cut", ()),
-    ],
-)
-def test_parser_cases(text, starters):
-    assert roles.parse_starters(text).starters == starters
-
-
-def test_parser_is_linear():
-    for part in ("<sug>", "&& ", "1. ", '"', "</sug>", '- "'):
-        roles.parse_starters("<sug>" + part * 50_000)
-
-
-@given(st.lists(st.text() | MARKUP, max_size=5))
-@settings(max_examples=200)
-def test_format_survives_the_parser(starters):
-    once = roles.parse_starters(roles.format_starters(starters)).starters
-    assert roles.parse_starters(roles.format_starters(once)).starters == once
-    assert not any(set("<>") & set(s) for s in once)
 
 
 @pytest.mark.parametrize(

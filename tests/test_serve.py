@@ -31,7 +31,7 @@ from schemathesis.specs.openapi.checks import negative_data_rejection, positive_
 import data
 import serve
 from config import ROOT, Config, UserError, digest, write_json
-from serving import batcher, front
+from serving import front, queue
 from serving.engine import METHODS, Answer, Interest, Starter
 from serving.store import Store
 
@@ -336,7 +336,7 @@ def test_examples_are_people_of_the_store(server):
 
 
 def test_asks_are_written_in_batches_by_one_thread(tmp_path, monkeypatch):
-    monkeypatch.setattr(batcher, "WINDOW", 0.05)
+    monkeypatch.setattr(queue, "WINDOW", 0.05)
     with running(tmp_path, FakeEngine(steps=1, seconds=0.05), batch=8) as server:
         asyncio.run(many(server.port, [starters_of(f"subject {i}") for i in range(24)]))
         assert len(server.engine.threads) == 1 and max(server.engine.sizes) == 8
@@ -376,7 +376,7 @@ def test_a_look_up_is_fast_even_while_lists_are_written_ahead(tmp_path):
 
 
 def test_a_new_round_is_taken_between_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr(batcher, "RELOAD_SECONDS", 0.05)
+    monkeypatch.setattr(queue, "RELOAD_SECONDS", 0.05)
     with running(tmp_path) as server:
         put(server, "u1", "trains")
         assert ask(server, user_id="u1")["model"] == "fake-1"
@@ -403,7 +403,7 @@ def test_a_failed_batch_is_answered_500_and_the_thread_lives_on(tmp_path, caplog
 
 
 def test_one_bad_ask_fails_no_other_of_its_batch(tmp_path, monkeypatch):
-    monkeypatch.setattr(batcher, "WINDOW", 0.3)
+    monkeypatch.setattr(queue, "WINDOW", 0.3)
 
     def fragile(asks, gone):
         for ask in asks:
@@ -671,7 +671,7 @@ async def many(port, requests):
 
 
 def test_clients_that_leave_free_their_places(tmp_path, monkeypatch):
-    monkeypatch.setattr(batcher, "WINDOW", 0.3)
+    monkeypatch.setattr(queue, "WINDOW", 0.3)
 
     async def leave(server):
         connections = []
@@ -679,12 +679,12 @@ def test_clients_that_leave_free_their_places(tmp_path, monkeypatch):
             request = starters_of(f"subject {i}", stream=i % 2 == 0)
             connection = Connection(server.port)
             connections.append((connection, asyncio.create_task(connection.ask(*request))))
-        while server.engine.slots + len(server.desk.batcher.waiting) < 50:
+        while server.engine.slots + len(server.desk.queue.waiting) < 50:
             await asyncio.sleep(0.01)
         for connection, _ in connections:
             connection.close()
         started = time.monotonic()
-        while server.engine.slots or server.desk.batcher.waiting:
+        while server.engine.slots or server.desk.queue.waiting:
             assert time.monotonic() - started < 1
             await asyncio.sleep(0.002)
         freed = time.monotonic() - started
@@ -718,7 +718,7 @@ def test_clients_that_leave_while_the_store_is_read_leave_nothing(tmp_path, monk
         asyncio.run(leave())
         wait_for(lambda: "icebreaker_disconnects_total 5.0" in server.client.get("/metrics").text)
         wait_for(lambda: not server.desk.jobs and not server.engine.slots, 1)
-        assert not server.desk.batcher.waiting
+        assert not server.desk.queue.waiting
 
 
 SERVE_FAKE = """
@@ -730,7 +730,7 @@ from types import SimpleNamespace
 def engine(config):
     made = test_serve.FakeEngine(steps=5, seconds=0.03)
     users = test_serve.data.read_users({users!r})
-    made.p = SimpleNamespace(users={{u.user_id: u for u in users}}, users_file={users!r})
+    made.run = SimpleNamespace(users={{u.user_id: u for u in users}}, users_file={users!r})
     return made
 
 serve.Engine = engine
@@ -886,7 +886,7 @@ def test_precompute_writes_for_everyone_and_exits(tmp_path, monkeypatch, capsys)
     def engine(config):
         assert config.run.name == "tiny" and config.run.root == str(tmp_path)
         made = FakeEngine()
-        made.p = SimpleNamespace(users={u.user_id: u for u in users}, users_file=path)
+        made.run = SimpleNamespace(users={u.user_id: u for u in users}, users_file=path)
         return made
 
     monkeypatch.setattr(serve, "Engine", engine)

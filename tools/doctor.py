@@ -22,7 +22,7 @@ from huggingface_hub import constants
 
 import llm
 from config import ROOT, Config, GeneratorConfig
-from tools.plan import CONTEXT, FRAGMENTATION, GIB, cached_file, find_shape, model_path, stage_bytes
+from tools.plan import CONTEXT, FRAGMENTATION, GIB, cached_file, find_shape, stage_bytes
 
 Lines = Iterator[tuple[bool, str]]  # whether it is well, and what it is
 
@@ -99,7 +99,7 @@ def unreachable(url: str, key: str = "") -> str:
 def at_hand(g: GeneratorConfig) -> bool:
     """Whether the generator's weights are on this machine; asks no network."""
     names = ("model.safetensors", "model.safetensors.index.json")  # whole, or in parts
-    return Path(model_path(g)).is_dir() or any(cached_file(g, name) for name in names)
+    return Path(llm.model_path(g)).is_dir() or any(cached_file(g, name) for name in names)
 
 
 def _hub(config: Config) -> Lines:

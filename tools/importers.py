@@ -4,8 +4,7 @@
 
 One record per kind of file. Its sessions() yields (user_id, session_id, timestamp, messages) with
 messages as (role, text or None); a user_id of None is the one person whose export the file is.
-Records are strict: a row that does not fit is a fault that is listed by its place, never by its
-content, and the rows of a conversation are the only ones that are read whole into memory.
+Records are strict: a row that does not fit is a fault, listed by its place and not its content.
 """
 
 from __future__ import annotations
@@ -38,19 +37,19 @@ def _unix(seconds: float) -> datetime:
 
 
 class ChatGPTAuthor(Record):
-    role: str
+    role: str  # user, assistant, system, tool
 
 
 class ChatGPTContent(Record):
-    content_type: str
-    parts: list[Any] | None = None
+    content_type: str  # text, multimodal_text, code, ...
+    parts: list[Any] | None = None  # texts, and objects of images and speech
 
 
 class ChatGPTMessage(Record):
     author: ChatGPTAuthor
     content: ChatGPTContent | None = None
     recipient: str | None = None
-    create_time: float | None = None
+    create_time: float | None = None  # seconds since 1970
 
     def text(self) -> str | None:
         """Its text and the transcripts of speech; None for images, code and calls of tools."""
@@ -63,18 +62,18 @@ class ChatGPTMessage(Record):
 
 
 class ChatGPTNode(Record):
-    message: ChatGPTMessage | None = None
+    message: ChatGPTMessage | None = None  # the root has none
     parent: str | None = None
 
 
 class ChatGPT(Record):
     """A conversation in conversations.json of ChatGPT's export: a tree of messages."""
 
-    conversation_id: Name | None = None
+    conversation_id: Name | None = None  # or `id`: exports differ
     id: Name | None = None
-    create_time: Annotated[float, AfterValidator(_unix)] | None = None
+    create_time: Annotated[float, AfterValidator(_unix)] | None = None  # of the conversation
     mapping: dict[str, ChatGPTNode]
-    current_node: str | None = None
+    current_node: str | None = None  # the leaf that its person saw last
 
     def sessions(self) -> Sessions:
         session_id = self.conversation_id or self.id
@@ -82,7 +81,7 @@ class ChatGPT(Record):
             raise ValueError("conversation_id: missing, and so is id")
         shown = [node.message for node in self._branch() if node.message]
         said = [(m.author.role, m.text()) for m in shown if m.author.role in ("user", "assistant")]
-        yield None, session_id, self.create_time, said
+        yield None, session_id, self.create_time, said  # None: whoever exported it
 
     def _branch(self) -> list[ChatGPTNode]:
         """Root to the node shown last; edits and regenerations hang on other branches."""
@@ -90,6 +89,7 @@ class ChatGPT(Record):
         if node not in self.mapping:  # then the latest leaf
             parents = {each.parent for each in self.mapping.values()}
             leaves = [key for key in self.mapping if key not in parents]
+            # Of equally late ones the last in the file: max keeps the first that it meets.
             node = max(reversed(leaves), key=self._time, default=None)
         while node in self.mapping and node not in branch:  # a lost parent or a cycle ends it
             branch[node] = self.mapping[node]
@@ -101,13 +101,13 @@ class ChatGPT(Record):
         return (message and message.create_time) or -math.inf
 
 
-_SHAREGPT_ROLES = {"human": "user", "user": "user", "system": "system"} | dict.fromkeys(
-    ("gpt", "chatgpt", "assistant", "bing", "bard"), "assistant"
-)
+# The models whose conversations people shared.
+_SHAREGPT_ROLES = dict.fromkeys(("gpt", "chatgpt", "assistant", "bing", "bard"), "assistant")
+_SHAREGPT_ROLES |= {"human": "user", "user": "user", "system": "system"}
 
 
 class ShareGPTMessage(Record):
-    speaker: Literal[*_SHAREGPT_ROLES] = Field(alias="from")
+    speaker: Literal[*_SHAREGPT_ROLES] = Field(alias="from")  # a word of Python
     value: str | None
 
 
@@ -139,12 +139,12 @@ class WildChat(Record):
 
     conversation_hash: Name
     timestamp: Stamp = None
-    hashed_ip: Text | None = None
+    hashed_ip: Text | None = None  # here or in the messages
     conversation: list[WildChatMessage]
 
     def sessions(self) -> Sessions:
         addresses = [self.hashed_ip, *(m.hashed_ip for m in self.conversation)]
-        user_id = next(filter(None, addresses), self.conversation_hash)
+        user_id = next(filter(None, addresses), self.conversation_hash)  # without: a user each
         said = [(m.role, m.content) for m in self.conversation]
         yield user_id, self.conversation_hash, self.timestamp, said
 
@@ -158,7 +158,7 @@ class LocomoTalk(Record):
     speaker_a: Name
     speaker_b: Name
     sessions: dict[str, list[LocomoMessage]]
-    times: dict[str, Any]
+    times: dict[str, Any]  # the same keys; a time that cannot be read is no fault
 
     @model_validator(mode="before")
     @classmethod
@@ -167,7 +167,7 @@ class LocomoTalk(Record):
         if not isinstance(value, dict):
             return value
         keys = [key for key in value if re.fullmatch(r"session_[0-9]{1,9}", key)]
-        keys.sort(key=lambda key: _part(key)[1])
+        keys.sort(key=lambda key: _part(key)[1])  # session_10 comes after session_9
         times = {key: value.get(f"{key}_date_time") for key in keys}
         return value | {"sessions": {key: value[key] for key in keys}, "times": times}
 
@@ -180,14 +180,13 @@ class Locomo(Record):
 
     def sessions(self) -> Sessions:
         talk = self.conversation
-        for name, (key, lines) in itertools.product(
-            (talk.speaker_a, talk.speaker_b), talk.sessions.items()
-        ):
+        speakers = (talk.speaker_a, talk.speaker_b)
+        for name, (key, lines) in itertools.product(speakers, talk.sessions.items()):
             stamp = None
             with contextlib.suppress(TypeError, ValueError):  # what cannot be read is unknown
                 stamp = datetime.strptime(talk.times[key], "%I:%M %p on %d %B, %Y")
             said = [("user" if m.speaker == name else "assistant", m.text) for m in lines]
-            yield f"{self.sample_id}/{name}", key, stamp, said
+            yield f"{self.sample_id}/{name}", key, stamp, said  # a name alone is in many samples
 
 
 KINDS = {  # kind -> record of a conversation, what the file usually is
@@ -206,6 +205,7 @@ def _marks(kind: str) -> set[str]:
 def _wrong_kind(path: str | Path, kind: str, reason: str, keys=frozenset()) -> DataError:
     """Say what was expected, and which other kind has rows with these keys."""
     expected = f"{KINDS[kind][1]} of conversations with {' and '.join(sorted(_marks(kind)))}"
+    # The one slip that a glance does not show.
     other = next((f"; this looks like {k}" for k in KINDS if _marks(k) <= keys), "")
     return DataError(f"{path}: {reason}; {kind} is {expected}{other}")
 
@@ -221,6 +221,7 @@ def _parquet(path: str | Path) -> Iterator[dict]:
         with ParquetFile(path) as file:
             leaves = [file.schema.column(i).path for i in range(len(file.schema))]
             columns = [leaf for leaf in leaves if re.fullmatch(wanted, leaf)]
+            # WildChat's other columns, of moderation, are most of its bytes.
             for batch in file.iter_batches(batch_size=1024, columns=columns):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, ValueError) as error:  # its text may quote the file
@@ -235,7 +236,7 @@ def _places(path: str | Path, kind: str) -> Iterator[tuple[str, Any]]:
         if head.startswith(b"PAR1"):
             rows = _parquet(path)
         elif head.startswith(b"["):
-            rows = data.parse_json(Path(path).read_bytes())
+            rows = data.parse_json(Path(path).read_bytes())  # whole: JSON has no other way
         else:
             lines = data.lines_of(path)
             yield from ((f"{path}:{n}", line) for n, line in lines if line.strip())
@@ -273,7 +274,7 @@ def _user(user_id: str, session_id: str, timestamp: datetime | None, said: list)
     messages = [data.Message(role=role, content=text or "") for role, text in said]
     messages = [message for message in messages if message.content]
     session = {"session_id": session_id, "timestamp": timestamp, "messages": messages}
-    asked = any(message.role == "user" for message in messages)
+    asked = any(message.role == "user" for message in messages)  # the rest tells nothing of them
     return User.model_validate({"user_id": user_id, "sessions": [session] if asked else []})
 
 
@@ -304,7 +305,7 @@ def import_users(kind: str, paths: list[str | Path], out: str | Path, me: str = 
                 sessions[session.session_id] = session.model_dump_json(exclude_unset=True).encode()
                 messages += len(session.messages)
     faults.refuse()
-    if not texts:
+    if not texts:  # an empty users file would only be refused by the next command
         raise DataError(f"{paths[0]}: no conversation with a user's words in it")
     data.write_users(out, _users(kind, texts))
     counts = f"{len(texts)} users, {sum(map(len, texts.values()))} sessions ({messages} messages)"

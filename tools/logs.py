@@ -25,7 +25,8 @@ from tools.importers import KINDS, import_users
 def describe_users(users: list[User]) -> dict[str, object]:
     """Return what a users file holds, as label -> figure."""
     sessions = [s for u in users for s in u.sessions]
-    texts = [s.summary for s in sessions if s.summary]
+    texts = [s.summary for s in sessions if s.summary]  # messages have none before `summarize`
+    # Within each user: two people who ask the same are no repeat.
     distinct = sum(len({s.summary for s in u.sessions if s.summary}) for u in users)
     languages = Counter(map(data.language, texts)).most_common()
     return {
@@ -36,6 +37,7 @@ def describe_users(users: list[User]) -> dict[str, object]:
         "languages": ", ".join(f"{name} {n / len(texts):.1%}" for name, n in languages) or "none",
         "characters per summary": _spread([len(text) for text in texts]),
         "sessions without a summary": len(sessions) - len(texts),
+        # One without a time, and a user's sessions count in the order of the file.
         "sessions without a timestamp": sum(s.timestamp is None for s in sessions),
         "users without a profile": sum(not u.profile for u in users),
         "users without a session": sum(not u.sessions for u in users),
@@ -59,7 +61,7 @@ def describe_impressions(impressions: list[Impression]) -> dict[str, object]:
     shown = Counter(slot for i in impressions for slot in range(len(i.starters)))
     clicked = Counter(slot for i in impressions for slot in set(i.clicked))  # two taps count once
     by_slot = [f"{clicked[slot]} ({clicked[slot] / n:.1%})" for slot, n in sorted(shown.items())]
-    unclicked = sum(not i.clicked for i in impressions)
+    unclicked = sum(not i.clicked for i in impressions)  # real logs: 50 to 90 %
     return {
         "lists": len(impressions),
         "users": len({i.user_id for i in impressions}),
@@ -69,6 +71,7 @@ def describe_impressions(impressions: list[Impression]) -> dict[str, object]:
         "lists without a click": f"{unclicked / len(impressions):.1%}",
         "clicks by slot": ", ".join(by_slot),  # not comparable: the first slot is seen most
         "lists without a timestamp": sum(i.timestamp is None for i in impressions),
+        # Where it is missing, a tap counts as one that led on middling far (icebreaker).
         "lists without sessions_after": sum(i.sessions_after is None for i in impressions),
     }
 
@@ -90,12 +93,13 @@ def export_trl(run: str | Path) -> Iterator[dict]:
     """
     file, paths = Path(run) / "config.yaml", []
     if file.is_file():
-        config = load_config(file)
+        config = load_config(file)  # the prompts need the instruction and K
         # By number: an earlier training with more rounds may have left its pairs there too.
         paths = [Path(run) / f"dpo/round{n + 1}/pairs.json" for n in range(config.dpo.rounds)]
     if not (paths := [path for path in paths if path.is_file()]):
         raise UserError(f"{run}: no dpo/round*/pairs.json; run train.py --stage dpo first")
-    task = config.generator.instruction.format(n=config.generator.list_size)
+    task = config.generator.instruction.format(n=config.generator.list_size)  # as llm.prompts
+    # Rounds accumulate pairs in training, but each file holds those of its round alone.
     for pair in (pair for path in paths for pair in read_json(path)):
         text = "\n- ".join([task, *map(llm.plain, pair["interests"])])
         for rejected in pair["rejected"].values():  # of each kind that was mined
@@ -113,8 +117,10 @@ def main() -> None:
     check.add_argument("file")
     importer = commands.add_parser("import", help="conversations from elsewhere as users.jsonl")
     importer.add_argument("kind", choices=[*KINDS])
+    # Parts of one data set belong into one call: a person may stand in several.
     importer.add_argument("file", nargs="+", help="one file or the parts of one data set")
     importer.add_argument("--out", required=True)
+    # An export of ChatGPT is of one person and names nobody.
     importer.add_argument("--user", default="me", help="user_id for a chatgpt export")
     export = commands.add_parser("export", help="preference pairs of a run for another trainer")
     export.add_argument("kind", choices=["trl"])
@@ -129,9 +135,11 @@ def main() -> None:
         print("\n".join(f"{label + ':':30} {figure}" for label, figure in figures.items()))
     elif given.command == "import":
         if any(Path(given.out).resolve() == Path(file).resolve() for file in given.file):
+            # It is read while --out is written.
             raise UserError(f"--out {given.out}: is the file to be imported")
         print(import_users(given.kind, given.file, given.out, given.user))
     else:
+        # A list: whatever is wrong with the run is said before a file is begun.
         lines = [json.dumps(pair, ensure_ascii=False) for pair in export_trl(given.run)]
         with atomic_path(given.out) as temporary:
             temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")

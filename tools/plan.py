@@ -19,13 +19,14 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from config import ROOT, Config, GeneratorConfig, UserError
+import llm
+from config import Config, GeneratorConfig, UserError
+from stages.dpo import HELD_OUT_LISTS
 
 GIB = 2**30
 CARDS = (12, 24, 40, 80)  # GiB
 CONTEXT = 1.0 * GIB  # on a card beside the estimate: CUDA's context, cuBLAS, the text encoder
 FRAGMENTATION = 1.10  # of torch's allocator: blocks that are free but too small
-HELD_OUT_LISTS = 2  # of each user when a DPO checkpoint is tried out
 HEAD_CHUNK = 256  # positions whose vocabulary row exists at once, as in llm.completion_logps
 
 
@@ -102,7 +103,7 @@ def read_shape(path: Path) -> Shape:
 
 def find_shape(config: Config) -> Shape:
     """Of the generator: a local folder, the hub's local cache, or a Qwen2.5; else UserError."""
-    g, path = config.generator, Path(model_path(config.generator))
+    g, path = config.generator, Path(llm.model_path(config.generator))
     if path.is_dir():
         return read_shape(path / "config.json")
     if cached := cached_file(g, "config.json"):  # goes before the table: it may be changed
@@ -114,10 +115,6 @@ def find_shape(config: Config) -> Shape:
         f"name a local folder with a config.json (where a hub can be reached: hf download "
         f"{g.model} --local-dir FOLDER) or one of {', '.join(k for k in BY_NAME if 'Inst' in k)}"
     )
-
-
-def model_path(g: GeneratorConfig) -> str:  # until llm.model_path is on main
-    return g.model or str(next((ROOT / "weights").glob("*/config.json")).parent)
 
 
 def cached_file(g: GeneratorConfig, name: str) -> Path | None:

@@ -10,8 +10,9 @@ from world import people
 
 
 def main() -> None:
-    defaults = load_config().world
+    defaults = load_config().world  # those of a training run, so that seeds agree
     parser = argparse.ArgumentParser(prog="python -m world", description=__doc__.split("\n")[0])
+    # The siblings' platforms, a shop and its dialogues, will be further subcommands.
     platforms = parser.add_subparsers(dest="platform", required=True)
     command = platforms.add_parser("people", description=people.__doc__.split("\n")[0])
     command.add_argument("--users", type=int, default=defaults.users)

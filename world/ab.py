@@ -2,29 +2,17 @@
 
     python eval.py --reproduce 2 --seeds 1    # Table 2; tables/reproduce.py brings the arms' lists
 
-Each arm shows its lists to a person on the days after the log. Metrics follow appendix B.1.2.
-
-Departures: every arm meets copies of the same people with the same random numbers, as only a
-simulator can, so a few hundred people show what a platform needs millions for. Each person lives
-through the test `copies` times, each time with other random numbers and from the next list on, and
-counts once, with the mean: people stay the unit of every interval. Taps, a visit, stands beside
-CTR, taps a starter: as the last places are looked at least, a list that lacks a starter has the
-higher CTR for it. CSR takes a day as the evaluation period: over five weeks nearly everybody starts
-a conversation some time.
-Unstated in the paper: which test its stars come from. Interests stay as they are on the last day of
-the log (eval's "True clicks" sees the same day): lists are written once, so drift would only make
-those of every arm older by as much.
-
-What a person does in one arm, day by day:
+What a person does in one arm, day by day, after the log:
 - visits (is active) with probability 1 - exp(-rate * (1 + goodwill)), at most once a day; the rate
   is sessions per day in the log;
 - sees the next of the arm's lists, and taps by the world's click probabilities; what was tapped
   before in this test is no longer new; each tap starts a conversation;
 - without a tap, starts a conversation unaided with probability UNAIDED;
 - after a tap, has further sessions on that day, as in the log, and goodwill grows.
-"""
 
-from __future__ import annotations
+Departure: every arm meets copies of the same people with the same random numbers, as only a
+simulator can, so a few hundred people show what a platform needs millions for. Others are below.
+"""
 
 import math
 from dataclasses import dataclass, field
@@ -42,15 +30,10 @@ GOODWILL_HALF_LIFE = 7.0  # ... and half of it is gone after a week
 
 CONTROL = "deployed"  # the arm of people.retrieved_lists
 COUNTS = ("active_days", "started_days", "sessions", "taps", "shown")
+# By appendix B.1.2. Departures: Taps, a visit, stands beside CTR, taps a starter, which is higher
+# for a list that lacks a starter, as the last places are looked at least. CSR takes a day as the
+# evaluation period: over five weeks nearly everybody starts a conversation some time.
 METRICS = ("Active", "Avg.S", "CTR", "CSR", "Taps")
-PAPER = {  # Table 2, in per mille; * significant
-    "PE": ("-0.01", "-0.26", "-16.16*", "-0.17", "–"),
-    "SFT": ("+0.20", "+0.33", "+6.97*", "-0.05", "–"),
-    "SFT+DPO": ("+1.16", "+0.42*", "+56.41*", "+0.68", "–"),
-    "IceBreaker": ("+1.84*", "+1.59*", "+94.25*", "+1.27*", "–"),
-}
-
-# ---------------------------------------------------------------------------------- the simulation
 
 
 @dataclass
@@ -66,15 +49,17 @@ class Person:
 
     def day(self, truth: Truth, draws: tuple, cache: dict) -> tuple[int, ...]:
         """What happens on the next day, as COUNTS."""
-        visit, unaided, gaps, taps = draws
+        visit, unaided, gaps, taps = draws  # uniform, uniform, arrival times, uniform (slots,)
         self.goodwill *= 0.5 ** (1 / GOODWILL_HALF_LIFE)
         if visit >= 1 - math.exp(-self.rate * (1 + self.goodwill)):
             return (0,) * len(COUNTS)
-        starters = self.lists[self.turn % len(self.lists)] if self.lists else []
+        starters = self.lists[self.turn % len(self.lists)] if self.lists else []  # (K,)
         self.turn += 1
         asked = frozenset(self.tapped.intersection(map(question, starters)))
         key = (tuple(starters), asked)
-        if key not in cache:  # a person sees few lists, on many days and in many lives
+        # Unstated: interests stay as on the last day of the log (as in eval's "True clicks"): lists
+        # are written once, so drift would only make those of every arm older by as much.
+        if key not in cache:  # few lists are seen on many days, in many lives and perhaps arms
             cache[key] = truth.click_probabilities(self.user_id, starters, asked_since=asked)
         tapped = [starters[slot] for slot in np.flatnonzero(taps[: len(starters)] < cache[key])]
         if not tapped:
@@ -98,9 +83,9 @@ def _draws(user_id: str, day: int, slots: int, seed: int, copy: int = 0) -> tupl
 def simulate(
     truth: Truth, activity: dict[str, float], lists: dict, settings: AbConfig, seed: int
 ) -> dict:
-    """Days 1..settings.days after the log. lists: arm -> user -> lists of starters; activity: user ->
-    sessions per day in the log.
+    """Days 1..settings.days after the log, in every arm.
 
+    activity: user -> sessions per day in the log; lists: arm -> user -> lists of starters.
     Returns {"days", "lists", "copies", "seed", "arms": {arm: {"users": {user: COUNTS, sums over the
     days, means over the copies}, "by_day": {count: mean over the users, a day each}, "cumulative":
     {"ctr", "ctr_error", "sessions", "sessions_error": up to each day}}}}.
@@ -113,9 +98,11 @@ def simulate(
         raise ValueError(f"simulate: no activity or hidden state of {unknown[:5]}")
     days, copies = settings.days, settings.copies
     slots = max([0, *(len(x) for arm in lists.values() for rows in arm.values() for x in rows)])
+    # Departure: each person lives through the test `copies` times, with other random numbers and
+    # from the next list on, and counts once, with the mean: people stay the unit of intervals.
     lives = {arm: np.zeros((len(users), days, len(COUNTS))) for arm in lists}
     for number, user in enumerate(users):
-        cache: dict = {}
+        cache: dict = {}  # (starters, asked) -> click probabilities, of this user
         for copy in range(copies):
             shown = {arm: rows[user][: settings.lists] for arm, rows in lists.items()}
             people = {arm: Person(user, activity[user], rows, copy) for arm, rows in shown.items()}
@@ -140,9 +127,6 @@ def _summary(users: list[str], lives: np.ndarray) -> dict:
         "by_day": dict(zip(COUNTS, lives.mean(0).T.tolist(), strict=True)),
         "cumulative": {name: values.tolist() for name, values in figures.items()},
     }
-
-
-# ------------------------------------------------------------------------------ metrics and lifts
 
 
 def _fractions(result: dict, arm: str) -> np.ndarray:
@@ -185,8 +169,8 @@ def _contrast(by_seed: list[dict], arm: str, other: str, control: str, n: int) -
 
     nan where control has 0 or nothing to count.
     """
-    a, b, c = (_samples(by_seed, name, n) for name in (arm, other, control))
-    return [
+    a, b, c = (_samples(by_seed, name, n) for name in (arm, other, control))  # (1 + n, METRICS)
+    return [  # a nan of every draw makes nanquantile warn
         (lift, [lift] * 2 if math.isnan(lift) else np.nanquantile(draws, [0.025, 0.975]).tolist())
         for lift, *draws in (1000 * _ratio(a - b, c)).T.tolist()
     ]
@@ -195,11 +179,12 @@ def _contrast(by_seed: list[dict], arm: str, other: str, control: str, n: int) -
 def _p_values(by_seed: list[dict], arm: str, other: str) -> list[float]:
     """For each metric the two-sided z-test of two arms, by the delta method, users the unit."""
     values, effects = [], []  # effects of each user on the metrics: a seed's (U, METRICS), by arm
+    # Unstated: which test the paper's stars come from.
     for name in (arm, other):
         seeds = [_fractions(result, name) for result in by_seed]
         above, below = sum(fractions.sum(0) for fractions in seeds)
         values.append(_ratio(above, below))
-        below = np.where(below > 0, below, np.nan)
+        below = np.where(below > 0, below, np.nan)  # (METRICS,)
         effects.append([(f[:, 0] - values[-1] * f[:, 1]) / below for f in seeds])
     gaps = [a - b for a, b in zip(*effects, strict=True)]  # the same people in both arms
     error = np.sqrt(sum(gap.var(0, ddof=1) * len(gap) for gap in gaps if len(gap) > 1))
@@ -232,8 +217,8 @@ def beats(by_seed: list[dict], arm: str, other: str, metric: str) -> tuple[float
     return _contrast(by_seed, arm, other, CONTROL, 1000)[METRICS.index(metric)]
 
 
-def table(lifts: dict[str, dict]) -> str:
-    """Table 2 as measured, and the paper's, in Markdown."""
+def table(lifts: dict[str, dict], paper: dict[str, list[str]]) -> str:
+    """Table 2 as measured and as in the paper (method -> cells of METRICS), in Markdown."""
 
     def cell(figures: dict) -> str:
         if figures["lift"] is None:
@@ -250,5 +235,5 @@ def table(lifts: dict[str, dict]) -> str:
         "Lift over the deployed retrieval in per mille [95 % interval], * p < 0.05:", "", head,
         *(row(arm, [cell(figures[m]) for m in METRICS]) for arm, figures in lifts.items()),
         row("deployed, absolute", ["–" if v is None else f"{v:.4g}" for v in control]),
-        "", "The paper's Table 2:", "", head, *(row(arm, v) for arm, v in PAPER.items()), "",
+        "", "The paper's Table 2:", "", head, *(row(arm, v) for arm, v in paper.items()), "",
     ])

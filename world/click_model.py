@@ -3,12 +3,10 @@
     truth = people.load_truth("runs/tiny/world")
     truth.click_probabilities("u17", ["What is Mars?", "Quiz me on Mars"])
 
-It stands in for the paper's live users (section 3.3), who are not public. It understands a starter
-by its own lexicon (taxonomy.yaml), whoever wrote it, and knows nothing of the methods. Only what
-evaluates may read it. Every number is a plausible choice, fitted to no result.
+Departure: it stands in for the paper's live users (section 3.3). It understands a starter by its
+lexicon (taxonomy.yaml), whoever wrote it, and knows nothing of the methods. Only what evaluates may
+read it. Every number is a plausible choice, fitted to no result.
 """
-
-from __future__ import annotations
 
 import re
 from functools import cache
@@ -52,7 +50,7 @@ class Taxonomy:
             for subject in entry["subjects"]:
                 self._subject_of[subject.lower()] = (topic, subject)
             for subject, name in entry.get("zh", {}).items():
-                # Trap: texts are lowered, so "Excel表格" is never found; lowering it moves all draws.
+                # Trap: texts are lowered, so "Excel表格" is never found; mending it moves draws.
                 self._subject_of[name] = (topic, subject)
             for word in (topic, *entry["keywords"]):  # a word of two topics: of the first
                 self._topic_of.setdefault(word.lower(), topic)
@@ -79,17 +77,18 @@ def _finder(names):
     names = [re.escape(name) for name in sorted(names, key=len, reverse=True)]
     latin = "|".join(name for name in names if not HAN.search(name))
     chinese = [name for name in names if HAN.search(name)]
+    # Without the look-arounds "art" would be found in "start".
     return re.compile("|".join([rf"(?<!\w)(?:{latin})(?!\w)", *chinese])).findall
 
 
 def question(text: str) -> str:
     """A text as it is compared with what was asked before."""
-    return text.lower().strip(" ?.")
+    return text.lower().strip(" ?.")  # people leave the question mark out
 
 
 def further_sessions(resonance: float) -> float:
     """Mean number of further sessions after a tap on what resonates this much."""
-    return 0.3 + 3.5 * resonance
+    return 0.3 + 3.5 * resonance  # sessions
 
 
 def is_alive(interest: dict, day: float) -> bool:
@@ -113,9 +112,10 @@ class Truth:
         topic, best, category_of = meaning.topic, 0.0, self.taxonomy.category
         for interest in self.users[user_id]["interests"]:
             if topic == interest["topic"]:
+                # A favourite subject, or another one of its topic ...
                 near = 1.0 if meaning.subjects & set(interest["subjects"]) else 0.6
             elif topic and category_of[topic] == category_of[interest["topic"]]:
-                near = 0.2
+                near = 0.2  # ... or a neighbour in its category
             else:
                 continue
             fresh = 1.0 if is_alive(interest, day) else 0.35  # asleep, not gone
@@ -131,20 +131,18 @@ class Truth:
         return self.taxonomy.category[topic] if topic else None
 
     def click_probabilities(
-        self,
-        user_id: str,
-        starters: list[str],
-        day: float | None = None,
+        self, user_id: str, starters: list[str], day: float | None = None,
         asked_since: frozenset[str] = frozenset(),
     ) -> np.ndarray:
         """P(tap) of each starter (K,), with slot bias, redundancy with those above, and novelty.
 
         `asked_since`: `question`s asked after the log, which are no longer new either.
         """
-        user, above, result = self.users[user_id], [], []
+        user, above, result = self.users[user_id], [], []  # above: meanings, in list order
         day = user["last_day"] if day is None else day
         for slot, starter in enumerate(starters):
             meaning = self.taxonomy.understand(starter)
+            asked = question(starter) in user["asked"] or question(starter) in asked_since
             redundancy = sum(
                 bool(meaning.subjects & other.subjects) * 0.9
                 + bool(meaning.topic and meaning.topic == other.topic) * 0.4
@@ -153,10 +151,10 @@ class Truth:
             )
             logit = (
                 -2.9  # most lists get no tap: 50 to 90 % in real logs
-                + 4.0 * self.match(user_id, meaning, day)
-                + user["angles"][meaning.angle]
+                + 4.0 * self.match(user_id, meaning, day)  # the most that decides: resonance
+                + user["angles"][meaning.angle]  # the same for every subject: style
                 + 0.5 * bool(meaning.subjects)  # a name draws more than a topic
-                - 0.8 * (question(starter) in user["asked"] or question(starter) in asked_since)
+                - 0.8 * asked
                 - redundancy
             )
             looked_at = EXAMINATION[min(slot, len(EXAMINATION) - 1)]  # longer lists: as the last

@@ -10,12 +10,7 @@ no result; REPEAT_SHARE and ONE_OFF_SHARE make repeats and revisits as many as i
 A user has interests (a topic and favourite subjects in it), each with a frequency and a resonance
 that are only weakly related (chores are frequent and resonate with nobody) and days on which it is
 alive, and likes some angles of a question more than others.
-
-One generator draws everything: the order of draws is part of the world, and a call moved or left
-out gives other people.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -79,11 +74,6 @@ def retrieved_lists(
     return lists
 
 
-def load_forms() -> dict:
-    """The texts of forms.yaml."""
-    return yaml.safe_load((ROOT / "world" / "forms.yaml").read_text(encoding="utf-8"))
-
-
 def _when(day: float) -> datetime:
     return START + timedelta(seconds=int(day * 86400))
 
@@ -91,23 +81,33 @@ def _when(day: float) -> datetime:
 class Retrieval:
     """The deployed baseline: lists by topic of recent sessions, popularity and exploration."""
 
-    def __init__(self, taxonomy: Taxonomy, rng: np.random.Generator, size: int):
-        self.taxonomy, self.pool = taxonomy, _starter_pool(taxonomy, rng, size)
+    def __init__(self, taxonomy: Taxonomy, forms: dict, rng: np.random.Generator, size: int):
+        self.taxonomy, topics, pool = taxonomy, sorted(taxonomy.topics), set()
+        for _ in range(size * 4):  # a bound: distinct questions may run out
+            topic = str(rng.choice(topics))
+            language = "zh" if topic in taxonomy.names["zh"] and rng.random() < 0.05 else "en"
+            names = list(taxonomy.names[language][topic].values())
+            form = str(rng.choice(forms[language]))
+            pool.add(form.format(x=str(rng.choice(names)), y=str(rng.choice(names)), t=topic))
+            if len(pool) == size:
+                break
+        self.pool = sorted(pool)  # a set's order differs from process to process
         self.by_topic: dict[str | None, list[str]] = {}
         for starter in self.pool:
             self.by_topic.setdefault(taxonomy.understand(starter).topic, []).append(starter)
-        few = len(self.pool) <= 60
+        few = len(self.pool) <= 60  # all of a small pool is popular
         self.popular = self.pool if few else list(rng.choice(self.pool, 60, replace=False))
 
     def draw(self, recent: list[str], rng: np.random.Generator) -> list[str]:
         """One list; `recent`: topics of the user's sessions so far, latest last."""
         starters = []
         while len(starters) < LIST_SIZE:
-            kind, source = rng.random(), self.pool
+            kind, source = rng.random(), self.pool  # one in five explores
             if kind < 0.6 and recent:
+                # Mean 8 sessions back, the first at the most.
                 topic = recent[-1 - min(len(recent) - 1, int(rng.exponential(8)))]
                 source = self.by_topic.get(topic, self.pool)
-            elif kind < 0.8:  # hence more often where the user has no session yet
+            elif kind < 0.8:  # one in five, but four without a session to go by
                 source = self.popular
             starter = str(source[rng.integers(len(source))])
             if starter not in starters:
@@ -115,33 +115,22 @@ class Retrieval:
         return starters
 
 
-def _starter_pool(taxonomy: Taxonomy, rng: np.random.Generator, size: int) -> list[str]:
-    """What the deployed retrieval can show: questions on subjects, some topics more than others."""
-    forms, topics, pool = load_forms()["starters"], sorted(taxonomy.topics), set()
-    for _ in range(size * 4):  # a bound, as distinct questions may run out
-        topic = str(rng.choice(topics))
-        language = "zh" if topic in taxonomy.names["zh"] and rng.random() < 0.05 else "en"
-        names = list(taxonomy.names[language][topic].values())
-        form = str(rng.choice(forms[language]))
-        pool.add(form.format(x=str(rng.choice(names)), y=str(rng.choice(names)), t=topic))
-        if len(pool) == size:
-            break
-    return sorted(pool)  # a set's order differs from process to process
-
-
 class Platform:
     """The people with their sessions, their hidden state, and the retrieval that serves them."""
 
     def __init__(self, settings: WorldConfig):
+        # Trap: one generator draws everything, so a draw moved or left out gives other people.
         self.settings, self.rng = settings, np.random.default_rng(settings.seed)
-        self.forms, self.truth, self.users = load_forms(), Truth({"users": {}}), []
+        forms = (ROOT / "world" / "forms.yaml").read_text(encoding="utf-8")
+        self.forms, self.truth, self.users = yaml.safe_load(forms), Truth({"users": {}}), []
         self.taxonomy, robots, n = self.truth.taxonomy, [], settings.users
         if n >= 100:  # one user in a thousand, but at least one
             robots = self.rng.choice(n, max(1, n // 1000), replace=False).tolist()
         for number in range(n):
             user, self.truth.users[f"u{number}"] = self._person(f"u{number}", number in robots)
             self.users.append(user)
-        self.retrieval = Retrieval(self.taxonomy, self.rng, settings.starter_pool)
+        pool, forms = settings.starter_pool, self.forms["starters"]
+        self.retrieval = Retrieval(self.taxonomy, forms, self.rng, pool)
 
     def _person(self, user_id: str, robot: bool) -> tuple[data.User, dict]:
         """A user as the log shows them, and their entry in Truth.users."""
@@ -151,26 +140,24 @@ class Platform:
         count = int(np.clip(np.exp(rng.normal(np.log(MEDIAN_SESSIONS), 0.9)), 1, 500))
         count = max(count, 40) if robot else count
         joined = rng.uniform(0, days * 0.3)
-        times = np.sort(rng.uniform(joined, days, count))  # in days
-        untimed = rng.random() < 0.02  # some logs hold no times
-        for day in times:
-            same = robot and texts and rng.random() < 0.98
+        times = np.sort(rng.uniform(joined, days, count))  # in days, as all times here
+        untimed, sessions = rng.random() < 0.02, []  # some logs hold no times
+        for number, day in enumerate(times):
+            same = robot and texts and rng.random() < 0.98  # robots ask one thing all day
             texts.append(texts[0] if same else self._summary(interests, day, texts, language))
-        sessions = [
-            data.Session(session_id=f"s{n}", timestamp=None if untimed else _when(day), summary=text)
-            for n, (day, text) in enumerate(zip(times, texts, strict=True))
-        ]
+            when, name = None if untimed else _when(day), f"s{number}"
+            sessions.append(data.Session(session_id=name, timestamp=when, summary=texts[-1]))
         profile = None
-        if rng.random() >= 0.1:
+        if rng.random() >= 0.1:  # one in ten tells nothing
             age = str(rng.choice(self.forms["profile"]["age"]))
             region = "CN" if language == "zh" else str(rng.choice(self.forms["profile"]["region"]))
             profile = {"age": age, "region": region}
         likings = [angle["liking"] for angle in self.taxonomy.angles.values()]
         return data.User(user_id=user_id, profile=profile, sessions=sessions), {
             "interests": interests,
-            "angles": [float(liking + rng.normal(0, 0.5)) for liking in likings],
+            "angles": [float(liking + rng.normal(0, 0.5)) for liking in likings],  # logits
             "robot": robot,
-            "asked": sorted({question(text) for text in texts}),
+            "asked": sorted(set(map(question, texts))),
             "last_day": days,
         }
 
@@ -184,6 +171,7 @@ class Platform:
         for topic in map(str, topics):
             subjects, chore = list(names[topic]), topic in chores
             best = rng.choice(len(subjects), min(len(subjects), rng.integers(2, 7)), replace=False)
+            # Drawn apart: what is frequent need not resonate, which counting cannot find out.
             resonance = float(rng.uniform(0, 0.08) if chore else rng.beta(1.2, 1.2))
             frequency = float(rng.lognormal(0.7 if chore else 0.0, 0.6))  # relative: a weight
             alive = [(0.0, float(self.settings.days))] if chore else self._stretches(resonance)
@@ -195,9 +183,10 @@ class Platform:
 
     def _stretches(self, resonance: float) -> list[tuple[float, float]]:
         """Days on which an interest is alive: what resonates comes back and stays longer."""
-        start, alive = self.rng.uniform(-20, self.settings.days * 0.7), []  # some before the log
+        # Some begin before the log; none for the first time in its last third.
+        start, alive = self.rng.uniform(-20, self.settings.days * 0.7), []
         for _ in range(1 + self.rng.binomial(3, 0.15 + 0.8 * resonance)):
-            end = start + self.rng.exponential(6 + 30 * resonance)
+            end = start + self.rng.exponential(6 + 30 * resonance)  # days
             alive.append((float(start), float(end)))
             start = end + self.rng.exponential(18)
         return alive
@@ -205,16 +194,17 @@ class Platform:
     def _summary(self, interests: list[dict], day: float, earlier: list[str], language: str) -> str:
         """Of a session: an earlier one again, a passing topic, or an interest that is alive."""
         rng, names = self.rng, self.taxonomy.names[language]
-        if earlier and rng.random() < REPEAT_SHARE:
+        if earlier and rng.random() < REPEAT_SHARE:  # rather a late one: mean 6 sessions back
             return earlier[-1 - min(len(earlier) - 1, int(rng.exponential(6)))]
-        if rng.random() < ONE_OFF_SHARE:
+        if rng.random() < ONE_OFF_SHARE:  # perhaps of a topic that is an interest after all
             topic, favourites = str(rng.choice(sorted(names))), []
         else:
+            # On a day when nothing is alive everything is, so that each session has a topic.
             alive = [interest for interest in interests if is_alive(interest, day)] or interests
             weights = np.array([interest["frequency"] for interest in alive])
             interest = alive[rng.choice(len(alive), p=weights / weights.sum())]
             topic, favourites = interest["topic"], interest["subjects"]
-        chore = self.taxonomy.functional(topic)
+        chore = self.taxonomy.functional(topic)  # said as a request, not as a question
         forms = self.forms["chores" if chore else "summaries"][language]
         x, y = map(str, rng.choice(list(names[topic].values()), 2))
         if favourites and not chore:  # the object of a chore changes each time
@@ -241,9 +231,10 @@ class Platform:
             chances = self.truth.click_probabilities(user.user_id, starters, day)  # (K,)
             clicked = np.flatnonzero(rng.random(LIST_SIZE) < chances).tolist()
             tapped = [understand(starters[slot]) for slot in clicked]
+            # Of several taps the one that resonates most decides how the visit goes on.
             best = max((self.truth.match(user.user_id, m, day) for m in tapped), default=0.0)
             after = int(rng.poisson(further_sessions(best))) if clicked else 0
-            after = None if rng.random() < 0.05 else after  # some logs lose it
+            after = None if rng.random() < 0.05 else after  # a real log lacks some
             rows.append(data.Impression(
                 user_id=user.user_id, timestamp=_when(day), starters=starters, clicked=clicked,
                 sessions_after=after,

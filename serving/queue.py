@@ -51,7 +51,7 @@ class Full(Exception):
     """The queue is full."""
 
 
-class Batcher:
+class Queue:
     """One thread that owns the engine. Clients' asks are written in batches: the first one opens a
     window for others. Where no client waits, asks ahead of clients ("spare" ones) are written, and
     given up the moment that a client comes."""
