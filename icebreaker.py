@@ -7,7 +7,7 @@ The loops that train these stand in stages/; `python train.py` runs them all.
 
 Departures from the paper: E_h sees statistics of a session within its user's history beside the
 text (on a real search log text alone ranks worse than plain frequency); the retrieval over "large
-summary pools" is a dense product here. The README lists all, and what the paper leaves open.
+summary pools" is a dense product here. docs/departures.md lists all.
 
 Legend: B users, N summaries or candidates, M interests or lists, K list slots, P pairs,
 D embedding, F statistics, H hidden.

@@ -5,7 +5,7 @@
     python train.py data.users=mine.jsonl              # your own users (see README)
     python train.py --plan --config configs/qwen2.5-7b.yaml    # memory and tokens; nothing loads
     python train.py --doctor                           # what this machine has and lacks
-    python train.py --stage ranker --stage dpo data.feedback=FILE   # a round more: serving/feedback.py
+    python train.py --stage ranker --stage dpo data.feedback=FILE  # a round: serving/feedback.py
     torchrun --nproc-per-node=2 train.py --stage dpo   # on two GPUs
 
 Stages: world -> base -> summarize -> match -> rid -> ranker -> sit -> dpo -> eval, and merge where
