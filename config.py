@@ -5,8 +5,8 @@ words on the command line override the file:
 
     python train.py --stage dpo --config configs/tiny.yaml dpo.beta=0.2
 
-Bounds and choices stand on the field, rules between fields in a short validator. What is unknown is
-refused with the nearest valid name, a wrong value with the file or word it came from.
+What is unknown is refused with the nearest valid name, a wrong value with the file or word it came
+from.
 """
 
 from __future__ import annotations
@@ -23,28 +23,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from files import (  # noqa: F401  (the other files import all of these from here)
-    EXIT_BAD_INPUT,
-    ROOT,
-    UserError,
-    atomic_path,
-    digest,
-    file_digest,
-    gather,
-    meet,
-    processes,
-    progress,
-    read_json,
-    read_tensors,
-    script,
-    share,
-    write_json,
-    write_tensors,
-)
-
-# --------------------------------------------------------------------------------------- settings
+from files import *  # noqa: F403  (the other files import settings and files from here)
+from files import ROOT, UserError, atomic_path, file_digest, meet, processes, read_json, write_json
 
 Count = Annotated[int, Field(gt=0)]
 CountOrNone = Annotated[int, Field(ge=0)]
@@ -54,9 +36,9 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 Role = Literal["rules", "endpoint", "generator"]  # rules.py; an LLM at `endpoint`; the local one
 
 
-class Section(BaseModel):
-    # Assignments are not checked: stage keys blank single settings of a copy (train.stage_key).
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+# Assignments are not checked: stage keys blank single settings of a copy (train.stage_key).
+class Section(BaseModel, extra="forbid", allow_inf_nan=False):
+    """Some settings of one name."""
 
 
 class RunConfig(Section):
@@ -101,9 +83,7 @@ class RolesConfig(Section):
     summariser: Role = "rules"
 
 
-class EndpointConfig(Section):
-    """An OpenAI-compatible server of chat completions, for roles."""
-
+class EndpointConfig(Section):  # an OpenAI-compatible server of chat completions, for roles
     base_url: str = ""  # empty: OPENAI_BASE_URL of the environment
     model: str = ""
     key_env: str = "OPENAI_API_KEY"  # the variable that holds the key; the key stands in no file
@@ -198,9 +178,7 @@ class DpoConfig(Section):
     checkpoints: Count = 2  # per round; the best by held-out utility and diversity is kept
 
 
-class AbConfig(Section):
-    """What --reproduce compares, and the simulated online test (world/ab.py)."""
-
+class AbConfig(Section):  # what --reproduce compares, and the simulated online test: world/ab.py
     days: Count = 35
     lists: Count = 6  # of each user and method: compared offline, shown in turn online
     searched: Count = 6  # so many lists of a user give list search the starters for half
@@ -213,9 +191,7 @@ class EvalConfig(Section):
     examples: CountOrNone = 6  # users on the page of examples
 
 
-class ServeConfig(Section):
-    """The server (serve.py)."""
-
+class ServeConfig(Section):  # serve.py
     store: str = ""  # SQLite file of users, shown lists and taps; empty: serve.sqlite of the run
     key_env: str = "ICEBREAKER_KEY"  # the variable that holds the clients' key
     candidates: Count = 4  # lists sampled for an answer and searched; 1, as the paper deploys
@@ -247,25 +223,21 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _rules_between_fields(self):
-        data, name = self.data, self.run.name
-        rules = {  # each is reported for the setting that it begins with
-            "run.name: one folder name, without a path":
-                name not in (".", "..") and Path(name).name == name,
-            "data.cuts: increasing shares between 0 and 1":
-                sorted(set(data.cuts)) == data.cuts,
-            "data.train, data.valid, data.judge, data.test: must add to 1":
-                abs(data.train + data.valid + data.judge + data.test - 1) < 1e-6,
-            "rid.min_keep: at most rid.max_keep": self.rid.min_keep <= self.rid.max_keep,
-            "ab.searched: at least ab.lists": self.ab.searched >= self.ab.lists,
-        }  # fmt: skip
+        data, name = self.data, self.run.name  # a message begins with the setting that it is about
+        if name in (".", "..") or Path(name).name != name:
+            raise ValueError("run.name: one folder name, without a path")
+        if sorted(set(data.cuts)) != data.cuts:
+            raise ValueError("data.cuts: increasing shares between 0 and 1")
+        if abs(data.train + data.valid + data.judge + data.test - 1) > 1e-6:
+            raise ValueError("data.train, data.valid, data.judge, data.test: must add to 1")
+        if self.rid.min_keep > self.rid.max_keep:
+            raise ValueError("rid.min_keep: at most rid.max_keep")
+        if self.ab.searched < self.ab.lists:
+            raise ValueError("ab.searched: at least ab.lists")
         for role, player in self.roles:
-            message = (
-                f"roles.{role}=generator: needs generator.model; the tiny model only writes lists"
-            )
-            rules[message] = player != "generator" or bool(self.generator.model)
-        for message, holds in rules.items():
-            if not holds:
-                raise ValueError(message)
+            if player == "generator" and not self.generator.model:
+                reason = "needs generator.model; the tiny model only writes lists"
+                raise ValueError(f"roles.{role}=generator: {reason}")
         return self
 
 
@@ -282,7 +254,7 @@ def load_config(path: str | Path | None = None, words: list[str] = ()) -> Config
     """
     layers = [(str(path), _read_file(path))] if path else []
     layers += [(f"'{word}'", _read_word(word)) for word in words]
-    tree, places = {}, {}  # places: (section,) or (section, key) -> what set it last
+    tree, places = {}, {}  # places: "section" or "section.key" -> what set it last
     for place, layer in layers:
         if not isinstance(layer, dict):
             raise UserError(f"{place}: settings are a mapping of sections")
@@ -290,11 +262,19 @@ def load_config(path: str | Path | None = None, words: list[str] = ()) -> Config
             if not isinstance(values, dict):
                 raise UserError(f"{place}: {section}: holds settings, as {section}.key=value")
             tree.setdefault(section, {}).update(values)
-            places |= dict.fromkeys([(section,), *((section, key) for key in values)], place)
+            places |= dict.fromkeys([section, *(f"{section}.{key}" for key in values)], place)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_explain(error, places)) from None
+        fault = error.errors(include_url=False)[0]  # the first one, as `place: setting: reason`
+        name, reason = ".".join(fault["loc"][:2]), fault["msg"].removeprefix("Value error, ")
+        if fault["type"] == "extra_forbidden":
+            reason = _unknown(name)
+        elif name:
+            reason = f"{name}: {reason}"
+        # A rule between fields has no name; what set its section last has broken it.
+        place = places[name or reason.partition(".")[0]]
+        raise UserError(f"{place}: {reason}") from None
     config.run.name = config.run.name or Path(config.data.users or path or "tiny").stem
     return config
 
@@ -302,10 +282,9 @@ def load_config(path: str | Path | None = None, words: list[str] = ()) -> Config
 def _read_file(path: str | Path):
     if not Path(path).is_file():
         raise UserError(f"{path}: no such config file; shipped ones are in configs/")
-    try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    # What is no UTF-8 becomes characters that YAML refuses.
+    text = Path(path).read_text(encoding="utf-8", errors="surrogateescape")
+    tree = _read_yaml(text, path)
     return {} if tree is None else tree  # None: nothing but comments
 
 
@@ -316,30 +295,25 @@ def _read_word(word: str) -> dict:
     section, *keys = name.split(".")
     if len(keys) > 1:
         raise UserError(f"'{word}': a list is given whole, as data.cuts=[0.4,0.6]")
-    try:
-        value = yaml.load(value, _Loader) or ""
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"'{word}': {' '.join(str(error).split())}") from None
+    value = _read_yaml(value, f"'{word}'") or ""
     return {section: {keys[0]: value}} if keys else {section: value}
 
 
-def _explain(error: ValidationError, places: dict) -> str:
-    """The first fault as `place: setting: reason`."""
-    fault = error.errors(include_url=False)[0]
-    where, reason = fault["loc"][:2], fault["msg"].removeprefix("Value error, ")
-    name = ".".join(where)
-    if not where:  # a rule between fields: set wrong by what set its section last
-        where = (reason.partition(".")[0],)
-    elif fault["type"] == "extra_forbidden":
-        names = Config.model_fields
-        if len(where) == 2:
-            names = [f"{s}.{k}" for s, f in names.items() for k in f.annotation.model_fields]
-        close = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.5)
-        hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(sorted(names))}"
-        reason = f"unknown {'setting' if len(where) == 2 else 'section'} '{name}'; {hint}"
-    else:
-        reason = f"{name}: {reason}"
-    return f"{places[where]}: {reason}"
+def _read_yaml(text: str, place: str | Path):
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{place}: not readable as YAML: {' '.join(str(error).split())}") from None
+
+
+def _unknown(name: str) -> str:
+    """Refuse a section or setting with the nearest name."""
+    kind, names = "section", list(Config.model_fields)
+    if "." in name:
+        kind, names = "setting", [f"{sec}.{key}" for sec, keys in Config() for key, _ in keys]
+    close = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.5)
+    hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(sorted(names))}"
+    return f"unknown {kind} '{name}'; {hint}"
 
 
 class RunFolder:
@@ -392,12 +366,6 @@ PACKAGES = """torch transformers peft bitsandbytes sentence-transformers numpy s
 def environment(config: Config) -> dict:
     """What a figure of this run depends on besides the config: versions, commit, data, machine."""
 
-    def version(name):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
     def git(*words):
         try:
             done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
@@ -406,6 +374,7 @@ def environment(config: Config) -> dict:
         return done.stdout.strip() if done.returncode == 0 else None
 
     changes = git("status", "--porcelain", "--", ".", ":!results")  # None: no repository
+    installed = [one for one in importlib.metadata.distributions() if one.name in PACKAGES]
     data = [path for path in (config.data.users, config.data.impressions) if path]
     return {
         "command": sys.argv,
@@ -413,7 +382,7 @@ def environment(config: Config) -> dict:
         "machine": platform.platform(),
         "processors": os.cpu_count(),
         "seed": config.run.seed,
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {package.name: package.version for package in installed},
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": None if changes is None else bool(changes),
         "data": {path: file_digest(path) for path in data if Path(path).is_file()},

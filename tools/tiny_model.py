@@ -10,8 +10,6 @@ It knows what a fluent model knows of the task (short questions in a list, how t
 of a line), and nothing of any user or of the simulated platform: its subjects are random words and
 word pieces of the encoder's vocabulary, joined to names that nearly all occur once, since copying
 unseen names is learned from many distinct ones.
-
-Legend: B rows, T tokens of a row, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,13 +20,12 @@ import math
 import os
 import random
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import llm
@@ -38,18 +35,18 @@ from encoder import packaged_minilm
 
 TASK = GeneratorConfig()  # the prompt, list size and sampling that runs have by default
 HEAD_CHUNK = 1 << 16  # positions that are scored at once: V is small
+SHAPE = {  # with the default vocabulary 920,192 weights
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "max_position_embeddings": 1024, "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},  # as Qwen2.5
+}
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Settings:
-    """Of the model and its training; the defaults are those of weights/tiny."""
+    """Of the training; the defaults are those of weights/tiny."""
 
     vocabulary: int = 2048
-    hidden: int = 128
-    layers: int = 4
-    heads: int = 2
-    kv_heads: int = 2
-    intermediate: int = 256
     batches: int = 5000  # four minutes of an H100; too many for a CPU
     batch_tokens: int = 49_152  # prompts and lists
     lists: int = 4  # per prompt
@@ -58,25 +55,23 @@ class Settings:
     seed: int = 0
 
 
-# ---------------------------------------------------------------------------------------- corpus
-
-
 class Corpus:
-    """Prompts of interest lines, and lists of starters about subjects named in those lines."""
+    """Prompts of interest lines, and lists of starters about subjects named in those lines.
+
+    Languages are "en" and "zh". A line's form has a place for its subject {x}, some for {y} too.
+    """
 
     def __init__(self, seed: int):
-        words = Path(__file__).with_name("tiny_corpus.yaml").read_text(encoding="utf-8")
-        self.phrases = yaml.safe_load(words)
-        self.templates = {  # a fluent model knows the usual questions
-            "en": self.phrases["templates"] + roles.templates("en"),
-            "zh": self.phrases["templates_zh"] + roles.templates("zh"),
-        }
+        self.rng = random.Random(seed)
+        text = Path(__file__).with_name("tiny_corpus.yaml").read_text(encoding="utf-8")
+        self.phrases = yaml.safe_load(text)
+        for code in ("en", "zh"):  # a fluent model knows the usual questions
+            self.phrases[code]["templates"] += roles.templates(code)
         vocabulary = Path(packaged_minilm(), "vocab.txt").read_text(encoding="utf-8").split("\n")
         letters = [w for w in vocabulary if w.isascii() and w.strip("#").isalpha()]
         words = [w for w in letters if w[0] != "#" and len(w) > 2]
         self.common, self.rare = words[:400], words[400:]  # they are in order of frequency
         self.pieces = [w[2:] for w in letters if w[0] == "#" and len(w) > 3]  # "##ing" -> "ing"
-        self.rng = random.Random(seed)
 
     def subject(self, code: str) -> str:
         """A name or noun phrase, such as "coffee grinder" or "Baldur's Gate 3", of random words."""
@@ -96,6 +91,19 @@ class Corpus:
         joint = rng.choice([" "] * 14 + ["-", "-", "'s ", " of ", " the ", " & ", ""])
         return " ".join([joint.join(words[:2]), *words[2:]])
 
+    def form(self, code: str) -> str:
+        """A line with places for its subjects."""
+        rng, kind, phrases = self.rng, self.rng.random(), self.phrases[code]
+        if kind < 0.15:
+            return rng.choice(phrases["pairs"])
+        before, after = rng.choice(phrases["openings"]), rng.choice(phrases["endings"])
+        if code == "en" and kind < 0.4:  # any words, or the phrases would be learned by heart
+            before = " ".join(rng.choices(self.common, k=rng.choice([1, 2, 3, 4, 5, 6, 7, 25])))
+            after = " ".join(rng.choices(self.common, k=rng.randint(1, 6)))
+        parts = [[before, "{x}", after], [before, "{x}"], ["{x}", after], ["{x}"]]
+        space = "" if code == "zh" else " "
+        return space.join(rng.choices(parts, [5, 8, 3, 4])[0]).replace(" ?", "?")
+
     def line(self, code: str, held_out: bool = False, bare: float = 0.0) -> tuple[str, list[str]]:
         """What somebody may have asked (the subject alone for a share `bare`), and its subjects."""
         if self.rng.random() < bare:
@@ -103,25 +111,11 @@ class Corpus:
             return subject, [subject]
         form = self.rng.choice(self.phrases["held_out"]) if held_out else self.form(code)
         if not held_out and self.rng.random() < 0.03:  # what a robot asks: one thing in many ways
-            more = [self.form(code) for _ in range(self.rng.randint(1, 9))]
-            form = ". ".join([form, *more])
+            form = ". ".join([form, *(self.form(code) for _ in range(self.rng.randint(1, 9)))])
         if form[0] != "{" and self.rng.random() < 0.5:  # a subject stays as it is
             form = form[0].upper() + form[1:]
         names = {key: self.subject(code) for key in "xy" if f"{{{key}}}" in form}
         return form.format(**names), list(names.values())
-
-    def form(self, code: str) -> str:
-        """A line with a place for its subject {x}, in some also for a second one, {y}."""
-        rng, kind = self.rng, self.rng.random()
-        tail, space = ("_zh", "") if code == "zh" else ("", " ")
-        if kind < 0.15:
-            return rng.choice(self.phrases["pairs" + tail])
-        before, after = (rng.choice(self.phrases[k + tail]) for k in ("openings", "endings"))
-        if code == "en" and kind < 0.4:  # any words, or the phrases would be learned by heart
-            before = " ".join(rng.choices(self.common, k=rng.choice([1, 2, 3, 4, 5, 6, 7, 25])))
-            after = " ".join(rng.choices(self.common, k=rng.randint(1, 6)))
-        parts = [[before, "{x}", after], [before, "{x}"], ["{x}", after], ["{x}"]]
-        return space.join(rng.choices(parts, [5, 8, 3, 4])[0]).replace(" ?", "?")
 
     def prompt(self, code: str, count: int, held_out=False, bare=0.0) -> tuple[list, list]:
         """`count` interest lines and the subjects in them; held_out, bare: as of `line`."""
@@ -133,24 +127,24 @@ class Corpus:
         rng = self.rng
         # Mostly in the order of the lines, which is easier to learn than any order.
         order = subjects if rng.random() < 0.7 else rng.sample(subjects, len(subjects))
-        forms = rng.sample(self.templates[code], n)
-        pairs = [(order[i % len(order)], rng.choice(subjects)) for i in range(n)]
-        return [form.format(x=x, y=y) for form, (x, y) in zip(forms, pairs, strict=True)]
+        forms = rng.sample(self.phrases[code]["templates"], n)
+        others = [rng.choice(subjects) for _ in forms]
+        return [form.format(x=order[i % len(order)], y=others[i]) for i, form in enumerate(forms)]
 
     def example(self, list_size: int, num_lists: int, done: float = 1.0) -> tuple[list, list]:
-        """Interest lines and some lists of starters for them; easy ones early in the training."""
+        """Interest lines and lists of starters for them; done: share of the training behind."""
         code = "zh" if self.rng.random() < 0.05 else "en"
-        # done: the share of the training that is behind; most: lines of a prompt.
-        most = 10 if done > 0.45 else 4 if done > 0.3 else 2 if done > 0.15 else 1
+        most = 10 if done > 0.45 else 4 if done > 0.3 else 2 if done > 0.15 else 1  # easy first
         count = min(most, self.rng.choice([1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 8, 8, 10]))
         lines, subjects = self.prompt(code, count, bare=max(0.5, 1 - 3 * done))
         return lines, [self.starters(subjects, code, list_size) for _ in range(num_lists)]
 
 
-class Batches(Dataset):
-    """Batch i of the training, written anew from (seed, i) wherever it is asked for."""
+class Batches:
+    """Prompts and lists of about `batch_tokens` tokens a batch, easy to hard; [-1] is held out."""
 
-    # So a GPU can have many processes write for it, and what they write does not depend on them.
+    # Batch i is written anew from (seed, i) wherever it is asked for: so a GPU can have many
+    # processes write for it, and what they write does not depend on them.
 
     def __init__(self, tokenizer, settings: Settings):
         self.tokenizer, self.settings, self.corpus = tokenizer, settings, Corpus(settings.seed)
@@ -159,11 +153,8 @@ class Batches(Dataset):
         return self.settings.batches
 
     def __getitem__(self, i: int) -> llm.TreeRows:
-        return self.rows(i, i / len(self))
-
-    def rows(self, number: int, done: float) -> llm.TreeRows:
-        """Prompts and lists of about `batch_tokens` tokens; easy ones while `done` is small."""
-        self.corpus.rng.seed(f"{self.settings.seed} {number}")
+        self.corpus.rng.seed(f"{self.settings.seed} {i}")
+        done = i / len(self) if i >= 0 else 1.0
         prompts, completions, size = [], [], 0
         while size < self.settings.batch_tokens:
             lines, lists = self.corpus.example(TASK.list_size, self.settings.lists, done)
@@ -188,14 +179,13 @@ def tokenizer_texts(settings: Settings) -> list[str]:
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE with ChatML control tokens and template, as Qwen2.5 has."""
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer, byte_level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel
     # A Chinese character has the same tokens wherever it stands, so that it can be copied.
-    one_by_one = pre_tokenizers.Split(Regex("[一-鿿]"), "isolated")
-    bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([one_by_one, bytewise])
+    split = [pre_tokenizers.Split(Regex("[一-鿿]"), "isolated"), byte_level(add_prefix_space=False)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    start = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "special_tokens": special}
+    start = {"initial_alphabet": byte_level.alphabet(), "special_tokens": special}
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, show_progress=False, **start)
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(
@@ -210,33 +200,24 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
     return fast
 
 
-# ----------------------------------------------------------------------------------------- model
-
-
 def new_model(settings: Settings, tokenizer) -> Qwen2ForCausalLM:
     """Random weights of Qwen2's architecture, with the copy circuit written into them."""
     torch.manual_seed(settings.seed)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=settings.hidden, num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads, num_key_value_heads=settings.kv_heads,
-        intermediate_size=settings.intermediate, tie_word_embeddings=True,
-        max_position_embeddings=1024,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},  # as Qwen2.5
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
-    )
-    model = Qwen2ForCausalLM(config)
-    marks = (tokenizer.encode(c, add_special_tokens=False)[0] for c in "-<")  # of line and list
-    install_copy_circuit(model, *marks)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        **SHAPE, vocab_size=len(tokenizer), bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    ))
+    # The tokens that begin an interest line and a list of starters.
+    install_copy_circuit(model, *tokenizer.convert_tokens_to_ids(["-", "<"]))
     return model
 
 
 @torch.no_grad()
 def install_copy_circuit(model, line_mark: int, list_mark: int, width=32, sharpness=24.0) -> None:
-    """Write the copying of prompt text into the initial attention weights; they stay trainable.
-
-    The stand-in must copy names it never saw from the prompt into its lists. A real Qwen2.5 has
-    learned that; from random weights it would emerge only after many millions of tokens.
-    """
+    """Write the copying of prompt text into the initial attention weights; they stay trainable."""
+    # The stand-in must copy names it never saw from the prompt into its lists. A real Qwen2.5 has
+    # learned that; from random weights it would emerge only after many millions of tokens.
+    #
     # Embeddings leave the last `width` + 1 coordinates free. Layer 0, head 0 attends one token
     # back, by its biases alone, and writes a projection of that token there; head 1 notes whether
     # `list_mark` came before, so whether a place belongs to a list. Layer 1, head 0 (induction)
@@ -253,12 +234,11 @@ def install_copy_circuit(model, line_mark: int, list_mark: int, width=32, sharpn
     # Content is compared in the slow rotary pairs, which hardly turn within a prompt.
     slow = torch.cat([torch.arange(half - width // 2, half), torch.arange(h - width // 2, h)])
     gain = (sharpness / d * 8 * (e / width) ** 0.5) ** 0.5
-    layers = [layer.self_attn for layer in decoder.layers]
+    first, induction, *pointers = layers = [layer.self_attn for layer in decoder.layers]
     for attention in layers:
         for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
             linear.weight[:h] = linear.bias[:h] = 0
         attention.o_proj.weight[:, :h] = 0
-    first, induction, *pointers = layers
     # Rotary pair i is (i, i + half). The score at distance t is the sum of cos((t - 1) f_i).
     f = decoder.rotary_emb.inv_freq
     first.q_proj.bias[:h] = sharpness * torch.cat([torch.cos(f), -torch.sin(f)])
@@ -283,9 +263,6 @@ def install_copy_circuit(model, line_mark: int, list_mark: int, width=32, sharpn
         attention.k_proj.weight[half - width // 2 - 1, flag] = 5.0
     for attention in pointers:
         attention.q_proj.bias[slow] = gain * match @ embedding[line_mark, :e] * d**0.5
-
-
-# -------------------------------------------------------------------------------------- training
 
 
 def train(model, batches: Batches, settings: Settings) -> None:
@@ -319,18 +296,16 @@ def train(model, batches: Batches, settings: Settings) -> None:
 
 
 def build(settings: Settings, folder: str | Path) -> dict:
-    """Pre-train from random weights and a copy circuit; write a transformers folder.
+    """Pre-train a transformers folder; return its figures, which it holds as figures.json too.
 
-    Returns, and writes as figures.json, its size, the loss on held-out lists, what `copying`
-    measures, seconds, device and version. The same settings give the same weights on a CPU.
+    The same settings give the same weights on a CPU.
     """
     started, device = time.time(), "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = train_tokenizer(tokenizer_texts(settings), settings.vocabulary)
     batches, model = Batches(tokenizer, settings), new_model(settings, tokenizer).to(device)
     train(model, batches, settings)
-    held_out = batches.rows(-1, 1.0)  # of the last kind, and no batch of the training
     with torch.no_grad():
-        loss = -llm.row_logps(model, held_out, HEAD_CHUNK).mean().item()
+        loss = -llm.row_logps(model, batches[-1], HEAD_CHUNK).mean().item()
     figures = {"parameters": model.num_parameters(), "held_out_loss": loss}
     figures |= copying(model, tokenizer, settings.seed)
     figures["seconds"] = round(time.time() - started)
