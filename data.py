@@ -21,17 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-    ValidationInfo,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
+from pydantic_core import ValidationError
 
 from config import UserError, atomic_path
 
@@ -67,19 +58,17 @@ def _stamp(value):
 
 
 Text = Annotated[str, BeforeValidator(_one_line)]  # one line, encodable, perhaps empty
-Name = Annotated[Text, StringConstraints(min_length=1, max_length=200)]
+Name = Annotated[Text, Field(min_length=1, max_length=200)]
 Stamp = Annotated[datetime | None, BeforeValidator(_stamp)]
-Sentence = Annotated[Text, StringConstraints(min_length=1)]
+Sentence = Annotated[Text, Field(min_length=1)]
 Slot = Annotated[int, Field(ge=0)]  # place in a shown list, from 0
 
 
-class Record(BaseModel):
-    # Strict: 1.0 is no index and "true" no number, and a log that has them is broken.
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
-
+# Strict: 1.0 is no index and "true" no number, and a log that has them is broken.
+class Record(BaseModel, frozen=True, extra="ignore", strict=True):
     @model_validator(mode="before")
     @classmethod
-    def _count_extra(cls, value, info: ValidationInfo):
+    def _count_extra(cls, value, info):
         """Count the keys that no field takes in the reader's Counter, as `record.key`."""
         if info.context is not None and isinstance(value, dict):
             extra = value.keys() - cls.model_fields.keys()  # a typo of an optional key is one too
@@ -132,9 +121,6 @@ class Impression(Record):
         return self
 
 
-# ---------------------------------------------------------------------------------- read and write
-
-
 def lines_of(path: str | Path) -> Iterator[tuple[int, bytes]]:
     """Yield (number from 1, line) of a file; raises DataError if it cannot be read."""
     try:
@@ -153,13 +139,14 @@ def parse_json(text: bytes):
     try:
         return json.loads(text.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except UnicodeDecodeError:
-        raise ValueError("not UTF-8") from None
-    except json.JSONDecodeError as error:  # its message would quote the line
-        raise ValueError(f"not JSON ({error.msg} at character {error.pos + 1})") from None
+        reason = "not UTF-8"
     except RecursionError:
-        raise ValueError("nested too deeply") from None
-    except ValueError as error:  # NaN, Infinity, an integer of thousands of digits
-        raise ValueError(f"not JSON ({error})") from None  # it quotes the name alone
+        reason = "nested too deeply"
+    except json.JSONDecodeError as error:  # its whole message would quote the line
+        reason = f"not JSON ({error.msg} at character {error.pos + 1})"
+    except ValueError as error:  # NaN, Infinity, an integer of thousands of digits: names no more
+        reason = f"not JSON ({error})"
+    raise ValueError(reason)
 
 
 def parse_line(line: bytes) -> dict:
@@ -206,7 +193,7 @@ def _reason(fault: dict) -> str:
 
 
 def _read(path: str | Path, record: type[Record]) -> list:
-    """Read each row as a `record`; raises DataError that lists every bad line."""
+    """Read each row as a `record`."""
     rows, faults, extra, seen = [], Faults(), Counter(), set()
     for number, line in lines_of(path):
         if not line.strip():  # files joined by `cat` have empty lines
@@ -223,19 +210,15 @@ def _read(path: str | Path, record: type[Record]) -> list:
     faults.refuse()
     if not rows:
         raise DataError(f"{path}:1: line: the file holds no rows")
-    if extra:
-        # On stderr: stdout is for figures. Names of keys only.
+    if extra:  # names of keys only, on stderr: stdout is for figures
         keys = [f"{name} ({count} times)" for name, count in extra.most_common(20)]
-        more = f" and {len(extra) - 20} more" if len(extra) > 20 else ""
-        print(f"{path}: ignored keys: {', '.join(keys)}{more}", file=sys.stderr)
+        keys += [f"{len(extra) - 20} more"] * (len(extra) > 20)
+        print(f"{path}: ignored keys: {', '.join(keys)}", file=sys.stderr)
     return rows
 
 
 def read_users(path: str | Path) -> list[User]:
-    """Read users.jsonl; sessions come back in time order where all have a time.
-
-    Raises DataError that lists every bad line.
-    """
+    """Users of a file, sessions in time order; raises DataError that lists every bad line."""
     return [in_time_order(user) for user in _read(path, User)]
 
 
@@ -247,22 +230,18 @@ def in_time_order(user: User) -> User:
 
 
 def read_impressions(path: str | Path) -> list[Impression]:
-    """Read impressions.jsonl. Raises DataError that lists every bad line."""
+    """Shown lists of a file; raises DataError that lists every bad line."""
     return _read(path, Impression)
 
 
 def write_users(path: str | Path, rows: Iterable[Record]) -> None:
-    """Write records as JSONL, a line each, only with the fields that were given."""
+    """Write records as JSONL, only with the fields that were given: they read back equal."""
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for row in rows:
-            # No field that was not given: read back, the record is equal to what was written.
             file.write(row.model_dump_json(exclude_unset=True) + "\n")
 
 
 write_impressions = write_users
-
-
-# ----------------------------------------------------------------------------------- splits, cuts
 
 
 def split_users(user_ids: Iterable[str], shares: dict[str, float], seed: int) -> dict[str, str]:

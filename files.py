@@ -20,7 +20,6 @@ from pydantic import BaseModel
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent  # of the checkout: scripts run from anywhere
-EXIT_BAD_INPUT = 2  # as argparse exits
 
 
 class UserError(Exception):
@@ -114,10 +113,9 @@ class progress:  # lower-case, as it is called like tqdm
             yield item
             now = time.monotonic()
             if self.plain and now - last >= self.every:
-                last, shown = now, {"prefix": f"{self.label}: ", "postfix": self.bar.postfix}
-                line = tqdm.format_meter(
-                    step, self.bar.total, now - start, bar_format=self.line, **shown
-                )
+                last, steps = now, (step, self.bar.total, now - start)
+                words = {"prefix": f"{self.label}: ", "postfix": self.bar.postfix}
+                line = tqdm.format_meter(*steps, bar_format=self.line, **words)
                 print(line, file=sys.stderr, flush=True)
 
 
@@ -139,8 +137,7 @@ def atomic_path(path: str | Path):
         yield temporary
         if processes()[0] > 0:
             return
-        paths = temporary.rglob("*") if temporary.is_dir() else [temporary]
-        for file in filter(Path.is_file, paths):
+        for file in filter(Path.is_file, [temporary, *temporary.rglob("*")]):
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())  # else the name may reach the disk before the content
         if path.is_dir() and temporary.is_dir():  # rename cannot replace a folder that is not empty
@@ -150,10 +147,8 @@ def atomic_path(path: str | Path):
         if old.is_dir() and not path.exists():  # stopped between the two renames
             os.replace(old, path)
         for rest in (temporary, old):
-            if rest.is_dir():
-                shutil.rmtree(rest)
-            else:
-                rest.unlink(missing_ok=True)
+            shutil.rmtree(rest, ignore_errors=True)  # does nothing to a file
+            rest.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value) -> None:
@@ -187,20 +182,16 @@ def script(main) -> None:
     """Run a script's main(): what the user can mend becomes one message on stderr, exit code 2."""
     try:
         main()
-    except UserError as error:
-        message = str(error)
-    except OSError as error:  # a folder that cannot be written, a full disk
-        if not error.filename and error.errno != errno.ENOSPC:
-            raise
-        message = f"{error.filename or 'writing'}: {error.strerror}"
-    except sqlite3.OperationalError as error:  # of the cache of answers, or a server's store
-        if getattr(error, "sqlite_errorname", "") not in WRITE_FAILED:
-            raise  # a mistake of ours keeps its traceback
-        message = f"SQLite: {error}"
     except KeyboardInterrupt:
         print("stopped; run the same command again to resume", file=sys.stderr)
         sys.exit(130)  # as a shell says of Ctrl-C
-    else:
-        return
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(EXIT_BAD_INPUT)
+    except (UserError, OSError, sqlite3.OperationalError) as error:
+        message = str(error)
+        if getattr(error, "filename", None) or getattr(error, "errno", 0) == errno.ENOSPC:
+            message = f"{error.filename or 'writing'}: {error.strerror}"
+        elif getattr(error, "sqlite_errorname", "") in WRITE_FAILED:  # answers, a server's store
+            message = f"SQLite: {error}"
+        elif not isinstance(error, UserError):
+            raise  # a mistake of ours keeps its traceback
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)  # as argparse exits

@@ -13,7 +13,7 @@ import contextlib
 import itertools
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,26 +36,24 @@ def _unix(seconds: float) -> datetime:
         raise ValueError("not in the years 1 to 9999 as seconds since 1970") from None
 
 
-class ChatGPTAuthor(Record):
-    role: str  # user, assistant, system, tool
-
-
-class ChatGPTContent(Record):
-    content_type: str  # text, multimodal_text, code, ...
-    parts: list[Any] | None = None  # texts, and objects of images and speech
-
-
 class ChatGPTMessage(Record):
-    author: ChatGPTAuthor
-    content: ChatGPTContent | None = None
+    class Author(Record):
+        role: str  # user, assistant, system, tool
+
+    class Content(Record):
+        content_type: str  # text, multimodal_text, code, ...
+        parts: list[Any] | None = None  # texts, and objects of images and speech
+
+    author: Author
+    content: Content | None = None
     recipient: str | None = None
     create_time: float | None = None  # seconds since 1970
 
     def text(self) -> str | None:
         """Its text and the transcripts of speech; None for images, code and calls of tools."""
-        if not self.content or self.content.content_type not in ("text", "multimodal_text"):
-            return None
-        if self.recipient not in (None, "all"):  # the name of a tool
+        kind = self.content and self.content.content_type
+        # Another recipient is a tool.
+        if kind not in ("text", "multimodal_text") or self.recipient not in (None, "all"):
             return None
         parts = [p.get("text") if isinstance(p, dict) else p for p in self.content.parts or ()]
         return "\n".join(part for part in parts if isinstance(part, str))
@@ -195,19 +193,11 @@ KINDS = {  # kind -> record of a conversation, what the file usually is
     "wildchat": (WildChat, "parquet or JSONL"),
     "locomo": (Locomo, "a JSON array"),
 }
-
-
-def _marks(kind: str) -> set[str]:
-    """Keys that each conversation of a kind has; no other kind has them all."""
-    return {name for name, field in KINDS[kind][0].model_fields.items() if field.is_required()}
-
-
-def _wrong_kind(path: str | Path, kind: str, reason: str, keys=frozenset()) -> DataError:
-    """Say what was expected, and which other kind has rows with these keys."""
-    expected = f"{KINDS[kind][1]} of conversations with {' and '.join(sorted(_marks(kind)))}"
-    # The one slip that a glance does not show.
-    other = next((f"; this looks like {k}" for k in KINDS if _marks(k) <= keys), "")
-    return DataError(f"{path}: {reason}; {kind} is {expected}{other}")
+# Keys that each conversation of a kind has; no other kind has them all.
+MARKS = {
+    kind: {name for name, field in record.model_fields.items() if field.is_required()}
+    for kind, (record, _) in KINDS.items()
+}
 
 
 def _parquet(path: str | Path) -> Iterator[dict]:
@@ -228,24 +218,18 @@ def _parquet(path: str | Path) -> Iterator[dict]:
         raise DataError(f"{path}: cannot be read as parquet ({type(error).__name__})") from None
 
 
-def _places(path: str | Path, kind: str) -> Iterator[tuple[str, Any]]:
+def _rows(path: str | Path) -> Iterator[tuple[str, Any]]:
     """Yield (place, row) of a JSON array, parquet or JSONL, where a row is the bytes of a line."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()  # a byte order mark
-        if head.startswith(b"PAR1"):
-            rows = _parquet(path)
-        elif head.startswith(b"["):
-            rows = data.parse_json(Path(path).read_bytes())  # whole: JSON has no other way
-        else:
-            lines = data.lines_of(path)
-            yield from ((f"{path}:{n}", line) for n, line in lines if line.strip())
-            return
-        yield from ((f"{path}: conversation {n}", row) for n, row in enumerate(rows, 1))
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from None
-    except ValueError as error:  # of parse_json, before the first row
-        raise _wrong_kind(path, kind, str(error)) from None
+    lines = (line.lstrip(b"\xef\xbb\xbf \t\r\n") for _, line in data.lines_of(path))
+    head = next(filter(None, lines), b"")[:4]  # behind a byte order mark
+    if head[:1] == b"[":
+        rows = data.parse_json(Path(path).read_bytes())  # whole: JSON has no other way
+    elif head == b"PAR1":
+        rows = _parquet(path)
+    else:
+        yield from ((f"{path}:{n}", line) for n, line in data.lines_of(path) if line.strip())
+        return
+    yield from ((f"{path}: conversation {n}", row) for n, row in enumerate(rows, 1))
 
 
 def _conversations(path: str | Path, kind: str, faults: Faults) -> Iterator[tuple[str, dict]]:
@@ -253,20 +237,25 @@ def _conversations(path: str | Path, kind: str, faults: Faults) -> Iterator[tupl
 
     Raises DataError if no row looks like one of this kind, or the file cannot be read at all.
     """
-    right_kind, keys = False, set()
-    for place, row in _places(path, kind):
-        try:
-            row = data.parse_line(row) if isinstance(row, bytes) else row
-            if not isinstance(row, dict):
-                raise ValueError("row: not a JSON object")
-        except ValueError as error:
-            faults.add(place, error)
-            continue
-        keys = keys or row.keys()  # of the first one, to name the kind that it may be of
-        right_kind = right_kind or _marks(kind) <= row.keys()
-        yield place, row
+    expected = f"{KINDS[kind][1]} of conversations with {' and '.join(sorted(MARKS[kind]))}"
+    right_kind, first_keys = False, set()
+    try:
+        for place, row in _rows(path):
+            try:
+                row = data.parse_line(row) if isinstance(row, bytes) else row
+                if not isinstance(row, dict):
+                    raise ValueError("row: not a JSON object")
+            except ValueError as error:
+                faults.add(place, error)
+                continue
+            first_keys = first_keys or row.keys()
+            right_kind = right_kind or MARKS[kind] <= row.keys()
+            yield place, row
+    except ValueError as error:  # of an array that is no JSON
+        raise DataError(f"{path}: {error}; {kind} is {expected}") from None
     if not right_kind:  # rather than a fault for each of a million rows
-        raise _wrong_kind(path, kind, "no such conversation in it", keys)
+        looks = next((f"; this looks like {k}" for k in KINDS if MARKS[k] <= first_keys), "")
+        raise DataError(f"{path}: no such conversation in it; {kind} is {expected}{looks}")
 
 
 def _user(user_id: str, session_id: str, timestamp: datetime | None, said: list) -> User:
@@ -285,7 +274,7 @@ def import_users(kind: str, paths: list[str | Path], out: str | Path, me: str = 
     DataError that lists every faulty conversation.
     """
     faults, left_out, messages = Faults(), Counter(), 0
-    texts: dict[str, dict[str, bytes]] = {}  # user_id -> session_id -> session
+    texts = defaultdict(dict)  # user_id -> session_id -> bytes of JSON
     for path in paths:
         for place, row in progress(_conversations(path, kind, faults), f"import {path}"):
             try:
@@ -297,25 +286,24 @@ def import_users(kind: str, paths: list[str | Path], out: str | Path, me: str = 
             for user in users:
                 if not user.sessions:
                     left_out["without a user's words"] += 1
-                    continue
-                [session], sessions = user.sessions, texts.setdefault(user.user_id, {})
-                if session.session_id in sessions:  # parts of a data set may overlap
+                elif user.sessions[0].session_id in texts[user.user_id]:  # parts may overlap
                     left_out["seen before"] += 1
-                    continue
-                sessions[session.session_id] = session.model_dump_json(exclude_unset=True).encode()
-                messages += len(session.messages)
+                else:
+                    [session] = user.sessions
+                    text = session.model_dump_json(exclude_unset=True).encode()
+                    texts[user.user_id][session.session_id] = text
+                    messages += len(session.messages)
     faults.refuse()
     if not texts:  # an empty users file would only be refused by the next command
         raise DataError(f"{paths[0]}: no conversation with a user's words in it")
-    data.write_users(out, _users(kind, texts))
+    data.write_users(out, (_whole(kind, *item) for item in texts.items()))
     counts = f"{len(texts)} users, {sum(map(len, texts.values()))} sessions ({messages} messages)"
     rest = "".join(f"; {n} conversations {why} left out" for why, n in left_out.items())
     return f"{counts} written to {out}{rest}"
 
 
-def _users(kind: str, texts: dict[str, dict[str, bytes]]) -> Iterator[User]:
-    for user_id, held in texts.items():
-        sessions = [data.Session.model_validate_json(text) for text in held.values()]
-        if kind == "sharegpt":  # its parts have no time, but a number
-            sessions.sort(key=lambda session: _part(session.session_id)[1])
-        yield data.in_time_order(User(user_id=user_id, sessions=sessions))
+def _whole(kind: str, user_id: str, texts: dict[str, bytes]) -> User:
+    sessions = [data.Session.model_validate_json(text) for text in texts.values()]
+    if kind == "sharegpt":  # its parts have no time, but a number
+        sessions.sort(key=lambda session: _part(session.session_id)[1])
+    return data.in_time_order(User(user_id=user_id, sessions=sessions))
