@@ -33,6 +33,7 @@ CountOrNone = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+Negatives = Literal["utility", "diversity", "joint"]
 Role = Literal["rules", "endpoint", "generator"]  # rules.py; an LLM at `endpoint`; the local one
 
 
@@ -50,17 +51,13 @@ class RunConfig(Section):
 class DataConfig(Section):
     users: str = ""  # users.jsonl; empty: the simulated world writes one
     impressions: str = ""  # impressions.jsonl; empty with `users` set: no ranker, no DPO
-    # A server's store: `--stage ranker --stage dpo` train a further round from what it showed.
-    feedback: str = ""
-    # Share of a user's sessions that count as history: early, middle, latest slice of the log.
-    cuts: list[Share] = Field([0.4, 0.6, 0.8], min_length=1)
-    # Users are split once: generator and ranker train on `train`, early stopping and thresholds use
-    # `valid`, the ranker that judges is fitted on `judge`, figures are on `test` (RID's AUC and the
-    # online test also on `judge`).
-    train: Share = 0.5
-    valid: Share = 0.1
-    judge: Share = 0.25
-    test: Share = 0.15
+    feedback: str = ""  # a server's store: `--stage ranker --stage dpo` train a further round on it
+    cuts: list[Share] = Field([0.4, 0.6, 0.8], min_length=1)  # of a user's sessions are history
+    # Each user is in one of four splits. RID's AUC and the online test use `judge` too.
+    train: Share = 0.5  # generator and ranker
+    valid: Share = 0.1  # early stopping and thresholds
+    judge: Share = 0.25  # the ranker that judges
+    test: Share = 0.15  # figures
 
 
 class WorldConfig(Section):
@@ -116,9 +113,8 @@ class RankerConfig(Section):
     epochs: Count = 20
     patience: CountOrNone = 3
     batch_impressions: Count = 200
-    # a in click * (a + (1 - a) * min(sessions_after, D) / D)
-    click_share: float = Field(0.5, ge=0, le=1)
-    depth_cap: Count = 5  # D
+    click_share: float = Field(0.5, ge=0, le=1)  # a in click * (a + (1 - a) * min(after, D) / D)
+    depth_cap: Count = 5  # D; after: the sessions that followed
 
 
 class GeneratorConfig(Section):
@@ -163,16 +159,13 @@ class DpoConfig(Section):
     # other dimension differs by at most the tolerance.
     margin: NotNegative = 0.2
     tolerance: NotNegative = 0.2
-    negatives: list[Literal["utility", "diversity", "joint"]] = Field(
-        ["utility", "diversity", "joint"], min_length=1
-    )
+    negatives: list[Negatives] = Field(["utility", "diversity", "joint"], min_length=1)
     beta: Positive = 0.1
     learning_rate: Positive = 2.5e-4
     passes: Count = 1  # over the accumulated pairs, per round
     batch_users: Count = 8
     reference: Literal["round", "sit"] = "round"  # the policy at the round's start, or after SIT
-    # Of the chosen lists' mean log-probability per token beside Eq. (6).
-    sft_weight: NotNegative = 1.0
+    sft_weight: NotNegative = 1.0  # of the chosen lists' mean logp per token, beside Eq. (6)
     pairs_per_user: Count = 2  # from data.feedback, so that no single user can steer a round
     vanilla: bool = True  # the baseline SFT+DPO, of tapped against ignored lists, is trained too
     checkpoints: Count = 2  # per round; the best by held-out utility and diversity is kept
@@ -319,12 +312,12 @@ def _unknown(name: str) -> str:
 class RunFolder:
     """`runs/<name>/`: config.yaml, environment.json, metrics.jsonl and one folder per stage.
 
-    A stage is done when `<stage>/done.json` holds the key (a digest of all that the stage depends
-    on) it was run with; the file is written last.
+    A stage is done when `<stage>/done.json`, its last file, holds the key that it was run with: a
+    digest of all that the stage depends on.
     """
 
     def __init__(self, config: Config, describe: bool = True):
-        """describe: say in the folder with which settings; not where a finished run is used."""
+        # describe: say with which settings it ran; not where a finished run is used.
         self.path = Path(config.run.root) / config.run.name
         self.path.mkdir(parents=True, exist_ok=True)
         if describe:

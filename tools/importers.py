@@ -59,18 +59,17 @@ class ChatGPTMessage(Record):
         return "\n".join(part for part in parts if isinstance(part, str))
 
 
-class ChatGPTNode(Record):
-    message: ChatGPTMessage | None = None  # the root has none
-    parent: str | None = None
-
-
 class ChatGPT(Record):
     """A conversation in conversations.json of ChatGPT's export: a tree of messages."""
+
+    class Node(Record):
+        message: ChatGPTMessage | None = None  # the root has none
+        parent: str | None = None
 
     conversation_id: Name | None = None  # or `id`: exports differ
     id: Name | None = None
     create_time: Annotated[float, AfterValidator(_unix)] | None = None  # of the conversation
-    mapping: dict[str, ChatGPTNode]
+    mapping: dict[str, Node]
     current_node: str | None = None  # the leaf that its person saw last
 
     def sessions(self) -> Sessions:
@@ -81,7 +80,7 @@ class ChatGPT(Record):
         said = [(m.author.role, m.text()) for m in shown if m.author.role in ("user", "assistant")]
         yield None, session_id, self.create_time, said  # None: whoever exported it
 
-    def _branch(self) -> list[ChatGPTNode]:
+    def _branch(self) -> list[Node]:
         """Root to the node shown last; edits and regenerations hang on other branches."""
         node, branch = self.current_node, {}
         if node not in self.mapping:  # then the latest leaf
@@ -104,16 +103,15 @@ _SHAREGPT_ROLES = dict.fromkeys(("gpt", "chatgpt", "assistant", "bing", "bard"),
 _SHAREGPT_ROLES |= {"human": "user", "user": "user", "system": "system"}
 
 
-class ShareGPTMessage(Record):
-    speaker: Literal[*_SHAREGPT_ROLES] = Field(alias="from")  # a word of Python
-    value: str | None
-
-
 class ShareGPT(Record):
     """A ShareGPT conversation; it names no person, so the parts of one id count as one user's."""
 
+    class Message(Record):
+        speaker: Literal[*_SHAREGPT_ROLES] = Field(alias="from")  # a word of Python
+        value: str | None
+
     id: Name
-    conversations: list[ShareGPTMessage]
+    conversations: list[Message]
 
     def sessions(self) -> Sessions:
         said = [(_SHAREGPT_ROLES[m.speaker], m.value) for m in self.conversations]
@@ -126,19 +124,17 @@ def _part(name: str) -> tuple[str, int]:
     return (match[1], int(match[2])) if match else (name, 0)
 
 
-class WildChatMessage(Record):
-    role: Literal["user", "assistant", "system"]
-    content: str | None
-    hashed_ip: Text | None = None
-
-
 class WildChat(Record):
     """A WildChat conversation; a hashed address counts as a user."""
+
+    class Message(data.Message):
+        content: str | None
+        hashed_ip: Text | None = None
 
     conversation_hash: Name
     timestamp: Stamp = None
     hashed_ip: Text | None = None  # here or in the messages
-    conversation: list[WildChatMessage]
+    conversation: list[Message]
 
     def sessions(self) -> Sessions:
         addresses = [self.hashed_ip, *(m.hashed_ip for m in self.conversation)]
@@ -147,15 +143,14 @@ class WildChat(Record):
         yield user_id, self.conversation_hash, self.timestamp, said
 
 
-class LocomoMessage(Record):
-    speaker: Name
-    text: str | None
-
-
 class LocomoTalk(Record):
+    class Message(Record):
+        speaker: Name
+        text: str | None
+
     speaker_a: Name
     speaker_b: Name
-    sessions: dict[str, list[LocomoMessage]]
+    sessions: dict[str, list[Message]]
     times: dict[str, Any]  # the same keys; a time that cannot be read is no fault
 
     @model_validator(mode="before")
@@ -178,8 +173,8 @@ class Locomo(Record):
 
     def sessions(self) -> Sessions:
         talk = self.conversation
-        speakers = (talk.speaker_a, talk.speaker_b)
-        for name, (key, lines) in itertools.product(speakers, talk.sessions.items()):
+        pairs = itertools.product((talk.speaker_a, talk.speaker_b), talk.sessions.items())
+        for name, (key, lines) in pairs:
             stamp = None
             with contextlib.suppress(TypeError, ValueError):  # what cannot be read is unknown
                 stamp = datetime.strptime(talk.times[key], "%I:%M %p on %d %B, %Y")

@@ -50,7 +50,6 @@ def _spread(values: list[int]) -> str:
 
 
 def _is_robot(user: User) -> bool:
-    """At least 20 sessions and nine in ten of them word for word the same."""
     texts = Counter(s.summary for s in user.sessions if s.summary)
     n = len(user.sessions)
     return n >= 20 and max(texts.values(), default=0) >= 0.9 * n  # people repeat 23 % of theirs
@@ -76,20 +75,21 @@ def describe_impressions(impressions: list[Impression]) -> dict[str, object]:
     }
 
 
-def _holds_impressions(path: str | Path) -> bool:
-    """Decide by the keys of the first line that is a JSON object."""
+def describe(path: str | Path) -> dict[str, object]:
+    """Describe a file by what the first line that is a JSON object holds."""
     for _, line in data.lines_of(path):
         with contextlib.suppress(ValueError):  # the reader will name that line
-            return "starters" in data.parse_line(line)
-    return False
+            if "starters" in data.parse_line(line):
+                return describe_impressions(data.read_impressions(path))
+            break
+    return describe_users(data.read_users(path))
 
 
 def export_trl(run: str | Path) -> Iterator[dict]:
     """Preference pairs of a finished run's DPO rounds, as TRL's DPOTrainer takes them.
 
-    Conversations: the prompt's chat template is the tokenizer's, as in training here, but interests
-    that went beyond generator.max_prompt_tokens there are not left out. Raises UserError if the
-    folder is no run with DPO rounds.
+    The chat template is the tokenizer's, as in training here, but interests that went beyond
+    generator.max_prompt_tokens there are not left out. Raises UserError if there are no rounds.
     """
     file, paths = Path(run) / "config.yaml", []
     if file.is_file():
@@ -101,13 +101,15 @@ def export_trl(run: str | Path) -> Iterator[dict]:
     task = config.generator.instruction.format(n=config.generator.list_size)  # as llm.prompts
     # Rounds accumulate pairs in training, but each file holds those of its round alone.
     for pair in (pair for path in paths for pair in read_json(path)):
-        text = "\n- ".join([task, *map(llm.plain, pair["interests"])])
-        for rejected in pair["rejected"].values():  # of each kind that was mined
-            yield {
-                "prompt": [{"role": "user", "content": text}],
-                "chosen": [{"role": "assistant", "content": llm.format_starters(pair["chosen"])}],
-                "rejected": [{"role": "assistant", "content": llm.format_starters(rejected)}],
-            }
+        prompt = _turn("user", "\n- ".join([task, *map(llm.plain, pair["interests"])]))
+        chosen = _turn("assistant", llm.format_starters(pair["chosen"]))
+        for starters in pair["rejected"].values():  # of each kind that was mined
+            rejected = _turn("assistant", llm.format_starters(starters))
+            yield {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _turn(role: str, content: str) -> list[dict]:
+    return [{"role": role, "content": content}]
 
 
 def main() -> None:
@@ -119,30 +121,27 @@ def main() -> None:
     importer.add_argument("kind", choices=[*KINDS])
     # Parts of one data set belong into one call: a person may stand in several.
     importer.add_argument("file", nargs="+", help="one file or the parts of one data set")
-    importer.add_argument("--out", required=True)
     # An export of ChatGPT is of one person and names nobody.
     importer.add_argument("--user", default="me", help="user_id for a chatgpt export")
     export = commands.add_parser("export", help="preference pairs of a run for another trainer")
     export.add_argument("kind", choices=["trl"])
     export.add_argument("run", help="folder of a finished run")
-    export.add_argument("--out", required=True)
+    for writer in (importer, export):
+        writer.add_argument("--out", required=True)
     given = parser.parse_args()
     if given.command == "check":
-        if _holds_impressions(given.file):
-            figures = describe_impressions(data.read_impressions(given.file))
-        else:
-            figures = describe_users(data.read_users(given.file))
-        print("\n".join(f"{label + ':':30} {figure}" for label, figure in figures.items()))
+        for label, figure in describe(given.file).items():
+            print(f"{label + ':':30} {figure}")
     elif given.command == "import":
-        if any(Path(given.out).resolve() == Path(file).resolve() for file in given.file):
+        if Path(given.out).resolve() in (Path(file).resolve() for file in given.file):
             # It is read while --out is written.
             raise UserError(f"--out {given.out}: is the file to be imported")
         print(import_users(given.kind, given.file, given.out, given.user))
     else:
         # A list: whatever is wrong with the run is said before a file is begun.
-        lines = [json.dumps(pair, ensure_ascii=False) for pair in export_trl(given.run)]
+        lines = [json.dumps(pair, ensure_ascii=False) + "\n" for pair in export_trl(given.run)]
         with atomic_path(given.out) as temporary:
-            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            temporary.write_text("".join(lines), encoding="utf-8")
         print(f"{len(lines)} pairs written to {given.out}")
 
 
