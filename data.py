@@ -121,15 +121,6 @@ class Impression(Record):
         return self
 
 
-def lines_of(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (number from 1, line) of a file; raises DataError if it cannot be read."""
-    try:
-        with open(path, "rb") as file:  # bytes: one line that is no UTF-8 is one fault
-            yield from enumerate(file, 1)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from None
-
-
 def _refuse_constant(name: str):
     raise ValueError(f"{name} is no number in JSON")
 
@@ -147,17 +138,6 @@ def parse_json(text: bytes):
     except ValueError as error:  # NaN, Infinity, an integer of thousands of digits: names no more
         reason = f"not JSON ({error})"
     raise ValueError(reason)
-
-
-def parse_line(line: bytes) -> dict:
-    """Return the one JSON object of a line, or raise ValueError with `field: reason`."""
-    try:
-        value = parse_json(line)
-    except ValueError as error:
-        raise ValueError(f"line: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError("line: not a JSON object")
-    return value
 
 
 class Faults:
@@ -192,21 +172,40 @@ def _reason(fault: dict) -> str:
     return f"{where or 'line'}: {reason}"
 
 
+def json_objects(path: str | Path, faults: Faults) -> Iterator[tuple[str, dict]]:
+    """Yield (`file:line`, JSON object) of each line; lines that hold none are faults.
+
+    Raises DataError if the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:  # bytes: one line that is no UTF-8 is one fault
+            for number, line in enumerate(file, 1):
+                if not line.strip():  # files joined by `cat` have empty lines
+                    continue
+                try:
+                    value = parse_json(line)
+                    if not isinstance(value, dict):
+                        raise ValueError("not a JSON object")
+                except ValueError as error:
+                    faults.add(f"{path}:{number}", ValueError(f"line: {error}"))
+                else:
+                    yield f"{path}:{number}", value
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from None
+
+
 def _read(path: str | Path, record: type[Record]) -> list:
     """Read each row as a `record`."""
     rows, faults, extra, seen = [], Faults(), Counter(), set()
-    for number, line in lines_of(path):
-        if not line.strip():  # files joined by `cat` have empty lines
-            continue
+    for place, value in json_objects(path, faults):
         try:
-            row = record.model_validate(parse_line(line), context=extra)
+            row = record.model_validate(value, context=extra)
             if record is User and row.user_id in seen:  # an impression's user may stand often
                 raise ValueError("user_id: stands on an earlier line too")
+            seen.add(row.user_id)
+            rows.append(row)
         except ValueError as error:  # a ValidationError is one too
-            faults.add(f"{path}:{number}", error)
-            continue
-        seen.add(row.user_id)
-        rows.append(row)
+            faults.add(place, error)
     faults.refuse()
     if not rows:
         raise DataError(f"{path}:1: line: the file holds no rows")

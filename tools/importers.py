@@ -213,36 +213,34 @@ def _parquet(path: str | Path) -> Iterator[dict]:
         raise DataError(f"{path}: cannot be read as parquet ({type(error).__name__})") from None
 
 
-def _rows(path: str | Path) -> Iterator[tuple[str, Any]]:
-    """Yield (place, row) of a JSON array, parquet or JSONL, where a row is the bytes of a line."""
-    lines = (line.lstrip(b"\xef\xbb\xbf \t\r\n") for _, line in data.lines_of(path))
-    head = next(filter(None, lines), b"")[:4]  # behind a byte order mark
-    if head[:1] == b"[":
-        rows = data.parse_json(Path(path).read_bytes())  # whole: JSON has no other way
-    elif head == b"PAR1":
+def _rows(path: str | Path, faults: Faults) -> Iterator[tuple[str, dict]]:
+    """Yield (place, JSON object) of a JSON array, parquet or JSONL; other rows are faults."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")  # a byte order mark
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from None
+    if head.startswith(b"PAR1"):
         rows = _parquet(path)
+    elif head.startswith(b"["):
+        rows = data.parse_json(Path(path).read_bytes())  # whole: JSON has no other way
     else:
-        yield from ((f"{path}:{n}", line) for n, line in data.lines_of(path) if line.strip())
+        yield from data.json_objects(path, faults)
         return
-    yield from ((f"{path}: conversation {n}", row) for n, row in enumerate(rows, 1))
+    for number, row in enumerate(rows, 1):
+        place = f"{path}: conversation {number}"
+        if isinstance(row, dict):
+            yield place, row
+        else:
+            faults.add(place, ValueError("row: not a JSON object"))
 
 
 def _conversations(path: str | Path, kind: str, faults: Faults) -> Iterator[tuple[str, dict]]:
-    """Yield (place, JSON object); rows that are none go to `faults`.
-
-    Raises DataError if no row looks like one of this kind, or the file cannot be read at all.
-    """
+    """Yield (place, row); raises DataError if no row of the file looks like one of this kind."""
     expected = f"{KINDS[kind][1]} of conversations with {' and '.join(sorted(MARKS[kind]))}"
     right_kind, first_keys = False, set()
     try:
-        for place, row in _rows(path):
-            try:
-                row = data.parse_line(row) if isinstance(row, bytes) else row
-                if not isinstance(row, dict):
-                    raise ValueError("row: not a JSON object")
-            except ValueError as error:
-                faults.add(place, error)
-                continue
+        for place, row in _rows(path, faults):
             first_keys = first_keys or row.keys()
             right_kind = right_kind or MARKS[kind] <= row.keys()
             yield place, row

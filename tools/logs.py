@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -76,12 +75,10 @@ def describe_impressions(impressions: list[Impression]) -> dict[str, object]:
 
 
 def describe(path: str | Path) -> dict[str, object]:
-    """Describe a file by what the first line that is a JSON object holds."""
-    for _, line in data.lines_of(path):
-        with contextlib.suppress(ValueError):  # the reader will name that line
-            if "starters" in data.parse_line(line):
-                return describe_impressions(data.read_impressions(path))
-            break
+    """Describe a file as what its first row is of; the readers name what is no row."""
+    _, first = next(data.json_objects(path, data.Faults()), ("", {}))
+    if "starters" in first:
+        return describe_impressions(data.read_impressions(path))
     return describe_users(data.read_users(path))
 
 
