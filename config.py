@@ -272,13 +272,12 @@ def load_config(path: str | Path | None = None, words: list[str] = ()) -> Config
     return config
 
 
-def _read_file(path: str | Path):
+def _read_file(path: str | Path) -> dict:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such config file; shipped ones are in configs/")
     # What is no UTF-8 becomes characters that YAML refuses.
     text = Path(path).read_text(encoding="utf-8", errors="surrogateescape")
-    tree = _read_yaml(text, path)
-    return {} if tree is None else tree  # None: nothing but comments
+    return _read_yaml(text, path) or {}  # None: nothing but comments
 
 
 def _read_word(word: str) -> dict:

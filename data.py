@@ -140,27 +140,21 @@ def parse_json(text: bytes):
     raise ValueError(reason)
 
 
-class Faults:
-    """Faults of rows: the first MOST_FAULTS as lines for a DataError, the rest as a count."""
-
-    def __init__(self):
-        self.lines, self.count = [], 0
+class Faults(list):
+    """Faults of rows, `place: field: reason` each."""
 
     def add(self, place: str, error: ValueError) -> None:
         """Note a row's ValidationError, or its ValueError with `field: reason`."""
         reasons = [str(error)]
         if isinstance(error, ValidationError):
             reasons = map(_reason, error.errors(include_input=False, include_url=False))
-        for reason in reasons:
-            self.count += 1
-            if self.count <= MOST_FAULTS:  # a file of a million bad rows is no million lines
-                self.lines.append(f"{place}: {reason}")
+        self.extend(f"{place}: {reason}" for reason in reasons)
 
     def refuse(self) -> None:
-        """Raise DataError if there were any."""
-        if self.count:
-            rest = self.count - len(self.lines)
-            raise DataError("\n".join(self.lines + [f"... and {rest} more"] * bool(rest)))
+        """Raise DataError if there are any."""
+        rest = len(self) - MOST_FAULTS  # a file of a million bad rows is no million lines
+        if self:
+            raise DataError("\n".join(self[:MOST_FAULTS] + [f"... and {rest} more"] * (rest > 0)))
 
 
 def _reason(fault: dict) -> str:

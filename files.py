@@ -45,9 +45,6 @@ def _file_digest(path: str, *version: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
-# -------------------------------------------------------------------- processes of one torchrun
-
-
 def processes() -> tuple[int, int]:
     """(number of this process, how many there are) in a `torchrun` launch; (0, 1) outside one."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # other launchers set RANK too
@@ -117,9 +114,6 @@ class progress:  # lower-case, as it is called like tqdm
                 words = {"prefix": f"{self.label}: ", "postfix": self.bar.postfix}
                 line = tqdm.format_meter(*steps, bar_format=self.line, **words)
                 print(line, file=sys.stderr, flush=True)
-
-
-# -------------------------------------------------------------------------------- whole or absent
 
 
 @contextlib.contextmanager

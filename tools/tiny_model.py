@@ -34,6 +34,10 @@ from config import GeneratorConfig, atomic_path, progress, script, write_json
 from encoder import packaged_minilm
 
 TASK = GeneratorConfig()  # the prompt, list size and sampling that runs have by default
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 HEAD_CHUNK = 1 << 16  # positions that are scored at once: V is small
 SHAPE = {  # with the default vocabulary 920,192 weights
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 2,
@@ -188,16 +192,12 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
     start = {"initial_alphabet": byte_level.alphabet(), "special_tokens": special}
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, show_progress=False, **start)
     tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=special[0], eos_token=special[2],
         additional_special_tokens=special[1:2],
         clean_up_tokenization_spaces=False,  # or " ?" would lose its space
+        chat_template=CHATML,
     )
-    fast.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    return fast
 
 
 def new_model(settings: Settings, tokenizer) -> Qwen2ForCausalLM:
