@@ -344,11 +344,10 @@ class RunFolder:
 
     def log(self, stage: str, **figures) -> None:
         """Append one line to metrics.jsonl."""
-        if processes()[0] > 0:
-            return
         line = json.dumps({"time": round(time.time(), 1), "stage": stage, **figures})
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        if processes()[0] == 0:
+            with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(line + "\n")
 
 
 PACKAGES = """torch transformers peft bitsandbytes sentence-transformers numpy scikit-learn
@@ -367,13 +366,12 @@ def environment(config: Config) -> dict:
 
     changes = git("status", "--porcelain", "--", ".", ":!results")  # None: no repository
     installed = [one for one in importlib.metadata.distributions() if one.name in PACKAGES]
-    data = [path for path in (config.data.users, config.data.impressions) if path]
+    data = (config.data.users, config.data.impressions)  # perhaps of a simulated world: empty
     return {
         "command": sys.argv,
         "python": platform.python_version(),
         "machine": platform.platform(),
         "processors": os.cpu_count(),
-        "seed": config.run.seed,
         "versions": {package.name: package.version for package in installed},
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": None if changes is None else bool(changes),

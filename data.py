@@ -48,8 +48,6 @@ def _label(key) -> str:
 
 def _stamp(value):
     """ISO 8601 text, with or without a zone, to naive UTC."""
-    if value is None:
-        return None
     try:
         moment = value if isinstance(value, datetime) else datetime.fromisoformat(value)
         return moment.astimezone(UTC).replace(tzinfo=None) if moment.tzinfo else moment
@@ -59,7 +57,7 @@ def _stamp(value):
 
 Text = Annotated[str, BeforeValidator(_one_line)]  # one line, encodable, perhaps empty
 Name = Annotated[Text, Field(min_length=1, max_length=200)]
-Stamp = Annotated[datetime | None, BeforeValidator(_stamp)]
+Stamp = Annotated[datetime, BeforeValidator(_stamp)] | None
 Sentence = Annotated[Text, Field(min_length=1)]
 Slot = Annotated[int, Field(ge=0)]  # place in a shown list, from 0
 

@@ -272,7 +272,7 @@ def import_users(kind: str, paths: list[str | Path], out: str | Path, me: str = 
         for place, row in progress(_conversations(path, kind, faults), f"import {path}"):
             try:
                 parts = KINDS[kind][0].model_validate(row).sessions()
-                users = [_user(me if name is None else name, *part) for name, *part in parts]
+                users = [_user(name or me, *part) for name, *part in parts]
             except ValueError as error:  # a ValidationError is one too
                 faults.add(place, error)
                 continue

@@ -306,10 +306,11 @@ def build(settings: Settings, folder: str | Path) -> dict:
     train(model, batches, settings)
     with torch.no_grad():
         loss = -llm.row_logps(model, batches[-1], HEAD_CHUNK).mean().item()
-    figures = {"parameters": model.num_parameters(), "held_out_loss": loss}
-    figures |= copying(model, tokenizer, settings.seed)
-    figures["seconds"] = round(time.time() - started)
-    figures["made_by"] = f"{device}, torch {torch.__version__}"
+    figures = {
+        "parameters": model.num_parameters(), "held_out_loss": loss,
+        **copying(model, tokenizer, settings.seed),
+        "seconds": round(time.time() - started), "made_by": f"{device}, torch {torch.__version__}",
+    }
     with atomic_path(folder) as temporary:
         model.save_pretrained(temporary, safe_serialization=True)
         tokenizer.save_pretrained(temporary)
