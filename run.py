@@ -3,8 +3,8 @@
     run = Run(load_config("configs/tiny.yaml"))
     run.users, run.histories["u17"][-1].texts, run.states["u17"][-1].interests
 
-What a stage needs is loaded when it is first asked for. Nobody writes into a Run: models belong to
-the stages (stages/), lists are written by roles/writer.py, and what a stage makes lies in its folder.
+What a stage needs is loaded when it is first asked for. Nobody writes into a Run: models belong
+to the stages (stages/), roles/writer.py writes lists, and what a stage makes lies in its folder.
 
 Legend: B rows, N summaries or starters, M interests, K slots, D embedding.
 """
@@ -130,7 +130,7 @@ class Run:
         user, share = self.users[user_id], self.shares[cut]  # 1.0: now
         return (user.sessions, []) if share == 1.0 else data.cut_sessions(user, share)
 
-    # ------------------------------------------------------------------------ histories and interests
+    # --------------------------------------------------------------------- histories and interests
 
     @cached_property
     def histories(self) -> dict[str, list[ib.History]]:
@@ -199,7 +199,7 @@ class Run:
 def shown_before(
     impressions: Iterable[data.Impression], moment: datetime | None
 ) -> list[tuple[str, int, bool]]:
-    """(starter, slot, tapped) of the lists shown before a moment; lists without a time say nothing."""
+    """(starter, slot, tapped) of lists shown before a moment; those without a time say nothing."""
     return [
         (starter, slot, slot in row.clicked)
         for row in impressions

@@ -43,7 +43,7 @@ class Players:
         return self._chats[player]
 
     def teach(self, inputs: list[list[str]], seeds: list[int]) -> list[list[str] | None]:
-        """A list of the teacher for each input, at most K starters; None where an LLM's call failed."""
+        """The teacher's list for each input, at most K starters; None: an LLM's call failed."""
         k, player = self.config.generator.list_size, self.config.roles.teacher
         if player == "rules":
             teacher = roles.RuleTeacher()  # no state: each list has a seed of its own

@@ -138,7 +138,7 @@ class Writer:
         g, settings = self.config.generator, self._endpoint(adapter)
         # vLLM takes top_k beside what OpenAI's API knows; others may refuse it.
         more = {"top_p": g.top_p} | ({"top_k": g.top_k} if g.top_k else {})
-        # A server may know another training's adapter by the same name: its weights tell them apart.
+        # A server may know another training's adapter by this name: weights tell them apart.
         weights = adapter / "adapter_model.safetensors" if adapter else None
         policy = file_digest(weights) if weights else digest(self.model_path)
         server = chat.Sampler(settings, more, self.answers, policy, str(adapter or ""))

@@ -40,7 +40,7 @@ class PopularStarters:
         return self.ranked(profile)[: self.run.config.generator.list_size]
 
     def ranked(self, profile: dict[str, str] | None, keep: Callable = lambda y: y) -> list[str]:
-        """All candidates that `keep` lets through, list after list as the list search orders them."""
+        """All candidates that `keep` lets through, list after list in the list search's order."""
         fields = set((profile or {}).items())
         like = np.array([LIKE_MINDED if fields & set(p.items()) else 1.0 for p in self.profiles])
         weight, n = like[self.list], len(self.starters)

@@ -8,10 +8,10 @@ mined (Eq. 8), and DPO (Eq. 6) aligns the policy on all pairs so far. The baseli
 from tapped against ignored lists. Under torchrun the processes share the users; each step sees the
 same global batch.
 
-Departures: a term for the likelihood of the chosen lists beside Eq. (6), without which it falls with
-that of the rejected ones; of a round the checkpoint with the best held-out utility and diversity
-stays; some of a pool's lists are the teacher's; a starter that names no subject of the interests
-has utility 0 (dpo.grounded).
+Departures: a term for the likelihood of the chosen lists beside Eq. (6), without which it falls
+with that of the rejected ones; of a round the checkpoint with the best held-out utility and
+diversity stays; some of a pool's lists are the teacher's; a starter that names no subject of the
+interests has utility 0 (dpo.grounded).
 
 Legend: B users, N candidates, M lists, K slots, P pairs.
 """
@@ -84,8 +84,9 @@ def dpo_round(
     states = chosen_states(run, [cut], run.config.dpo.max_users, rng)
     valid = [state for u in run.ids("valid") if (state := run.states[u][-1]).interests]
     model = players.writer.policy(adapter, trainable=True)
-    ranker = load_ranker(run, "train")
-    figures, pairs = train_round(run, players, number, model, adapter, ranker, states, valid, earlier)
+    figures, pairs = train_round(
+        run, players, number, model, adapter, load_ranker(run, "train"), states, valid, earlier
+    )
     llm.save_adapter(model, run.adapter(f"round{number}"))
     write_json(run.folder / "dpo" / f"round{number}" / "pairs.json", pairs)
     return figures
@@ -212,8 +213,8 @@ def mine_user(run: Run, searched: Searched, counts: Counter) -> dict:
     # A set counts once, in the order that came first: rounding is not to choose among orders.
     lists = [*{tuple(sorted(indices)): indices for indices in lists[::-1]}.values()][::-1]
     chosen, rejected = ib.mine_preferences(
-        torch.tensor(lists), searched.utility, searched.similarity, settings.weight, settings.margin,
-        settings.tolerance,
+        torch.tensor(lists), searched.utility, searched.similarity,
+        settings.weight, settings.margin, settings.tolerance,
     )  # fmt: skip
     rejected = {kind: j for kind, j in rejected.items() if kind in settings.negatives}
     counts.update(f"no_{kind}" for kind, j in rejected.items() if j is None)
@@ -303,7 +304,7 @@ def columns(rows) -> tuple[list, list]:
 
 
 def against_chosen(logps: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """[chosen, rejected, ...] of each user -> chosen (P,) and rejected (P,), one pair a rejected."""
+    """[chosen, rejected, ...] of each user -> chosen (P,), rejected (P,): a pair a rejected."""
     chosen = torch.cat([y[:1].expand(len(y) - 1) for y in logps])
     return chosen, torch.cat([y[1:] for y in logps])
 

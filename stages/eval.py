@@ -199,7 +199,7 @@ def write_report(
 ) -> None:
     """table.md, table.json and examples.md."""
     write_json(folder / "table.json", result)
-    pages = {"table.md": table_markdown(result), "examples.md": examples_page(rows, summaries, scores)}
-    for name, text in pages.items():
+    examples = examples_page(rows, summaries, scores)
+    for name, text in (("table.md", table_markdown(result)), ("examples.md", examples)):
         with atomic_path(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")

@@ -3,7 +3,7 @@
     python train.py --stage match
 
 Section 2.2 of the paper: positives are summaries that a later session revisits. Every user is cut
-at data.cuts; before a cut lies the history (E earlier summaries), after it the future (L later ones).
+at data.cuts: before a cut lies the history (E summaries), after it the future (L later ones).
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ def stage_merge(run: Run, players: Players, key: str) -> dict:
     # The folder's name is of this machine, and is left out of what may be published.
     path = Path(writer.model_path)
     card = (
-        f"# Conversation starters\n\nWeights of `{path.name if path.is_dir() else path}` with the LoRA "
-        f"adapter `{adapter.relative_to(run.folder.path)}` of an IceBreaker run (config "
+        f"# Conversation starters\n\nWeights of `{path.name if path.is_dir() else path}` with the "
+        f"LoRA adapter `{adapter.relative_to(run.folder.path)}` of an IceBreaker run (config "
         f"`{digest(run.config)}`) merged in, bfloat16.\n\nPrompt: the chat template "
         f"around `{g.instruction.format(n=g.list_size)}` and one line `- interest` for each "
         f"interest, best first. Answer: `<sug> a && b && ... </sug>`.\n"

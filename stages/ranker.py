@@ -160,7 +160,7 @@ def ranker_logits(ranker, rows: dict, states: dict, index, with_slots: bool = Tr
     )
 
 
-# ----------------------------------------------------------------------------- the ranker as others use it
+# --------------------------------------------------------------------- the ranker as others use it
 
 
 def new_ranker(run: Run) -> ib.UtilityRanker:

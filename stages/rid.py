@@ -133,7 +133,8 @@ def fit_scorer(run: Run, revisits: Revisits, train: list[Row], valid: list[Row])
             for tower in scorer.towers:
                 user, sessions = tower(**inputs)  # (B, H), (B, N, H)
                 scores, counts = ib.contrastive_rows(
-                    user, sessions, labels == 1, labels >= 0, ids, settings.negatives_within, lottery
+                    user, sessions, labels == 1, labels >= 0, ids,
+                    settings.negatives_within, lottery,
                 )
                 rows_loss = ib.contrastive_loss(scores, settings.temperature, counts)  # (P,)
                 loss = loss + rows_loss.mean()
@@ -206,8 +207,8 @@ def distil_everybody(run: Run, distiller: Distiller) -> float:
 
 
 def new_scorer(run: Run) -> ib.ResonanceScorer:
-    r, statistics = run.config.rid, len(ib.FEATURE_NAMES)
-    return ib.ResonanceScorer(r.towers, run.encoder.dim, statistics, r.text_dim, r.hidden, r.dropout)
+    r, sizes = run.config.rid, (run.encoder.dim, len(ib.FEATURE_NAMES))  # D, F
+    return ib.ResonanceScorer(r.towers, *sizes, r.text_dim, r.hidden, r.dropout)
 
 
 def histories_of(run: Run, rows: list[Row]) -> tuple[list[ib.History], torch.Tensor]:

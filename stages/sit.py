@@ -1,4 +1,4 @@
-"""Stage `sit`: supervised interest-expanded instruction tuning, Eq. (5). A teacher's lists are taught.
+"""Stage `sit`: supervised interest-expanded instruction tuning on a teacher's lists, Eq. (5).
 
     python train.py --stage sit
 

@@ -1,4 +1,4 @@
-"""What the training loops share: optimiser and schedule, one step, the best weights, shares of a batch.
+"""What the training loops share: optimiser, one step, the best weights, a process's share.
 
 The loops themselves stand in rid.py, ranker.py, sit.py and dpo.py, each whole on one screen.
 """

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from roles.players import Players
-from roles.writer import Writer
-from run import Run
-from stages.ranker import load_ranker, utilities
 
 import llm
 import train
 from config import Config, digest, environment, read_json, write_json
+from roles.players import Players
+from roles.writer import Writer
+from run import Run
 from stages.metrics import Lists, PerUser, TopicClassifier, measure
+from stages.ranker import load_ranker, utilities
 from tables import controls, experiments
 from tables import truth as hidden
 from world import ab, people

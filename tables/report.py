@@ -247,7 +247,7 @@ def reproduction_page(seeds: Seeds, wanted: list[str], note: str, names: list[st
     texts, results = experiments.read(), [s["ab"] for s in seeds]
     people = ", ".join(str(len(one["arms"][ab.CONTROL]["users"])) for one in results)
     # What stands below a table's note, where it is no second_table.
-    below = {"2": lambda: ab.table(ab.lifts(results)),
+    below = {"2": lambda: ab.table(ab.lifts(results), paper_figures()["table2"]),
              "3": lambda: cases(seeds), "figure3": lambda: shares_table(seeds)}
     parts = ["# The paper's tables on the simulated platform\n", note + "\n", texts["legend"]]
     for name in wanted:  # in the order of experiments.yaml

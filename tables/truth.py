@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
+
 from roles.players import Players
 from run import Run
 from stages.match import Revisits
-
 from stages.metrics import PerUser, TopicClassifier
 from tables.controls import interests_of
 from world.people import Truth

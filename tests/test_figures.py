@@ -61,6 +61,11 @@ def frontier(points, path, lines=None):
     figures.frontier(points, path, lines or {}, LONG, LONG, LONG)
 
 
+def lines(panels, path):
+    rows = [figures.Panel(ylabel, LONG, series, level=0.5) for ylabel, series in panels.items()]
+    figures.lines(rows, path, LONG)
+
+
 CASES = {
     "curves": (lambda x, path: figures.curves(x, path, LONG), LOG),
     "curves of one epoch": (lambda x, path: figures.curves(x, path, "t"), LOG[:2]),
@@ -70,10 +75,10 @@ CASES = {
     "rings, one empty": (rings, [PANEL | {"inner": {}}]),
     "hacking": (lambda x, path: figures.hacking(x, path, LONG), LIFTS),
     "hacking, one bar": (lambda x, path: figures.hacking(x, path, "t"), {"PE": {"a": [0, 0, 0]}}),
-    "lines": (lambda x, path: figures.lines(x, path, LONG, LONG), {LONG: SERIES}),
-    "two panels": (lambda x, path: figures.lines(x, path, "x", "t"), {"a": SERIES, "b": ONE}),
-    "days": (lambda x, path: figures.lines(x, path, "day", "t"), {"a": DAYS}),
-    "one point": (lambda x, path: figures.lines(x, path, "x", ""), {"y": ONE}),
+    "lines": (lines, {LONG: SERIES}),
+    "two panels": (lines, {"a": SERIES, "b": ONE}),
+    "days": (lines, {"a": DAYS}),
+    "one point": (lines, {"": ONE}),
 }
 
 
@@ -185,5 +190,5 @@ def test_nothing_to_draw_is_said_and_leaves_no_file(tmp_path):
     with pytest.raises(ValueError, match="no epoch or step"):
         figures.curves([{"stage": "world"}], tmp_path / "a.png", "t")
     with pytest.raises(KeyError):
-        figures.lines({"a": {"b": {"y": [1]}}}, tmp_path / "a.png", "", "")
+        figures.lines([figures.Panel("", "", {"a": {"y": [1]}})], tmp_path / "a.png", "")
     assert not list(tmp_path.iterdir())

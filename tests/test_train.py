@@ -471,7 +471,8 @@ def test_own_lists_join_the_tuning(finished, tmp_path, monkeypatch):
     shutil.copytree(finished.parent, tmp_path / "own")
     run = Run(micro(tmp_path / "own", "sit.own_lists=2"))
     for module in ("writer", "players"):
-        monkeypatch.setattr(f"roles.{module}.fit_to_show", lambda *_: ["Chess?", "Go?", "Checkers?"])
+        three = ["Chess?", "Go?", "Checkers?"]
+        monkeypatch.setattr(f"roles.{module}.fit_to_show", lambda *_, three=three: three)
     players, states = players_of(run), [run.states["u1"][0]] * 2
     assert sit.teacher_lists(run, players, states, 0, "none asked for") == [[], []]
     figures = sit.stage_sit(run, players, "")
