@@ -59,7 +59,7 @@ def stage_dpo(run: Run, players: Players, key: str) -> dict:
     """Rounds of DPO on mined lists; and the SFT+DPO baseline on clicked ones."""
     if not run.impressions:
         return {"skipped": "no impressions (data.impressions), so no preferences to learn"}
-    adapter, pairs, figures = run.adapter("sit"), [], {}
+    adapter, pairs, figures = run.adapter("sit"), [], {}  # pairs accumulate over the rounds
     for number in range(1, run.config.dpo.rounds + 1):
         folder, round_key = f"dpo/round{number}", digest(key, number)  # whatever rounds follow
         if not run.folder.is_done(folder, round_key):
@@ -83,7 +83,7 @@ def dpo_round(
     rng = random.Random(run.seed("users", number))
     states = chosen_states(run, [cut], run.config.dpo.max_users, rng)
     valid = [state for u in run.ids("valid") if (state := run.states[u][-1]).interests]
-    model = players.writer.policy(adapter, trainable=True)
+    model = players.writer.policy(adapter, trainable=True)  # goes on with the last round's LoRA
     figures, pairs = train_round(
         run, players, number, model, adapter, load_ranker(run, "train"), states, valid, earlier
     )
@@ -105,10 +105,11 @@ def train_round(
     label, writer = f"round {number}", players.writer
     sampled = sample(run, writer, number, model, adapter, states, keep)  # dpo.samples lists a user
     taught = teacher_lists(run, players, states, run.config.dpo.teacher_lists, label)
+    # A weak policy alone would have a pool of its own mistakes.
     lists = [policy + teacher for policy, teacher in zip(sampled, taught, strict=True)]
     searched = search(run, ranker, share(states), share(lists))  # Algorithm 1
     mined, counts = mine(run, searched)  # Eq. (8)
-    pairs = [pair for pair in gather(mined) if pair]
+    pairs = [pair for pair in gather(mined) if pair]  # of all processes, in the order of users
     if not earlier + pairs:
         raise UserError("dpo: no preference pair found; lower dpo.margin or raise dpo.samples")
     held_out = HeldOut(run, writer, ranker, valid, label) if valid else None
@@ -132,6 +133,7 @@ def sample(
     """
     inputs, n = [state.interests for state in states], run.config.dpo.samples
     seed, weights = run.seed("dpo", number), file_digest(adapter / "adapter_model.safetensors")
+    # All that the lists hang on: a file of another training is not taken for this one's.
     key = digest(writer.model_path, weights, run.config.generator, inputs, n, seed)
     path = adapter.parent / "sampled.json"
     if path.is_file() and (kept := read_json(path))["key"] == key:
@@ -166,7 +168,7 @@ def search(
     settings, k = run.config.dpo, run.config.generator.list_size
     pools = [sorted({y for starters in user_lists for y in starters}) for user_lists in lists]
     rich = [i for i, pool in enumerate(pools) if len(pool) >= k]
-    results: list[Searched | None] = [None] * len(pools)
+    results: list[Searched | None] = [None] * len(pools)  # users keep their places
     if not rich:
         return results
     scored = score_pools(run.encoder, ranker, [states[i] for i in rich], [pools[i] for i in rich])
@@ -207,7 +209,7 @@ def mine_user(run: Run, searched: Searched, counts: Counter) -> dict:
     """The preference pair of one user; what was not found is counted."""
     settings, k = run.config.dpo, run.config.generator.list_size
     rng = random.Random(run.seed("mine", searched.state.user_id, searched.pool))
-    place = {starter: i for i, starter in enumerate(searched.pool)}
+    place = {starter: i for i, starter in enumerate(searched.pool)}  # starter -> index
     lists = [*searched.beams, *([place[y] for y in s] for s in searched.lists if len(s) == k)]
     lists += [rng.sample(range(len(place)), k) for _ in range(RANDOM_LISTS)]
     # A set counts once, in the order that came first: rounding is not to choose among orders.
@@ -216,6 +218,7 @@ def mine_user(run: Run, searched: Searched, counts: Counter) -> dict:
         torch.tensor(lists), searched.utility, searched.similarity,
         settings.weight, settings.margin, settings.tolerance,
     )
+    # Table 9 trains with one kind alone.
     rejected = {kind: j for kind, j in rejected.items() if kind in settings.negatives}
     counts.update(f"no_{kind}" for kind, j in rejected.items() if j is None)
     texts = [[searched.pool[i] for i in indices] for indices in lists]
@@ -262,7 +265,7 @@ def align(
     marks = {round(steps * (i + 1) / settings.checkpoints) for i in range(settings.checkpoints)}
     optimiser, schedule = new_optimiser(model, settings.learning_rate, steps)
     best, log, policy = Best(model), [], llm.averaged_gradients(model)
-    if held_out:
+    if held_out:  # the start is a checkpoint too: a round may bring nothing
         best.offer(held_out(model))
     for number in (bar := progress(range(1, steps + 1), f"dpo {label}")):
         order = order or rng.sample(range(len(rows)), len(rows))  # another pass
@@ -272,10 +275,10 @@ def align(
         chosen, rejected = against_chosen(logps)  # (P,) each
         ref_chosen, ref_rejected = against_chosen([reference[i] for i in part])
         losses = ib.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, settings.beta)  # Eq. (6)
-        loss = losses.sum() / sum(len(rows[i][1]) - 1 for i in batch)
+        loss = losses.sum() / sum(len(rows[i][1]) - 1 for i in batch)  # a mean per pair
         if settings.sft_weight:  # Departure: a term for the likelihood of the chosen lists
             tokens = sum(len(rows[i][1][0]) for i in batch)
-            loss = loss - settings.sft_weight * sum(y[0] for y in logps) / tokens
+            loss = loss - settings.sft_weight * sum(y[0] for y in logps) / tokens  # per token
         rate = schedule.get_last_lr()[0]
         step(model, optimiser, schedule, loss * factor)
         pair_columns = torch.stack([losses, chosen, rejected, ref_chosen, ref_rejected])  # (5, P)
@@ -319,6 +322,7 @@ def reference_logps(
     size, results = run.config.dpo.batch_users, {}
     for start in progress(range(0, len(order), size), f"reference {label}"):
         batch = order[start : start + size]
+        # 4-bit and bf16 products differ in rounding with the batch, so batches are the same.
         part, factor = part_of(batch)
         logps = llm.completion_logps(model, *columns(rows[i] for i in part))
         values = gather([y.tolist() for y in logps] if factor else [])
@@ -364,10 +368,11 @@ class HeldOut:
     def __call__(self, model) -> float:
         weight, seed = self.run.config.dpo.weight, self.run.seed("dpo", "held out")
         inputs = [state.interests for state in self.states]
-        lists = self.writer.sample(model, inputs, HELD_OUT_LISTS, seed)
+        lists = self.writer.sample(model, inputs, HELD_OUT_LISTS, seed)  # the same draws each time
         now = list_quality(self.run, self.ranker, self.states, lists)
         self.run.folder.log("dpo", round=self.label, held_out=now)
         self.start = self.start or {name: max(value, 1e-6) for name, value in now.items()}
+        # Relative: utilities are small numbers, and diversity would decide alone.
         gain = {name: value / self.start[name] for name, value in now.items()}
         return weight * gain["utility"] + (1 - weight) * gain["diversity"]
 
@@ -421,5 +426,6 @@ def align_on_clicks(run: Run, writer: Writer, pairs: list[dict], key: str) -> di
 def click_pairs(run: Run) -> list[dict]:
     """Vanilla pairs: a user's tapped list against one ignored in the same state."""
     shown = shown_lists(run, run.ids("train"))
+    # A state is a user at a cut: its lists were written for the same interests.
     rows = ((id(s), s.interests, row.starters, bool(row.clicked)) for row, s in shown)
     return [pair for _, pair in tapped_against_ignored(rows) if pair["interests"]]
