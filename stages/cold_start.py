@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from run import Run
-from stages.search import list_order
+from stages.pools import list_order
 
 SHRINKAGE = 20  # shown starters: a tap on a starter that was shown twice says little
 LIKE_MINDED = 5.0  # weight of a tap by somebody who shares a field of the profile

@@ -19,7 +19,7 @@ import icebreaker as ib
 from config import UserError, progress, read_tensors, write_tensors
 from roles.players import Players
 from run import Run, UserState
-from stages.training import Best
+from stages.steps import Best
 
 SLOT_LEARNING_RATE = 0.02  # position explains most of a tap and must not wait for w
 Shown = list[tuple[data.Impression, UserState]]  # lists, each with the user's state at its time

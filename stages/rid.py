@@ -36,7 +36,7 @@ from config import (
 from roles.players import Players
 from run import Run
 from stages.match import Revisits
-from stages.training import Best
+from stages.steps import Best
 
 Row = tuple[str, int]  # a user at a cut of the log
 
