@@ -64,7 +64,7 @@ def stage_dpo(run: Run, players: Players, key: str) -> dict:
         return {"skipped": "no impressions (data.impressions), so no preferences to learn"}
     adapter, pairs, figures = run.adapter("sit"), [], {}  # pairs accumulate over the rounds
     for number in range(1, run.config.dpo.rounds + 1):
-        folder, round_key = f"dpo/round{number}", digest(key, number)  # the same, however many rounds follow
+        folder, round_key = f"dpo/round{number}", digest(key, number)  # whatever number of them
         if not run.folder.is_done(folder, round_key):
             result = dpo_round(run, players, number, adapter, pairs)
             run.encoder.save()  # a killed run does not encode the round's starters again
