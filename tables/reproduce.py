@@ -9,7 +9,7 @@ A seed's main run (train.py's stages) is trained once; a variant starts as a cop
 stages that its settings change run again. What was trained and written is kept, and measured again
 where the code has changed since; tasks run side by side, one a core. Seeds from 0 on are reported;
 settings were chosen on seeds of 100 and above, but for four that the reported ones had a part in
-(README, departures 1, 12, 13 and 15).
+(docs/departures.md: 1, 12, 13 and 15).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def is_default(path: str) -> bool:
 
 def seed_config(words: list[str], path: str, seed: int, variant: str = MAIN) -> Config:
     """The settings of one run; its folder is named after them, seed and variant."""
-    # Another file's settings are part of the name; the default's may change, and its runs with them.
+    # Another file's settings are part of the name; the default's may change, its runs with them.
     given = words if is_default(path) else [*words, digest(load_config(path))]
     name = "-".join(["reproduce", digest(given)[:6], f"seed{seed}", *variant.split()])
     changes = [f"world.seed={seed}", f"run.seed={seed}", f"run.name={name}"]
