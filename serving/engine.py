@@ -127,8 +127,9 @@ class Engine:
         self._forgotten = False
         self.refresh()
         if missing := set(config.serve.arms) - set(self.methods):
-            raise UserError(f"serve.arms: {self.run.folder.path} has no {', '.join(sorted(missing))}; "
-                            "it needs impressions (data.impressions) and stage dpo, and a "
+            names = ", ".join(sorted(missing))
+            raise UserError(f"serve.arms: {self.run.folder.path} has no {names}; it needs "
+                            "impressions (data.impressions) and stage dpo, and a "
                             "generator.endpoint that has the adapter; or serve.arms=[SFT]")
         tokenizer, k = self.writer.tokenizer, config.generator.list_size
         self._begin = llm.user_turn(tokenizer, config.generator.instruction.format(n=k))[0]
