@@ -349,9 +349,9 @@ def tapped_pairs(run: Run, lists: list[Shown]) -> list[dict]:
 def held_out(new: Round) -> dict[str, UserState]:
     """Users of no ranker and no pair as they are now: the run's, dpo.max_users of the store."""
     run = new.run
-    known = {u: s for u in run.ids("valid") if (s := run.states[u][-1]).interests}
+    states = {u: s for u in run.ids("valid") if (s := run.states[u][-1]).interests}
     _, store = states_of(run, new.lists["valid"], 0)
-    return known | dict([*store.items()][: run.config.dpo.max_users or None])
+    return states | dict([*store.items()][: run.config.dpo.max_users or None])
 
 
 def check(new: Round) -> dict:
