@@ -11,8 +11,8 @@ import data
 import llm
 from config import UserError, read_json, read_tensors, write_json, write_tensors
 from serving.engine import Ask, Engine, in_a_loop
+from stages.pools import list_order
 from stages.ranker import load_ranker
-from stages.search import list_order
 
 SUMMARIES = ["chess openings for club players", "sourdough bread at home", "chess endgames",
              "hiking in the Dolomites", "sourdough starter care"]

@@ -44,7 +44,7 @@ def list_order(
     they are too few to fill one, the others by utility. expand: where it differs from settings'.
     """
     free = torch.ones_like(utility, dtype=torch.bool) if valid is None else valid.clone()
-    order: list[list[int]] = [[] for _ in utility]
+    order: list[list[int]] = [[] for _ in utility]  # indices into each row's candidates
     for _ in range(lists):
         rich = (free.sum(1) >= list_size).nonzero().flatten()  # rows that can fill another list
         if not len(rich):
@@ -70,8 +70,9 @@ def searched(
 ) -> list[list[list[str]]]:
     """At most `lists` full lists of each user's pool, best first; what there is if none is full."""
     k, results = config.generator.list_size, []
+    # Order is list after list, so each k of it are one.
     scored = score_pools(encode, ranker, states, pools)
     for pool, order in zip(pools, list_order(config.dpo, k, *scored, lists=lists), strict=True):
         rows = [[pool[j] for j in order[i : i + k]] for i in range(0, len(order), k)][:lists]
-        results.append([row for row in rows if len(row) == k] or rows)
+        results.append([row for row in rows if len(row) == k] or rows)  # a short list beats none
     return results
