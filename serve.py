@@ -8,8 +8,7 @@
 A request passes, in this order, these files of serving/: front.py (key, origin, size, load), a
 route below, desk.py (is the answer in the store? else an ask), queue.py (the engine's one
 thread), engine.py (the models), desk.py again (what is kept of the answer). The API is described by
-/openapi.json; /docs shows it without a script, as the usual page loads its scripts from elsewhere,
-which the content security policy refuses.
+/openapi.json, which /docs shows.
 
 No text of a user is in a log, in an error or in a metric, and none becomes a path. Of an ask with
 its sessions inline nothing is kept. Retries are safe: PUT replaces, events count once.
@@ -37,13 +36,7 @@ import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import (
-    FileResponse,
-    HTMLResponse,
-    JSONResponse,
-    PlainTextResponse,
-    Response,
-)
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
 
 import data
 from config import ROOT, Config, UserError, file_digest, load_config, script
@@ -63,21 +56,22 @@ def create_app(config: Config, engine: Engine, store: Store, host: str = "127.0.
     key, desk = key_for(config, host), Desk(config, engine, store)
 
     @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI):
+    async def lifespan(app: FastAPI):  # when all requests are finished
         yield
         await asyncio.to_thread(desk.close)
 
+    faults = {status: {"model": Fault} for status in STATUSES}
     app = FastAPI(title="IceBreaker", version="1", docs_url=None, redoc_url=None,
-                  redirect_slashes=False, lifespan=lifespan,
-                  responses={status: {"model": Fault} for status in STATUSES})
-    app.state.desk, app.state.server = desk, None
-    app.add_middleware(Front, desk=desk, host=host, key=key)
+                  redirect_slashes=False, lifespan=lifespan, responses=faults)
+    app.state.desk, app.state.server = desk, None  # server: uvicorn's, while it serves
+    app.add_middleware(Front, desk=desk, host=host, key=key)  # before every route, also new ones
     bodies = request_models(config.serve.max_sessions)
     add_starters(app, desk, bodies.Starters)
     add_people(app, desk, bodies.Sessions)
     add_reports(app, desk)
     add_health(app, desk)
     add_pages(app)
+    # A name of a field is the project's, any other key is the client's.
     models = (*vars(bodies).values(), Event, Events, data.Session, data.Message)
     fields = {name for model in models for name in model.model_fields} | {"body", "path", "user_id"}
 
@@ -86,22 +80,22 @@ def create_app(config: Config, engine: Engine, store: Store, host: str = "127.0.
         """Which field and why, never what it held: a key of a profile is not named either."""
         faults = [{"loc": [part if isinstance(part, int) or part in fields else "*"
                            for part in fault["loc"]], "msg": fault["msg"], "type": fault["type"]}
-                  for fault in error.errors()[:20]]
+                  for fault in error.errors()[:20]]  # of a body with thousands of faults
         return JSONResponse({"detail": faults}, 422)
 
     @app.exception_handler(sqlite3.OperationalError)
     async def no_store(request: Request, error: sqlite3.OperationalError):
-        log.error("store: %s", where(error))
+        log.error("store: %s", where(error))  # a full disk, or a process that holds the file
         return JSONResponse({"detail": STORE_FAILED}, 503, {"Retry-After": "1"})
 
-    desk.queue.thread.start()
+    desk.queue.thread.start()  # last: before, only this thread uses the models
     return app
 
 
 def invalid(*place_and_reason: str) -> RequestValidationError:
     """The error of a field that pydantic lets through: its place in the body, and the reason."""
     *place, reason = place_and_reason
-    loc = ["body", *(int(part) if part.isdigit() else part for part in place)]
+    loc = ["body", *(int(part) if part.isdigit() else part for part in place)]  # numbers: of a list
     return RequestValidationError([{"loc": loc, "msg": reason, "type": "value_error"}])
 
 
@@ -109,7 +103,8 @@ def invalid(*place_and_reason: str) -> RequestValidationError:
 
 
 def add_starters(app: FastAPI, desk: Desk, body_model: type) -> None:
-    """Starters for somebody."""
+    """Starters for somebody. body_model: of bodies.py, with this server's limits."""
+    # FastAPI cannot tell from the code that a route may answer with events.
     event = {"type": "object", "properties": {
         "event": {"enum": ["interests", "starter", "done", "error"]},
         "data": {"type": "string", "contentMediaType": "application/json"}}}
@@ -131,7 +126,7 @@ def add_starters(app: FastAPI, desk: Desk, body_model: type) -> None:
             return JSONResponse(ready)
         try:
             waiter = Waiter(desk, ready, request, body.stream)
-        except Full:
+        except Full:  # found only now, as what is in the store needs no place
             desk.release(ready)
             raise busy(desk) from None
         return Stream(waiter) if body.stream else await waiter.reply()
@@ -141,9 +136,9 @@ def add_people(app: FastAPI, desk: Desk, body_model: type) -> None:
     """What becomes known of people: histories, taps; and their deletion."""
 
     @app.put("/v1/users/{user_id:path}/sessions", response_model=Held)
-    def put_sessions(user_id: data.Name, body: body_model):
+    def put_sessions(user_id: data.Name, body: body_model):  # no async: FastAPI takes a thread
         """Append to a user's history; a session_id that is held is replaced."""
-        held = desk.put(user_id, body.sessions, body.profile)
+        held = desk.put(user_id, body.sessions, body.profile)  # on the disk when it returns
         return JSONResponse({"user_id": user_id, "sessions": held})
 
     @app.delete("/v1/users/{user_id:path}", response_model=dict[str, dict[str, int]])
@@ -169,6 +164,7 @@ def add_reports(app: FastAPI, desk: Desk) -> None:
     @app.get("/v1/examples")
     def examples():
         """Some simulated people, where the run has them."""
+        # Without messages, which the page does not show.
         keys = {"user_id": True, "profile": True,
                 "sessions": {"__all__": {"session_id", "timestamp", "summary"}}}
         return JSONResponse([u.model_dump(mode="json", include=keys) for u in desk.examples()])
@@ -188,11 +184,11 @@ def add_health(app: FastAPI, desk: Desk) -> None:
     """For whoever watches the process."""
 
     @app.get("/livez")
-    async def livez():
+    async def livez():  # the process runs
         return {"status": "alive"}
 
     @app.get("/readyz")
-    async def readyz():
+    async def readyz():  # and takes requests: not any more once it was told to stop
         ready = desk.queue.thread.is_alive() and not getattr(app.state.server, "should_exit", 0)
         return JSONResponse({"status": "ready" if ready else "stopping"}, 200 if ready else 503)
 
@@ -208,11 +204,12 @@ def add_pages(app: FastAPI) -> None:
 
     @app.get("/docs", include_in_schema=False)
     def docs():
-        parts = [f"<h2>{verb.upper()} {path}</h2><pre>{html.escape(json.dumps(text, indent=1))}"
-                 "</pre>" for path, verbs in app.openapi()["paths"].items()
-                 for verb, text in verbs.items()]
-        schemas = html.escape(json.dumps(app.openapi()["components"], indent=1))
-        return HTMLResponse(f"<h1>IceBreaker</h1>{''.join(parts)}<pre>{schemas}</pre>")
+        # Without the usual page's scripts, which come from elsewhere: POLICY refuses them.
+        parts = {f"{verb.upper()} {path}": text for path, verbs in app.openapi()["paths"].items()
+                 for verb, text in verbs.items()} | {"Schemas": app.openapi()["components"]}
+        return HTMLResponse("<h1>IceBreaker</h1>" + "".join(
+            f"<h2>{name}</h2><pre>{html.escape(json.dumps(text, indent=1))}</pre>"
+            for name, text in parts.items()))
 
     @app.get("/", include_in_schema=False)
     @app.get("/web/{name}", include_in_schema=False)
@@ -226,7 +223,7 @@ def add_pages(app: FastAPI) -> None:
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket at the address, before any model is loaded for nothing."""
+    """A socket at the address. Raises UserError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # Named as TCP, or asyncio leaves Nagle's algorithm on: 40 ms a reply.
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -241,19 +238,10 @@ def bound(host: str, port: int) -> socket.socket:
 def serve(app: FastAPI, sock: socket.socket) -> None:
     """Until SIGTERM or SIGINT; requests that are in flight then are finished."""
     grace = math.ceil(app.state.desk.settings.timeout) + 1  # seconds
-    app.state.server = uvicorn.Server(uvicorn.Config(
+    app.state.server = uvicorn.Server(uvicorn.Config(  # front.py logs, without texts and addresses
         app, ws="none", lifespan="on", log_config=None, access_log=False, proxy_headers=False,
         server_header=False, timeout_graceful_shutdown=grace))
     app.state.server.run(sockets=[sock])
-
-
-def config_of(run: Path, settings: list[str]) -> Config:
-    """The settings of a finished run, some of them replaced."""
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"--run {run}: no run there; python train.py makes runs/tiny")
-    config = load_config(run / "config.yaml", settings)
-    config.run.root, config.run.name = str(run.parent), run.name  # wherever it was moved to
-    return config
 
 
 def main() -> None:
@@ -265,29 +253,31 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
     run = Path(arguments.run).resolve()
-    config = config_of(run, arguments.settings)
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"--run {arguments.run}: no run there; python train.py makes runs/tiny")
+    config = load_config(run / "config.yaml", arguments.settings)
+    config.run.root, config.run.name = str(run.parent), run.name  # wherever it was moved to
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO)  # a line a request; libraries say warnings alone
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when done
     # A core is left for HTTP: with all of them the engine's threads wait for each other.
     torch.set_num_threads(max(1, min(torch.get_num_threads(), os.cpu_count() - 1)))
     sys.setswitchinterval(0.0005)  # a request need not wait 5 ms for the engine's thread
-    sock = None
-    if not arguments.precompute:
+    if not arguments.precompute:  # both before any model is loaded for nothing
         key_for(config, arguments.host)
         sock = bound(arguments.host, arguments.port)
     store = Store(config.serve.store or run / "serve.sqlite", config.serve.max_sessions)
     engine = Engine(config)
     store.import_users(engine.run.users.values(), file_digest(engine.run.users_file))
-    if sock is None:
+    if arguments.precompute:
         print(precompute(Desk(config, engine, store)))
-        store.close()
+        store.close()  # the desk's thread was never started
         return
     app = create_app(config, engine, store, arguments.host)
     gc.collect()
     gc.freeze()  # or a full collection looks at all of torch, and everyone waits for 0.3 s
     sock.listen(2048)  # who comes before uvicorn is ready waits
-    host, port = sock.getsockname()[:2]
+    host, port = sock.getsockname()[:2]  # --port 0: a free one
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     users = len(store.user_ids())
     print(f"{address}  model {engine.version}, {users} users; Ctrl-C ends", flush=True)

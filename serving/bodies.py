@@ -15,17 +15,17 @@ MAX_TEXT = 2000  # characters of a summary; a message may have 16 times as many
 
 
 class ShownStarter(BaseModel):
-    slot: int
+    slot: int  # from 0, in the order in which to show them
     text: str
     utility: float  # r_util
     interest: str | None = Field(description="because you asked about ...; null: cold start")
-    source: Literal["generated", "cached", "cold start"]
+    source: Literal["generated", "cached", "cold start"]  # cached: written ahead of the request
 
 
 class Reply(BaseModel):
-    request_id: str
+    request_id: str  # as in the header X-Request-ID and in the log
     impression_id: str | None = Field(description="for /v1/events; null: nothing is kept of it")
-    model: str
+    model: str  # Engine.version of what wrote it
     method: str
     threshold: float | None  # of the gate
     interests: list[Interest] = Field(description="kept: the starters are written for these")
@@ -48,7 +48,7 @@ class Body(BaseModel):
 class Event(Body):
     impression_id: Annotated[str, StringConstraints(min_length=1, max_length=200)]
     type: Literal["shown", "tap"]
-    slot: Annotated[int, Field(ge=0, le=100)] | None = None
+    slot: Annotated[int, Field(ge=0, le=100)] | None = None  # of a tap
 
 
 class Events(Body):
@@ -56,7 +56,7 @@ class Events(Body):
 
 
 def request_models(max_sessions: int) -> SimpleNamespace:
-    """The bodies with histories, which have a limit of their own in the settings."""
+    """The bodies with histories, whose number of sessions is a setting."""
     line = Annotated[data.Text, StringConstraints(max_length=MAX_TEXT)]
     facts = Annotated[dict[data.Name, line], Field(max_length=50)]
     most = Field(max_length=max_sessions)
@@ -75,10 +75,10 @@ def request_models(max_sessions: int) -> SimpleNamespace:
         user_id: data.Name | None = None
         sessions: Annotated[list[InlineSession], most] | None = None
         profile: facts | None = None
-        n: Annotated[int, Field(ge=1, le=10)] = 5
+        n: Annotated[int, Field(ge=1, le=10)] = 5  # starters; perhaps fewer are good
         refresh: bool = False  # other starters than those that were answered, shown or not
         exclude: Annotated[list[line], Field(max_length=100)] = []
-        method: Literal[METHODS] | None = None
+        method: Literal[METHODS] | None = None  # the user's arm, where none is named
         stream: bool = False
 
         @field_validator("sessions")

@@ -60,19 +60,19 @@ def is_all(row: dict) -> bool:
 
 
 class Desk:
-    """Turns requests into answers of the store or asks to the engine, and keeps what was written.
+    """Turns requests into answers of the store or asks to the engine; keeps what was written."""
 
-    A row that is kept ready holds the last answer for a user, method, history and model: what was
-    not yet shown of it is the next answer. `lock` makes each of these steps whole with respect to
-    the deletion of a user, after which nothing of that user may be written.
-    """
+    # A row that is kept ready holds the last answer for a user, method, history and model: what was
+    # not yet shown of it is the next answer. `lock` makes each step below whole with respect to the
+    # deletion of a user, after which nothing of that user may be written.
 
     def __init__(self, config: Config, engine: Engine, store: Store):
         self.settings, self.engine, self.store = config.serve, engine, store
         self.list_size, self.metrics = config.generator.list_size, make_metrics()
-        self.arms = dict.fromkeys(config.serve.arms, 1.0)
+        self.arms = dict.fromkeys(config.serve.arms, 1.0)  # method -> share, all alike
         self.arms_seed = int(digest(config.run.seed, "arms"), 16)  # not that of the splits
-        self.lock, self.jobs, self.in_flight = threading.Lock(), set(), 0  # in_flight: requests
+        self.lock, self.jobs = threading.Lock(), set()
+        self.in_flight = 0  # requests, counted by front.py
         self.queue = Queue(engine, config.serve, self.metrics, self)
 
     def arm(self, user_id: str) -> str:
@@ -84,6 +84,7 @@ class Desk:
 
     def _job(self, user: data.User, method: str, n: int, avoid: list[str]) -> Job:
         lists = list(self.store.shown(user.user_id))[-MOST_SHOWN:]
+        # (starter, slot, tapped): the taste that the ranker is told.
         shown = [(y, i, i in s.clicked) for s in lists for i, y in enumerate(s.starters)]
         job = Job(Ask(user, n=n, shown=shown, avoid=avoid, method=method), by_id=True)
         self.jobs.add(job)
@@ -94,16 +95,15 @@ class Desk:
         if asked.user_id is None:
             return self._inline(asked)
         with self.lock:
-            user_id = asked.user_id
+            user_id, days = asked.user_id, self.settings.repeat_days
             user = self.store.user(user_id)
-            if not user or not (user.sessions or user.profile):  # a newcomer
+            if not user or not (user.sessions or user.profile):  # a newcomer: who says it is whom
                 user = data.User(user_id=user_id, profile=asked.profile, sessions=[])
             method = asked.method or self.arm(user_id)
             row = self.store.ahead(user_id, self._key(user, self.engine.version, method))
-            avoid = self.store.seen(user_id, self.settings.repeat_days, offered=asked.refresh)
-            avoid += asked.exclude
+            avoid = self.store.seen(user_id, days, offered=asked.refresh) + asked.exclude
             left = unseen(row, avoid)
-            whole = row and is_all(row) and len(left) == len(row["starters"])
+            whole = row and is_all(row) and len(left) == len(row["starters"])  # and more never come
             if row and (len(left) >= asked.n or (whole and not asked.refresh)):
                 left = [s | {"source": "cached"} for s in left]
                 return self._reply(user_id, method, asked.n, row, left, request_id)
@@ -111,14 +111,15 @@ class Desk:
             job.partial = bool(asked.exclude)
             if asked.refresh:  # the same draw would be what the client did not want
                 job.ask = dataclasses.replace(job.ask, draw=time.time_ns())
-            return job
+            return job  # written with the lock open: a deletion marks it as forgotten
 
     def _inline(self, asked) -> Job:
         """A job for the sessions of the request itself: nobody's, so that nothing is kept."""
         user = data.User(user_id="inline", profile=asked.profile, sessions=asked.sessions or [])
         method = asked.method or next(iter(self.arms))
-        job = Job(Ask(data.in_time_order(user), n=asked.n, avoid=asked.exclude, method=method,
-                      draw=time.time_ns() * asked.refresh), by_id=False)
+        draw = time.time_ns() * asked.refresh  # 0: the same answer each time
+        ask = Ask(data.in_time_order(user), asked.n, [], asked.exclude, method, draw)
+        job = Job(ask, by_id=False)
         self.jobs.add(job)
         return job
 
@@ -130,11 +131,11 @@ class Desk:
             if kept:
                 key = self._key(ask.user, answer.model, ask.method)
                 self.store.put_ahead(ask.user.user_id, key, row, ask.method)
-            user_id = ask.user.user_id if kept else None
+            user_id = ask.user.user_id if kept else None  # nobody's: no impression id
             return self._reply(user_id, ask.method, ask.n, row, row["starters"], request_id)
 
     def _row(self, answer: Answer, job: Job) -> dict:
-        few = len(answer.starters) < job.ask.n and not job.partial
+        few = len(answer.starters) < job.ask.n and not job.partial  # all the good ones there are
         return dataclasses.asdict(answer) | {"all": few, "at": time.time()}
 
     def _reply(
@@ -164,7 +165,8 @@ class Desk:
             avoid = self.store.seen(user_id, self.settings.repeat_days, offered=True)
             if row and (is_all(row) or len(unseen(row, avoid)) >= n):
                 return None
-            return self._job(user, method, n, avoid + [s["text"] for s in unseen(row, avoid)])
+            ready = [s["text"] for s in unseen(row, avoid)]
+            return self._job(user, method, n, avoid + ready)
 
     def finish(self, job: Job, answer: Answer) -> None:
         """Put what was written ahead behind what is ready, if the history is still the same."""
@@ -172,16 +174,16 @@ class Desk:
         with self.lock:
             user = None if job.forgotten else self.store.user(user_id)
             key = self._key(job.ask.user, answer.model, method)
-            if not user or self._key(user, answer.model, method) != key:
+            if not user or self._key(user, answer.model, method) != key:  # sessions came meanwhile
                 return
             seen = self.store.seen(user_id, self.settings.repeat_days)
-            old = unseen(self.store.ahead(user_id, key), seen)
+            old = unseen(self.store.ahead(user_id, key), seen)  # a client may have taken some
             new = unseen(row, [s["text"] for s in old])
             row["starters"], row["all"] = (old + new)[:MOST_AHEAD], row["all"] or not new
             self.store.put_ahead(user_id, key, row, method)
 
     def release(self, job: Job) -> None:
-        self.jobs.discard(job)
+        self.jobs.discard(job)  # from here on a deletion does not see it
         if job.forgotten:  # it has read the user's texts again
             self.engine.forget()
 
@@ -198,7 +200,7 @@ class Desk:
                 job.forgotten = job.forgotten or job.ask.user.user_id == user_id
             try:
                 return self.store.delete_user(user_id)
-            finally:
+            finally:  # whether or not the file could be wiped
                 self.engine.forget()
 
     def close(self) -> None:
@@ -206,7 +208,7 @@ class Desk:
         self.store.close()
 
     def examples(self) -> list[data.User]:
-        """Some simulated people, as the store knows them."""
+        """Some simulated people, as the store knows them: some may have been deleted."""
         users = (self.store.user(user.user_id) for user in self.engine.examples)
         return [user for user in users if user]
 

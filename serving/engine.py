@@ -170,7 +170,7 @@ class Engine:
                 yield self.model, ""
         else:
             name = "default" if method == "SFT" else _name(self.version)
-            self.model.set_adapter(name)
+            self.model.set_adapter(name)  # all of them stay loaded
             yield self.model, name
 
     # --------------------------------------------------------------------------------- one batch
@@ -215,6 +215,7 @@ class Engine:
         summaries = iter(self.players.summarise([s.messages for s in bare]) if bare else [])
         sessions = [s if s.summary else s.model_copy(update={"summary": next(summaries)})
                     for s in user.sessions]
+        # A summariser's call may have failed: that session is left out.
         fit = [s for s in sessions if s.summary and not roles.is_unsuitable(s.summary)]
         return user.model_copy(update={"sessions": fit})
 
@@ -252,7 +253,7 @@ class Engine:
     def _case(self, ask: Ask, history, scores: list[float]) -> Case:
         """What the gate keeps of a history, and what the generator is told of it."""
         kept = self.distiller.keep(history, scores) if scores else []
-        best = sorted(range(len(scores)), key=lambda j: -scores[j])
+        best = sorted(range(len(scores)), key=lambda j: -scores[j])  # the page shows what was near
         shown = (kept + [j for j in best if j not in kept])[: max(12, len(kept))]
         # PE, as the paper's, hears of everything, the latest first.
         told = list(range(len(scores)))[::-1] if ask.method == "PE" else kept
@@ -304,7 +305,7 @@ class Engine:
             if cases[i].ask.emit and not cases[i].full:
                 text = tokenizer.decode(tokens[i, 0], skip_special_tokens=True)
                 self._emit(cases[i], llm.parse_starters(text).starters)
-        alive = (tokens[..., -1] != tokenizer.pad_token_id).sum(1).tolist()
+        alive = (tokens[..., -1] != tokenizer.pad_token_id).sum(1).tolist()  # samples that go on
         for case, count in zip(cases, alive, strict=True):
             case.tokens += count
         left = torch.tensor([gone(i) for i in range(len(cases))], device=tokens.device)

@@ -6,21 +6,8 @@ Goes on from the newest policy of a finished run. `ranker` fits r_util (Eq. 7) a
 log and on what the server (serve.py) has shown; `dpo` is one more round as in stages/dpo.py, for
 people of the store, with pairs of a tapped and an ignored list beside the mined ones. Then both are
 checked on people whom they do not know. All is in feedback/round<m>/ of the run; a server of this
-run takes up what feedback/current.json names, which is written when the check is passed.
-
-The check: the new policy and the one that it would replace write lists for held-out users, and a
-ranker judges them that is fitted, on log and store, on the judge users: not on those who trained,
-not on those who are written for. Utility and diversity, of lists as written and as served (searched
-by each side's ranker), are compared user by user. A figure has fallen if its mean fell by more than
-MARGIN of what it was, or if the 95 % bootstrap interval of the paired difference lies below zero.
-One figure that has fallen refuses the round. Small falls can add up over rounds: verdict.json has
-the figures of each.
-
-Nobody steers a round: dpo.pairs_per_user pairs, LISTS_PER_USER lists for a ranker, and one prompt
-to write for are all that can come from one user; a hash chooses, not the order of arrival. A user's
-split is that of the run, from the same hash: train users train, judge users fit the judge, valid
-users choose the checkpoint and are written for in the check; the run's test users stay out, and
-people of that hash whom the run does not know train.
+run takes up what feedback/current.json names, which is written when the check is passed. The rules
+of whom a round trusts, and of the check, stand before their code below.
 
 Texts of the store's users are kept in the store alone, where they can be deleted: a round leaves
 weights and figures. Each round reads the whole store anew.
@@ -46,18 +33,8 @@ import numpy as np
 
 import data
 import llm
-from config import (
-    Config,
-    RunFolder,
-    UserError,
-    digest,
-    file_digest,
-    gather,
-    load_config,
-    processes,
-    read_json,
-    write_json,
-)
+from config import Config, RunFolder, UserError, load_config
+from files import digest, file_digest, gather, processes, read_json, write_json
 from roles.players import Players
 from roles.writer import Writer
 from run import Run, UserState, one_line, shown_before
@@ -80,19 +57,19 @@ def current(run: Run) -> dict | None:
     That of feedback, unless the run's own rounds of DPO were trained again since; None if the run
     has neither.
     """
-    adapter = run.adapter("last")
+    adapter, rounds = run.adapter("last"), run.config.dpo.rounds
     if not adapter.is_dir():
         return None
     published = run.folder / "feedback" / "current.json"
     if published.is_file() and (newest := read_json(published))["run"] == _run_key(run.folder):
         return newest
-    weights, rounds = file_digest(adapter / "adapter_model.safetensors"), run.config.dpo.rounds
+    weights = file_digest(adapter / "adapter_model.safetensors")
     return {"adapter": f"dpo/round{rounds}/adapter", "ranker": "ranker/train.safetensors",
             "version": f"round{rounds}-{weights[:8]}"}
 
 
 def _run_key(folder: RunFolder) -> str:
-    return read_json(folder / "dpo" / "done.json")["key"]
+    return read_json(folder / "dpo" / "done.json")["key"]  # another one: trained again
 
 
 @dataclass(frozen=True)
@@ -106,14 +83,13 @@ class Round:
     lists: dict[str, list[Shown]]  # of each split's users, in the order of a hash
 
     @property
-    def folder(self) -> str:
+    def folder(self) -> str:  # within the run: ranker/, dpo/, adapter/, round.json, verdict.json
         return f"feedback/round{self.number}"
 
-    def side(self, after: bool) -> tuple[Path, str]:
-        """(adapter, folder of the ranker within the run) of the old side and of the new one."""
-        if after:
-            return self.run.folder / self.folder / "adapter", f"{self.folder}/ranker"
-        return self.run.folder / self.start["adapter"], str(Path(self.start["ranker"]).parent)
+    @property
+    def adapters(self) -> tuple[Path, Path]:
+        """What writes before and after it."""
+        return self.run.folder / self.start["adapter"], self.run.folder / self.folder / "adapter"
 
 
 # ------------------------------------------------------------------------------------- the command
@@ -125,66 +101,65 @@ def train_round(config: Config, wanted: list[str], free: Iterable[str]) -> None:
     free: settings (section.key) in which the round may differ from its run. Raises UserError if
     there is nothing to train from or to go on from.
     """
-    started, first = time.time(), processes()[0] == 0
     refuse_unready(config, wanted, free)
-    run = Run(config, describe=False)
+    # describe: config.yaml stays as the run was trained.
+    run, started, first = Run(config, describe=False), time.time(), processes()[0] == 0
     if not current(run):
         raise UserError(f"{run.folder.path}: was trained without impressions (data.impressions), "
-                        f"so it has no ranker and no DPO round to go on from")
+                        "so it has no ranker and no DPO round to go on from")
     rows = gather([read_store(config.data.feedback)] if first else [])[0]
-    rows.sort(key=lambda row: digest(config.run.seed, row["user_id"], row["at"]))  # not as it came
+    # By a hash, not as they came: who is early has no more to say.
+    rows.sort(key=lambda row: digest(config.run.seed, row["user_id"], row["at"]))
     lists = by_split(run, rows)
     if not any(shown.clicked for shown in lists["train"]):
-        raise UserError(
-            f"data.feedback={config.data.feedback}: no tap by a user of the train split, so there "
-            f"is nothing to learn yet ({len(rows)} lists were shown, {len(lists['train'])} of them "
-            f"to such users); try again when more was tapped"
-        )
+        raise UserError(f"data.feedback={config.data.feedback}: no tap by a user of the train "
+                        f"split, so there is nothing to learn yet ({len(rows)} lists were shown, "
+                        f"{len(lists['train'])} of them to such users); try again later")
     settings = config.ranker, config.dpo, config.run.seed, config.roles, config.serve.candidates
     key = digest(rows, *settings, config.eval.bootstrap, _run_key(run.folder))
-    number = gather([begin(run, key)] if first else [])[0]
+    number = gather([begin(run, key)] if first else [])[0]  # of several processes, as above
+    start = read_json(run.folder / f"feedback/round{number}/round.json")["start"]
     # In memory: an LLM's answers for the store's users are not kept either.
     players = Players(config, run.encoder, Writer(config, answers=Path(":memory:")))
-    start = read_json(run.folder / f"feedback/round{number}/round.json")["start"]
-    fit_and_check(Round(run, players, number, start, lists), key, wanted, started)
-
-
-def fit_and_check(new: Round, key: str, wanted: list[str], started: float) -> None:
-    """The stages of a round, and its verdict; what is done already is skipped."""
-    run, name = new.run, f"feedback round {new.number}"
-    verdict = run.folder / new.folder / "verdict.json"
-    if verdict.is_file():
-        reason = read_json(verdict)["reason"]
+    new, name = Round(run, players, number, start, lists), f"feedback round {number}"
+    if (end := run.folder / new.folder / "verdict.json").is_file():
+        reason = read_json(end)["reason"]
         print(f"{name}: already done with this store and these settings: {reason}")
         return
-    shown = [one for split in new.lists.values() for one in split]
-    users, taps = len({one.user_id for one in shown}), sum(len(one.clicked) for one in shown)
-    print(f"{name}: {len(shown)} lists of {users} users, {taps} taps; from {new.start['version']}")
+    users, taps = len({row["user_id"] for row in rows}), sum(len(row["clicked"]) for row in rows)
+    print(f"{name}: {len(rows)} lists of {users} users, {taps} taps; from {start['version']}")
     # All at once: vectors differ by rounding where a resumed round encodes in other batches.
-    run.encoder(sorted({text for one in shown for text in (*one.starters, *one.interests)}))
-    stages = {"ranker": fit_ranker_pair, "dpo": align_policy}
-    for stage in ("ranker", "dpo") if "dpo" in wanted else ("ranker",):
-        if run.folder.is_done(f"{new.folder}/{stage}", key):
-            print(f"{stage}: already done with this store and these settings, skipped")
-            continue
-        print(f"{stage}: running", flush=True)
-        alone = stage == "ranker" and processes()[0] > 0  # the first process fits it
-        figures = {} if alone else stages[stage](new)
-        run.folder.mark_done(f"{new.folder}/{stage}", key, **figures)
-        print(f"{stage}: {one_line(figures)}", flush=True)
+    run.encoder(sorted({text for row in rows for text in (*row["starters"], *row["interests"])}))
+    run_stage(new, "ranker", key)
     if "dpo" not in wanted:
         print(f"{name}: now --stage dpo, with the same data.feedback")
         return
-    result, seconds = publish(new, check(new)), round(time.time() - started, 1)
-    run.folder.log("feedback", round=new.number, accepted=result["accepted"], seconds=seconds)
-    print(f"{name}: {result['reason']} ({seconds} s; figures in {run.folder / new.folder})")
+    run_stage(new, "dpo", key)
+    verdict, seconds = publish(new, check(new)), round(time.time() - started, 1)
+    run.folder.log("feedback", round=number, accepted=verdict["accepted"], seconds=seconds)
+    print(f"{name}: {verdict['reason']} ({seconds} s; figures in {run.folder / new.folder})")
+
+
+def run_stage(new: Round, stage: str, key: str) -> None:
+    """One stage, unless it is done already."""
+    folder, place = new.run.folder, f"{new.folder}/{stage}"
+    if folder.is_done(place, key):
+        print(f"{stage}: already done with this store and these settings, skipped")
+        return
+    print(f"{stage}: running", flush=True)
+    if stage == "dpo":
+        figures = align_policy(new)
+    else:
+        figures = fit_ranker_pair(new) if processes()[0] == 0 else {}  # the first process for all
+    folder.mark_done(place, key, **figures)
+    print(f"{stage}: {one_line(figures)}", flush=True)
 
 
 def publish(new: Round, verdict: dict) -> dict:
     """Write the verdict and, if the round is accepted, what servers are to take up."""
     folder = new.run.folder
     if verdict["accepted"]:
-        weights = file_digest(new.side(after=True)[0] / "adapter_model.safetensors")
+        weights = file_digest(new.adapters[1] / "adapter_model.safetensors")
         newest = {"round": new.number, "adapter": f"{new.folder}/adapter",
                   "ranker": f"{new.folder}/ranker/train.safetensors",
                   "version": f"feedback{new.number}-{weights[:8]}", "run": _run_key(folder)}
@@ -202,23 +177,17 @@ def publish(new: Round, verdict: dict) -> dict:
 
 def refuse_unready(config: Config, wanted: list[str], free: Iterable[str]) -> None:
     """Raise UserError unless store and finished run are there and this command fits the run."""
+    store, folder = config.data.feedback, Path(config.run.root) / config.run.name
     if others := [stage for stage in wanted if stage not in ("ranker", "dpo")]:
-        raise UserError(
-            f"data.feedback: a further round has the stages ranker and dpo alone, not "
-            f"{', '.join(others)}; say --stage ranker --stage dpo, or leave data.feedback out"
-        )
-    if not Path(config.data.feedback).is_file():
-        raise UserError(
-            f"data.feedback={config.data.feedback}: no such file; it is the store of a server "
-            f"(serve.py), serve.sqlite in its run's folder unless serve.store names another"
-        )
-    folder = Path(config.run.root) / config.run.name
+        raise UserError("data.feedback: a further round has the stages ranker and dpo alone, not "
+                        f"{', '.join(others)}; say --stage ranker --stage dpo, or leave it out")
+    if not Path(store).is_file():
+        raise UserError(f"data.feedback={store}: no such file; it is the store of a server "
+                        "(serve.py), serve.sqlite in its run's folder unless serve.store says so")
     for stage in ("rid", "ranker", "sit", "dpo"):
         if not (folder / stage / "done.json").is_file():
-            raise UserError(
-                f"{folder}: stage {stage} has not run, and data.feedback goes on from a finished "
-                f"run; python train.py --stage dpo first, without data.feedback"
-            )
+            raise UserError(f"{folder}: stage {stage} has not run, and data.feedback goes on from "
+                            "a finished run; python train.py --stage dpo first, without it")
     saved = load_config(folder / "config.yaml")
     agreed = {"dpo": ["rounds"], "run": ["seed"]}
     agreed |= {section: type(getattr(config, section)).model_fields for section in AGREED}
@@ -249,8 +218,8 @@ def by_split(run: Run, rows: list[dict]) -> dict[str, list[Shown]]:
     lists: dict[str, list[Shown]] = {name: [] for name in shares}
     for row in rows:
         split = splits[row["user_id"]]
-        # Figures on test users are of the run, so only its own people have to stay out.
-        split = "train" if split == "test" and row["user_id"] not in run.users else split
+        if split == "test" and row["user_id"] not in run.users:  # no figure of the run is of them
+            split = "train"
         lists[split].append(Shown(**row | {"at": datetime.fromisoformat(row["at"])}))
     return lists
 
@@ -259,10 +228,9 @@ def begin(run: Run, key: str) -> int:
     """The number of the round with this key, which is new or was begun before."""
     folder, newest = run.folder / "feedback", current(run)
     begun = {int(f.parent.name[5:]): read_json(f)["key"] for f in folder.glob("round*/round.json")}
-    for number, other in begun.items():
-        if other == key:
-            return number
-    last = max(begun, default=0)
+    if key in begun.values():  # killed or finished: the same round
+        return next(number for number, other in begun.items() if other == key)
+    last = max(begun, default=0)  # rounds are numbered from 1
     finished = (folder / f"round{last}/verdict.json").is_file() or newest.get("round") == last
     if last and not finished:  # killed, and the store or the settings are other ones now
         shutil.rmtree(folder / f"round{last}")
@@ -273,6 +241,12 @@ def begin(run: Run, key: str) -> int:
 
 
 # ------------------------------------------------------------------------------------- ranker, dpo
+
+# Nobody steers a round: dpo.pairs_per_user pairs, LISTS_PER_USER lists for a ranker, and one prompt
+# to write for are all that can come from one user; a hash chooses, not the order of arrival. A
+# user's split is that of the run, from the same hash: train users train, judge users fit the judge,
+# valid users choose the checkpoint and are written for in the check; the run's test users stay out,
+# and people of that hash whom the run does not know train.
 
 
 def states_of(
@@ -304,6 +278,7 @@ def states_of(
         pairs += [(impression, state(one, one.at)) for impression, one
                   in zip(impressions[:moments], user_lists, strict=False)]
         if told := [one for one in user_lists if one.interests]:
+            # The interests of the latest list, the taste of all of them.
             latest[user_id] = state(max(told, key=lambda one: one.at), datetime.max)
     by_hash = sorted(latest, key=lambda user_id: digest(run.config.run.seed, user_id))
     return pairs, {user_id: latest[user_id] for user_id in by_hash}
@@ -311,18 +286,18 @@ def states_of(
 
 def fit_ranker_pair(new: Round) -> dict:
     """Both rankers, as stage ranker fits them, on the run's log and the store's lists."""
-    run = new.run
-    lists = {name: shown_lists(run, run.ids(name))
-             + states_of(run, new.lists[name], LISTS_PER_USER)[0]
-             for name in ("train", "judge", "test")}
-    return fit_rankers(run, lists, new.side(after=True)[1])
+    run, lists = new.run, {}
+    for split in ("train", "judge", "test"):  # valid users are written for in the check
+        stored, _ = states_of(run, new.lists[split], LISTS_PER_USER)
+        lists[split] = shown_lists(run, run.ids(split)) + stored
+    return fit_rankers(run, lists, f"{new.folder}/ranker")
 
 
 def align_policy(new: Round) -> dict:
     """One more round of DPO, from the policy that it would replace."""
     run, limit = new.run, new.run.config.dpo.max_users  # 0: no limit
     rng = random.Random(run.seed("users", "feedback", new.number))
-    latest = states_of(run, new.lists["train"], 0)[1]
+    _, latest = states_of(run, new.lists["train"], 0)
     states = [*latest.values()][: limit or None]
     others = [s for s in chosen_states(run, [-1], 0, rng) if s.user_id not in latest]
     room = limit - len(states) if limit else len(others)
@@ -330,30 +305,30 @@ def align_policy(new: Round) -> dict:
     tapped = tapped_pairs(run, new.lists["train"])
     earlier = [pair for number in range(1, run.config.dpo.rounds + 1)
                for pair in read_json(run.folder / f"dpo/round{number}/pairs.json")]
-    adapter, ranker = new.side(after=False)[0], load_ranker(run, "train", new.side(after=True)[1])
-    model = new.players.writer.policy(adapter, trainable=True)
-    figures, _ = dpo.train_round(
-        run, new.players, f"feedback {new.number}", model, adapter, ranker, states,
-        [*held_out(new).values()], earlier + tapped, keep=False)
-    llm.save_adapter(model, new.side(after=True)[0])
-    store_users = sum(state.user_id in latest for state in states)
-    return {"store_users": store_users, "tapped": len(tapped), **figures}
+    ranker, (before, after) = load_ranker(run, "train", f"{new.folder}/ranker"), new.adapters
+    model, valid = new.players.writer.policy(before, trainable=True), [*held_out(new).values()]
+    figures, _ = dpo.train_round(  # its pairs have texts: they are not kept, nor is what it samples
+        run, new.players, f"feedback {new.number}", model, before, ranker, states, valid,
+        earlier + tapped, keep=False)
+    llm.save_adapter(model, after)
+    of_store = sum(state.user_id in latest for state in states)
+    return {"store_users": of_store, "tapped": len(tapped), **figures}
 
 
 def tapped_pairs(run: Run, lists: list[Shown]) -> list[dict]:
     """A user's tapped list against an ignored one that was written for the same interests.
 
-    Tapped: more than its slots explain. Lists of K starters alone, so that the length of a list is
-    no preference. At most dpo.pairs_per_user of a user, in the order of `lists`; a list is in one.
+    At most dpo.pairs_per_user of a user, in the order of `lists`; a list is in one pair.
     """
-    expected, k = sum(run.slot_rates.tolist()), run.config.generator.list_size  # taps of any list
-    rows = [((one.user_id, frozenset(one.interests)), one.interests, one.starters,
-             bool(one.clicked)) for one in lists
-            if one.interests and len(one.starters) == k
-            and (not one.clicked or len(one.clicked) > expected)]
+    expected, k = sum(run.slot_rates.tolist()), run.config.generator.list_size
+    rows = [
+        ((one.user_id, frozenset(one.interests)), one.interests, one.starters, bool(one.clicked))
+        for one in lists
+        if one.interests and len(one.starters) == k  # so that a list's length is no preference
+        and (not one.clicked or len(one.clicked) > expected)]  # taps that its slots do not explain
     pairs = defaultdict(list)
     for (user_id, _), pair in dpo.tapped_against_ignored(rows):
-        if {*pair["chosen"]} != {*pair["rejected"]["ignored"]}:
+        if {*pair["chosen"]} != {*pair["rejected"]["ignored"]}:  # else chance alone chose
             pairs[user_id].append(pair)
     most = run.config.dpo.pairs_per_user
     return [pair for user_pairs in pairs.values() for pair in user_pairs[:most]]
@@ -361,50 +336,62 @@ def tapped_pairs(run: Run, lists: list[Shown]) -> list[dict]:
 
 # --------------------------------------------------------------------------------------- the check
 
+# The new policy and the one that it would replace write lists for held-out users, and a ranker
+# judges them that is fitted, on log and store, on the judge users: not on those who trained, not on
+# those who are written for. Utility and diversity, of lists as written and as served (searched by
+# each side's ranker), are compared user by user. A figure has fallen if its mean fell by more than
+# MARGIN of what it was, or if the 95 % bootstrap interval of the paired difference lies below zero.
+# One figure that has fallen refuses the round. Small falls can add up over rounds: verdict.json has
+# the figures of each.
+
 
 def held_out(new: Round) -> dict[str, UserState]:
     """Users of no ranker and no pair as they are now: the run's, dpo.max_users of the store."""
     run = new.run
     known = {u: s for u in run.ids("valid") if (s := run.states[u][-1]).interests}
-    store = states_of(run, new.lists["valid"], 0)[1]
+    _, store = states_of(run, new.lists["valid"], 0)
     return known | dict([*store.items()][: run.config.dpo.max_users or None])
 
 
 def check(new: Round) -> dict:
-    """What became of utility and diversity on held-out users; see the head of this file."""
-    run, states = new.run, [*held_out(new).values()]
-    before, after = (side_figures(new, new.side(after), states) for after in (False, True))
+    """What became of utility and diversity on held-out users, and whether that is accepted."""
+    states, faults, lines = [*held_out(new).values()], [], []
+    draws, seed = new.run.config.eval.bootstrap, new.run.seed("feedback", "check")
+    old, now = (
+        side_figures(new, adapter, folder, states) for adapter, folder in
+        zip(new.adapters, (str(Path(new.start["ranker"]).parent), f"{new.folder}/ranker"),
+            strict=True))
     verdict = {"accepted": True, "reason": "", "users": len(states), "from": new.start["version"],
                "written": {}, "served": {}}
-    faults, lines = [], []
-    for (kind, name), old in before.items():
-        change = after[kind, name] - old  # (users,)
-        _, low, high = bootstrap([change], run.config.eval.bootstrap,
-                                 run.seed("feedback", "check"))
-        row = {"before": float(old.mean()), "after": float(after[kind, name].mean()),
-               "low": low, "high": high}
+    for kind, name in old:
+        before, after = old[kind, name], now[kind, name]  # (users,)
+        _, low, high = bootstrap([after - before], draws, seed)
+        row = {"before": float(before.mean()), "after": float(after.mean()), "low": low,
+               "high": high}
         verdict[kind][name] = row
-        lines.append(f"{kind} {name} {row['before']:.4f} -> {row['after']:.4f} "
-                     f"({low:+.4f} to {high:+.4f})")
-        if fallen(row):
+        figures = f"{row['before']:.4f} -> {row['after']:.4f} ({low:+.4f} to {high:+.4f})"
+        lines.append(f"{kind} {name} {figures}")
+        if fallen(row):  # one is enough
             faults.append(f"{name} of lists as {kind} fell")
     reason = "; ".join(faults) or "neither utility nor diversity fell"
-    weights = [file_digest(new.side(side)[0] / "adapter_model.safetensors") for side in (0, 1)]
-    if weights[0] == weights[1]:
+    if len({file_digest(adapter / "adapter_model.safetensors") for adapter in new.adapters}) == 1:
         reason = f"no checkpoint was better, so that only the ranker is new; {reason}"
     verdict["reason"] = f"{reason} on {len(states)} held-out users, 95 %: {', '.join(lines)}"
     return verdict | {"accepted": not faults}
 
 
-def side_figures(new: Round, side: tuple[Path, str], states: list[UserState]) -> dict:
-    """(kind of list, figure) -> (users,), by the new judge, of what one side writes and serves."""
-    run, (adapter, folder), writer = new.run, side, new.players.writer
-    judge = load_ranker(run, "judge", new.side(after=True)[1])
+def side_figures(new: Round, adapter: Path, folder: str, states: list[UserState]) -> dict:
+    """(kind of list, figure) -> (users,), by the new judge, of what a policy writes and what is
+    served of it by the ranker in this folder of the run."""
+    run, writer = new.run, new.players.writer
+    judge = load_ranker(run, "judge", f"{new.folder}/ranker")
+    ranker = load_ranker(run, "train", folder)
     written = writer.sample(writer.policy(adapter), [state.interests for state in states],
                             run.config.serve.candidates, run.seed("feedback", "check"))
+    # As the engine pools a user's lists.
     pools = [sorted({y for starters in lists for y in starters}) for lists in written]
-    served = searched(run.config, run.encoder, load_ranker(run, "train", folder), states, pools, 1)
-    served = [lists or [[]] for lists in served]  # who wrote nothing serves an empty list
+    served = [lists or [[]] for lists in  # who wrote nothing serves an empty list
+              searched(run.config, run.encoder, ranker, states, pools, 1)]
     return {(kind, name): np.reshape(values, (len(states), -1)).mean(1)
             for kind, lists in (("written", written), ("served", served))
             for name, values in dpo.list_qualities(run, judge, states, lists).items()}

@@ -55,11 +55,7 @@ def key_for(config: Config, host: str) -> str:
 
 class Front:
     """The outermost layer (ASGI): a request that it does not let through reaches no route, so that
-    a new route is protected without anyone thinking of it. Only OPEN needs no key.
-
-    A browser sends a Basic password by itself, and other sites' pages can reach a server on this
-    machine under a name of theirs: therefore Origin, Sec-Fetch-Site and Host are looked at too.
-    """
+    a new route is protected without anyone thinking of it. Only OPEN needs no key."""
 
     def __init__(self, app, desk: Desk, host: str, key: str):
         self.app, self.desk, self.settings = app, desk, desk.settings
@@ -119,6 +115,8 @@ class Front:
         if scope["path"] in OPEN:
             return
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        # A browser sends a Basic password by itself, and other sites' pages can reach a server on
+        # this machine under a name of theirs: so these headers, and Host, count beside the key.
         site, origin = headers.get(b"sec-fetch-site", "none"), headers.get(b"origin")
         visit = scope["method"] == "GET" and headers.get(b"sec-fetch-mode") == "navigate"  # a link
         foreign = origin is not None and _netloc(origin) != headers.get(b"host", "").lower()
@@ -153,10 +151,8 @@ class Front:
         return here and not proxied and bool(LOOPBACK_HOST.fullmatch(headers.get(b"host", "")))
 
     async def _whole(self, scope, receive):
-        """Read the body, within its limits; return a `receive` that gives it again.
-
-        None: the client has left.
-        """
+        """Read the body, within its limits; return a `receive` that gives it again, or None where
+        the client has left."""
         parts, total, more = [], 0, True
         length = dict(scope["headers"]).get(b"content-length", b"0")  # a chunked body has none
         too_large = HTTPException(413, f"body: more than {MAX_BODY} bytes")
@@ -174,6 +170,7 @@ class Front:
                         raise too_large
         except TimeoutError:
             raise HTTPException(408, "body: too slow (serve.timeout)") from None
+        # Whole, as routes wait for the client to leave, which shows only behind the body.
         body = [{"type": "http.request", "body": b"".join(parts), "more_body": False}]
 
         async def again():  # once the body, then what tells that the client has left

@@ -52,9 +52,10 @@ class Full(Exception):
 
 
 class Queue:
-    """One thread that owns the engine. Clients' asks are written in batches: the first one opens a
-    window for others. Where no client waits, asks ahead of clients ("spare" ones) are written, and
-    given up the moment that a client comes."""
+    """One thread that owns the engine, and the asks that wait for it."""
+
+    # Clients' asks are written in batches: the first one opens a window for others. Where no client
+    # waits, asks ahead of clients ("spare" ones) are written, and given up when a client comes.
 
     def __init__(self, engine: Engine, settings: ServeConfig, metrics, desk):
         self.engine, self.settings, self.metrics, self.desk = engine, settings, metrics, desk
@@ -100,7 +101,7 @@ class Queue:
         with self.wake:
             self.stopped = True
             self.wake.notify()
-        self.thread.join(self.settings.timeout)
+        self.thread.join(self.settings.timeout)  # seconds: a batch may have to end
 
     # --------------------------------------------------------------------------------- the thread
 

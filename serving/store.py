@@ -89,15 +89,13 @@ def _dump(value) -> str:
 class Store:
     """One connection and a lock: any thread may call any method.
 
-    max_sessions: kept of a user. Raises UserError if the file is no store, cannot be written, or
-    has tables of another version. A full or failing disk raises sqlite3.OperationalError; the call
-    then changed nothing.
+    Raises UserError if the file is no store, cannot be written, or has tables of another version.
+    A full or failing disk raises sqlite3.OperationalError; the call then changed nothing.
     """
 
     def __init__(self, path: str | Path, max_sessions: int = 500):
-        self.path, self.max_sessions = Path(path), max_sessions
-        self.now = time.time  # tests put their own clock here
-        self._lock = threading.RLock()
+        self.path, self.max_sessions = Path(path), max_sessions  # kept of a user
+        self.now, self._lock = time.time, threading.RLock()  # tests put their own clock there
         try:
             if not self.path.exists():
                 self.path.touch(mode=0o600)  # people's histories; the log gets the same mode
@@ -109,12 +107,13 @@ class Store:
     def _open(self) -> None:
         """Check the file and make the tables of a new one; another program's stays as it is."""
         self._use_log()
-        self._db.execute("PRAGMA secure_delete=ON")
+        self._db.execute("PRAGMA secure_delete=ON")  # zeros, not old text, in what is freed
         self._db.execute("PRAGMA fullfsync=ON")  # macOS: fsync alone ends in the drive's cache
         with self._transaction(durable=True) as db:  # fails where the file cannot be written
             if not self._has_tables():  # no other process was faster
                 list(map(db.execute, TABLES.split(";")))
-                db.execute("INSERT INTO meta VALUES ('key', ?)", (secrets.token_bytes(32),))
+                key = secrets.token_bytes(32)  # signs impression ids, and marks who was deleted
+                db.execute("INSERT INTO meta VALUES ('key', ?)", (key,))
                 db.execute(f"PRAGMA user_version={VERSION}")
         self._key = self._rows("SELECT value FROM meta WHERE key='key'")[0][0]
         with contextlib.suppress(sqlite3.OperationalError):  # then at the next deletion
@@ -168,10 +167,7 @@ class Store:
     # -------------------------------------------------------------------------------------- users
 
     def import_users(self, users: Iterable[data.User], mark: str) -> int:
-        """Take the users of a run, once for each mark; return how many came.
-
-        Users whom the store has stay as they are, deleted ones stay deleted.
-        """
+        """Take the users of a run, once for each mark; return how many came."""
         count = 0
         with self._transaction() as db:
             row = (f"imported {mark}", self.now())
@@ -179,8 +175,9 @@ class Store:
                 return 0
             for user in users:
                 if self._rows("SELECT 1 FROM deleted WHERE mark=?", self._mark(user.user_id)):
-                    continue
+                    continue  # who was deleted stays deleted
                 row = (user.user_id, None if user.profile is None else _dump(user.profile))
+                # Users whom the store has stay as they are.
                 if db.execute("INSERT OR IGNORE INTO users VALUES (?, ?)", row).rowcount:
                     self._put(user.user_id, user.sessions)
                     count += 1
@@ -191,10 +188,8 @@ class Store:
     ) -> int:
         """Append to a user's history, durably; return how many sessions are held now.
 
-        The order is data.in_time_order's. A session_id that is held is replaced where it stands;
-        without times, a new one that precedes a held one in the request goes before it, so that
-        the same request twice is the same as once. The oldest beyond max_sessions go. profile
-        None leaves the profile. Raises ValueError for an id or a profile that data.User refuses.
+        A session_id that is held is replaced where it stands. profile None leaves the profile.
+        Raises ValueError for an id or a profile that data.User refuses.
         """
         profile = data.User(user_id=user_id, profile=profile, sessions=[]).profile
         with self._transaction(durable=True) as db:
@@ -202,7 +197,7 @@ class Store:
             if profile is not None:
                 db.execute("UPDATE users SET profile=? WHERE user_id=?", (_dump(profile), user_id))
             held, new = self._put(user_id, sessions)
-            if new:
+            if new:  # they followed the latest list
                 [(last,)] = self._rows("SELECT max(id) FROM lists WHERE user_id=?", user_id)
                 query = "INSERT INTO appended VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET n = n + ?"
                 db.execute(query, (user_id, last or 0, new, new))
@@ -217,9 +212,9 @@ class Store:
         times |= {s: session.timestamp and session.timestamp.isoformat()
                   for s, session in given.items()}
         order = _merged(list(places), list(given))
-        if all(times.values()):  # one session without a time, and the order is that of arrival
+        if all(times.values()):  # as data.in_time_order; else that of arrival
             order.sort(key=times.get)
-        order = order[-self.max_sessions :]
+        order = order[-self.max_sessions :]  # the oldest make room
         # Positions start so that the first session that stays keeps its own: appending moves none.
         start = next((places[s] - i for i, s in enumerate(order) if s in places), 0)
         drop = [(user_id, s) for s in places.keys() - set(order)]
@@ -254,22 +249,20 @@ class Store:
     def delete_user(self, user_id: str) -> dict[str, int]:
         """Remove all of a user, durably and from the bytes of the file; return rows by table.
 
-        Rewrites the file, which takes about as long as copying it. Raises sqlite3.OperationalError
-        while another process reads the store for longer than WAIT: the rows are gone then, but
-        not yet their bytes; deleting again, or the next start, wipes those too.
+        Raises sqlite3.OperationalError while another process reads the store for longer than WAIT:
+        the rows are gone then, but not yet their bytes.
         """
-        removed = {}
+        removed, of_lists = {}, "list IN (SELECT id FROM lists WHERE user_id=?)"
         with self._lock:
             with self._transaction(durable=True) as db:
                 for table in ("taps", "users", "sessions", "appended", "lists", "ahead"):
-                    by = "user_id=?" if table != "taps" else (  # first, while their lists are there
-                        "list IN (SELECT id FROM lists WHERE user_id=?)")
-                    removed[table] = db.execute(f"DELETE FROM {table} WHERE {by}",
-                                                (user_id,)).rowcount
+                    # Taps first, while their lists are there.
+                    query = f"DELETE FROM {table} WHERE {'user_id=?' if removed else of_lists}"
+                    removed[table] = db.execute(query, (user_id,)).rowcount
                 if any(removed.values()):
                     db.execute("INSERT OR IGNORE INTO deleted VALUES (?)", (self._mark(user_id),))
                     db.execute("INSERT OR IGNORE INTO meta VALUES ('unwiped', 1)")
-            self._wipe()
+            self._wipe()  # if it fails: by the next deletion, or the next start
         return removed
 
     def _wipe(self) -> None:
@@ -277,7 +270,7 @@ class Store:
         asked = self._rows("SELECT 1 FROM meta WHERE key='unwiped'")
         self._db.execute("PRAGMA synchronous=FULL")
         if asked:
-            self._db.execute("VACUUM")
+            self._db.execute("VACUUM")  # takes about as long as copying the file
         if self._rows("PRAGMA wal_checkpoint(TRUNCATE)")[0][0]:  # 1: another reads the old pages
             raise sqlite3.OperationalError("deleted, but not wiped: another process reads the file")
         if asked:
@@ -307,7 +300,7 @@ class Store:
             raw = b""
         body, mac = raw[:-16], raw[-16:]
         genuine = hmac.compare_digest(mac, self._mac(b"impression" + body))
-        if not genuine or base64.urlsafe_b64encode(raw).decode() != impression:  # another spelling
+        if not genuine or base64.urlsafe_b64encode(raw).decode() != impression:  # spelt otherwise
             raise BadImpression(f"{place}: not an impression id of this server")
         if int.from_bytes(body[12:], "big", signed=True) < self.now() * 1000:
             raise BadImpression(f"{place}: expired")
@@ -319,15 +312,13 @@ class Store:
     def offer(
         self, user_id: str, interests: list[str], starters: list[str], method: str, version: str
     ) -> str:
-        """Remember what an answer offers; return its signed impression id.
-
-        A list that is answered again before it was shown stays one impression, with a new expiry.
-        """
+        """Remember what an answer offers; return its signed impression id."""
         content = (method, version, _dump(interests), _dump(starters))
         with self._transaction() as db:
             query = "SELECT token FROM lists WHERE user_id=? AND shown IS NULL AND"
             same = "(method, version, interests, starters) = (?, ?, ?, ?)"
             rows = self._rows(f"{query} {same}", user_id, *content)
+            # Answered again before it was shown, a list stays one impression, with a new expiry.
             token = rows[0][0] if rows else secrets.token_bytes(12)
             [(last,)] = self._rows("SELECT max(id) FROM lists")
             row = ((last or 0) + 1, token, user_id, self.now(), None, *content)
@@ -339,11 +330,8 @@ class Store:
         return self._impression(token)
 
     def record(self, events: list[tuple[str, str, int | None]]) -> int:
-        """Take (impression id, "shown" | "tap", slot) events durably, all or none.
-
-        Returns how many were new; a tap implies that its list was shown. Raises BadImpression or
-        ValueError as `events[i].field: reason`.
-        """
+        """Take (impression id, "shown" | "tap", slot) events durably, all or none; return how many
+        were new. Raises BadImpression or ValueError as `events[i].field: reason`."""
         new = 0
         with self._transaction(durable=True) as db:
             for i, (impression, kind, slot) in enumerate(events):
@@ -355,6 +343,7 @@ class Store:
                     raise ValueError(f"{place}.slot: only a tap has one")
                 if kind == "tap" and (type(slot) is not int or not 0 <= slot < slots):  # no bool
                     raise ValueError(f"{place}.slot: not one of the list's {slots} slots")
+                # A tap implies that its list was shown.
                 query = "UPDATE lists SET shown=? WHERE id=? AND shown IS NULL"
                 changed = db.execute(query, (self.now(), number)).rowcount
                 if kind == "tap":
@@ -365,7 +354,7 @@ class Store:
 
     def seen(self, user_id: str, days: float, offered: bool = False) -> list[str]:
         """Distinct starters shown (offered: or answered, with no event so far) within `days`."""
-        when = "coalesce(shown, at)" if offered else "shown"
+        when = "coalesce(shown, at)" if offered else "shown"  # null >= ? is never true
         query = f"SELECT starters FROM lists WHERE user_id=? AND {when} >= ? ORDER BY {when}, id"
         rows = self._rows(query, user_id, self.now() - days * 86400)
         return list(dict.fromkeys(text for (starters,) in rows for text in json.loads(starters)))
@@ -427,6 +416,7 @@ class Store:
 
 def _merged(held: list[str], given: list[str]) -> list[str]:
     """Both in one order: what is new goes before the next of `given` that is held, or last."""
+    # So the same request twice is the same as once, without times too.
     places, before, waiting = set(held), {}, []
     for name in given:
         if name in places:
@@ -440,11 +430,10 @@ def _interval(starters: tuple[int, ...], taps: tuple[int, ...]) -> tuple[float, 
     """95 % interval of sum(taps) / sum(starters), each user one draw of (starters, taps).
 
     Wilson's interval of as many independent starters as have the variance that the delta method
-    finds between users, with Student's quantile for that many users. Where users do not differ
-    (a single one, no tap at all) each counts as one starter.
+    finds between users, with Student's quantile for that many users.
     """
     n, total = len(starters), sum(starters)
-    rate, size = sum(taps) / total, n
+    rate, size = sum(taps) / total, n  # where users do not differ, each counts as one starter
     spread = sum((t - rate * s) ** 2 for s, t in zip(starters, taps, strict=True))
     if n > 1 and spread:
         size = min(total, rate * (1 - rate) * total**2 / (spread * n / (n - 1)))

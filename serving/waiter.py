@@ -29,8 +29,9 @@ class Waiter:
 
     def __init__(self, desk: Desk, job: Job, request: Request, stream: bool):
         self.desk, self.job, self.request = desk, job, request
-        self.inbox: asyncio.Queue = asyncio.Queue()  # events, and in the end what _kept takes
-        self.started, self.finished, loop = time.monotonic(), False, asyncio.get_running_loop()
+        self.inbox: asyncio.Queue = asyncio.Queue()  # (event, value) pairs, then an answer
+        self.started, self.finished = time.monotonic(), False  # finished: it did not leave early
+        loop = asyncio.get_running_loop()
 
         def tell(item) -> None:  # called from the engine's thread, as are the next two
             with contextlib.suppress(RuntimeError):  # the loop is closed
@@ -45,12 +46,12 @@ class Waiter:
             tell(("starter", dataclasses.asdict(starter)))
 
         job.tell = tell
-        if stream:
+        if stream:  # else the engine need not look at every step for starters that are whole
             job.ask = dataclasses.replace(job.ask, begin=begin, emit=emit)
         desk.queue.submit(job)
 
     @property
-    def patience(self) -> float:
+    def patience(self) -> float:  # seconds
         return self.started + self.desk.settings.timeout - time.monotonic()
 
     async def _kept(self, item: Answer | str) -> dict:
@@ -59,6 +60,7 @@ class Waiter:
         if isinstance(item, str):
             raise HTTPException(500, item)
         request_id = self.request.state.request_id
+        # In a thread, as the store may wait for its disk.
         return await asyncio.to_thread(self.desk.keep, self.job, item, request_id)
 
     def _note_first(self) -> None:
@@ -69,7 +71,7 @@ class Waiter:
         heard = asyncio.create_task(self.inbox.get())
         try:
             await asyncio.wait({left, heard}, timeout=self.patience, return_when="FIRST_COMPLETED")
-            if heard.done():
+            if heard.done():  # also where the client left at the same moment
                 reply = await self._kept(heard.result())
                 self._note_first()
                 return JSONResponse(reply)
@@ -85,7 +87,7 @@ class Waiter:
     async def events(self):
         told: Counter[str] = Counter()
         try:
-            while isinstance(item := await self._next(), tuple):
+            while isinstance(item := await self._next(), tuple):  # else the answer or an error
                 name, value = item
                 if name == "interests" and told[name]:  # written again, as its batch had failed
                     continue
@@ -99,7 +101,7 @@ class Waiter:
             self.finished = True
             self.desk.metrics.rejections.labels("timeout").inc()  # the status was 200 long ago
             yield sse("error", {"detail": TOO_LONG})
-        except (HTTPException, sqlite3.OperationalError) as error:
+        except (HTTPException, sqlite3.OperationalError) as error:  # too late for a status
             yield sse("error", {"detail": getattr(error, "detail", STORE_FAILED)})
 
     async def _next(self):
@@ -107,13 +109,14 @@ class Waiter:
 
     def end(self) -> None:
         """The client has its answer or has left: the job's place is free."""
-        self.desk.metrics.disconnects.inc(not self.finished)
+        self.desk.metrics.disconnects.inc(not self.finished)  # by 0 or 1
         self.desk.queue.leave(self.job)
         self.desk.release(self.job)
 
 
 class Stream(StreamingResponse):
     """Ends the waiter however the connection ends, even before the first event."""
+    # A generator's own `finally` does not run where it never began.
 
     def __init__(self, waiter: Waiter):
         super().__init__(waiter.events(), media_type="text/event-stream")
@@ -121,7 +124,7 @@ class Stream(StreamingResponse):
 
     async def __call__(self, scope, receive, send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send)  # cancelled where the client leaves
         finally:
             self.waiter.end()
 
@@ -129,7 +132,7 @@ class Stream(StreamingResponse):
 async def _left(request: Request) -> None:
     """Return when the client has closed the connection. The body must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
-        pass
+        pass  # what else comes is of no use
 
 
 def sse(name: str, value: dict) -> str:
@@ -140,5 +143,6 @@ def whole_stream(reply: dict, told: Counter[str] | None = None) -> list[str]:
     """The events of a reply, but for those that were told by name: the first ones."""
     told = told or Counter()
     head = [("interests", {key: reply[key] for key in ("threshold", "interests")})]
+    # Those that were streamed come first in the reply, in the same order.
     starters = [("starter", starter) for starter in reply["starters"][told["starter"] :]]
     return [sse(*event) for event in (*head[told["interests"] :], *starters, ("done", reply))]

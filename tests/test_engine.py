@@ -121,12 +121,9 @@ def test_somebody_new_gets_popular_starters_of_the_profiles_language(engine):
         assert {data.language(x) for x in texts(answer)} == {"zh"} and answer.interests == []
 
 
-def test_a_batch_answers_each_ask_as_if_it_were_alone(engine, monkeypatch):
+def test_a_batch_answers_each_ask_as_if_it_were_alone(engine):
     users = [person(*SUMMARIES), *engine.examples[1:4], person(name="nobody")]
     asks = [Ask(u, 3, method=m) for u in users for m in engine.methods]
-    # The little model writes nothing that is fit to show.
-    monkeypatch.setattr(engine, "_fit", lambda starters, case: [str(x)[:30] for x in starters])
-    monkeypatch.setattr(llm, "parse_starters", lambda text: llm.Parsed((text,), None))
     together = engine.write(asks)
     alone = [engine.write([ask])[0] for ask in asks]
     # In another batch texts are encoded with other rounding, which may turn the order.
