@@ -181,7 +181,8 @@ def draw_rings(seeds: Seeds, path: Path, title: str) -> None:
 def by_round(seeds: Seeds, metric: str) -> dict[str, dict]:
     """IceBreaker after each of five rounds of DPO, as figures.lines has it."""
     y, low, high = zip(*(bootstrap(per_seed(seeds, m, metric)) for m in ROUNDS), strict=True)
-    return {"IceBreaker": {"x": range(1, len(ROUNDS) + 1), "y": y, "low": low, "high": high}}
+    x = range(1, len(ROUNDS) + 1)  # rounds count from 1
+    return {"IceBreaker": {"x": x, "y": y, "low": low, "high": high}}
 
 
 def pictures(seeds: Seeds, log: list[dict], folder: Path, wanted: list[str]) -> list[str]:
