@@ -7,7 +7,7 @@ The loops that train these stand in stages/; `python train.py` runs them all.
 
 Departures from the paper: E_h sees statistics of a session within its user's history beside the
 text (on a real search log text alone ranks worse than plain frequency); the retrieval over "large
-summary pools" is a dense product here. The README lists all, and what the paper leaves open.
+summary pools" is a dense product here. docs/departures.md lists all.
 
 Legend: B users, N summaries or candidates, M interests or lists, K list slots, P pairs,
 D embedding, F statistics, H hidden.
@@ -45,15 +45,8 @@ _RAW = (
     ["similar_0.4", "similar_0.6"]
     + [f"similar_{c}_half_life_{h}" for c in (0.4, 0.6) for h in (3, 14, 45)]
     + [
-        "age",
-        "gap_to_previous_similar",
-        "span_of_similar",
-        "token_frequency",
-        "density_0.5",
-        "density_0.7",
-        "density_0.85",
-        "repeats",
-        "sessions_since",
+        "age", "gap_to_previous_similar", "span_of_similar", "token_frequency", "density_0.5",
+        "density_0.7", "density_0.85", "repeats", "sessions_since",
         "similar_0.6_half_life_5_sessions",
     ]
 )
@@ -61,8 +54,7 @@ FEATURE_NAMES = _RAW + [f"rank_{name}" for name in _RAW] + ["history_length"]
 
 
 def make_history(
-    summaries: Sequence[str],
-    days_ago: Sequence[float] | None,
+    summaries: Sequence[str], days_ago: Sequence[float] | None,
     encode: Callable[[list[str]], Tensor],
 ) -> History:
     """Collapse repeats, embed the distinct texts and compute their statistics.
@@ -218,13 +210,8 @@ class ResonanceScorer(nn.Module):
 
 
 def contrastive_rows(
-    user: Tensor,
-    sessions: Tensor,
-    positive: Tensor,
-    mask: Tensor,
-    text_ids: Tensor,
-    negatives_within: int,
-    generator: torch.Generator | None = None,
+    user: Tensor, sessions: Tensor, positive: Tensor, mask: Tensor, text_ids: Tensor,
+    negatives_within: int, generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One row per (user, positive): the positive, within-user and cross-user negatives.
 
@@ -317,11 +304,7 @@ def gate(scores, threshold: float, min_keep: int, max_keep: int) -> list[int]:
 
 
 def distil(
-    scores,
-    threshold: float,
-    min_keep: int,
-    max_keep: int,
-    embeddings: Tensor,
+    scores, threshold: float, min_keep: int, max_keep: int, embeddings: Tensor,
     duplicate_cosine: float,
 ) -> list[int]:
     """The gate, with near-duplicates collapsed to the latest (the highest index), best first."""
@@ -372,11 +355,7 @@ class UtilityRanker(nn.Module):
         nn.init.zeros_(self.slot.weight)
 
     def forward(
-        self,
-        interests: Tensor,
-        mask: Tensor,
-        taste: Tensor,
-        starters: Tensor,
+        self, interests: Tensor, mask: Tensor, taste: Tensor, starters: Tensor,
         slots: Tensor | None = None,
     ) -> Tensor:
         """interests (B, M, D) and mask (B, M), taste (B, D + 1), starters (B, D), slots (B,)
@@ -435,12 +414,7 @@ def expected_calibration_error(probabilities, targets, bins: int = 10) -> float:
 
 
 def list_search(
-    utility: Tensor,
-    similarity: Tensor,
-    list_size: int,
-    beam: int,
-    expand: int,
-    weight: float,
+    utility: Tensor, similarity: Tensor, list_size: int, beam: int, expand: int, weight: float,
     valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Algorithm 1: grow `beam` lists slot by slot by utility and marginal diversity.
@@ -525,11 +499,7 @@ def list_diversity(similarity: Tensor, lists: Tensor | None = None) -> Tensor:
 
 
 def mine_preferences(
-    lists: Tensor,
-    utility: Tensor,
-    similarity: Tensor,
-    weight: float,
-    margin: float,
+    lists: Tensor, utility: Tensor, similarity: Tensor, weight: float, margin: float,
     tolerance: float,
 ) -> tuple[int, dict[str, int | None]]:
     """Eq. (8): the preferred list of one user and one dispreferred list of each kind.
@@ -562,10 +532,7 @@ def min_max(x: Tensor, valid: Tensor | None = None) -> Tensor:
 
 
 def dpo_loss(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
+    policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor,
     beta: float,
 ) -> Tensor:
     """Eq. (6): -log sigmoid(beta [(log pi/pi_ref)(Y+) - (log pi/pi_ref)(Y-)]).

@@ -5,7 +5,7 @@
     python train.py data.users=mine.jsonl              # your own users (see README)
     python train.py --plan --config configs/qwen2.5-7b.yaml    # memory and tokens; nothing loads
     python train.py --doctor                           # what this machine has and lacks
-    python train.py --stage ranker --stage dpo data.feedback=FILE   # a round more: serving/feedback.py
+    python train.py --stage ranker --stage dpo data.feedback=FILE  # a round: serving/feedback.py
     torchrun --nproc-per-node=2 train.py --stage dpo   # on two GPUs
 
 Stages: world -> base -> summarize -> match -> rid -> ranker -> sit -> dpo -> eval, and merge where
@@ -64,7 +64,7 @@ from world import people
 
 def stage_world(run: Run, players: Players, key: str) -> dict:
     """Write the simulated platform's logs, or check the files that the user gave."""
-    if not run.config.data.users:
+    if not run.config.data.users:  # else there is nothing to simulate
         people.generate(run.config.world).write(run.folder / "world")
     return {
         "users": len(run.logged_users),
@@ -75,7 +75,7 @@ def stage_world(run: Run, players: Players, key: str) -> dict:
 
 def stage_base(run: Run, players: Players, key: str) -> dict:
     """Is the generator there? Asked before hours of other work."""
-    path = players.writer.model_path
+    path = players.writer.model_path  # a hub id, a folder, or weights/tiny
     llm.check_model(path, run.config.generator.revision)
     return {"model": path}
 
@@ -105,7 +105,7 @@ ALL = [name for name in STAGES if name != "merge"]  # run where nothing else is 
 HOW = (
     "generator.endpoint", "generator.endpoint_key_env", "generator.sample_rows",
     "generator.gradient_checkpointing", "data.feedback", "dpo.pairs_per_user",
-)  # fmt: skip
+)
 ROUNDS = ("dpo.rounds", "dpo.vanilla")  # a round of DPO is the same whatever follows it
 
 
@@ -128,9 +128,11 @@ def stage_key(run: Run, name: str, *without: str) -> str:
         "endpoint": [e.model, e.temperature, e.max_tokens],
         "generator": [g.model, g.revision],
     }
+    # "dpo" is a whole section, "roles.teacher" one setting.
     values = [operator.attrgetter(setting)(config) for setting in stage.settings]
     values += [llm_of[value] for value in values if isinstance(value, str) and value in llm_of]
     # A stage that ran again because calls had failed has made something else than before.
+    # Recursive: what changes here changes every later stage.
     before = [(stage_key(run, s, *without), failed_calls(run, s)) for s in stage.needs]
     return digest(name, config.run.seed, values, files, before)
 
@@ -143,6 +145,7 @@ def failed_calls(run: Run, name: str) -> int:
 
 def out_of_memory(config: Config, stage: str) -> str:
     """What was in memory, and the next setting to change."""
+    # Cheapest first: what changes the time, then the precision, then the prompt.
     g, batch = config.generator, getattr(getattr(config, stage, None), "batch_users", None)
     if g.sample_rows > {"dpo": 32, "eval": 1}.get(stage, g.sample_rows):
         advice = f"generator.sample_rows={g.sample_rows // 2}"
@@ -195,6 +198,7 @@ def run_stages(config: Config, wanted: list[str]) -> None:
         if name in needed:
             needed.update(STAGES[name].needs)
     for name in (s for s in STAGES if s in needed):
+        # Asked again before each: an earlier stage may just have made something else.
         key, note = stage_key(run, name), "" if name in wanted else f" (for {', '.join(wanted)})"
         if run.folder.is_done(name, key) and not failed_calls(run, name):
             print(f"{name}: already done with these settings, skipped")
@@ -204,8 +208,9 @@ def run_stages(config: Config, wanted: list[str]) -> None:
         run.folder.mark_done(name, key, **figures)
         run.folder.log(name, **figures)
         print(f"{name}: {one_line(figures)}", flush=True)
-    if "eval" in wanted:
+    if "eval" in wanted:  # also where it was skipped: the table is what one came for
         print("\n" + (run.folder / "eval" / "table.md").read_text(encoding="utf-8"))
+    # ru_maxrss is in KiB on Linux.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"Everything is in {run.folder.path}; peak memory {peak:.1f} GiB")
 
@@ -217,7 +222,7 @@ def run_stage(run: Run, players: Players, name: str) -> dict:
         if processes()[0] == 0 or not stage.alone:
             figures = stage.run(run, players, stage_key(run, name, *ROUNDS))
     calls = players.calls()
-    if not stage.alone:
+    if not stage.alone:  # each process asked for its share
         calls = sum_counts(gather([calls]))
     if calls:  # failed ones make the next start ask again
         good = ("asked", "cached", "answered")
@@ -237,7 +242,7 @@ def joined_processes():
         return
     gpu = torch.cuda.is_available()
     if gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before anything is loaded
     # The first process works alone in some stages, and the others wait for it.
     torch.distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(days=7)
@@ -264,7 +269,7 @@ def main() -> None:
     if arguments.plan or arguments.doctor:
         print(plan.plan(config) if arguments.plan else doctor.doctor(config))
         return
-    stages = arguments.stage or ["all"]
+    stages = arguments.stage or ["all"]  # --stage may stand several times
     with joined_processes():
         run_stages(config, ALL if "all" in stages else stages)
 

@@ -34,7 +34,7 @@ from benchmarks.dpo import our_step, trl_step
 from config import ROOT, Config, load_config
 from llm.sampling import Draw, Tree
 from stages.dpo import HELD_OUT_LISTS
-from stages.training import Best, new_optimiser, step
+from stages.steps import Best, new_optimiser, step
 from tools import plan
 
 # Dense bf16 TFLOP/s and memory GB/s of data-sheets; a card that is not listed gets no share.
@@ -156,7 +156,7 @@ def decoding(model, prompts: int, n: int, length: int, new: int):
         tree = Tree(model, inputs, n, new, pad=0)
         while tree.is_open:  # random weights never write an end worth waiting for
             tree.write(draw(tree.logits, tree.prompt, tree.sample, tree.steps))
-            tree.step()
+            tree.step(torch.zeros_like(tree.token, dtype=torch.bool))
 
     return run
 

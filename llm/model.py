@@ -146,7 +146,7 @@ def load_adapter(model, folder: str | Path, trainable: bool):
 
 
 def save_adapter(model, folder: str | Path) -> None:
-    """A vanilla PEFT folder, written whole or not at all."""
+    """A vanilla PEFT folder, written whole or not at all."""  # plain PEFT and vLLM load it
     with atomic_path(folder) as temporary:
         model.save_pretrained(temporary, safe_serialization=True)
 

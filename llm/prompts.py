@@ -8,7 +8,6 @@ opens or closes a field, or parts a starter in two.
 
 from __future__ import annotations
 
-import functools
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -58,7 +57,7 @@ def _encode_lines(tokenizer, interests: list[str], room: int) -> list[int]:
             "generator.max_prompt_tokens: the chat template and the instruction leave no room for "
             "an interest; raise it"
         )
-    body: list[int] = []
+    body: list[int] = []  # whole lines, so that no subject is cut
     for interest in interests:
         line = encode_text(tokenizer, f"\n- {plain(interest)}")
         if len(body) + len(line) > room:
@@ -70,16 +69,14 @@ def _encode_lines(tokenizer, interests: list[str], room: int) -> list[int]:
 
 def encode_text(tokenizer, text: str) -> list[int]:
     """Ids of somebody's text, among which is no added token, whatever the text says."""
-    encode = functools.partial(
-        tokenizer.encode, add_special_tokens=False, split_special_tokens=True
-    )
-    ids = encode(text)
+    how = {"add_special_tokens": False, "split_special_tokens": True}
+    ids = tokenizer.encode(text, **how)
     # split_special_tokens leaves out special tokens only, not the others that were added
     # (<tool_call> of Qwen2.5): a text with one of these is encoded a character at a time.
     if tokenizer.added_tokens_decoder.keys().isdisjoint(ids):
         return ids
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
-    return [i for c in text if c not in added for i in encode(c)]
+    return [i for c in text if c not in added for i in tokenizer.encode(c, **how)]
 
 
 # ---------------------------------------------------------------------------- starters <-> field
@@ -115,7 +112,7 @@ def parse_starters(text: str) -> Parsed:
     end without its last item, which is taken for cut short unless it ends like a sentence.
     """
     body = text[text.rfind("</think>") + 1 :]  # the whole text if there is no such tag
-    last_close = body.rfind("</sug>")
+    last_close = body.rfind("</sug>")  # rfind, not a pattern: hostile text must not take long
     start = body.rfind("<sug>", 0, last_close) if last_close >= 0 else -1
     closed = start >= 0
     if not closed:

@@ -21,10 +21,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 
-from config import digest
+from config import digest, progress
 from llm.logps import tree_mask
 from llm.model import decoder_and_head
 from llm.prompts import encode_text
@@ -75,16 +74,16 @@ def sample_ids(
         order.sort(key=lambda i: len(prompts[i]))
     draw, ends = draw or Draw(temperature, top_p, top_k, seed), Ends(model, tokenizer, stop)
     drawn: dict[int, Tensor] = {}
-    for start in tqdm(range(0, len(order), size), "sample", disable=None, leave=False):
+    for start in progress(range(0, len(order), size), "sample"):
         batch = order[start : start + size]
         draw.begin([numbers[i] for i in batch], n, max_new_tokens)
         tree = Tree(model, [prompts[i] for i in batch], n, max_new_tokens, ends.pad, prefix)
         while tree.is_open:
             tree.write(draw(tree.logits, tree.prompt, tree.sample, tree.steps))
-            tree.close(ends(tree))
+            ended = ends(tree)
             if watch:
-                tree.give_up(watch(tree.tokens[:, :n, : tree.steps]))
-            tree.step()
+                ended |= tree.slots_of(watch(tree.tokens[:, :n, : tree.steps]))
+            tree.step(ended)
         drawn.update(zip(batch, tree.tokens[:, :n], strict=True))
     return [drawn[i] for i in range(len(prompts))]
 
@@ -169,18 +168,15 @@ class Tree:
         self.tokens[self.prompt[:, None], self.sample, self.steps] = token
         self.token, self.steps = token, self.steps + 1
 
-    def close(self, ended: Tensor) -> None:
-        """End the samples of these slots, (B, Q)."""
+    def slots_of(self, samples: Tensor) -> Tensor:
+        """Boolean (prompts, n) -> (B, Q), of the slots that grow these samples."""
+        samples = F.pad(samples, (0, 1)).to(self.sample.device)  # nobody's is none of them
+        return samples[self.prompt[:, None], self.sample]
+
+    def step(self, ended: Tensor) -> None:
+        """End the samples of these slots, (B, Q); read what the others have just written."""
         self.sample = self.sample.masked_fill(ended, self.n)
-
-    def give_up(self, samples: Tensor) -> None:
-        """End these samples, (prompts, n), whatever slots they are in."""
-        samples = F.pad(samples, (0, 1)).to(self.sample.device)  # nobody's is not given up
-        self.close(samples[self.prompt[:, None], self.sample])
-
-    def step(self) -> None:
-        """Read the tokens just written, unless no sample needs another one."""
-        if not self.is_open:
+        if not self.is_open:  # nobody needs the next logits
             return
         self._drop_closed()
         self.branch = torch.cat([self.branch, self.sample + 1], 1)

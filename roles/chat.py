@@ -56,7 +56,7 @@ class Endpoint:
         if not settings.model:
             raise UserError(f"endpoint.model: name a model that {url} serves")
         key = os.environ.get(settings.key_env, "").strip() or "none"  # local servers need no key
-        if not (key.isascii() and key.isprintable()):  # httpx would fail with the key in its error
+        if not (key.isascii() and key.isprintable()):  # or each call would fail, unexplained
             raise UserError(f"{settings.key_env}: holds characters that no key has")
         self.settings, self.more, self.whole, self.setting = settings, more or {}, whole, setting
         self.name, self.temperature = f"{url}, model {settings.model}", settings.temperature
@@ -120,7 +120,7 @@ def _checked(base_url: str, setting: str) -> str:
 def _content(completion, whole: bool) -> tuple[str, str]:
     """(text, failure) of a completion, of which nothing is certain but that it was JSON."""
     try:
-        if not completion.choices:
+        if not completion.choices:  # some servers put an error into a 200
             return "", "empty"
         choice = completion.choices[0]
         text, refusal, end = choice.message.content, choice.message.refusal, choice.finish_reason
@@ -147,7 +147,7 @@ class Local:
         settings = settings or EndpointConfig()
         self.model, self.tokenizer, self.rows = model, tokenizer, rows
         self.temperature, self.max_tokens = settings.temperature, settings.max_tokens
-        self.patience = 3 * rows
+        self.patience = 3 * rows  # no server to lose; only a model that cannot follow
         weights = hashlib.sha256((tokenizer.chat_template or "").encode())
         for name, weight in model.named_parameters():  # the first 64 of each: quick, and enough
             weights.update(f"{name} {weight.detach().flatten()[:64].tolist()}".encode())
@@ -155,6 +155,7 @@ class Local:
         self.identity = self.name
 
     def answers(self, requests: list[Request]) -> Iterator[tuple[int, str, str]]:
+        # One draw has one temperature; judges and matchers ask at 0, a teacher above.
         order = sorted(range(len(requests)), key=lambda i: requests[i].temperature)
         ends = {self.tokenizer.pad_token_id} | llm.end_tokens(self.model, self.tokenizer)
         for temperature, group in itertools.groupby(order, lambda i: requests[i].temperature):
@@ -165,7 +166,7 @@ class Local:
                     numbers=[requests[i].sample for i in batch], rows=self.rows)
                 for i, (tokens,) in zip(batch, drawn, strict=True):  # (T,) each
                     text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-                    whole = tokens[-1].item() in ends or "</sug>" in text
+                    whole = tokens[-1].item() in ends or "</sug>" in text  # else room ran out
                     yield i, text, "cut short" if not whole else "" if text.strip() else "empty"
 
     def _prompt(self, request: Request) -> list[int]:
@@ -178,6 +179,7 @@ class Local:
 
 # ------------------------------------------------------------------------------------------- chat
 
+# A refusal or a bad request tells that a server is there; these do not.
 _UNREACHED = {"rate limit", "server error", "time-out", "connection", "malformed"}
 
 
@@ -191,9 +193,9 @@ class Chat:
 
     def __init__(self, backend: Endpoint | Local, cache: str | Path):
         self.backend, self.cache = backend, Path(cache)
-        self.counts, self._heard, self._in_a_row = Counter(), False, 0
+        self.counts, self._heard, self._in_a_row = Counter(), False, 0  # heard: ever answered
         self.cache.parent.mkdir(parents=True, exist_ok=True)
-        self._open().close()
+        self._open().close()  # a file that is no cache is refused before any call
 
     def ask(self, requests: list[Request], read: Callable[[str], T]) -> list[T | None]:
         """read(text) of each answer, None where the call failed; equal requests are asked once.
@@ -226,7 +228,7 @@ class Chat:
     def _count(self, failure: str) -> None:
         """Raises UserError where nothing was ever answered, or the server is gone."""
         self.counts[failure or "answered"] += 1
-        self._heard = self._heard or not failure
+        self._heard = self._heard or not failure  # until then every failure counts
         self._in_a_row = self._in_a_row + 1 if not self._heard or failure in _UNREACHED else 0
         if self._in_a_row >= self.backend.patience:
             raise UserError(
@@ -263,7 +265,7 @@ class Sampler:
     def __init__(self, settings: EndpointConfig, more: dict, cache: str | Path, policy: str = "",
                  path: str = ""):
         backend, model = Endpoint(settings, more, False, "generator.endpoint"), settings.model
-        backend.identity += f", policy {policy}"
+        backend.identity += f", policy {policy}"  # answers of another training are not ours
         how = f"the adapter under that name (vLLM: --lora-modules {model}={path})"
         backend.absent = f"the server knows no model {model}; serve {how if path else 'one'}"
         self.chat = Chat(backend, cache)
@@ -275,7 +277,7 @@ class Sampler:
         """
         requests = [Request("", prompt, seed + i, self.chat.backend.temperature)
                     for prompt, seed in zip(prompts, seeds, strict=True) for i in range(n)]
-        texts = self.chat.ask(requests, str)
+        texts = self.chat.ask(requests, str)  # any text will do: it is parsed later
         if None in texts:
             raise UserError(
                 f"{self.chat.backend.name}: {texts.count(None)} of {len(texts)} samples failed "

@@ -36,7 +36,7 @@ ROOM = 4000  # characters of a session that the summariser sees: about 1,000 tok
 
 def prompt(role: str) -> str:
     """What an LLM is told; every prompt ends with how the data is to be taken."""
-    prompts = read_yaml("prompts.yaml")
+    prompts = read_yaml("prompts.yaml")  # answers are stored under these very texts
     return f"{prompts[role]}\n\n{prompts['data']}"
 
 
@@ -84,7 +84,7 @@ def read_starters(text: str) -> str:
     """The text itself, if llm.parse_starters finds starters in a closed field."""
     head, closed, _ = _answer_part(text).rpartition("</sug>")
     if not (closed and "<sug>" in head and llm.parse_starters(text).starters):
-        raise ValueError("no closed <sug> field with starters")
+        raise ValueError("no closed <sug> field with starters")  # not kept: asked again
     return text
 
 
@@ -93,7 +93,7 @@ def read_line(text: str) -> str:
     for line in map(llm.clean_starter, _answer_part(text).splitlines()):
         if any(map(str.isalnum, line)) and line[-1] not in ":：":  # "Here is the line:"
             if patterns("patterns")["refusal"].match(line):
-                break
+                break  # a refusal is no summary
             return line[:200].rstrip()
     raise ValueError("no line")
 
@@ -166,6 +166,7 @@ class LLMJudge:
         blocks = [data_block(history=history[-HISTORY:], alpha=alpha, beta=beta)
                   for history, a, b in rows for alpha, beta in ((a, b), (b, a))]
         requests = [Request(prompt("judge"), block) for block in blocks]
+        # Two answers a row, for (a, b) and (b, a): who is preferred by place alone ties.
         won = self.chat.ask(requests, word_reader({"ALPHA": 1.0, "BETA": 0.0, "TIE": 0.5}))
         return [None if first is None or second is None else first if first == 1 - second else 0.5
                 for first, second in zip(won[::2], won[1::2], strict=True)]
@@ -188,7 +189,7 @@ class LLMSummariser:
 
 def _excerpt(messages: list[Message]) -> list[dict[str, str]]:
     """Messages in order; the user's are given room first, the others what is left."""
-    room, kept = ROOM, {}
+    room, kept = ROOM, {}  # kept: by place in the session
     for i in sorted(range(len(messages)), key=lambda i: messages[i].role != "user"):
         text = messages[i].content[:room]
         room -= len(text)

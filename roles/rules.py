@@ -51,10 +51,10 @@ class RuleTeacher:
         Chores come only when nothing else is left. Fewer than n only if no phrase is usable or the
         templates run out.
         """
-        wanted = text.majority_language(interests)
+        wanted = text.majority_language(interests)  # "other": English templates
         subjects = self._subjects([i for i in interests if language(i) == wanted])
         angles = _angles("zh" if wanted == "zh" else "en")
-        rng.shuffle(angles)
+        rng.shuffle(angles)  # these draws are part of a run: two shuffles, in this order
         for angle in angles:
             rng.shuffle(angle)
         starters, turns = [], deque(subjects)
@@ -65,8 +65,8 @@ class RuleTeacher:
                 starters.append(starter)
                 turns.append(subject)
         named = ", ".join(phrases[0] for phrases, _ in subjects[:n]) or "none"
-        reasoning = f"Interests worth building on: {named}."
-        return f"<think> {reasoning} </think>{format_starters(starters)}"
+        reasoning = f"<think> Interests worth building on: {named}. </think>"
+        return reasoning + format_starters(starters)  # the form of Table 4
 
     @staticmethod
     def _subjects(interests: list[str]) -> list[tuple[list[str], str]]:
@@ -151,8 +151,9 @@ class RuleMatcher:
         """The same text, a cosine that suffices, or a cosine and a shared phrase; and no chore,
         which may come again and again without being an interest."""
         if not earlier or not later:
-            return np.zeros((len(earlier), len(later)), dtype=bool)
+            return np.zeros((len(earlier), len(later)), dtype=bool)  # nothing to encode
         cosine = cosines(self.encode, earlier, later)  # (E, L)
+        # Either may say more: "Elden Ring", "Elden Ring bosses".
         shared = self._contained(earlier, later) | self._contained(later, earlier).T
         match = text.same_text(earlier, later) | (cosine >= MATCH_COSINE_ALONE)
         match |= shared & (cosine >= MATCH_COSINE)
@@ -160,6 +161,7 @@ class RuleMatcher:
 
     def _contained(self, whole: list[str], parts: list[str]) -> np.ndarray:
         """(len(whole), len(parts)): some key phrase of the whole contains one of the part."""
+        # A unit within a span, without a loop over pairs of phrases.
         spans = [set().union(*map(_spans, key_phrases(summary))) for summary in whole]
         units = [{*map(_unit, key_phrases(summary))} - self.themes for summary in parts]
         return np.array([[not unit.isdisjoint(span) for unit in units] for span in spans])

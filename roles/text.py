@@ -58,7 +58,7 @@ def kind_of(text: str, section: str) -> str | None:
 
 def words_of(text: str) -> list[str]:
     """Its words, folded, in order."""
-    return [token.casefold() for token in _TOKEN.findall(text.replace("’", "'"))]
+    return [token.casefold() for token in _TOKEN.findall(text.replace("’", "'"))]  # isn’t, isn't
 
 
 def normal_form(text: str) -> str:
@@ -86,7 +86,7 @@ def is_functional(text: str) -> bool:
 
 def chores(texts: Iterable[str]) -> np.ndarray:
     """Boolean, one a text: is_functional."""
-    return np.array([is_functional(text) for text in texts], bool)
+    return np.array([is_functional(text) for text in texts], bool)  # float, were there none
 
 
 # ------------------------------------------------------------------------------------ key phrases
@@ -139,7 +139,7 @@ def _runs(text: str) -> tuple[list[list[str]], list[list[str]]]:
 
 def _split(tokens: list[str | None]) -> list[list[str]]:
     """Runs between Nones, without the small words at their ends."""
-    small, runs = word_set("inside") | word_set("stop"), []
+    small, runs = word_set("inside") | word_set("stop"), []  # "Lord of the" is Lord
     for _, group in itertools.groupby(tokens, bool):
         run = list(group)
         while run and (run[-1] is None or run[-1].casefold() in small):
@@ -164,6 +164,7 @@ def key_phrases(text: str) -> tuple[str, ...]:
     kept: dict[str, str] = {}
     for phrase in phrases:
         low = phrase.casefold()
+        # A part of one that is kept already adds nothing.
         if _is_specific(phrase) and not any(f" {low} " in f" {other} " for other in kept):
             kept[low] = phrase
     return tuple(kept.values())
@@ -172,6 +173,7 @@ def key_phrases(text: str) -> tuple[str, ...]:
 def grounded(starter: str, interests: Sequence[str]) -> bool:
     """Whether it names a subject of an interest whole (small models garble), or none has any."""
     phrases = [phrase.lower() for interest in interests for phrase in key_phrases(interest)]
+    # Of "Inca and Maya" either will do.
     subjects = [part for phrase in phrases for part in (phrase, *phrase.split(" and "))]
     text = unicodedata.normalize("NFKC", starter).replace("’", "'").lower()
     return not subjects or any(subject in text for subject in subjects)
@@ -203,7 +205,7 @@ def _fault(starter: str, wanted: str) -> str | None:
             or any(unicodedata.category(c) in ("Cc", "Cs") for c in starter)
             or any(a == b == c for a, b, c in zip(words, words[1:], words[2:], strict=False))):
         return "malformed"  # markup, control characters, or a model that has begun to stammer
-    if wanted != "other" and language(starter) != wanted:
+    if wanted != "other" and language(starter) != wanted:  # "other": Cyrillic, say
         return "language"
     return is_unsuitable(starter)
 

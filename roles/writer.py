@@ -28,9 +28,9 @@ class Writer:
 
     def __init__(self, config: Config, answers: Path):
         """answers: SQLite file of what servers have said, so that nothing is asked twice."""
-        self.config, self.answers = config, answers
+        self.config, self.answers = config, answers  # ":memory:" where nothing may be kept
         self._servers: dict[str, chat.Sampler] = {}  # by the name that the server knows
-        if config.generator.endpoint:
+        if config.generator.endpoint:  # asked in hours, refused now
             chat.Endpoint(self._endpoint(None), setting="generator.endpoint")
 
     @property
@@ -47,10 +47,12 @@ class Writer:
         model = llm.load_generator(
             self.model_path, g.load_in_4bit, g.gradient_checkpointing, g.revision
         )
+        # No dropout anywhere: log-probabilities must compare.
         return llm.load_adapter(model, adapter, trainable) if adapter else model.eval()
 
     def prompt(self, interests: list[str]) -> list[int]:
         g = self.config.generator
+        # Best interest first: what does not fit is left out from the end.
         return llm.encode_prompt(
             self.tokenizer, interests, g.list_size, g.instruction, g.max_prompt_tokens
         )
@@ -61,7 +63,8 @@ class Writer:
         settings = {
             "max_new_tokens": g.max_new_tokens, "temperature": g.temperature, "top_p": g.top_p,
             "top_k": g.top_k, "rows": g.sample_rows,
-        }  # fmt: skip
+        }
+        # The engine asks with fewer rows, a prefix and a hook.
         return llm.sample(model, self.tokenizer, prompts, n, seed=seed, **{**settings, **how})
 
     def sample(
@@ -82,7 +85,7 @@ class Writer:
     def write(
         self, adapter: Path | None, inputs: list[list[str]], n: int, seed: int, model=None,
         repeats: bool = False,
-    ) -> list[list[list[str]]]:  # fmt: skip
+    ) -> list[list[list[str]]]:
         """As `sample`, by a saved adapter (None: the base): from generator.endpoint if it is set,
         where the model of that name is asked; or here, `model` being loaded already."""
         g = self.config.generator
@@ -95,6 +98,7 @@ class Writer:
                 llm.prompt_text(self.tokenizer, x, g.list_size, g.instruction, g.max_prompt_tokens)
                 for x in some
             ]
+            # A server takes one seed a list: those of input i begin at n * i.
             return server.sample(texts, n, [(seed + n * i) % 2**31 for i in numbers])
 
         return self._full_lists(draw, inputs, n, seed, repeats)
@@ -112,13 +116,13 @@ class Writer:
             short = [(r, j) for r, row in enumerate(lists) for j, y in enumerate(row) if len(y) < k]
             if not short:
                 break
-            numbers = [places[r] * n + j for r, j in short]
+            numbers = [places[r] * n + j for r, j in short]  # one for each list
             seed = int(digest(seed, attempt)[:7], 16)  # other draws, the same in every run
             again = draw([inputs[places[r]] for r, _ in short], 1, seed, numbers)
             for (r, j), (text,) in zip(short, again, strict=True):
                 new = fit_to_show(text, inputs[places[r]])[:k]
                 lists[r][j] = max(lists[r][j], new, key=len)
-        return gather(lists)
+        return gather(lists)  # in the order of the inputs
 
     # ------------------------------------------------------------------------- generator.endpoint
 
@@ -132,7 +136,7 @@ class Writer:
         return self.config.endpoint.model_copy(update={
             "base_url": g.endpoint, "key_env": g.endpoint_key_env, "model": name,
             "temperature": g.temperature, "max_tokens": g.max_new_tokens,
-        })  # fmt: skip
+        })
 
     def _server(self, adapter: Path | None) -> chat.Sampler:
         g, settings = self.config.generator, self._endpoint(adapter)
@@ -142,7 +146,7 @@ class Writer:
         weights = adapter / "adapter_model.safetensors" if adapter else None
         policy = file_digest(weights) if weights else digest(self.model_path)
         server = chat.Sampler(settings, more, self.answers, policy, str(adapter or ""))
-        self._servers[settings.model] = server
+        self._servers[settings.model] = server  # for its counts
         return server
 
     def is_served(self, adapter: Path) -> bool:
@@ -152,7 +156,7 @@ class Writer:
         try:
             return settings.model in {model.id for model in server.client.models.list()}
         except openai.OpenAIError:
-            return False
+            return False  # not reachable counts as not served
 
     def calls(self) -> Counter:
         """What became of calls to generator.endpoint since this was last asked."""
@@ -169,6 +173,6 @@ def drained(chats) -> Counter:
     """The sum of the counts of some chats, which begin again at nothing."""
     counts: Counter = Counter()  # reason -> calls
     for some in chats:
-        counts.update(some.counts)
+        counts.update(some.counts)  # each stage reports its own calls
         some.counts.clear()
     return counts

@@ -31,9 +31,9 @@ from roles.writer import Writer
 from run import Run, UserState, history_of, profile_text
 from serving import feedback
 from stages.cold_start import PopularStarters
+from stages.pools import list_order, score_pools
 from stages.ranker import load_ranker, utilities
 from stages.rid import Distiller
-from stages.search import list_order, score_pools
 
 METHODS = ("PE", "SFT", "IceBreaker")
 # "JoJoJoJo", or half a character: a small generator has lost its thread.

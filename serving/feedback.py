@@ -41,9 +41,9 @@ from run import Run, UserState, one_line, shown_before
 from serving.store import Shown, Store
 from stages import dpo
 from stages.metrics import bootstrap
+from stages.pools import searched
 from stages.ranker import fit_rankers, load_ranker, shown_lists
-from stages.search import searched
-from stages.sit import chosen_states
+from stages.sit import draw_states
 
 LISTS_PER_USER = 20  # for a ranker: about as many as people of the simulated log have
 MARGIN = 0.05  # of a figure's value before; a fall of more refuses the round
@@ -299,7 +299,7 @@ def align_policy(new: Round) -> dict:
     rng = random.Random(run.seed("users", "feedback", new.number))
     _, latest = states_of(run, new.lists["train"], 0)
     states = [*latest.values()][: limit or None]
-    others = [s for s in chosen_states(run, [-1], 0, rng) if s.user_id not in latest]
+    others = [s for s in draw_states(run, [-1], 0, rng) if s.user_id not in latest]
     room = limit - len(states) if limit else len(others)
     states += rng.sample(others, min(room, len(others)))  # the run's people, for the rest
     tapped = tapped_pairs(run, new.lists["train"])

@@ -21,7 +21,7 @@ from config import UserError, gather, progress, share
 from roles.players import Players
 from roles.writer import Writer
 from run import Run, UserState
-from stages.training import new_optimiser, part_of, step
+from stages.steps import new_optimiser, part_of, step
 
 Rows = list[tuple[list[int], list[list[int]]]]  # (prompt ids, [list ids, ...]) of each user
 
@@ -30,7 +30,7 @@ def stage_sit(run: Run, players: Players, key: str) -> dict:
     """Supervised interest-expanded instruction tuning (Eq. 5) on the teacher's lists."""
     settings, k, writer = run.config.sit, run.config.generator.list_size, players.writer
     rng, cuts = random.Random(run.seed("sit")), list(range(len(run.config.data.cuts)))
-    states = chosen_states(run, cuts, settings.max_rows, rng)  # users at any slice of the log
+    states = draw_states(run, cuts, settings.max_rows, rng)  # users at any slice of the log
     taught = teacher_lists(run, players, states, settings.lists_per_row, "sit")
     rows = encoded(writer, states, taught, k)
     if not rows:
@@ -88,7 +88,7 @@ def encoded(writer: Writer, states: list[UserState], lists: list[list[list[str]]
     return rows
 
 
-def chosen_states(run: Run, cuts: list[int], limit: int, rng: random.Random) -> list[UserState]:
+def draw_states(run: Run, cuts: list[int], limit: int, rng: random.Random) -> list[UserState]:
     """Train users with interests at these cuts: at random, at most `limit` states (0: all)."""
     states = [run.states[u][c] for u in run.ids("train") for c in cuts]
     states = [state for state in states if state.interests]  # others have nothing to write about

@@ -11,8 +11,8 @@ import data
 import llm
 from config import UserError, read_json, read_tensors, write_json, write_tensors
 from serving.engine import Ask, Engine, in_a_loop
+from stages.pools import list_order
 from stages.ranker import load_ranker
-from stages.search import list_order
 
 SUMMARIES = ["chess openings for club players", "sourdough bread at home", "chess endgames",
              "hiking in the Dolomites", "sourdough starter care"]
@@ -188,7 +188,7 @@ def test_the_first_list_streams_as_it_is_decoded(engine, monkeypatch):
 
 def test_who_leaves_gets_no_answer_and_no_more_steps(engine, monkeypatch):
     steps, step = [], llm.sampling.Tree.step
-    monkeypatch.setattr(llm.sampling.Tree, "step", lambda tree: steps.append(1) or step(tree))
+    monkeypatch.setattr(llm.sampling.Tree, "step", lambda *a: steps.append(1) or step(*a))
     asks = [Ask(person(*SUMMARIES), 3), Ask(person(*SUMMARIES, name="other"), 3)]
     answers = engine.write(asks, gone=lambda i: i == 1 and len(steps) > 2)
     assert answers[0] and answers[1] is None and len(steps) > 4

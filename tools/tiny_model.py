@@ -1,7 +1,7 @@
 """The embedded stand-in for Qwen2.5: a Qwen2-architecture model of about a million weights and its
 byte-level BPE, pre-trained here on generic starter lists, for where no model hub is reachable.
 
-    python -m tools.tiny_model --out FOLDER batches=2000 batch_tokens=1024 learning_rate=2e-3
+    python -m tools.tiny_model --out FOLDER --batches 2000 --batch_tokens 1024 --learning_rate 2e-3
 
 weights/tiny is what the default settings gave on one H100 in four minutes; runs begin with it. The
 command above makes a lesser one within minutes on two cores, for generator.model=FOLDER.
@@ -29,12 +29,11 @@ import torch
 import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import llm
 import roles
-from config import GeneratorConfig, UserError, atomic_path, script, write_json
+from config import GeneratorConfig, atomic_path, progress, script, write_json
 from encoder import packaged_minilm
 
 TASK = GeneratorConfig()  # the prompt, list size and sampling that runs have by default
@@ -292,7 +291,7 @@ def install_copy_circuit(model, line_mark: int, list_mark: int, width=32, sharpn
 def train(model, batches: Batches, settings: Settings) -> None:
     """AdamW over the batches in their order; warm-up, a plateau, then a cosine to a thirtieth."""
     # Attention and embeddings hold the copy circuit and move slower, or it would be lost at once.
-    groups, rate = {1.0: [], 0.3: []}, settings.learning_rate
+    groups, rate = {1.0: [], 0.3: []}, settings.learning_rate  # share of the rate -> weights
     for name, weight in model.named_parameters():
         groups[0.3 if "self_attn" in name or "embed" in name else 1.0].append(weight)
     groups = [{"params": weights, "lr": share * rate} for share, weights in groups.items()]
@@ -307,16 +306,15 @@ def train(model, batches: Batches, settings: Settings) -> None:
     workers = max(0, min(14, (os.cpu_count() or 1) - 2)) if model.device.type == "cuda" else 0
     ahead = 1 if workers else None  # a batch each: they lie in /dev/shm, small in a container
     loader = DataLoader(batches, batch_size=None, num_workers=workers, prefetch_factor=ahead)
-    bar = tqdm(loader, "tiny model", disable=None, leave=False)
-    for number, rows in enumerate(bar):
-        loss = -llm.row_logps(model, rows, HEAD_CHUNK).mean()  # prompts are read, not learned
+    for number, rows in enumerate(bar := progress(loader, "tiny model", len(batches))):
+        loss = -llm.row_logps(model, rows, HEAD_CHUNK).mean()  # Eq. (5): prompts are not learned
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         schedule.step()
         if number % 50 == 0:  # .item() waits for the GPU
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+            bar.set(loss=f"{loss.item():.3f}")
     model.eval()
 
 
@@ -329,13 +327,7 @@ def build(settings: Settings, folder: str | Path) -> dict:
     started, device = time.time(), "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = train_tokenizer(tokenizer_texts(settings), settings.vocabulary)
     batches, model = Batches(tokenizer, settings), new_model(settings, tokenizer).to(device)
-    precision = torch.get_float32_matmul_precision()
-    if device == "cuda":  # TF32 while it trains; what follows has the usual precision
-        torch.set_float32_matmul_precision("high")
-    try:
-        train(model, batches, settings)
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    train(model, batches, settings)
     held_out = batches.rows(-1, 1.0)  # of the last kind, and no batch of the training
     with torch.no_grad():
         loss = -llm.row_logps(model, held_out, HEAD_CHUNK).mean().item()
@@ -370,19 +362,15 @@ def copying(model, tokenizer, seed: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True, help="folder of the model")
-    defaults = dataclasses.asdict(Settings())
-    parser.add_argument("settings", nargs="*", metavar="key=value", help=f"of {defaults}")
-    arguments = parser.parse_intermixed_args()
-    chosen = {}
-    for word in arguments.settings:
-        name, _, value = word.partition("=")
-        try:
-            chosen[name] = type(defaults[name])(value)
-        except (KeyError, ValueError):
-            raise UserError(f"{word}: not of the settings and their types, {defaults}") from None
+    for field in dataclasses.fields(Settings):
+        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
+    values = vars(parser.parse_args())
+    folder = values.pop("out")
     llm.quiet_libraries()
-    print(build(Settings(**chosen), arguments.out))
-    print(f"next: python train.py generator.model={arguments.out}")
+    if torch.cuda.is_available():  # TF32; a CPU's bits stay as they are
+        torch.set_float32_matmul_precision("high")
+    print(build(Settings(**values), folder))
+    print(f"next: python train.py generator.model={folder}")
 
 
 if __name__ == "__main__":

@@ -35,13 +35,8 @@ def score_pools(
 
 
 def list_order(
-    settings: DpoConfig,
-    list_size: int,
-    utility: torch.Tensor,
-    similarity: torch.Tensor,
-    valid: torch.Tensor | None = None,
-    lists: int = 1000,
-    expand: int = 0,
+    settings: DpoConfig, list_size: int, utility: torch.Tensor, similarity: torch.Tensor,
+    valid: torch.Tensor | None = None, lists: int = 1000, expand: int = 0,
 ) -> list[list[int]]:
     """Candidates of each row as the list search's best list, then the best of the rest, ...
 
@@ -49,7 +44,7 @@ def list_order(
     they are too few to fill one, the others by utility. expand: where it differs from settings'.
     """
     free = torch.ones_like(utility, dtype=torch.bool) if valid is None else valid.clone()
-    order: list[list[int]] = [[] for _ in utility]
+    order: list[list[int]] = [[] for _ in utility]  # indices into each row's candidates
     for _ in range(lists):
         rich = (free.sum(1) >= list_size).nonzero().flatten()  # rows that can fill another list
         if not len(rich):
@@ -58,7 +53,7 @@ def list_order(
             ib.min_max(utility[rich], free[rich]),  # Unstated: r_util and r_div need one scale
             similarity[rich], list_size, settings.beam, expand or settings.expand,
             settings.weight, free[rich],
-        )  # fmt: skip
+        )
         for row, best in zip(rich.tolist(), beams[:, 0].tolist(), strict=True):
             order[row] += best
         free[rich] = free[rich].scatter(1, beams[:, 0], False)  # no starter stands in two lists
@@ -70,17 +65,14 @@ def list_order(
 
 
 def searched(
-    config: Config,
-    encode: Callable,
-    ranker: ib.UtilityRanker,
-    states: list[UserState],
-    pools: list[list[str]],
-    lists: int,
+    config: Config, encode: Callable, ranker: ib.UtilityRanker, states: list[UserState],
+    pools: list[list[str]], lists: int,
 ) -> list[list[list[str]]]:
     """At most `lists` full lists of each user's pool, best first; what there is if none is full."""
     k, results = config.generator.list_size, []
+    # Order is list after list, so each k of it are one.
     scored = score_pools(encode, ranker, states, pools)
     for pool, order in zip(pools, list_order(config.dpo, k, *scored, lists=lists), strict=True):
         rows = [[pool[j] for j in order[i : i + k]] for i in range(0, len(order), k)][:lists]
-        results.append([row for row in rows if len(row) == k] or rows)
+        results.append([row for row in rows if len(row) == k] or rows)  # a short list beats none
     return results
