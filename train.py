@@ -176,6 +176,13 @@ def explained(config: Config, stage: str):
         raise
 
 
+def players_of(run: Run) -> Players:
+    """Who writes and plays the roles in this run."""
+    # Answers of LLMs are kept for all runs below run.root: the same question is asked once.
+    writer = Writer(run.config, Path(run.config.run.root) / "answers.sqlite")
+    return Players(run.config, run.encoder, writer)
+
+
 def run_stages(config: Config, wanted: list[str]) -> None:
     """Run the wanted stages and, first, those they need; skip what is done with these settings."""
     # Adam's averages of weights that hardly move become denormal, which slows a CPU several times.
@@ -185,10 +192,8 @@ def run_stages(config: Config, wanted: list[str]) -> None:
         with explained(config, "dpo"):
             feedback.train_round(config, wanted, free=HOW)
         return
-    run = Run(config)
-    # Answers of LLMs are kept for all runs below run.root: the same question is asked once.
-    writer = Writer(config, Path(config.run.root) / "answers.sqlite")
-    players, needed = Players(config, run.encoder, writer), set(wanted)
+    run, needed = Run(config), set(wanted)
+    players = players_of(run)
     for name in reversed(STAGES):  # the table is in order: one pass finds all
         if name in needed:
             needed.update(STAGES[name].needs)

@@ -102,9 +102,6 @@ def floor_and_ceiling(run: Run, truth: people.Truth, users: list[str], written: 
     return {"random starters": floor, "oracle": {user: [oracle(user)] for user in users}}
 
 
-# ------------------------------------------------------------------- what is chosen when serving
-
-
 def pool_of(lists: list[list[str]]) -> list[str]:
     """All starters of some lists, each once, whatever its capitals; in the alphabet's order."""
     return sorted({starter.casefold(): starter for row in lists for starter in row}.values())
