@@ -139,8 +139,7 @@ def stage_key(run: Run, name: str, *without: str) -> str:
 
 def failed_calls(run: Run, name: str) -> int:
     """Calls to LLMs in vain, as far as this stage has run: it is run again and asks for these."""
-    done = (run.folder / name / "done.json").is_file()
-    return run.folder.figures(name).get("failed_calls", 0) if done else 0
+    return run.folder.figures(name).get("failed_calls", 0) if run.folder.has_run(name) else 0
 
 
 def out_of_memory(config: Config, stage: str) -> str:

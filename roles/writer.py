@@ -57,6 +57,13 @@ class Writer:
             self.tokenizer, interests, g.list_size, g.instruction, g.max_prompt_tokens
         )
 
+    def encoded(
+        self, interests: list[str], lists: list[list[str]]
+    ) -> tuple[list[int], list[list[int]]]:
+        """(prompt ids, [ids of each list]): a row of training."""
+        completions = [llm.encode_completion(self.tokenizer, starters) for starters in lists]
+        return self.prompt(interests), completions
+
     def draw(self, model, prompts: list[list[int]], n: int, seed: int, **how) -> list[list[str]]:
         """n completions of each prompt (token ids) as text; how: as of llm.sample."""
         g = self.config.generator

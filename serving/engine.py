@@ -110,7 +110,7 @@ class Engine:
         llm.quiet_libraries()
         self.config, self.run = config, Run(config, describe=False)
         for stage in ("rid", "sit"):
-            if not (self.run.folder / stage / "done.json").is_file():
+            if not self.run.folder.has_run(stage):
                 raise UserError(f"{self.run.folder.path}: stage {stage} has not run; "
                                 "python train.py first")
         # In memory: what was written for a user is kept in the store alone.

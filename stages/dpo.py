@@ -49,7 +49,7 @@ from config import (
 from roles.players import Players
 from roles.writer import Writer
 from run import Run, UserState, one_line, sum_counts
-from stages.pools import score_pools
+from stages.pools import best_lists, score_pools
 from stages.ranker import load_ranker, shown_lists, utilities
 from stages.sit import draw_states, teacher_lists
 from stages.steps import Best, new_optimiser, part_of, step
@@ -187,10 +187,7 @@ def search(
             named = [roles.grounded(y, states[i].interests) for y in pools[i]]
             grounded[row, : len(named)] = torch.tensor(named)
     utility = utility * grounded
-    scaled = ib.min_max(utility, valid)  # Unstated: r_util and r_div need one scale, as in Eq. (8)
-    beams, _ = ib.list_search(
-        scaled, similarity, k, settings.beam, settings.expand, settings.weight, valid
-    )
+    beams = best_lists(settings, k, utility, similarity, valid)  # Algorithm 1
     for row, i in enumerate(rich):
         n = len(pools[i])
         results[i] = Searched(
@@ -268,7 +265,8 @@ def align(
     reference: the policy that Eq. (6) compares with, perhaps `model` itself as it comes in: its
     log-probabilities are computed once, before the first step.
     """
-    rng, rows = random.Random(run.seed("dpo", label)), [encoded(writer, pair) for pair in pairs]
+    rng = random.Random(run.seed("dpo", label))
+    rows = [writer.encoded(x["interests"], [x["chosen"], *x["rejected"].values()]) for x in pairs]
     size, order = settings.batch_users, rng.sample(range(len(rows)), len(rows))
     ref_logps = reference_logps(reference, rows, order, size)
     steps = settings.passes * -(-len(rows) // size)
@@ -301,13 +299,6 @@ def align(
     if held_out:
         best.restore()
     return closing_figures(log, label) | {"held_out": best.value if held_out else None}
-
-
-def encoded(writer: Writer, pair: dict) -> tuple[list[int], list[list[int]]]:
-    """(prompt ids, [chosen list's ids, those of each rejected one])."""
-    lists = [pair["chosen"], *pair["rejected"].values()]
-    completions = [llm.encode_completion(writer.tokenizer, starters) for starters in lists]
-    return writer.prompt(pair["interests"]), completions
 
 
 def columns(rows) -> tuple[list, list]:

@@ -34,6 +34,18 @@ def score_pools(
     return utility, similarity, valid
 
 
+def best_lists(
+    settings: DpoConfig, list_size: int, utility: torch.Tensor, similarity: torch.Tensor,
+    valid: torch.Tensor, expand: int = 0,
+) -> torch.Tensor:
+    """Algorithm 1 with dpo's settings: lists (B, beam, K) of indices, best first, -1 for none."""
+    scaled = ib.min_max(utility, valid)  # Unstated: r_util and r_div need one scale, as in Eq. (8)
+    return ib.list_search(
+        scaled, similarity, list_size, settings.beam, expand or settings.expand, settings.weight,
+        valid,
+    )[0]
+
+
 def list_order(
     settings: DpoConfig, list_size: int, utility: torch.Tensor, similarity: torch.Tensor,
     valid: torch.Tensor | None = None, lists: int = 1000, expand: int = 0,
@@ -49,10 +61,8 @@ def list_order(
         rich = (free.sum(1) >= list_size).nonzero().flatten()  # rows that can fill another list
         if not len(rich):
             break
-        beams, _ = ib.list_search(
-            ib.min_max(utility[rich], free[rich]),  # Unstated: r_util and r_div need one scale
-            similarity[rich], list_size, settings.beam, expand or settings.expand,
-            settings.weight, free[rich],
+        beams = best_lists(
+            settings, list_size, utility[rich], similarity[rich], free[rich], expand
         )
         for row, best in zip(rich.tolist(), beams[:, 0].tolist(), strict=True):
             order[row] += best
