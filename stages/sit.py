@@ -77,7 +77,9 @@ def instruct(run: Run, writer: Writer, rows: Rows) -> tuple[torch.nn.Module, dic
     return model, {"first_loss": losses[0], "loss": float(np.mean(last))}
 
 
-def full_rows(writer: Writer, states: list[UserState], lists: list[list[list[str]]], k: int) -> Rows:
+def full_rows(
+    writer: Writer, states: list[UserState], lists: list[list[list[str]]], k: int
+) -> Rows:
     """Prompts and the full lists of each user as token ids; users without one are left out."""
     rows = []
     for state, written in zip(states, lists, strict=True):
