@@ -45,9 +45,9 @@ def test_users_with_few_sessions_are_known_by_their_last_ones(finished, monkeypa
     assert [*made] == ["IceBreaker, 1 session", "IceBreaker, 2 sessions"]
     assert [[*rows] for rows in made.values()] == [users, users]
     for n, inputs in enumerate(asked, 1):
-        for user, interests in zip(users, inputs, strict=True):
+        for user, told in zip(users, inputs, strict=True):
             last = [s.summary for s in run.users[user].sessions[-n:]]
-            assert interests and {*interests} <= {*last}
+            assert told and {*told} <= {*last}
 
 
 def test_the_oracle_is_above_what_it_was_shown_and_the_floor_is_drawn_anew(finished):
