@@ -3,7 +3,7 @@
     python eval.py --reproduce 1 serving
 
 These comparisons are ours. List search (Algorithm 1) makes training pairs alone in the paper; here
-it also picks what is shown, beside two rerankers of the field (MMR, DPP) and the plain highest utility.
+it also picks what is shown, beside two rerankers of the field (MMR, DPP) and the highest utility.
 
 Legend: N candidates or summaries of a user, D embedding, K starters of a list.
 """
