@@ -28,17 +28,18 @@ class Players:
     def __init__(self, config: Config, encode: Encode, writer: Writer):
         self.config, self.encode, self.writer = config, encode, writer
         self._chats: dict[str, chat.Chat] = {}
-        if "endpoint" in config.roles.model_dump().values():
+        if "endpoint" in config.roles.model_dump().values():  # whoever plays by it
             chat.Endpoint(config.endpoint)
 
     def _chat(self, player: str) -> chat.Chat:
         """The LLM that plays: "endpoint", or "generator", the base without an adapter."""
-        if player not in self._chats:
+        if player not in self._chats:  # a model is loaded once for all roles
             if player == "endpoint":
                 backend = chat.Endpoint(self.config.endpoint)
             else:
                 base = self.writer.policy(None)  # an adapter knows lists only
                 backend = chat.Local(base, self.writer.tokenizer, self.config.endpoint)
+            # Answers of all runs in one file: the same question is asked once.
             self._chats[player] = chat.Chat(backend, self.writer.answers)
         return self._chats[player]
 
@@ -69,6 +70,7 @@ class Players:
         """
         player = self.config.roles.matcher
         if player == "rules":
+            # Themes are counted over everybody: one person's subject may be a fashion.
             return roles.RuleMatcher(self.encode, roles.themes(everyone)).match(jobs)
         return prompted.LLMMatcher(self._chat(player), self.encode).match(jobs)
 
@@ -83,9 +85,11 @@ class Players:
         """A line for each session's messages; None where there is none."""
         player = self.config.roles.summariser
         if player == "rules":
+            # Offline: the first thing that the person asked.
             return [roles.RuleSummariser().summarise(messages) for messages in sessions]
         return prompted.LLMSummariser(self._chat(player)).summarise(sessions)
 
     def calls(self) -> dict[str, int]:
         """What became of this process's calls to LLMs since this was last asked."""
+        # A failed call makes its stage run again at the next start.
         return dict(drained(self._chats.values()) + self.writer.calls())

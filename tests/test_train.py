@@ -53,10 +53,10 @@ def test_a_killed_run_resumes_to_the_same_bytes_and_never_reads_the_truth(
     truth = tmp_path / "tiny" / "world" / "truth"
     truth.rename(tmp_path / "aside")
 
-    def killed(run, writer, model, pairs, label, *rest):
+    def killed(run, writer, model, reference, pairs, label, *rest):
         if label == "round 2":
             raise KeyboardInterrupt
-        return whole_align(run, writer, model, pairs, label, *rest)
+        return whole_align(run, writer, model, reference, pairs, label, *rest)
 
     monkeypatch.setattr(dpo, "align", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -206,7 +206,7 @@ def test_the_first_loss_is_ln_2_in_every_precision(finished, qwen, tmp_path, pre
                 weight.normal_(std=0.1)
     if precision == "16 bit":
         model.bfloat16()
-    figures = dpo.align(run, writer, model, pairs, "round 1", run.config.dpo)
+    figures = dpo.align(run, writer, model, model, pairs, "round 1", run.config.dpo)
     assert figures["first_loss"] == pytest.approx(math.log(2), abs=1e-7)
     first = json.loads((tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()[-1])
     assert first["step"] and figures["chosen_logp"] != 0
