@@ -332,8 +332,7 @@ class RunFolder:
         return (self.path / stage / "done.json").is_file()
 
     def is_done(self, stage: str, key: str) -> bool:
-        marker = self.path / stage / "done.json"
-        return marker.is_file() and read_json(marker)["key"] == key
+        return self.has_run(stage) and read_json(self.path / stage / "done.json")["key"] == key
 
     def mark_done(self, stage: str, key: str, **figures) -> None:
         """Say so on disk. All processes come here together: none asks `is_done` meanwhile."""
