@@ -17,8 +17,8 @@ import yaml
 
 from config import ROOT
 
-SLOT_RATES = np.array([0.47, 0.29, 0.19, 0.17, 0.07])  # of a real log, the same content by slot
-EXAMINATION = SLOT_RATES / SLOT_RATES[0]  # P(slot is looked at), the first one always
+# P(slot is looked at): a real log's taps of the same content by slot; the first always.
+EXAMINATION = np.array([0.47, 0.29, 0.19, 0.17, 0.07]) / 0.47
 HAN = re.compile(r"[\u3400-\u9fff]")
 
 
@@ -130,10 +130,8 @@ class Truth:
         topic = self.taxonomy.understand(text).topic
         return self.taxonomy.category[topic] if topic else None
 
-    def click_probabilities(
-        self, user_id: str, starters: list[str], day: float | None = None,
-        asked_since: frozenset[str] = frozenset(),
-    ) -> np.ndarray:
+    def click_probabilities(self, user_id: str, starters: list[str], day: float | None = None,
+                            asked_since: frozenset[str] = frozenset()) -> np.ndarray:
         """P(tap) of each starter (K,), with slot bias, redundancy with those above, and novelty.
 
         `asked_since`: `question`s asked after the log, which are no longer new either.
@@ -143,12 +141,9 @@ class Truth:
         for slot, starter in enumerate(starters):
             meaning = self.taxonomy.understand(starter)
             asked = question(starter) in user["asked"] or question(starter) in asked_since
-            redundancy = sum(
-                bool(meaning.subjects & other.subjects) * 0.9
-                + bool(meaning.topic and meaning.topic == other.topic) * 0.4
-                + (meaning.angle == other.angle) * 0.3
-                for other in above
-            )
+            redundancy = sum(bool(meaning.subjects & other.subjects) * 0.9
+                             + bool(meaning.topic and meaning.topic == other.topic) * 0.4
+                             + (meaning.angle == other.angle) * 0.3 for other in above)
             logit = (
                 -2.9  # most lists get no tap: 50 to 90 % in real logs
                 + 4.0 * self.match(user_id, meaning, day)  # the most that decides: resonance
