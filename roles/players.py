@@ -31,7 +31,7 @@ class Players:
         if "endpoint" in config.roles.model_dump().values():
             chat.Endpoint(config.endpoint)
 
-    def _chat(self, player: str) -> chat.Chat:
+    def _llm(self, player: str) -> prompted.Prompted:
         """The LLM that plays: "endpoint", or "generator", the base without an adapter."""
         if player not in self._chats:
             if player == "endpoint":
@@ -40,7 +40,7 @@ class Players:
                 base = self.writer.policy(None)  # an adapter knows lists only
                 backend = chat.Local(base, self.writer.tokenizer, self.config.endpoint)
             self._chats[player] = chat.Chat(backend, self.writer.answers)
-        return self._chats[player]
+        return prompted.Prompted(self._chats[player], self.encode)
 
     def teach(self, inputs: list[list[str]], seeds: list[int]) -> list[list[str] | None]:
         """The teacher's list for each input, at most K starters; None: an LLM's call failed."""
@@ -53,7 +53,7 @@ class Players:
             ]
             return [fit_to_show(text, x)[:k] for text, x in zip(texts, inputs, strict=True)]
         # The seed numbers the draw: a second list of one user is another question.
-        texts = prompted.LLMTeacher(self._chat(player)).write(inputs, k, seeds)
+        texts = self._llm(player).write(inputs, k, seeds)
         # An LLM is asked for more than K: of what passes the filters, the interests take turns.
         return [
             text and roles.covering(fit_to_show(text, interests), interests, k, self.encode)
@@ -70,21 +70,21 @@ class Players:
         player = self.config.roles.matcher
         if player == "rules":
             return roles.RuleMatcher(self.encode, roles.themes(everyone)).match(jobs)
-        return prompted.LLMMatcher(self._chat(player), self.encode).match(jobs)
+        return self._llm(player).match(jobs)
 
     def judge(self):
         """Which of two lists of interests says more about a user: an object with `compare`."""
         player = self.config.roles.judge
         if player == "rules":
             return roles.RuleJudge(self.encode)
-        return prompted.LLMJudge(self._chat(player))
+        return self._llm(player)
 
     def summarise(self, sessions: list[list[Message]]) -> list[str | None]:
         """A line for each session's messages; None where there is none."""
         player = self.config.roles.summariser
         if player == "rules":
             return [roles.RuleSummariser().summarise(messages) for messages in sessions]
-        return prompted.LLMSummariser(self._chat(player)).summarise(sessions)
+        return self._llm(player).summarise(sessions)
 
     def calls(self) -> dict[str, int]:
         """What became of this process's calls to LLMs since this was last asked."""

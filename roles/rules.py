@@ -20,7 +20,7 @@ import numpy as np
 from data import Message, language
 from llm import clean_starter, format_starters
 from roles import text
-from roles.text import Encode, chores, cosines, is_functional, key_phrases, words_of
+from roles.text import Encode, cosines, is_functional, key_phrases, normal_form
 
 # By hand, for MiniLM. Against the hidden subjects of 400 simulated people these give a precision of
 # .60 and a recall of .97; what other values give stands beside them.
@@ -78,10 +78,10 @@ class RuleTeacher:
                 phrase = re.sub(r"&{2,}|[<>{}]", " ", phrase)  # neither markup nor a placeholder
                 zh = language(phrase) == "zh"  # short, as a template adds about as much
                 phrase = clean_starter(phrase[:8] if zh else " ".join(phrase.split()[:5]))
-                if phrase and len(phrase) <= 60 and text.normal_form(phrase) not in taken:
+                if phrase and len(phrase) <= 60 and normal_form(phrase) not in taken:
                     phrases.append(phrase)
             if phrases and not text.is_unsuitable(interest):
-                taken.add(text.normal_form(phrases[0]))
+                taken.add(normal_form(phrases[0]))
                 kind = text.kind_of(interest, "kinds") or "any"
                 subjects[is_functional(interest)].append((phrases, kind))
         return subjects[False] or subjects[True]
@@ -102,31 +102,17 @@ class RuleTeacher:
         return None
 
 
-def covering(starters: list[str], interests: list[str], k: int, encode: Encode) -> list[str]:
-    """At most k starters that cover the interests: from each interest in turn its next starter.
-
-    A starter is of the interest that it is nearest to. Order within an interest stays.
-    """
-    if not starters or not interests:
-        return starters[:k]
-    nearest = cosines(encode, starters, interests).argmax(1)  # (len(starters),)
-    turn = [sum(nearest[:i] == interest) for i, interest in enumerate(nearest)]  # its place there
-    order = sorted(range(len(starters)), key=lambda i: (turn[i], nearest[i]))
-    return [starters[i] for i in order[:k]]
-
-
 def _unit(phrase: str) -> str:
     """A phrase as the matcher compares it: lower-case words, or the Chinese text as it is."""
-    return phrase.casefold() if language(phrase) == "zh" else " ".join(words_of(phrase))
+    return phrase.casefold() if language(phrase) == "zh" else normal_form(phrase)
 
 
 def _spans(phrase: str) -> set[str]:
     """Every run of whole words in a phrase; of two or more characters in Chinese."""
     zh = language(phrase) == "zh"
-    units = (list(phrase.casefold()) if zh else words_of(phrase))[:12]  # there are n^2 / 2 spans
-    shortest, joint = (2, "") if zh else (1, " ")
-    return {joint.join(units[i:j]) for i in range(len(units))
-            for j in range(i + shortest, len(units) + 1)}
+    words = (list(_unit(phrase)) if zh else _unit(phrase).split())[:12]  # there are n^2 / 2 spans
+    ends, least = itertools.combinations(range(len(words) + 1), 2), 2 if zh else 1
+    return {("" if zh else " ").join(words[i:j]) for i, j in ends if j - i >= least}
 
 
 def themes(histories: Iterable[Iterable[str]]) -> set[str]:
@@ -148,8 +134,8 @@ class RuleMatcher:
         return [self._matches(*job).astype(np.int8) for job in jobs]
 
     def _matches(self, earlier: list[str], later: list[str]) -> np.ndarray:
-        """The same text, a cosine that suffices, or a cosine and a shared phrase; and no chore,
-        which may come again and again without being an interest."""
+        # The same text, a cosine that suffices, or a cosine and a shared phrase; and no chore,
+        # which may come again and again without being an interest.
         if not earlier or not later:
             return np.zeros((len(earlier), len(later)), dtype=bool)  # nothing to encode
         cosine = cosines(self.encode, earlier, later)  # (E, L)
@@ -157,7 +143,7 @@ class RuleMatcher:
         shared = self._contained(earlier, later) | self._contained(later, earlier).T
         match = text.same_text(earlier, later) | (cosine >= MATCH_COSINE_ALONE)
         match |= shared & (cosine >= MATCH_COSINE)
-        return match & ~chores(earlier)[:, None]
+        return match & ~np.array([*map(is_functional, earlier)])[:, None]
 
     def _contained(self, whole: list[str], parts: list[str]) -> np.ndarray:
         """(len(whole), len(parts)): some key phrase of the whole contains one of the part."""

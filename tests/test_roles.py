@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_prompts import MARKUP
 
+import llm
 import roles
 from data import Message
 
@@ -94,7 +95,7 @@ def test_filters_never_raise_and_are_idempotent(starters):
 )
 def test_teacher_writes_n_fit_starters_the_same_each_time(interests):
     raw = roles.RuleTeacher().write(interests, 10, random.Random(3))
-    starters = list(roles.parse_starters(raw).starters)
+    starters = list(llm.parse_starters(raw).starters)
     assert roles.filter_starters(starters, interests) == (starters, {}) and len(starters) == 10
     assert raw == roles.RuleTeacher().write(interests, 10, random.Random(3))
     assert len(interests) == 1 or "email" not in raw
