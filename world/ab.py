@@ -115,13 +115,11 @@ def _summary(users: list[str], lives: np.ndarray) -> dict:
     ctr = taps.sum(0) / np.maximum(shown.sum(0), 1e-9)
     effects = (taps - ctr * shown) / np.maximum(shown.mean(0), 1e-9)  # on CTR: the delta method
     root, sums = len(users) ** 0.5, zip(users, lives.sum(1).tolist(), strict=True)
-    figures = {"ctr": ctr, "ctr_error": effects.std(0) / root}
-    figures |= {"sessions": sessions.mean(0), "sessions_error": sessions.std(0) / root}
-    return {
-        "users": {user: dict(zip(COUNTS, counts, strict=True)) for user, counts in sums},
-        "by_day": dict(zip(COUNTS, lives.mean(0).T.tolist(), strict=True)),
-        "cumulative": {name: values.tolist() for name, values in figures.items()},
-    }
+    cumulative = {"ctr": ctr, "ctr_error": effects.std(0) / root,
+                  "sessions": sessions.mean(0), "sessions_error": sessions.std(0) / root}
+    return {"users": {user: dict(zip(COUNTS, counts, strict=True)) for user, counts in sums},
+            "by_day": dict(zip(COUNTS, lives.mean(0).T.tolist(), strict=True)),
+            "cumulative": {name: values.tolist() for name, values in cumulative.items()}}
 
 
 def _fractions(result: dict, arm: str) -> np.ndarray:
@@ -164,8 +162,7 @@ def _contrast(by_seed: list[dict], arm: str, other: str, control: str, n: int) -
     a, b, c = (_samples(by_seed, name, n) for name in (arm, other, control))  # (1 + n, METRICS)
     return [  # a nan of every draw makes nanquantile warn
         (lift, [lift] * 2 if math.isnan(lift) else np.nanquantile(draws, [0.025, 0.975]).tolist())
-        for lift, *draws in (1000 * _ratio(a - b, c)).T.tolist()
-    ]
+        for lift, *draws in (1000 * _ratio(a - b, c)).T.tolist()]
 
 
 def _p_values(by_seed: list[dict], arm: str, other: str) -> list[float]:
@@ -205,7 +202,7 @@ def lifts(by_seed: list[dict], control: str = CONTROL, bootstrap: int = 1000) ->
 
 
 def beats(by_seed: list[dict], arm: str, other: str, metric: str) -> tuple[float, list[float]]:
-    """(lift of an arm less that of another, 95 % interval), per mille; nan as in `lifts` None."""
+    """As in `lifts`, less the lift of another arm: (lift, 95 % interval), per mille, or nan."""
     return _contrast(by_seed, arm, other, CONTROL, 1000)[METRICS.index(metric)]
 
 

@@ -62,14 +62,13 @@ class Taxonomy:
         return self.topics[topic].get("functional", False)
 
     def _understand(self, text: str) -> Meaning:
-        low, topic = text.lower(), None
-        if named := [self._subject_of[name] for name in self._find_subjects(low)]:
-            topic = named[0][0]  # a subject says more than a word of its topic
-        elif words := self._find_words(low):
-            topic = self._topic_of[words[0]]
+        low = text.lower()
+        named = [self._subject_of[name] for name in self._find_subjects(low)]
+        topics = [topic for topic, _ in named] or map(self._topic_of.get, self._find_words(low))
         shown = [any(word in low for word in angle["words"]) for angle in self.angles.values()]
         angle = [*shown[:-1], True].index(True)  # none: the last, "plain"
-        return Meaning(topic, frozenset(subject for _, subject in named), angle)
+        # A subject says more than a word of its topic.
+        return Meaning(next(iter(topics), None), frozenset(subject for _, subject in named), angle)
 
 
 def _finder(names):
@@ -114,10 +113,8 @@ class Truth:
             if topic == interest["topic"]:
                 # A favourite subject, or another one of its topic ...
                 near = 1.0 if meaning.subjects & set(interest["subjects"]) else 0.6
-            elif topic and category_of[topic] == category_of[interest["topic"]]:
-                near = 0.2  # ... or a neighbour in its category
-            else:
-                continue
+            else:  # ... or a neighbour in its category
+                near = 0.2 * (category_of.get(topic) == category_of[interest["topic"]])
             fresh = 1.0 if is_alive(interest, day) else 0.35  # asleep, not gone
             best = max(best, near * fresh * interest["resonance"])
         return best
@@ -144,14 +141,11 @@ class Truth:
             redundancy = sum(bool(meaning.subjects & other.subjects) * 0.9
                              + bool(meaning.topic and meaning.topic == other.topic) * 0.4
                              + (meaning.angle == other.angle) * 0.3 for other in above)
-            logit = (
-                -2.9  # most lists get no tap: 50 to 90 % in real logs
-                + 4.0 * self.match(user_id, meaning, day)  # the most that decides: resonance
-                + user["angles"][meaning.angle]  # the same for every subject: style
-                + 0.5 * bool(meaning.subjects)  # a name draws more than a topic
-                - 0.8 * asked
-                - redundancy
-            )
+            logit = (-2.9  # most lists get no tap: 50 to 90 % in real logs
+                     + 4.0 * self.match(user_id, meaning, day)  # the most that decides: resonance
+                     + user["angles"][meaning.angle]  # the same for every subject: style
+                     + 0.5 * bool(meaning.subjects)  # a name draws more than a topic
+                     - 0.8 * asked - redundancy)
             looked_at = EXAMINATION[min(slot, len(EXAMINATION) - 1)]  # longer lists: as the last
             result.append(looked_at / (1 + np.exp(-logit)) if starter.strip() else 0.0)
             above.append(meaning)

@@ -64,7 +64,7 @@ class Retrieval:
             language = "zh" if topic in taxonomy.names["zh"] and rng.random() < 0.05 else "en"
             names = list(taxonomy.names[language][topic].values())
             form = str(rng.choice(forms[language]))
-            pool.add(form.format(x=str(rng.choice(names)), y=str(rng.choice(names)), t=topic))
+            pool.add(form.format(x=rng.choice(names), y=rng.choice(names), t=topic))
             if len(pool) == size:
                 break
         self.pool = sorted(pool)  # a set's order differs from process to process
@@ -132,11 +132,11 @@ class World:
             texts.append(texts[0] if same else self._summary(interests, day, texts, language))
             when, name = None if untimed else _when(day), f"s{number}"
             sessions.append(data.Session(session_id=name, timestamp=when, summary=texts[-1]))
-        profile = None
+        profile, told = None, self.forms["profile"]
         if rng.random() >= 0.1:  # one in ten tells nothing
-            age = str(rng.choice(self.forms["profile"]["age"]))
-            region = "CN" if language == "zh" else str(rng.choice(self.forms["profile"]["region"]))
-            profile = {"age": age, "region": region}
+            profile = {"age": str(rng.choice(told["age"])), "region": "CN"}
+            if language != "zh":
+                profile["region"] = str(rng.choice(told["region"]))
         likings = [angle["liking"] for angle in self.taxonomy.angles.values()]
         return data.User(user_id=user_id, profile=profile, sessions=sessions), {
             "interests": interests,
@@ -147,8 +147,8 @@ class World:
     def _interests(self, language: str) -> list[dict]:
         """Three to nine topics of leisure and one or two chores, as in Truth.users."""
         rng, names, interests = self.rng, self.taxonomy.names[language], []
-        chores = [topic for topic in sorted(names) if self.taxonomy.functional(topic)]
-        leisure = [topic for topic in sorted(names) if not self.taxonomy.functional(topic)]
+        chores = [*filter(self.taxonomy.functional, sorted(names))]
+        leisure = [topic for topic in sorted(names) if topic not in chores]
         topics = list(rng.choice(leisure, min(len(leisure), rng.integers(3, 10)), replace=False))
         topics += list(rng.choice(chores, min(len(chores), rng.integers(1, 3)), replace=False))
         for topic in map(str, topics):
