@@ -362,6 +362,9 @@ class RunFolder:
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
+    def has_run(self, stage: str) -> bool:
+        return (self.path / stage / "done.json").is_file()
+
     def is_done(self, stage: str, key: str) -> bool:
         marker = self.path / stage / "done.json"
         return marker.is_file() and read_json(marker)["key"] == key

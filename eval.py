@@ -26,14 +26,15 @@ def main() -> None:
                         "settings on; the report goes to runs/partial")
     parser.add_argument("--quick", action="store_true", help="--reproduce small, in minutes")
     parser.add_argument("settings", nargs="*", metavar="section.key=value")
-    arguments = parser.parse_intermixed_args()
-    if not arguments.reproduce:
+    arguments = parser.parse_intermixed_args()  # settings may stand before or behind options
+    if not arguments.reproduce:  # one run, Table 1
         train.run_stages(load_config(arguments.config, arguments.settings), ["eval"])
         return
-    # argparse gives words that follow --reproduce to it, settings too
+    # argparse gives all words that follow --reproduce to it, settings too.
     words = [word for word in arguments.reproduce if "=" in word] + arguments.settings
+    # What is no table is refused by name there.
     tables = [word for word in arguments.reproduce if "=" not in word]
-    seeds = arguments.seeds or (1 if arguments.quick else 3)
+    seeds = arguments.seeds or (1 if arguments.quick else 3)  # reported ones begin at 0
     reproduce.reproduce(
         tables, seeds, arguments.config, words, arguments.quick, arguments.first_seed
     )

@@ -100,6 +100,7 @@ class Run:
         if not self.impressions_file:
             return []
         rows = data.read_impressions(self.impressions_file)
+        # Without its person a list has no history, and a wrong file would go unnoticed.
         unknown = {row.user_id for row in rows} - {u.user_id for u in self.logged_users}
         if unknown:
             raise UserError(
@@ -111,6 +112,7 @@ class Run:
     @property
     def corpus(self) -> list[str]:
         """What people talk about and what the platform has shown: no method has written it."""
+        # Each summary as often as it came, each starter once.
         summaries = [s.summary for user in self.users.values() for s in user.sessions]
         return summaries + sorted({y for row in self.impressions for y in row.starters})
 
@@ -119,6 +121,7 @@ class Run:
         """user_id -> "train", "valid", "judge" or "test"."""
         d = self.config.data
         # By a hash of the id: more users move nobody to another split.
+        # train: generator and ranker; valid: early stops, gate; judge: the ranker that judges.
         shares = {"train": d.train, "valid": d.valid, "judge": d.judge, "test": d.test}
         return data.split_users(self.users, shares, self.config.run.seed)
 
@@ -142,6 +145,7 @@ class Run:
 
     def _history(self, user_id: str, cut: int) -> ib.History:
         past, future = self.parts(user_id, cut)
+        # "Now" is the first session that is not known yet.
         return history_of(past, future[0].timestamp if future else None, self.encoder)
 
     @cached_property
@@ -214,7 +218,7 @@ def history_of(
     """A user's history of these sessions as of `now` (None: the latest of them)."""
     stamps = [s.timestamp for s in sessions]
     now = now or max((s for s in stamps if s), default=None)  # the last session
-    days = None
+    days = None  # unknown: half-lives count sessions instead
     if now is not None and all(stamps):
         days = [(now - s).total_seconds() / 86400 for s in stamps]  # (S,)
     return ib.make_history([s.summary for s in sessions], days, encode)

@@ -64,7 +64,7 @@ from world import people
 
 def stage_world(run: Run, players: Players, key: str) -> dict:
     """Write the simulated platform's logs, or check the files that the user gave."""
-    if not run.config.data.users:
+    if not run.config.data.users:  # else there is nothing to simulate
         people.World(run.config.world).write(run.folder / "world")
     return {
         "users": len(run.logged_users),
@@ -75,7 +75,7 @@ def stage_world(run: Run, players: Players, key: str) -> dict:
 
 def stage_base(run: Run, players: Players, key: str) -> dict:
     """Is the generator there? Asked before hours of other work."""
-    path = players.writer.model_path
+    path = players.writer.model_path  # a hub id, a folder, or weights/tiny
     llm.check_model(path, run.config.generator.revision)
     return {"model": path}
 
@@ -128,21 +128,23 @@ def stage_key(run: Run, name: str, *without: str) -> str:
         "endpoint": [e.model, e.temperature, e.max_tokens],
         "generator": [g.model, g.revision],
     }
+    # "dpo" is a whole section, "roles.teacher" one setting.
     values = [operator.attrgetter(setting)(config) for setting in stage.settings]
     values += [llm_of[value] for value in values if isinstance(value, str) and value in llm_of]
     # A stage that ran again because calls had failed has made something else than before.
+    # Recursive: what changes here changes every later stage.
     before = [(stage_key(run, s, *without), failed_calls(run, s)) for s in stage.needs]
     return digest(name, config.run.seed, values, files, before)
 
 
 def failed_calls(run: Run, name: str) -> int:
     """Calls to LLMs in vain, as far as this stage has run: it is run again and asks for these."""
-    done = (run.folder / name / "done.json").is_file()
-    return run.folder.figures(name).get("failed_calls", 0) if done else 0
+    return run.folder.figures(name).get("failed_calls", 0) if run.folder.has_run(name) else 0
 
 
 def out_of_memory(config: Config, stage: str) -> str:
     """What was in memory, and the next setting to change."""
+    # Cheapest first: what changes the time, then the precision, then the prompt.
     g, batch = config.generator, getattr(getattr(config, stage, None), "batch_users", None)
     if g.sample_rows > {"dpo": 32, "eval": 1}.get(stage, g.sample_rows):
         advice = f"generator.sample_rows={g.sample_rows // 2}"
@@ -173,6 +175,13 @@ def explained(config: Config, stage: str):
         raise
 
 
+def players_of(run: Run) -> Players:
+    """Who writes and plays the roles in this run."""
+    # Answers of LLMs are kept for all runs below run.root: the same question is asked once.
+    writer = Writer(run.config, Path(run.config.run.root) / "answers.sqlite")
+    return Players(run.config, run.encoder, writer)
+
+
 def run_stages(config: Config, wanted: list[str]) -> None:
     """Run the wanted stages and, first, those they need; skip what is done with these settings."""
     # Adam's averages of weights that hardly move become denormal, which slows a CPU several times.
@@ -182,14 +191,13 @@ def run_stages(config: Config, wanted: list[str]) -> None:
         with explained(config, "dpo"):
             feedback.train_round(config, wanted, free=HOW)
         return
-    run = Run(config)
-    # Answers of LLMs are kept for all runs below run.root: the same question is asked once.
-    writer = Writer(config, Path(config.run.root) / "answers.sqlite")
-    players, needed = Players(config, run.encoder, writer), set(wanted)
+    run, needed = Run(config), set(wanted)
+    players = players_of(run)
     for name in reversed(STAGES):  # the table is in order: one pass finds all
         if name in needed:
             needed.update(STAGES[name].needs)
     for name in (s for s in STAGES if s in needed):
+        # Asked again before each: an earlier stage may just have made something else.
         key, note = stage_key(run, name), "" if name in wanted else f" (for {', '.join(wanted)})"
         if run.folder.is_done(name, key) and not failed_calls(run, name):
             print(f"{name}: already done with these settings, skipped")
@@ -199,8 +207,9 @@ def run_stages(config: Config, wanted: list[str]) -> None:
         run.folder.mark_done(name, key, **figures)
         run.folder.log(name, **figures)
         print(f"{name}: {one_line(figures)}", flush=True)
-    if "eval" in wanted:
+    if "eval" in wanted:  # also where it was skipped: the table is what one came for
         print("\n" + (run.folder / "eval" / "table.md").read_text(encoding="utf-8"))
+    # ru_maxrss is in KiB on Linux.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"Everything is in {run.folder.path}; peak memory {peak:.1f} GiB")
 
@@ -212,7 +221,7 @@ def run_stage(run: Run, players: Players, name: str) -> dict:
         if processes()[0] == 0 or not stage.alone:
             figures = stage.run(run, players, stage_key(run, name, *ROUNDS))
     calls = players.calls()
-    if not stage.alone:
+    if not stage.alone:  # each process asked for its share
         calls = sum_counts(gather([calls]))
     if calls:  # failed ones make the next start ask again
         good = ("asked", "cached", "answered")
@@ -232,7 +241,7 @@ def joined_processes():
         return
     gpu = torch.cuda.is_available()
     if gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before anything is loaded
     # The first process works alone in some stages, and the others wait for it.
     torch.distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(days=7)
@@ -259,7 +268,7 @@ def main() -> None:
     if arguments.plan or arguments.doctor:
         print(plan.plan(config) if arguments.plan else doctor.doctor(config))
         return
-    stages = arguments.stage or ["all"]
+    stages = arguments.stage or ["all"]  # --stage may stand several times
     with joined_processes():
         run_stages(config, ALL if "all" in stages else stages)
 

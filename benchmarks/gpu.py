@@ -34,7 +34,7 @@ from benchmarks.dpo import our_step, trl_step
 from config import ROOT, Config, load_config
 from llm.sampling import Draw, Tree
 from stages.dpo import HELD_OUT_LISTS
-from stages.training import Best, new_optimiser, step
+from stages.steps import Best, new_optimiser, step
 from tools import plan
 
 # Dense bf16 TFLOP/s and memory GB/s of data-sheets; a card that is not listed gets no share.

@@ -3,8 +3,8 @@
     python train.py roles.teacher=rules roles.matcher=rules roles.judge=rules roles.summariser=rules
 
 Paper: Table 4 (teacher), Table 5 (matcher), appendix C.1 (judge). Departure: it prompts large
-models for these roles. Rules need no network, give the same answer each time and can be read;
-prompted.py has classes with the same methods. E earlier and L later summaries.
+models for these roles. Rules need no network, give the same answer each time and can be read.
+E earlier and L later summaries.
 """
 
 from __future__ import annotations
@@ -42,15 +42,47 @@ def templates(lang: str) -> list[str]:
     return [template for angle in _angles(lang) for _, template in angle]
 
 
-class RuleTeacher:
-    """Writes starters from interests alone: a key phrase of each, in turn, under varied angles."""
+def _unit(phrase: str) -> str:
+    """A phrase as the matcher compares it: lower-case words, or the Chinese text as it is."""
+    return phrase.casefold() if language(phrase) == "zh" else normal_form(phrase)
 
-    def write(self, interests: list[str], n: int, rng: random.Random) -> str:
-        """`<think> .. </think><sug> a && b </sug>` with n starters, in the language of most.
+
+def _spans(phrase: str) -> set[str]:
+    """Every run of whole words in a phrase; of two or more characters in Chinese."""
+    zh = language(phrase) == "zh"
+    words = (list(_unit(phrase)) if zh else _unit(phrase).split())[:12]  # there are n^2 / 2 spans
+    ends, least = itertools.combinations(range(len(words) + 1), 2), 2 if zh else 1
+    return {("" if zh else " ").join(words[i:j]) for i, j in ends if j - i >= least}
+
+
+def _themes(histories: Iterable[Iterable[str]]) -> set[str]:
+    """Phrases that more than THEME_SHARE of the people use (and than five): no subjects."""
+    people = [{_unit(phrase) for summary in set(summaries) for phrase in key_phrases(summary)}
+              for summaries in histories]
+    users = Counter(itertools.chain.from_iterable(people))
+    return {phrase for phrase, n in users.items() if n > max(5, THEME_SHARE * len(people))}
+
+
+class Rules:
+    """Plays every role, with the methods of prompted.Prompted, which asks an LLM."""
+
+    def __init__(self, encode: Encode, everyone: Iterable[Iterable[str]] = ()):
+        """everyone: summaries of each person; what many share is a theme, no subject."""
+        self.encode, self.themes = encode, _themes(everyone)
+
+    # ------------------------------------------------------------------------------------ teacher
+
+    def write(self, inputs: Iterable[list[str]], n: int, seeds: Iterable[int]) -> list[str]:
+        """`<think> .. </think><sug> a && b </sug>` with n starters for the interests of each input:
+        a key phrase of each interest in turn, under varied angles, in the language of most.
 
         Chores come only when nothing else is left. Fewer than n only if no phrase is usable or the
         templates run out.
         """
+        return [self._write(interests, n, random.Random(seed))
+                for interests, seed in zip(inputs, seeds, strict=True)]
+
+    def _write(self, interests: list[str], n: int, rng: random.Random) -> str:
         wanted = text.majority_language(interests)  # "other": English templates
         subjects = self._subjects([i for i in interests if language(i) == wanted])
         angles = _angles("zh" if wanted == "zh" else "en")
@@ -101,36 +133,10 @@ class RuleTeacher:
                 return starter
         return None
 
-
-def _unit(phrase: str) -> str:
-    """A phrase as the matcher compares it: lower-case words, or the Chinese text as it is."""
-    return phrase.casefold() if language(phrase) == "zh" else normal_form(phrase)
-
-
-def _spans(phrase: str) -> set[str]:
-    """Every run of whole words in a phrase; of two or more characters in Chinese."""
-    zh = language(phrase) == "zh"
-    words = (list(_unit(phrase)) if zh else _unit(phrase).split())[:12]  # there are n^2 / 2 spans
-    ends, least = itertools.combinations(range(len(words) + 1), 2), 2 if zh else 1
-    return {("" if zh else " ").join(words[i:j]) for i, j in ends if j - i >= least}
-
-
-def themes(histories: Iterable[Iterable[str]]) -> set[str]:
-    """Phrases that more than THEME_SHARE of the people use (and than five): no subjects."""
-    people = [{_unit(phrase) for summary in set(summaries) for phrase in key_phrases(summary)}
-              for summaries in histories]
-    users = Counter(itertools.chain.from_iterable(people))
-    return {phrase for phrase, n in users.items() if n > max(5, THEME_SHARE * len(people))}
-
-
-class RuleMatcher:
-    """Do an earlier and a later summary share a specific subject? (The paper asks an LLM.)"""
-
-    def __init__(self, encode: Encode, themes: Iterable[str] = ()):
-        self.encode, self.themes = encode, set(themes)  # a shared theme is not enough
+    # ------------------------------------------------------------------------------------ matcher
 
     def match(self, jobs: Sequence[tuple[list[str], list[str]]]) -> list[np.ndarray]:
-        """(E, L) of 1 (match) and 0 for each (earlier, later) job."""
+        """(E, L) of 1 and 0 for each (earlier, later) job: do they share a specific subject?"""
         return [self._matches(*job).astype(np.int8) for job in jobs]
 
     def _matches(self, earlier: list[str], later: list[str]) -> np.ndarray:
@@ -152,15 +158,10 @@ class RuleMatcher:
         units = [{*map(_unit, key_phrases(summary))} - self.themes for summary in parts]
         return np.array([[not unit.isdisjoint(span) for unit in units] for span in spans])
 
-
-class RuleJudge:
-    """Which of two lists of interests says more about a user? (The paper asks an LLM.)"""
-
-    def __init__(self, encode: Encode):
-        self.encode = encode
+    # -------------------------------------------------------------------------- judge, summariser
 
     def compare(self, rows: Sequence[tuple[list[str], list[str], list[str]]]) -> list[float]:
-        """(history, a, b) -> share won by a: 1.0, 0.5 for a tie, 0.0. Swapping swaps the answer."""
+        """(history, a, b) -> 1.0 if a says more about the user, 0.0 if b does, 0.5 for a tie."""
         gaps = []
         for history, a, b in rows:
             size = max(len(a), len(b))  # a short list gains nothing by being short
@@ -177,13 +178,14 @@ class RuleJudge:
         persistence = np.minimum(near.sum(1), 3).mean() / 3  # three sessions make it lasting
         return len(subjects) / len(interests) + len(set(subjects)) / size + float(persistence)
 
+    def summarise(self, sessions: Iterable[list[Message] | None]) -> list[str]:
+        """Of each session the first sentence of the first user message, cut to 12 words or 20
+        Chinese characters; empty where nothing was said."""
+        return [self._first_sentence(messages or ()) for messages in sessions]
 
-class RuleSummariser:
-    """Stands in for a missing summary: the first thing that the user asked."""
-
-    def summarise(self, messages: list[Message] | None) -> str:
-        """First sentence of the first user message, at most 12 words or 20 Chinese characters."""
-        said = [m for m in messages or () if m.content.strip()]
+    @staticmethod
+    def _first_sentence(messages: Sequence[Message]) -> str:
+        said = [m for m in messages if m.content.strip()]
         said = [m for m in said if m.role == "user"] or said  # else what the assistant said first
         if not said:
             return ""

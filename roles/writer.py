@@ -28,9 +28,9 @@ class Writer:
 
     def __init__(self, config: Config, answers: Path):
         """answers: SQLite file of what servers have said, so that nothing is asked twice."""
-        self.config, self.answers = config, answers
+        self.config, self.answers = config, answers  # ":memory:" where nothing may be kept
         self._servers: dict[str, chat.Sampler] = {}  # by the name that the server knows
-        if config.generator.endpoint:
+        if config.generator.endpoint:  # asked in hours, refused now
             chat.Endpoint(self._endpoint(None), setting="generator.endpoint")
 
     @property
@@ -47,13 +47,22 @@ class Writer:
         model = llm.load_generator(
             self.model_path, g.load_in_4bit, g.gradient_checkpointing, g.revision
         )
+        # No dropout anywhere: log-probabilities must compare.
         return llm.load_adapter(model, adapter, trainable) if adapter else model.eval()
 
     def prompt(self, interests: list[str]) -> list[int]:
         g = self.config.generator
+        # Best interest first: what does not fit is left out from the end.
         return llm.encode_prompt(
             self.tokenizer, interests, g.list_size, g.instruction, g.max_prompt_tokens
         )
+
+    def encoded(
+        self, interests: list[str], lists: list[list[str]]
+    ) -> tuple[list[int], list[list[int]]]:
+        """(prompt ids, [ids of each list]): a row of training."""
+        completions = [llm.encode_completion(self.tokenizer, starters) for starters in lists]
+        return self.prompt(interests), completions
 
     def draw(self, model, prompts: list[list[int]], n: int, seed: int, **how) -> list[list[str]]:
         """n completions of each prompt (token ids) as text; how: as of llm.sample."""
@@ -62,6 +71,7 @@ class Writer:
             "max_new_tokens": g.max_new_tokens, "temperature": g.temperature, "top_p": g.top_p,
             "top_k": g.top_k, "rows": g.sample_rows,
         }
+        # The engine asks with fewer rows, a prefix and a hook.
         return llm.sample(model, self.tokenizer, prompts, n, seed=seed, **{**settings, **how})
 
     def sample(
@@ -95,6 +105,7 @@ class Writer:
                 llm.prompt_text(self.tokenizer, x, g.list_size, g.instruction, g.max_prompt_tokens)
                 for x in some
             ]
+            # A server takes one seed a list: those of input i begin at n * i.
             return server.sample(texts, n, [(seed + n * i) % 2**31 for i in numbers])
 
         return self._full_lists(draw, inputs, n, seed, repeats)
@@ -112,13 +123,13 @@ class Writer:
             short = [(r, j) for r, row in enumerate(lists) for j, y in enumerate(row) if len(y) < k]
             if not short:
                 break
-            numbers = [places[r] * n + j for r, j in short]
+            numbers = [places[r] * n + j for r, j in short]  # one for each list
             seed = int(digest(seed, attempt)[:7], 16)  # other draws, the same in every run
             again = draw([inputs[places[r]] for r, _ in short], 1, seed, numbers)
             for (r, j), (text,) in zip(short, again, strict=True):
                 new = fit_to_show(text, inputs[places[r]])[:k]
                 lists[r][j] = max(lists[r][j], new, key=len)
-        return gather(lists)
+        return gather(lists)  # in the order of the inputs
 
     # ------------------------------------------------------------------------- generator.endpoint
 
@@ -142,7 +153,7 @@ class Writer:
         weights = adapter / "adapter_model.safetensors" if adapter else None
         policy = file_digest(weights) if weights else digest(self.model_path)
         server = chat.Sampler(settings, more, self.answers, policy, str(adapter or ""))
-        self._servers[settings.model] = server
+        self._servers[settings.model] = server  # for its counts
         return server
 
     def is_served(self, adapter: Path) -> bool:
@@ -152,7 +163,7 @@ class Writer:
         try:
             return settings.model in {model.id for model in server.client.models.list()}
         except openai.OpenAIError:
-            return False
+            return False  # not reachable counts as not served
 
     def calls(self) -> Counter:
         """What became of calls to generator.endpoint since this was last asked."""
@@ -169,6 +180,6 @@ def drained(chats) -> Counter:
     """The sum of the counts of some chats, which begin again at nothing."""
     counts: Counter = Counter()  # reason -> calls
     for some in chats:
-        counts.update(some.counts)
+        counts.update(some.counts)  # each stage reports its own calls
         some.counts.clear()
     return counts

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,9 +32,9 @@ from roles.writer import Writer
 from run import Run, UserState, history_of, profile_text
 from serving import feedback
 from stages.cold_start import PopularStarters
+from stages.pools import list_order, score_pools
 from stages.ranker import load_ranker, utilities
 from stages.rid import Distiller
-from stages.search import list_order, score_pools
 
 METHODS = ("PE", "SFT", "IceBreaker")
 # "JoJoJoJo", or half a character: a small generator has lost its thread.
@@ -82,12 +83,14 @@ class Ask:
 
 @dataclass
 class Case:
-    """An ask on its way."""
+    """An ask on its way; the fields are Answer's where they have its names."""
 
     ask: Ask
+    gone: Callable[[], bool]  # has its client left?
     state: UserState  # its interests are what the generator is told
     interests: list[Interest]
     threshold: float | None
+    lists: list[list[str]] = dataclasses.field(default_factory=list)  # as written, but fit to show
     emitted: list[Starter] = dataclasses.field(default_factory=list)
     tokens: int = 0
 
@@ -107,7 +110,7 @@ class Engine:
         llm.quiet_libraries()
         self.config, self.run = config, Run(config, describe=False)
         for stage in ("rid", "sit"):
-            if not (self.run.folder / stage / "done.json").is_file():
+            if not self.run.folder.has_run(stage):
                 raise UserError(f"{self.run.folder.path}: stage {stage} has not run; "
                                 "python train.py first")
         # In memory: what was written for a user is kept in the store alone.
@@ -124,11 +127,10 @@ class Engine:
         self._forgotten = False
         self.refresh()
         if missing := set(config.serve.arms) - set(self.methods):
-            raise UserError(
-                f"serve.arms: {self.run.folder.path} has no {', '.join(sorted(missing))}; it needs "
-                f"impressions (data.impressions) and stage dpo, and a generator.endpoint that has "
-                f"the adapter; or serve.arms=[SFT]"
-            )
+            names = ", ".join(sorted(missing))
+            raise UserError(f"serve.arms: {self.run.folder.path} has no {names}; it needs "
+                            "impressions (data.impressions) and stage dpo, and a "
+                            "generator.endpoint that has the adapter; or serve.arms=[SFT]")
         tokenizer, k = self.writer.tokenizer, config.generator.list_size
         self._begin = llm.user_turn(tokenizer, config.generator.instruction.format(n=k))[0]
         ends = {i for text, i in tokenizer.get_vocab().items() if "&" in text or ">" in text}
@@ -191,23 +193,20 @@ class Engine:
     ) -> list[Answer | None]:
         """One batch. gone(i), asked at every step: the client of ask i has left; its answer is
         None, and nothing more is decoded for it. (generator.endpoint: it is decoded to the end.)"""
+        leavers = [functools.partial(gone, i) for i in range(len(asks))]
         users = [self._summarised(ask.user) for ask in asks]
-        if not self._encode(asks, users, lambda: all(map(gone, range(len(asks))))):
+        if not self._encode(asks, users, lambda: all(has_left() for has_left in leavers)):
             return [None] * len(asks)
-        cases = self._distil(asks, users)
-        lists: list[list[list[str]]] = [[] for _ in cases]
+        cases = self._distil(asks, users, leavers)
         for method in dict.fromkeys(ask.method for ask in asks):
-            places = [i for i, case in enumerate(cases)
-                      if case.ask.method == method and case.state.interests and not gone(i)]
-            if places:
-                written = self._sample(method, [cases[i] for i in places],
-                                       lambda j, places=places: gone(places[j]))
-                for i, case_lists in zip(places, written, strict=True):
-                    lists[i] = case_lists
-        answers = self._rank(cases, lists)
+            told = [case for case in cases if case.ask.method == method and case.state.interests]
+            if told := [case for case in told if not case.gone()]:
+                self._sample(method, told)
+        answers = self._rank(cases)
         most, self._forgotten = 0 if self._forgotten else MOST_VECTORS, False
         self.run.encoder.trim(most)
-        return [None if gone(i) else answer for i, answer in enumerate(answers)]
+        pairs = zip(cases, answers, strict=True)
+        return [None if case.gone() else answer for case, answer in pairs]
 
     def _summarised(self, user: data.User) -> data.User:
         """With a summary of every session, and without what nobody should be reminded of."""
@@ -232,7 +231,7 @@ class Engine:
             self.run.encoder(order[start : start + size])
         return True
 
-    def _distil(self, asks: list[Ask], users: list[data.User]) -> list[Case]:
+    def _distil(self, asks: list[Ask], users: list[data.User], leavers: list) -> list[Case]:
         """Summaries -> statistics -> resonance -> gate; users: those of the asks, summarised."""
         encode, none = self.run.encoder, torch.zeros(self.run.encoder.dim)
         histories = [history_of(user.sessions, None, encode) for user in users]
@@ -243,14 +242,14 @@ class Engine:
                         for i in places]
             rows = self.distiller.scores([histories[i] for i in places], torch.stack(profiles))
             scores = {i: row.tolist() for i, row in zip(places, rows, strict=True)}
-        cases = [self._case(ask, history, scores.get(i, []))
-                 for i, (ask, history) in enumerate(zip(asks, histories, strict=True))]
+        cases = [self._case(asks[i], leavers[i], history, scores.get(i, []))
+                 for i, history in enumerate(histories)]
         for case in cases:
             if case.ask.begin:
                 case.ask.begin(case.interests, case.threshold)
         return cases
 
-    def _case(self, ask: Ask, history, scores: list[float]) -> Case:
+    def _case(self, ask: Ask, gone: Callable, history, scores: list[float]) -> Case:
         """What the gate keeps of a history, and what the generator is told of it."""
         kept = self.distiller.keep(history, scores) if scores else []
         best = sorted(range(len(scores)), key=lambda j: -scores[j])  # the page shows what was near
@@ -261,12 +260,13 @@ class Engine:
         state = UserState(ask.user.user_id, [history.texts[j] for j in told],
                           [scores[j] for j in told], vectors, self.run.taste(ask.shown))
         interests = [Interest(history.texts[j], scores[j], j in kept) for j in shown]
-        return Case(ask, state, interests, self.distiller.threshold(history) if scores else None)
+        threshold = self.distiller.threshold(history) if scores else None
+        return Case(ask, gone, state, interests, threshold)
 
     # ------------------------------------------------------------------------------- the generator
 
-    def _sample(self, method: str, cases: list[Case], gone) -> list[list[list[str]]]:
-        """serve.candidates lists of each case, parsed and filtered, K starters at most."""
+    def _sample(self, method: str, cases: list[Case]) -> None:
+        """Fill in `lists`: serve.candidates of each case, parsed, filtered, K starters at most."""
         n, k = self.config.serve.candidates, self.config.generator.list_size
         told = [case.state.interests for case in cases]
         seeds = [int(digest(self.history_hash(a.user), a.avoid, a.draw, method)[:11], 16)
@@ -274,18 +274,19 @@ class Engine:
         if self.config.generator.endpoint:
             adapters = {"PE": self.run.adapter(""), "SFT": self.run.adapter("sit")}
             seed = int(digest(seeds)[:7], 16)
-            lists = self.writer.write(adapters.get(method, self.adapter), told, n, seed)
-            return [[self._fit(starters, case) for starters in case_lists]
-                    for case_lists, case in zip(lists, cases, strict=True)]
+            written = self.writer.write(adapters.get(method, self.adapter), told, n, seed)
+            for case, lists in zip(cases, written, strict=True):
+                case.lists = [self._fit(starters, case) for starters in lists]
+            return
         prompts = [self.writer.prompt(interests) for interests in told]
         with self._policy(method) as (model, name):
             if name not in self._prefixes:
                 self._prefixes[name] = llm.read_prefix(model, self._begin)
             texts = self.writer.draw(
                 model, prompts, n, self.config.run.seed, numbers=seeds, rows=n * len(prompts),
-                prefix=self._prefixes[name], watch=lambda ids: self._watch(ids, cases, gone))
-        return [[self._fit(llm.parse_starters(text).starters, case)[:k] for text in row]
-                for row, case in zip(texts, cases, strict=True)]
+                prefix=self._prefixes[name], watch=lambda ids: self._watch(ids, cases))
+        for case, row in zip(cases, texts, strict=True):
+            case.lists = [self._fit(llm.parse_starters(text).starters, case)[:k] for text in row]
 
     def _fit(self, starters: Sequence[str], case: Case) -> list[str]:
         fit = roles.filter_starters(starters, case.state.interests, case.ask.avoid)[0]
@@ -294,7 +295,7 @@ class Engine:
         return [y for y in fit
                 if not LOST.search(y) and (data.language(y) == "other" or not other)]
 
-    def _watch(self, tokens: torch.Tensor, cases: list[Case], gone) -> torch.Tensor:
+    def _watch(self, tokens: torch.Tensor, cases: list[Case]) -> torch.Tensor:
         """After each step: emit what the first lists have completed; which samples to give up?
 
         tokens (B, n, T) -> bool (B, n): those whose client has left, and those in a loop.
@@ -308,7 +309,7 @@ class Engine:
         alive = (tokens[..., -1] != tokenizer.pad_token_id).sum(1).tolist()  # samples that go on
         for case, count in zip(cases, alive, strict=True):
             case.tokens += count
-        left = torch.tensor([gone(i) for i in range(len(cases))], device=tokens.device)
+        left = torch.tensor([case.gone() for case in cases], device=tokens.device)  # (B,)
         return left[:, None] | in_a_loop(tokens)
 
     def _emit(self, case: Case, starters: Sequence[str]) -> None:
@@ -329,12 +330,12 @@ class Engine:
         nearest = int((state.embeddings @ self.run.encoder([text])[0]).argmax())  # (M, D) @ (D,)
         return Starter(text, utility, state.interests[nearest], "generated")
 
-    def _rank(self, cases: list[Case], lists: list[list[list[str]]]) -> list[Answer]:
+    def _rank(self, cases: list[Case]) -> list[Answer]:
         """Candidates of each case in the order of list search, best list first."""
         pools = [  # none twice, whichever list it stands in, and none that was emitted
-            roles.filter_starters((y for starters in case_lists for y in starters),
+            roles.filter_starters((y for starters in case.lists for y in starters),
                                   case.state.interests, (s.text for s in case.emitted))[0]
-            for case, case_lists in zip(cases, lists, strict=True)]
+            for case in cases]
         scored = score_pools(self.run.encoder, self.ranker, [case.state for case in cases], pools)
         if self.config.serve.candidates == 1:  # as the paper deploys: the list as it was written
             orders = [list(range(len(pool))) for pool in pools]
@@ -342,8 +343,8 @@ class Engine:
             orders = list_order(self.config.dpo, self.config.generator.list_size, *scored,
                                 lists=1 + self.config.serve.ahead)
         answers = []
-        for case, pool, utility, order in zip(cases, pools, scored[0].tolist(), orders,
-                                              strict=True):
+        ranked = zip(cases, pools, scored[0].tolist(), orders, strict=True)
+        for case, pool, utility, order in ranked:
             starters = case.emitted + [self._starter(case, pool[j], utility[j]) for j in order]
             if not case.state.interests:
                 starters = self._cold_start(case)

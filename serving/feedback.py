@@ -41,9 +41,9 @@ from run import Run, UserState, one_line, shown_before
 from serving.store import Shown, Store
 from stages import dpo
 from stages.metrics import bootstrap
+from stages.pools import searched
 from stages.ranker import fit_rankers, load_ranker, shown_lists
-from stages.search import searched
-from stages.sit import chosen_states
+from stages.sit import draw_states
 
 LISTS_PER_USER = 20  # for a ranker: about as many as people of the simulated log have
 MARGIN = 0.05  # of a figure's value before; a fall of more refuses the round
@@ -60,7 +60,7 @@ def current(run: Run) -> dict | None:
     adapter, rounds = run.adapter("last"), run.config.dpo.rounds
     if not adapter.is_dir():
         return None
-    published = run.folder / "feedback" / "current.json"
+    published = run.folder / "feedback" / "current.json"  # "run": the key of the DPO it came after
     if published.is_file() and (newest := read_json(published))["run"] == _run_key(run.folder):
         return newest
     weights = file_digest(adapter / "adapter_model.safetensors")
@@ -299,10 +299,11 @@ def align_policy(new: Round) -> dict:
     rng = random.Random(run.seed("users", "feedback", new.number))
     _, latest = states_of(run, new.lists["train"], 0)
     states = [*latest.values()][: limit or None]
-    others = [s for s in chosen_states(run, [-1], 0, rng) if s.user_id not in latest]
+    others = [s for s in draw_states(run, [-1], 0, rng) if s.user_id not in latest]
     room = limit - len(states) if limit else len(others)
     states += rng.sample(others, min(room, len(others)))  # the run's people, for the rest
     tapped = tapped_pairs(run, new.lists["train"])
+    # As a round of stage dpo does, it learns from all pairs so far.
     earlier = [pair for number in range(1, run.config.dpo.rounds + 1)
                for pair in read_json(run.folder / f"dpo/round{number}/pairs.json")]
     ranker, (before, after) = load_ranker(run, "train", f"{new.folder}/ranker"), new.adapters
@@ -348,19 +349,18 @@ def tapped_pairs(run: Run, lists: list[Shown]) -> list[dict]:
 def held_out(new: Round) -> dict[str, UserState]:
     """Users of no ranker and no pair as they are now: the run's, dpo.max_users of the store."""
     run = new.run
-    known = {u: s for u in run.ids("valid") if (s := run.states[u][-1]).interests}
+    states = {u: s for u in run.ids("valid") if (s := run.states[u][-1]).interests}
     _, store = states_of(run, new.lists["valid"], 0)
-    return known | dict([*store.items()][: run.config.dpo.max_users or None])
+    return states | dict([*store.items()][: run.config.dpo.max_users or None])
 
 
 def check(new: Round) -> dict:
     """What became of utility and diversity on held-out users, and whether that is accepted."""
     states, faults, lines = [*held_out(new).values()], [], []
     draws, seed = new.run.config.eval.bootstrap, new.run.seed("feedback", "check")
-    old, now = (
-        side_figures(new, adapter, folder, states) for adapter, folder in
-        zip(new.adapters, (str(Path(new.start["ranker"]).parent), f"{new.folder}/ranker"),
-            strict=True))
+    rankers = str(Path(new.start["ranker"]).parent), f"{new.folder}/ranker"
+    sides = zip(new.adapters, rankers, strict=True)
+    old, now = (side_figures(new, adapter, folder, states) for adapter, folder in sides)
     verdict = {"accepted": True, "reason": "", "users": len(states), "from": new.start["version"],
                "written": {}, "served": {}}
     for kind, name in old:

@@ -82,7 +82,7 @@ class Front:
         asks = scope["path"] == ASK
         self.desk.in_flight, self.asking = self.desk.in_flight + 1, self.asking + asks
         try:
-            self._check(scope)
+            self._check(scope)  # before the body is read
             # Refused before it costs anything; other requests than asks get more room.
             if self.asking > self.most if asks else self.desk.in_flight > 4 * self.most:
                 raise busy(self.desk)

@@ -50,9 +50,10 @@ class Waiter:
             job.ask = dataclasses.replace(job.ask, begin=begin, emit=emit)
         desk.queue.submit(job)
 
-    @property
-    def patience(self) -> float:  # seconds
-        return self.started + self.desk.settings.timeout - time.monotonic()
+    async def _next(self):
+        """What the engine's thread tells next. Raises TimeoutError after serve.timeout in all."""
+        patience = self.started + self.desk.settings.timeout - time.monotonic()
+        return await asyncio.wait_for(self.inbox.get(), patience)
 
     async def _kept(self, item: Answer | str) -> dict:
         """The reply of what the engine's thread told in the end. Raises HTTPException."""
@@ -67,18 +68,18 @@ class Waiter:
         self.desk.metrics.first.observe(time.monotonic() - self.started)
 
     async def reply(self) -> Response:
-        left = asyncio.create_task(_left(self.request))
-        heard = asyncio.create_task(self.inbox.get())
+        left = asyncio.create_task(_left(self.request))  # nobody else tells that the client left
+        heard = asyncio.create_task(self._next())
         try:
-            await asyncio.wait({left, heard}, timeout=self.patience, return_when="FIRST_COMPLETED")
-            if heard.done():  # also where the client left at the same moment
-                reply = await self._kept(heard.result())
-                self._note_first()
-                return JSONResponse(reply)
-            if left.done():
+            await asyncio.wait({left, heard}, return_when="FIRST_COMPLETED")
+            if not heard.done():
                 return Response(status_code=499)  # for the log: nobody reads it
+            reply = await self._kept(heard.result())
+            self._note_first()
+            return JSONResponse(reply)
+        except TimeoutError:  # of _next
             self.finished = True
-            raise HTTPException(504, TOO_LONG)
+            raise HTTPException(504, TOO_LONG) from None
         finally:
             left.cancel()
             heard.cancel()
@@ -103,9 +104,6 @@ class Waiter:
             yield sse("error", {"detail": TOO_LONG})
         except (HTTPException, sqlite3.OperationalError) as error:  # too late for a status
             yield sse("error", {"detail": getattr(error, "detail", STORE_FAILED)})
-
-    async def _next(self):
-        return await asyncio.wait_for(self.inbox.get(), self.patience)
 
     def end(self) -> None:
         """The client has its answer or has left: the job's place is free."""

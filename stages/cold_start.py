@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from run import Run
-from stages.search import list_order
+from stages.pools import list_order
 
 SHRINKAGE = 20  # shown starters: a tap on a starter that was shown twice says little
 LIKE_MINDED = 5.0  # weight of a tap by somebody who shares a field of the profile
@@ -44,6 +44,7 @@ class PopularStarters:
         fields = set((profile or {}).items())
         like = np.array([LIKE_MINDED if fields & set(p.items()) else 1.0 for p in self.profiles])
         weight, n = like[self.list], len(self.starters)
+        # A mean of surprises, pulled to zero where few were shown.
         value = np.bincount(self.number, weight * self.surplus, n) / (
             np.bincount(self.number, weight, n) + SHRINKAGE
         )
@@ -58,8 +59,9 @@ class PopularStarters:
         if not best:
             return []
         vectors = self.run.encoder([self.starters[i] for i in best])
-        utility, config = torch.tensor(value[best], dtype=torch.float32)[None], self.run.config
-        similarity = (vectors @ vectors.T)[None]
+        config = self.run.config
+        utility = torch.tensor(value[best], dtype=torch.float32)[None]  # (1, N)
+        similarity = (vectors @ vectors.T)[None]  # (1, N, N): one row of a batch
         (order,) = list_order(
             config.dpo, config.generator.list_size, utility, similarity, expand=len(best)
         )

@@ -13,7 +13,10 @@ with that of the rejected ones; of a round the checkpoint with the best held-out
 diversity stays; some of a pool's lists are the teacher's; a starter that names no subject of the
 interests has utility 0 (dpo.grounded).
 
-Legend: B users, N candidates, M lists, K slots, P pairs.
+A mined pair is one chosen list and up to three rejected ones, one of each kind: worse in utility
+alone, in diversity alone, in both (icebreaker.mine_preferences). SIT's policy is the baseline SFT.
+
+Legend: B users, N candidates, K slots, P pairs of a chosen and a rejected list, D embedding.
 """
 
 from __future__ import annotations
@@ -46,10 +49,10 @@ from config import (
 from roles.players import Players
 from roles.writer import Writer
 from run import Run, UserState, one_line, sum_counts
+from stages.pools import best_lists, score_pools
 from stages.ranker import load_ranker, shown_lists, utilities
-from stages.search import score_pools
-from stages.sit import chosen_states, teacher_lists
-from stages.training import Best, new_optimiser, part_of, step
+from stages.sit import draw_states, teacher_lists
+from stages.steps import Best, new_optimiser, part_of, step
 
 HELD_OUT_LISTS = 2  # of each held-out user when a checkpoint is valued
 RANDOM_LISTS = 8  # random draws from a pool among the lists from which pairs are mined
@@ -59,12 +62,12 @@ def stage_dpo(run: Run, players: Players, key: str) -> dict:
     """Rounds of DPO on mined lists; and the SFT+DPO baseline on clicked ones."""
     if not run.impressions:
         return {"skipped": "no impressions (data.impressions), so no preferences to learn"}
-    adapter, pairs, figures = run.adapter("sit"), [], {}
+    adapter, pairs, figures = run.adapter("sit"), [], {}  # pairs accumulate over the rounds
     for number in range(1, run.config.dpo.rounds + 1):
-        folder, round_key = f"dpo/round{number}", digest(key, number)  # whatever rounds follow
+        folder, round_key = f"dpo/round{number}", digest(key, number)  # whatever number of them
         if not run.folder.is_done(folder, round_key):
             result = dpo_round(run, players, number, adapter, pairs)
-            run.encoder.save()
+            run.encoder.save()  # a killed run does not encode the round's starters again
             run.folder.mark_done(folder, round_key, **result)
             print(f"  round {number}: {one_line(result)}", flush=True)
         figures[f"round {number}"] = run.folder.figures(folder)
@@ -81,11 +84,11 @@ def dpo_round(
     """One round, from the policy in `adapter`; writes dpo/round<number>/{pairs.json,adapter}."""
     cut = min(number, len(run.config.data.cuts)) - 1  # early, middle, latest slice of the log
     rng = random.Random(run.seed("users", number))
-    states = chosen_states(run, [cut], run.config.dpo.max_users, rng)
-    valid = [state for u in run.ids("valid") if (state := run.states[u][-1]).interests]
-    model = players.writer.policy(adapter, trainable=True)
+    states = draw_states(run, [cut], run.config.dpo.max_users, rng)
+    others = [state for u in run.ids("valid") if (state := run.states[u][-1]).interests]
+    model = players.writer.policy(adapter, trainable=True)  # goes on with the last round's LoRA
     figures, pairs = train_round(
-        run, players, number, model, adapter, load_ranker(run, "train"), states, valid, earlier
+        run, players, number, model, adapter, load_ranker(run, "train"), states, others, earlier
     )
     llm.save_adapter(model, run.adapter(f"round{number}"))
     write_json(run.folder / "dpo" / f"round{number}" / "pairs.json", pairs)
@@ -94,25 +97,31 @@ def dpo_round(
 
 def train_round(
     run: Run, players: Players, number: int | str, model, adapter: Path, ranker,
-    states: list[UserState], valid: list[UserState], earlier: list[dict], keep: bool = True,
+    states: list[UserState], others: list[UserState], earlier: list[dict], keep: bool = True,
 ) -> tuple[dict, list[dict]]:
     """Sample, search, mine and align, in place; returns figures and the pairs that were mined.
 
-    model: the policy saved in `adapter`; states: whom it writes for; valid: those on whom the best
-    checkpoint is chosen; earlier: pairs that join the new ones; keep: whether what was sampled may
-    stay in a file.
+    model: the policy saved in `adapter`; states: whom it writes for; others: users on whom the best
+    checkpoint is chosen; earlier: pairs that join the new ones; keep: what was sampled may stay in
+    a file.
     """
     label, writer = f"round {number}", players.writer
     sampled = sample(run, writer, number, model, adapter, states, keep)  # dpo.samples lists a user
     taught = teacher_lists(run, players, states, run.config.dpo.teacher_lists, label)
+    # A weak policy alone would have a pool of its own mistakes.
     lists = [policy + teacher for policy, teacher in zip(sampled, taught, strict=True)]
     searched = search(run, ranker, share(states), share(lists))  # Algorithm 1
     mined, counts = mine(run, searched)  # Eq. (8)
-    pairs = [pair for pair in gather(mined) if pair]
+    pairs = [pair for pair in gather(mined) if pair]  # of all processes, in the order of users
     if not earlier + pairs:
         raise UserError("dpo: no preference pair found; lower dpo.margin or raise dpo.samples")
-    held_out = HeldOut(run, writer, ranker, valid, label) if valid else None
-    figures = align(run, writer, model, earlier + pairs, label, run.config.dpo, held_out)  # Eq. (6)
+    held_out = HeldOut(run, writer, ranker, others, label) if others else None
+    reference = model  # Eq. (6): the policy at the start of the round, or always SIT's
+    if run.config.dpo.reference == "sit" and number != 1:  # where round 1 starts anyway
+        reference = writer.policy(run.adapter("sit"))
+    figures = align(
+        run, writer, model, reference, earlier + pairs, label, run.config.dpo, held_out
+    )
     before = list_quality(run, ranker, states, sampled)
     return {"before": before, **sum_counts(gather([counts])), **figures}, pairs
 
@@ -132,6 +141,7 @@ def sample(
     """
     inputs, n = [state.interests for state in states], run.config.dpo.samples
     seed, weights = run.seed("dpo", number), file_digest(adapter / "adapter_model.safetensors")
+    # All that the lists hang on: a file of another training is not taken for this one's.
     key = digest(writer.model_path, weights, run.config.generator, inputs, n, seed)
     path = adapter.parent / "sampled.json"
     if path.is_file() and (kept := read_json(path))["key"] == key:
@@ -166,7 +176,7 @@ def search(
     settings, k = run.config.dpo, run.config.generator.list_size
     pools = [sorted({y for starters in user_lists for y in starters}) for user_lists in lists]
     rich = [i for i, pool in enumerate(pools) if len(pool) >= k]
-    results: list[Searched | None] = [None] * len(pools)
+    results: list[Searched | None] = [None] * len(pools)  # users keep their places
     if not rich:
         return results
     scored = score_pools(run.encoder, ranker, [states[i] for i in rich], [pools[i] for i in rich])
@@ -177,10 +187,7 @@ def search(
             named = [roles.grounded(y, states[i].interests) for y in pools[i]]
             grounded[row, : len(named)] = torch.tensor(named)
     utility = utility * grounded
-    scaled = ib.min_max(utility, valid)  # Unstated: r_util and r_div need one scale, as in Eq. (8)
-    beams, _ = ib.list_search(
-        scaled, similarity, k, settings.beam, settings.expand, settings.weight, valid
-    )
+    beams = best_lists(settings, k, utility, similarity, valid)  # Algorithm 1
     for row, i in enumerate(rich):
         n = len(pools[i])
         results[i] = Searched(
@@ -204,18 +211,21 @@ def mine(run: Run, searched: list[Searched | None]) -> tuple[list[dict], dict[st
 
 
 def mine_user(run: Run, searched: Searched, counts: Counter) -> dict:
-    """The preference pair of one user; what was not found is counted."""
+    """The chosen list of one user and its rejected ones by kind; {} if there are none."""
     settings, k = run.config.dpo, run.config.generator.list_size
     rng = random.Random(run.seed("mine", searched.state.user_id, searched.pool))
-    place = {starter: i for i, starter in enumerate(searched.pool)}
+    place = {starter: i for i, starter in enumerate(searched.pool)}  # starter -> index
     lists = [*searched.beams, *([place[y] for y in s] for s in searched.lists if len(s) == k)]
     lists += [rng.sample(range(len(place)), k) for _ in range(RANDOM_LISTS)]
-    # A set counts once, in the order that came first: rounding is not to choose among orders.
-    lists = [*{tuple(sorted(indices)): indices for indices in lists[::-1]}.values()][::-1]
+    distinct: dict[tuple[int, ...], list[int]] = {}  # sets of starters: orders differ by rounding
+    for indices in lists:
+        distinct.setdefault(tuple(sorted(indices)), indices)
+    lists = [*distinct.values()]
     chosen, rejected = ib.mine_preferences(
         torch.tensor(lists), searched.utility, searched.similarity,
         settings.weight, settings.margin, settings.tolerance,
     )
+    # Table 9 trains with one kind alone.
     rejected = {kind: j for kind, j in rejected.items() if kind in settings.negatives}
     counts.update(f"no_{kind}" for kind, j in rejected.items() if j is None)
     texts = [[searched.pool[i] for i in indices] for indices in lists]
@@ -247,35 +257,36 @@ def tapped_against_ignored(
 
 
 def align(
-    run: Run, writer: Writer, model, pairs: list[dict], label: str, settings: DpoConfig,
-    held_out: Callable | None = None,
+    run: Run, writer: Writer, model, reference, pairs: list[dict], label: str,
+    settings: DpoConfig, held_out: Callable | None = None,
 ) -> dict:
     """DPO (Eq. 6) on preference pairs, in place; the checkpoint that `held_out` values most stays.
 
-    The reference is the model as it comes in (or the SIT policy): its log-probabilities are
-    computed once, by the code path that trains.
+    reference: the policy that Eq. (6) compares with, perhaps `model` itself as it comes in: its
+    log-probabilities are computed once, before the first step.
     """
-    rng, rows = random.Random(run.seed("dpo", label)), [encoded(writer, pair) for pair in pairs]
+    rng = random.Random(run.seed("dpo", label))
+    rows = [writer.encoded(x["interests"], [x["chosen"], *x["rejected"].values()]) for x in pairs]
     size, order = settings.batch_users, rng.sample(range(len(rows)), len(rows))
-    reference = reference_logps(run, writer, model, rows, order, label)
+    ref_logps = reference_logps(reference, rows, order, size)
     steps = settings.passes * -(-len(rows) // size)
     marks = {round(steps * (i + 1) / settings.checkpoints) for i in range(settings.checkpoints)}
     optimiser, schedule = new_optimiser(model, settings.learning_rate, steps)
     best, log, policy = Best(model), [], llm.averaged_gradients(model)
-    if held_out:
+    if held_out:  # the start is a checkpoint too: a round may bring nothing
         best.offer(held_out(model))
     for number in (bar := progress(range(1, steps + 1), f"dpo {label}")):
         order = order or rng.sample(range(len(rows)), len(rows))  # another pass
         batch, order = order[:size], order[size:]
-        part, factor = part_of(batch)
+        part, factor = part_of(batch)  # of this process; 0: it has no row, and only keeps step
         logps = policy(*columns(rows[i] for i in part))  # [chosen, rejected, ...] of each user
         chosen, rejected = against_chosen(logps)  # (P,) each
-        ref_chosen, ref_rejected = against_chosen([reference[i] for i in part])
+        ref_chosen, ref_rejected = against_chosen([ref_logps[i] for i in part])
         losses = ib.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, settings.beta)  # Eq. (6)
-        loss = losses.sum() / sum(len(rows[i][1]) - 1 for i in batch)
+        loss = losses.sum() / sum(len(rows[i][1]) - 1 for i in batch)  # a mean per pair
         if settings.sft_weight:  # Departure: a term for the likelihood of the chosen lists
             tokens = sum(len(rows[i][1][0]) for i in batch)
-            loss = loss - settings.sft_weight * sum(y[0] for y in logps) / tokens
+            loss = loss - settings.sft_weight * sum(y[0] for y in logps) / tokens  # per token
         rate = schedule.get_last_lr()[0]
         step(model, optimiser, schedule, loss * factor)
         pair_columns = torch.stack([losses, chosen, rejected, ref_chosen, ref_rejected])  # (5, P)
@@ -288,13 +299,6 @@ def align(
     if held_out:
         best.restore()
     return closing_figures(log, label) | {"held_out": best.value if held_out else None}
-
-
-def encoded(writer: Writer, pair: dict) -> tuple[list[int], list[list[int]]]:
-    """(prompt ids, [chosen list's ids, those of each rejected one])."""
-    lists = [pair["chosen"], *pair["rejected"].values()]
-    completions = [llm.encode_completion(writer.tokenizer, starters) for starters in lists]
-    return writer.prompt(pair["interests"]), completions
 
 
 def columns(rows) -> tuple[list, list]:
@@ -310,15 +314,13 @@ def against_chosen(logps: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tenso
 
 
 @torch.no_grad()
-def reference_logps(
-    run: Run, writer: Writer, model, rows: list, order: list[int], label: str
-) -> list[torch.Tensor]:
-    """Of all rows; batched as the first pass over them, so that its first loss is ln 2 exactly."""
-    if run.config.dpo.reference == "sit" and label != "round 1":
-        model = writer.policy(run.adapter("sit"))
-    size, results = run.config.dpo.batch_users, {}
-    for start in progress(range(0, len(order), size), f"reference {label}"):
+def reference_logps(model, rows: list, order: list[int], size: int) -> list[torch.Tensor]:
+    """[chosen, rejected, ...] of all rows; batched as the first pass over them, so that the first
+    loss of a policy against itself is ln 2 exactly."""
+    results = {}
+    for start in progress(range(0, len(order), size), "dpo reference"):
         batch = order[start : start + size]
+        # 4-bit and bf16 products differ in rounding with the batch, so batches are the same.
         part, factor = part_of(batch)
         logps = llm.completion_logps(model, *columns(rows[i] for i in part))
         values = gather([y.tolist() for y in logps] if factor else [])
@@ -364,10 +366,11 @@ class HeldOut:
     def __call__(self, model) -> float:
         weight, seed = self.run.config.dpo.weight, self.run.seed("dpo", "held out")
         inputs = [state.interests for state in self.states]
-        lists = self.writer.sample(model, inputs, HELD_OUT_LISTS, seed)
+        lists = self.writer.sample(model, inputs, HELD_OUT_LISTS, seed)  # the same draws each time
         now = list_quality(self.run, self.ranker, self.states, lists)
         self.run.folder.log("dpo", round=self.label, held_out=now)
         self.start = self.start or {name: max(value, 1e-6) for name, value in now.items()}
+        # Relative: utilities are small numbers, and diversity would decide alone.
         gain = {name: value / self.start[name] for name, value in now.items()}
         return weight * gain["utility"] + (1 - weight) * gain["diversity"]
 
@@ -412,7 +415,7 @@ def align_on_clicks(run: Run, writer: Writer, pairs: list[dict], key: str) -> di
     # As many pairs as IceBreaker learned from: their kinds are compared, not their number.
     clicked = rng.sample(clicked, min(len(clicked), sum(len(x["rejected"]) for x in pairs)))
     model = writer.policy(run.adapter("sit"), trainable=True)
-    figures = align(run, writer, model, clicked, "clicked against ignored", settings)
+    figures = align(run, writer, model, model, clicked, "clicked against ignored", settings)
     llm.save_adapter(model, run.adapter("vanilla"))
     run.folder.mark_done(folder, key, pairs=len(clicked), **figures)
     return run.folder.figures(folder)
@@ -421,5 +424,6 @@ def align_on_clicks(run: Run, writer: Writer, pairs: list[dict], key: str) -> di
 def click_pairs(run: Run) -> list[dict]:
     """Vanilla pairs: a user's tapped list against one ignored in the same state."""
     shown = shown_lists(run, run.ids("train"))
+    # A state is a user at a cut: its lists were written for the same interests.
     rows = ((id(s), s.interests, row.starters, bool(row.clicked)) for row, s in shown)
     return [pair for _, pair in tapped_against_ignored(rows) if pair["interests"]]

@@ -46,13 +46,15 @@ def methods(run: Run) -> dict[str, tuple[Path | None, bool]]:
 def stage_eval(run: Run, players: Players, key: str) -> dict:
     """Let every method write for the test users; judge the lists; write the report."""
     settings = run.config.eval
+    # As of now, after the last session; nobody here was trained on.
     states = {u: run.states[u][-1] for u in run.ids("test") if run.states[u][-1].interests}
     if not states:
         raise UserError("eval: no test user has a history; more users are needed")
-    whole = {u: run.histories[u][-1].texts[::-1] for u in states}  # latest first
+    whole = {u: run.histories[u][-1].texts[::-1] for u in states}  # latest first, as room may end
     lists: Lists = {}
     # The same seed for every method: equal policies write equal lists.
     for method, (adapter, distilled) in progress(methods(run).items(), "write starters"):
+        # PE has no RID: the whole history goes into its prompt, as far as it fits.
         inputs = [s.interests if distilled else whole[u] for u, s in states.items()]
         sampled = players.writer.write(adapter, inputs, settings.lists, run.seed("eval"))
         lists[method] = dict(zip(states, sampled, strict=True))
@@ -63,6 +65,7 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
     with atomic_path(run.folder / "eval" / "starters.jsonl") as temporary:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         temporary.write_text(text, encoding="utf-8")
+    # All at once: what is measured one list at a time below is only looked up.
     run.encoder(sorted({y for m in lists.values() for u in m.values() for x in u for y in x}))
 
     def scorer(name: str) -> Callable | None:
@@ -77,6 +80,7 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
         lists, scorer("judge"), run.encoder, run.corpus, truth=truth, train_score=scorer("train"),
         draws=settings.bootstrap, seed=run.config.run.seed,
     )
+    # By chance, never the best ones.
     shown = random.Random(run.seed("examples")).sample(rows, min(len(rows), settings.examples))
     scores = {u: s.scores for u, s in states.items()}
     write_report(result, shown, whole, scores, run.folder / "eval")
@@ -95,13 +99,13 @@ def evaluate(
     users = list(lists[baseline])
     if any(set(rows) != set(users) for rows in lists.values()) or not users:
         raise ValueError("evaluate: every method needs lists for the same users, at least one")
-    classifier = classifier or TopicClassifier(encode)
+    classifier = classifier or TopicClassifier(encode)  # some seconds: tests bring their own
     per_user = measure(lists, score, encode, classifier, corpus, truth, train_score)
     result = {}
     # Users are the unit of every interval: lists of one user are no independent evidence.
     for method, values in per_user.items():
         figures = {name: float(np.mean(list(v.values()))) for name, v in values.items()}
-        for name in ("lexical", "true_clicks"):
+        for name in ("lexical", "true_clicks"):  # absolute figures; the others are lifts
             if name in values:
                 _, *interval = bootstrap([[*values[name].values()]], draws, seed)
                 figures[f"{name}_interval"] = interval
@@ -130,7 +134,7 @@ def _cell(figures: dict, name: str, form: str) -> str:
     if name not in figures:
         return "–"
     text = format(figures[name], form)
-    if f"{name}_interval" in figures:
+    if f"{name}_interval" in figures:  # [low, high] of 95 %
         low, high = figures[f"{name}_interval"]
         text += f" [{low:{form}}, {high:{form}}]"
     return text
@@ -167,7 +171,7 @@ def examples_page(rows: list[dict], summaries: dict[str, list[str]], scores: dic
     lines = ["# Examples", "", "Users drawn at random; the first list of each method."]
     for row in rows:
         user = row["user_id"]
-        latest = "; ".join(escape(text) for text in summaries[user][:12])
+        latest = "; ".join(escape(text) for text in summaries[user][:12])  # people's texts: escaped
         lines += ["", f"## {escape(user)}", "", f"Latest summaries: {latest}", ""]
         lines += ["Trigger interests:", ""]
         lines += [
@@ -176,6 +180,7 @@ def examples_page(rows: list[dict], summaries: dict[str, list[str]], scores: dic
         ]
         for method, lists in row["starters"].items():
             lines += ["", f"**{escape(method)}**", ""]
+            # Markdown counts by itself.
             lines += [f"1. {escape(starter)}" for starter in lists[0]] or ["(none left)"]
     return "\n".join(lines) + "\n"
 
@@ -184,7 +189,7 @@ def write_report(
     result: dict, rows: list[dict], summaries: dict, scores: dict, folder: Path
 ) -> None:
     """table.md, table.json and examples.md."""
-    write_json(folder / "table.json", result)
+    write_json(folder / "table.json", result)  # for programs
     examples = examples_page(rows, summaries, scores)
     for name, text in (("table.md", table_markdown(result)), ("examples.md", examples)):
         with atomic_path(folder / name) as temporary:

@@ -31,7 +31,7 @@ def stage_match(run: Run, players: Players, key: str) -> dict:
         # One match settles a row; without one an unanswered call (-1) leaves it unknown.
         label = np.where((matches > 0).any(1), 1, matches.min(1, initial=0))  # (E,)
         labels[user_id].append(label.tolist())
-    write_json(run.folder / "match" / "revisited.json", labels)
+    write_json(run.folder / "match" / "revisited.json", labels)  # user -> cut -> label of each text
     # (n,) over all users and cuts
     flat = np.array([label for cuts in labels.values() for cut in cuts for label in cut])
     answered = flat[flat >= 0]

@@ -28,5 +28,5 @@ def stage_merge(run: Run, players: Players, key: str) -> dict:
         f"around `{g.instruction.format(n=g.list_size)}` and one line `- interest` for each "
         f"interest, best first. Answer: `<sug> a && b && ... </sug>`.\n"
     )
-    llm.merge_adapter(base, adapter, writer.tokenizer, folder, card)
+    llm.merge_adapter(base, adapter, writer.tokenizer, folder, card)  # whole or not at all
     return {"folder": str(folder), "adapter": str(adapter)}

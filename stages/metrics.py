@@ -81,6 +81,7 @@ def user_lifts(
 ) -> dict[str, dict[str, float]]:
     """"r_user" and "r_score" of each user, of which the means over users are Eq. (9), the share of
     users above the baseline (a tie counts half), and Eq. (10), the mean lift over it."""
+    # Paired by user: what makes a user easy to please is in both.
     gaps = {user: score - baseline[user] for user, score in scores.items()}
     wins = {user: (gap > 0) + 0.5 * (gap == 0) for user, gap in gaps.items()}
     return {"r_user": wins, "r_score": gaps}
@@ -91,6 +92,7 @@ def user_lifts(
 
 def keywords(text: str) -> list[str]:
     """Lower-case words without stop words; Chinese text as pairs of characters."""
+    # Two characters at least: a lone letter is no keyword.
     words = re.findall(r"[a-z0-9][a-z0-9'-]+", text.lower())
     # Chinese has no spaces: pairs of characters are close to its words.
     chinese = "".join(re.findall(r"[㐀-鿿]+", text))
@@ -115,7 +117,7 @@ class KeywordCounter:
 
     def __call__(self, starters: list[str]) -> int:
         if not starters or not self.vectoriser:
-            return 0
+            return 0  # scikit-learn refuses an empty list
         matrix = self.vectoriser.transform(starters)  # (K, vocabulary)
         return len(set(matrix.indices[matrix.data >= self.threshold]))
 
@@ -137,6 +139,7 @@ class TopicClassifier:
         ]
         forms = ("{}", "What about {}?", "Tell me more about {}")  # as summaries and starters are
         vectors = encode([forms[i % 3].format(name) for i, (name, _) in enumerate(pairs)]).numpy()
+        # One split, whatever the run's seed: the classifier is the same ruler for all.
         fit, held, fit_labels, held_labels = train_test_split(
             vectors, [category for _, category in pairs], test_size=0.2, random_state=0
         )
@@ -168,19 +171,19 @@ def measure(
         vectors = encode(starters)  # (K, D), unit rows
         return float(list_diversity(vectors @ vectors.T)) if len(starters) > 1 else 0.0
 
-    metrics = {
+    metrics = {  # name -> f(user, starters of one list)
         "lexical": lambda _, starters: count(starters),
         "words": lambda _, starters: len({w for y in starters for w in keywords(y)}),
         "semantic": lambda _, starters: len(set(classifier.categories(starters))),
         "dissimilarity": dissimilarity,
         "starters": lambda _, starters: len(starters),
-        "empty": lambda _, starters: float(not starters),
+        "empty": lambda _, starters: float(not starters),  # a share, once averaged
     }
     if score:
         metrics["utility"] = lambda u, y: float(np.mean(score(u, y))) if y else 0.0
     if train_score:
         metrics["train_utility"] = lambda u, y: float(np.mean(train_score(u, y))) if y else 0.0
-    if truth:
+    if truth:  # only of the simulated platform
         metrics["true_clicks"] = lambda u, y: truth.expected_clicks(u, y) if y else 0.0
     return {
         method: {
@@ -193,5 +196,6 @@ def measure(
 
 def escape(text: str) -> str:
     """User text as markdown that shows it and does nothing else."""
+    # HTML first: what markdown lets through would be read by a browser.
     plain = html.escape(" ".join(text.split()), quote=False)
     return re.sub(r"([\\`*_{}\[\]()#+\-.!|~])", r"\\\1", plain)

@@ -19,7 +19,7 @@ import icebreaker as ib
 from config import UserError, progress, read_tensors, write_tensors
 from roles.players import Players
 from run import Run, UserState
-from stages.training import Best
+from stages.steps import Best
 
 SLOT_LEARNING_RATE = 0.02  # position explains most of a tap and must not wait for w
 Shown = list[tuple[data.Impression, UserState]]  # lists, each with the user's state at its time
@@ -29,6 +29,7 @@ def stage_ranker(run: Run, players: Players, key: str) -> dict:
     """Fit r_util (Eq. 7) twice: on train users for the generator, on judge users to judge it."""
     if not run.impressions:
         return {"skipped": "no impressions (data.impressions), so no utility to learn"}
+    # Three splits of users: who judges has never seen whom the generator learned from.
     lists = {name: shown_lists(run, run.ids(name)) for name in ("train", "judge", "test")}
     return fit_rankers(run, lists, "ranker")
 
@@ -67,7 +68,7 @@ def fit_rankers(run: Run, lists: dict[str, Shown], folder: str) -> dict:
                 f"{run.impressions_file}: clicked: fewer than 10 lists with a tap, or fewer than "
                 f"two people's, among the {name} users; a ranker needs more logs"
             )
-        label = f"{folder}/{name}".removeprefix("ranker/")
+        label = f"{folder}/{name}".removeprefix("ranker/")  # names the seed and lines of the log
         ranker = fit_ranker(run, lists[name], label, run.folder / folder / f"{name}.safetensors")
         with torch.no_grad():
             # Without slots it ranks; with them it says how often a shown starter is tapped.
@@ -124,7 +125,7 @@ def fit_ranker(run: Run, shown: Shown, label: str, path: Path) -> ib.UtilityRank
         best.offer(-stop_loss)  # the lowest loss is the best
         if best.waited > settings.patience:
             break
-    best.restore()
+    best.restore()  # of the epoch with the lowest held-out loss
     write_tensors(path, ranker.state_dict())
     return ranker.eval()
 
@@ -169,7 +170,7 @@ def new_ranker(run: Run) -> ib.UtilityRanker:
 
 def load_ranker(run: Run, name: str, folder: str = "ranker") -> ib.UtilityRanker:
     """The fitted ranker "train" (for mining) or "judge" (for evaluation)."""
-    ranker = new_ranker(run)
+    ranker = new_ranker(run)  # shapes alone; every weight is read
     ranker.load_state_dict(read_tensors(run.folder / folder / f"{name}.safetensors"))
     return ranker.eval()
 

@@ -36,7 +36,7 @@ from config import (
 from roles.players import Players
 from run import Run
 from stages.match import Revisits
-from stages.training import Best
+from stages.steps import Best
 
 Row = tuple[str, int]  # a user at a cut of the log
 
@@ -90,6 +90,7 @@ def stage_rid(run: Run, players: Players, key: str) -> dict:
     scorer, valid_auc = fit_scorer(run, revisits, train, valid)
     activity = [run.histories[u][c].sessions_per_week for u, c in train]  # valid users set tau
     groups = run.config.rid.activity_groups
+    # Equal shares of the training users fall into each group.
     edges = np.quantile(activity, np.arange(1, groups) / groups).tolist()
     thresholds = fit_gate(run, revisits, scorer, valid, edges)
     write_json(run.folder / "rid" / "gate.json", {"edges": edges, "thresholds": thresholds})
@@ -153,7 +154,7 @@ def fit_scorer(run: Run, revisits: Revisits, train: list[Row], valid: list[Row])
             break
     best.restore()
     write_tensors(run.folder / "rid" / "scorer.safetensors", scorer.state_dict())
-    return scorer, best.value
+    return scorer, best.value  # the AUC on valid users, of all towers together
 
 
 def training_batch(run: Run, revisits: Revisits, rows: list[Row], text_ids: dict[str, int]):

@@ -21,7 +21,7 @@ from config import UserError, gather, progress, share
 from roles.players import Players
 from roles.writer import Writer
 from run import Run, UserState
-from stages.training import new_optimiser, part_of, step
+from stages.steps import new_optimiser, part_of, step
 
 Rows = list[tuple[list[int], list[list[int]]]]  # (prompt ids, [list ids, ...]) of each user
 
@@ -30,9 +30,9 @@ def stage_sit(run: Run, players: Players, key: str) -> dict:
     """Supervised interest-expanded instruction tuning (Eq. 5) on the teacher's lists."""
     settings, k, writer = run.config.sit, run.config.generator.list_size, players.writer
     rng, cuts = random.Random(run.seed("sit")), list(range(len(run.config.data.cuts)))
-    states = chosen_states(run, cuts, settings.max_rows, rng)  # users at any slice of the log
+    states = draw_states(run, cuts, settings.max_rows, rng)  # users at any slice of the log
     taught = teacher_lists(run, players, states, settings.lists_per_row, "sit")
-    rows = encoded(writer, states, taught, k)
+    rows = full_rows(writer, states, taught, k)
     if not rows:
         raise UserError(
             "sit: the teacher wrote no full list for any user; generator.list_size may be larger "
@@ -43,7 +43,7 @@ def stage_sit(run: Run, players: Players, key: str) -> dict:
         sampled = writer.sample(
             model, [s.interests for s in states], settings.own_lists, run.seed("sit", "own")
         )
-        rows += encoded(writer, states, sampled, k)
+        rows += full_rows(writer, states, sampled, k)
         model, figures = instruct(run, writer, rows)
     llm.save_adapter(model, run.adapter("sit"))
     short = sum(len(starters) < k for lists in taught for starters in lists)
@@ -77,18 +77,19 @@ def instruct(run: Run, writer: Writer, rows: Rows) -> tuple[torch.nn.Module, dic
     return model, {"first_loss": losses[0], "loss": float(np.mean(last))}
 
 
-def encoded(writer: Writer, states: list[UserState], lists: list[list[list[str]]], k: int) -> Rows:
+def full_rows(
+    writer: Writer, states: list[UserState], lists: list[list[list[str]]], k: int
+) -> Rows:
     """Prompts and the full lists of each user as token ids; users without one are left out."""
     rows = []
     for state, written in zip(states, lists, strict=True):
         full = [starters for starters in written if len(starters) == k]
         if full:
-            completions = [llm.encode_completion(writer.tokenizer, starters) for starters in full]
-            rows.append((writer.prompt(state.interests), completions))
+            rows.append(writer.encoded(state.interests, full))
     return rows
 
 
-def chosen_states(run: Run, cuts: list[int], limit: int, rng: random.Random) -> list[UserState]:
+def draw_states(run: Run, cuts: list[int], limit: int, rng: random.Random) -> list[UserState]:
     """Train users with interests at these cuts: at random, at most `limit` states (0: all)."""
     states = [run.states[u][c] for u in run.ids("train") for c in cuts]
     states = [state for state in states if state.interests]  # others have nothing to write about

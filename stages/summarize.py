@@ -12,6 +12,7 @@ from run import Run
 
 def stage_summarize(run: Run, players: Players, key: str) -> dict:
     """Write a summary of every session that came with messages alone."""
+    # Real exports have messages; logs of the simulated platform have summaries.
     missing = [
         (user.user_id, i, session.messages)
         for user in run.logged_users
@@ -23,5 +24,6 @@ def stage_summarize(run: Run, players: Players, key: str) -> dict:
     for (user_id, i, _), text in zip(missing, written, strict=True):
         if text:  # where there is none, the session is left out from here on
             summaries.setdefault(user_id, {})[str(i)] = text
+    # Apart from the log, which stays as it was given.
     write_json(run.folder / "summarize" / "summaries.json", summaries)
     return {"without_summary": len(missing), "still": sum(not text for text in written)}

@@ -78,10 +78,7 @@ def pooled(metric: str, topics: dict[str, dict], draws: int = 0, seed: int = 0) 
     return POOLED[metric](sums / np.maximum(sums.sum(1, keepdims=True), 1))
 
 
-# ---------------------------------------------------------------------------------------- verdicts
 # Each way to compare returns (difference, low, high), the difference of each seed, both sides.
-
-
 def _by_users(seeds: Seeds, claim: Claim) -> tuple:
     rows = paired(seeds, claim.metric, claim.more, claim.less, claim.factor, claim.base)
     sides = [  # of all users that a side has, those without the other too
@@ -134,9 +131,6 @@ def judged(seeds: Seeds, wanted: list[str]) -> list[dict]:
             "seeds": len(seeds),
         })
     return rows
-
-
-# -------------------------------------------------------------------------------------- claims.md
 
 
 def counted(rows: list[dict]) -> str:

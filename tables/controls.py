@@ -22,7 +22,7 @@ from config import AbConfig
 from roles.players import Players
 from roles.writer import Writer
 from run import Run, history_of
-from stages import search
+from stages import pools
 from stages.cold_start import PopularStarters
 from stages.metrics import Lists
 from stages.ranker import load_ranker, utilities
@@ -102,9 +102,6 @@ def floor_and_ceiling(run: Run, truth: people.Truth, users: list[str], written: 
     return {"random starters": floor, "oracle": {user: [oracle(user)] for user in users}}
 
 
-# ------------------------------------------------------------------- what is chosen when serving
-
-
 def pool_of(lists: list[list[str]]) -> list[str]:
     """All starters of some lists, each once, whatever its capitals; in the alphabet's order."""
     return sorted({starter.casefold(): starter for row in lists for starter in row}.values())
@@ -117,7 +114,7 @@ def searched(run: Run, lists: Written, n: int, **settings) -> Written:
     settings: of config.dpo, such as beam and weight, where they differ from the run's.
     """
     dpo = run.config.dpo.model_copy(update=settings)
-    rows = search.searched(
+    rows = pools.searched(
         run.config.model_copy(update={"dpo": dpo}), run.encoder, load_ranker(run, "train"),
         [run.states[u][-1] for u in lists], [*map(pool_of, lists.values())], n,
     )

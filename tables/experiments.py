@@ -36,8 +36,6 @@ class Table:
     chosen: tuple[str, ...] = ()  # what is chosen from the lists of each of SEARCHED
     note: str = ""  # of what stands below the table, or in its place
     head: tuple[str, ...] = ()  # columns of that
-    note: str = ""  # of what stands below the table, or in its place
-    head: tuple[str, ...] = ()  # columns of that
 
 
 @functools.cache

@@ -36,13 +36,7 @@ RING_COLOURS, GREY = [*COLOURS[:6], "#F0E442"], "#BBBBBB"
 MARKERS, HATCHES = "osD^vPX*<", ("", "///", "...")
 DASHES = ["-", "--", "-.", ":", (0, (6, 1)), (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1))]
 OTHERS, LEAST = "Others", 0.04  # topics with a smaller share are pooled
-STYLE = {  # 8 inches of 120 dots; a README shows them at about 800 px, and 10 pt as 14 px
-    "figure.dpi": 120, "savefig.dpi": 120, "font.size": 10, "axes.titlesize": 11,
-    "figure.titlesize": 12, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True,
-    "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.8,
-    "hatch.linewidth": 0.8, "hatch.color": "black", "legend.frameon": False,
-    "axes.formatter.useoffset": False,
-}
+STYLE = Path(__file__).with_suffix(".mplstyle")
 HALO = [withStroke(linewidth=3, foreground="white")]  # behind text that lies on something
 
 
@@ -136,18 +130,12 @@ def hacking(rows: dict[str, dict[str, Interval]], path, title: str) -> None:
     rankers and truth can be compared; at most three judge."""
     with sheet(path, title) as (figure, [ax]):
         for j, judge in enumerate(next(iter(rows.values()))):
-            lifts = 100 * np.array([row[judge] for row in rows.values()])  # (methods, 3), per cent
-            at = np.arange(len(rows)) + 0.27 * (j - 1)
-            ax.bar(at, lifts[:, 0], 0.26, label=readable(judge), color=COLOURS[j],
-                   hatch=HATCHES[j], edgecolor="white", hatchcolor="white")
-            for x, (lift, low, high) in zip(at, lifts, strict=True):
-                ax.errorbar(x, lift, _bars(lift, low, high), color="black", capsize=3,
-                            linewidth=1.2)
-                up = lift >= 0  # its number stands beyond the whisker
-                ax.annotate(f"{lift:+.0f}".replace("-", "−"),
-                            (x, max(lift, high) if up else min(lift, low)), (0, 3 if up else -3),
-                            textcoords="offset points", fontsize=9, ha="center",
-                            va="bottom" if up else "top")
+            lift, low, high = 100 * np.array([row[judge] for row in rows.values()]).T  # per cent
+            bars = ax.bar(np.arange(len(rows)) + 0.27 * (j - 1), lift, 0.26, label=readable(judge),
+                          yerr=_bars(lift, low, high), error_kw={"capsize": 3, "elinewidth": 1.2},
+                          color=COLOURS[j], hatch=HATCHES[j], edgecolor="white", hatchcolor="white")
+            numbers = [f"{value:+.0f}".replace("-", "−") for value in lift]
+            ax.bar_label(bars, numbers, padding=3, fontsize=9)  # beyond the whiskers
         ax.axhline(0, color="black", linewidth=1)  # the baseline
         width = max(8, 88 // len(rows))  # characters of a method's name
         ax.set_xticks(range(len(rows)), [readable(name, width, 3) for name in rows])
@@ -232,17 +220,6 @@ def _pooled(shares: dict[str, float]) -> dict[str, float]:
     return pooled
 
 
-ROUNDS = "step, rounds one after another"
-CURVES = [  # stage, field, title, x, y, a value to compare with
-    ("rid", "loss", "RID: contrastive loss", "epoch", "loss, nats", None),
-    ("rid", "valid_auc", "RID: held-out AUC (dotted: chance)", "epoch", "AUC", 0.5),
-    ("ranker", "held_out_loss", "Rankers: held-out loss", "epoch", "loss, nats", None),
-    ("sit", "loss", "SIT: loss", "step", "loss, nats a token", None),
-    ("dpo", "loss", "DPO: loss (dotted: ln 2)", ROUNDS, "loss, nats", math.log(2)),
-    ("dpo", "margin", "DPO: margin over the reference", ROUNDS, "log-probability, nats", 0.0),
-    ("dpo", "chosen_logp_change", "DPO: chosen lists", ROUNDS, "log-probability change, nats", 0.0),
-    ("dpo", "held_out", "DPO: utility, diversity, held out", ROUNDS, "start of the round = 1", 1.0),
-]
 RANKERS = {"train": "training ranker", "judge": "held-out ranker"}
 
 
@@ -264,24 +241,29 @@ def last_run(rows: list[dict]) -> dict[tuple, list[dict]]:
     return parts
 
 
-def curves(rows: list[dict], path, title: str) -> None:
-    """Rows of a run's metrics.jsonl: losses and held-out figures of the stages that are there."""
-    logged, panels = last_run(rows), []
+def curves(rows: list[dict], path, title: str, panels: list[dict]) -> None:
+    """Rows of a run's metrics.jsonl: losses and held-out figures of the stages that are there.
+
+    panels: what to draw of them, as experiments.yaml has it. Raises ValueError if there is nothing.
+    """
+    logged, drawn = last_run(rows), []
     start, end = {}, 0  # the rounds of DPO one after another on one axis
     for (stage, kind, part), steps in logged.items():
         if stage == "dpo" and kind == "loss":
             start[part], end = end, end + steps[-1]["step"]
-    for stage, field, name, xlabel, ylabel, level in CURVES:
-        kind, series = "held_out" if field == "held_out" else "loss", {}
-        for part, steps in ((k[2], v) for k, v in logged.items() if k[:2] == (stage, kind)):
+    for panel in panels:
+        field, series = panel["field"], {}
+        key = (panel["stage"], "held_out" if field == "held_out" else "loss")
+        for part, steps in ((k[2], v) for k, v in logged.items() if k[:2] == key):
             begin = start.get(part, 0)
             xy = [(begin + row["step"] if "step" in row else row["epoch"] + 1, row[field])
                   for row in steps if row.get(field) is not None]
             if xy:  # the held-out figure is relative to where its round started
-                x, y = zip(*[(begin, 1.0)] * (kind == "held_out"), *xy, strict=True)
+                x, y = zip(*[(begin, 1.0)] * (field == "held_out"), *xy, strict=True)
                 series[RANKERS.get(part, part or "")] = {"x": x, "y": y}
         if series:
-            panels.append(Panel(ylabel, xlabel, series, name, level))
-    if not panels:
+            drawn.append(Panel(panel["ylabel"], panel["xlabel"], series, panel["title"],
+                               panel.get("level")))
+    if not drawn:
         raise ValueError("curves: no epoch or step of rid, ranker, sit or dpo in these rows")
-    lines(panels, path, title)
+    lines(drawn, path, title)

@@ -18,7 +18,6 @@ import llm
 import train
 from config import Config, digest, environment, read_json, write_json
 from roles.players import Players
-from roles.writer import Writer
 from run import Run
 from stages.metrics import Lists, PerUser, TopicClassifier, measure
 from stages.ranker import load_ranker, utilities
@@ -33,10 +32,6 @@ def report_folder(config: Config) -> Path:
     return Path(config.run.root) / config.run.name / "report"
 
 
-def new_writer(config: Config) -> Writer:
-    return Writer(config, Path(config.run.root) / "answers.sqlite")
-
-
 def write_starters(config: Config, variant: str) -> None:
     """report/starters.json of a run: the lists of its methods for the test users.
 
@@ -48,7 +43,7 @@ def write_starters(config: Config, variant: str) -> None:
                  {name: vars(method) for name, method in methods.items()})
     if path.is_file() and read_json(path)["key"] == key:  # by the same policies, as many lists
         return
-    writer, lists = new_writer(config), {}
+    writer, lists = train.players_of(run).writer, {}
     more = controls.online_lists(settings)[0] - settings.lists  # beyond what every method writes
     for name, method in methods.items():
         adapter = run.adapter(method.adapter)
@@ -68,11 +63,6 @@ def write_starters(config: Config, variant: str) -> None:
     write_json(path, {"key": key, "lists": lists})
 
 
-def starters_of(config: Config) -> dict:
-    """{"key", "lists": what write_starters wrote}."""
-    return read_json(report_folder(config) / "starters.json")
-
-
 def measure_seed(config: Config, variants: list[Config]) -> None:
     """report/values.json of a seed's main run: every value of every method and test user.
 
@@ -80,7 +70,7 @@ def measure_seed(config: Config, variants: list[Config]) -> None:
     """
     torch.set_flush_denormal(True)  # as in training, or rankers would give other last digits
     llm.quiet_libraries()
-    starters = [starters_of(one) for one in (config, *variants)]
+    starters = [read_json(report_folder(c) / "starters.json") for c in (config, *variants)]
     path, key, env = report_folder(config) / "values.json", None, environment(config)
     if env["uncommitted_changes"] is False:  # else the commit does not tell which code measured
         key = digest(env["commit"], env["versions"], config, [one["key"] for one in starters])
@@ -94,7 +84,7 @@ def measure_seed(config: Config, variants: list[Config]) -> None:
 def measured(run: Run, main: Lists, written: Lists) -> dict:
     """What values.json holds but its key; main, written: as of compared_lists."""
     config, truth = run.config, people.load_truth(run.folder / "world")
-    players = Players(config, run.encoder, new_writer(config))  # teacher and judge
+    players = train.players_of(run)  # teacher and judge
     lists, online = compared_lists(run, players, truth, main, written)
     users = list(lists[RETRIEVAL])  # the test users
     pools = {m: {u: main[m][u][: config.ab.searched] for u in users} for m in experiments.SEARCHED}
@@ -109,7 +99,11 @@ def measured(run: Run, main: Lists, written: Lists) -> dict:
     for method, pool in pools.items():
         for name, by_user in controls.search_values(run, pool, chosen[method]).items():
             values[name]["value"] = by_user
-    texts = stage_texts(run, lists, users)
+    # Figure 3: what users spoke of, what RID kept of it, and what is written from that.
+    texts = {"history": {u: controls.interests_of(run, u, "all") for u in users},
+             "RID": {u: run.states[u][-1].interests for u in users}}
+    for method in ("IceBreaker", RETRIEVAL):
+        texts[method] = {u: [y for row in rows for y in row] for u, rows in lists[method].items()}
     activity = {u: len(run.users[u].sessions) / config.world.days for u in online["PE"]}  # per day
     figures = {
         "values": values,
@@ -167,16 +161,6 @@ def values_of_lists(
     starters = {u: controls.pool_of(rows) for u, rows in lists["IceBreaker"].items()}
     values["IceBreaker"]["functional"] = hidden.chores(truth, starters)  # Figure 3
     return values
-
-
-def stage_texts(run: Run, lists: Lists, users: list[str]) -> dict[str, dict[str, list[str]]]:
-    """Figure 3: what users spoke of, what RID kept of it, and what is written from that."""
-    return {
-        "history": {u: controls.interests_of(run, u, "all") for u in users},
-        "RID": {u: run.states[u][-1].interests for u in users},
-        **{method: {u: [y for row in rows for y in row] for u, rows in lists[method].items()}
-           for method in ("IceBreaker", RETRIEVAL)},
-    }
 
 
 def cases(run: Run, values: PerUser, lists: Lists, users: list[str]) -> list[dict]:

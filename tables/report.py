@@ -46,12 +46,9 @@ def spread(rows: list[np.ndarray], form: str) -> str:
     return format(mean, form) + ("" if np.isnan(half) else f" ± {format(half, form.lstrip('+'))}")
 
 
-# ------------------------------------------------------------------------------------------ tables
-
-
 def markdown_table(head: Iterable[str], rows: list[list[str]]) -> str:
     lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
-    lines.insert(1, "|---" * len([*head]) + "|")
+    lines.insert(1, "|---" * len([*head]) + "|")  # Markdown wants it below the head
     return "\n".join(lines) + "\n"
 
 
@@ -124,6 +121,7 @@ def shares_table(seeds: Seeds) -> str:
         shares = mean_shares(seeds, stage)
         chores = shares.pop("Chores", 0.0)  # a category of its own, and never the "largest" here
         head = max(shares, key=shares.get)
+        # Over seeds, of all users of each: not a mean over users.
         wide = spread([pooled("spread", s["topics"][stage]) for s in seeds], ".1f")
         rows.append([stage, f"{chores:.3f}", f"{head} {shares[head]:.3f}", wide])
     return markdown_table(experiments.tables()["figure3"].head, rows)
@@ -140,9 +138,6 @@ def measured(seeds: Seeds) -> str:
     rows = [[name, f"{np.mean(row):.3f} ({', '.join(f'{v:.3f}' for v in row)})"]
             for name, row in values.items()]
     return "## What the figures rest on\n\n" + markdown_table(["", "mean (each seed)"], rows)
-
-
-# ---------------------------------------------------------------------------------------- pictures
 
 
 def daily(seeds: Seeds, name: str) -> dict[str, dict]:
@@ -162,92 +157,65 @@ def daily(seeds: Seeds, name: str) -> dict[str, dict]:
     return arms
 
 
-def draw_days(seeds: Seeds, path: Path) -> None:
-    labels = {"ctr": "click-through rate (CTR), %", "sessions": "sessions per user and day"}
-    figures.lines([figures.Panel(label, "day of the test", daily(seeds, name))
-                   for name, label in labels.items()],
-                  path, "A/B test: means of all days up to each, bands 95 %")
-
-
-def draw_frontier(seeds: Seeds, wanted: list[str], have: set[str], path: Path) -> None:
+def draw_frontier(seeds: Seeds, have: set[str], path: Path, title: str) -> None:
     """Table 1's methods, and what lambda changes: in training, and in choosing when serving."""
-    lines = {}  # line -> its points -> what is written beside them
-    if {"lambda 0.5", "lambda 1.0"} <= have:
-        lines["IceBreaker, lambda in DPO"] = {"IceBreaker": "", "lambda 0.5": "",
-                                              "lambda 1.0": "λ 1"}
-    if "serving" in wanted:
-        for method, kind in (("SFT", "MMR"), ("SFT", "DPP"), ("SFT", "list search"),
-                             ("IceBreaker", "list search")):
-            # With lambda 1 every chooser takes the highest utility.
-            choices = (f"{kind}, lambda 0.1", kind, f"{kind}, lambda 0.5", "highest utility")
-            names = (f"{method}, {choice}" for choice in choices)
-            lines[f"{method}, {kind}"] = dict(zip(names, ("λ 0.1", "", "", "λ 1"), strict=True))
-    methods = [*(m for names in lines.values() for m in names), *paper_figures()["table1"]]
-    points = {method: tuple(bootstrap(per_seed(seeds, method, m)) for m in ("r_score", "lexical"))
-              for method in dict.fromkeys(methods)}
+    drawn = experiments.read()["frontier"]
+    # A line is drawn whole or not at all: without its variants there is no sweep.
+    lines = {label: points for label, points in drawn.items() if {*points} <= have}
+    methods = {*paper_figures()["table1"]}.union(*lines.values())
+    points = {m: tuple(bootstrap(per_seed(seeds, m, axis)) for axis in ("r_score", "lexical"))
+              for m in sorted(methods)}
     figures.frontier(points, path, lines, "utility: R-Score against PE (held-out ranker)",
-                     "distinct keywords per list", "Utility against diversity; lines: lambda, the "
-                     "weight of utility, is 0.1, 0.2, 0.5, 1; bars: 95 % over users, of these "
-                     "trainings")
+                     "distinct keywords per list", title)
 
 
-def draw_hacking(seeds: Seeds, path: Path) -> None:
+def draw_hacking(seeds: Seeds, path: Path, title: str) -> None:
     """Lifts over PE as the training ranker, the held-out one and the hidden truth see them."""
-    judges = {"training ranker": "train_utility", "held-out ranker": "utility",
-              "hidden truth": "true_clicks"}  # who judges -> its metric
     rows = {method: {} for method in paper_figures()["table1"] if method != "PE"}  # in its order
-    for judge, metric in judges.items():
+    for judge, metric in experiments.read()["judges"].items():
         base = over_seeds(per_seed(seeds, "PE", metric))[0]  # units differ: shares of PE's mean
         for method, lifts in rows.items():
             ends = bootstrap(paired(seeds, metric, method, "PE"))
             lifts[judge] = tuple(end / base for end in ends)  # value, low, high
-    figures.hacking(rows, path, "Lift over PE, by who judges; whiskers: 95 % over users, of these "
-                    "trainings")
+    figures.hacking(rows, path, title)
 
 
-def draw_rings(seeds: Seeds, path: Path) -> None:
-    history, interests, starters = (mean_shares(seeds, s) for s in ("history", "RID", "IceBreaker"))
-    figures.rings([
-        {"title": "RID", "inner": history, "inner_label": "history",
-         "outer": interests, "outer_label": "trigger interests"},
-        {"title": "ISG", "inner": interests, "inner_label": "trigger interests",
-         "outer": starters, "outer_label": "starters"},
-    ], path, {"Chores"}, "Topics, means over seeds")
+def draw_rings(seeds: Seeds, path: Path, title: str) -> None:
+    panels = [panel | {ring: mean_shares(seeds, panel[ring]) for ring in ("inner", "outer")}
+              for panel in experiments.read()["rings"]]  # names of stages become their shares
+    figures.rings(panels, path, {"Chores"}, title)
 
 
-def draw_rounds(seeds: Seeds, path: Path) -> None:
-    """R-Score and keywords after each of five rounds of DPO."""
-    panels = []
-    for label, metric in (("R-Score", "r_score"), ("distinct keywords per list", "lexical")):
-        y, low, high = zip(*(bootstrap(per_seed(seeds, m, metric)) for m in ROUNDS), strict=True)
-        row = {"x": range(1, len(ROUNDS) + 1), "y": y, "low": low, "high": high}
-        panels.append(figures.Panel(label, "round", {"IceBreaker": row}))
-    figures.lines(panels, path, "Utility and diversity by round; bands: 95 % over users, of these "
-                  "trainings")
+def by_round(seeds: Seeds, metric: str) -> dict[str, dict]:
+    """IceBreaker after each of five rounds of DPO, as figures.lines has it."""
+    y, low, high = zip(*(bootstrap(per_seed(seeds, m, metric)) for m in ROUNDS), strict=True)
+    x = range(1, len(ROUNDS) + 1)  # rounds count from 1
+    return {"IceBreaker": {"x": x, "y": y, "low": low, "high": high}}
 
 
 def pictures(seeds: Seeds, log: list[dict], folder: Path, wanted: list[str]) -> list[str]:
     """Write the PNGs that these tables allow; returns their names."""
     have = {m for m in seeds[0]["values"] if all(m in s["values"] for s in seeds)}
-    draw: dict[str, Callable[[Path], None]] = {  # name -> how
-        "training_curves": lambda path: figures.curves(
-            log, path, "Training on the first seed (long ones: each step thin, a running mean "
-            "thick)"),
-        "frontier": lambda path: draw_frontier(seeds, wanted, have, path),
-        "reward_hacking": lambda path: draw_hacking(seeds, path),
+    texts, panel = experiments.read(), figures.Panel
+    draw: dict[str, Callable] = {  # name -> how, given path and title
+        "training_curves": lambda *to: figures.curves(log, *to, texts["curves"]),
+        "frontier": lambda *to: draw_frontier(seeds, have, *to),
+        "reward_hacking": lambda *to: draw_hacking(seeds, *to),
     }
     if "figure3" in wanted:
-        draw["rings"] = lambda path: draw_rings(seeds, path)
+        draw["rings"] = lambda *to: draw_rings(seeds, *to)
     if "2" in wanted:
-        draw["ab_days"] = lambda path: draw_days(seeds, path)
+        day = "day of the test"
+        days = [panel("click-through rate (CTR), %", day, daily(seeds, "ctr")),
+                panel("sessions per user and day", day, daily(seeds, "sessions"))]
+        draw["ab_days"] = lambda *to: figures.lines(days, *to)
     if {*ROUNDS} <= have:
-        draw["rounds"] = lambda path: draw_rounds(seeds, path)
-    for name, how in draw.items():
-        how(folder / f"{name}.png")
+        rounds = [panel("R-Score", "round", by_round(seeds, "r_score")),
+                  panel("distinct keywords per list", "round", by_round(seeds, "lexical"))]
+        draw["rounds"] = lambda *to: figures.lines(rounds, *to)
+    for name, how in draw.items():  # bytes hang on the data alone: Git sees what changed
+        how(folder / f"{name}.png", texts["titles"][name])
     return [*draw]
-
-
-# --------------------------------------------------------------------------------------- the report
 
 
 def reproduction_page(seeds: Seeds, wanted: list[str], note: str, names: list[str]) -> str:

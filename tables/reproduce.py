@@ -9,7 +9,7 @@ A seed's main run (train.py's stages) is trained once; a variant starts as a cop
 stages that its settings change run again. What was trained and written is kept, and measured again
 where the code has changed since; tasks run side by side, one a core. Seeds from 0 on are reported;
 settings were chosen on seeds of 100 and above, but for four that the reported ones had a part in
-(docs/departures.md: 1, 12, 13 and 15).
+(README, departures 1, 12, 13 and 15).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def is_default(path: str) -> bool:
 
 def seed_config(words: list[str], path: str, seed: int, variant: str = MAIN) -> Config:
     """The settings of one run; its folder is named after them, seed and variant."""
-    # Another file's settings are part of the name; the default's may change, its runs with them.
+    # The name tells another file's settings; where the default's change, stages run anew.
     given = words if is_default(path) else [*words, digest(load_config(path))]
     name = "-".join(["reproduce", digest(given)[:6], f"seed{seed}", *variant.split()])
     changes = [f"world.seed={seed}", f"run.seed={seed}", f"run.name={name}"]
@@ -100,27 +100,23 @@ def reproduce(
     print(f"{claims.counted(rows)}: {out / 'claims.md'}")
 
 
-# -------------------------------------------------------------------------------------------- tasks
-
-
 @dataclass(frozen=True)
 class Task:
     """Work for a process of its own, once the tasks that it needs are done."""
 
     work: Callable
     arguments: tuple  # both travel to the process: picklable
-    needs: tuple[str, ...] = ()
-    length: float = 1.0  # beside a variant's, roughly; for the time that is left
+    needs: tuple[str, ...] = ()  # names of tasks
 
 
 def tasks_of(words: list[str], path: str, seeds: list[int], variants) -> dict[str, Task]:
     """Each seed's main run, its variants, and its measurement once all of them are there."""
-    tasks, lengths = {}, experiments.read()["lengths"]
+    tasks = {}
     for seed in seeds:
         main, runs = f"seed {seed}", {f"seed {seed}, {v}": v for v in variants}
-        tasks[main] = Task(train_run, (words, path, seed, MAIN), length=3.0)
+        tasks[main] = Task(train_run, (words, path, seed, MAIN))
         for name, v in runs.items():
-            tasks[name] = Task(train_run, (words, path, seed, v), (main,), lengths.get(v, 1.0))
+            tasks[name] = Task(train_run, (words, path, seed, v), (main,))
         config, *others = (seed_config(words, path, seed, v) for v in (MAIN, *variants))
         tasks[f"{main}, measured"] = Task(measure_seed, (config, others), (main, *runs))
     return tasks
@@ -146,7 +142,7 @@ def clock(file: Path, env: dict):
 def in_parallel(tasks: dict[str, Task], spent: dict[str, float]) -> None:
     """Run tasks, one process a core; spent["core_hours"] grows with each that ends."""
     seconds, done, running = 0.0, [], {}  # running: future -> name
-    total, workers = sum(task.length for task in tasks.values()), min(len(tasks), os.cpu_count())
+    workers = min(len(tasks), os.cpu_count())
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started here: one a core
     # Not forked: torch's threads do not survive a fork.
     with ProcessPoolExecutor(workers or 1, multiprocessing.get_context("spawn")) as pool:
@@ -163,8 +159,8 @@ def in_parallel(tasks: dict[str, Task], spent: dict[str, float]) -> None:
                         print(f"failed: {done[-1]}", flush=True)
                     seconds += future.result()  # raises what the task raised
                     spent["core_hours"] = seconds / 3600
-                    length = sum(tasks[name].length for name in done)
-                    left = seconds / length * (total - length) / workers / 60  # minutes
+                    # Roughly: a main run takes as long as three variants.
+                    left = seconds / len(done) * (len(tasks) - len(done)) / workers / 60  # minutes
                     print(f"{len(done)} of {len(tasks)}: {done[-1]}, about {left:.0f} minutes left",
                           flush=True)
         except BaseException:  # Ctrl-C too

@@ -79,6 +79,7 @@ def matcher_quality(run: Run, truth: Truth, users: list[str]) -> dict[str, float
         later = [understand(session.summary) for session in run.parts(user, cut)[1]]
         for text, label in zip(run.histories[user][cut].texts, revisits[user, cut], strict=True):
             topic, subjects, _ = understand(text)
+            # As RID means it: the same specific subject comes up again, not its topic alone.
             real = any(topic == other and subjects & theirs for other, theirs, _ in later)
             real &= not is_chore(truth, text)  # a chore is no interest
             if label >= 0:  # else the matcher's call failed

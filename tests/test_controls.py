@@ -10,8 +10,8 @@ from conftest import micro
 import icebreaker as ib
 from roles.writer import Writer
 from run import Run
+from stages.pools import score_pools
 from stages.ranker import load_ranker
-from stages.search import score_pools
 from tables import controls
 from world import people
 

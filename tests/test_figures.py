@@ -10,9 +10,10 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from tables import figures
+from tables import experiments, figures
 
 LONG = "a name that goes on and on, with no regard for the room that a picture has " * 3
+PANELS = experiments.read()["curves"]
 NAMES = ["PE", LONG, "SFT, list search", "λ 0.1", "100 %", "IceBreaker"]
 INTERVALS = [[0.25, 0.1, 0.4], [0.2, 0.2, 0.2], [0.3, 0.3, 0.5], [0.1, 0.2, 0.3],
              [-0.2, -0.4, -0.1], [0.0, -1.0, 1.0]]  # the fourth lies outside, by rounding
@@ -67,8 +68,8 @@ def lines(panels, path):
 
 
 CASES = {
-    "curves": (lambda x, path: figures.curves(x, path, LONG), LOG),
-    "curves of one epoch": (lambda x, path: figures.curves(x, path, "t"), LOG[:2]),
+    "curves": (lambda x, path: figures.curves(x, path, LONG, PANELS), LOG),
+    "curves of one epoch": (lambda x, path: figures.curves(x, path, "t", PANELS), LOG[:2]),
     "frontier": (lambda x, path: frontier(x, path, SWEEP), POINTS),
     "frontier of one point": (frontier, {"only": ([1, 0, 2], [2, 2, 2])}),
     "rings": (rings, [PANEL] * 3),
@@ -122,7 +123,7 @@ def test_every_point_and_line_is_named_once_and_drawn_with_its_bars(drawn, tmp_p
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_titles_keep_clear_of_each_other(count, drawn, tmp_path):
     rings([PANEL] * count, tmp_path / "a.png")
-    figures.curves(LOG, tmp_path / "b.png", LONG)
+    figures.curves(LOG, tmp_path / "b.png", LONG, PANELS)
     for figure in drawn:
         boxes = [ax.title.get_window_extent() for ax in figure.axes]
         boxes.append(figure._suptitle.get_window_extent())
@@ -178,7 +179,7 @@ def test_a_rerun_of_sit_is_told_by_its_step(steps, epochs):
 
 
 def test_dpo_rounds_stand_one_after_another(drawn, tmp_path):
-    figures.curves(LOG, tmp_path / "a.png", "t")
+    figures.curves(LOG, tmp_path / "a.png", "t", PANELS)
     [axes] = [a for a in drawn[0].axes if a.get_title().startswith("DPO: loss")]
     named = {line.get_label(): list(line.get_xdata()) for line in axes.lines}
     assert named["round 1"] == [*range(1, 9)] and named["round 2"] == [*range(9, 59)]
@@ -188,7 +189,7 @@ def test_dpo_rounds_stand_one_after_another(drawn, tmp_path):
 
 def test_nothing_to_draw_is_said_and_leaves_no_file(tmp_path):
     with pytest.raises(ValueError, match="no epoch or step"):
-        figures.curves([{"stage": "world"}], tmp_path / "a.png", "t")
+        figures.curves([{"stage": "world"}], tmp_path / "a.png", "t", PANELS)
     with pytest.raises(KeyError):
         figures.lines([figures.Panel("", "", {"a": {"y": [1]}})], tmp_path / "a.png", "")
     assert not list(tmp_path.iterdir())

@@ -4,6 +4,7 @@ import shutil
 
 from conftest import micro
 
+from config import read_json
 from run import Run
 from tables import experiments, measure
 
@@ -15,7 +16,7 @@ def test_equal_policies_write_equal_lists(finished, tmp_path, monkeypatch):
     methods = {"IceBreaker": experiments.Method("sit"), "middle": experiments.Method("sit")}
     monkeypatch.setattr(experiments, "methods", lambda: methods)
     measure.write_starters(run.config, experiments.MAIN)
-    made = measure.starters_of(run.config)["lists"]
+    made = read_json(run.folder / "report" / "starters.json")["lists"]
     assert [*made["middle"]] == run.ids("test") and {*run.ids("judge")} < {*made["IceBreaker"]}
     for user, lists in made["middle"].items():
         assert made["IceBreaker"][user][:2] == lists and len(made["IceBreaker"][user]) == 4

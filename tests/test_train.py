@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import math
-import random
 import re
 import shutil
 import subprocess
@@ -53,10 +52,10 @@ def test_a_killed_run_resumes_to_the_same_bytes_and_never_reads_the_truth(
     truth = tmp_path / "tiny" / "world" / "truth"
     truth.rename(tmp_path / "aside")
 
-    def killed(run, writer, model, pairs, label, *rest):
+    def killed(run, writer, model, reference, pairs, label, *rest):
         if label == "round 2":
             raise KeyboardInterrupt
-        return whole_align(run, writer, model, pairs, label, *rest)
+        return whole_align(run, writer, model, reference, pairs, label, *rest)
 
     monkeypatch.setattr(dpo, "align", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -206,7 +205,7 @@ def test_the_first_loss_is_ln_2_in_every_precision(finished, qwen, tmp_path, pre
                 weight.normal_(std=0.1)
     if precision == "16 bit":
         model.bfloat16()
-    figures = dpo.align(run, writer, model, pairs, "round 1", run.config.dpo)
+    figures = dpo.align(run, writer, model, model, pairs, "round 1", run.config.dpo)
     assert figures["first_loss"] == pytest.approx(math.log(2), abs=1e-7)
     first = json.loads((tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()[-1])
     assert first["step"] and figures["chosen_logp"] != 0
@@ -230,7 +229,7 @@ def test_llm_roles_and_an_endpoint_that_fail_now_and_then(finished, qwen, tmp_pa
         models.append(body["model"])
         if not system:
             lines = [line[2:] for line in user["content"].splitlines()[1:]]
-            return roles.RuleTeacher().write(lines, 3, random.Random(body["seed"]))
+            return roles.Rules(None).write([lines], 3, [body["seed"]])[0]
         fields = json.loads(user["content"].split("<data>\n")[1].split("\n</data>")[0])
         which, hit = divmod(zlib.crc32(user["content"].encode()), 4)  # in any order of the calls
         first = "interests" in fields and next(taught) == 0  # of so few, none might fail by chance
@@ -239,7 +238,7 @@ def test_llm_roles_and_an_endpoint_that_fail_now_and_then(finished, qwen, tmp_pa
         if "messages" in fields:
             return fields["messages"][0]["text"]
         if "interests" in fields:
-            return roles.RuleTeacher().write(fields["interests"], 6, random.Random(body["seed"]))
+            return roles.Rules(None).write([fields["interests"]], 6, [body["seed"]])[0]
         early, late = (set(re.findall(r"[A-Z]\w+", fields[x])) for x in ("earlier", "later"))
         return "MATCH" if early & late else "DIFFERENT"
 

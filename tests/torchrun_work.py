@@ -30,7 +30,7 @@ def main() -> None:
         players = players_module.Players(run.config, run.encoder, writer)
         for module in (writer_module, players_module):
             module.fit_to_show = lambda text, *_: [text[:40], text[40:80], "Chess?"]
-        states = sit.chosen_states(run, [0, 1], 7, random.Random(0))
+        states = sit.draw_states(run, [0, 1], 7, random.Random(0))
         lists = writer.sample(writer.policy(None), [s.interests for s in states], 2, 5)
         taught = sit.teacher_lists(run, players, states, 2, "test")
         both = [policy + teacher for policy, teacher in zip(lists, taught, strict=True)]
@@ -43,7 +43,7 @@ def main() -> None:
         model, figures = sit.instruct(run, writer, rows)
         llm.save_adapter(model, Path(out) / f"sit{count}")
         mined = read_json(Path(finished) / "dpo" / "round1" / "pairs.json")
-        figures |= dpo.align(run, writer, model, mined, "round 1", run.config.dpo)
+        figures |= dpo.align(run, writer, model, model, mined, "round 1", run.config.dpo)
         llm.save_adapter(model, Path(out) / f"dpo{count}")
         figures = {k: v for k, v in figures.items() if isinstance(v, float)}
         result = {"lists": lists, "pairs": gather(pairs), "figures": figures}

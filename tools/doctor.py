@@ -44,7 +44,7 @@ def _versions(config: Config) -> Lines:
     yield sys.version_info >= (3, 11), f"Python {platform.python_version()} (3.11 or later)"
     text = (ROOT / "requirements.txt").read_text(encoding="utf-8")
     pins = dict(re.findall(r"^([\w-]+)==(\S+)", text, re.MULTILINE))
-    for name in ("torch", "transformers", "peft", "bitsandbytes"):
+    for name in ("torch", "transformers", "peft", "bitsandbytes"):  # tested as one set
         try:
             here = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -58,7 +58,7 @@ def _gpu(config: Config) -> Lines:
         yield True, "no GPU: the embedded default and small models run on the CPU"
         return
     card = torch.cuda.get_device_properties(0)
-    bf16 = torch.cuda.is_bf16_supported()
+    bf16 = torch.cuda.is_bf16_supported()  # in which models are loaded there (llm/model.py)
     text = f"GPU {card.name}, {card.total_memory / GIB:.1f} GiB, CUDA {torch.version.cuda}"
     yield bf16, text + (", bf16" if bf16 else ": no bf16, which starts with compute capability 8.0")
 
@@ -87,7 +87,7 @@ def unreachable(url: str, key: str = "") -> str:
         request.add_unredirected_header("Authorization", f"Bearer {key}")
     try:
         with urllib.request.urlopen(request, timeout=3):
-            return ""
+            return ""  # whatever it says: it is there, and takes the key
     except urllib.error.HTTPError as error:
         return f"HTTP {error.code}"
     except (OSError, http.client.HTTPException) as error:
@@ -124,7 +124,7 @@ def _endpoints(config: Config) -> Lines:
     ):
         if url:
             key = os.environ.get(variable, "").strip() if variable else ""
-            why = unreachable(url.rstrip("/") + "/models", key)
+            why = unreachable(url.rstrip("/") + "/models", key)  # it needs the key
             shown = url.split("@")[-1]  # whatever stands before is a secret
             advice = f": {why}; start the server, or correct {name} or its key"
             yield not why, f"{name} {shown}" + (advice if why else " answers")
@@ -143,7 +143,7 @@ def _room(config: Config) -> Lines:
         card = torch.cuda.get_device_properties(0).total_memory
         advice = "smaller batch_users, sample_rows or max_prompt_tokens; see --plan"
         places.append(("GPU memory", card, peak * FRAGMENTATION + CONTEXT, advice))
-    root, cache = config.run.root, constants.HF_HUB_CACHE
+    root, cache = config.run.root, constants.HF_HUB_CACHE  # HF_HOME moves the second
     adapters = 4 * s.lora(g.lora_rank) * (config.dpo.rounds + 2)  # sit, each round, the baseline
     disks = [(f"run.root ({root})", root, adapters + GIB / 2)]
     if not at_hand(g):  # 2 bytes a parameter come from the hub

@@ -26,14 +26,14 @@ class Best:
         """Keep the weights as they are now if their value is the highest; nan is the lowest."""
         if self.weights is None or value > self.value:
             self.weights = {name: w.detach().clone() for name, w in self._changing()}
-            self.value, self.waited = value if value == value else -math.inf, 0
+            self.value, self.waited = value if value == value else -math.inf, 0  # nan != nan
         else:
             self.waited += 1
 
     @torch.no_grad()
     def restore(self) -> None:
         for name, weight in self._changing():
-            weight.copy_(self.weights[name])
+            weight.copy_(self.weights[name])  # in place: an optimiser keeps its tensors
 
     def _changing(self):
         trained = ((n, w) for n, w in self.module.named_parameters() if w.requires_grad)
@@ -76,4 +76,5 @@ def part_of(batch: list) -> tuple[list, float]:
     without a share computes a row for nothing: DDP waits for all.
     """
     part = share(batch)
+    # Factor 0: a row that counts for nothing still takes part in the averaging.
     return (part, float(processes()[1])) if part else (batch[:1], 0.0)

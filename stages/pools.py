@@ -34,6 +34,18 @@ def score_pools(
     return utility, similarity, valid
 
 
+def best_lists(
+    settings: DpoConfig, list_size: int, utility: torch.Tensor, similarity: torch.Tensor,
+    valid: torch.Tensor, expand: int = 0,
+) -> torch.Tensor:
+    """Algorithm 1 with dpo's settings: lists (B, beam, K) of indices, best first, -1 for none."""
+    scaled = ib.min_max(utility, valid)  # Unstated: r_util and r_div need one scale, as in Eq. (8)
+    return ib.list_search(
+        scaled, similarity, list_size, settings.beam, expand or settings.expand, settings.weight,
+        valid,
+    )[0]
+
+
 def list_order(
     settings: DpoConfig, list_size: int, utility: torch.Tensor, similarity: torch.Tensor,
     valid: torch.Tensor | None = None, lists: int = 1000, expand: int = 0,
@@ -44,15 +56,13 @@ def list_order(
     they are too few to fill one, the others by utility. expand: where it differs from settings'.
     """
     free = torch.ones_like(utility, dtype=torch.bool) if valid is None else valid.clone()
-    order: list[list[int]] = [[] for _ in utility]
+    order: list[list[int]] = [[] for _ in utility]  # indices into each row's candidates
     for _ in range(lists):
         rich = (free.sum(1) >= list_size).nonzero().flatten()  # rows that can fill another list
         if not len(rich):
             break
-        beams, _ = ib.list_search(
-            ib.min_max(utility[rich], free[rich]),  # Unstated: r_util and r_div need one scale
-            similarity[rich], list_size, settings.beam, expand or settings.expand,
-            settings.weight, free[rich],
+        beams = best_lists(
+            settings, list_size, utility[rich], similarity[rich], free[rich], expand
         )
         for row, best in zip(rich.tolist(), beams[:, 0].tolist(), strict=True):
             order[row] += best
@@ -70,8 +80,9 @@ def searched(
 ) -> list[list[list[str]]]:
     """At most `lists` full lists of each user's pool, best first; what there is if none is full."""
     k, results = config.generator.list_size, []
+    # Order is list after list, so each k of it are one.
     scored = score_pools(encode, ranker, states, pools)
     for pool, order in zip(pools, list_order(config.dpo, k, *scored, lists=lists), strict=True):
         rows = [[pool[j] for j in order[i : i + k]] for i in range(0, len(order), k)][:lists]
-        results.append([row for row in rows if len(row) == k] or rows)
+        results.append([row for row in rows if len(row) == k] or rows)  # a short list beats none
     return results
