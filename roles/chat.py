@@ -98,9 +98,8 @@ class Endpoint:
             return "", "connection"
         except openai.APIStatusError as error:
             return "", self._failure(error)
-        except (openai.APIError, ValueError, RecursionError):  # no JSON
-            return "", "malformed"
-        except (AttributeError, TypeError, LookupError):  # other JSON than a completion
+        except (openai.APIError, ValueError, RecursionError,  # no JSON, or
+                AttributeError, TypeError, LookupError):  # other JSON than a completion
             return "", "malformed"
         if end == "content_filter" or refusal:
             return "", "refused"
@@ -185,7 +184,7 @@ _UNREACHED = {"rate limit", "server error", "time-out", "connection", "malformed
 class Chat:
     """Requests in, values out; what could be read is kept in `cache`, one SQLite file.
 
-    counts: distinct requests asked, cached, answered; and failed by reason. They may be cleared.
+    counts: distinct requests asked, cached, answered, and failed by reason; to be cleared at will.
     """
 
     def __init__(self, backend: Endpoint | Local, cache: str | Path):
@@ -229,9 +228,8 @@ class Chat:
         self._in_a_row = self._in_a_row + 1 if not self._heard or failure in _UNREACHED else 0
         if self._in_a_row >= self.backend.patience:
             raise UserError(
-                f"{self}: the last {self._in_a_row} calls gave no answer; check that this model is "
-                "served and follows instructions. Answers so far are kept; run the same command "
-                "again")
+                f"{self}: {self._in_a_row} calls in a row gave no answer; check that it is served "
+                "and follows instructions. Answers are kept: run the same command again")
 
     def __str__(self) -> str:
         """'http://host:8000/v1, model m (asked 10, answered 8, time-out 2)'."""

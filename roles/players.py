@@ -33,7 +33,7 @@ class Players:
     def _player(self, role: str, everyone=()) -> roles.Rules | prompted.Prompted:
         """Who plays a role: rules, "endpoint", or "generator", the base without an adapter."""
         player = getattr(self.config.roles, role)
-        if player == "rules":
+        if player == "rules":  # offline, the same answer each time
             return roles.Rules(self.encode, everyone)
         if player not in self._chats:  # a model is loaded once for all roles
             if player == "endpoint":
@@ -67,7 +67,7 @@ class Players:
 
     def judge(self) -> roles.Rules | prompted.Prompted:
         """Which of two lists of interests says more about a user: an object with `compare`."""
-        return self._player("judge")
+        return self._player("judge")  # of RID's interests, in Table 6
 
     def summarise(self, sessions: list[list[Message]]) -> list[str | None]:
         """A line for each session's messages; None where there is none."""

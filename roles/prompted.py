@@ -10,6 +10,7 @@ E earlier and L later summaries.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -113,15 +114,13 @@ class Prompted:
         The same text matches unasked, and settles its row: the label is whether any is a match.
         """
         matches = [self._unasked(*job) for job in jobs]
-        places = [(labels, i, j, (earlier[i], later[j]))  # of what is to be asked
+        blocks = [data_block(earlier=earlier[i], later=later[j])
                   for (earlier, later), labels in zip(jobs, matches, strict=True)
                   for i, j in np.argwhere(labels < 0)]
-        pairs = [*dict.fromkeys(pair for *_, pair in places)]  # each once, whoever wrote it
-        blocks = [data_block(earlier=a, later=b) for a, b in pairs]
-        said = self._ask("matcher", word_reader({"MATCH": 1, "DIFFERENT": 0}), blocks)
-        label = dict(zip(pairs, said, strict=True))
-        for labels, i, j, pair in places:
-            labels[i, j] = -1 if label[pair] is None else label[pair]
+        said = iter(self._ask("matcher", word_reader({"MATCH": 1, "DIFFERENT": 0}), blocks))
+        for labels in matches:  # in the order of argwhere
+            answers = list(itertools.islice(said, int((labels < 0).sum())))
+            labels[labels < 0] = [-1 if answer is None else answer for answer in answers]
         return matches
 
     def _unasked(self, earlier: list[str], later: list[str]) -> np.ndarray:
@@ -155,10 +154,8 @@ class Prompted:
 
 def _excerpt(messages: list[Message]) -> list[dict[str, str]]:
     """Messages in order; the user's are given room first, the others what is left."""
-    room, kept = ROOM, {}  # kept: by place in the session
+    room, texts = ROOM, {}  # place in the session -> what is shown of it
     for i in sorted(range(len(messages)), key=lambda i: messages[i].role != "user"):
-        text = messages[i].content[:room]
-        room -= len(text)
-        if text:
-            kept[i] = {"role": messages[i].role, "text": text}
-    return [kept[i] for i in sorted(kept)]
+        texts[i] = messages[i].content[:room]
+        room -= len(texts[i])
+    return [{"role": m.role, "text": texts[i]} for i, m in enumerate(messages) if texts[i]]

@@ -28,11 +28,10 @@ MATCH_COSINE = 0.45  # where a phrase is shared; .3: the same, .65: recall .87
 MATCH_COSINE_ALONE = 0.85  # the same in other words; .75: precision .56, .95: .65
 THEME_SHARE = 0.02  # of the people: their "travel tips" is a field, no subject; 1: precision .44
 
-Angle = list[tuple[str, str]]  # templates: ("kind|kind" of subject, or "any"; text with {x})
 
-
-def _angles(lang: str) -> list[Angle]:
-    """Fresh lists, as the teacher shuffles them and uses them up."""
+def _angles(lang: str) -> list[list[tuple[str, str]]]:
+    """Of each angle its templates: ("kind|kind" of subject, or "any"; text with {x})."""
+    # Fresh lists, as the teacher shuffles them and uses them up.
     return [[template for item in items for template in item.items()]
             for items in text.read_yaml("templates.yaml")[lang].values()]
 
@@ -70,15 +69,10 @@ class Rules:
         """everyone: summaries of each person; what many share is a theme, no subject."""
         self.encode, self.themes = encode, _themes(everyone)
 
-    # ------------------------------------------------------------------------------------ teacher
-
     def write(self, inputs: Iterable[list[str]], n: int, seeds: Iterable[int]) -> list[str]:
-        """`<think> .. </think><sug> a && b </sug>` with n starters for the interests of each input:
-        a key phrase of each interest in turn, under varied angles, in the language of most.
-
-        Chores come only when nothing else is left. Fewer than n only if no phrase is usable or the
-        templates run out.
-        """
+        """Of each input `<think> .. </think><sug> a && b </sug>` with n starters: a key phrase of
+        each interest in turn, under varied angles, in the language of most. Chores come only when
+        nothing else is left; fewer than n only if no phrase is usable or the templates run out."""
         return [self._write(interests, n, random.Random(seed))
                 for interests, seed in zip(inputs, seeds, strict=True)]
 
@@ -119,7 +113,7 @@ class Rules:
         return subjects[False] or subjects[True]
 
     @staticmethod
-    def _starter(phrases: list[str], kind: str, angles: list[Angle], interests: list[str],
+    def _starter(phrases: list[str], kind: str, angles: list[list], interests: list[str],
                  starters: list[str]) -> str | None:
         """The first fitting template under the angle used least recently; it is used up."""
         candidates = ((phrase, angle, template) for phrase in phrases for angle in angles
@@ -132,8 +126,6 @@ class Rules:
                 angles.append(angle)  # least recently used comes first
                 return starter
         return None
-
-    # ------------------------------------------------------------------------------------ matcher
 
     def match(self, jobs: Sequence[tuple[list[str], list[str]]]) -> list[np.ndarray]:
         """(E, L) of 1 and 0 for each (earlier, later) job: do they share a specific subject?"""
@@ -157,8 +149,6 @@ class Rules:
         spans = [set().union(*map(_spans, key_phrases(summary))) for summary in whole]
         units = [{*map(_unit, key_phrases(summary))} - self.themes for summary in parts]
         return np.array([[not unit.isdisjoint(span) for unit in units] for span in spans])
-
-    # -------------------------------------------------------------------------- judge, summariser
 
     def compare(self, rows: Sequence[tuple[list[str], list[str], list[str]]]) -> list[float]:
         """(history, a, b) -> 1.0 if a says more about the user, 0.0 if b does, 0.5 for a tie."""

@@ -34,7 +34,6 @@ _QUOTED = re.compile(r"[\"“「《]([^\"“”「」《》]{2,60})[\"”」》]
 
 @functools.cache  # once a process, when first asked for: nothing is read on import
 def read_yaml(name: str) -> dict:
-    """A YAML file of this folder."""
     return yaml.safe_load((Path(__file__).parent / name).read_text(encoding="utf-8"))
 
 
@@ -183,7 +182,7 @@ def is_unsuitable(text: str) -> str | None:
 
 
 def majority_language(interests: Sequence[str]) -> str:
-    """Of equals the one that comes first."""
+    # Of equals the one that comes first.
     return Counter(map(language, interests)).most_common(1)[0][0] if interests else "other"
 
 
@@ -213,10 +212,8 @@ def filter_starters(starters: Iterable[str], interests: Sequence[str], seen: Ite
     kept, dropped = [], Counter()
     for starter in starters:
         normal, reason = normal_form(starter), _fault(starter, wanted)
-        if reason is None and normal in shown and not repeats:
-            reason = "duplicate"
-        if reason:
-            dropped[reason] += 1
+        if reason or (normal in shown and not repeats):
+            dropped[reason or "duplicate"] += 1
         else:
             kept.append(starter)
             shown.add(normal)
@@ -224,10 +221,8 @@ def filter_starters(starters: Iterable[str], interests: Sequence[str], seen: Ite
 
 
 def covering(starters: list[str], interests: list[str], k: int, encode: Encode) -> list[str]:
-    """At most k starters that cover the interests: from each interest in turn its next starter.
-
-    A starter is of the interest that it is nearest to. Order within an interest stays.
-    """
+    """At most k starters that cover the interests: from each interest in turn its next starter,
+    of those that are nearest to it, in their order."""
     if not starters or not interests:
         return starters[:k]
     nearest = cosines(encode, starters, interests).argmax(1)  # (len(starters),)
