@@ -7,8 +7,6 @@ a run that was stopped asks only for the rest; a call that failed is counted und
 stays unknown. No prompt, answer or key appears in a log or an error.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import itertools
@@ -20,15 +18,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import TypeVar
 from urllib.parse import urlsplit
 
 import openai
 
 import llm
 from config import EndpointConfig, UserError, progress
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -193,13 +188,13 @@ class Chat:
         self.cache.parent.mkdir(parents=True, exist_ok=True)
         self._open().close()  # a file that is no cache is refused before any call
 
-    def ask(self, requests: list[Request], read: Callable[[str], T]) -> list[T | None]:
+    def ask(self, requests: list[Request], read: Callable) -> list:
         """read(text) of each answer, None where the call failed; equal requests are asked once.
 
         read: raises ValueError for a text that it cannot read. Raises UserError where no further
         call would succeed; what was answered is kept.
         """
-        values: dict[Request, T] = {}
+        values = {}  # request -> what was read
         with contextlib.closing(self._open()) as cache:
             for request in (distinct := dict.fromkeys(requests)):
                 query = "SELECT text FROM answers WHERE key = ?", (self._key(request),)
@@ -257,7 +252,8 @@ class Sampler:
     server knew by the same name; path: its folder, empty for the base.
     """
 
-    def __init__(self, settings: EndpointConfig, more: dict, cache: Path, policy="", path=""):
+    def __init__(self, settings: EndpointConfig, more: dict, cache: Path, policy: str = "",
+                 path: str = ""):
         backend, model = Endpoint(settings, more, False, "generator.endpoint"), settings.model
         backend.identity += f", policy {policy}"  # answers of another training are not ours
         how = f"the adapter under that name (vLLM: --lora-modules {model}={path})"

@@ -8,13 +8,10 @@ only, and gives no rationale; the judge is asked in both orders, as place sways 
 E earlier and L later summaries.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import re
 from collections.abc import Callable
-from typing import TypeVar
 
 import numpy as np
 
@@ -22,8 +19,6 @@ import llm
 from data import Message
 from roles.chat import Chat, Request, encodable
 from roles.text import Encode, cosines, is_functional, lexicon, read_yaml, same_text
-
-T = TypeVar("T")
 
 # Of the later summaries an LLM is asked about the nearest few only: three calls a summary, not all.
 CANDIDATES = 3
@@ -49,12 +44,12 @@ def _answer_part(text: str) -> str:
     return answer
 
 
-def word_reader(values: dict[str, T]) -> Callable[[str], T]:
+def word_reader(values: dict) -> Callable:
     """A reader of answers that begin with one of these words, a reason behind it or not."""
     # "MATCH or DIFFERENT" is no answer.
     begin = re.compile(rf"[\W_]*({'|'.join(values)})(?!\w|\W+or\b)", re.IGNORECASE)
 
-    def read(text: str) -> T:
+    def read(text: str):
         match = begin.match(_answer_part(text))
         if not match:
             raise ValueError(f"none of {[*values]}")
@@ -90,8 +85,8 @@ class Prompted:
     def __init__(self, chat: Chat, encode: Encode):
         self.chat, self.encode = chat, encode
 
-    def _ask(self, role: str, read: Callable[[str], T], blocks: list[str], numbers=None,
-             temperature: float = 0.0) -> list[T | None]:
+    def _ask(self, role: str, read: Callable, blocks: list[str], numbers: list[int] | None = None,
+             temperature: float = 0.0) -> list:
         """What `read` makes of the answer to each block; numbers: of repeated draws, if any."""
         prompts = read_yaml("prompts.yaml")  # every one ends with how the data is to be taken
         system = f"{prompts[role]}\n\n{prompts['data']}"

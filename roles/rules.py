@@ -7,8 +7,6 @@ models for these roles. Rules need no network, give the same answer each time an
 E earlier and L later summaries.
 """
 
-from __future__ import annotations
-
 import itertools
 import random
 import re
@@ -171,13 +169,12 @@ class Rules:
     def summarise(self, sessions: Iterable[list[Message] | None]) -> list[str]:
         """Of each session the first sentence of the first user message, cut to 12 words or 20
         Chinese characters; empty where nothing was said."""
-        return [self._first_sentence(messages or ()) for messages in sessions]
-
-    @staticmethod
-    def _first_sentence(messages: Sequence[Message]) -> str:
-        said = [m for m in messages if m.content.strip()]
-        said = [m for m in said if m.role == "user"] or said  # else what the assistant said first
-        if not said:
-            return ""
-        sentence = re.split(r"(?<=[.?!])\s+|(?<=[。？！])", said[0].content.strip(), maxsplit=1)[0]
-        return sentence[:20] if language(sentence) == "zh" else " ".join(sentence.split()[:12])
+        lines = []
+        for messages in sessions:
+            said = [m for m in messages or () if m.content.strip()]
+            said.sort(key=lambda m: m.role != "user")  # else what the assistant said first
+            first = said[0].content.strip() if said else ""
+            sentence = re.split(r"(?<=[.?!])\s+|(?<=[。？！])", first, maxsplit=1)[0]
+            zh = language(sentence) == "zh"
+            lines.append(sentence[:20] if zh else " ".join(sentence.split()[:12]))
+        return lines

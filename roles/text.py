@@ -6,8 +6,6 @@ Paper: "specific" interests and "safe" starters (appendix B.2.1), which it leave
 Departure: word lists (words.yaml). They need no network, answer alike each time, can be read.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import re
@@ -59,7 +57,6 @@ def _one_spelling(text: str) -> str:
 
 
 def words_of(text: str) -> list[str]:
-    """Its words in order, without case."""
     return [token.casefold() for token in _TOKEN.findall(_one_spelling(text))]
 
 

@@ -39,19 +39,18 @@ class Taxonomy:
     def __init__(self):
         tree = yaml.safe_load((ROOT / "world" / "taxonomy.yaml").read_text(encoding="utf-8"))
         self.angles, self.topics, self.category = tree["angles"], {}, {}
-        self.names, self._subject_of, self._topic_of = {"en": {}, "zh": {}}, {}, {}
         for category, topics in tree["categories"].items():
             self.topics |= topics
             self.category |= dict.fromkeys(topics, category)
-        for topic, entry in self.topics.items():
-            self.names["en"][topic] = {subject: subject for subject in entry["subjects"]}
-            if "zh" in entry:
-                self.names["zh"][topic] = entry["zh"]
-            for subject in entry["subjects"]:
-                self._subject_of[subject.lower()] = (topic, subject)
-            for subject, name in entry.get("zh", {}).items():
-                # Trap: texts are lowered, so "Excel表格" is never found; mending it moves draws.
-                self._subject_of[name] = (topic, subject)
+        entries, self._subject_of, self._topic_of = self.topics.items(), {}, {}
+        english = {topic: {s: s for s in entry["subjects"]} for topic, entry in entries}
+        chinese = {topic: entry["zh"] for topic, entry in entries if "zh" in entry}
+        self.names = {"en": english, "zh": chinese}
+        for topic, entry in entries:
+            self._subject_of |= {subject.lower(): (topic, subject) for subject in english[topic]}
+            # Trap: texts are lowered, so "Excel表格" is never found; mending it moves draws.
+            zh = chinese.get(topic, {}).items()
+            self._subject_of |= {name: (topic, subject) for subject, name in zh}
             for word in (topic, *entry["keywords"]):  # a word of two topics: of the first
                 self._topic_of.setdefault(word.lower(), topic)
         self._find_subjects, self._find_words = _finder(self._subject_of), _finder(self._topic_of)

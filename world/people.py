@@ -105,8 +105,8 @@ class World:
         for number in range(n):
             user, self.truth.users[f"u{number}"] = self._person(f"u{number}", number in robots)
             self.users.append(user)
-        pool, forms = settings.starter_pool, self.forms["starters"]
-        self.retrieval = Retrieval(self.taxonomy, forms, self.rng, pool)
+        self.retrieval = Retrieval(
+            self.taxonomy, self.forms["starters"], self.rng, settings.starter_pool)
 
     @functools.cached_property  # drawn last: who wants people or retrieval need not wait for it
     def impressions(self) -> list[data.Impression]:
@@ -134,9 +134,8 @@ class World:
             sessions.append(data.Session(session_id=name, timestamp=when, summary=texts[-1]))
         profile, told = None, self.forms["profile"]
         if rng.random() >= 0.1:  # one in ten tells nothing
-            profile = {"age": str(rng.choice(told["age"])), "region": "CN"}
-            if language != "zh":
-                profile["region"] = str(rng.choice(told["region"]))
+            profile = {"age": str(rng.choice(told["age"])),
+                       "region": "CN" if language == "zh" else str(rng.choice(told["region"]))}
         likings = [angle["liking"] for angle in self.taxonomy.angles.values()]
         return data.User(user_id=user_id, profile=profile, sessions=sessions), {
             "interests": interests,
