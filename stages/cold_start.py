@@ -55,7 +55,7 @@ class PopularStarters:
             best += [i for i in batch if self.starters[i] in kept]
             if len(best) >= self.candidates:
                 break
-        best = best[: self.candidates]
+        best = best[: self.candidates]  # indices of texts, the most tapped first
         if not best:
             return []
         vectors = self.run.encoder([self.starters[i] for i in best])

@@ -35,10 +35,11 @@ from world import people
 
 def methods(run: Run) -> dict[str, tuple[Path | None, bool]]:
     """Method -> (adapter, whether it is given the distilled interests)."""
+    # The order is the table's; None is the base without an adapter.
     table = {"PE": (None, False), "PE+RID": (None, True), "SFT": (run.adapter("sit"), True)}
     if run.impressions:
         if run.config.dpo.vanilla and "skipped" not in run.folder.figures("dpo/vanilla"):
-            table["SFT+DPO"] = (run.adapter("vanilla"), True)
+            table["SFT+DPO"] = (run.adapter("vanilla"), True)  # logs of taps alone have no pairs
         table["IceBreaker"] = (run.adapter("last"), True)
     return table
 
@@ -58,7 +59,7 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
         inputs = [s.interests if distilled else whole[u] for u, s in states.items()]
         sampled = players.writer.write(adapter, inputs, settings.lists, run.seed("eval"))
         lists[method] = dict(zip(states, sampled, strict=True))
-    rows = [
+    rows = [  # of starters.jsonl, a user a line
         {"user_id": u, "interests": s.interests, "starters": {m: lists[m][u] for m in lists}}
         for u, s in states.items()
     ]
@@ -71,7 +72,7 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
     def scorer(name: str) -> Callable | None:
         if not run.impressions:
             return None
-        ranker = load_ranker(run, name)
+        ranker = load_ranker(run, name)  # "judge" decides; "train" shows reward hacking beside it
         return lambda u, starters: utilities(ranker, states[u], run.encoder(starters)).numpy()
 
     # Hidden state is opened here for the first time: everything has been written by now.
@@ -82,7 +83,7 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
     )
     # By chance, never the best ones.
     shown = random.Random(run.seed("examples")).sample(rows, min(len(rows), settings.examples))
-    scores = {u: s.scores for u, s in states.items()}
+    scores = {u: s.scores for u, s in states.items()}  # s(u, h) of the interests on the page
     write_report(result, shown, whole, scores, run.folder / "eval")
     return {"test_users": len(states), "starters": str(run.folder / "eval" / "starters.jsonl")}
 
@@ -96,7 +97,7 @@ def evaluate(
 
     Raises ValueError if the methods do not cover the same users.
     """
-    users = list(lists[baseline])
+    users = list(lists[baseline])  # the same for all, or a lift would compare people
     if any(set(rows) != set(users) for rows in lists.values()) or not users:
         raise ValueError("evaluate: every method needs lists for the same users, at least one")
     classifier = classifier or TopicClassifier(encode)  # some seconds: tests bring their own
@@ -104,7 +105,7 @@ def evaluate(
     result = {}
     # Users are the unit of every interval: lists of one user are no independent evidence.
     for method, values in per_user.items():
-        figures = {name: float(np.mean(list(v.values()))) for name, v in values.items()}
+        figures = {name: float(np.mean(list(v.values()))) for name, v in values.items()}  # (U,)
         for name in ("lexical", "true_clicks"):  # absolute figures; the others are lifts
             if name in values:
                 _, *interval = bootstrap([[*values[name].values()]], draws, seed)

@@ -118,6 +118,7 @@ class KeywordCounter:
     def __call__(self, starters: list[str]) -> int:
         if not starters or not self.vectoriser:
             return 0  # scikit-learn refuses an empty list
+        # Distinct over the whole list: a word in two starters is one keyword.
         matrix = self.vectoriser.transform(starters)  # (K, vocabulary)
         return len(set(matrix.indices[matrix.data >= self.threshold]))
 
@@ -179,7 +180,7 @@ def measure(
         "starters": lambda _, starters: len(starters),
         "empty": lambda _, starters: float(not starters),  # a share, once averaged
     }
-    if score:
+    if score:  # without logs of taps there is no ranker
         metrics["utility"] = lambda u, y: float(np.mean(score(u, y))) if y else 0.0
     if train_score:
         metrics["train_utility"] = lambda u, y: float(np.mean(train_score(u, y))) if y else 0.0

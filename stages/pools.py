@@ -55,6 +55,7 @@ def list_order(
     utility (B, N), similarity (B, N, N), valid (B, N). At most `lists` lists a row, and then, if
     they are too few to fill one, the others by utility. expand: where it differs from settings'.
     """
+    # (B, N): candidates in no list yet.
     free = torch.ones_like(utility, dtype=torch.bool) if valid is None else valid.clone()
     order: list[list[int]] = [[] for _ in utility]  # indices into each row's candidates
     for _ in range(lists):

@@ -29,6 +29,7 @@ Rows = list[tuple[list[int], list[list[int]]]]  # (prompt ids, [list ids, ...]) 
 def stage_sit(run: Run, players: Players, key: str) -> dict:
     """Supervised interest-expanded instruction tuning (Eq. 5) on the teacher's lists."""
     settings, k, writer = run.config.sit, run.config.generator.list_size, players.writer
+    # A user counts once a slice of the log, as what is worth bringing up changes.
     rng, cuts = random.Random(run.seed("sit")), list(range(len(run.config.data.cuts)))
     states = draw_states(run, cuts, settings.max_rows, rng)  # users at any slice of the log
     taught = teacher_lists(run, players, states, settings.lists_per_row, "sit")

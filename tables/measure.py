@@ -21,7 +21,7 @@ from roles.players import Players
 from run import Run
 from stages.metrics import Lists, PerUser, TopicClassifier, measure
 from stages.ranker import load_ranker, utilities
-from tables import controls, experiments
+from tables import controls, experiments, interests
 from tables import truth as hidden
 from world import ab, people
 
@@ -53,7 +53,7 @@ def write_starters(config: Config, variant: str) -> None:
         # same for every method, and equal policies write equal lists.
         users = run.ids("test") + run.ids("judge") * (name in experiments.ONLINE)
         users = [u for u in users if run.states[u][-1].interests]  # others are a cold start
-        inputs = [controls.interests_of(run, u, method.interests) for u in users]
+        inputs = [interests.interests_of(run, u, method.interests) for u in users]
         rows = writer.write(adapter, inputs, settings.lists, run.seed("eval"))
         if name in experiments.SEARCHED and more > 0:
             rest = writer.write(adapter, inputs, more, run.seed("eval", "more"))
@@ -95,12 +95,12 @@ def measured(run: Run, main: Lists, written: Lists) -> dict:
     run.encoder(sorted({y for m in lists.values() for u in m.values() for row in u for y in row}))
     classifier = TopicClassifier(run.encoder)
     values = values_of_lists(run, truth, lists, classifier)
-    values |= hidden.interest_values(run, players, truth, users)
+    values |= interests.interest_values(run, players, truth, users)
     for method, pool in pools.items():
         for name, by_user in controls.search_values(run, pool, chosen[method]).items():
             values[name]["value"] = by_user
     # Figure 3: what users spoke of, what RID kept of it, and what is written from that.
-    texts = {"history": {u: controls.interests_of(run, u, "all") for u in users},
+    texts = {"history": {u: interests.interests_of(run, u, "all") for u in users},
              "RID": {u: run.states[u][-1].interests for u in users}}
     for method in ("IceBreaker", RETRIEVAL):
         texts[method] = {u: [y for row in rows for y in row] for u, rows in lists[method].items()}

@@ -1,9 +1,9 @@
 """What only the hidden truth of the simulated world can tell: of texts, interests and labels.
 
-    python eval.py --reproduce 6 figure3
+    python eval.py --reproduce figure3
 
-No stage that trains sees it: it is read here, in measure.py and controls.py, by stage eval after
-training, and by the simulated platform (world/). Table 6's judge stands beside it.
+No stage that trains sees it: it is read here, in interests.py, measure.py and controls.py, by
+stage eval after training, and by the simulated platform (world/).
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ from collections import Counter
 
 import numpy as np
 
-from roles.players import Players
 from run import Run
 from stages.match import Revisits
-from stages.metrics import PerUser, TopicClassifier
-from tables.controls import interests_of
+from stages.metrics import TopicClassifier
 from world.people import Truth
 
 
@@ -52,23 +50,6 @@ def spoken_of(truth: Truth, lists: dict[str, list[list[str]]]) -> dict[str, dict
     understood = {u: float(np.mean([bool(truth.taxonomy.understand(y)[0]) for y in theirs]))
                   for u, theirs in starters.items()}
     return {"known": understood, "resonance": resonance(truth, starters)}
-
-
-def interest_values(run: Run, players: Players, truth: Truth, users: list[str]) -> PerUser:
-    """Of the interests by each distillation: resonance by the hidden truth, share of chores, and
-    wins in the judge's pairwise comparison with the rule-based ones (Table 6)."""
-    kinds = {k: {u: interests_of(run, u, k) for u in users} for k in ("all", "rule", "RID")}
-    values: PerUser = {}
-    for kind, texts in kinds.items():
-        values[f"interests: {kind}"] = {
-            "resonance": resonance(truth, texts), "functional": chores(truth, texts)}
-    # The judge reads the history in its order, the oldest first.
-    rows = [(kinds["all"][u][::-1], kinds["RID"][u], kinds["rule"][u]) for u in users]
-    wins = dict(zip(users, players.judge().compare(rows), strict=True))  # RID's, 0 to 1
-    wins = {user: win for user, win in wins.items() if win is not None}  # None: the call failed
-    values["interests: RID"]["judge_win"] = wins
-    values["interests: rule"]["judge_win"] = {user: 1 - win for user, win in wins.items()}
-    return values
 
 
 def matcher_quality(run: Run, truth: Truth, users: list[str]) -> dict[str, float]:
