@@ -65,7 +65,7 @@ from world import people
 def stage_world(run: Run, players: Players, key: str) -> dict:
     """Write the simulated platform's logs, or check the files that the user gave."""
     if not run.config.data.users:  # else there is nothing to simulate
-        people.generate(run.config.world).write(run.folder / "world")
+        people.World(run.config.world).write(run.folder / "world")
     return {
         "users": len(run.logged_users),
         "sessions": sum(len(user.sessions) for user in run.logged_users),

@@ -34,7 +34,7 @@ SCALE, MINI_BATCH = 20.0, 8
 
 def triplets(users: int, rows_per_user: int) -> list[tuple[str, str, str]]:
     """(history, positive, negative) texts of simulated users."""
-    logs = people.generate(WorldConfig(users=400, impressions_per_user=1, starter_pool=200))
+    logs = people.World(WorldConfig(users=400, impressions_per_user=1, starter_pool=200))
     rows = []
     for user in logs.users:
         texts = list(dict.fromkeys(s.summary for s in user.sessions if s.summary))

@@ -26,7 +26,7 @@ USERS, N, K, WEIGHT = 64, 64, 6, 0.4
 
 def candidates() -> tuple[torch.Tensor, torch.Tensor]:
     """Utilities (USERS, N) in [0, 1] at random, and real sentence vectors (USERS, N, D)."""
-    logs = people.generate(WorldConfig(users=60, impressions_per_user=40, starter_pool=2000))
+    logs = people.World(WorldConfig(users=60, impressions_per_user=40, starter_pool=2000))
     starters = sorted({y for shown in logs.impressions for y in shown.starters})
     vectors = Encoder()(starters)
     picks = torch.stack([torch.randperm(len(starters))[:N] for _ in range(USERS)])

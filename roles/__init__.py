@@ -4,32 +4,12 @@ text.py tells subjects, chores and what may be shown; rules.py plays the parts b
 by an LLM, which chat.py asks; players.py chooses who plays, writer.py draws lists from a policy.
 """
 
-# chat.py and prompted.py are not imported here: openai's client takes half a second to load.
-from llm import parse_starters  # every list passes it and filter_starters, whoever wrote it
-from roles.rules import (
-    RuleJudge,
-    RuleMatcher,
-    RuleSummariser,
-    RuleTeacher,
-    covering,  # for an LLM's list, which is longer than what is shown
-    templates,  # tools/tiny_model.py teaches them to the embedded model
-    themes,
-)
-from roles.text import (
-    Encode,
-    chores,
-    cosines,
-    filter_starters,
-    grounded,  # names a subject whole
-    is_functional,
-    is_unsuitable,
-    key_phrases,
-    normal_form,
-    same_text,
-)
+# What other rooms use. Not chat.py and prompted.py: openai's client takes half a second to load;
+# who asks an LLM imports them.
+from roles.rules import Rules, templates
+from roles.text import covering, filter_starters, grounded, is_unsuitable, key_phrases, normal_form
 
 __all__ = [
-    "Encode", "RuleJudge", "RuleMatcher", "RuleSummariser", "RuleTeacher", "chores", "cosines",
-    "covering", "filter_starters", "grounded", "is_functional", "is_unsuitable",
-    "key_phrases", "normal_form", "parse_starters", "same_text", "templates", "themes"
+    "Rules", "covering", "filter_starters", "grounded", "is_unsuitable", "key_phrases",
+    "normal_form", "templates"
 ]

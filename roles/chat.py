@@ -7,8 +7,6 @@ a run that was stopped asks only for the rest; a call that failed is counted und
 stays unknown. No prompt, answer or key appears in a log or an error.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import itertools
@@ -20,15 +18,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import TypeVar
 from urllib.parse import urlsplit
 
 import openai
 
 import llm
 from config import EndpointConfig, UserError, progress
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,7 +47,11 @@ class Endpoint:
     def __init__(self, settings: EndpointConfig, more: dict | None = None, whole: bool = True,
                  setting: str = "endpoint.base_url"):
         """more: fields that OpenAI's API lacks; whole: no cut text; setting: of the address."""
-        url = _checked(settings.base_url or os.environ.get("OPENAI_BASE_URL", ""), setting)
+        url = settings.base_url or os.environ.get("OPENAI_BASE_URL", "")
+        if not _is_address(url):
+            other = "; or set OPENAI_BASE_URL" * (setting == "endpoint.base_url")
+            raise UserError(
+                f"{setting}: a server's address, http://host:port/v1, no name or key{other}")
         if not settings.model:
             raise UserError(f"endpoint.model: name a model that {url} serves")
         key = os.environ.get(settings.key_env, "").strip() or "none"  # local servers need no key
@@ -77,20 +76,32 @@ class Endpoint:
             yield from pool.imap_unordered(lambda i: (i, *self._answer(requests[i])), numbers)
 
     def _answer(self, request: Request) -> tuple[str, str]:
+        """(text, failure); of a completion nothing is certain but that it was JSON."""
         turns = {"system": request.system, "user": request.user}
         try:
             completion = self.client.chat.completions.create(
                 model=self.settings.model, seed=request.sample, temperature=request.temperature,
                 messages=[{"role": role, "content": text} for role, text in turns.items() if text],
                 max_tokens=self.settings.max_tokens, extra_body=self.more)
-            return _content(completion, self.whole)
-        except openai.APIConnectionError as error:
-            late = isinstance(error, openai.APITimeoutError)  # a kind of connection error there
-            return "", "time-out" if late else "connection"
+            if not completion.choices:  # some servers put an error into a 200
+                return "", "empty"
+            message, end = completion.choices[0].message, completion.choices[0].finish_reason
+            text, refusal = message.content, message.refusal
+        except openai.APITimeoutError:  # a kind of connection error there
+            return "", "time-out"
+        except openai.APIConnectionError:
+            return "", "connection"
         except openai.APIStatusError as error:
             return "", self._failure(error)
-        except (openai.APIError, ValueError, RecursionError):  # the body is no JSON
+        except (openai.APIError, ValueError, RecursionError,  # no JSON, or
+                AttributeError, TypeError, LookupError):  # other JSON than a completion
             return "", "malformed"
+        if end == "content_filter" or refusal:
+            return "", "refused"
+        if self.whole and end == "length":
+            return "", "cut short"
+        empty = not isinstance(text, str) or (self.whole and not text.strip())
+        return ("", "empty") if empty else (encodable(text), "")
 
     def _failure(self, error: openai.APIStatusError) -> str:
         """The reason of one call. Raises UserError where every other call would fail like it."""
@@ -107,32 +118,14 @@ class Endpoint:
         raise UserError(f"{self.name}: status {status}: {advice}") from None  # its body may echo
 
 
-def _checked(base_url: str, setting: str) -> str:
-    with contextlib.suppress(ValueError):  # brackets or a port that cannot be
-        url = urlsplit(base_url)
-        plain = not (url.username or url.password or url.query)  # addresses appear in logs
-        if plain and url.scheme in ("http", "https") and url.hostname and url.port != 0:
-            return base_url
-    other = "; or set the environment's OPENAI_BASE_URL" if setting == "endpoint.base_url" else ""
-    raise UserError(f"{setting}: a server's address, http://host:port/v1, no name or key{other}")
-
-
-def _content(completion, whole: bool) -> tuple[str, str]:
-    """(text, failure) of a completion, of which nothing is certain but that it was JSON."""
+def _is_address(base_url: str) -> bool:
     try:
-        if not completion.choices:  # some servers put an error into a 200
-            return "", "empty"
-        choice = completion.choices[0]
-        text, refusal, end = choice.message.content, choice.message.refusal, choice.finish_reason
-    except (AttributeError, TypeError, LookupError):
-        return "", "malformed"
-    if end == "content_filter" or refusal:
-        return "", "refused"
-    if whole and end == "length":
-        return "", "cut short"
-    if not isinstance(text, str) or (whole and not text.strip()):
-        return "", "empty"
-    return encodable(text), ""
+        url = urlsplit(base_url)
+        if url.username or url.password or url.query:  # addresses appear in logs
+            return False
+        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:  # brackets or a port that cannot be
+        return False
 
 
 def encodable(text: str) -> str:
@@ -151,8 +144,8 @@ class Local:
         weights = hashlib.sha256((tokenizer.chat_template or "").encode())
         for name, weight in model.named_parameters():  # the first 64 of each: quick, and enough
             weights.update(f"{name} {weight.detach().flatten()[:64].tolist()}".encode())
-        self.name = f"generator {weights.hexdigest()[:12]}, max_tokens {self.max_tokens}"
-        self.identity = self.name
+        name = f"generator {weights.hexdigest()[:12]}, max_tokens {self.max_tokens}"
+        self.name = self.identity = name
 
     def answers(self, requests: list[Request]) -> Iterator[tuple[int, str, str]]:
         # One draw has one temperature; judges and matchers ask at 0, a teacher above.
@@ -170,8 +163,8 @@ class Local:
                     yield i, text, "cut short" if not whole else "" if text.strip() else "empty"
 
     def _prompt(self, request: Request) -> list[int]:
-        """One turn of the user, as not every template has a system role; no control token of it is
-        parsed but the template's."""
+        # One turn of the user, as not every template has a system role; no control token of it is
+        # parsed but the template's.
         before, after = llm.user_turn(self.tokenizer)
         text = f"{request.system}\n\n{request.user}".strip()
         return before + llm.encode_text(self.tokenizer, text) + after
@@ -186,9 +179,7 @@ _UNREACHED = {"rate limit", "server error", "time-out", "connection", "malformed
 class Chat:
     """Requests in, values out; what could be read is kept in `cache`, one SQLite file.
 
-    counts: distinct requests asked, cached, answered; and failed by reason: rate limit, server
-    error, time-out, connection, malformed (a body without a completion), empty, cut short, refused,
-    bad request, unreadable. They may be cleared at any time.
+    counts: distinct requests asked, cached, answered, and failed by reason; to be cleared at will.
     """
 
     def __init__(self, backend: Endpoint | Local, cache: str | Path):
@@ -197,17 +188,17 @@ class Chat:
         self.cache.parent.mkdir(parents=True, exist_ok=True)
         self._open().close()  # a file that is no cache is refused before any call
 
-    def ask(self, requests: list[Request], read: Callable[[str], T]) -> list[T | None]:
+    def ask(self, requests: list[Request], read: Callable) -> list:
         """read(text) of each answer, None where the call failed; equal requests are asked once.
 
         read: raises ValueError for a text that it cannot read. Raises UserError where no further
         call would succeed; what was answered is kept.
         """
-        values: dict[Request, T] = {}
+        values = {}  # request -> what was read
         with contextlib.closing(self._open()) as cache:
             for request in (distinct := dict.fromkeys(requests)):
-                query = "SELECT text FROM answers WHERE key = ?"
-                for (text,) in cache.execute(query, (self._key(request),)):
+                query = "SELECT text FROM answers WHERE key = ?", (self._key(request),)
+                for (text,) in cache.execute(*query):
                     with contextlib.suppress(ValueError):  # the reader has changed: ask again
                         values[request] = read(text)
             todo = [request for request in distinct if request not in values]
@@ -215,13 +206,13 @@ class Chat:
             self.counts += Counter(cached=len(values), asked=len(todo))
             with contextlib.closing(self.backend.answers(todo)) as answers:  # ends the calls too
                 for i, text, failure in progress(answers, "ask", len(todo)):
-                    if not failure:
-                        try:
+                    try:
+                        if not failure:
                             values[todo[i]] = read(text)
                             row = (self._key(todo[i]), text)
                             cache.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", row)
-                        except ValueError:
-                            failure = "unreadable"
+                    except ValueError:
+                        failure = "unreadable"
                     self._count(failure)
         return [values.get(request) for request in requests]
 
@@ -232,21 +223,20 @@ class Chat:
         self._in_a_row = self._in_a_row + 1 if not self._heard or failure in _UNREACHED else 0
         if self._in_a_row >= self.backend.patience:
             raise UserError(
-                f"{self.backend.name}: the last {self._in_a_row} calls gave no answer "
-                f"({self.report()}); check that this model is served and follows instructions. "
-                "Answers so far are kept; run the same command again")
+                f"{self}: {self._in_a_row} calls in a row gave no answer; check that it is served "
+                "and follows instructions. Answers are kept: run the same command again")
 
-    def report(self) -> str:
-        """'asked 10, answered 8, time-out 2'."""
-        return ", ".join(f"{name} {n}" for name, n in self.counts.items())
+    def __str__(self) -> str:
+        """'http://host:8000/v1, model m (asked 10, answered 8, time-out 2)'."""
+        counts = ", ".join(f"{name} {n}" for name, n in self.counts.items())
+        return f"{self.backend.name} ({counts})"
 
     def _key(self, request: Request) -> str:
         text = json.dumps([self.backend.identity, *astuple(request)])
         return hashlib.sha256(text.encode()).hexdigest()  # no user text in the file
 
     def _open(self) -> sqlite3.Connection:
-        """A connection of this thread's own; every statement is committed by itself."""
-        try:
+        try:  # every statement is committed by itself
             # No write-ahead log: where two processes make the file, one would be told it is locked.
             cache = sqlite3.connect(self.cache, timeout=60, isolation_level=None)
             cache.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT)")
@@ -262,7 +252,7 @@ class Sampler:
     server knew by the same name; path: its folder, empty for the base.
     """
 
-    def __init__(self, settings: EndpointConfig, more: dict, cache: str | Path, policy: str = "",
+    def __init__(self, settings: EndpointConfig, more: dict, cache: Path, policy: str = "",
                  path: str = ""):
         backend, model = Endpoint(settings, more, False, "generator.endpoint"), settings.model
         backend.identity += f", policy {policy}"  # answers of another training are not ours
@@ -279,7 +269,6 @@ class Sampler:
                     for prompt, seed in zip(prompts, seeds, strict=True) for i in range(n)]
         texts = self.chat.ask(requests, str)  # any text will do: it is parsed later
         if None in texts:
-            raise UserError(
-                f"{self.chat.backend.name}: {texts.count(None)} of {len(texts)} samples failed "
-                f"({self.chat.report()}); the others are kept, run the same command again")
+            raise UserError(f"{self.chat}: {texts.count(None)} of {len(texts)} samples failed; the "
+                            "others are kept, run the same command again")
         return [texts[i : i + n] for i in range(0, len(texts), n)]

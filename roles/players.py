@@ -9,7 +9,6 @@ choose offline rules over text (rules.py) instead; both have the same methods (p
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable
 
 import numpy as np
@@ -31,8 +30,11 @@ class Players:
         if "endpoint" in config.roles.model_dump().values():  # whoever plays by it
             chat.Endpoint(config.endpoint)
 
-    def _chat(self, player: str) -> chat.Chat:
-        """The LLM that plays: "endpoint", or "generator", the base without an adapter."""
+    def _player(self, role: str, everyone=()) -> roles.Rules | prompted.Prompted:
+        """Who plays a role: rules, "endpoint", or "generator", the base without an adapter."""
+        player = getattr(self.config.roles, role)
+        if player == "rules":  # offline, the same answer each time
+            return roles.Rules(self.encode, everyone)
         if player not in self._chats:  # a model is loaded once for all roles
             if player == "endpoint":
                 backend = chat.Endpoint(self.config.endpoint)
@@ -41,53 +43,35 @@ class Players:
                 backend = chat.Local(base, self.writer.tokenizer, self.config.endpoint)
             # Answers of all runs in one file: the same question is asked once.
             self._chats[player] = chat.Chat(backend, self.writer.answers)
-        return self._chats[player]
+        return prompted.Prompted(self._chats[player], self.encode)
 
     def teach(self, inputs: list[list[str]], seeds: list[int]) -> list[list[str] | None]:
         """The teacher's list for each input, at most K starters; None: an LLM's call failed."""
-        k, player = self.config.generator.list_size, self.config.roles.teacher
-        if player == "rules":
-            teacher = roles.RuleTeacher()  # no state: each list has a seed of its own
-            texts = [
-                teacher.write(interests, k, random.Random(seed))
-                for interests, seed in zip(inputs, seeds, strict=True)
-            ]
-            return [fit_to_show(text, x)[:k] for text, x in zip(texts, inputs, strict=True)]
+        k, teacher = self.config.generator.list_size, self._player("teacher")
         # The seed numbers the draw: a second list of one user is another question.
-        texts = prompted.LLMTeacher(self._chat(player)).write(inputs, k, seeds)
+        texts = zip(teacher.write(inputs, k, seeds), inputs, strict=True)
+        if isinstance(teacher, roles.Rules):
+            return [fit_to_show(text, interests)[:k] for text, interests in texts]
         # An LLM is asked for more than K: of what passes the filters, the interests take turns.
-        return [
-            text and roles.covering(fit_to_show(text, interests), interests, k, self.encode)
-            for text, interests in zip(texts, inputs, strict=True)
-        ]
+        return [text and roles.covering(fit_to_show(text, interests), interests, k, self.encode)
+                for text, interests in texts]
 
-    def match(
-        self, jobs: list[tuple[list[str], list[str]]], everyone: Iterable[Iterable[str]]
-    ) -> list[np.ndarray]:
+    def match(self, jobs: list[tuple[list[str], list[str]]],
+              everyone: Iterable[Iterable[str]]) -> list[np.ndarray]:
         """(E, L) of each (earlier, later) job: 1 the same subject, 0 not, -1 unknown.
 
         everyone: the summaries of each person, which tell common themes from subjects.
         """
-        player = self.config.roles.matcher
-        if player == "rules":
-            # Themes are counted over everybody: one person's subject may be a fashion.
-            return roles.RuleMatcher(self.encode, roles.themes(everyone)).match(jobs)
-        return prompted.LLMMatcher(self._chat(player), self.encode).match(jobs)
+        # Themes are counted over everybody: one person's subject may be a fashion.
+        return self._player("matcher", everyone).match(jobs)
 
-    def judge(self):
+    def judge(self) -> roles.Rules | prompted.Prompted:
         """Which of two lists of interests says more about a user: an object with `compare`."""
-        player = self.config.roles.judge
-        if player == "rules":
-            return roles.RuleJudge(self.encode)
-        return prompted.LLMJudge(self._chat(player))
+        return self._player("judge")  # of RID's interests, in Table 6
 
     def summarise(self, sessions: list[list[Message]]) -> list[str | None]:
         """A line for each session's messages; None where there is none."""
-        player = self.config.roles.summariser
-        if player == "rules":
-            # Offline: the first thing that the person asked.
-            return [roles.RuleSummariser().summarise(messages) for messages in sessions]
-        return prompted.LLMSummariser(self._chat(player)).summarise(sessions)
+        return self._player("summariser").summarise(sessions)
 
     def calls(self) -> dict[str, int]:
         """What became of this process's calls to LLMs since this was last asked."""

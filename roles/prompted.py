@@ -3,41 +3,28 @@
     python train.py roles.teacher=endpoint endpoint.model=NAME endpoint.base_url=http://host:8000/v1
 
 Paper: Tables 4 and 5 (their rules; the prompts, prompts.yaml, are our own). User text leaves as
-JSON in which no markup survives.
-
-Departures: the matcher asks about the nearest later summaries only, and gives no rationale; the
-judge is asked in both orders, because the place of a list sways an LLM.
+JSON in which no markup survives. Departures: the matcher asks about the nearest later summaries
+only, and gives no rationale; the judge is asked in both orders, as place sways an LLM.
 E earlier and L later summaries.
 """
 
-from __future__ import annotations
-
+import itertools
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 
 import llm
 from data import Message
 from roles.chat import Chat, Request, encodable
-from roles.text import Encode, chores, cosines, patterns, read_yaml, same_text
-
-T = TypeVar("T")
+from roles.text import Encode, cosines, is_functional, lexicon, read_yaml, same_text
 
 # Of the later summaries an LLM is asked about the nearest few only: three calls a summary, not all.
 CANDIDATES = 3
 FLOOR = 0.3  # cosine; of what rules.py takes for a match by a shared phrase none lies lower
 HISTORY = 100  # latest summaries that the judge sees
 ROOM = 4000  # characters of a session that the summariser sees: about 1,000 tokens
-
-
-def prompt(role: str) -> str:
-    """What an LLM is told; every prompt ends with how the data is to be taken."""
-    prompts = read_yaml("prompts.yaml")  # answers are stored under these very texts
-    return f"{prompts[role]}\n\n{prompts['data']}"
 
 
 def data_block(**fields) -> str:
@@ -57,27 +44,18 @@ def _answer_part(text: str) -> str:
     return answer
 
 
-def _reader(pattern: str, value: Callable[[str], T]) -> Callable[[str], T]:
-    """A reader of answers that begin with a pattern: the value of its group."""
+def word_reader(values: dict) -> Callable:
+    """A reader of answers that begin with one of these words, a reason behind it or not."""
+    # "MATCH or DIFFERENT" is no answer.
+    begin = re.compile(rf"[\W_]*({'|'.join(values)})(?!\w|\W+or\b)", re.IGNORECASE)
 
-    def read(text: str) -> T:
-        match = re.match(pattern, _answer_part(text), re.IGNORECASE)
+    def read(text: str):
+        match = begin.match(_answer_part(text))
         if not match:
-            raise ValueError(f"not of the form {pattern}")
-        return value(match[1])
+            raise ValueError(f"none of {[*values]}")
+        return values[match[1].upper()]
 
     return read
-
-
-def word_reader(values: dict[str, T]) -> Callable[[str], T]:
-    """A reader of answers that begin with one of these words, a reason behind it or not."""
-    either = rf"[\W_]*({'|'.join(values)})(?!\w|\W+or\b)"  # "MATCH or DIFFERENT" is no answer
-    return _reader(either, lambda word: values[word.upper()])
-
-
-# '4', 'Grade: 4' or '4/5' -> 0.75. No text around it: '1. Relevance' is no grade.
-_GRADE = r"\W*(?:grade\W*)?([1-5])(?:\s*/\s*5)?\W*\Z"
-read_grade = _reader(_GRADE, lambda grade: (int(grade) - 1) / 4)
 
 
 def read_starters(text: str) -> str:
@@ -92,7 +70,7 @@ def read_line(text: str) -> str:
     """The first line with content, without bullet and quotes, cut to 200 characters. No refusal."""
     for line in map(llm.clean_starter, _answer_part(text).splitlines()):
         if any(map(str.isalnum, line)) and line[-1] not in ":：":  # "Here is the line:"
-            if patterns("patterns")["refusal"].match(line):
+            if lexicon()["patterns"]["refusal"].match(line):
                 break  # a refusal is no summary
             return line[:200].rstrip()
     raise ValueError("no line")
@@ -101,50 +79,51 @@ def read_line(text: str) -> str:
 # ------------------------------------------------------------------------------------------ roles
 
 
-@dataclass
-class LLMTeacher:
-    chat: Chat
+class Prompted:
+    """An LLM that plays every role; a None in what it returns: that call failed."""
 
-    def write(self, inputs: list[list[str]], n: int, sample: list[int]) -> list[str | None]:
+    def __init__(self, chat: Chat, encode: Encode):
+        self.chat, self.encode = chat, encode
+
+    def _ask(self, role: str, read: Callable, blocks: list[str], numbers: list[int] | None = None,
+             temperature: float = 0.0) -> list:
+        """What `read` makes of the answer to each block; numbers: of repeated draws, if any."""
+        prompts = read_yaml("prompts.yaml")  # every one ends with how the data is to be taken
+        system = f"{prompts[role]}\n\n{prompts['data']}"
+        return self.chat.ask([Request(system, block, number, temperature) for block, number
+                              in zip(blocks, numbers or [0] * len(blocks), strict=True)], read)
+
+    def write(self, inputs: list[list[str]], n: int, numbers: list[int]) -> list[str | None]:
         """`<think> .. </think><sug> a && b </sug>` for the interests of each input.
 
-        sample: the number of the draw, per input, which tells repeated draws apart.
+        numbers: of the draw, per input, which tell repeated draws apart.
         """
         count = max(5, min(20, 2 * n))  # twice the list, as filters will take some; Table 4: 5-20
-        temperature = self.chat.backend.temperature  # lists of one input are to differ
         blocks = [f"{count} suggestions, please.\n{data_block(interests=i)}" for i in inputs]
-        requests = [Request(prompt("teacher"), block, number, temperature)
-                    for block, number in zip(blocks, sample, strict=True)]
-        return self.chat.ask(requests, read_starters)
-
-
-@dataclass
-class LLMMatcher:
-    chat: Chat
-    encode: Encode
+        temperature = self.chat.backend.temperature  # lists of one input are to differ
+        return self._ask("teacher", read_starters, blocks, numbers, temperature)
 
     def match(self, jobs: list[tuple[list[str], list[str]]]) -> list[np.ndarray]:
         """int8 (E, L) of each job (earlier, later): 1 match, 0 none, -1 unknown: the call failed.
 
         The same text matches unasked, and settles its row: the label is whether any is a match.
         """
-        matches = [self._unasked(earlier, later) for earlier, later in jobs]
-        places = [(labels, i, j, (earlier[i], later[j]))  # of what is to be asked
+        matches = [self._unasked(*job) for job in jobs]
+        blocks = [data_block(earlier=earlier[i], later=later[j])
                   for (earlier, later), labels in zip(jobs, matches, strict=True)
                   for i, j in np.argwhere(labels < 0)]
-        pairs = list(dict.fromkeys(pair for *_, pair in places))  # each once, whoever wrote it
-        requests = [Request(prompt("matcher"), data_block(earlier=a, later=b)) for a, b in pairs]
-        said = self.chat.ask(requests, word_reader({"MATCH": 1, "DIFFERENT": 0}))
-        label = dict(zip(pairs, said, strict=True))
-        for labels, i, j, pair in places:
-            labels[i, j] = -1 if label[pair] is None else label[pair]
+        said = iter(self._ask("matcher", word_reader({"MATCH": 1, "DIFFERENT": 0}), blocks))
+        for labels in matches:  # in the order of argwhere
+            answers = list(itertools.islice(said, int((labels < 0).sum())))
+            labels[labels < 0] = [-1 if answer is None else answer for answer in answers]
         return matches
 
     def _unasked(self, earlier: list[str], later: list[str]) -> np.ndarray:
         """(E, L): 1 the same text, 0 too far apart, a chore or in a settled row, -1 to be asked."""
         if not earlier or not later:
             return np.zeros((len(earlier), len(later)), np.int8)
-        labels, chore = same_text(earlier, later).astype(np.int8), chores(earlier)
+        labels = same_text(earlier, later).astype(np.int8)
+        chore = np.array([*map(is_functional, earlier)])  # (E,)
         labels[chore] = 0  # it may come again and again without being an interest
         cosine = cosines(self.encode, earlier, later)  # (E, L)
         cosine[labels.any(1) | chore] = -np.inf  # rows of which nothing is asked
@@ -153,46 +132,25 @@ class LLMMatcher:
         labels[place] = np.where(cosine[place] >= FLOOR, -1, labels[place])
         return labels
 
-
-@dataclass
-class LLMJudge:
-    chat: Chat
-
     def compare(self, rows: list[tuple[list[str], list[str], list[str]]]) -> list[float | None]:
-        """(history, a, b) -> 1.0 if a wins, 0.0 if b does, 0.5 for a tie or two opinions.
-
-        Each pair is shown in both orders: swapping a and b swaps the answer.
-        """
+        """(history, a, b) -> 1.0 if a wins, 0.0 if b does, 0.5 for a tie or two opinions."""
+        # Each pair in both orders: who is preferred by place alone ties; swapping swaps the answer.
         blocks = [data_block(history=history[-HISTORY:], alpha=alpha, beta=beta)
                   for history, a, b in rows for alpha, beta in ((a, b), (b, a))]
-        requests = [Request(prompt("judge"), block) for block in blocks]
-        # Two answers a row, for (a, b) and (b, a): who is preferred by place alone ties.
-        won = self.chat.ask(requests, word_reader({"ALPHA": 1.0, "BETA": 0.0, "TIE": 0.5}))
+        won = self._ask("judge", word_reader({"ALPHA": 1.0, "BETA": 0.0, "TIE": 0.5}), blocks)
         return [None if first is None or second is None else first if first == 1 - second else 0.5
                 for first, second in zip(won[::2], won[1::2], strict=True)]
-
-    def quality(self, rows: list[tuple[list[str], list[str]]]) -> list[float | None]:
-        """(interests, starters) -> the grade of the list, 1 to 5, scaled to [0, 1]."""
-        blocks = [data_block(interests=row[0], starters=row[1]) for row in rows]
-        return self.chat.ask([Request(prompt("grader"), block) for block in blocks], read_grade)
-
-
-@dataclass
-class LLMSummariser:
-    chat: Chat
 
     def summarise(self, sessions: list[list[Message]]) -> list[str | None]:
         """One line per session."""
         blocks = [data_block(messages=_excerpt(messages)) for messages in sessions]
-        return self.chat.ask([Request(prompt("summariser"), block) for block in blocks], read_line)
+        return self._ask("summariser", read_line, blocks)
 
 
 def _excerpt(messages: list[Message]) -> list[dict[str, str]]:
     """Messages in order; the user's are given room first, the others what is left."""
-    room, kept = ROOM, {}  # kept: by place in the session
+    room, texts = ROOM, {}  # place in the session -> what is shown of it
     for i in sorted(range(len(messages)), key=lambda i: messages[i].role != "user"):
-        text = messages[i].content[:room]
-        room -= len(text)
-        if text:
-            kept[i] = {"role": messages[i].role, "text": text}
-    return [kept[i] for i in sorted(kept)]
+        texts[i] = messages[i].content[:room]
+        room -= len(texts[i])
+    return [{"role": m.role, "text": texts[i]} for i, m in enumerate(messages) if texts[i]]

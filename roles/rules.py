@@ -3,11 +3,9 @@
     python train.py roles.teacher=rules roles.matcher=rules roles.judge=rules roles.summariser=rules
 
 Paper: Table 4 (teacher), Table 5 (matcher), appendix C.1 (judge). Departure: it prompts large
-models for these roles. Rules need no network, give the same answer each time and can be read;
-prompted.py has classes with the same methods. E earlier and L later summaries.
+models for these roles. Rules need no network, give the same answer each time and can be read.
+E earlier and L later summaries.
 """
-
-from __future__ import annotations
 
 import itertools
 import random
@@ -20,7 +18,7 @@ import numpy as np
 from data import Message, language
 from llm import clean_starter, format_starters
 from roles import text
-from roles.text import Encode, chores, cosines, is_functional, key_phrases, words_of
+from roles.text import Encode, cosines, is_functional, key_phrases, normal_form
 
 # By hand, for MiniLM. Against the hidden subjects of 400 simulated people these give a precision of
 # .60 and a recall of .97; what other values give stands beside them.
@@ -28,11 +26,10 @@ MATCH_COSINE = 0.45  # where a phrase is shared; .3: the same, .65: recall .87
 MATCH_COSINE_ALONE = 0.85  # the same in other words; .75: precision .56, .95: .65
 THEME_SHARE = 0.02  # of the people: their "travel tips" is a field, no subject; 1: precision .44
 
-Angle = list[tuple[str, str]]  # templates: ("kind|kind" of subject, or "any"; text with {x})
 
-
-def _angles(lang: str) -> list[Angle]:
-    """Fresh lists, as the teacher shuffles them and uses them up."""
+def _angles(lang: str) -> list[list[tuple[str, str]]]:
+    """Of each angle its templates: ("kind|kind" of subject, or "any"; text with {x})."""
+    # Fresh lists, as the teacher shuffles them and uses them up.
     return [[template for item in items for template in item.items()]
             for items in text.read_yaml("templates.yaml")[lang].values()]
 
@@ -42,15 +39,42 @@ def templates(lang: str) -> list[str]:
     return [template for angle in _angles(lang) for _, template in angle]
 
 
-class RuleTeacher:
-    """Writes starters from interests alone: a key phrase of each, in turn, under varied angles."""
+def _unit(phrase: str) -> str:
+    """A phrase as the matcher compares it: lower-case words, or the Chinese text as it is."""
+    return phrase.casefold() if language(phrase) == "zh" else normal_form(phrase)
 
-    def write(self, interests: list[str], n: int, rng: random.Random) -> str:
-        """`<think> .. </think><sug> a && b </sug>` with n starters, in the language of most.
 
-        Chores come only when nothing else is left. Fewer than n only if no phrase is usable or the
-        templates run out.
-        """
+def _spans(phrase: str) -> set[str]:
+    """Every run of whole words in a phrase; of two or more characters in Chinese."""
+    zh = language(phrase) == "zh"
+    words = (list(_unit(phrase)) if zh else _unit(phrase).split())[:12]  # there are n^2 / 2 spans
+    ends, least = itertools.combinations(range(len(words) + 1), 2), 2 if zh else 1
+    return {("" if zh else " ").join(words[i:j]) for i, j in ends if j - i >= least}
+
+
+def _themes(histories: Iterable[Iterable[str]]) -> set[str]:
+    """Phrases that more than THEME_SHARE of the people use (and than five): no subjects."""
+    people = [{_unit(phrase) for summary in set(summaries) for phrase in key_phrases(summary)}
+              for summaries in histories]
+    users = Counter(itertools.chain.from_iterable(people))
+    return {phrase for phrase, n in users.items() if n > max(5, THEME_SHARE * len(people))}
+
+
+class Rules:
+    """Plays every role, with the methods of prompted.Prompted, which asks an LLM."""
+
+    def __init__(self, encode: Encode, everyone: Iterable[Iterable[str]] = ()):
+        """everyone: summaries of each person; what many share is a theme, no subject."""
+        self.encode, self.themes = encode, _themes(everyone)
+
+    def write(self, inputs: Iterable[list[str]], n: int, seeds: Iterable[int]) -> list[str]:
+        """Of each input `<think> .. </think><sug> a && b </sug>` with n starters: a key phrase of
+        each interest in turn, under varied angles, in the language of most. Chores come only when
+        nothing else is left; fewer than n only if no phrase is usable or the templates run out."""
+        return [self._write(interests, n, random.Random(seed))
+                for interests, seed in zip(inputs, seeds, strict=True)]
+
+    def _write(self, interests: list[str], n: int, rng: random.Random) -> str:
         wanted = text.majority_language(interests)  # "other": English templates
         subjects = self._subjects([i for i in interests if language(i) == wanted])
         angles = _angles("zh" if wanted == "zh" else "en")
@@ -78,16 +102,16 @@ class RuleTeacher:
                 phrase = re.sub(r"&{2,}|[<>{}]", " ", phrase)  # neither markup nor a placeholder
                 zh = language(phrase) == "zh"  # short, as a template adds about as much
                 phrase = clean_starter(phrase[:8] if zh else " ".join(phrase.split()[:5]))
-                if phrase and len(phrase) <= 60 and text.normal_form(phrase) not in taken:
+                if phrase and len(phrase) <= 60 and normal_form(phrase) not in taken:
                     phrases.append(phrase)
             if phrases and not text.is_unsuitable(interest):
-                taken.add(text.normal_form(phrases[0]))
+                taken.add(normal_form(phrases[0]))
                 kind = text.kind_of(interest, "kinds") or "any"
                 subjects[is_functional(interest)].append((phrases, kind))
         return subjects[False] or subjects[True]
 
     @staticmethod
-    def _starter(phrases: list[str], kind: str, angles: list[Angle], interests: list[str],
+    def _starter(phrases: list[str], kind: str, angles: list[list], interests: list[str],
                  starters: list[str]) -> str | None:
         """The first fitting template under the angle used least recently; it is used up."""
         candidates = ((phrase, angle, template) for phrase in phrases for angle in angles
@@ -101,55 +125,13 @@ class RuleTeacher:
                 return starter
         return None
 
-
-def covering(starters: list[str], interests: list[str], k: int, encode: Encode) -> list[str]:
-    """At most k starters that cover the interests: from each interest in turn its next starter.
-
-    A starter is of the interest that it is nearest to. Order within an interest stays.
-    """
-    if not starters or not interests:
-        return starters[:k]
-    nearest = cosines(encode, starters, interests).argmax(1)  # (len(starters),)
-    turn = [sum(nearest[:i] == interest) for i, interest in enumerate(nearest)]  # its place there
-    order = sorted(range(len(starters)), key=lambda i: (turn[i], nearest[i]))
-    return [starters[i] for i in order[:k]]
-
-
-def _unit(phrase: str) -> str:
-    """A phrase as the matcher compares it: lower-case words, or the Chinese text as it is."""
-    return phrase.casefold() if language(phrase) == "zh" else " ".join(words_of(phrase))
-
-
-def _spans(phrase: str) -> set[str]:
-    """Every run of whole words in a phrase; of two or more characters in Chinese."""
-    zh = language(phrase) == "zh"
-    units = (list(phrase.casefold()) if zh else words_of(phrase))[:12]  # there are n^2 / 2 spans
-    shortest, joint = (2, "") if zh else (1, " ")
-    return {joint.join(units[i:j]) for i in range(len(units))
-            for j in range(i + shortest, len(units) + 1)}
-
-
-def themes(histories: Iterable[Iterable[str]]) -> set[str]:
-    """Phrases that more than THEME_SHARE of the people use (and than five): no subjects."""
-    people = [{_unit(phrase) for summary in set(summaries) for phrase in key_phrases(summary)}
-              for summaries in histories]
-    users = Counter(itertools.chain.from_iterable(people))
-    return {phrase for phrase, n in users.items() if n > max(5, THEME_SHARE * len(people))}
-
-
-class RuleMatcher:
-    """Do an earlier and a later summary share a specific subject? (The paper asks an LLM.)"""
-
-    def __init__(self, encode: Encode, themes: Iterable[str] = ()):
-        self.encode, self.themes = encode, set(themes)  # a shared theme is not enough
-
     def match(self, jobs: Sequence[tuple[list[str], list[str]]]) -> list[np.ndarray]:
-        """(E, L) of 1 (match) and 0 for each (earlier, later) job."""
+        """(E, L) of 1 and 0 for each (earlier, later) job: do they share a specific subject?"""
         return [self._matches(*job).astype(np.int8) for job in jobs]
 
     def _matches(self, earlier: list[str], later: list[str]) -> np.ndarray:
-        """The same text, a cosine that suffices, or a cosine and a shared phrase; and no chore,
-        which may come again and again without being an interest."""
+        # The same text, a cosine that suffices, or a cosine and a shared phrase; and no chore,
+        # which may come again and again without being an interest.
         if not earlier or not later:
             return np.zeros((len(earlier), len(later)), dtype=bool)  # nothing to encode
         cosine = cosines(self.encode, earlier, later)  # (E, L)
@@ -157,7 +139,7 @@ class RuleMatcher:
         shared = self._contained(earlier, later) | self._contained(later, earlier).T
         match = text.same_text(earlier, later) | (cosine >= MATCH_COSINE_ALONE)
         match |= shared & (cosine >= MATCH_COSINE)
-        return match & ~chores(earlier)[:, None]
+        return match & ~np.array([*map(is_functional, earlier)])[:, None]
 
     def _contained(self, whole: list[str], parts: list[str]) -> np.ndarray:
         """(len(whole), len(parts)): some key phrase of the whole contains one of the part."""
@@ -166,15 +148,8 @@ class RuleMatcher:
         units = [{*map(_unit, key_phrases(summary))} - self.themes for summary in parts]
         return np.array([[not unit.isdisjoint(span) for unit in units] for span in spans])
 
-
-class RuleJudge:
-    """Which of two lists of interests says more about a user? (The paper asks an LLM.)"""
-
-    def __init__(self, encode: Encode):
-        self.encode = encode
-
     def compare(self, rows: Sequence[tuple[list[str], list[str], list[str]]]) -> list[float]:
-        """(history, a, b) -> share won by a: 1.0, 0.5 for a tie, 0.0. Swapping swaps the answer."""
+        """(history, a, b) -> 1.0 if a says more about the user, 0.0 if b does, 0.5 for a tie."""
         gaps = []
         for history, a, b in rows:
             size = max(len(a), len(b))  # a short list gains nothing by being short
@@ -191,15 +166,15 @@ class RuleJudge:
         persistence = np.minimum(near.sum(1), 3).mean() / 3  # three sessions make it lasting
         return len(subjects) / len(interests) + len(set(subjects)) / size + float(persistence)
 
-
-class RuleSummariser:
-    """Stands in for a missing summary: the first thing that the user asked."""
-
-    def summarise(self, messages: list[Message] | None) -> str:
-        """First sentence of the first user message, at most 12 words or 20 Chinese characters."""
-        said = [m for m in messages or () if m.content.strip()]
-        said = [m for m in said if m.role == "user"] or said  # else what the assistant said first
-        if not said:
-            return ""
-        sentence = re.split(r"(?<=[.?!])\s+|(?<=[。？！])", said[0].content.strip(), maxsplit=1)[0]
-        return sentence[:20] if language(sentence) == "zh" else " ".join(sentence.split()[:12])
+    def summarise(self, sessions: Iterable[list[Message] | None]) -> list[str]:
+        """Of each session the first sentence of the first user message, cut to 12 words or 20
+        Chinese characters; empty where nothing was said."""
+        lines = []
+        for messages in sessions:
+            said = [m for m in messages or () if m.content.strip()]
+            said.sort(key=lambda m: m.role != "user")  # else what the assistant said first
+            first = said[0].content.strip() if said else ""
+            sentence = re.split(r"(?<=[.?!])\s+|(?<=[。？！])", first, maxsplit=1)[0]
+            zh = language(sentence) == "zh"
+            lines.append(sentence[:20] if zh else " ".join(sentence.split()[:12]))
+        return lines

@@ -6,8 +6,6 @@ Paper: "specific" interests and "safe" starters (appendix B.2.1), which it leave
 Departure: word lists (words.yaml). They need no network, answer alike each time, can be read.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import re
@@ -34,41 +32,42 @@ _QUOTED = re.compile(r"[\"“「《]([^\"“”「」《》]{2,60})[\"”」》]
 
 @functools.cache  # once a process, when first asked for: nothing is read on import
 def read_yaml(name: str) -> dict:
-    """A YAML file of this folder."""
     return yaml.safe_load((Path(__file__).parent / name).read_text(encoding="utf-8"))
 
 
 @functools.cache
-def word_set(name: str) -> frozenset[str]:
-    """A set of `words` in words.yaml."""
-    return frozenset(read_yaml("words.yaml")["words"][name].split())
-
-
-@functools.cache
-def patterns(section: str) -> dict[str, re.Pattern]:
-    """The regular expressions of a section of words.yaml; the lines of one are alternatives."""
-    return {name: re.compile("|".join(lines.splitlines()), re.IGNORECASE)
-            for name, lines in read_yaml("words.yaml")[section].items()}
+def lexicon() -> dict[str, dict]:
+    """words.yaml: "words" -> name -> set; other sections -> name -> regular expression."""
+    sections = dict(read_yaml("words.yaml"))
+    words = {name: frozenset(words.split()) for name, words in sections.pop("words").items()}
+    return {"words": words} | {
+        section: {name: re.compile("|".join(lines.splitlines()), re.IGNORECASE)
+                  for name, lines in patterns.items()} for section, patterns in sections.items()}
 
 
 def kind_of(text: str, section: str) -> str | None:
     """The first name in a section of words.yaml whose pattern is in the text."""
-    return next((name for name, p in patterns(section).items() if p.search(text)), None)
+    kinds = lexicon()[section].items()
+    return next((name for name, pattern in kinds if pattern.search(text)), None)
+
+
+def _one_spelling(text: str) -> str:
+    """Text without full-width letters, ligatures and curly apostrophes."""
+    return unicodedata.normalize("NFKC", text).replace("’", "'")
 
 
 def words_of(text: str) -> list[str]:
-    """Its words, folded, in order."""
-    return [token.casefold() for token in _TOKEN.findall(text.replace("’", "'"))]  # isn’t, isn't
+    return [token.casefold() for token in _TOKEN.findall(_one_spelling(text))]
 
 
 def normal_form(text: str) -> str:
     """Text without case and punctuation, for telling duplicates."""
-    return " ".join(words_of(unicodedata.normalize("NFKC", text)))
+    return " ".join(words_of(text))
 
 
 def same_text(a: list[str], b: list[str]) -> np.ndarray:
     """Boolean (len(a), len(b)): equal but for case and punctuation."""
-    rows, columns = (np.array([normal_form(text) for text in texts]) for texts in (a, b))
+    rows, columns = (np.array([*map(normal_form, texts)]) for texts in (a, b))
     return (rows[:, None] == columns) & (rows[:, None] != "")  # "?" equals nothing, not even "!"
 
 
@@ -79,37 +78,32 @@ def cosines(encode: Encode, a: list[str], b: list[str]) -> np.ndarray:
 
 def is_functional(text: str) -> bool:
     """A chore (translate, rewrite, e-mail, ...) rather than an interest."""
-    chore, chore_zh = patterns("patterns")["chore"], patterns("patterns")["functional_zh"]
-    return bool(chore_zh.search(text) or chore.search(text.strip(" .!?"))) or (
-        not word_set("functional").isdisjoint(words_of(text)))
-
-
-def chores(texts: Iterable[str]) -> np.ndarray:
-    """Boolean, one a text: is_functional."""
-    return np.array([is_functional(text) for text in texts], bool)  # float, were there none
+    requests, named = lexicon()["patterns"], lexicon()["words"]["functional"]
+    return bool(not named.isdisjoint(words_of(text)) or requests["functional_zh"].search(text)
+                or requests["chore"].search(text.strip(" .!?")))
 
 
 # ------------------------------------------------------------------------------------ key phrases
 
 
 def _is_specific(phrase: str) -> bool:
-    stop, functional, generic = map(word_set, ("stop", "functional", "generic"))
-    words = [w for w in words_of(phrase) if w not in stop and w not in functional]
+    kinds = lexicon()["words"]
+    words = {*words_of(phrase)} - kinds["stop"] - kinds["functional"] - kinds["generic"]
     # A number or a letter names nothing by itself, nor does what half the world likes.
-    plain = all(w in generic or w.isdigit() or len(w) < 2 for w in words)
-    return not plain and not patterns("patterns")["functional_zh"].fullmatch(phrase)
+    named = any(len(word) > 1 and not word.isdigit() for word in words)
+    return named and not lexicon()["patterns"]["functional_zh"].fullmatch(phrase)
 
 
 def _is_title(text: str) -> bool:
     """In a Title Nearly All Is Capital: stop words too, and no long word is small."""
-    later = _TOKEN.findall(text)[1:]
-    stops = sum(token[0].isupper() and token.casefold() in word_set("stop") for token in later)
+    later, stop = _TOKEN.findall(text)[1:], lexicon()["words"]["stop"]
+    stops = sum(token[0].isupper() and token.casefold() in stop for token in later)
     return stops > 2 and not any(token.islower() and len(token) > 3 for token in later)
 
 
 def _runs(text: str) -> tuple[list[list[str]], list[list[str]]]:
     """(capitalised names, content words between stop words) as runs of tokens, in order."""
-    names, contents = [], []  # tokens in order; None ends a run
+    words, names, contents = lexicon()["words"], [], []  # tokens in order; None ends a run
     end, first, titled = 0, True, _is_title(text)  # first: this token begins a sentence
     for match in _TOKEN.finditer(text):
         token, gap = match[0], text[end : match.start()]
@@ -119,13 +113,12 @@ def _runs(text: str) -> tuple[list[list[str]], list[list[str]]]:
             contents.append(None)
             first = first or any(c in ".?!:;\n" for c in gap)
         # Adverbs are as good as stop words: "quickly", but not "Emily" or "butterfly".
-        adverb = low.endswith("ly") and token == low and low not in word_set("ly_nouns")
-        stop = low in word_set("stop") or adverb
-        number = token.isdigit()
+        adverb = low.endswith("ly") and token == low and low not in words["ly_nouns"]
+        stop, number = low in words["stop"] or adverb, token.isdigit()
         marked = token[1:] != token[1:].lower() or (not number and any(map(str.isdigit, token)))
-        within = names and names[-1] and low in word_set("inside")  # Lord of the Rings
+        within = names and names[-1] and low in words["inside"]  # Lord of the Rings
         inner = not titled and not first and len(token) > 1  # "A" and "I" tell nothing
-        named = not stop or inner or low in word_set("openers") or within
+        named = not stop or inner or low in words["openers"] or within
         if marked or (token[0].isupper() and named):  # marked: iPhone, GPT4, wherever it stands
             # A capital alone, at the start of a sentence, is no evidence: `?` until more follows.
             names.append(("?" if first and not marked else "") + token)
@@ -138,11 +131,11 @@ def _runs(text: str) -> tuple[list[list[str]], list[list[str]]]:
 
 
 def _split(tokens: list[str | None]) -> list[list[str]]:
-    """Runs between Nones, without the small words at their ends."""
-    small, runs = word_set("inside") | word_set("stop"), []  # "Lord of the" is Lord
-    for _, group in itertools.groupby(tokens, bool):
-        run = list(group)
-        while run and (run[-1] is None or run[-1].casefold() in small):
+    """Runs between Nones, without the small words at their ends: "Lord of the" is Lord."""
+    small, runs = lexicon()["words"]["inside"] | lexicon()["words"]["stop"], []
+    for is_run, group in itertools.groupby(tokens, bool):
+        run = list(group) if is_run else []
+        while run and run[-1].casefold() in small:
             run.pop()
         runs += [run] if run else []
     return runs
@@ -151,11 +144,10 @@ def _split(tokens: list[str | None]) -> list[list[str]]:
 @functools.lru_cache(maxsize=100_000)  # a run asks for the same summaries again and again
 def key_phrases(text: str) -> tuple[str, ...]:
     """Specific subjects of a text, best first: quoted, names, then runs of content words."""
-    text = unicodedata.normalize("NFKC", text[:2000]).replace("’", "'")  # no page is a summary
-    text = _MATHS.sub(" , ", text)
+    text = _MATHS.sub(" , ", _one_spelling(text[:2000]))  # no page is a summary
     phrases = [quoted.strip() for quoted in _QUOTED.findall(text)]
     if language(text) == "zh":  # no spaces and no capitals: what the words of asking leave
-        rest = patterns("patterns")["request_zh"].sub("\n", _QUOTED.sub("\n", text))
+        rest = lexicon()["patterns"]["request_zh"].sub("\n", _QUOTED.sub("\n", text))
         parts = [part.strip(" -·") for part in re.findall(r"[㐀-鿿\w·+#\- ]+", rest)]
         phrases += sorted((part for part in parts if len(part) > 1), key=len, reverse=True)
     else:
@@ -173,9 +165,8 @@ def key_phrases(text: str) -> tuple[str, ...]:
 def grounded(starter: str, interests: Sequence[str]) -> bool:
     """Whether it names a subject of an interest whole (small models garble), or none has any."""
     phrases = [phrase.lower() for interest in interests for phrase in key_phrases(interest)]
-    # Of "Inca and Maya" either will do.
-    subjects = [part for phrase in phrases for part in (phrase, *phrase.split(" and "))]
-    text = unicodedata.normalize("NFKC", starter).replace("’", "'").lower()
+    subjects = [part for phrase in phrases for part in phrase.split(" and ")]  # either will do
+    text = _one_spelling(starter).lower()
     return not subjects or any(subject in text for subject in subjects)
 
 
@@ -188,19 +179,16 @@ def is_unsuitable(text: str) -> str | None:
 
 
 def majority_language(interests: Sequence[str]) -> str:
-    """The language of most; of equals the one that comes first."""
+    # Of equals the one that comes first.
     return Counter(map(language, interests)).most_common(1)[0][0] if interests else "other"
 
 
 def _fault(starter: str, wanted: str) -> str | None:
     """Why a starter cannot be shown to somebody who reads `wanted`, or None."""
-    if language(starter) == "zh":  # the paper's 20 characters; elsewhere 12 words
-        fits = 4 <= len("".join(starter.split())) <= 20
-    else:
-        fits = 2 <= len(starter.split()) <= 12
-    if not fits:
+    words, zh = words_of(starter), language(starter) == "zh"
+    parts = starter.split()  # the paper's 20 characters; elsewhere 12 words
+    if not (4 <= len("".join(parts)) <= 20 if zh else 2 <= len(parts) <= 12):
         return "length"
-    words = words_of(starter)
     if (re.search(r"</?\w|<\||\|>|&&", starter) or not any(c.isalpha() for c in starter)
             or any(unicodedata.category(c) in ("Cc", "Cs") for c in starter)
             or any(a == b == c for a, b, c in zip(words, words[1:], words[2:], strict=False))):
@@ -221,11 +209,20 @@ def filter_starters(starters: Iterable[str], interests: Sequence[str], seen: Ite
     kept, dropped = [], Counter()
     for starter in starters:
         normal, reason = normal_form(starter), _fault(starter, wanted)
-        if reason is None and normal in shown and not repeats:
-            reason = "duplicate"
-        if reason:
-            dropped[reason] += 1
+        if reason or (normal in shown and not repeats):
+            dropped[reason or "duplicate"] += 1
         else:
             kept.append(starter)
             shown.add(normal)
     return kept, dropped
+
+
+def covering(starters: list[str], interests: list[str], k: int, encode: Encode) -> list[str]:
+    """At most k starters that cover the interests: from each interest in turn its next starter,
+    of those that are nearest to it, in their order."""
+    if not starters or not interests:
+        return starters[:k]
+    nearest = cosines(encode, starters, interests).argmax(1)  # (len(starters),)
+    turn = [sum(nearest[:i] == interest) for i, interest in enumerate(nearest)]  # its place there
+    order = sorted(range(len(starters)), key=lambda i: (turn[i], nearest[i]))
+    return [starters[i] for i in order[:k]]

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from test_llm import looping, tiny
 from test_roles import encode
 
-import roles
+import llm
 from config import ROOT, EndpointConfig, UserError
 from data import Message
 from roles import chat, prompted
@@ -457,7 +457,7 @@ def test_sampler_draws_each_prompt_n_times_by_seed(serve, tmp_path):
     sampler = chat.Sampler(settings, {"top_p": 0.9, "top_k": 5}, tmp_path / "a.sqlite")
     assert sampler.sample(["a", "b"], 2, [5, 5]) == [["a5", "a6"], ["", ""]]
     texts["c"] = lambda seed: (500, {}, b"{}") if seed == 6 else "c"
-    with pytest.raises(UserError, match="1 of 6 samples failed .*the others are kept"):
+    with pytest.raises(UserError, match="error 1.*1 of 6 samples failed; the others are kept"):
         sampler.sample(["a", "b", "c"], 2, [5] * 3)
     asked = len(server.bodies)
     other = chat.Sampler(settings, {"top_p": 0.9, "top_k": 5}, tmp_path / "a.sqlite", "other")
@@ -496,12 +496,11 @@ def test_roles_send_user_text_inside_the_block_only(tmp_path, monkeypatch):
     backend = Scripted(lambda _: "")
     asking = Chat(backend, tmp_path / "a.sqlite")
     text = SECRET + "".join(NASTY).replace("\ud800", "")
-    prompted.LLMTeacher(asking).write([[text]], 5, [0])
-    prompted.LLMMatcher(asking, encode).match([([text], [text + " more"])])
-    prompted.LLMJudge(asking).compare([([text], [text], [text, "b"])])
-    prompted.LLMJudge(asking).quality([([text], [text])])
-    prompted.LLMSummariser(asking).summarise([[Message(role="user", content=text)]])
-    assert len(backend.asked) == 6
+    prompted.Prompted(asking, encode).write([[text]], 5, [0])
+    prompted.Prompted(asking, encode).match([([text], [text + " more"])])
+    prompted.Prompted(asking, encode).compare([([text], [text], [text, "b"])])
+    prompted.Prompted(asking, encode).summarise([[Message(role="user", content=text)]])
+    assert len(backend.asked) == 5
     for request in backend.asked:
         before, block = request.user.split("<data>\n")
         assert SECRET not in request.system + before and SECRET in block
@@ -550,20 +549,20 @@ def test_teacher_asks_for_twice_the_list_and_keeps_whole_fields_only(play):
         "g": "<think> a form: <sug> What is Dune? && Who wrote it? </sug>",
     }
     asking = play(lambda request: texts[fields(request)["interests"][0]])
-    written = prompted.LLMTeacher(asking).write([[key] for key in texts], 5, list(range(7)))
+    written = prompted.Prompted(asking, encode).write([[key] for key in texts], 5, list(range(7)))
     assert written == [texts["a"]] + [None] * 6
-    assert roles.parse_starters(written[0]).starters == ("What is Dune?", "Who wrote it?")
+    assert llm.parse_starters(written[0]).starters == ("What is Dune?", "Who wrote it?")
     assert asking.counts == {"asked": 7, "answered": 1, "unreadable": 5, "time-out": 1}
     assert [(r.sample, r.temperature) for r in asking.backend.asked] == [(i, 0.7) for i in range(7)]
     for n, count in ((1, 5), (5, 10), (30, 20)):
-        prompted.LLMTeacher(asking).write([["a"]], n, [9])
+        prompted.Prompted(asking, encode).write([["a"]], n, [9])
         assert asking.backend.asked[-1].user.startswith(f"{count} suggestions")
 
 
 def test_matcher_asks_about_near_texts_and_leaves_failures_unknown(play):
     labels = {"Dune film": "match.", "Dune two": "**Different** - they do not match", "Dune x": ""}
     asking = play(lambda request: labels[fields(request)["later"]])
-    matcher = prompted.LLMMatcher(asking, encode)
+    matcher = prompted.Prompted(asking, encode)
     earlier, later = ["dune"], ["Dune two", "Dune film", "Dune x", "zzzz q"]
     found = matcher.match([(earlier, later), (earlier, later[:2]), ([], later), (earlier, [])])
     assert [m.tolist() for m in found] == [[[0, 1, -1, 0]], [[0, 1]], [], [[]]]
@@ -577,11 +576,11 @@ def test_matcher_does_not_ask_about_rows_that_match_word_for_word(play, monkeypa
     monkeypatch.setattr(prompted, "FLOOR", -1.0)
     asking = play(lambda _: "MATCH")
     later = ["Dune!", "dune two", "dune x"]
-    found = prompted.LLMMatcher(asking, encode).match([(["dune", "dune y"], later)])[0]
+    found = prompted.Prompted(asking, encode).match([(["dune", "dune y"], later)])[0]
     assert found.tolist() == [[1, 0, 0], [1, 1, 1]]
     assert {f["earlier"] for f in asking.backend.fields()} == {"dune y"}
     chore, asked = "translate a letter", len(asking.backend.asked)  # no interest, if repeated
-    found = prompted.LLMMatcher(asking, encode).match([([chore], [chore, "letter"])])[0]
+    found = prompted.Prompted(asking, encode).match([([chore], [chore, "letter"])])[0]
     assert not found.any() and len(asking.backend.asked) == asked
 
 
@@ -594,7 +593,7 @@ def test_matcher_asks_about_the_nearest_only(play, monkeypatch, candidates, floo
     texts = [" ".join(rng.choice(["dune", "elden", "ring", "bread", "go"], 3)) for _ in range(14)]
     earlier, later = texts[:6], sorted(set(texts[6:]))
     asking = play(lambda _: "MATCH")
-    found = prompted.LLMMatcher(asking, encode).match([(earlier, later)])[0]
+    found = prompted.Prompted(asking, encode).match([(earlier, later)])[0]
     cosine = (encode(earlier) @ encode(later).T).numpy()
     for i, a in enumerate(earlier):
         same = [j for j, b in enumerate(later) if a == b]
@@ -613,15 +612,6 @@ def test_matcher_asks_about_the_nearest_only(play, monkeypatch, candidates, floo
 def test_reading_a_label(text, value):
     read = prompted.word_reader({"MATCH": 1, "DIFFERENT": 0})
     check(read, text, value)
-
-
-@pytest.mark.parametrize("text, value", [
-    ("5", 1.0), ("1.", 0.0), ("Grade: 3", 0.5), ("**4/5**", 0.75), ("<think>1</think>2", 0.25),
-    ("0", None), ("6", None), ("4.5", None), ("1. Relevance: good", None), ("45", None), ("", None),
-    ("3 or 4", None), ("4<think>", None),
-])
-def test_reading_a_grade(text, value):
-    check(prompted.read_grade, text, value)
 
 
 @pytest.mark.parametrize("text, value", [
@@ -651,8 +641,7 @@ def check(read, text, value):
 @given(st.text() | st.lists(st.sampled_from(["<sug>", "</sug>", "<think>", "</think>", "&&",
                                              "MATCH", "4", ":", "\n", "a b"])).map("".join))
 def test_readers_raise_nothing_but_value_errors(text):
-    for read in (prompted.read_starters, prompted.read_grade, prompted.read_line,
-                 prompted.word_reader({"MATCH": 1})):
+    for read in (prompted.read_starters, prompted.read_line, prompted.word_reader({"MATCH": 1})):
         with contextlib.suppress(ValueError):
             assert read(text) is not None
 
@@ -665,7 +654,7 @@ def better(fields):
 
 def test_judge_hears_both_orders_and_swapping_swaps_the_answer(play):
     asking = play(lambda request: better(fields(request)))
-    judge, history = prompted.LLMJudge(asking), [f"h{i}" for i in range(150)]
+    judge, history = prompted.Prompted(asking, encode), [f"h{i}" for i in range(150)]
     lists = [["a"], ["b", "c"], ["d"]]
     rows = [(history, a, b) for a in lists for b in lists]
     won = np.array(judge.compare(rows)).reshape(3, 3)
@@ -681,14 +670,7 @@ def test_judge_hears_both_orders_and_swapping_swaps_the_answer(play):
 ])
 def test_judge_of_two_opinions(play, answers, value):
     asking = play(lambda request: answers[fields(request)["alpha"] == ["y"]])
-    assert prompted.LLMJudge(asking).compare([(["h"], ["x"], ["y"])]) == [value]
-
-
-def test_judge_grades_lists(play):
-    grades = {"a": "5", "b": "Grade: 2", "c": "good"}
-    asking = play(lambda request: grades[fields(request)["starters"][0]])
-    rows = [(["i"], [key]) for key in grades]
-    assert prompted.LLMJudge(asking).quality(rows) == [1.0, 0.25, None]
+    assert prompted.Prompted(asking, encode).compare([(["h"], ["x"], ["y"])]) == [value]
 
 
 def test_summariser_shows_the_users_words_first(play):
@@ -697,7 +679,7 @@ def test_summariser_shows_the_users_words_first(play):
            ("user", "def" * 400), ("assistant", "never seen")]
     session = [Message(role=role, content=text) for role, text in say]
     short = [Message(role="user", content="你好 world")]
-    assert prompted.LLMSummariser(asking).summarise([session, short]) == ["Hel", "你好"]
+    assert prompted.Prompted(asking, encode).summarise([session, short]) == ["Hel", "你好"]
     shown = next(f["messages"] for f in asking.backend.fields() if len(f["messages"]) > 1)
     lengths = [(m["role"], len(m["text"])) for m in shown]
     assert lengths == [("assistant", 5), ("user", 2700), ("assistant", 95), ("user", 1200)]
@@ -797,7 +779,7 @@ def test_a_server_that_is_not_ours(model_folder, tmp_path, monkeypatch):
             asking = Chat(Endpoint(settings), tmp_path / "a.sqlite")
             requests = [Request("s", f"u{i}", i, t) for i in range(5) for t in (0.0, 0.7)]
             texts = asking.ask(requests, str)
-            matched = prompted.LLMMatcher(asking, encode).match([(["dune"], ["dune two"])])
+            matched = prompted.Prompted(asking, encode).match([(["dune"], ["dune two"])])
         finally:
             server.kill()
     assert asking.counts["asked"] == 11 and asking.counts["answered"]

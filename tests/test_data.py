@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 import data
 import llm
-import roles
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRET = "zebra-crossing"  # stands in every text of a valid row and must never reach a message
@@ -391,11 +390,11 @@ MARKUP = ["&", "&&", "&&&&", "<", ">", "<sug>", "</sug>", "<think>", "</think>",
 def test_no_text_of_a_starter_parts_or_ends_a_list(texts):
     """A list reads back as many starters as were written."""
     starters = [f"x{text}y" for text in texts]
-    read = roles.parse_starters(llm.format_starters(starters)).starters
+    read = llm.parse_starters(llm.format_starters(starters)).starters
     assert len(read) == len(starters)
     assert all(r[0] == "x" and r[-1] == "y" for r in read)
 
 
 def test_a_starter_keeps_its_text_but_for_markup():
     written = llm.format_starters(["a &&&& b", "<sug> c && d </sug>", "R&D", "e &"])
-    assert roles.parse_starters(written).starters == ("a & b", "(sug) c & d (/sug)", "R&D", "e &")
+    assert llm.parse_starters(written).starters == ("a & b", "(sug) c & d (/sug)", "R&D", "e &")

@@ -1,7 +1,5 @@
 """Roles by rule: lists pass their own filters, matching is by subject."""
 
-import random
-
 import numpy as np
 import pytest
 import torch
@@ -9,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_prompts import MARKUP
 
+import llm
 import roles
 from data import Message
 
@@ -93,17 +92,17 @@ def test_filters_never_raise_and_are_idempotent(starters):
     ],
 )
 def test_teacher_writes_n_fit_starters_the_same_each_time(interests):
-    raw = roles.RuleTeacher().write(interests, 10, random.Random(3))
-    starters = list(roles.parse_starters(raw).starters)
+    raw = roles.Rules(encode).write([interests], 10, [3])[0]
+    starters = list(llm.parse_starters(raw).starters)
     assert roles.filter_starters(starters, interests) == (starters, {}) and len(starters) == 10
-    assert raw == roles.RuleTeacher().write(interests, 10, random.Random(3))
+    assert raw == roles.Rules(encode).write([interests], 10, [3])[0]
     assert len(interests) == 1 or "email" not in raw
 
 
 def test_matcher_needs_a_subject_and_a_cosine():
     earlier = ["Elden Ring bosses", "music tips", "Dune"]
     later = ["elden ring builds", "music guide", "dune!"]
-    found, empty = roles.RuleMatcher(encode).match([(earlier, later), ([], ["x"])])
+    found, empty = roles.Rules(encode).match([(earlier, later), ([], ["x"])])
     assert np.array_equal(found, np.diag([1, 0, 1])) and empty.shape == (0, 1)
 
 
@@ -115,22 +114,15 @@ def test_covering_takes_from_every_interest_in_turn():
 
 
 def test_judge_is_symmetric_and_prefers_subjects_to_chores():
-    judge, history = roles.RuleJudge(encode), ["Elden Ring bosses", "Elden Ring builds", "email"]
+    judge, history = roles.Rules(encode), ["Elden Ring bosses", "Elden Ring builds", "email"]
     a, b = ["Elden Ring bosses", "sourdough bread"], ["translate an email", "email"]
     rows = [(history, a, b), (history, b, a), (history, a, a), ([], [], [])]
     assert judge.compare(rows) == [1.0, 0.0, 0.5, 0.5]
 
 
 def test_summariser_takes_the_first_question():
-    say = roles.RuleSummariser().summarise
-    assert (
-        say(
-            [
-                Message(role="assistant", content="Hello"),
-                Message(role="user", content="What is Dune? Tell me."),
-            ]
-        )
-        == "What is Dune?"
-    )
-    assert len(say([Message(role="user", content="量" * 50)])) == 20
-    assert say([Message(role="user", content="...")]) and say(None) == ""
+    asked = [("assistant", "Hello"), ("user", "What is Dune? Tell me.")]
+    sessions = [asked, [("user", "量" * 50)], [("user", "...")]]
+    sessions = [[Message(role=role, content=said) for role, said in s] for s in sessions]
+    lines = roles.Rules(encode).summarise([*sessions, None])
+    assert lines == ["What is Dune?", "量" * 20, "...", ""]

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import math
-import random
 import re
 import shutil
 import subprocess
@@ -230,7 +229,7 @@ def test_llm_roles_and_an_endpoint_that_fail_now_and_then(finished, qwen, tmp_pa
         models.append(body["model"])
         if not system:
             lines = [line[2:] for line in user["content"].splitlines()[1:]]
-            return roles.RuleTeacher().write(lines, 3, random.Random(body["seed"]))
+            return roles.Rules(None).write([lines], 3, [body["seed"]])[0]
         fields = json.loads(user["content"].split("<data>\n")[1].split("\n</data>")[0])
         which, hit = divmod(zlib.crc32(user["content"].encode()), 4)  # in any order of the calls
         first = "interests" in fields and next(taught) == 0  # of so few, none might fail by chance
@@ -239,7 +238,7 @@ def test_llm_roles_and_an_endpoint_that_fail_now_and_then(finished, qwen, tmp_pa
         if "messages" in fields:
             return fields["messages"][0]["text"]
         if "interests" in fields:
-            return roles.RuleTeacher().write(fields["interests"], 6, random.Random(body["seed"]))
+            return roles.Rules(None).write([fields["interests"]], 6, [body["seed"]])[0]
         early, late = (set(re.findall(r"[A-Z]\w+", fields[x])) for x in ("earlier", "later"))
         return "MATCH" if early & late else "DIFFERENT"
 

@@ -18,13 +18,13 @@ MEASURED = np.array([0.47, 0.29, 0.19, 0.17, 0.07])
 
 @pytest.fixture(scope="module")
 def made():
-    return people.generate(SETTINGS)
+    return people.World(SETTINGS)
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path):
     small = WorldConfig(users=20, seed=3)
     for name in ("a", "b"):
-        people.generate(small).write(tmp_path / name)
+        people.World(small).write(tmp_path / name)
     for file in ("users.jsonl", "impressions.jsonl", "truth/truth.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
@@ -56,7 +56,7 @@ def test_sessions_look_like_a_real_log(made):
 
 
 def test_the_same_starter_is_tapped_by_slot_as_in_a_real_log(made):
-    truth = people.Truth(made.truth)
+    truth = made.truth
     for user_id in list(truth.users)[:20]:
         starter = "Quiz me on Saturn"
         shown = [[""] * slot + [starter] for slot in range(5)]
@@ -75,7 +75,7 @@ def test_taps_fall_with_the_slot_and_most_lists_get_none(made):
 
 def test_frequency_and_resonance_are_weakly_related_and_chores_do_not_resonate(made):
     taxonomy = people.Taxonomy()
-    interests = [i for u in made.truth["users"].values() for i in u["interests"]]
+    interests = [i for u in made.truth.users.values() for i in u["interests"]]
     chores = [i for i in interests if taxonomy.functional(i["topic"])]
     others = [i for i in interests if not taxonomy.functional(i["topic"])]
     pairs = np.array([(i["frequency"], i["resonance"]) for i in others])
@@ -104,9 +104,9 @@ def test_the_log_holds_no_hidden_state(made, tmp_path):
 
 
 def test_truth_points_in_the_right_direction(made):
-    truth = people.Truth(made.truth)
+    truth = made.truth
     checked = 0
-    for user_id, user in made.truth["users"].items():
+    for user_id, user in made.truth.users.items():
         best = max(user["interests"], key=lambda i: i["resonance"])
         if best["resonance"] < 0.8 or not any(b >= user["last_day"] for _, b in best["alive"]):
             continue
@@ -118,12 +118,12 @@ def test_truth_points_in_the_right_direction(made):
         assert truth.resonance(user_id, good) > truth.resonance(user_id, "Zzyzx")
         checked += 1
     assert checked >= 3
-    some = next(iter(made.truth["users"]))
+    some = next(iter(made.truth.users))
     assert truth.click_probabilities(some, ["", "???", "a" * 5000, "x", "y", "z"]).shape == (6,)
 
 
 def test_what_was_asked_since_the_log_is_no_longer_new(made):
-    truth, user_id = people.Truth(made.truth), made.users[0].user_id
+    truth, user_id = made.truth, made.users[0].user_id
     pair = ["Surprising facts about Saturn?", "Surprising facts about Sourdough?"]
     new = truth.click_probabilities(user_id, pair)
     again = truth.click_probabilities(user_id, pair, asked_since={people.question(pair[0])})
@@ -132,7 +132,7 @@ def test_what_was_asked_since_the_log_is_no_longer_new(made):
 
 def test_retrieved_lists_are_of_the_kind_that_the_log_shows(made):
     lists = people.retrieved_lists(SETTINGS, made.users, 5, seed=1)
-    retrieval = people.Platform(SETTINGS).retrieval
+    retrieval = people.World(SETTINGS).retrieval
     logged = [y for i in made.impressions for y in i.starters]
     shown = [y for rows in lists.values() for x in rows for y in x]
     assert {*logged, *shown} <= {*retrieval.pool}

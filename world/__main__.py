@@ -12,16 +12,14 @@ from world import people
 def main() -> None:
     defaults = load_config().world  # those of a training run, so that seeds agree
     parser = argparse.ArgumentParser(prog="python -m world", description=__doc__.split("\n")[0])
-    # The siblings' platforms, a shop and its dialogues, will be further subcommands.
-    platforms = parser.add_subparsers(dest="platform", required=True)
-    command = platforms.add_parser("people", description=people.__doc__.split("\n")[0])
-    command.add_argument("--users", type=int, default=defaults.users)
-    command.add_argument("--seed", type=int, default=defaults.seed)
-    command.add_argument("--out", required=True)
+    parser.add_argument("platform", choices=["people"])  # to be joined by a shop and dialogues
+    parser.add_argument("--users", type=int, default=defaults.users)
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--out", required=True)
     arguments = parser.parse_args()
     # By way of the config, which refuses a number out of bounds in the usual words.
     words = [f"world.users={arguments.users}", f"world.seed={arguments.seed}"]
-    world = people.generate(load_config(None, words).world)
+    world = people.World(load_config(None, words).world)
     world.write(arguments.out)
     sessions, lists = sum(len(user.sessions) for user in world.users), len(world.impressions)
     untapped = sum(not shown.clicked for shown in world.impressions) / lists

@@ -2,9 +2,8 @@
 
     python eval.py --reproduce 2 --seeds 1    # Table 2; tables/reproduce.py brings the arms' lists
 
-What a person does in one arm, day by day, after the log:
-- visits (is active) with probability 1 - exp(-rate * (1 + goodwill)), at most once a day; the rate
-  is sessions per day in the log;
+What a person does in one arm on each day after the log:
+- visits (is active) with probability 1 - exp(-rate * (1 + goodwill)); rate: sessions a day there;
 - sees the next of the arm's lists, and taps by the world's click probabilities; what was tapped
   before in this test is no longer new; each tap starts a conversation;
 - without a tap, starts a conversation unaided with probability UNAIDED;
@@ -37,9 +36,7 @@ METRICS = ("Active", "Avg.S", "CTR", "CSR", "Taps")
 
 
 @dataclass
-class Person:
-    """One person in one arm."""
-
+class Person:  # in one arm
     user_id: str
     rate: float  # visits a day
     lists: list[list[str]]
@@ -80,38 +77,36 @@ def _draws(user_id: str, day: int, slots: int, seed: int, copy: int = 0) -> tupl
     return visit, unaided, gaps, rng.random(slots)  # last: more slots change no other number
 
 
-def simulate(
-    truth: Truth, activity: dict[str, float], lists: dict, settings: AbConfig, seed: int
-) -> dict:
-    """Days 1..settings.days after the log, in every arm.
+def simulate(truth: Truth, activity: dict[str, float], lists: dict, settings: AbConfig,
+             seed: int) -> dict:
+    """Days 1..settings.days after the log: {"days", "lists", "copies", "seed", "arms": {arm:
+    {"users": {user: COUNTS, sums over the days, means over the copies}, "by_day": {count: its mean
+    over the users on each day}, "cumulative": {"ctr", "ctr_error", "sessions", "sessions_error":
+    up to each day}}}}. Raises ValueError where arms differ in users, or a user has no activity.
 
     activity: user -> sessions per day in the log; lists: arm -> user -> lists of starters.
-    Returns {"days", "lists", "copies", "seed", "arms": {arm: {"users": {user: COUNTS, sums over the
-    days, means over the copies}, "by_day": {count: mean over the users, a day each}, "cumulative":
-    {"ctr", "ctr_error", "sessions", "sessions_error": up to each day}}}}.
-    Raises ValueError where arms cover different users, or a user has no activity.
     """
     users = sorted(next(iter(lists.values()), {}))
     if not users or any(set(rows) != set(users) for rows in lists.values()):
         raise ValueError("simulate: every arm needs lists for the same users, at least one")
     if unknown := [u for u in users if u not in activity or u not in truth.users]:
         raise ValueError(f"simulate: no activity or hidden state of {unknown[:5]}")
-    days, copies = settings.days, settings.copies
     slots = max([0, *(len(x) for arm in lists.values() for rows in arm.values() for x in rows)])
     # Departure: each person lives through the test `copies` times, with other random numbers and
     # from the next list on, and counts once, with the mean: people stay the unit of intervals.
-    lives = {arm: np.zeros((len(users), days, len(COUNTS))) for arm in lists}
+    lives = {arm: np.zeros((len(users), settings.days, len(COUNTS))) for arm in lists}
     for number, user in enumerate(users):
         cache: dict = {}  # (starters, asked) -> click probabilities, of this user
-        for copy in range(copies):
-            shown = {arm: rows[user][: settings.lists] for arm, rows in lists.items()}
-            people = {arm: Person(user, activity[user], rows, copy) for arm, rows in shown.items()}
-            for day in range(days):
+        for copy in range(settings.copies):
+            people = {arm: Person(user, activity[user], rows[user][: settings.lists], copy)
+                      for arm, rows in lists.items()}
+            for day in range(settings.days):
                 draws = _draws(user, day + 1, slots, seed, copy)
                 for arm, person in people.items():
                     lives[arm][number, day] += person.day(truth, draws, cache)
-    arms = {arm: _summary(users, counts / copies) for arm, counts in lives.items()}
-    return {"days": days, "lists": settings.lists, "copies": copies, "seed": seed, "arms": arms}
+    arms = {arm: _summary(users, counts / settings.copies) for arm, counts in lives.items()}
+    return {"days": settings.days, "lists": settings.lists, "copies": settings.copies,
+            "seed": seed, "arms": arms}
 
 
 def _summary(users: list[str], lives: np.ndarray) -> dict:
@@ -120,13 +115,11 @@ def _summary(users: list[str], lives: np.ndarray) -> dict:
     ctr = taps.sum(0) / np.maximum(shown.sum(0), 1e-9)
     effects = (taps - ctr * shown) / np.maximum(shown.mean(0), 1e-9)  # on CTR: the delta method
     root, sums = len(users) ** 0.5, zip(users, lives.sum(1).tolist(), strict=True)
-    figures = {"ctr": ctr, "ctr_error": effects.std(0) / root}
-    figures |= {"sessions": sessions.mean(0), "sessions_error": sessions.std(0) / root}
-    return {
-        "users": {user: dict(zip(COUNTS, counts, strict=True)) for user, counts in sums},
-        "by_day": dict(zip(COUNTS, lives.mean(0).T.tolist(), strict=True)),
-        "cumulative": {name: values.tolist() for name, values in figures.items()},
-    }
+    cumulative = {"ctr": ctr, "ctr_error": effects.std(0) / root,
+                  "sessions": sessions.mean(0), "sessions_error": sessions.std(0) / root}
+    return {"users": {user: dict(zip(COUNTS, counts, strict=True)) for user, counts in sums},
+            "by_day": dict(zip(COUNTS, lives.mean(0).T.tolist(), strict=True)),
+            "cumulative": {name: values.tolist() for name, values in cumulative.items()}}
 
 
 def _fractions(result: dict, arm: str) -> np.ndarray:
@@ -165,15 +158,11 @@ def metrics(by_seed: list[dict], arm: str) -> dict[str, float | None]:
 
 
 def _contrast(by_seed: list[dict], arm: str, other: str, control: str, n: int) -> list[tuple]:
-    """(lift of an arm less that of another, its 95 % interval) for each metric, per mille.
-
-    nan where control has 0 or nothing to count.
-    """
+    """For each metric (lift of an arm less that of another, 95 % interval), per mille; or nan."""
     a, b, c = (_samples(by_seed, name, n) for name in (arm, other, control))  # (1 + n, METRICS)
     return [  # a nan of every draw makes nanquantile warn
         (lift, [lift] * 2 if math.isnan(lift) else np.nanquantile(draws, [0.025, 0.975]).tolist())
-        for lift, *draws in (1000 * _ratio(a - b, c)).T.tolist()
-    ]
+        for lift, *draws in (1000 * _ratio(a - b, c)).T.tolist()]
 
 
 def _p_values(by_seed: list[dict], arm: str, other: str) -> list[float]:
@@ -213,12 +202,12 @@ def lifts(by_seed: list[dict], control: str = CONTROL, bootstrap: int = 1000) ->
 
 
 def beats(by_seed: list[dict], arm: str, other: str, metric: str) -> tuple[float, list[float]]:
-    """(lift of `arm` less lift of `other`, 95 % interval), per mille; nan as in `_contrast`."""
+    """As in `lifts`, less the lift of another arm: (lift, 95 % interval), per mille, or nan."""
     return _contrast(by_seed, arm, other, CONTROL, 1000)[METRICS.index(metric)]
 
 
-def table(lifts: dict[str, dict], paper: dict[str, list[str]]) -> str:
-    """Table 2 as measured and as in the paper (method -> cells of METRICS), in Markdown."""
+def table_rows(lifts: dict[str, dict]) -> list[list[str]]:
+    """Table 2: name and a cell for each of METRICS, for each arm and for the control alone."""
 
     def cell(figures: dict) -> str:
         if figures["lift"] is None:
@@ -226,14 +215,6 @@ def table(lifts: dict[str, dict], paper: dict[str, list[str]]) -> str:
         star, (low, high) = "*" * (figures["p"] < 0.05), figures["interval"]
         return f"{figures['lift']:+.2f}{star} [{low:+.2f}, {high:+.2f}]"
 
-    def row(name: str, cells) -> str:
-        return f"| {name} | " + " | ".join(cells) + " |"
-
     control = [figures["control"] for figures in next(iter(lifts.values())).values()]
-    head = row("Method", METRICS) + "\n" + "|---" * (len(METRICS) + 1) + "|"
-    return "\n".join([
-        "Lift over the deployed retrieval in per mille [95 % interval], * p < 0.05:", "", head,
-        *(row(arm, [cell(figures[m]) for m in METRICS]) for arm, figures in lifts.items()),
-        row("deployed, absolute", ["–" if v is None else f"{v:.4g}" for v in control]),
-        "", "The paper's Table 2:", "", head, *(row(arm, v) for arm, v in paper.items()), "",
-    ])
+    return [*([arm, *(cell(figures[m]) for m in METRICS)] for arm, figures in lifts.items()),
+            ["deployed, absolute", *("–" if v is None else f"{v:.4g}" for v in control)]]

@@ -17,8 +17,8 @@ import yaml
 
 from config import ROOT
 
-SLOT_RATES = np.array([0.47, 0.29, 0.19, 0.17, 0.07])  # of a real log, the same content by slot
-EXAMINATION = SLOT_RATES / SLOT_RATES[0]  # P(slot is looked at), the first one always
+# P(slot is looked at): a real log's taps of the same content by slot; the first always.
+EXAMINATION = np.array([0.47, 0.29, 0.19, 0.17, 0.07]) / 0.47
 HAN = re.compile(r"[\u3400-\u9fff]")
 
 
@@ -39,19 +39,18 @@ class Taxonomy:
     def __init__(self):
         tree = yaml.safe_load((ROOT / "world" / "taxonomy.yaml").read_text(encoding="utf-8"))
         self.angles, self.topics, self.category = tree["angles"], {}, {}
-        self.names, self._subject_of, self._topic_of = {"en": {}, "zh": {}}, {}, {}
         for category, topics in tree["categories"].items():
             self.topics |= topics
             self.category |= dict.fromkeys(topics, category)
-        for topic, entry in self.topics.items():
-            self.names["en"][topic] = {subject: subject for subject in entry["subjects"]}
-            if "zh" in entry:
-                self.names["zh"][topic] = entry["zh"]
-            for subject in entry["subjects"]:
-                self._subject_of[subject.lower()] = (topic, subject)
-            for subject, name in entry.get("zh", {}).items():
-                # Trap: texts are lowered, so "Excel表格" is never found; mending it moves draws.
-                self._subject_of[name] = (topic, subject)
+        entries, self._subject_of, self._topic_of = self.topics.items(), {}, {}
+        english = {topic: {s: s for s in entry["subjects"]} for topic, entry in entries}
+        chinese = {topic: entry["zh"] for topic, entry in entries if "zh" in entry}
+        self.names = {"en": english, "zh": chinese}
+        for topic, entry in entries:
+            self._subject_of |= {subject.lower(): (topic, subject) for subject in english[topic]}
+            # Trap: texts are lowered, so "Excel表格" is never found; mending it moves draws.
+            zh = chinese.get(topic, {}).items()
+            self._subject_of |= {name: (topic, subject) for subject, name in zh}
             for word in (topic, *entry["keywords"]):  # a word of two topics: of the first
                 self._topic_of.setdefault(word.lower(), topic)
         self._find_subjects, self._find_words = _finder(self._subject_of), _finder(self._topic_of)
@@ -62,14 +61,13 @@ class Taxonomy:
         return self.topics[topic].get("functional", False)
 
     def _understand(self, text: str) -> Meaning:
-        low, topic = text.lower(), None
-        if named := [self._subject_of[name] for name in self._find_subjects(low)]:
-            topic = named[0][0]  # a subject says more than a word of its topic
-        elif words := self._find_words(low):
-            topic = self._topic_of[words[0]]
+        low = text.lower()
+        named = [self._subject_of[name] for name in self._find_subjects(low)]
+        topics = [topic for topic, _ in named] or map(self._topic_of.get, self._find_words(low))
         shown = [any(word in low for word in angle["words"]) for angle in self.angles.values()]
         angle = [*shown[:-1], True].index(True)  # none: the last, "plain"
-        return Meaning(topic, frozenset(subject for _, subject in named), angle)
+        # A subject says more than a word of its topic.
+        return Meaning(next(iter(topics), None), frozenset(subject for _, subject in named), angle)
 
 
 def _finder(names):
@@ -114,10 +112,8 @@ class Truth:
             if topic == interest["topic"]:
                 # A favourite subject, or another one of its topic ...
                 near = 1.0 if meaning.subjects & set(interest["subjects"]) else 0.6
-            elif topic and category_of[topic] == category_of[interest["topic"]]:
-                near = 0.2  # ... or a neighbour in its category
-            else:
-                continue
+            else:  # ... or a neighbour in its category
+                near = 0.2 * (category_of.get(topic) == category_of[interest["topic"]])
             fresh = 1.0 if is_alive(interest, day) else 0.35  # asleep, not gone
             best = max(best, near * fresh * interest["resonance"])
         return best
@@ -130,10 +126,8 @@ class Truth:
         topic = self.taxonomy.understand(text).topic
         return self.taxonomy.category[topic] if topic else None
 
-    def click_probabilities(
-        self, user_id: str, starters: list[str], day: float | None = None,
-        asked_since: frozenset[str] = frozenset(),
-    ) -> np.ndarray:
+    def click_probabilities(self, user_id: str, starters: list[str], day: float | None = None,
+                            asked_since: frozenset[str] = frozenset()) -> np.ndarray:
         """P(tap) of each starter (K,), with slot bias, redundancy with those above, and novelty.
 
         `asked_since`: `question`s asked after the log, which are no longer new either.
@@ -143,20 +137,14 @@ class Truth:
         for slot, starter in enumerate(starters):
             meaning = self.taxonomy.understand(starter)
             asked = question(starter) in user["asked"] or question(starter) in asked_since
-            redundancy = sum(
-                bool(meaning.subjects & other.subjects) * 0.9
-                + bool(meaning.topic and meaning.topic == other.topic) * 0.4
-                + (meaning.angle == other.angle) * 0.3
-                for other in above
-            )
-            logit = (
-                -2.9  # most lists get no tap: 50 to 90 % in real logs
-                + 4.0 * self.match(user_id, meaning, day)  # the most that decides: resonance
-                + user["angles"][meaning.angle]  # the same for every subject: style
-                + 0.5 * bool(meaning.subjects)  # a name draws more than a topic
-                - 0.8 * asked
-                - redundancy
-            )
+            redundancy = sum(bool(meaning.subjects & other.subjects) * 0.9
+                             + bool(meaning.topic and meaning.topic == other.topic) * 0.4
+                             + (meaning.angle == other.angle) * 0.3 for other in above)
+            logit = (-2.9  # most lists get no tap: 50 to 90 % in real logs
+                     + 4.0 * self.match(user_id, meaning, day)  # the most that decides: resonance
+                     + user["angles"][meaning.angle]  # the same for every subject: style
+                     + 0.5 * bool(meaning.subjects)  # a name draws more than a topic
+                     - 0.8 * asked - redundancy)
             looked_at = EXAMINATION[min(slot, len(EXAMINATION) - 1)]  # longer lists: as the last
             result.append(looked_at / (1 + np.exp(-logit)) if starter.strip() else 0.0)
             above.append(meaning)

@@ -6,13 +6,12 @@ It stands in for the paper's private logs (section 3.1). DIR holds users.jsonl, 
 all that a real log would hold, and apart from them truth/truth.json, the hidden state
 (click_model.py), which only the evaluation may read. Every number is a plausible choice, fitted to
 no result; REPEAT_SHARE and ONE_OFF_SHARE make repeats and revisits as many as in real logs.
-
 A user has interests (a topic and favourite subjects in it), each with a frequency and a resonance
 that are only weakly related (chores are frequent and resonate with nobody) and days on which it is
 alive, and likes some angles of a question more than others.
 """
 
-from dataclasses import dataclass
+import functools
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -31,41 +30,18 @@ ONE_OFF_SHARE = 0.3  # of sessions about a topic that is no interest of the user
 CHINESE_SHARE = 0.04
 
 
-@dataclass
-class World:
-    """What `generate` draws; truth: the state that click_model.Truth takes."""
-
-    users: list[data.User]
-    impressions: list[data.Impression]
-    truth: dict
-
-    def write(self, folder: str | Path) -> None:
-        data.write_users(Path(folder) / "users.jsonl", self.users)
-        data.write_impressions(Path(folder) / "impressions.jsonl", self.impressions)
-        write_json(Path(folder) / "truth" / "truth.json", self.truth)
-
-
 def load_truth(folder: str | Path) -> Truth:
     """The hidden state of a world that was written to this folder."""
     return Truth(read_json(Path(folder) / "truth" / "truth.json"))
 
 
-def generate(settings: WorldConfig) -> World:
-    """A platform's logs and hidden state; the same settings give the same bytes."""
-    platform = Platform(settings)
-    impressions = [row for user in platform.users for row in platform.impressions(user)]
-    return World(platform.users, impressions, {"users": platform.truth.users})
+def retrieved_lists(settings: WorldConfig, users: list[data.User], n: int, seed: int) -> dict:
+    """user -> n lists of the deployed retrieval, as after the last of the given sessions.
 
-
-def retrieved_lists(
-    settings: WorldConfig, users: list[data.User], n: int, seed: int
-) -> dict[str, list[list[str]]]:
-    """n lists of the deployed retrieval for each user, as after the last of the given sessions.
-
-    It retrieves from what `generate` showed for these settings; `seed` draws the lists. Sessions
+    It retrieves from what a World of these settings showed; `seed` draws the lists. Sessions
     without a time count in their order. A user's lists do not depend on who else is given.
     """
-    retrieval, lists = Platform(settings).retrieval, {}
+    retrieval, lists = World(settings).retrieval, {}
     for user in users:
         rng = np.random.default_rng([seed, *user.user_id.encode()])
         topics = [retrieval.taxonomy.understand(s.summary or "").topic for s in user.sessions]
@@ -88,7 +64,7 @@ class Retrieval:
             language = "zh" if topic in taxonomy.names["zh"] and rng.random() < 0.05 else "en"
             names = list(taxonomy.names[language][topic].values())
             form = str(rng.choice(forms[language]))
-            pool.add(form.format(x=str(rng.choice(names)), y=str(rng.choice(names)), t=topic))
+            pool.add(form.format(x=rng.choice(names), y=rng.choice(names), t=topic))
             if len(pool) == size:
                 break
         self.pool = sorted(pool)  # a set's order differs from process to process
@@ -115,8 +91,8 @@ class Retrieval:
         return starters
 
 
-class Platform:
-    """The people with their sessions, their hidden state, and the retrieval that serves them."""
+class World:
+    """A platform's people, logs and hidden state; the same settings give the same bytes."""
 
     def __init__(self, settings: WorldConfig):
         # Trap: one generator draws everything, so a draw moved or left out gives other people.
@@ -129,8 +105,17 @@ class Platform:
         for number in range(n):
             user, self.truth.users[f"u{number}"] = self._person(f"u{number}", number in robots)
             self.users.append(user)
-        pool, forms = settings.starter_pool, self.forms["starters"]
-        self.retrieval = Retrieval(self.taxonomy, forms, self.rng, pool)
+        self.retrieval = Retrieval(
+            self.taxonomy, self.forms["starters"], self.rng, settings.starter_pool)
+
+    @functools.cached_property  # drawn last: who wants people or retrieval need not wait for it
+    def impressions(self) -> list[data.Impression]:
+        return [shown for user in self.users for shown in self._shown(user)]
+
+    def write(self, folder: str | Path) -> None:
+        data.write_users(Path(folder) / "users.jsonl", self.users)
+        data.write_impressions(Path(folder) / "impressions.jsonl", self.impressions)
+        write_json(Path(folder) / "truth" / "truth.json", {"users": self.truth.users})
 
     def _person(self, user_id: str, robot: bool) -> tuple[data.User, dict]:
         """A user as the log shows them, and their entry in Truth.users."""
@@ -147,25 +132,22 @@ class Platform:
             texts.append(texts[0] if same else self._summary(interests, day, texts, language))
             when, name = None if untimed else _when(day), f"s{number}"
             sessions.append(data.Session(session_id=name, timestamp=when, summary=texts[-1]))
-        profile = None
+        profile, told = None, self.forms["profile"]
         if rng.random() >= 0.1:  # one in ten tells nothing
-            age = str(rng.choice(self.forms["profile"]["age"]))
-            region = "CN" if language == "zh" else str(rng.choice(self.forms["profile"]["region"]))
-            profile = {"age": age, "region": region}
+            profile = {"age": str(rng.choice(told["age"])),
+                       "region": "CN" if language == "zh" else str(rng.choice(told["region"]))}
         likings = [angle["liking"] for angle in self.taxonomy.angles.values()]
         return data.User(user_id=user_id, profile=profile, sessions=sessions), {
             "interests": interests,
             "angles": [float(liking + rng.normal(0, 0.5)) for liking in likings],  # logits
-            "robot": robot,
-            "asked": sorted(set(map(question, texts))),
-            "last_day": days,
+            "robot": robot, "asked": sorted(set(map(question, texts))), "last_day": days,
         }
 
     def _interests(self, language: str) -> list[dict]:
         """Three to nine topics of leisure and one or two chores, as in Truth.users."""
         rng, names, interests = self.rng, self.taxonomy.names[language], []
-        chores = [topic for topic in sorted(names) if self.taxonomy.functional(topic)]
-        leisure = [topic for topic in sorted(names) if not self.taxonomy.functional(topic)]
+        chores = [*filter(self.taxonomy.functional, sorted(names))]
+        leisure = [topic for topic in sorted(names) if topic not in chores]
         topics = list(rng.choice(leisure, min(len(leisure), rng.integers(3, 10)), replace=False))
         topics += list(rng.choice(chores, min(len(chores), rng.integers(1, 3)), replace=False))
         for topic in map(str, topics):
@@ -175,10 +157,8 @@ class Platform:
             resonance = float(rng.uniform(0, 0.08) if chore else rng.beta(1.2, 1.2))
             frequency = float(rng.lognormal(0.7 if chore else 0.0, 0.6))  # relative: a weight
             alive = [(0.0, float(self.settings.days))] if chore else self._stretches(resonance)
-            interests.append({
-                "topic": topic, "subjects": [subjects[i] for i in best], "frequency": frequency,
-                "resonance": resonance, "alive": alive,
-            })
+            interests.append({"topic": topic, "subjects": [subjects[i] for i in best],
+                              "frequency": frequency, "resonance": resonance, "alive": alive})
         return interests
 
     def _stretches(self, resonance: float) -> list[tuple[float, float]]:
@@ -216,7 +196,7 @@ class Platform:
         text = ". ".join(form.format(x=x, y=y, t=topic) for form in chosen)[:900]
         return text.lower() if rng.random() < 0.15 else text
 
-    def impressions(self, user: data.User) -> list[data.Impression]:
+    def _shown(self, user: data.User) -> list[data.Impression]:
         """What the retrieval showed to this user, what was tapped, and what followed."""
         rng, understand, rows = self.rng, self.taxonomy.understand, []
         sessions = [session for session in user.sessions if session.timestamp]
@@ -235,8 +215,6 @@ class Platform:
             best = max((self.truth.match(user.user_id, m, day) for m in tapped), default=0.0)
             after = int(rng.poisson(further_sessions(best))) if clicked else 0
             after = None if rng.random() < 0.05 else after  # a real log lacks some
-            rows.append(data.Impression(
-                user_id=user.user_id, timestamp=_when(day), starters=starters, clicked=clicked,
-                sessions_after=after,
-            ))
+            rows.append(data.Impression(user_id=user.user_id, timestamp=_when(day),
+                                        starters=starters, clicked=clicked, sessions_after=after))
         return rows
