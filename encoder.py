@@ -89,7 +89,7 @@ class Encoder:
     def trim(self, most: int) -> None:
         """Keep what the cache file holds, and at most `most` other vectors: the newest."""
         others = list(self._vectors)[self._saved :]
-        for key in others[: max(0, len(others) - most)]:  # oldest first
+        for key in others[: max(0, len(others) - most)]:
             self._vectors.pop(key, None)
 
     def save(self) -> None:

@@ -22,7 +22,7 @@ import torch
 
 import data
 import icebreaker as ib
-from config import Config, RunFolder, UserError, digest, read_json
+from config import Config, RunFolder, UserError, digest, progress, read_json
 from encoder import Encoder
 
 
@@ -48,7 +48,7 @@ class Run:
                 raise UserError(f"data.{name}={path}: no such file")
         if config.data.impressions and not config.data.users:
             raise UserError("data.impressions: needs data.users, the people it was shown to")
-        self.config, self.folder = config, RunFolder(config, describe)  # runs/<name>
+        self.config, self.folder = config, RunFolder(config, describe)
         self.users_file, self.impressions_file = config.data.users, config.data.impressions
         if not config.data.users:  # the simulated platform's, written by stage `world`
             self.users_file = self.folder / "world" / "users.jsonl"
@@ -141,7 +141,8 @@ class Run:
         # All texts at once: like lengths share a batch, and vectors do not hang on who is first.
         self.encoder(sorted({s.summary for u in self.users.values() for s in u.sessions}))
         cuts = range(len(self.shares))
-        return {user_id: [self._history(user_id, c) for c in cuts] for user_id in self.users}
+        users = progress(self.users, "histories")
+        return {user_id: [self._history(user_id, c) for c in cuts] for user_id in users}
 
     def _history(self, user_id: str, cut: int) -> ib.History:
         past, future = self.parts(user_id, cut)
@@ -183,7 +184,7 @@ class Run:
         triggers, shown = read_json(self.folder / "rid" / "triggers.json"), defaultdict(list)
         for impression in self.impressions:
             shown[impression.user_id].append(impression)
-        self.encoder(sorted({y for row in self.impressions for y in row.starters}))  # at once
+        self.encoder(sorted({y for row in self.impressions for y in row.starters}))
         return {
             user_id: [
                 UserState(

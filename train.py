@@ -38,6 +38,7 @@ import llm
 from config import (
     ROOT,
     Config,
+    GeneratorConfig,
     UserError,
     digest,
     file_digest,
@@ -64,7 +65,7 @@ from world import people
 
 def stage_world(run: Run, players: Players, key: str) -> dict:
     """Write the simulated platform's logs, or check the files that the user gave."""
-    if not run.config.data.users:  # else there is nothing to simulate
+    if not run.config.data.users:
         people.World(run.config.world).write(run.folder / "world")
     return {
         "users": len(run.logged_users),
@@ -77,6 +78,9 @@ def stage_base(run: Run, players: Players, key: str) -> dict:
     """Is the generator there? Asked before hours of other work."""
     path = players.writer.model_path  # a hub id, a folder, or weights/tiny
     llm.check_model(path, run.config.generator.revision)
+    g, default = run.config.generator, GeneratorConfig()
+    if not g.model and (g.list_size, g.instruction) != (default.list_size, default.instruction):
+        print("  base: weights/tiny was made for other lists; python -m tools.tiny_model makes one")
     return {"model": path}
 
 

@@ -214,7 +214,7 @@ def mine_user(run: Run, searched: Searched, counts: Counter) -> dict:
     """The chosen list of one user and its rejected ones by kind; {} if there are none."""
     settings, k = run.config.dpo, run.config.generator.list_size
     rng = random.Random(run.seed("mine", searched.state.user_id, searched.pool))
-    place = {starter: i for i, starter in enumerate(searched.pool)}  # starter -> index
+    place = {starter: i for i, starter in enumerate(searched.pool)}
     lists = [*searched.beams, *([place[y] for y in s] for s in searched.lists if len(s) == k)]
     lists += [rng.sample(range(len(place)), k) for _ in range(RANDOM_LISTS)]
     distinct: dict[tuple[int, ...], list[int]] = {}  # sets of starters: orders differ by rounding
@@ -276,7 +276,9 @@ def align(
     if held_out:  # the start is a checkpoint too: a round may bring nothing
         best.offer(held_out(model))
     for number in (bar := progress(range(1, steps + 1), f"dpo {label}")):
-        order = order or rng.sample(range(len(rows)), len(rows))  # another pass
+        # The first pass keeps the order of the reference: equal batches round alike, so that the
+        # first loss is ln 2 exactly.
+        order = order or rng.sample(range(len(rows)), len(rows))
         batch, order = order[:size], order[size:]
         part, factor = part_of(batch)  # of this process; 0: it has no row, and only keeps step
         logps = policy(*columns(rows[i] for i in part))  # [chosen, rejected, ...] of each user
@@ -366,7 +368,8 @@ class HeldOut:
     def __call__(self, model) -> float:
         weight, seed = self.run.config.dpo.weight, self.run.seed("dpo", "held out")
         inputs = [state.interests for state in self.states]
-        lists = self.writer.sample(model, inputs, HELD_OUT_LISTS, seed)  # the same draws each time
+        # The same draws at every checkpoint: what differs is the policy.
+        lists = self.writer.sample(model, inputs, HELD_OUT_LISTS, seed)
         now = list_quality(self.run, self.ranker, self.states, lists)
         self.run.folder.log("dpo", round=self.label, held_out=now)
         self.start = self.start or {name: max(value, 1e-6) for name, value in now.items()}

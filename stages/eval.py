@@ -29,7 +29,7 @@ from stages.metrics import (
     paper_figures,
     user_lifts,
 )
-from stages.ranker import load_ranker, utilities
+from stages.ranker import judge_of
 from world import people
 
 
@@ -69,16 +69,12 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
     # All at once: what is measured one list at a time below is only looked up.
     run.encoder(sorted({y for m in lists.values() for u in m.values() for x in u for y in x}))
 
-    def scorer(name: str) -> Callable | None:
-        if not run.impressions:
-            return None
-        ranker = load_ranker(run, name)  # "judge" decides; "train" shows reward hacking beside it
-        return lambda u, starters: utilities(ranker, states[u], run.encoder(starters)).numpy()
-
+    # Without logs of taps there is no ranker; "train" shows reward hacking beside "judge".
+    judge, train_judge = (judge_of(run, n) if run.impressions else None for n in ("judge", "train"))
     # Hidden state is opened here for the first time: everything has been written by now.
     truth = None if run.config.data.users else people.load_truth(run.folder / "world")
     result = evaluate(
-        lists, scorer("judge"), run.encoder, run.corpus, truth=truth, train_score=scorer("train"),
+        lists, judge, run.encoder, run.corpus, truth=truth, train_score=train_judge,
         draws=settings.bootstrap, seed=run.config.run.seed,
     )
     # By chance, never the best ones.
@@ -190,7 +186,7 @@ def write_report(
     result: dict, rows: list[dict], summaries: dict, scores: dict, folder: Path
 ) -> None:
     """table.md, table.json and examples.md."""
-    write_json(folder / "table.json", result)  # for programs
+    write_json(folder / "table.json", result)
     examples = examples_page(rows, summaries, scores)
     for name, text in (("table.md", table_markdown(result)), ("examples.md", examples)):
         with atomic_path(folder / name) as temporary:

@@ -10,8 +10,10 @@ Legend: B rows, one per shown starter; M interests, K slots, D embedding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import data
@@ -122,10 +124,10 @@ def fit_ranker(run: Run, shown: Shown, label: str, path: Path) -> ib.UtilityRank
             "ranker", ranker=label, epoch=epoch, loss=loss.item(), held_out_loss=stop_loss
         )
         bar.set(loss=stop_loss)
-        best.offer(-stop_loss)  # the lowest loss is the best
+        best.offer(-stop_loss)
         if best.waited > settings.patience:
             break
-    best.restore()  # of the epoch with the lowest held-out loss
+    best.restore()
     write_tensors(path, ranker.state_dict())
     return ranker.eval()
 
@@ -173,6 +175,12 @@ def load_ranker(run: Run, name: str, folder: str = "ranker") -> ib.UtilityRanker
     ranker = new_ranker(run)  # shapes alone; every weight is read
     ranker.load_state_dict(read_tensors(run.folder / folder / f"{name}.safetensors"))
     return ranker.eval()
+
+
+def judge_of(run: Run, name: str) -> Callable[[str, list[str]], np.ndarray]:
+    """(user, starters) -> utilities (K,) as of now, by the ranker "judge" or "train"."""
+    ranker = load_ranker(run, name)  # "judge" was fitted on other users than the generator's
+    return lambda u, y: utilities(ranker, run.states[u][-1], run.encoder(y)).numpy()
 
 
 def pad_states(states: list[UserState]) -> dict[str, torch.Tensor]:

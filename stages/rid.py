@@ -125,7 +125,7 @@ def fit_scorer(run: Run, revisits: Revisits, train: list[Row], valid: list[Row])
         # One cut per user and epoch: a user's own texts never serve as cross-user negatives.
         order = [(user_id, shuffle.choice(c)) for user_id, c in cuts.items()]
         shuffle.shuffle(order)
-        scorer.train()  # dropout on
+        scorer.train()
         losses = []
         for start in range(0, len(order), settings.batch_users):
             rows = order[start : start + settings.batch_users]
@@ -144,7 +144,7 @@ def fit_scorer(run: Run, revisits: Revisits, train: list[Row], valid: list[Row])
             for tower in scorer.towers:  # they share nothing, so each has a norm of its own
                 torch.nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
             optimiser.step()
-            losses.append(loss.item() / len(scorer.towers))  # of one tower
+            losses.append(loss.item() / len(scorer.towers))
         auc = revisits.auc(valid, score_rows(run, scorer, valid))
         run.folder.log("rid", epoch=epoch, loss=float(np.mean(losses)), valid_auc=auc)
         bar.set(loss=float(np.mean(losses)), auc=auc)
@@ -174,6 +174,7 @@ def training_batch(run: Run, revisits: Revisits, rows: list[Row], text_ids: dict
 
 def fit_gate(run: Run, revisits: Revisits, scorer, valid: list[Row], edges) -> list[float]:
     """A threshold for each activity group, from held-out users (Eq. 4)."""
+    # Train users' scores are too good: the scorer has seen what they came back to.
     scores = score_rows(run, scorer, valid)
     groups = [
         np.full(len(s), ib.activity_group(run.histories[u][c].sessions_per_week, edges))
@@ -228,7 +229,7 @@ def resonance(
     scorer: ib.ResonanceScorer, histories: list[ib.History], profiles: torch.Tensor
 ) -> list[np.ndarray]:
     """s(u, h) (N,) of every summary of each history; profiles (B, D)."""
-    scorer.eval()  # dropout off
+    scorer.eval()
     scores = []
     for start in range(0, len(histories), 32):  # as many pads as a few long histories cause
         part = slice(start, start + 32)

@@ -31,7 +31,7 @@ def stage_sit(run: Run, players: Players, key: str) -> dict:
     settings, k, writer = run.config.sit, run.config.generator.list_size, players.writer
     # A user counts once a slice of the log, as what is worth bringing up changes.
     rng, cuts = random.Random(run.seed("sit")), list(range(len(run.config.data.cuts)))
-    states = draw_states(run, cuts, settings.max_rows, rng)  # users at any slice of the log
+    states = draw_states(run, cuts, settings.max_rows, rng)
     taught = teacher_lists(run, players, states, settings.lists_per_row, "sit")
     rows = full_rows(writer, states, taught, k)
     if not rows:
@@ -65,7 +65,7 @@ def instruct(run: Run, writer: Writer, rows: Rows) -> tuple[torch.nn.Module, dic
             batch = order[start : start + size]
             tokens = sum(len(ids) for _, lists in batch for ids in lists)  # T of all processes
             part, factor = part_of(batch)
-            prompts, lists = map(list, zip(*part, strict=True))  # token ids
+            prompts, lists = map(list, zip(*part, strict=True))
             logps = policy(prompts, lists)  # summed over a list's tokens, (C,) a prompt
             loss = -torch.cat(logps).sum() / tokens * factor  # Eq. (5)
             losses.append(float(np.mean(gather([loss.item()]))))  # a mean per token

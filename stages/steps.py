@@ -73,8 +73,9 @@ def part_of(batch: list) -> tuple[list, float]:
     """This process's part of a global batch, and the factor of its loss.
 
     DDP averages the gradients, so a share of a sum counts as often as there are processes. One
-    without a share computes a row for nothing: DDP waits for all.
+    without a share computes a row for nothing: DDP waits for all. Two processes and rows a, b, c:
+    the first has (a, c) and factor 2, the second (b) and factor 2; the average of 2 (a + c) and
+    2 b is a + b + c. Of row a alone the second gets (a) with factor 0.
     """
     part = share(batch)
-    # Factor 0: a row that counts for nothing still takes part in the averaging.
     return (part, float(processes()[1])) if part else (batch[:1], 0.0)

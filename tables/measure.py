@@ -19,8 +19,15 @@ import train
 from config import Config, digest, environment, read_json, write_json
 from roles.players import Players
 from run import Run
-from stages.metrics import Lists, PerUser, TopicClassifier, measure
-from stages.ranker import load_ranker, utilities
+from stages.metrics import (
+    KeywordCounter,
+    Lists,
+    PerUser,
+    TopicClassifier,
+    measure,
+    paper_figures,
+)
+from stages.ranker import judge_of
 from tables import controls, experiments, interests
 from tables import truth as hidden
 from world import ab, people
@@ -149,17 +156,20 @@ def values_of_lists(
     run: Run, truth: people.Truth, lists: Lists, classifier: TopicClassifier
 ) -> PerUser:
     """The metrics of the paper and those of the hidden truth, of every method and test user."""
-    def scorer(name: str):
-        ranker = load_ranker(run, name)
-        return lambda u, y: utilities(ranker, run.states[u][-1], run.encoder(y)).numpy()  # (K,)
-
-    judge, train_judge = scorer("judge"), scorer("train")  # the first was fitted on other users
+    judge, train_judge = judge_of(run, "judge"), judge_of(run, "train")
     values = measure(lists, judge, run.encoder, classifier, run.corpus, truth, train_judge)
     for method in lists:
         values[method] |= hidden.spoken_of(truth, lists[method])
     # Distinct starters: a chore that every list repeats is one.
     starters = {u: controls.pool_of(rows) for u, rows in lists["IceBreaker"].items()}
     values["IceBreaker"]["functional"] = hidden.chores(truth, starters)  # Figure 3
+    # Departure 13: keywords weighed by the compared lists themselves, beside the fixed corpus.
+    compared = [lists[method] for method in paper_figures()["table1"]]
+    pools = [controls.pool_of(rows) for users in compared for rows in users.values()]
+    count = KeywordCounter([starter for pool in pools for starter in pool])
+    for method in ("SFT", "IceBreaker"):
+        values[method]["lexical_compared"] = {
+            u: float(np.mean([count(y) for y in rows])) for u, rows in lists[method].items()}
     return values
 
 

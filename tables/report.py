@@ -134,6 +134,9 @@ def measured(seeds: Seeds) -> str:
               for name, path in experiments.read()["basis"].items()}
     values |= {f"in round {i} of DPO no checkpoint was better than its start": kept
                for i, kept in enumerate(zip(*(b["kept_start"] for b in basis), strict=True), 1)}
+    ours, sft = (per_seed(seeds, m, "lexical_compared") for m in ("IceBreaker", "SFT"))
+    values["IceBreaker's share of SFT's keywords, weighed by table 1's lists"] = [
+        a.mean() / b.mean() for a, b in zip(ours, sft, strict=True)]
     # Few seeds: each one's figure says more than an interval.
     rows = [[name, f"{np.mean(row):.3f} ({', '.join(f'{v:.3f}' for v in row)})"]
             for name, row in values.items()]

@@ -9,7 +9,7 @@ A seed's main run (train.py's stages) is trained once; a variant starts as a cop
 stages that its settings change run again. What was trained and written is kept, and measured again
 where the code has changed since; tasks run side by side, one a core. Seeds from 0 on are reported;
 settings were chosen on seeds of 100 and above, but for four that the reported ones had a part in
-(README, departures 1, 12, 13 and 15).
+(docs/departures.md).
 """
 
 from __future__ import annotations
@@ -175,8 +175,9 @@ def timed(work: Callable, arguments: tuple) -> float:
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)  # or the processes wait for each other at every operation
     started = time.time()
-    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
-        work(*arguments)
+    with open(os.devnull, "w") as nothing:
+        with contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
+            work(*arguments)
     return time.time() - started
 
 

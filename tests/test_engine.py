@@ -197,7 +197,7 @@ def test_who_leaves_gets_no_answer_and_no_more_steps(engine, monkeypatch):
     assert engine.write(asks, gone=lambda i: True) == [None, None]
 
 
-def test_samplesin_a_loop_are_given_up():
+def test_samples_in_a_loop_are_given_up():
     loop = torch.tensor([[[9] * 4 + [5, 6, 7] * 6, list(range(22)), [3] * 22]])
     assert in_a_loop(loop).tolist() == [[True, False, True]]
     assert not in_a_loop(loop[..., :10]).any()
@@ -287,7 +287,7 @@ def test_a_run_that_lacks_what_is_served_is_refused(finished, tmp_path):
     assert read_json(engine.run.folder / "rid" / "gate.json")["thresholds"]
 
 
-def test_in_lists_orders_rows_of_every_length(engine):
+def test_the_list_order_covers_rows_of_every_length(engine):
     valid = torch.arange(7)[None] < torch.tensor([7, 4, 2, 0])[:, None]
     utility = torch.rand(4, 7, generator=torch.Generator().manual_seed(0))
     order = list_order(engine.config.dpo, 3, utility, torch.eye(7).expand(4, 7, 7), valid, lists=2)

@@ -9,8 +9,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import conftest  # noqa: F401  (the tests' small base model)
-
 import llm
 import train
 from config import ROOT, gather, load_config, processes, read_json, share, write_json

@@ -27,4 +27,5 @@ def main() -> None:
           f"{untapped:.0%} without a tap")  # what a real log has: 50 to 90 %
 
 
-script(main)
+if __name__ == "__main__":
+    script(main)
