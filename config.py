@@ -29,7 +29,7 @@ from files import *  # noqa: F403  (the other files import settings and files fr
 from files import ROOT, UserError, atomic_path, file_digest, meet, processes, read_json, write_json
 
 Count = Annotated[int, Field(gt=0)]
-CountOrNone = Annotated[int, Field(ge=0)]
+CountFromZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -85,7 +85,7 @@ class EndpointConfig(Section):  # an OpenAI-compatible server of chat completion
     model: str = ""
     key_env: str = "OPENAI_API_KEY"  # the variable that holds the key; the key stands in no file
     concurrency: Count = 8  # calls in flight
-    retries: CountOrNone = 4  # after 429, 5xx and time-outs, with growing pauses
+    retries: CountFromZero = 4  # after 429, 5xx and time-outs, with growing pauses
     timeout: Positive = 60.0  # seconds
     temperature: NotNegative = 0.7
     max_tokens: Count = 1024
@@ -99,19 +99,20 @@ class RidConfig(Section):
     temperature: Positive = 0.1  # Eq. (3)
     learning_rate: Positive = 1e-3
     epochs: Count = 30
-    patience: CountOrNone = 5  # epochs without a better held-out per-user AUC, waited through
+    patience: CountFromZero = 5  # epochs without a better held-out per-user AUC, waited through
     batch_users: Count = 16
-    negatives_within: CountOrNone = 32  # per positive
+    negatives_within: CountFromZero = 32  # per positive
     activity_groups: Count = 3
     min_keep: Count = 4  # about as many subjects as starters
     max_keep: Count = 6
-    duplicate_cosine: float = 0.9  # trigger interests nearer than this collapse to the latest
+    # Trigger interests nearer than this collapse to the latest.
+    duplicate_cosine: Annotated[float, Field(gt=0, le=1)] = 0.9
 
 
 class RankerConfig(Section):
     learning_rate: Positive = 1e-3
     epochs: Count = 20
-    patience: CountOrNone = 3
+    patience: CountFromZero = 3
     batch_impressions: Count = 200
     click_share: float = Field(0.5, ge=0, le=1)  # a in click * (a + (1 - a) * min(after, D) / D)
     depth_cap: Count = 5  # D; after: the sessions that followed
@@ -123,13 +124,15 @@ class GeneratorConfig(Section):
     load_in_4bit: bool = False
     lora_rank: Count = 16
     lora_alpha: Count = 32
-    instruction: str = "Suggest {n} conversation starters about these interests."
+    instruction: Annotated[str, Field(pattern=r"\{n\}")] = (
+        "Suggest {n} conversation starters about these interests."
+    )
     list_size: Count = 5  # K
     max_prompt_tokens: Count = 320
     max_new_tokens: Count = 160
     temperature: Positive = 0.7
     top_p: float = Field(0.95, gt=0, le=1)
-    top_k: CountOrNone = 50  # only these are drawn from; 0: all
+    top_k: CountFromZero = 50  # only these are drawn from; 0: all
     attempts: Count = 3  # draws of a list until it holds list_size starters (the engine: one)
     sample_rows: Count = 256  # sequences decoded together
     endpoint: str = ""  # http://host/v1 of a server with the saved adapters, to sample from instead
@@ -138,9 +141,9 @@ class GeneratorConfig(Section):
 
 
 class SitConfig(Section):
-    max_rows: CountOrNone = 800  # users at a cut that the teacher writes for; 0: all there are
+    max_rows: CountFromZero = 800  # users at a cut that the teacher writes for; 0: all there are
     lists_per_row: Count = 1
-    own_lists: CountOrNone = 0  # above 0: tuned again with so many lists a row of the policy
+    own_lists: CountFromZero = 0  # above 0: tuned again with so many lists a row of the policy
     epochs: Count = 5
     learning_rate: Positive = 1e-3
     batch_users: Count = 8
@@ -148,9 +151,9 @@ class SitConfig(Section):
 
 class DpoConfig(Section):
     rounds: Count = 3
-    max_users: CountOrNone = 160  # per round, drawn at random; 0: all there are
+    max_users: CountFromZero = 160  # per round, drawn at random; 0: all there are
     samples: Count = 6  # lists sampled per user and round
-    teacher_lists: CountOrNone = 4  # lists of the teacher that join the pool
+    teacher_lists: CountFromZero = 4  # lists of the teacher that join the pool
     grounded: bool = True  # no utility for what names no subject of the interests: garbled names
     beam: Count = 8
     expand: Count = 8
@@ -181,18 +184,18 @@ class AbConfig(Section):  # what --reproduce compares, and the simulated online 
 class EvalConfig(Section):
     lists: Count = 2  # sampled per user and method by the stage; --reproduce writes ab.lists
     bootstrap: Count = 1000
-    examples: CountOrNone = 6  # users on the page of examples
+    examples: CountFromZero = 6  # users on the page of examples
 
 
 class ServeConfig(Section):  # serve.py
     store: str = ""  # SQLite file of users, shown lists and taps; empty: serve.sqlite of the run
     key_env: str = "ICEBREAKER_KEY"  # the variable that holds the clients' key
     candidates: Count = 4  # lists sampled for an answer and searched; 1, as the paper deploys
-    ahead: CountOrNone = 3  # lists kept ready for a user, beside the one that is shown
+    ahead: CountFromZero = 3  # lists kept ready for a user, beside the one that is shown
     batch: Count = 32  # requests decoded together
     queue: Count = 64  # requests that wait; the next one is refused with 429
     timeout: Positive = 30.0  # seconds of a request
-    repeat_days: float = 7.0  # a starter that was shown is not shown again for so long
+    repeat_days: Annotated[float, Field(ge=0)] = 7.0  # a starter that was shown is not shown again for so long
     # Methods that users are split over.
     arms: list[Literal["PE", "SFT", "IceBreaker"]] = Field(["IceBreaker"], min_length=1)
     max_sessions: Count = 500  # kept of a user, and taken in one request
@@ -287,7 +290,8 @@ def _read_word(word: str) -> dict:
     section, *keys = name.split(".")
     if len(keys) > 1:
         raise UserError(f"'{word}': a list is given whole, as data.cuts=[0.4,0.6]")
-    value = _read_yaml(value, f"'{word}'") or ""
+    value = _read_yaml(value, f"'{word}'")
+    value = "" if value is None else value  # `data.users=` empties a setting
     return {section: {keys[0]: value}} if keys else {section: value}
 
 

@@ -175,9 +175,11 @@ def timed(work: Callable, arguments: tuple) -> float:
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)  # or the processes wait for each other at every operation
     started = time.time()
-    with open(os.devnull, "w") as nothing:
-        with contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
-            work(*arguments)
+    with (
+        open(os.devnull, "w") as nothing,
+        contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing),
+    ):
+        work(*arguments)
     return time.time() - started
 
 

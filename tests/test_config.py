@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import sqlite3
 from unittest.mock import Mock
 
@@ -300,3 +301,17 @@ def test_a_terminal_gets_a_bar(capsys, monkeypatch):
     monkeypatch.setattr(progress, "every", 0)
     assert [*progress("ab", "sit")] == [*"ab"]
     assert "| 0/2 [" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"),
+    [
+        ("serve.repeat_days=-1", "serve.repeat_days"),
+        ("rid.duplicate_cosine=7", "rid.duplicate_cosine"),
+        ("generator.instruction=Suggest some.", "generator.instruction"),
+        ("dpo.negatives=[]", "at least 1 item"),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused_at_its_field(word, reason):
+    with pytest.raises(UserError, match=re.escape(reason)):
+        load_config(None, [word])
