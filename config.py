@@ -195,7 +195,8 @@ class ServeConfig(Section):  # serve.py
     batch: Count = 32  # requests decoded together
     queue: Count = 64  # requests that wait; the next one is refused with 429
     timeout: Positive = 30.0  # seconds of a request
-    repeat_days: Annotated[float, Field(ge=0)] = 7.0  # a starter that was shown is not shown again for so long
+    # A starter that was shown is not shown again for so long.
+    repeat_days: Annotated[float, Field(ge=0)] = 7.0
     # Methods that users are split over.
     arms: list[Literal["PE", "SFT", "IceBreaker"]] = Field(["IceBreaker"], min_length=1)
     max_sessions: Count = 500  # kept of a user, and taken in one request

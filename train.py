@@ -47,8 +47,7 @@ from config import (
     processes,
     script,
 )
-from roles.players import Players
-from roles.writer import Writer
+from roles.players import Players, players_of
 from run import Run, one_line, sum_counts
 from serving import feedback
 from stages.dpo import stage_dpo
@@ -177,13 +176,6 @@ def explained(config: Config, stage: str):
         if "out of memory" in str(error) or "DefaultCPUAllocator" in str(error):
             raise UserError(out_of_memory(config, stage)) from None
         raise
-
-
-def players_of(run: Run) -> Players:
-    """Who writes and plays the roles in this run."""
-    # Answers of LLMs are kept for all runs below run.root: the same question is asked once.
-    writer = Writer(run.config, Path(run.config.run.root) / "answers.sqlite")
-    return Players(run.config, run.encoder, writer)
 
 
 def run_stages(config: Config, wanted: list[str]) -> None:

@@ -10,6 +10,7 @@ choose offline rules over text (rules.py) instead; both have the same methods (p
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from data import Message
 from roles import chat, prompted
 from roles.text import Encode
 from roles.writer import Writer, drained, fit_to_show
+from run import Run
 
 
 class Players:
@@ -77,3 +79,10 @@ class Players:
         """What became of this process's calls to LLMs since this was last asked."""
         # A failed call makes its stage run again at the next start.
         return dict(drained(self._chats.values()) + self.writer.calls())
+
+
+def players_of(run: Run) -> Players:
+    """Who writes and plays the roles in this run."""
+    # Answers of LLMs are kept for all runs below run.root: the same question is asked once.
+    writer = Writer(run.config, Path(run.config.run.root) / "answers.sqlite")
+    return Players(run.config, run.encoder, writer)

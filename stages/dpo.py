@@ -51,7 +51,7 @@ from roles.writer import Writer
 from run import Run, UserState, one_line, sum_counts
 from stages.pools import best_lists, score_pools
 from stages.ranker import load_ranker, shown_lists, utilities
-from stages.sit import draw_states, teacher_lists
+from stages.sit import draw_states, taught_lists
 from stages.steps import Best, new_optimiser, part_of, step
 
 HELD_OUT_LISTS = 2  # of each held-out user when a checkpoint is valued
@@ -107,7 +107,7 @@ def train_round(
     """
     label, writer = f"round {number}", players.writer
     sampled = sample(run, writer, number, model, adapter, states, keep)  # dpo.samples lists a user
-    taught = teacher_lists(run, players, states, run.config.dpo.teacher_lists, label)
+    taught = taught_lists(run, players, states, run.config.dpo.teacher_lists, label)
     # A weak policy alone would have a pool of its own mistakes.
     lists = [policy + teacher for policy, teacher in zip(sampled, taught, strict=True)]
     searched = search(run, ranker, share(states), share(lists))  # Algorithm 1

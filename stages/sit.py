@@ -32,7 +32,7 @@ def stage_sit(run: Run, players: Players, key: str) -> dict:
     # A user counts once a slice of the log, as what is worth bringing up changes.
     rng, cuts = random.Random(run.seed("sit")), list(range(len(run.config.data.cuts)))
     states = draw_states(run, cuts, settings.max_rows, rng)
-    taught = teacher_lists(run, players, states, settings.lists_per_row, "sit")
+    taught = taught_lists(run, players, states, settings.lists_per_row, "sit")
     rows = full_rows(writer, states, taught, k)
     if not rows:
         raise UserError(
@@ -97,7 +97,7 @@ def draw_states(run: Run, cuts: list[int], limit: int, rng: random.Random) -> li
     return rng.sample(states, limit) if 0 < limit < len(states) else states
 
 
-def teacher_lists(
+def taught_lists(
     run: Run, players: Players, states: list[UserState], n: int, purpose: str
 ) -> list[list[list[str]]]:
     """n lists of the teacher for each state, filtered; fewer where an LLM's call failed.

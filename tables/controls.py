@@ -26,7 +26,7 @@ from stages.cold_start import PopularStarters
 from stages.metrics import Lists
 from stages.ranker import load_ranker, utilities
 from stages.rid import Distiller
-from stages.sit import teacher_lists
+from stages.sit import taught_lists
 from world import people
 
 Written = dict[str, list[list[str]]]  # user -> lists of starters
@@ -37,7 +37,7 @@ ORACLE_POOL = 200  # shown starters that the oracle may pick, beside what the me
 def taught(run: Run, players: Players, users: list[str]) -> dict[str, list[list[str]]]:
     """ab.lists lists of each user by the teacher, from RID's interests: what SFT imitates."""
     states = [run.states[user][-1] for user in users]  # at the last cut: today
-    rows = teacher_lists(run, players, states, run.config.ab.lists, "compare")
+    rows = taught_lists(run, players, states, run.config.ab.lists, "compare")
     return dict(zip(users, rows, strict=True))
 
 

@@ -17,7 +17,7 @@ import torch
 import llm
 import train
 from config import Config, digest, environment, read_json, write_json
-from roles.players import Players
+from roles.players import Players, players_of
 from run import Run
 from stages.metrics import (
     KeywordCounter,
@@ -50,7 +50,7 @@ def write_starters(config: Config, variant: str) -> None:
                  {name: vars(method) for name, method in methods.items()})
     if path.is_file() and read_json(path)["key"] == key:  # by the same policies, as many lists
         return
-    writer, lists = train.players_of(run).writer, {}
+    writer, lists = players_of(run).writer, {}
     more = controls.online_lists(settings)[0] - settings.lists  # beyond what every method writes
     for name, method in methods.items():
         adapter = run.adapter(method.adapter)
@@ -91,7 +91,7 @@ def measure_seed(config: Config, variants: list[Config]) -> None:
 def measured(run: Run, main: Lists, written: Lists) -> dict:
     """What values.json holds but its key; main, written: as of compared_lists."""
     config, truth = run.config, people.load_truth(run.folder / "world")
-    players = train.players_of(run)  # teacher and judge
+    players = players_of(run)  # teacher and judge
     lists, online = compared_lists(run, players, truth, main, written)
     users = list(lists[RETRIEVAL])  # the test users
     pools = {m: {u: main[m][u][: config.ab.searched] for u in users} for m in experiments.SEARCHED}

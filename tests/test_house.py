@@ -251,8 +251,8 @@ def test_comments_say_why():
     files = house()
     core = {f: s for f, s in files.items() if f == "icebreaker.py" or f.startswith("stages/")}
     core = {f: s for f, s in core.items() if not f.endswith("__init__.py")}
-    assert len(core) > 5 and few_comments(core, 0.12) == []
-    assert few_comments({"all files": "".join(files.values())}, 0.10) == []
+    assert len(core) > 5 and few_comments(core, 0.10) == []
+    assert few_comments({"all files": "".join(files.values())}, 0.12) == []
 
 
 def test_at_most_ten_files_stand_at_the_top():
@@ -273,7 +273,7 @@ def test_settings_stay_few():
 
 
 def test_the_readme_stays_short():
-    assert (ROOT / "README.md").stat().st_size <= 12_500
+    assert (ROOT / "README.md").stat().st_size <= 11_000
 
 
 @pytest.mark.parametrize(

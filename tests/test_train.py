@@ -473,7 +473,7 @@ def test_own_lists_join_the_tuning(finished, tmp_path, monkeypatch):
         three = ["Chess?", "Go?", "Checkers?"]
         monkeypatch.setattr(f"roles.{module}.fit_to_show", lambda *_, three=three: three)
     players, states = players_of(run), [run.states["u1"][0]] * 2
-    assert sit.teacher_lists(run, players, states, 0, "none asked for") == [[], []]
+    assert sit.taught_lists(run, players, states, 0, "none asked for") == [[], []]
     figures = sit.stage_sit(run, players, "")
     assert figures["rows"] == 2 * run.folder.figures("sit")["rows"]
 

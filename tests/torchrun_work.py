@@ -30,7 +30,7 @@ def main() -> None:
             module.fit_to_show = lambda text, *_: [text[:40], text[40:80], "Chess?"]
         states = sit.draw_states(run, [0, 1], 7, random.Random(0))
         lists = writer.sample(writer.policy(None), [s.interests for s in states], 2, 5)
-        taught = sit.teacher_lists(run, players, states, 2, "test")
+        taught = sit.taught_lists(run, players, states, 2, "test")
         both = [policy + teacher for policy, teacher in zip(lists, taught, strict=True)]
         scorer = ranker.load_ranker(run, "train")
         pairs, counts = dpo.mine(run, dpo.search(run, scorer, share(states), share(both)))

@@ -15,7 +15,6 @@ from pathlib import Path
 from statistics import median
 
 import data
-import llm
 from config import UserError, atomic_path, load_config, read_json, script
 from data import Impression, User
 from tools.importers import KINDS, import_users
@@ -95,6 +94,8 @@ def export_trl(run: str | Path) -> Iterator[dict]:
         paths = [Path(run) / f"dpo/round{n + 1}/pairs.json" for n in range(config.dpo.rounds)]
     if not (paths := [path for path in paths if path.is_file()]):
         raise UserError(f"{run}: no dpo/round*/pairs.json; run train.py --stage dpo first")
+    import llm  # slow to load, and no other command needs it
+
     task = config.generator.instruction.format(n=config.generator.list_size)  # as llm.prompts
     # Rounds accumulate pairs in training, but each file holds those of its round alone.
     for pair in (pair for path in paths for pair in read_json(path)):
