@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import html
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,45 +20,21 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 
-from config import ROOT
+from config import ROOT, atomic_path
 from icebreaker import list_diversity
 
 Lists = dict[str, dict[str, list[list[str]]]]  # method -> user -> lists of starters
 PerUser = dict[str, dict[str, dict[str, float]]]  # method -> metric -> user -> value
 
-COLUMNS = [  # title, name in the figures, format
-    ("R-User", "r_user", ".2f"),
-    ("R-Score", "r_score", "+.4f"),
-    ("Train R-Score", "train_r_score", "+.4f"),
-    ("True clicks", "true_clicks", ".3f"),
-    ("Lexical", "lexical", ".2f"),
-    ("Words", "words", ".2f"),
-    ("Semantic", "semantic", ".2f"),
-    ("Dissimilarity", "dissimilarity", ".3f"),
-    ("Starters", "starters", ".2f"),
-]
-LEGEND = """\
-- **R-User**: share of users whose mean ranker score is above that of the base, which is PE unless a
-  table says otherwise (ties count half: 0.5 is no better than the base), Eq. (9).
-- **R-Score**: mean lift in ranker score over the base, absolute, Eq. (10). The ranker gives values
-  in (0, 1) and was fitted on other users than those that trained the generator and those judged
-  here. It reads the trigger interests: it gives points for being near RID's choice.
-- **Train R-Score**: the same by the ranker that trained the generator; a gain that shows only here
-  is reward hacking.
-- **True clicks**: expected taps per shown list by the simulated world's hidden click model.
-- **Lexical**: distinct high-TF-IDF keywords per list; the weights are those of session summaries
-  and of starters shown in the log, and a word that neither has (a garbled name) does not count
-  (random, retrieved and popular starters come from the log, so that all their words can count).
-  **Words**: distinct words per list, whatever their weight, but no stop words. **Semantic**:
-  distinct topic categories per list by a trained classifier. **Dissimilarity**: mean pairwise
-  1 - cosine within a list.
-- **Starters**: mean number left of a list after the filters."""
+RANKERS = {"utility": "judge", "train_utility": "train"}  # metric: mean score by this ranker
+# Metrics over a base -> what of both is compared.
+LIFTS = {"r_user": "utility", "r_score": "utility", "train_r_score": "train_utility"}
 
 
 @functools.cache
-def paper_figures() -> dict[str, dict[str, list[str]]]:
-    """The figures of the paper's tables, as printed there: "table1" -> method -> cells."""
-    return yaml.safe_load((ROOT / "configs" / "paper.yaml").read_text(encoding="utf-8"))
+def read_yaml(path: str) -> dict:
+    """What a YAML file of this repository holds: figures of the paper, tables, texts."""
+    return yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))
 
 
 def bootstrap(
@@ -76,15 +52,19 @@ def bootstrap(
     return float(np.mean([row.mean() for row in rows])), float(low), float(high)
 
 
-def user_lifts(
-    scores: dict[str, float], baseline: dict[str, float]
-) -> dict[str, dict[str, float]]:
-    """"r_user" and "r_score" of each user, of which the means over users are Eq. (9), the share of
-    users above the baseline (a tie counts half), and Eq. (10), the mean lift over it."""
+def user_values(
+    values: PerUser, method: str, metric: str, base: str = "PE"
+) -> dict[str, float]:
+    """User -> value of a metric. Of LIFTS it is over `base`: r_user counts a user above it as 1 and
+    a tie as half, of which Eq. (9) is the mean; r_score, whose mean is Eq. (10), how far above."""
+    if metric not in LIFTS:
+        return values[method][metric]
+    scores, baseline = (values[name][LIFTS[metric]] for name in (method, base))
     # Paired by user: what makes a user easy to please is in both.
     gaps = {user: score - baseline[user] for user, score in scores.items()}
-    wins = {user: (gap > 0) + 0.5 * (gap == 0) for user, gap in gaps.items()}
-    return {"r_user": wins, "r_score": gaps}
+    if metric != "r_user":
+        return gaps
+    return {user: (gap > 0) + 0.5 * (gap == 0) for user, gap in gaps.items()}
 
 
 # ---------------------------------------------------------------------------------------- diversity
@@ -129,15 +109,11 @@ class TopicClassifier:
     `accuracy` is measured on a fifth of the names, left out of the fit.
     """
 
-    def __init__(self, encode: Callable, path: Path = ROOT / "world" / "taxonomy.yaml"):
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["categories"]
+    def __init__(self, encode: Callable):
+        tree = read_yaml("world/taxonomy.yaml")["categories"]
         # Names of subjects alone: no text of the simulated platform is learned from.
-        pairs = [
-            (str(name), category)
-            for category, topics in tree.items()
-            for entry in topics.values()
-            for name in entry["subjects"]
-        ]
+        pairs = [(str(name), category) for category, topics in tree.items()
+                 for topic in topics.values() for name in topic["subjects"]]
         forms = ("{}", "What about {}?", "Tell me more about {}")  # as summaries and starters are
         vectors = encode([forms[i % 3].format(name) for i, (name, _) in enumerate(pairs)]).numpy()
         # One split, whatever the run's seed: the classifier is the same ruler for all.
@@ -157,14 +133,13 @@ class TopicClassifier:
 
 
 def measure(
-    lists: Lists, score: Callable | None, encode: Callable, classifier: TopicClassifier,
-    corpus: list[str], truth=None, train_score: Callable | None = None,
+    lists: Lists, rankers: dict[str, Callable], encode: Callable, classifier: TopicClassifier,
+    corpus: list[str], truth=None,
 ) -> PerUser:
     """Every metric of every method and user: means over the user's lists; an empty list counts 0.
 
-    corpus: texts that give keywords their weights, such as Run.corpus; score(user, starters)
-    -> utilities (K,) of the held-out ranker, None without logs; train_score the same of the
-    training ranker; truth has expected_clicks(user, starters).
+    rankers: those of RANKERS that there are, (user, starters) -> utilities (K,); corpus: texts that
+    give keywords their weights; truth, of a simulated world, has expected_clicks(user, starters).
     """
     count = KeywordCounter(corpus)
 
@@ -180,12 +155,10 @@ def measure(
         "starters": lambda _, starters: len(starters),
         "empty": lambda _, starters: float(not starters),  # a share, once averaged
     }
-    if score:  # without logs of taps there is no ranker
-        metrics["utility"] = lambda u, y: float(np.mean(score(u, y))) if y else 0.0
-    if train_score:
-        metrics["train_utility"] = lambda u, y: float(np.mean(train_score(u, y))) if y else 0.0
+    for name, score in rankers.items():  # none without logs of taps
+        metrics[name] = lambda u, y, score=score: float(np.mean(score(u, y))) if y else 0.0
     if truth:  # only of the simulated platform
-        metrics["true_clicks"] = lambda u, y: truth.expected_clicks(u, y) if y else 0.0
+        metrics["true_clicks"] = truth.expected_clicks
     return {
         method: {
             name: {u: float(np.mean([metric(u, y) for y in rows])) for u, rows in users.items()}
@@ -195,8 +168,24 @@ def measure(
     }
 
 
+# ------------------------------------------------------------------------------------------- pages
+
+
 def escape(text: str) -> str:
     """User text as markdown that shows it and does nothing else."""
     # HTML first: what markdown lets through would be read by a browser.
     plain = html.escape(" ".join(text.split()), quote=False)
     return re.sub(r"([\\`*_{}\[\]()#+\-.!|~])", r"\\\1", plain)
+
+
+def markdown_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    lines.insert(1, "|---" * len([*head]) + "|")  # Markdown wants it below the head
+    return "\n".join(lines) + "\n"
+
+
+def write_pages(folder: Path, pages: dict[str, str]) -> None:
+    """Text files by name."""
+    for name, text in pages.items():
+        with atomic_path(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")

@@ -5,6 +5,8 @@
 A claim says that one side lies above another: it holds where the 95 % interval of the difference
 lies above zero, does not hold where it lies below, and is undecided where it covers zero.
 Unstated in the paper: how its claims were tested; users are drawn again within each seed here.
+
+Legend: S seeds, U users of one seed, C topic categories.
 """
 
 from __future__ import annotations
@@ -14,13 +16,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stages.metrics import bootstrap, user_lifts
+from stages.metrics import bootstrap, markdown_table, user_values
 from tables import experiments
 from world import ab
 
 Seeds = list[dict]  # report/values.json of each seed
 OURS = "–"  # in place of the paper's figures: a claim of our own
-LIFTS = ("r_user", "r_score", "train_r_score")  # metrics that compare a method with a base
 POOLED: dict[str, Callable] = {  # of shares of topic categories (..., C), chores being one of them
     "spread": lambda shares: np.exp(-(shares * np.log(np.maximum(shares, 1e-9))).sum(-1)),  # 1 to C
     "head": lambda shares: shares.max(-1),
@@ -39,27 +40,23 @@ class Claim:
     paper: str = OURS  # its figures, quoted
     why: str = "not known"  # it does not hold, where that is so
     factor: float = 1.0
-    base: str = "PE"  # of LIFTS
+    base: str = "PE"  # of metrics.LIFTS
 
 
 def all_claims() -> list[Claim]:
     return [Claim(**fields) for fields in experiments.read("claims")["claims"]]
 
 
-def values_of(seed: dict, method: str, metric: str, base: str = "PE") -> dict[str, float]:
-    """User -> value of one seed; those of LIFTS are against `base`, Eq. (9) and (10)."""
-    values = seed["values"]  # method -> metric -> user -> value
-    if metric not in LIFTS:
-        return values[method][metric]
-    of = "train_utility" if metric.startswith("train_") else "utility"  # which ranker judges
-    return user_lifts(values[method][of], values[base][of])[metric.removeprefix("train_")]
+def per_seed(seeds: Seeds, method: str, metric: str, base: str = "PE") -> list[np.ndarray]:
+    """Values of the users of each seed, (U,) each."""
+    return [np.array([*user_values(s["values"], method, metric, base).values()]) for s in seeds]
 
 
 def paired(
     seeds: Seeds, metric: str, more: str, less: str, factor: float = 1.0, base: str = "PE"
 ) -> list[np.ndarray]:
     """more - factor * less of every user, (U,) for each seed."""
-    sides = [[values_of(seed, m, metric, base) for m in (more, less)] for seed in seeds]
+    sides = [[user_values(s["values"], m, metric, base) for m in (more, less)] for s in seeds]
     # Of some users a metric may not be known: no share of chores where no text is understood.
     return [np.array([a[u] - factor * b[u] for u in a if u in b]) for a, b in sides]
 
@@ -81,10 +78,9 @@ def pooled(metric: str, topics: dict[str, dict], draws: int = 0, seed: int = 0) 
 # Each way to compare returns (difference, low, high), the difference of each seed, both sides.
 def _by_users(seeds: Seeds, claim: Claim) -> tuple:
     rows = paired(seeds, claim.metric, claim.more, claim.less, claim.factor, claim.base)
-    sides = [  # of all users that a side has, those without the other too
-        np.mean([np.mean([*values_of(s, m, claim.metric, claim.base).values()]) for s in seeds])
-        for m in (claim.more, claim.less)
-    ]
+    # Of all users that a side has, those without the other too.
+    sides = [np.mean([values.mean() for values in per_seed(seeds, m, claim.metric, claim.base)])
+             for m in (claim.more, claim.less)]
     return bootstrap(rows), [gaps.mean() for gaps in rows], sides
 
 
@@ -96,7 +92,7 @@ def _online(seeds: Seeds, claim: Claim) -> tuple:
 
 
 def _by_topics(seeds: Seeds, claim: Claim) -> tuple:
-    more, less = (  # (seeds, 1 + draws) each; the seed's number draws the same users for both
+    more, less = (  # (S, 1 + draws) each; the seed's number draws the same users for both
         np.array([pooled(claim.metric, s["topics"][m], 2000, i) for i, s in enumerate(seeds)])
         for m in (claim.more, claim.less)
     )
@@ -148,23 +144,16 @@ def counted(rows: list[dict]) -> str:
 
 def claims_page(rows: list[dict], note: str) -> str:
     """results/claims.md."""
-    texts = experiments.read("claims")
-    lines = ["# The paper's claims, one by one", "", note, "",
-             f"{counted(rows)}. (Ours have no figure of the paper.)", "",
-             texts["reading"], "", texts["built_in"], "",
-             "| table | claim | metric | paper | ours | difference | verdict | seeds |",
-             "|---|---|---|---|---|---|---|---|"]
-    reasons: dict[str, list[str]] = {}  # why -> the claims that it explains
+    texts, cells, reasons = experiments.read("claims"), [], {}  # why -> claims that it explains
     for row in rows:
         unit, form = texts["units"][row["metric"]]
         more, less = (format(side, form) for side in row["sides"])
-        value, low, high = (f"{x:+{form}}" for x in (row["value"], *row["interval"]))
-        cells = [row["table"], row["text"], unit, row["paper"], f"{more} against {less}",
-                 f"{value} [{low}, {high}]", f"**{row['verdict']}**",
-                 f"{row['same_sign']} of {row['seeds']}"]
-        lines.append(f"| {' | '.join(cells)} |")
+        value, low, high = (f"{gap:+{form}}" for gap in (row["value"], *row["interval"]))
+        cells.append([row["table"], row["text"], unit, row["paper"], f"{more} against {less}",
+                      f"{value} [{low}, {high}]", f"**{row['verdict']}**",
+                      f"{row['same_sign']} of {row['seeds']}"])
         if row["verdict"] != "holds":
             reasons.setdefault(row["why"], []).append(row["text"])
-    lines += ["", "Why, where some do not hold or are undecided:", ""]
-    lines += [f"- {'; '.join(claims)}: *{why}*." for why, claims in reasons.items()]
-    return "\n".join(lines) + "\n"
+    why = "\n".join(f"- {'; '.join(claims)}: *{reason}*." for reason, claims in reasons.items())
+    return texts["page"].format(
+        note=note, counted=counted(rows), table=markdown_table(texts["head"], cells), why=why)

@@ -17,28 +17,17 @@ import torch
 from pyversity import Strategy, diversify
 
 import icebreaker as ib
-from config import AbConfig
-from roles.players import Players
 from roles.writer import Writer
 from run import Run, history_of
 from stages import pools
-from stages.cold_start import PopularStarters
 from stages.metrics import Lists
 from stages.ranker import load_ranker, utilities
 from stages.rid import Distiller
-from stages.sit import taught_lists
 from world import people
 
 Written = dict[str, list[list[str]]]  # user -> lists of starters
 SWEEP = (0.1, 0.5)  # lambdas of choosing when serving, beside dpo.weight
 ORACLE_POOL = 200  # shown starters that the oracle may pick, beside what the methods wrote
-
-
-def taught(run: Run, players: Players, users: list[str]) -> dict[str, list[list[str]]]:
-    """ab.lists lists of each user by the teacher, from RID's interests: what SFT imitates."""
-    states = [run.states[user][-1] for user in users]  # at the last cut: today
-    rows = taught_lists(run, players, states, run.config.ab.lists, "compare")
-    return dict(zip(users, rows, strict=True))
 
 
 def few_sessions(run: Run, writer: Writer, users: list[str]) -> Lists:
@@ -48,21 +37,15 @@ def few_sessions(run: Run, writer: Writer, users: list[str]) -> Lists:
     """
     lists, distiller = {}, Distiller.load(run)
     profiles = torch.stack([run.profiles[user] for user in users])  # (U, D)
-    for n in (1, 2):
+    for n, name in ((1, "IceBreaker, 1 session"), (2, "IceBreaker, 2 sessions")):
         histories = [history_of(run.users[u].sessions[-n:], None, run.encoder) for u in users]
         scores = distiller.scores(histories, profiles)  # (N,) of each user's N summaries
         inputs = [[history.texts[i] for i in distiller.keep(history, row)]
                   for history, row in zip(histories, scores, strict=True)]
         # The seed of every method: a user's random numbers are the same whoever writes.
         rows = writer.write(run.adapter("last"), inputs, run.config.ab.lists, run.seed("eval"))
-        lists[f"IceBreaker, {n} session{'s' * (n > 1)}"] = dict(zip(users, rows, strict=True))
+        lists[name] = dict(zip(users, rows, strict=True))
     return lists
-
-
-def cold_start(run: Run, users: list[str]) -> Lists:
-    """For test users as if nothing but their profile were known: the same for equal profiles."""
-    popular = PopularStarters(run)  # from the train users' taps, as when serving
-    return {"popular starters": {user: [popular(run.users[user].profile)] for user in users}}
 
 
 def floor_and_ceiling(run: Run, truth: people.Truth, users: list[str], written: Lists) -> Lists:
@@ -104,22 +87,19 @@ def searched(run: Run, lists: Written, n: int, **settings) -> Written:
     return dict(zip(lists, rows, strict=True))
 
 
-def online_lists(settings: AbConfig) -> tuple[int, int]:
-    """(lists to write for an arm with list search, lists that it keeps of each ab.searched)."""
-    kept = -(-settings.searched // 2)  # the better half, rounded up
-    return -(-settings.lists // kept) * settings.searched, kept
-
-
 def searched_in_turn(run: Run, lists: Written) -> Written:
     """ab.lists lists of each user: the better half of the first ab.searched lists that were
     written, of the next ones, and so on, as a server has it that writes ahead."""
     n, shown = run.config.ab.searched, {user: [] for user in lists}
-    written, kept = online_lists(run.config.ab)
-    for start in range(0, written, n):
-        some = {user: rows[start : start + n] for user, rows in lists.items()}
-        for user, best in searched(run, some, kept).items():
+    for start in range(0, max(map(len, lists.values())), n):
+        part = {user: rows[start : start + n] for user, rows in lists.items()}
+        for user, best in searched(run, part, better_half(n)).items():
             shown[user] += best
     return {user: rows[: run.config.ab.lists] for user, rows in shown.items()}
+
+
+def better_half(searched: int) -> int:
+    return -(-searched // 2)  # rounded up: of one list that one
 
 
 def reranked(run: Run, method: str, lists: Written) -> Lists:
@@ -140,14 +120,15 @@ def reranked(run: Run, method: str, lists: Written) -> Lists:
         pool = pool_of(written)
         vectors = run.encoder(pool)  # (N, D)
         utility = utilities(ranker, run.states[user][-1], vectors) if pool else torch.zeros(0)
-        best = utility.topk(min(k, len(pool))).indices.tolist()
-        chosen.setdefault("highest utility", {})[user] = [[pool[i] for i in best]]
+        picks = {"highest utility": utility.topk(min(k, len(pool))).indices.tolist()}
         for kind, (end, weight) in product((Strategy.MMR, Strategy.DPP), weights.items()):
-            indices = range(len(pool))
+            picks[kind.name + end] = range(len(pool))
             if len(pool) > k:  # else there is nothing to choose
                 scaled = ib.min_max(utility[None])[0].numpy()  # one scale with the cosines
-                indices = diversify(vectors.numpy(), scaled, k, kind, diversity=1 - weight).indices
-            chosen.setdefault(kind.name + end, {})[user] = [[pool[i] for i in indices]]
+                picks[kind.name + end] = diversify(
+                    vectors.numpy(), scaled, k, kind, diversity=1 - weight).indices
+        for name, indices in picks.items():
+            chosen.setdefault(name, {})[user] = [[pool[i] for i in indices]]
     return {f"{method}, {name}": rows for name, rows in chosen.items()}
 
 

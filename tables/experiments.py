@@ -7,11 +7,9 @@ The tables of the paper's section 3 and our own beside them (serving, beyond, be
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
-from pathlib import Path
 
-import yaml
+from stages.metrics import read_yaml
 
 MAIN = ""  # the variant with the settings as they are
 ONLINE = ("PE", "SFT", "SFT+DPO", "IceBreaker")  # arms beside the deployed retrieval
@@ -35,14 +33,14 @@ class Table:
     against: str = "PE"  # with what R-User and R-Score compare
     chosen: tuple[str, ...] = ()  # what is chosen from the lists of each of SEARCHED
     note: str = ""  # of what stands below the table, or in its place
-    head: tuple[str, ...] = ()  # columns of that
+    head: tuple[str, ...] = ()  # titles of that, and what it shows:
+    rows: tuple[str, ...] = ()
+    columns: tuple[tuple[str, str], ...] = ()  # (method, {} for the row; metric)
 
 
-@functools.cache
 def read(name: str = "experiments") -> dict:
     """What experiments.yaml or claims.yaml holds."""
-    path = Path(__file__).with_name(f"{name}.yaml")
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    return read_yaml(f"tables/{name}.yaml")
 
 
 def methods() -> dict[str, Method]:

@@ -1,7 +1,7 @@
 """The pictures of a report: training curves, frontier, topic rings, reward hacking, lines.
 
     rows = [json.loads(line) for line in Path("runs/tiny/metrics.jsonl").read_text().splitlines()]
-    figures.curves(rows, "results/training_curves.png", "Training")
+    figures.curves(rows, experiments.read()["curves"], "results/training_curves.png", "Training")
 
 Rings follow the paper's Figure 3, the others are ours. Each function takes plain data, leaves it as
 it is and writes one PNG; the same input gives the same bytes. An interval is (value, low, high), as
@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import textwrap
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ import matplotlib.style
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Wedge
+from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
@@ -145,10 +145,11 @@ def hacking(rows: dict[str, dict[str, Interval]], path, title: str) -> None:
         _legend(figure)
 
 
-def frontier(points: dict[str, tuple[Interval, Interval]], path, lines: dict[str, dict[str, str]],
-             xlabel: str, ylabel: str, title: str) -> None:
-    """Point -> (x, y), with 95 % bars; line -> its points in order (a sweep of lambda) -> what is
-    written beside each, if anything. A point of no line is named in the legend, as lines are."""
+def frontier(points: dict[str, tuple[Interval, Interval]], lines: dict[str, dict[str, str]], path,
+             title: str) -> None:
+    """Point -> (utility, keywords), with 95 % bars; line -> its points in order (a sweep of lambda)
+    -> what is written beside each, if anything. A point of no line is named in the legend, as lines
+    are."""
     joined = {name for names in lines.values() for name in names}
     series = lines | {name: {name: ""} for name in points if name not in joined}
     with sheet(path, title, height=5.6) as (figure, [ax]):
@@ -161,22 +162,22 @@ def frontier(points: dict[str, tuple[Interval, Interval]], path, lines: dict[str
                 ax.annotate(text, place, (5, 5), textcoords="offset points", fontsize=9,
                             color=_key(i)["color"], path_effects=HALO)
         ax.margins(0.12)  # room for what is written beside points
-        _label(ax, xlabel, ylabel)
+        _label(ax, "utility: R-Score against PE (held-out ranker)", "distinct keywords per list")
         _legend(figure)
 
 
-def rings(panels: list[dict], path, functional, title: str) -> None:
+def rings(panels: list[dict], functional: set[str], path, title: str) -> None:
     """Nested rings (the paper's Figure 3); panel: {"title", "inner": {topic: share}, "outer",
     "inner_label", "outer_label"}. Topics in `functional` are hatched and come after the rest."""
     pooled = [{ring: _pooled(panel[ring]) for ring in ("inner", "outer")} for panel in panels]
-    total: dict[str, float] = {}  # of all rings: the order of topics is the same in each
-    for topic, share in (x for rows in pooled for ring in rows.values() for x in ring.items()):
-        total[topic] = total.get(topic, 0.0) + share
+    total = Counter()  # of all rings: the order of topics is the same in each
+    for ring in (ring for rows in pooled for ring in rows.values()):
+        total.update(ring)
     # The largest first; chores and the pooled rest stand at the end, whatever their share.
     order = sorted(total, key=lambda t: (t == OTHERS, t in functional, -total[t], t))
     looks = {t: {"facecolor": GREY if t == OTHERS else "#777777" if t in functional else
-                 RING_COLOURS[i % 7], "edgecolor": "white",
-                 "hatch": "///" if t in functional else ""} for i, t in enumerate(order)}
+                 RING_COLOURS[i % 7], "hatch": "///" if t in functional else ""}
+             for i, t in enumerate(order)}
     height = 0.6 + 4.8 * -(-len(panels) // 2) + 0.22 * -(-(len(order) + 1) // 2)  # with its legend
     with sheet(path, title, len(panels), height) as (figure, axes):
         for ax, panel, shares in zip(axes, panels, pooled, strict=True):
@@ -191,32 +192,33 @@ def rings(panels: list[dict], path, functional, title: str) -> None:
             ax.set(xlim=(-1.02, 1.02), ylim=(-1.02, 1.47), aspect="equal")
             ax.set_title("\n".join(notes), y=2.04 / 2.49)
             ax.axis("off")  # rings have no scale
-        keys = {f"{i}  {readable(t, 34, 1)}": Patch(**looks[t]) for i, t in enumerate(order, 1)}
-        if set(order) & set(functional):
+        keys = {f"{i}  {readable(t, 34, 1)}": Patch(edgecolor="white", **looks[t])
+                for i, t in enumerate(order, 1)}
+        if functional & total.keys():
             keys["hatched: functional"] = Patch(facecolor="white", edgecolor="black", hatch="///")
         _legend(figure, keys, handlelength=1.8)
 
 
 def _ring(ax, shares: dict[str, float], order: list[str], looks: dict, radius: float) -> None:
     """Wedges with their numbers and, where there is room, shares."""
-    angle = 90.0  # clockwise from the top
-    for i, topic in enumerate(order, 1):
-        share = shares.get(topic, 0.0)
-        ax.add_patch(Wedge((0, 0), radius, angle - 360 * share, angle, width=0.33, **looks[topic]))
-        middle = math.radians(angle - 180 * share)
-        x, y = ((radius - 0.165) * f(middle) for f in (math.cos, math.sin))
-        text = f"{i}\n{share:.0%}" if share * radius > 0.05 else str(i)
-        ax.text(x, y, text if share else "", fontsize=9, ha="center", va="center", linespacing=1.0,
-                path_effects=HALO)
-        angle -= 360 * share  # degrees
+    topics = [topic for topic in order if shares.get(topic)]
+    numbers = [f"{order.index(t) + 1}" + f"\n{shares[t]:.0%}" * (shares[t] * radius > 0.05)
+               for t in topics]
+    if topics:  # nothing is no pie
+        wedges, _ = ax.pie([shares[t] for t in topics], radius=radius, startangle=90,
+                           counterclock=False, wedgeprops={"width": 0.33, "edgecolor": "white"},
+                           labels=numbers, labeldistance=1 - 0.165 / radius,  # mid-ring
+                           textprops={"fontsize": 9, "ha": "center", "va": "center",
+                                      "linespacing": 1.0, "path_effects": HALO})
+        for wedge, topic in zip(wedges, topics, strict=True):
+            wedge.set(**looks[topic])
 
 
 def _pooled(shares: dict[str, float]) -> dict[str, float]:
     """Shares that add to 1, those under LEAST together as OTHERS."""
-    total, pooled = sum(shares.values()), {}
-    for topic, share in shares.items() if total else ():
-        key = topic if share >= LEAST * total else OTHERS
-        pooled[key] = pooled.get(key, 0.0) + share / total
+    total, pooled = sum(shares.values()), Counter()
+    for topic, share in shares.items():
+        pooled[topic if share >= LEAST * total else OTHERS] += share / (total or 1)
     return pooled
 
 
@@ -241,7 +243,7 @@ def last_run(rows: list[dict]) -> dict[tuple, list[dict]]:
     return parts
 
 
-def curves(rows: list[dict], path, title: str, panels: list[dict]) -> None:
+def curves(rows: list[dict], panels: list[dict], path, title: str) -> None:
     """Rows of a run's metrics.jsonl: losses and held-out figures of the stages that are there.
 
     panels: what to draw of them, as experiments.yaml has it. Raises ValueError if there is nothing.

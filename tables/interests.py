@@ -16,7 +16,7 @@ import icebreaker as ib
 from roles.players import Players
 from run import Run
 from stages.metrics import PerUser
-from tables.truth import chores, resonance
+from tables.truth import chore_shares, resonances
 from world.people import Truth
 
 
@@ -40,14 +40,14 @@ def interest_values(run: Run, players: Players, truth: Truth, users: list[str]) 
     """Of the interests by each distillation: resonance by the hidden truth, share of chores, and
     wins in the judge's pairwise comparison with the rule-based ones (Table 6)."""
     kinds = {k: {u: interests_of(run, u, k) for u in users} for k in ("all", "rule", "RID")}
-    values: PerUser = {}
-    for kind, texts in kinds.items():
-        values[f"interests: {kind}"] = {
-            "resonance": resonance(truth, texts), "functional": chores(truth, texts)}
+    values: PerUser = {
+        f"interests: {kind}": {"resonance": resonances(truth, texts),
+                               "functional": chore_shares(truth, texts)}
+        for kind, texts in kinds.items()}
     # The judge reads the history in its order, the oldest first.
     rows = [(kinds["all"][u][::-1], kinds["RID"][u], kinds["rule"][u]) for u in users]
-    wins = dict(zip(users, players.judge().compare(rows), strict=True))  # RID's, 0 to 1
-    wins = {user: win for user, win in wins.items() if win is not None}  # None: the call failed
+    wins = zip(users, players.judge().compare(rows), strict=True)  # RID's, 0 to 1
+    wins = {user: win for user, win in wins if win is not None}  # None: the call failed
     values["interests: RID"]["judge_win"] = wins
     values["interests: rule"]["judge_win"] = {user: 1 - win for user, win in wins.items()}
     return values

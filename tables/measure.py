@@ -19,15 +19,19 @@ import train
 from config import Config, digest, environment, read_json, write_json
 from roles.players import Players, players_of
 from run import Run
+from stages.cold_start import PopularStarters
 from stages.metrics import (
+    RANKERS,
     KeywordCounter,
     Lists,
     PerUser,
     TopicClassifier,
     measure,
-    paper_figures,
+    read_yaml,
+    user_values,
 )
 from stages.ranker import judge_of
+from stages.sit import taught_lists
 from tables import controls, experiments, interests
 from tables import truth as hidden
 from world import ab, people
@@ -51,7 +55,8 @@ def write_starters(config: Config, variant: str) -> None:
     if path.is_file() and read_json(path)["key"] == key:  # by the same policies, as many lists
         return
     writer, lists = players_of(run).writer, {}
-    more = controls.online_lists(settings)[0] - settings.lists  # beyond what every method writes
+    pools = -(-settings.lists // controls.better_half(settings.searched))  # that list search needs
+    more = pools * settings.searched - settings.lists  # beyond what every method writes
     for name, method in methods.items():
         adapter = run.adapter(method.adapter)
         if adapter and not adapter.is_dir():  # fewer rounds were asked for: no such method
@@ -62,7 +67,7 @@ def write_starters(config: Config, variant: str) -> None:
         users = [u for u in users if run.states[u][-1].interests]  # others are a cold start
         inputs = [interests.interests_of(run, u, method.interests) for u in users]
         rows = writer.write(adapter, inputs, settings.lists, run.seed("eval"))
-        if name in experiments.SEARCHED and more > 0:
+        if name in experiments.SEARCHED and more:
             rest = writer.write(adapter, inputs, more, run.seed("eval", "more"))
             rows = [first + second for first, second in zip(rows, rest, strict=True)]
         lists[name] = dict(zip(users, rows, strict=True))
@@ -85,14 +90,16 @@ def measure_seed(config: Config, variants: list[Config]) -> None:
             return
     main = starters[0]["lists"]
     written = {method: rows for one in starters for method, rows in one["lists"].items()}
-    write_json(path, {"key": key, **measured(Run(config), main, written)})
+    write_json(path, {"key": key, **seed_values(Run(config), main, written)})
 
 
-def measured(run: Run, main: Lists, written: Lists) -> dict:
-    """What values.json holds but its key; main, written: as of compared_lists."""
+def seed_values(run: Run, main: Lists, written: Lists) -> dict:
+    """What values.json holds but its key. main: starters of the seed's main run; written: those,
+    and its variants'."""
     config, truth = run.config, people.load_truth(run.folder / "world")
     players = players_of(run)  # teacher and judge
-    lists, online = compared_lists(run, players, truth, main, written)
+    online = online_lists(run, players, main)
+    lists = compared_lists(run, players, truth, main, written, online)
     users = list(lists[RETRIEVAL])  # the test users
     pools = {m: {u: main[m][u][: config.ab.searched] for u in users} for m in experiments.SEARCHED}
     chosen = {method: controls.reranked(run, method, pool) for method, pool in pools.items()}
@@ -107,8 +114,8 @@ def measured(run: Run, main: Lists, written: Lists) -> dict:
         for name, by_user in controls.search_values(run, pool, chosen[method]).items():
             values[name]["value"] = by_user
     # Figure 3: what users spoke of, what RID kept of it, and what is written from that.
-    texts = {"history": {u: interests.interests_of(run, u, "all") for u in users},
-             "RID": {u: run.states[u][-1].interests for u in users}}
+    texts = {stage: {u: interests.interests_of(run, u, kind) for u in users}
+             for stage, kind in (("history", "all"), ("RID", "RID"))}
     for method in ("IceBreaker", RETRIEVAL):
         texts[method] = {u: [y for row in rows for y in row] for u, rows in lists[method].items()}
     activity = {u: len(run.users[u].sessions) / config.world.days for u in online["PE"]}  # per day
@@ -124,49 +131,54 @@ def measured(run: Run, main: Lists, written: Lists) -> dict:
     return figures
 
 
-def compared_lists(
-    run: Run, players: Players, truth: people.Truth, main: Lists, written: Lists
-) -> tuple[Lists, Lists]:
-    """What every method shows the test users, and every arm of the online test its people.
-
-    main: starters of the seed's main run; written: those, and its variants'.
-    """
-    config = run.config
-    users, people_online = list(main["rule-based"]), list(main["PE"])  # test; test and judge
+def online_lists(run: Run, players: Players, main: Lists) -> Lists:
+    """What every arm of the online test shows its people."""
+    config, users = run.config, list(main["PE"])  # test and judge
     online = {arm: main[arm] for arm in experiments.ONLINE}
     for arm in experiments.SEARCHED:
         online[f"{arm}, list search"] = controls.searched_in_turn(run, main[arm])
-    online["teacher"] = controls.taught(run, players, people_online)
+    # The teacher writes from RID's interests, too: it is what SFT imitates.
+    taught = taught_lists(
+        run, players, [run.states[u][-1] for u in users], config.ab.lists, "compare")
+    online["teacher"] = dict(zip(users, taught, strict=True))
+    online[ab.CONTROL] = people.retrieved_lists(
+        config.world, [run.users[u] for u in users], config.ab.lists, config.run.seed)
+    return online
+
+
+def compared_lists(run: Run, players: Players, truth: people.Truth, main: Lists, written: Lists,
+                   online: Lists) -> Lists:
+    """What every method shows the test users."""
+    users = list(main["rule-based"])
     lists = {  # as many of every method: what was written for list search is left out
-        name: {u: rows[u][: config.ab.lists] for u in users}
+        name: {u: rows[u][: run.config.ab.lists] for u in users}
         for name, rows in {**written, "teacher": online["teacher"]}.items()
     }
-    lists |= controls.few_sessions(run, players.writer, users) | controls.cold_start(run, users)
+    lists |= controls.few_sessions(run, players.writer, users)
+    popular = PopularStarters(run)  # as if nothing were known but the profile, when serving
+    lists["popular starters"] = {u: [popular(run.users[u].profile)] for u in users}
     # Of the variants' lists the oracle sees none: it is the same whichever tables are wanted.
     seen = {method: lists[method] for method in (*main, "teacher", "popular starters")}
     lists |= controls.floor_and_ceiling(run, truth, users, seen)
-    online[ab.CONTROL] = people.retrieved_lists(
-        config.world, [run.users[u] for u in people_online], config.ab.lists, config.run.seed
-    )
     lists[RETRIEVAL] = {u: online[ab.CONTROL][u] for u in users}
-    return lists, online
+    return lists
 
 
 def values_of_lists(
     run: Run, truth: people.Truth, lists: Lists, classifier: TopicClassifier
 ) -> PerUser:
     """The metrics of the paper and those of the hidden truth, of every method and test user."""
-    judge, train_judge = judge_of(run, "judge"), judge_of(run, "train")
-    values = measure(lists, judge, run.encoder, classifier, run.corpus, truth, train_judge)
+    rankers = {metric: judge_of(run, name) for metric, name in RANKERS.items()}
+    values = measure(lists, rankers, run.encoder, classifier, run.corpus, truth)
     for method in lists:
         values[method] |= hidden.spoken_of(truth, lists[method])
     # Distinct starters: a chore that every list repeats is one.
     starters = {u: controls.pool_of(rows) for u, rows in lists["IceBreaker"].items()}
-    values["IceBreaker"]["functional"] = hidden.chores(truth, starters)  # Figure 3
+    values["IceBreaker"]["functional"] = hidden.chore_shares(truth, starters)  # Figure 3
     # Departure 13: keywords weighed by the compared lists themselves, beside the fixed corpus.
-    compared = [lists[method] for method in paper_figures()["table1"]]
-    pools = [controls.pool_of(rows) for users in compared for rows in users.values()]
-    count = KeywordCounter([starter for pool in pools for starter in pool])
+    compared = [lists[method] for method in read_yaml("configs/paper.yaml")["table1"]]
+    count = KeywordCounter(
+        [y for users in compared for rows in users.values() for y in controls.pool_of(rows)])
     for method in ("SFT", "IceBreaker"):
         values[method]["lexical_compared"] = {
             u: float(np.mean([count(y) for y in rows])) for u, rows in lists[method].items()}
@@ -175,11 +187,11 @@ def values_of_lists(
 
 def cases(run: Run, values: PerUser, lists: Lists, users: list[str]) -> list[dict]:
     """Users at the 10th, 50th and 90th percentile of IceBreaker's lift over SFT (Table 3)."""
-    ours, sft = (values[method]["utility"] for method in ("IceBreaker", "SFT"))
-    order = sorted(users, key=lambda user: ours[user] - sft[user])
+    lifts = user_values(values, "IceBreaker", "r_score", "SFT")
+    order = sorted(users, key=lifts.get)
     chosen = {percentile: order[percentile * len(order) // 100] for percentile in (10, 50, 90)}
     return [
-        {"percentile": percentile, "lift": ours[user] - sft[user],
+        {"percentile": percentile, "lift": lifts[user],
          "summaries": run.histories[user][-1].texts[::-1][:12],  # the latest first
          "interests": run.states[user][-1].interests,
          "starters": {m: lists[m][user][0] for m in (RETRIEVAL, "SFT", "IceBreaker")}}
@@ -194,6 +206,7 @@ def basis(run: Run, truth: people.Truth, classifier, users: list[str], texts: di
     """
     config, starters = run.config, [y for theirs in texts.values() for y in theirs]
     rounds = [run.folder.figures(f"dpo/round{n + 1}") for n in range(config.dpo.rounds)]
+    kept = np.array([len(run.states[u][-1].interests) for u in users])
     return {
         "rid": run.folder.figures("rid"),  # AUC of the scorer and of its baselines
         "ranker": run.folder.figures("ranker"),  # AUC and ECE of both
@@ -201,7 +214,6 @@ def basis(run: Run, truth: people.Truth, classifier, users: list[str], texts: di
         "classifier": classifier.accuracy,
         "classifier_on_starters": hidden.classifier_accuracy(truth, classifier, starters),
         # The gate can act only where more pass it than it must keep.
-        "above_least": float(np.mean(
-            [len(run.states[u][-1].interests) > config.rid.min_keep for u in users])),
+        "above_least": float((kept > config.rid.min_keep).mean()),
         "kept_start": [figures["held_out"] <= 1 + 1e-9 for figures in rounds],  # 1: the start
     }

@@ -13,24 +13,18 @@ from __future__ import annotations
 import functools
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 from scipy.stats import t
 
-from config import atomic_path, write_json
-from stages.metrics import COLUMNS, LEGEND, bootstrap, escape, paper_figures
+from config import write_json
+from stages.metrics import LIFTS, bootstrap, escape, markdown_table, read_yaml, write_pages
 from tables import experiments, figures
-from tables.claims import LIFTS, Seeds, claims_page, judged, paired, pooled, values_of
+from tables.claims import Seeds, claims_page, judged, paired, per_seed, pooled
 from world import ab
 
 ROUNDS = ["early", "middle", "IceBreaker", "round 4", "round 5"]  # after 1, 2, ... 5 of DPO
-
-
-def per_seed(seeds: Seeds, method: str, metric: str, base: str = "PE") -> list[np.ndarray]:
-    """Values of the users of each seed, (U,) each; those of claims.LIFTS are against `base`."""
-    return [np.array([*values_of(s, method, metric, base).values()]) for s in seeds]
 
 
 def over_seeds(rows: list[np.ndarray]) -> tuple[float, float]:
@@ -46,10 +40,12 @@ def spread(rows: list[np.ndarray], form: str) -> str:
     return format(mean, form) + ("" if np.isnan(half) else f" ± {format(half, form.lstrip('+'))}")
 
 
-def markdown_table(head: Iterable[str], rows: list[list[str]]) -> str:
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
-    lines.insert(1, "|---" * len([*head]) + "|")  # Markdown wants it below the head
-    return "\n".join(lines) + "\n"
+def in_all(seeds: Seeds) -> list[str]:
+    """Methods that every seed has: fewer were trained where fewer rounds were asked for."""
+    return [m for m in seeds[0]["values"] if all(m in s["values"] for s in seeds)]
+
+
+# ------------------------------------------------------------------------------------------- tables
 
 
 def cell(seeds: Seeds, method: str, metric: str, form: str, base: str = "PE") -> str:
@@ -62,40 +58,33 @@ def cell(seeds: Seeds, method: str, metric: str, form: str, base: str = "PE") ->
 
 def method_table(seeds: Seeds, name: str) -> str:
     """The table's methods, every metric; methods that were not trained are left out."""
-    table, paper = experiments.tables()[name], paper_figures().get(f"table{name}", {})
-    head = ["Method", *(title for title, _, _ in COLUMNS),
-            "paper: R-User, R-Score, lexical, semantic"]
-    return markdown_table(head, [
-        [method, *(cell(seeds, method, metric, form, table.against) for _, metric, form in COLUMNS),
-         ", ".join(paper.get(method, ["–"]))]
-        for method in experiments.rows_of(table) if all(method in s["values"] for s in seeds)
-    ])
+    table, have = experiments.tables()[name], in_all(seeds)
+    paper = read_yaml("configs/paper.yaml").get(f"table{name}", {})
+    columns = read_yaml("stages/metrics.yaml")["columns"]
+    return markdown_table(
+        ["Method", *columns, "paper: R-User, R-Score, lexical, semantic"],
+        [[method, *(cell(seeds, method, *column, table.against) for column in columns.values()),
+          ", ".join(paper.get(method, ["–"]))]
+         for method in experiments.rows_of(table) if method in have])
 
 
 def second_table(seeds: Seeds, name: str) -> str:
     """What stands below a table of experiments.yaml: the same methods otherwise seen."""
     table = experiments.tables()[name]
-    if name == "1":  # what their starters speak of
-        cells = {m: [(m, "known"), (m, "resonance")] for m in table.methods}
-    elif name == "6":  # the interests themselves, before anything is written from them
-        kinds, metrics = ("all", "rule", "RID"), ("judge_win", "resonance", "functional")
-        cells = {kind: [(f"interests: {kind}", m) for m in metrics] for kind in kinds}
-    else:  # what beam, pool and chooser make of the objective of list search
-        cells = {choice: [(f"{method}, {choice}", "value") for method in experiments.SEARCHED]
-                 for choice in table.chosen}
-    return markdown_table(table.head, [[label, *(cell(seeds, *pair, ".3f") for pair in pairs)]
-                                       for label, pairs in cells.items()])
+    return markdown_table(table.head, [
+        [row, *(cell(seeds, method.format(row), metric, ".3f") for method, metric in table.columns)]
+        for row in table.rows])
 
 
 def lift_tables(results: list[dict]) -> str:
     """Table 2 as measured (ab.simulate's result of each seed) and as in the paper."""
-    head, paper = ["Method", *ab.METRICS], paper_figures()["table2"].items()
+    head, paper = ["Method", *ab.METRICS], read_yaml("configs/paper.yaml")["table2"].items()
     return ("Lift over the deployed retrieval in per mille [95 % interval], * p < 0.05:\n\n"
             + markdown_table(head, ab.table_rows(ab.lifts(results))) + "\nThe paper's Table 2:\n\n"
             + markdown_table(head, [[method, *cells] for method, cells in paper]))
 
 
-def cases(seeds: Seeds) -> str:
+def case_texts(seeds: Seeds) -> str:
     """Table 3: users at fixed percentiles of the first seed's lift over SFT."""
     blocks = []
     for case in seeds[0]["cases"]:  # texts of users: escaped, or one could write into the page
@@ -127,7 +116,7 @@ def shares_table(seeds: Seeds) -> str:
     return markdown_table(experiments.tables()["figure3"].head, rows)
 
 
-def measured(seeds: Seeds) -> str:
+def basis_table(seeds: Seeds) -> str:
     """What the other figures rest on: rankers, scorer, classifier and matcher against the truth."""
     basis = [s["basis"] for s in seeds]  # nested: "ranker.judge.ece" is a path into it
     values = {name: [functools.reduce(operator.getitem, path.split("."), b) for b in basis]
@@ -140,85 +129,82 @@ def measured(seeds: Seeds) -> str:
     # Few seeds: each one's figure says more than an interval.
     rows = [[name, f"{np.mean(row):.3f} ({', '.join(f'{v:.3f}' for v in row)})"]
             for name, row in values.items()]
-    return "## What the figures rest on\n\n" + markdown_table(["", "mean (each seed)"], rows)
+    return markdown_table(["", "mean (each seed)"], rows)
 
 
-def daily(seeds: Seeds, name: str) -> dict[str, dict]:
-    """arm -> "ctr" or "sessions" up to each day, as figures.lines has it: means over seeds, 95 %
-    intervals over users (normal; errors of the seeds are independent)."""
+# ----------------------------------------------------------------------------------------- pictures
+
+
+def days_panel(seeds: Seeds, count: str, ylabel: str) -> figures.Panel:
+    """"ctr" or "sessions" of each arm up to each day: means over seeds, 95 % intervals over users
+    (normal; errors of the seeds are independent)."""
     arms = {}
     for arm in seeds[0]["ab"]["arms"]:
         days = [s["ab"]["arms"][arm]["cumulative"] for s in seeds]
         if all(days):  # else the arm met nobody
-            # (S, days) each; errors are standard errors over users, seeds are independent.
-            values, errors = (np.array([d[k] for d in days]) for k in (name, f"{name}_error"))
-            x = np.arange(1, values.shape[1] + 1)  # (days,)
-            scale = 1 / x if name == "sessions" else 100  # sums up to a day; CTR in per cent
+            # (S, days) each; the errors are standard errors over users.
+            values, errors = (np.array([d[k] for d in days]) for k in (count, f"{count}_error"))
+            day = np.arange(1, values.shape[1] + 1)  # (days,)
+            scale = 1 / day if count == "sessions" else 100  # sums up to a day; CTR in per cent
             mean, half = values.mean(0), 1.96 * np.sqrt((errors**2).sum(0)) / len(seeds)
-            ends = {"y": mean, "low": mean - half, "high": mean + half}  # of 95 %
-            arms[arm] = {"x": x.tolist()} | {k: (scale * end).tolist() for k, end in ends.items()}
-    return arms
+            arms[arm] = {"x": day, "y": scale * mean,
+                         "low": scale * (mean - half), "high": scale * (mean + half)}
+    return figures.Panel(ylabel, "day of the test", arms)
 
 
-def draw_frontier(seeds: Seeds, have: set[str], path: Path, title: str) -> None:
-    """Table 1's methods, and what lambda changes: in training, and in choosing when serving."""
-    drawn = experiments.read()["frontier"]
+def rounds_panel(seeds: Seeds, metric: str, ylabel: str) -> figures.Panel:
+    """IceBreaker after each of five rounds of DPO."""
+    y, low, high = zip(*(bootstrap(per_seed(seeds, m, metric)) for m in ROUNDS), strict=True)
+    line = {"x": range(1, len(ROUNDS) + 1), "y": y, "low": low, "high": high}
+    return figures.Panel(ylabel, "round", {"IceBreaker": line})
+
+
+def frontier(seeds: Seeds, have: list[str]) -> tuple[dict, dict]:
+    """Points (R-Score, keywords) of table 1's methods and of what lambda changes, in training and
+    when serving; the lines through them."""
     # A line is drawn whole or not at all: without its variants there is no sweep.
-    lines = {label: points for label, points in drawn.items() if {*points} <= have}
-    methods = {*paper_figures()["table1"]}.union(*lines.values())
+    lines = {label: points for label, points in experiments.read()["frontier"].items()
+             if {*points} <= {*have}}
+    methods = {*read_yaml("configs/paper.yaml")["table1"]}.union(*lines.values())
     points = {m: tuple(bootstrap(per_seed(seeds, m, axis)) for axis in ("r_score", "lexical"))
               for m in sorted(methods)}
-    figures.frontier(points, path, lines, "utility: R-Score against PE (held-out ranker)",
-                     "distinct keywords per list", title)
+    return points, lines
 
 
-def draw_hacking(seeds: Seeds, path: Path, title: str) -> None:
+def lifts_by_judge(seeds: Seeds) -> dict[str, dict]:
     """Lifts over PE as the training ranker, the held-out one and the hidden truth see them."""
-    rows = {method: {} for method in paper_figures()["table1"] if method != "PE"}  # in its order
+    rows = {m: {} for m in read_yaml("configs/paper.yaml")["table1"] if m != "PE"}  # in its order
     for judge, metric in experiments.read()["judges"].items():
         base = over_seeds(per_seed(seeds, "PE", metric))[0]  # units differ: shares of PE's mean
         for method, lifts in rows.items():
             ends = bootstrap(paired(seeds, metric, method, "PE"))
             lifts[judge] = tuple(end / base for end in ends)  # value, low, high
-    figures.hacking(rows, path, title)
-
-
-def draw_rings(seeds: Seeds, path: Path, title: str) -> None:
-    panels = [panel | {ring: mean_shares(seeds, panel[ring]) for ring in ("inner", "outer")}
-              for panel in experiments.read()["rings"]]  # names of stages become their shares
-    figures.rings(panels, path, {"Chores"}, title)
-
-
-def by_round(seeds: Seeds, metric: str) -> dict[str, dict]:
-    """IceBreaker after each of five rounds of DPO, as figures.lines has it."""
-    y, low, high = zip(*(bootstrap(per_seed(seeds, m, metric)) for m in ROUNDS), strict=True)
-    x = range(1, len(ROUNDS) + 1)  # rounds count from 1
-    return {"IceBreaker": {"x": x, "y": y, "low": low, "high": high}}
+    return rows
 
 
 def pictures(seeds: Seeds, log: list[dict], folder: Path, wanted: list[str]) -> list[str]:
     """Write the PNGs that these tables allow; returns their names."""
-    have = {m for m in seeds[0]["values"] if all(m in s["values"] for s in seeds)}
-    texts, panel = experiments.read(), figures.Panel
-    draw: dict[str, Callable] = {  # name -> how, given path and title
-        "training_curves": lambda *to: figures.curves(log, *to, texts["curves"]),
-        "frontier": lambda *to: draw_frontier(seeds, have, *to),
-        "reward_hacking": lambda *to: draw_hacking(seeds, *to),
-    }
+    texts, have, names = experiments.read(), in_all(seeds), []
+
+    def draw(name, picture, *values):  # its bytes hang on the values alone: Git sees what changed
+        picture(*values, folder / f"{name}.png", texts["titles"][name])
+        names.append(name)
+
+    draw("training_curves", figures.curves, log, texts["curves"])
+    draw("frontier", figures.frontier, *frontier(seeds, have))
+    draw("reward_hacking", figures.hacking, lifts_by_judge(seeds))
     if "figure3" in wanted:
-        draw["rings"] = lambda *to: draw_rings(seeds, *to)
+        panels = [panel | {ring: mean_shares(seeds, panel[ring]) for ring in ("inner", "outer")}
+                  for panel in texts["rings"]]  # names of stages become their shares
+        draw("rings", figures.rings, panels, {"Chores"})
     if "2" in wanted:
-        day = "day of the test"
-        days = [panel("click-through rate (CTR), %", day, daily(seeds, "ctr")),
-                panel("sessions per user and day", day, daily(seeds, "sessions"))]
-        draw["ab_days"] = lambda *to: figures.lines(days, *to)
-    if {*ROUNDS} <= have:
-        rounds = [panel("R-Score", "round", by_round(seeds, "r_score")),
-                  panel("distinct keywords per list", "round", by_round(seeds, "lexical"))]
-        draw["rounds"] = lambda *to: figures.lines(rounds, *to)
-    for name, how in draw.items():  # bytes hang on the data alone: Git sees what changed
-        how(folder / f"{name}.png", texts["titles"][name])
-    return [*draw]
+        draw("ab_days", figures.lines, [days_panel(seeds, "ctr", "click-through rate (CTR), %"),
+                                        days_panel(seeds, "sessions", "sessions per user and day")])
+    if {*ROUNDS} <= {*have}:
+        draw("rounds", figures.lines, [
+            rounds_panel(seeds, "r_score", "R-Score"),
+            rounds_panel(seeds, "lexical", "distinct keywords per list")])
+    return names
 
 
 def reproduction_page(seeds: Seeds, wanted: list[str], note: str, names: list[str]) -> str:
@@ -227,19 +213,21 @@ def reproduction_page(seeds: Seeds, wanted: list[str], note: str, names: list[st
     people = ", ".join(str(len(one["arms"][ab.CONTROL]["users"])) for one in results)
     # What stands below a table's note, where it is no second_table.
     below = {"2": lambda: lift_tables(results),
-             "3": lambda: cases(seeds), "figure3": lambda: shares_table(seeds)}
-    parts = ["# The paper's tables on the simulated platform\n", note + "\n", texts["legend"]]
+             "3": lambda: case_texts(seeds), "figure3": lambda: shares_table(seeds)}
+    tables = []
     for name in wanted:  # in the order of experiments.yaml
         table = experiments.tables()[name]
-        parts.append(f"## {table.title}\n")
+        tables.append(f"## {table.title}\n")
         if table.methods:
-            parts.append(method_table(seeds, name))
+            tables.append(method_table(seeds, name))
         if table.note:
             # Days, lists and lives are settings, the same of every seed.
-            parts.append(table.note.format(**results[0], people=people) + "\n")
-            parts.append(below[name]() if name in below else second_table(seeds, name))
-    parts += ["## Metrics\n", LEGEND + "\n" + texts["metrics"], measured(seeds)]
-    return "\n".join(parts + [f"![{name.replace('_', ' ')}]({name}.png)\n" for name in names])
+            tables.append(table.note.format(**results[0], people=people) + "\n")
+            tables.append(below[name]() if name in below else second_table(seeds, name))
+    return texts["page"].format(
+        note=note, tables="\n".join(tables), legend=read_yaml("stages/metrics.yaml")["legend"],
+        basis=basis_table(seeds),
+        pictures="\n".join(f"![{name.replace('_', ' ')}]({name}.png)\n" for name in names))
 
 
 def write(
@@ -251,21 +239,17 @@ def write(
     hours = sum(start["core_hours"] for start in about["starts"])
     note = experiments.read()["about"].format(
         **about, minutes=minutes, hours=hours, lists=seeds[0]["ab"]["lists"])
-    rows = judged(seeds, wanted)
+    rows, values = judged(seeds, wanted), seeds[0]["values"]
     methods = {  # method -> metric -> [mean, half-width over seeds], for who wants to plot it anew
         method: {metric: over_seeds(per_seed(seeds, method, metric))
-                 for metric in [*metrics, *LIFTS * ("utility" in metrics)]}
-        for method, metrics in seeds[0]["values"].items()
-        if all(method in s["values"] for s in seeds)
+                 for metric in [*values[method], *[*LIFTS] * ("utility" in values[method])]}
+        for method in in_all(seeds)
     }
     write_json(folder / "reproduction.json", {
         "about": about, "methods": methods, "online": ab.lifts([s["ab"] for s in seeds]),
         "basis": [s["basis"] for s in seeds], "claims": rows,
     })
     names = pictures(seeds, log, folder, wanted)  # before the page that shows them
-    pages = {"reproduction.md": reproduction_page(seeds, wanted, note, names),
-             "claims.md": claims_page(rows, note)}
-    for name, text in pages.items():
-        with atomic_path(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    write_pages(folder, {"reproduction.md": reproduction_page(seeds, wanted, note, names),
+                         "claims.md": claims_page(rows, note)})
     return rows

@@ -25,7 +25,8 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from functools import partial
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import torch
@@ -35,6 +36,9 @@ from config import ROOT, Config, UserError, digest, environment, load_config, re
 from tables import claims, experiments, report
 from tables.experiments import MAIN
 from tables.measure import measure_seed, report_folder, write_starters
+
+# Name -> work for a process of its own (picklable), and the tasks that must be done before.
+Tasks = dict[str, tuple[Callable, list[str]]]
 
 
 def is_default(path: str) -> bool:
@@ -52,17 +56,15 @@ def seed_config(words: list[str], path: str, seed: int, variant: str = MAIN) -> 
     return load_config(path, [*words, *changes])
 
 
-def train_run(words: list[str], path: str, seed: int, variant: str) -> None:
+def train_run(config: Config, variant: str, main: Config) -> None:
     """Train a seed's run; a variant starts as hard links to the main one's files."""
-    config = seed_config(words, path, seed, variant)
     folder = Path(config.run.root) / config.run.name
     if variant and not folder.exists():
-        main = folder.with_name(seed_config(words, path, seed).run.name)
         part = folder.with_name(f"{folder.name}.tmp")  # a killed copy must not look like a run
         shutil.rmtree(part, ignore_errors=True)
         others = shutil.ignore_patterns("metrics.jsonl", "report", "*.tmp")
         # Links will do: every file of a run is replaced whole, but for the log.
-        shutil.copytree(main, part, copy_function=os.link, ignore=others)
+        shutil.copytree(folder.with_name(main.run.name), part, copy_function=os.link, ignore=others)
         part.rename(folder)
     train.run_stages(config, ["dpo"])  # and what it needs, where that is not there
     write_starters(config, variant)
@@ -78,11 +80,14 @@ def reproduce(
     names = [name for name in tables if name in names or "all" in names]
     whole = names == list(tables) and seeds >= 3 and not (first or words or quick)
     words = [*experiments.read()["quick"] * quick, *words]  # the user's come last, and win
-    variants = [variant for name in names for variant in tables[name].variants]
+    variants = [MAIN, *(variant for name in names for variant in tables[name].variants)]
     numbers = list(range(first, first + seeds))
-    configs = [seed_config(words, path, number) for number in numbers]
+    runs = [{v: seed_config(words, path, number, v) for v in variants} for number in numbers]
+    configs = [configs[MAIN] for configs in runs]
     env, root = environment(configs[0]), Path(configs[0].run.root)  # one root for all seeds
-    tasks = tasks_of(words, path, numbers, variants)
+    tasks: Tasks = {}
+    for number, by_variant in zip(numbers, runs, strict=True):
+        tasks |= tasks_of(f"seed {number}", by_variant)
     with clock(root / f"{configs[0].run.name.rpartition('-seed')[0]}-starts.json", env) as starts:
         in_parallel(tasks, starts[-1])
     values = [read_json(report_folder(config) / "values.json") for config in configs]
@@ -100,26 +105,13 @@ def reproduce(
     print(f"{claims.counted(rows)}: {out / 'claims.md'}")
 
 
-@dataclass(frozen=True)
-class Task:
-    """Work for a process of its own, once the tasks that it needs are done."""
-
-    work: Callable
-    arguments: tuple  # both travel to the process: picklable
-    needs: tuple[str, ...] = ()  # names of tasks
-
-
-def tasks_of(words: list[str], path: str, seeds: list[int], variants) -> dict[str, Task]:
-    """Each seed's main run, its variants, and its measurement once all of them are there."""
-    tasks = {}
-    for seed in seeds:
-        main, runs = f"seed {seed}", {f"seed {seed}, {v}": v for v in variants}
-        tasks[main] = Task(train_run, (words, path, seed, MAIN))
-        for name, v in runs.items():
-            tasks[name] = Task(train_run, (words, path, seed, v), (main,))
-        config, *others = (seed_config(words, path, seed, v) for v in (MAIN, *variants))
-        tasks[f"{main}, measured"] = Task(measure_seed, (config, others), (main, *runs))
-    return tasks
+def tasks_of(seed: str, configs: dict[str, Config]) -> Tasks:
+    """A seed's main run, its variants, and its measurement once all of them are there."""
+    names = {variant: f"{seed}, {variant}".removesuffix(", ") for variant in configs}
+    main, *others = configs.values()
+    tasks = {name: (partial(train_run, configs[variant], variant, main), [seed] * bool(variant))
+             for variant, name in names.items()}
+    return tasks | {f"{seed}, measured": (partial(measure_seed, main, others), [*names.values()])}
 
 
 @contextlib.contextmanager
@@ -139,29 +131,30 @@ def clock(file: Path, env: dict):
         write_json(file, starts)
 
 
-def in_parallel(tasks: dict[str, Task], spent: dict[str, float]) -> None:
-    """Run tasks, one process a core; spent["core_hours"] grows with each that ends."""
-    seconds, done, running = 0.0, [], {}  # running: future -> name
-    workers = min(len(tasks), os.cpu_count())
+def in_parallel(tasks: Tasks, spent: dict[str, float]) -> None:
+    """Run tasks, one process a core; spent["core_hours"] grows with each that ends.
+
+    Raises graphlib.CycleError, a ValueError, if tasks wait for each other, and what a task raises.
+    """
+    order = TopologicalSorter({name: needs for name, (_, needs) in tasks.items()})
+    order.prepare()
+    seconds, done, running, workers = 0.0, 0, {}, os.cpu_count()  # running: future -> name
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started here: one a core
     # Not forked: torch's threads do not survive a fork.
-    with ProcessPoolExecutor(workers or 1, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         try:
-            while len(done) < len(tasks):
-                for name, task in tasks.items():
-                    if name not in [*done, *running.values()] and {*task.needs} <= {*done}:
-                        running[pool.submit(timed, task.work, task.arguments)] = name
-                if not running:  # nothing can start
-                    raise ValueError(f"tasks that wait for each other: {tasks.keys() - {*done}}")
+            while order.is_active():
+                running |= {pool.submit(timed, tasks[n][0]): n for n in order.get_ready()}
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    done.append(running.pop(future))
+                    name, done = running.pop(future), done + 1
                     if future.exception():
-                        print(f"failed: {done[-1]}", flush=True)
-                    seconds += future.result()  # raises what the task raised
+                        print(f"failed: {name}", flush=True)
+                    seconds += future.result()
+                    order.done(name)
                     spent["core_hours"] = seconds / 3600
                     # Roughly: a main run takes as long as three variants.
-                    left = seconds / len(done) * (len(tasks) - len(done)) / workers / 60  # minutes
-                    print(f"{len(done)} of {len(tasks)}: {done[-1]}, about {left:.0f} minutes left",
+                    left = seconds / done * (len(tasks) - done) / min(workers, len(tasks)) / 60
+                    print(f"{done} of {len(tasks)}: {name}, about {left:.0f} minutes left",
                           flush=True)
         except BaseException:  # Ctrl-C too
             pool.shutdown(wait=False, cancel_futures=True)
@@ -170,8 +163,8 @@ def in_parallel(tasks: dict[str, Task], spent: dict[str, float]) -> None:
             raise
 
 
-def timed(work: Callable, arguments: tuple) -> float:
-    """Seconds of work(*arguments), its output kept apart: several speak at once."""
+def timed(work: Callable) -> float:
+    """Seconds of work(), its output kept apart: several speak at once."""
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)  # or the processes wait for each other at every operation
     started = time.time()
@@ -179,7 +172,7 @@ def timed(work: Callable, arguments: tuple) -> float:
         open(os.devnull, "w") as nothing,
         contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing),
     ):
-        work(*arguments)
+        work()
     return time.time() - started
 
 

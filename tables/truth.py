@@ -18,12 +18,6 @@ from stages.metrics import TopicClassifier
 from world.people import Truth
 
 
-def is_chore(truth: Truth, text: str) -> bool:
-    """Whether a text is about a functional topic, such as a conversion of units."""
-    topic = truth.taxonomy.understand(text)[0]  # of (topic, subjects, angle); None: nothing known
-    return bool(topic) and truth.taxonomy.functional(topic)
-
-
 def topics(truth: Truth, texts: list[str]) -> Counter[str]:
     """Number of texts by topic category, chores apart; texts about nothing known do not count."""
     taxonomy = truth.taxonomy
@@ -31,25 +25,25 @@ def topics(truth: Truth, texts: list[str]) -> Counter[str]:
     return Counter("Chores" if taxonomy.functional(t) else taxonomy.category[t] for t in spoken)
 
 
-def chores(truth: Truth, texts: dict[str, list[str]]) -> dict[str, float]:
+def chore_shares(truth: Truth, texts: dict[str, list[str]]) -> dict[str, float]:
     """Share of chores among each user's texts; users of whom no text is understood are left out."""
     counts = {user: topics(truth, theirs) for user, theirs in texts.items()}
     return {u: count["Chores"] / count.total() for u, count in counts.items() if count}  # not empty
 
 
-def resonance(truth: Truth, texts: dict[str, list[str]]) -> dict[str, float]:
+def resonances(truth: Truth, texts: dict[str, list[str]]) -> dict[str, float]:
     """Mean hidden interest, 0 to 1, of each user in what the texts speak about."""
-    return {u: float(np.mean([truth.resonance(u, text) for text in theirs]))
-            for u, theirs in texts.items()}
+    return {u: float(np.mean([truth.resonance(u, y) for y in ys])) for u, ys in texts.items()}
 
 
 def spoken_of(truth: Truth, lists: dict[str, list[list[str]]]) -> dict[str, dict[str, float]]:
     """Of each user's starters: the share about something known, and the resonance."""
     starters = {user: [y for row in rows for y in row] for user, rows in lists.items()}
-    starters = {u: theirs for u, theirs in starters.items() if theirs}  # an empty list says nothing
-    understood = {u: float(np.mean([bool(truth.taxonomy.understand(y)[0]) for y in theirs]))
-                  for u, theirs in starters.items()}
-    return {"known": understood, "resonance": resonance(truth, starters)}
+    starters = {u: ys for u, ys in starters.items() if ys}  # an empty list says nothing
+    known = truth.taxonomy.understand  # [0]: the topic, None where nothing is
+    return {"known": {u: float(np.mean([bool(known(y)[0]) for y in ys]))
+                      for u, ys in starters.items()},
+            "resonance": resonances(truth, starters)}
 
 
 def matcher_quality(run: Run, truth: Truth, users: list[str]) -> dict[str, float]:
@@ -62,9 +56,9 @@ def matcher_quality(run: Run, truth: Truth, users: list[str]) -> dict[str, float
             topic, subjects, _ = understand(text)
             # As RID means it: the same specific subject comes up again, not its topic alone.
             real = any(topic == other and subjects & theirs for other, theirs, _ in later)
-            real &= not is_chore(truth, text)  # a chore is no interest
+            real = real and not truth.taxonomy.functional(topic)  # a chore is no interest
             if label >= 0:  # else the matcher's call failed
-                counts[bool(label), bool(real)] += 1
+                counts[bool(label), real] += 1
     right = counts[True, True]
     return {"precision": right / max(1, right + counts[True, False]),
             "recall": right / max(1, right + counts[False, True])}

@@ -33,15 +33,19 @@ def score(user, starters):
     return np.array([0.9 if "chess" in s else 0.3 for s in starters])
 
 
+RANKERS = {"utility": score}
+
+
 def test_r_user_and_r_score_by_hand():
-    scores, baseline = {"a": 0.5, "b": 0.2, "c": 0.3}, {"a": 0.4, "b": 0.2, "c": 0.6}
-    lifts = metrics.user_lifts(scores, baseline)
-    assert lifts["r_user"] == {"a": 1.0, "b": 0.5, "c": 0.0}
-    assert lifts["r_score"] == pytest.approx({"a": 0.1, "b": 0.0, "c": -0.3})
+    values = {"SFT": {"utility": {"a": 0.5, "b": 0.2, "c": 0.3}},
+              "PE": {"utility": {"a": 0.4, "b": 0.2, "c": 0.6}}}
+    assert metrics.user_values(values, "SFT", "r_user") == {"a": 1.0, "b": 0.5, "c": 0.0}
+    lifts = metrics.user_values(values, "SFT", "r_score")
+    assert lifts == pytest.approx({"a": 0.1, "b": 0.0, "c": -0.3})
 
 
 def test_evaluate_counts_an_empty_list_as_nothing():
-    result = evaluation.evaluate(LISTS, score, encode, TALK, classifier=Classifier(), draws=50)
+    result = evaluation.evaluate(LISTS, RANKERS, encode, Classifier(), TALK, draws=50)
     sft = result["methods"]["SFT"]
     assert sft["empty"] == 0.5 and sft["starters"] == 1
     assert sft["utility"] == pytest.approx(0.3)  # user a: .6, user b: 0
@@ -53,7 +57,7 @@ def test_evaluate_counts_an_empty_list_as_nothing():
 def test_evaluate_refuses_methods_with_other_users():
     with pytest.raises(ValueError, match="same users"):
         lists = {**LISTS, "X": {"a": [[]]}}
-        evaluation.evaluate(lists, score, encode, TALK, classifier=Classifier())
+        evaluation.evaluate(lists, RANKERS, encode, Classifier(), TALK)
 
 
 def test_keywords_of_varied_lists_outnumber_those_of_a_repeated_one():
@@ -66,7 +70,7 @@ def test_keywords_of_varied_lists_outnumber_those_of_a_repeated_one():
 
 def test_a_list_counts_the_same_whatever_it_is_compared_with():
     def lexical(lists):
-        return metrics.measure(lists, score, encode, Classifier(), TALK)["SFT"]["lexical"]
+        return metrics.measure(lists, RANKERS, encode, Classifier(), TALK)["SFT"]["lexical"]
 
     assert lexical(LISTS) == lexical({**LISTS, "twin": LISTS["SFT"]})
 
@@ -85,7 +89,7 @@ def test_the_interval_is_as_wide_as_the_normal_one_and_keeps_seeds_apart():
 
 
 def test_report_is_written_and_user_text_stays_text(tmp_path):
-    result = evaluation.evaluate(LISTS, score, encode, TALK, classifier=Classifier(), draws=50)
+    result = evaluation.evaluate(LISTS, RANKERS, encode, Classifier(), TALK, draws=50)
     nasty = "<script>x</script> [link](http://a) | **bold**\n# head"
     row = {"user_id": "a", "interests": [nasty], "starters": {"PE": [[nasty]]}}
     evaluation.write_report(result, [row], {"a": [nasty]}, {"a": [0.5]}, tmp_path)
@@ -96,7 +100,7 @@ def test_report_is_written_and_user_text_stays_text(tmp_path):
 
 
 def test_without_logs_there_are_no_utility_columns(tmp_path):
-    result = evaluation.evaluate(LISTS, None, encode, TALK, classifier=Classifier(), draws=50)
+    result = evaluation.evaluate(LISTS, {}, encode, Classifier(), TALK, draws=50)
     assert "R-Score" not in evaluation.table_markdown(result).splitlines()[2]
     evaluation.write_report(result, [], {}, {}, tmp_path)
     assert "True clicks |" not in (tmp_path / "table.md").read_text().partition("The paper's")[0]

@@ -55,11 +55,11 @@ PANEL = {"title": LONG, "inner": TOPICS, "outer": {"PE": 3, "3": 1}, "inner_labe
 
 
 def rings(panels, path):
-    figures.rings(panels, path, {"3", "λ 0.1"}, LONG)
+    figures.rings(panels, {"3", "λ 0.1"}, path, LONG)
 
 
 def frontier(points, path, lines=None):
-    figures.frontier(points, path, lines or {}, LONG, LONG, LONG)
+    figures.frontier(points, lines or {}, path, LONG)
 
 
 def lines(panels, path):
@@ -68,8 +68,8 @@ def lines(panels, path):
 
 
 CASES = {
-    "curves": (lambda x, path: figures.curves(x, path, LONG, PANELS), LOG),
-    "curves of one epoch": (lambda x, path: figures.curves(x, path, "t", PANELS), LOG[:2]),
+    "curves": (lambda x, path: figures.curves(x, PANELS, path, LONG), LOG),
+    "curves of one epoch": (lambda x, path: figures.curves(x, PANELS, path, "t"), LOG[:2]),
     "frontier": (lambda x, path: frontier(x, path, SWEEP), POINTS),
     "frontier of one point": (frontier, {"only": ([1, 0, 2], [2, 2, 2])}),
     "rings": (rings, [PANEL] * 3),
@@ -123,7 +123,7 @@ def test_every_point_and_line_is_named_once_and_drawn_with_its_bars(drawn, tmp_p
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_titles_keep_clear_of_each_other(count, drawn, tmp_path):
     rings([PANEL] * count, tmp_path / "a.png")
-    figures.curves(LOG, tmp_path / "b.png", LONG, PANELS)
+    figures.curves(LOG, PANELS, tmp_path / "b.png", LONG)
     for figure in drawn:
         boxes = [ax.title.get_window_extent() for ax in figure.axes]
         boxes.append(figure._suptitle.get_window_extent())
@@ -136,7 +136,7 @@ def test_small_topics_are_pooled_and_functional_ones_hatched(drawn, tmp_path):
         {"a": 0.6, "Others": 0.06, "c": 0.34})
     panel = {"title": "t", "inner": {"a": 1, "chores": 3}, "inner_label": "talk",
              "outer": {"a": 1}, "outer_label": "lists"}
-    figures.rings([panel], tmp_path / "a.png", {"chores"}, "t")
+    figures.rings([panel], {"chores"}, tmp_path / "a.png", "t")
     labels = [t.get_text() for t in drawn[0].legends[0].get_texts()]
     assert labels == ["1  a", "2  chores", "hatched: functional"]
     assert [bool(h.get_hatch()) for h in drawn[0].legends[0].legend_handles] == [False, True, True]
@@ -179,7 +179,7 @@ def test_a_rerun_of_sit_is_told_by_its_step(steps, epochs):
 
 
 def test_dpo_rounds_stand_one_after_another(drawn, tmp_path):
-    figures.curves(LOG, tmp_path / "a.png", "t", PANELS)
+    figures.curves(LOG, PANELS, tmp_path / "a.png", "t")
     [axes] = [a for a in drawn[0].axes if a.get_title().startswith("DPO: loss")]
     named = {line.get_label(): list(line.get_xdata()) for line in axes.lines}
     assert named["round 1"] == [*range(1, 9)] and named["round 2"] == [*range(9, 59)]
@@ -189,7 +189,7 @@ def test_dpo_rounds_stand_one_after_another(drawn, tmp_path):
 
 def test_nothing_to_draw_is_said_and_leaves_no_file(tmp_path):
     with pytest.raises(ValueError, match="no epoch or step"):
-        figures.curves([{"stage": "world"}], tmp_path / "a.png", "t", PANELS)
+        figures.curves([{"stage": "world"}], PANELS, tmp_path / "a.png", "t")
     with pytest.raises(KeyError):
         figures.lines([figures.Panel("", "", {"a": {"y": [1]}})], tmp_path / "a.png", "")
     assert not list(tmp_path.iterdir())

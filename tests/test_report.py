@@ -7,11 +7,12 @@ import pytest
 from conftest import micro
 
 from run import Run
+from stages.metrics import user_values
 from tables import claims, controls, experiments, report
 from world import ab
 
 METRICS = """utility train_utility true_clicks lexical words semantic dissimilarity starters known
-    resonance value""".split()
+    resonance value lexical_compared""".split()
 
 
 def seed_values(number: int, lift: float = 0.5, users: int = 30) -> dict:
@@ -108,7 +109,7 @@ def test_every_method_of_a_table_is_made_and_every_claim_names_known_ones(finish
 
 def test_r_user_and_r_score_are_against_the_methods_of_the_table():
     values = {m: {"utility": {"u": x, "v": 0.2}} for m, x in (("PE", 0.1), ("none", 0.3))}
-    seed = {"values": values | {"IceBreaker": {"utility": {"u": 0.2, "v": 0.2}}}}
-    assert claims.values_of(seed, "IceBreaker", "r_user") == {"u": 1.0, "v": 0.5}
-    assert claims.values_of(seed, "IceBreaker", "r_user", "none") == {"u": 0.0, "v": 0.5}
-    assert claims.values_of(seed, "IceBreaker", "r_score", "none")["u"] == pytest.approx(-0.1)
+    values["IceBreaker"] = {"utility": {"u": 0.2, "v": 0.2}}
+    assert user_values(values, "IceBreaker", "r_user") == {"u": 1.0, "v": 0.5}
+    assert user_values(values, "IceBreaker", "r_user", "none") == {"u": 0.0, "v": 0.5}
+    assert user_values(values, "IceBreaker", "r_score", "none")["u"] == pytest.approx(-0.1)

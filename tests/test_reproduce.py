@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def test_where_one_task_fails_the_others_do_not_go_on_unseen(capsys):
     started = time.monotonic()
     with pytest.raises(KeyError, match="a variant that fails"):
         reproduce.in_parallel({
-            f"task {i}": reproduce.Task(_fail_or_sleep, (seconds,))
+            f"task {i}": (partial(_fail_or_sleep, seconds), [])
             for i, seconds in enumerate((600, 0, 600, 600))
         }, {})
     assert time.monotonic() - started < 300
@@ -39,7 +40,7 @@ def _note_and_sleep(path):
 
 
 def _work_alone(path):
-    reproduce.in_parallel({"a": reproduce.Task(_note_and_sleep, (path,))}, {})
+    reproduce.in_parallel({"a": (partial(_note_and_sleep, path), [])}, {})
 
 
 def test_a_killed_start_leaves_no_work_behind(tmp_path):
@@ -64,7 +65,7 @@ def test_the_clock_keeps_the_starts_that_were_interrupted(tmp_path):
     with pytest.raises(KeyboardInterrupt), reproduce.clock(file, env):
         raise KeyboardInterrupt
     with reproduce.clock(file, env | {"uncommitted_changes": False}) as starts:
-        reproduce.in_parallel({"a": reproduce.Task(time.sleep, (1,))}, starts[-1])
+        reproduce.in_parallel({"a": (partial(time.sleep, 1), [])}, starts[-1])
     assert starts == read_json(file) and starts[1]["core_hours"] > 0 < starts[0]["minutes"]
     assert [x["commit"] for x in starts] == ["0123456789 with changes", "0123456789"]
 
@@ -77,8 +78,9 @@ def _note(path, name):
 def test_a_task_waits_for_those_it_needs(tmp_path):
     order = tmp_path / "order"
     needs = {"c": "b", "b": "a", "a": "", "d": "ac"}
-    tasks = {x: reproduce.Task(_note, (order, x), tuple(needs[x])) for x in needs}
+    tasks = {x: (partial(_note, order, x), [*needs[x]]) for x in needs}
     reproduce.in_parallel(tasks, {})
     assert order.read_text() == "abcd"
-    with pytest.raises(ValueError, match="wait for each other"):
-        reproduce.in_parallel({"a": reproduce.Task(_note, (order, "a"), ("b",))}, {})
+    with pytest.raises(ValueError, match="cycle"):
+        reproduce.in_parallel(tasks | {"a": (partial(_note, order, "a"), ["d"])}, {})
+    assert order.read_text() == "abcd"

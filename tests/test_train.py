@@ -418,11 +418,11 @@ def test_logs_too_thin_for_a_ranker_are_named(finished):
 def test_logs_of_tapped_lists_alone_skip_the_baseline(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "tiny")
     run = Run(micro(tmp_path))
-    assert "SFT+DPO" in evaluation.methods(run)
+    assert "SFT+DPO" in evaluation.compared_methods(run)
     run.impressions = [row for row in run.impressions if row.clicked]
     figures = dpo.align_on_clicks(run, players_of(run).writer, [], key="of other logs")
     assert "tapped and an ignored list" in figures["skipped"]
-    assert "SFT+DPO" not in evaluation.methods(run)
+    assert "SFT+DPO" not in evaluation.compared_methods(run)
     assert not run.adapter("vanilla").exists()
 
 

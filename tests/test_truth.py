@@ -35,4 +35,4 @@ def test_topics_count_what_is_known_and_chores_apart():
         functional=lambda topic: topic == "units", category={"chess": "games", "pasta": "food"},
     ))  # fmt: skip
     assert hidden.topics(truth, [*"abcde"]) == {"games": 1, "food": 2, "Chores": 1}
-    assert hidden.chores(truth, {"u": [*"abcd"], "of nothing known": ["e"]}) == {"u": 0.25}
+    assert hidden.chore_shares(truth, {"u": [*"abcd"], "of nothing known": ["e"]}) == {"u": 0.25}
