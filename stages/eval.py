@@ -18,19 +18,8 @@ import numpy as np
 from config import UserError, progress, write_json
 from roles.players import Players
 from run import Run
-from stages.metrics import (
-    LIFTS,
-    RANKERS,
-    Lists,
-    TopicClassifier,
-    bootstrap,
-    escape,
-    markdown_table,
-    measure,
-    read_yaml,
-    user_values,
-    write_pages,
-)
+from stages import metrics
+from stages.metrics import Lists, escape, markdown_table
 from stages.ranker import judge_of
 from world import people
 
@@ -66,14 +55,14 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
         for u, s in states.items()
     ]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_pages(folder, {"starters.jsonl": text})
+    metrics.write_pages(folder, {"starters.jsonl": text})
     # All at once: what is measured one list at a time below is only looked up.
     run.encoder(sorted({y for m in lists.values() for u in m.values() for x in u for y in x}))
     # Without logs of taps there is no ranker; "train" shows reward hacking beside "judge".
-    rankers = {m: judge_of(run, name) for m, name in RANKERS.items() if run.impressions}
+    rankers = {m: judge_of(run, name) for m, name in metrics.RANKERS.items() if run.impressions}
     # Hidden state is opened here for the first time: everything has been written by now.
     truth = None if run.config.data.users else people.load_truth(run.folder / "world")
-    classifier, seed = TopicClassifier(run.encoder), run.config.run.seed
+    classifier, seed = metrics.TopicClassifier(run.encoder), run.config.run.seed
     result = evaluate(
         lists, rankers, run.encoder, classifier, run.corpus, truth, settings.bootstrap, seed
     )
@@ -85,8 +74,8 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
 
 
 def evaluate(
-    lists: Lists, rankers: dict[str, Callable], encode: Callable, classifier: TopicClassifier,
-    corpus: list[str], truth=None, draws: int = 1000, seed: int = 0,
+    lists: Lists, rankers: dict[str, Callable], encode: Callable, classifier, corpus: list[str],
+    truth=None, draws: int = 1000, seed: int = 0,
 ) -> dict:
     """What `measure` gives as means over users, with the lifts over PE and 95 % intervals.
 
@@ -95,16 +84,16 @@ def evaluate(
     users = lists["PE"].keys()  # the same for all, or a lift would compare people
     if any(rows.keys() != users for rows in lists.values()) or not users:
         raise ValueError("evaluate: every method needs lists for the same users, at least one")
-    values, methods = measure(lists, rankers, encode, classifier, corpus, truth), {}
+    values, methods = metrics.measure(lists, rankers, encode, classifier, corpus, truth), {}
     for method, by_user in values.items():  # metric -> user -> value
         # Lifts over itself say nothing.
-        lifts = [m for m, score in LIFTS.items() if score in rankers and method != "PE"]
-        by_user = by_user | {metric: user_values(values, method, metric) for metric in lifts}
+        lifts = [m for m, score in metrics.LIFTS.items() if score in rankers and method != "PE"]
+        by_user = by_user | {m: metrics.user_values(values, method, m) for m in lifts}
         methods[method] = figures = {m: float(np.mean([*v.values()])) for m, v in by_user.items()}
         # Users are the unit of every interval: lists of one user are no independent evidence.
         for name in ("lexical", "true_clicks", "r_score"):
             if name in by_user:
-                _, *interval = bootstrap([[*by_user[name].values()]], draws, seed)
+                _, *interval = metrics.bootstrap([[*by_user[name].values()]], draws, seed)
                 figures[f"{name}_interval"] = interval
     return {
         "methods": methods, "users": len(users),
@@ -128,8 +117,8 @@ def _cell(figures: dict, name: str, form: str) -> str:
 
 def table_markdown(result: dict) -> str:
     """Table 1 as measured, what its columns mean, and the paper's figures."""
-    rows, texts = result["methods"], read_yaml("stages/metrics.yaml")
-    paper = read_yaml("configs/paper.yaml")["table1"]
+    rows, texts = result["methods"], metrics.read_yaml("stages/metrics.yaml")
+    paper = metrics.read_yaml("configs/paper.yaml")["table1"]
     columns = {title: (metric, form) for title, (metric, form) in texts["columns"].items()
                if any(metric in figures for figures in rows.values())}
     ours = [[method, *(_cell(rows[method], *column) for column in columns.values())]
@@ -171,4 +160,4 @@ def write_report(
     """table.md, table.json and examples.md."""
     write_json(folder / "table.json", result)
     examples = examples_page(rows, summaries, scores)
-    write_pages(folder, {"table.md": table_markdown(result), "examples.md": examples})
+    metrics.write_pages(folder, {"table.md": table_markdown(result), "examples.md": examples})

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import html
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +37,7 @@ def read_yaml(path: str) -> dict:
     return yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))
 
 
-def bootstrap(
-    rows: Sequence[np.ndarray], draws: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
+def bootstrap(rows: Iterable, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
     """(mean of the seeds' means, low, high) of a 95 % percentile interval.
 
     rows: values of the users (U,) of each seed, paired differences as a rule; users are drawn again
@@ -52,9 +50,7 @@ def bootstrap(
     return float(np.mean([row.mean() for row in rows])), float(low), float(high)
 
 
-def user_values(
-    values: PerUser, method: str, metric: str, base: str = "PE"
-) -> dict[str, float]:
+def user_values(values: PerUser, method: str, metric: str, base: str = "PE") -> dict[str, float]:
     """User -> value of a metric. Of LIFTS it is over `base`: r_user counts a user above it as 1 and
     a tie as half, of which Eq. (9) is the mean; r_score, whose mean is Eq. (10), how far above."""
     if metric not in LIFTS:

@@ -92,18 +92,12 @@ def _online(seeds: Seeds, claim: Claim) -> tuple:
 
 
 def _by_topics(seeds: Seeds, claim: Claim) -> tuple:
-    more, less = (  # (S, 1 + draws) each; the seed's number draws the same users for both
-        np.array([pooled(claim.metric, s["topics"][m], 2000, i) for i, s in enumerate(seeds)])
-        for m in (claim.more, claim.less)
-    )
-    gaps = (more - less).mean(0)
-    interval = np.quantile(gaps[1:], [0.025, 0.975])  # the first is of the users as they are
-    return (gaps[0], *interval), (more - less)[:, 0], [side[:, 0].mean() for side in (more, less)]
-
-
-def verdict(low: float, high: float) -> str:
-    """What a 95 % interval of "more less less" says of a claim."""
-    return "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
+    sides = np.array([  # (2, S, 1 + draws); the seed's number draws the same users for both
+        [pooled(claim.metric, s["topics"][m], 2000, i) for i, s in enumerate(seeds)]
+        for m in (claim.more, claim.less)])
+    gaps = sides[0] - sides[1]  # (S, 1 + draws), the first of the users as they are
+    interval = np.quantile(gaps.mean(0)[1:], [0.025, 0.975])
+    return (gaps.mean(0)[0], *interval), gaps[:, 0], sides[:, :, 0].mean(1)
 
 
 def judged(seeds: Seeds, wanted: list[str]) -> list[dict]:
@@ -120,9 +114,10 @@ def judged(seeds: Seeds, wanted: list[str]) -> list[dict]:
         else:  # a method that was not trained, e.g. fewer rounds were asked for
             continue
         (value, low, high), by_seed, sides = compare(seeds, claim)
+        verdict = "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
         rows.append(vars(claim) | {
             "sides": [*map(float, sides)], "value": float(value),
-            "interval": [float(low), float(high)], "verdict": verdict(low, high),
+            "interval": [float(low), float(high)], "verdict": verdict,
             "same_sign": sum(bool(np.sign(gap) == np.sign(value)) for gap in by_seed),
             "seeds": len(seeds),
         })

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import matplotlib.style
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
@@ -50,9 +49,7 @@ def sheet(path: str | Path, title: str, panels: int = 1, height: float = 4.6):
     """Open a figure in the one style of all: yields (figure, axes); on disk whole or not at all."""
     columns = min(2, panels)  # a row
     with matplotlib.style.context(["default", STYLE]):
-        figure = Figure((8, height), layout="constrained")  # inches
-        figure.get_layout_engine().set(h_pad=0.07)
-        FigureCanvasAgg(figure)  # no pyplot: no window, nothing shared between figures
+        figure = Figure((8, height))  # inches; no pyplot: no window, nothing shared
         axes = figure.subplots(-(-panels // columns), columns, squeeze=False).ravel().tolist()
         for spare in axes[panels:]:
             spare.remove()
@@ -62,11 +59,7 @@ def sheet(path: str | Path, title: str, panels: int = 1, height: float = 4.6):
             figure.savefig(temporary, format="png")
 
 
-def _label(axes, xlabel: str, ylabel: str, title: str = "") -> None:
-    axes.set(xlabel=readable(xlabel, 60), ylabel=readable(ylabel, 34), title=readable(title, 40, 3))
-
-
-def _legend(figure, handles: dict | None = None, handlelength: float = 3.0) -> None:
+def _legend(figure, handles: dict | None = None) -> None:
     """One legend below all panels, in as many columns as its longest label leaves room for.
 
     handles: label -> line; of the panels where not given, a label that several have once.
@@ -74,9 +67,8 @@ def _legend(figure, handles: dict | None = None, handlelength: float = 3.0) -> N
     pairs = (zip(*ax.get_legend_handles_labels(), strict=True) for ax in figure.axes)
     handles = handles or {label: line for line, label in itertools.chain(*pairs)}
     longest = max((len(row) for label in handles for row in label.split("\n")), default=0)
-    columns = max(1, min(len(handles), int(100 / (longest + 6 + handlelength))))  # 100 characters
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns,
-                  handlelength=handlelength)
+    columns = max(1, min(len(handles), 100 // (longest + 9)))  # 100 characters, 9 for a line
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns)
 
 
 def _key(i: int) -> dict:
@@ -121,7 +113,8 @@ def lines(panels: list[Panel], path, title: str) -> None:
             if panel.level is not None:
                 ax.axhline(panel.level, color="black", linestyle=":", linewidth=1)
             ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))  # steps, days
-            _label(ax, panel.xlabel, panel.ylabel, panel.title)
+            ax.set(xlabel=readable(panel.xlabel, 60), ylabel=readable(panel.ylabel, 34),
+                   title=readable(panel.title, 40, 3))
         _legend(figure)
 
 
@@ -132,7 +125,7 @@ def hacking(rows: dict[str, dict[str, Interval]], path, title: str) -> None:
         for j, judge in enumerate(next(iter(rows.values()))):
             lift, low, high = 100 * np.array([row[judge] for row in rows.values()]).T  # per cent
             bars = ax.bar(np.arange(len(rows)) + 0.27 * (j - 1), lift, 0.26, label=readable(judge),
-                          yerr=_bars(lift, low, high), error_kw={"capsize": 3, "elinewidth": 1.2},
+                          yerr=_bars(lift, low, high), error_kw={"elinewidth": 1.2},
                           color=COLOURS[j], hatch=HATCHES[j], edgecolor="white", hatchcolor="white")
             numbers = [f"{value:+.0f}".replace("-", "−") for value in lift]
             ax.bar_label(bars, numbers, padding=3, fontsize=9)  # beyond the whiskers
@@ -141,7 +134,7 @@ def hacking(rows: dict[str, dict[str, Interval]], path, title: str) -> None:
         ax.set_xticks(range(len(rows)), [readable(name, width, 3) for name in rows])
         ax.grid(False, axis="x")
         ax.margins(y=0.1)  # room for the numbers
-        _label(ax, "", "lift, % of the baseline's mean (whiskers: 95 %)")
+        ax.set(ylabel="lift, % of the baseline's mean\n(whiskers: 95 %)")
         _legend(figure)
 
 
@@ -156,13 +149,14 @@ def frontier(points: dict[str, tuple[Interval, Interval]], lines: dict[str, dict
         for i, (label, names) in enumerate(series.items()):
             x, y = (np.array([points[name][axis] for name in names]) for axis in (0, 1))  # (n, 3)
             ax.plot(x[:, 0], y[:, 0], label=readable(label, 40), markersize=8, **_key(i))
-            ax.errorbar(x[:, 0], y[:, 0], _bars(*y.T), _bars(*x.T), fmt="none", capsize=3,
+            ax.errorbar(x[:, 0], y[:, 0], _bars(*y.T), _bars(*x.T), fmt="none",
                         elinewidth=1.2, color=_key(i)["color"])
             for place, text in zip(np.stack([x[:, 0], y[:, 0]], 1), names.values(), strict=True):
                 ax.annotate(text, place, (5, 5), textcoords="offset points", fontsize=9,
                             color=_key(i)["color"], path_effects=HALO)
         ax.margins(0.12)  # room for what is written beside points
-        _label(ax, "utility: R-Score against PE (held-out ranker)", "distinct keywords per list")
+        ax.set(xlabel="utility: R-Score against PE (held-out ranker)",
+               ylabel="distinct keywords per list")
         _legend(figure)
 
 
@@ -196,7 +190,7 @@ def rings(panels: list[dict], functional: set[str], path, title: str) -> None:
                 for i, t in enumerate(order, 1)}
         if functional & total.keys():
             keys["hatched: functional"] = Patch(facecolor="white", edgecolor="black", hatch="///")
-        _legend(figure, keys, handlelength=1.8)
+        _legend(figure, keys)
 
 
 def _ring(ax, shares: dict[str, float], order: list[str], looks: dict, radius: float) -> None:
@@ -234,7 +228,7 @@ def last_run(rows: list[dict]) -> dict[tuple, list[dict]]:
     for row in rows:
         stage, at = row.get("stage"), row.get("step", row.get("epoch"))
         if at is None or stage not in ("rid", "ranker", "sit", "dpo"):
-            continue
+            continue  # a stage's last line, or one of another stage
         key = (stage, "loss" if "loss" in row else "held_out", row.get("ranker", row.get("round")))
         if key in parts and at <= parts[key][-1].get("step", parts[key][-1].get("epoch")):
             after = list(parts)[list(parts).index(key) :]
@@ -251,21 +245,21 @@ def curves(rows: list[dict], panels: list[dict], path, title: str) -> None:
     logged, drawn = last_run(rows), []
     start, end = {}, 0  # the rounds of DPO one after another on one axis
     for (stage, kind, part), steps in logged.items():
-        if stage == "dpo" and kind == "loss":
+        if (stage, kind) == ("dpo", "loss"):
             start[part], end = end, end + steps[-1]["step"]
-    for panel in panels:
-        field, series = panel["field"], {}
-        key = (panel["stage"], "held_out" if field == "held_out" else "loss")
-        for part, steps in ((k[2], v) for k, v in logged.items() if k[:2] == key):
+    for labels in map(dict, panels):
+        stage, field, series = labels.pop("stage"), labels.pop("field"), {}
+        held_out = field == "held_out"
+        for (*key, part), steps in logged.items():
             begin = start.get(part, 0)
             xy = [(begin + row["step"] if "step" in row else row["epoch"] + 1, row[field])
                   for row in steps if row.get(field) is not None]
-            if xy:  # the held-out figure is relative to where its round started
-                x, y = zip(*[(begin, 1.0)] * (field == "held_out"), *xy, strict=True)
+            if xy and key == [stage, "held_out" if held_out else "loss"]:
+                # The held-out figure is relative to where its round started.
+                x, y = zip(*[(begin, 1.0)] * held_out, *xy, strict=True)
                 series[RANKERS.get(part, part or "")] = {"x": x, "y": y}
         if series:
-            drawn.append(Panel(panel["ylabel"], panel["xlabel"], series, panel["title"],
-                               panel.get("level")))
+            drawn.append(Panel(series=series, **labels))
     if not drawn:
         raise ValueError("curves: no epoch or step of rid, ranker, sit or dpo in these rows")
     lines(drawn, path, title)

@@ -19,20 +19,12 @@ import train
 from config import Config, digest, environment, read_json, write_json
 from roles.players import Players, players_of
 from run import Run
+from stages import metrics
 from stages.cold_start import PopularStarters
-from stages.metrics import (
-    RANKERS,
-    KeywordCounter,
-    Lists,
-    PerUser,
-    TopicClassifier,
-    measure,
-    read_yaml,
-    user_values,
-)
+from stages.metrics import Lists, PerUser, TopicClassifier
 from stages.ranker import judge_of
 from stages.sit import taught_lists
-from tables import controls, experiments, interests
+from tables import controls, experiments
 from tables import truth as hidden
 from world import ab, people
 
@@ -65,7 +57,7 @@ def write_starters(config: Config, variant: str) -> None:
         # same for every method, and equal policies write equal lists.
         users = run.ids("test") + run.ids("judge") * (name in experiments.ONLINE)
         users = [u for u in users if run.states[u][-1].interests]  # others are a cold start
-        inputs = [interests.interests_of(run, u, method.interests) for u in users]
+        inputs = [controls.interests_of(run, u, method.interests) for u in users]
         rows = writer.write(adapter, inputs, settings.lists, run.seed("eval"))
         if name in experiments.SEARCHED and more:
             rest = writer.write(adapter, inputs, more, run.seed("eval", "more"))
@@ -109,13 +101,14 @@ def seed_values(run: Run, main: Lists, written: Lists) -> dict:
     run.encoder(sorted({y for m in lists.values() for u in m.values() for row in u for y in row}))
     classifier = TopicClassifier(run.encoder)
     values = values_of_lists(run, truth, lists, classifier)
-    values |= interests.interest_values(run, players, truth, users)
+    told = {kind: {u: controls.interests_of(run, u, kind) for u in users}
+            for kind in ("all", "rule", "RID")}
+    values |= interest_values(players, truth, told)
     for method, pool in pools.items():
         for name, by_user in controls.search_values(run, pool, chosen[method]).items():
             values[name]["value"] = by_user
     # Figure 3: what users spoke of, what RID kept of it, and what is written from that.
-    texts = {stage: {u: interests.interests_of(run, u, kind) for u in users}
-             for stage, kind in (("history", "all"), ("RID", "RID"))}
+    texts = {"history": told["all"], "RID": told["RID"]}
     for method in ("IceBreaker", RETRIEVAL):
         texts[method] = {u: [y for row in rows for y in row] for u, rows in lists[method].items()}
     activity = {u: len(run.users[u].sessions) / config.world.days for u in online["PE"]}  # per day
@@ -168,16 +161,16 @@ def values_of_lists(
     run: Run, truth: people.Truth, lists: Lists, classifier: TopicClassifier
 ) -> PerUser:
     """The metrics of the paper and those of the hidden truth, of every method and test user."""
-    rankers = {metric: judge_of(run, name) for metric, name in RANKERS.items()}
-    values = measure(lists, rankers, run.encoder, classifier, run.corpus, truth)
+    rankers = {metric: judge_of(run, name) for metric, name in metrics.RANKERS.items()}
+    values = metrics.measure(lists, rankers, run.encoder, classifier, run.corpus, truth)
     for method in lists:
         values[method] |= hidden.spoken_of(truth, lists[method])
     # Distinct starters: a chore that every list repeats is one.
     starters = {u: controls.pool_of(rows) for u, rows in lists["IceBreaker"].items()}
     values["IceBreaker"]["functional"] = hidden.chore_shares(truth, starters)  # Figure 3
     # Departure 13: keywords weighed by the compared lists themselves, beside the fixed corpus.
-    compared = [lists[method] for method in read_yaml("configs/paper.yaml")["table1"]]
-    count = KeywordCounter(
+    compared = [lists[method] for method in metrics.read_yaml("configs/paper.yaml")["table1"]]
+    count = metrics.KeywordCounter(
         [y for users in compared for rows in users.values() for y in controls.pool_of(rows)])
     for method in ("SFT", "IceBreaker"):
         values[method]["lexical_compared"] = {
@@ -185,9 +178,25 @@ def values_of_lists(
     return values
 
 
+def interest_values(players: Players, truth: people.Truth, told: dict[str, dict]) -> PerUser:
+    """Of the interests by each distillation: resonance by the hidden truth, share of chores, and
+    wins in the judge's pairwise comparison with the rule-based ones (Table 6, appendix C.1)."""
+    values: PerUser = {
+        f"interests: {kind}": {"resonance": hidden.resonances(truth, texts),
+                               "functional": hidden.chore_shares(truth, texts)}
+        for kind, texts in told.items()}
+    # The judge reads the history in its order, the oldest first.
+    rows = [(told["all"][u][::-1], told["RID"][u], told["rule"][u]) for u in told["all"]]
+    wins = zip(told["all"], players.judge().compare(rows), strict=True)  # RID's, 0 to 1
+    wins = {user: win for user, win in wins if win is not None}  # None: the call failed
+    values["interests: RID"]["judge_win"] = wins
+    values["interests: rule"]["judge_win"] = {user: 1 - win for user, win in wins.items()}
+    return values
+
+
 def cases(run: Run, values: PerUser, lists: Lists, users: list[str]) -> list[dict]:
     """Users at the 10th, 50th and 90th percentile of IceBreaker's lift over SFT (Table 3)."""
-    lifts = user_values(values, "IceBreaker", "r_score", "SFT")
+    lifts = metrics.user_values(values, "IceBreaker", "r_score", "SFT")
     order = sorted(users, key=lifts.get)
     chosen = {percentile: order[percentile * len(order) // 100] for percentile in (10, 50, 90)}
     return [

@@ -5,11 +5,10 @@
     python eval.py --reproduce 1 9 --seeds 1       # some tables, into runs/partial/report
     python eval.py --reproduce 2 --seeds 1 --first-seed 100 rid.min_keep=2    # to choose a setting
 
-A seed's main run (train.py's stages) is trained once; a variant starts as a copy of it, so only the
-stages that its settings change run again. What was trained and written is kept, and measured again
-where the code has changed since; tasks run side by side, one a core. Seeds from 0 on are reported;
-settings were chosen on seeds of 100 and above, but for four that the reported ones had a part in
-(docs/departures.md).
+A seed's main run is trained once; a variant starts as a copy of it, so only the stages that its
+settings change run again. What was trained and written is kept, and measured again where the code
+has changed since. Seeds from 0 on are reported; settings were chosen on seeds of 100 and above, but
+for four that the reported ones had a part in (docs/departures.md).
 """
 
 from __future__ import annotations
@@ -140,8 +139,8 @@ def in_parallel(tasks: Tasks, spent: dict[str, float]) -> None:
     order.prepare()
     seconds, done, running, workers = 0.0, 0, {}, os.cpu_count()  # running: future -> name
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started here: one a core
-    # Not forked: torch's threads do not survive a fork.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    with ProcessPoolExecutor(workers, spawn, start_worker) as pool:
         try:
             while order.is_active():
                 running |= {pool.submit(timed, tasks[n][0]): n for n in order.get_ready()}
@@ -164,16 +163,19 @@ def in_parallel(tasks: Tasks, spent: dict[str, float]) -> None:
 
 
 def timed(work: Callable) -> float:
-    """Seconds of work(), its output kept apart: several speak at once."""
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)  # or the processes wait for each other at every operation
+    """Seconds of work()."""
     started = time.time()
-    with (
-        open(os.devnull, "w") as nothing,
-        contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing),
-    ):
-        work()
+    work()
     return time.time() - started
+
+
+def start_worker() -> None:
+    """One thread, no output of its own (several speak at once), and an end when the parent ends."""
+    torch.set_num_threads(1)  # or the processes wait for each other at every operation
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):  # stdout and stderr, those of libraries in C too
+        os.dup2(nothing, stream)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def end_with_parent() -> None:

@@ -2,8 +2,8 @@
 
     python eval.py --reproduce figure3
 
-No stage that trains sees it: it is read here, in interests.py, measure.py and controls.py, by
-stage eval after training, and by the simulated platform (world/).
+No stage that trains sees it: it is read here, in measure.py and controls.py, by stage eval after
+training, and by the simulated platform (world/).
 """
 
 from __future__ import annotations
