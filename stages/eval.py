@@ -62,10 +62,8 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
     rankers = {m: judge_of(run, name) for m, name in metrics.RANKERS.items() if run.impressions}
     # Hidden state is opened here for the first time: everything has been written by now.
     truth = None if run.config.data.users else people.load_truth(run.folder / "world")
-    classifier, seed = metrics.TopicClassifier(run.encoder), run.config.run.seed
-    result = evaluate(
-        lists, rankers, run.encoder, classifier, run.corpus, truth, settings.bootstrap, seed
-    )
+    result = evaluate(lists, rankers, run.encoder, metrics.TopicClassifier(run.encoder),
+                      run.corpus, truth, settings.bootstrap, run.config.run.seed)
     # By chance, never the best ones.
     shown = random.Random(run.seed("examples")).sample(rows, min(len(rows), settings.examples))
     scores = {u: s.scores for u, s in states.items()}  # s(u, h) of the interests on the page
@@ -95,11 +93,9 @@ def evaluate(
             if name in by_user:
                 _, *interval = metrics.bootstrap([[*by_user[name].values()]], draws, seed)
                 figures[f"{name}_interval"] = interval
-    return {
-        "methods": methods, "users": len(users),
-        "lists_per_user": len(next(iter(lists["PE"].values()))),
-        "classifier_accuracy": classifier.accuracy, "baseline": "PE",
-    }
+    n = len(next(iter(lists["PE"].values())))  # as many of each user
+    return {"methods": methods, "users": len(users), "lists_per_user": n,
+            "classifier_accuracy": classifier.accuracy, "baseline": "PE"}
 
 
 # ----------------------------------------------------------------------------------------- report
@@ -154,9 +150,7 @@ def examples_page(rows: list[dict], summaries: dict[str, list[str]], scores: dic
     return "\n".join(lines) + "\n"
 
 
-def write_report(
-    result: dict, rows: list[dict], summaries: dict, scores: dict, folder: Path
-) -> None:
+def write_report(result: dict, rows: list, summaries: dict, scores: dict, folder: Path) -> None:
     """table.md, table.json and examples.md."""
     write_json(folder / "table.json", result)
     examples = examples_page(rows, summaries, scores)

@@ -72,9 +72,8 @@ def keywords(text: str) -> list[str]:
     words = re.findall(r"[a-z0-9][a-z0-9'-]+", text.lower())
     # Chinese has no spaces: pairs of characters are close to its words.
     chinese = "".join(re.findall(r"[㐀-鿿]+", text))
-    return [w for w in words if w not in ENGLISH_STOP_WORDS] + [
-        chinese[i : i + 2] for i in range(len(chinese) - 1)
-    ]
+    pairs = [chinese[i : i + 2] for i in range(len(chinese) - 1)]
+    return [w for w in words if w not in ENGLISH_STOP_WORDS] + pairs
 
 
 class KeywordCounter:
@@ -108,14 +107,14 @@ class TopicClassifier:
     def __init__(self, encode: Callable):
         tree = read_yaml("world/taxonomy.yaml")["categories"]
         # Names of subjects alone: no text of the simulated platform is learned from.
-        pairs = [(str(name), category) for category, topics in tree.items()
-                 for topic in topics.values() for name in topic["subjects"]]
+        names, labels = zip(*[(name, category) for category, topics in tree.items()
+                              for topic in topics.values() for name in topic["subjects"]],
+                            strict=True)
         forms = ("{}", "What about {}?", "Tell me more about {}")  # as summaries and starters are
-        vectors = encode([forms[i % 3].format(name) for i, (name, _) in enumerate(pairs)]).numpy()
+        vectors = encode([forms[i % 3].format(name) for i, name in enumerate(names)]).numpy()
         # One split, whatever the run's seed: the classifier is the same ruler for all.
         fit, held, fit_labels, held_labels = train_test_split(
-            vectors, [category for _, category in pairs], test_size=0.2, random_state=0
-        )
+            vectors, labels, test_size=0.2, random_state=0)
         self.encode = encode
         # On 384 dimensions and some hundred names a linear model is as good as any.
         self.model = LogisticRegression(max_iter=500).fit(fit, fit_labels)
@@ -155,13 +154,10 @@ def measure(
         metrics[name] = lambda u, y, score=score: float(np.mean(score(u, y))) if y else 0.0
     if truth:  # only of the simulated platform
         metrics["true_clicks"] = truth.expected_clicks
-    return {
-        method: {
-            name: {u: float(np.mean([metric(u, y) for y in rows])) for u, rows in users.items()}
-            for name, metric in metrics.items()
-        }
-        for method, users in lists.items()
-    }
+    return {method: {name: {u: float(np.mean([metric(u, y) for y in rows]))
+                            for u, rows in users.items()}
+                     for name, metric in metrics.items()}
+            for method, users in lists.items()}
 
 
 # ------------------------------------------------------------------------------------------- pages

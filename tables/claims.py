@@ -118,6 +118,7 @@ def judged(seeds: Seeds, wanted: list[str]) -> list[dict]:
         rows.append(vars(claim) | {
             "sides": [*map(float, sides)], "value": float(value),
             "interval": [float(low), float(high)], "verdict": verdict,
+            # Of how much trainings differ the interval says nothing.
             "same_sign": sum(bool(np.sign(gap) == np.sign(value)) for gap in by_seed),
             "seeds": len(seeds),
         })

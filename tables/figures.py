@@ -50,11 +50,9 @@ def sheet(path: str | Path, title: str, panels: int = 1, height: float = 4.6):
     columns = min(2, panels)  # a row
     with matplotlib.style.context(["default", STYLE]):
         figure = Figure((8, height))  # inches; no pyplot: no window, nothing shared
-        axes = figure.subplots(-(-panels // columns), columns, squeeze=False).ravel().tolist()
-        for spare in axes[panels:]:
-            spare.remove()
         figure.suptitle(readable(title, 76, 3))
-        yield figure, axes[:panels]
+        yield figure, [figure.add_subplot(-(-panels // columns), columns, i + 1)
+                       for i in range(panels)]
         with atomic_path(path) as temporary:  # not reached where drawing raised
             figure.savefig(temporary, format="png")
 
@@ -164,9 +162,8 @@ def rings(panels: list[dict], functional: set[str], path, title: str) -> None:
     """Nested rings (the paper's Figure 3); panel: {"title", "inner": {topic: share}, "outer",
     "inner_label", "outer_label"}. Topics in `functional` are hatched and come after the rest."""
     pooled = [{ring: _pooled(panel[ring]) for ring in ("inner", "outer")} for panel in panels]
-    total = Counter()  # of all rings: the order of topics is the same in each
-    for ring in (ring for rows in pooled for ring in rows.values()):
-        total.update(ring)
+    # Of all rings: the order of topics is the same in each.
+    total = sum((ring for rows in pooled for ring in rows.values()), Counter())
     # The largest first; chores and the pooled rest stand at the end, whatever their share.
     order = sorted(total, key=lambda t: (t == OTHERS, t in functional, -total[t], t))
     looks = {t: {"facecolor": GREY if t == OTHERS else "#777777" if t in functional else

@@ -56,11 +56,9 @@ def cell(seeds: Seeds, method: str, metric: str, form: str, base: str = "PE") ->
     return spread(per_seed(seeds, method, metric, base), form)
 
 
-def method_table(seeds: Seeds, name: str) -> str:
+def method_table(seeds: Seeds, table: experiments.Table, paper: dict[str, list[str]]) -> str:
     """The table's methods, every metric; methods that were not trained are left out."""
-    table, have = experiments.tables()[name], in_all(seeds)
-    paper = read_yaml("configs/paper.yaml").get(f"table{name}", {})
-    columns = read_yaml("stages/metrics.yaml")["columns"]
+    columns, have = read_yaml("stages/metrics.yaml")["columns"], in_all(seeds)
     return markdown_table(
         ["Method", *columns, "paper: R-User, R-Score, lexical, semantic"],
         [[method, *(cell(seeds, method, *column, table.against) for column in columns.values()),
@@ -68,9 +66,8 @@ def method_table(seeds: Seeds, name: str) -> str:
          for method in experiments.rows_of(table) if method in have])
 
 
-def second_table(seeds: Seeds, name: str) -> str:
+def second_table(seeds: Seeds, table: experiments.Table) -> str:
     """What stands below a table of experiments.yaml: the same methods otherwise seen."""
-    table = experiments.tables()[name]
     return markdown_table(table.head, [
         [row, *(cell(seeds, method.format(row), metric, ".3f") for method, metric in table.columns)]
         for row in table.rows])
@@ -142,18 +139,19 @@ def days_panel(seeds: Seeds, count: str, ylabel: str) -> figures.Panel:
     for arm in seeds[0]["ab"]["arms"]:
         days = [s["ab"]["arms"][arm]["cumulative"] for s in seeds]
         if all(days):  # else the arm met nobody
-            # (S, days) each; the errors are standard errors over users.
+            # (S, days) each; errors are standard errors over users.
             values, errors = (np.array([d[k] for d in days]) for k in (count, f"{count}_error"))
             day = np.arange(1, values.shape[1] + 1)  # (days,)
             scale = 1 / day if count == "sessions" else 100  # sums up to a day; CTR in per cent
             mean, half = values.mean(0), 1.96 * np.sqrt((errors**2).sum(0)) / len(seeds)
             arms[arm] = {"x": day, "y": scale * mean,
-                         "low": scale * (mean - half), "high": scale * (mean + half)}
+                         "low": scale * (mean - half), "high": scale * (mean + half)}  # of 95 %
     return figures.Panel(ylabel, "day of the test", arms)
 
 
 def rounds_panel(seeds: Seeds, metric: str, ylabel: str) -> figures.Panel:
     """IceBreaker after each of five rounds of DPO."""
+    # Of users, as all bands: seeds are too few to show their spread in a picture.
     y, low, high = zip(*(bootstrap(per_seed(seeds, m, metric)) for m in ROUNDS), strict=True)
     line = {"x": range(1, len(ROUNDS) + 1), "y": y, "low": low, "high": high}
     return figures.Panel(ylabel, "round", {"IceBreaker": line})
@@ -210,20 +208,20 @@ def pictures(seeds: Seeds, log: list[dict], folder: Path, wanted: list[str]) -> 
 def reproduction_page(seeds: Seeds, wanted: list[str], note: str, names: list[str]) -> str:
     """reproduction.md: the tables that are wanted, what they rest on, the pictures."""
     texts, results = experiments.read(), [s["ab"] for s in seeds]
-    people = ", ".join(str(len(one["arms"][ab.CONTROL]["users"])) for one in results)
+    people = ", ".join(str(len(one["arms"][ab.CONTROL]["users"])) for one in results)  # a seed's
     # What stands below a table's note, where it is no second_table.
     below = {"2": lambda: lift_tables(results),
              "3": lambda: case_texts(seeds), "figure3": lambda: shares_table(seeds)}
-    tables = []
+    tables, paper = [], read_yaml("configs/paper.yaml")
     for name in wanted:  # in the order of experiments.yaml
         table = experiments.tables()[name]
         tables.append(f"## {table.title}\n")
         if table.methods:
-            tables.append(method_table(seeds, name))
+            tables.append(method_table(seeds, table, paper.get(f"table{name}", {})))
         if table.note:
             # Days, lists and lives are settings, the same of every seed.
             tables.append(table.note.format(**results[0], people=people) + "\n")
-            tables.append(below[name]() if name in below else second_table(seeds, name))
+            tables.append(below[name]() if name in below else second_table(seeds, table))
     return texts["page"].format(
         note=note, tables="\n".join(tables), legend=read_yaml("stages/metrics.yaml")["legend"],
         basis=basis_table(seeds),
@@ -237,7 +235,7 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     minutes = ", ".join(f"{start['minutes']:.0f} ({start['commit']})" for start in about["starts"])
     hours = sum(start["core_hours"] for start in about["starts"])
-    note = experiments.read()["about"].format(
+    note = experiments.read()["about"].format(  # the head of both pages
         **about, minutes=minutes, hours=hours, lists=seeds[0]["ab"]["lists"])
     rows, values = judged(seeds, wanted), seeds[0]["values"]
     methods = {  # method -> metric -> [mean, half-width over seeds], for who wants to plot it anew

@@ -49,6 +49,7 @@ def seed_config(words: list[str], path: str, seed: int, variant: str = MAIN) -> 
     # The name tells another file's settings; where the default's change, stages run anew.
     given = words if is_default(path) else [*words, digest(load_config(path))]
     name = "-".join(["reproduce", digest(given)[:6], f"seed{seed}", *variant.split()])
+    # Other people and other trainings with each seed.
     changes = [f"world.seed={seed}", f"run.seed={seed}", f"run.name={name}"]
     if variant:  # the SFT+DPO baseline is the main run's
         changes += ["dpo.vanilla=false", *experiments.read()["variants"][variant]]
@@ -64,7 +65,7 @@ def train_run(config: Config, variant: str, main: Config) -> None:
         others = shutil.ignore_patterns("metrics.jsonl", "report", "*.tmp")
         # Links will do: every file of a run is replaced whole, but for the log.
         shutil.copytree(folder.with_name(main.run.name), part, copy_function=os.link, ignore=others)
-        part.rename(folder)
+        part.rename(folder)  # whole or not at all
     train.run_stages(config, ["dpo"])  # and what it needs, where that is not there
     write_starters(config, variant)
 
@@ -106,6 +107,7 @@ def reproduce(
 
 def tasks_of(seed: str, configs: dict[str, Config]) -> Tasks:
     """A seed's main run, its variants, and its measurement once all of them are there."""
+    # As in_parallel prints them; the main run's is the seed's alone.
     names = {variant: f"{seed}, {variant}".removesuffix(", ") for variant in configs}
     main, *others = configs.values()
     tasks = {name: (partial(train_run, configs[variant], variant, main), [seed] * bool(variant))
@@ -120,7 +122,7 @@ def clock(file: Path, env: dict):
     One that was interrupted counts, one that was killed does not.
     """
     began, commit = time.time(), (env["commit"] or "")[:10]
-    commit += " with changes" * bool(env["uncommitted_changes"])
+    commit += " with changes" * bool(env["uncommitted_changes"])  # None: Git is not there
     starts = read_json(file) if file.is_file() else []
     starts.append({"commit": commit, "minutes": 0.0, "core_hours": 0.0})
     try:
