@@ -213,7 +213,7 @@ def _pooled(shares: dict[str, float]) -> dict[str, float]:
     return pooled
 
 
-RANKERS = {"train": "training ranker", "judge": "held-out ranker"}
+RANKER_NAMES = {"train": "training ranker", "judge": "held-out ranker"}
 
 
 def last_run(rows: list[dict]) -> dict[tuple, list[dict]]:
@@ -254,7 +254,7 @@ def curves(rows: list[dict], panels: list[dict], path, title: str) -> None:
             if xy and key == [stage, "held_out" if held_out else "loss"]:
                 # The held-out figure is relative to where its round started.
                 x, y = zip(*[(begin, 1.0)] * held_out, *xy, strict=True)
-                series[RANKERS.get(part, part or "")] = {"x": x, "y": y}
+                series[RANKER_NAMES.get(part, part or "")] = {"x": x, "y": y}
         if series:
             drawn.append(Panel(series=series, **labels))
     if not drawn:

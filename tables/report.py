@@ -157,7 +157,7 @@ def rounds_panel(seeds: Seeds, metric: str, ylabel: str) -> figures.Panel:
     return figures.Panel(ylabel, "round", {"IceBreaker": line})
 
 
-def frontier(seeds: Seeds, have: list[str]) -> tuple[dict, dict]:
+def frontier_points(seeds: Seeds, have: list[str]) -> tuple[dict, dict]:
     """Points (R-Score, keywords) of table 1's methods and of what lambda changes, in training and
     when serving; the lines through them."""
     # A line is drawn whole or not at all: without its variants there is no sweep.
@@ -189,7 +189,7 @@ def pictures(seeds: Seeds, log: list[dict], folder: Path, wanted: list[str]) -> 
         names.append(name)
 
     draw("training_curves", figures.curves, log, texts["curves"])
-    draw("frontier", figures.frontier, *frontier(seeds, have))
+    draw("frontier", figures.frontier, *frontier_points(seeds, have))
     draw("reward_hacking", figures.hacking, lifts_by_judge(seeds))
     if "figure3" in wanted:
         panels = [panel | {ring: mean_shares(seeds, panel[ring]) for ring in ("inner", "outer")}
