@@ -21,7 +21,7 @@ from config import ROOT, GeneratorConfig, UserError, atomic_path
 
 # peft takes seconds to import, for which a command without an adapter need not wait: it is imported
 # where an adapter is made or loaded.
-LARGEST_ON_CPU = 2e9  # parameters in 4 bit; a larger model would take days
+LARGEST_ON_CPU = 2  # billion parameters in 4 bit; a larger model would take days
 
 
 def quiet_libraries() -> None:
@@ -35,9 +35,6 @@ def model_path(generator: GeneratorConfig) -> str:
     """generator.model, a hub id or a folder; where it is empty, the embedded model's folder."""
     # Relative, as an adapter keeps its base's path and may go with its run to another machine.
     return generator.model or os.path.relpath(ROOT / "weights" / "tiny")
-
-
-# ---------------------------------------------------------------------------------------- loading
 
 
 def load_tokenizer(path: str, revision: str = ""):
@@ -56,8 +53,7 @@ def load_generator(
 ):
     """A causal LM from safetensors; float32 on a CPU, bfloat16 on a GPU, NF4 if asked for.
 
-    path: a local folder or a hub id, of which `revision` is taken. Raises UserError with what to
-    do where it cannot be loaded.
+    path: a local folder or a hub id, of which `revision` is taken. UserError: what to do.
     """
     gpu = torch.cuda.is_available()
     if load_in_4bit and not gpu:
@@ -74,10 +70,8 @@ def load_generator(
         attn_implementation="sdpa",  # takes the masks of tree rows, which flash attention does not
     )
     if absent := sorted(info["missing_keys"]):  # transformers fills them with random numbers
-        raise UserError(
-            f"generator.model={path}: {len(absent)} weights are missing, {absent[0]} the first; "
-            f"download it again"
-        )
+        count = f"{len(absent)} weights are missing, {absent[0]} the first"
+        raise UserError(f"generator.model={path}: {count}; download it again")
     for module in model.modules():
         # On a CPU with AVX512-BF16, bitsandbytes repacks the weights at the first eval-mode
         # forward, and training after it is silently wrong.
@@ -115,26 +109,21 @@ def _refuse_giants(path: str, revision: str) -> None:
     """Raise UserError, before any weight is read, for a model that would take days on a CPU."""
     config = _load(AutoConfig, path, revision)
     with torch.device("meta"):  # shapes without memory
-        size = AutoModelForCausalLM.from_config(config).num_parameters()
-    if size > LARGEST_ON_CPU:
+        billions = AutoModelForCausalLM.from_config(config).num_parameters() / 1e9
+    if billions > LARGEST_ON_CPU:
         raise UserError(
-            f"generator.model={path}: {size / 1e9:.1f} billion parameters in 4 bit need a GPU, and "
-            f"there is none; name a model of at most {LARGEST_ON_CPU / 1e9:.0f} billion"
+            f"generator.model={path}: {billions:.1f} billion parameters in 4 bit need a GPU, and "
+            f"there is none; name a model of at most {LARGEST_ON_CPU} billion"
         )
 
 
-# --------------------------------------------------------------------------------------- adapters
-
-
 def add_lora(model, rank: int, alpha: int, seed: int):
-    """LoRA on all linear layers but the head; no dropout, so log-probabilities compare."""
+    """LoRA on all linear layers but the head, without dropout: log-probabilities compare."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)  # A is random; B is zero, so that it begins as the bare model
-    settings = LoraConfig(  # "all-linear" of PEFT leaves out the head
-        r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
+    linear = "all-linear"  # PEFT's word for them; it leaves out the head
+    settings = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules=linear)
     return get_peft_model(model, settings).eval()
 
 

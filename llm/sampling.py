@@ -26,32 +26,20 @@ from transformers.cache_utils import Cache, DynamicLayer
 from config import digest, progress
 from llm.logps import tree_mask
 from llm.model import decoder_and_head
-from llm.prompts import encode_text
 
 
-def sample(
-    model, tokenizer, prompts: Sequence[str | list[int]], n: int, **settings
-) -> list[list[str]]:
-    """n completions of each prompt, as text; settings as of sample_ids.
-
-    Prompts given as text are encoded plainly: control tokens in them are not parsed.
-    """
-    ids = [encode_text(tokenizer, p) if isinstance(p, str) else p for p in prompts]
-    drawn = sample_ids(model, tokenizer, ids, n, **settings)
+def sample(model, tokenizer, prompts: list[list[int]], n: int, **settings) -> list[list[str]]:
+    """Token ids of prompts -> n completions of each, as text; settings as of sample_ids."""
+    drawn = sample_ids(model, tokenizer, prompts, n, **settings)
     return [tokenizer.batch_decode(tokens, skip_special_tokens=True) for tokens in drawn]
 
 
 @torch.no_grad()
 def sample_ids(
-    model,
-    tokenizer,
-    prompts: list[list[int]],
-    n: int,
-    *,
+    model, tokenizer, prompts: list[list[int]], n: int, *,
     max_new_tokens: int,
     temperature: float,  # 0: greedy
-    top_p: float,
-    top_k: int = 0,  # 0: all tokens
+    top_p: float, top_k: int = 0,  # 0: all tokens
     seed: int,
     rows: int = 256,  # completions that are decoded together
     stop: str = "</sug>",
@@ -82,13 +70,11 @@ def sample_ids(
             tree.write(draw(tree.logits, tree.prompt, tree.sample, tree.steps))
             ended = ends(tree)
             if watch:
-                ended |= tree.slots_of(watch(tree.tokens[:, :n, : tree.steps]))
+                given_up = F.pad(watch(tree.tokens[:, :n, : tree.steps]), (0, 1))  # not nobody's
+                ended |= given_up.to(ended.device)[tree.prompt[:, None], tree.sample]
             tree.step(ended)
         drawn.update(zip(batch, tree.tokens[:, :n], strict=True))
     return [drawn[i] for i in range(len(prompts))]
-
-
-# --------------------------------------------------------------------------------------- the tree
 
 
 @dataclass(frozen=True)
@@ -154,10 +140,10 @@ class Tree:
     def _read(self, ids: Tensor, position: Tensor, branch: Tensor, trunk: Tensor) -> Tensor:
         """Tokens (B, Q), which the cache takes in -> hidden states (B, Q, H)."""
         dtype = self.decoder.get_input_embeddings().weight.dtype
-        mask = tree_mask(branch, trunk, self.branch, dtype)
-        cache = {"past_key_values": self.cache, "use_cache": True}
-        read = self.decoder(input_ids=ids, position_ids=position, attention_mask=mask, **cache)
-        return read.last_hidden_state
+        return self.decoder(
+            input_ids=ids, position_ids=position, past_key_values=self.cache, use_cache=True,
+            attention_mask=tree_mask(branch, trunk, self.branch, dtype),
+        ).last_hidden_state
 
     @property
     def is_open(self) -> bool:
@@ -167,11 +153,6 @@ class Tree:
         """The next token of each slot, (B, Q)."""
         self.tokens[self.prompt[:, None], self.sample, self.steps] = token
         self.token, self.steps = token, self.steps + 1
-
-    def slots_of(self, samples: Tensor) -> Tensor:
-        """Boolean (prompts, n) -> (B, Q), of the slots that grow these samples."""
-        samples = F.pad(samples, (0, 1)).to(self.sample.device)  # nobody's is none of them
-        return samples[self.prompt[:, None], self.sample]
 
     def step(self, ended: Tensor) -> None:
         """End the samples of these slots, (B, Q); read what the others have just written."""
@@ -219,9 +200,6 @@ class _Buffer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         return self.length
-
-
-# -------------------------------------------------------------------------------- drawing, ending
 
 
 class Draw:
