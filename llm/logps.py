@@ -10,8 +10,6 @@ Legend: B rows, T tokens of a row, Q queries and K keys of attention, C completi
 S scored positions, H hidden, V vocabulary.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from config import processes
 from llm.model import decoder_and_head
+from llm.prompts import Ids
 
 HEAD_CHUNK = 256  # positions whose vocabulary row exists at once: V is 150,000 in Qwen2.5
 
@@ -46,7 +45,7 @@ class TreeRows:
     target: Tensor  # (S,), the list tokens that are predicted from there
 
 
-def tree_rows(prompts: list[list[int]], completions: list[list[list[int]]]) -> TreeRows:
+def tree_rows(prompts: list[Ids], completions: list[list[Ids]]) -> TreeRows:
     """One tree a prompt, several short ones packed into a row: none outgrows the longest tree."""
     sizes = [len(p) + sum(map(len, lists)) for p, lists in zip(prompts, completions, strict=True)]
     width = max(sizes)
@@ -87,8 +86,7 @@ def tree_mask(branch: Tensor, trunk: Tensor, key_branch: Tensor, dtype: torch.dt
 
 
 def completion_logps(
-    model, prompts: list[list[int]], completions: list[list[list[int]]],
-    head_chunk: int = HEAD_CHUNK,
+    model, prompts: list[Ids], completions: list[list[Ids]], head_chunk: int = HEAD_CHUNK
 ) -> list[Tensor]:
     """Summed log-probability of each completion of each prompt: a tensor (C,) for every prompt.
 

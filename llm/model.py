@@ -6,8 +6,6 @@ LoRA (arXiv:2106.09685) on every linear layer but the head, NF4 weights as of QL
     hf download Qwen/Qwen2.5-7B-Instruct --local-dir FOLDER   # then generator.model=FOLDER
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import warnings
@@ -56,8 +54,14 @@ def load_generator(
     path: a local folder or a hub id, of which `revision` is taken. UserError: what to do.
     """
     gpu = torch.cuda.is_available()
-    if load_in_4bit and not gpu:
-        _refuse_giants(path, revision)
+    if load_in_4bit and not gpu:  # refused before any weight is read
+        with torch.device("meta"):  # shapes without memory
+            bare = AutoModelForCausalLM.from_config(_load(AutoConfig, path, revision))
+        if (billions := bare.num_parameters() / 1e9) > LARGEST_ON_CPU:
+            raise UserError(
+                f"generator.model={path}: {billions:.1f} billion parameters in 4 bit need a GPU, "
+                f"and there is none; name a model of at most {LARGEST_ON_CPU} billion"
+            )
     dtype = torch.bfloat16 if gpu else torch.float32  # a CPU is slower in 16 bit
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype,
@@ -103,18 +107,6 @@ def _load(kind, path: str, revision: str, **settings):
             "FOLDER), or leave it empty for the embedded model"
         )
         raise UserError(f"generator.model={path}: cannot be loaded ({reason}); {advice}") from None
-
-
-def _refuse_giants(path: str, revision: str) -> None:
-    """Raise UserError, before any weight is read, for a model that would take days on a CPU."""
-    config = _load(AutoConfig, path, revision)
-    with torch.device("meta"):  # shapes without memory
-        billions = AutoModelForCausalLM.from_config(config).num_parameters() / 1e9
-    if billions > LARGEST_ON_CPU:
-        raise UserError(
-            f"generator.model={path}: {billions:.1f} billion parameters in 4 bit need a GPU, and "
-            f"there is none; name a model of at most {LARGEST_ON_CPU} billion"
-        )
 
 
 def add_lora(model, rank: int, alpha: int, seed: int):

@@ -6,8 +6,6 @@ Whatever a user or a model wrote is data: none of it becomes a control token of 
 opens or closes a field, or parts a starter in two.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -15,6 +13,7 @@ from dataclasses import dataclass
 
 from config import UserError
 
+Ids = list[int]  # the tokens of a text
 QUOTES = "\"'“”‘’«»「」"
 NO_DOUBLE_QUOTES = str.maketrans("", "", "\"“”«»「」")  # single ones may be apostrophes
 # A run of spaces, quotes, bullets and numbering; not the 3 of "3.5 mm jacks".
@@ -23,7 +22,7 @@ LEAD = re.compile(rf"(?:[\s{QUOTES}\-*•·–—]|[①-⑳]|\(?\d{{1,2}}[.)、]
 
 def encode_prompt(
     tokenizer, interests: list[str], n: int, instruction: str, max_tokens: int
-) -> list[int]:
+) -> Ids:
     """Chat template + instruction + one line an interest -> ids, max_tokens at most."""
     # The template is encoded apart from the user's text, whose control tokens are never parsed.
     head, tail = user_turn(tokenizer, instruction.format(n=n))
@@ -40,7 +39,7 @@ def prompt_text(tokenizer, interests: list[str], n: int, instruction: str, max_t
     return begin + lines
 
 
-def user_turn(tokenizer, begin: str = "") -> tuple[list[int], list[int]]:
+def user_turn(tokenizer, begin: str = "") -> tuple[Ids, Ids]:
     """Ids of the chat template before and behind what a user says, which starts with `begin`."""
     text, mark = "\x00\n", "\x00"  # the mark stands in no template, and no template alters it
     if tokenizer.chat_template:
@@ -50,14 +49,11 @@ def user_turn(tokenizer, begin: str = "") -> tuple[list[int], list[int]]:
     return tuple(tokenizer.encode(s, add_special_tokens=False) for s in (before + begin, after))
 
 
-def _encode_lines(tokenizer, interests: list[str], room: int) -> list[int]:
+def _encode_lines(tokenizer, interests: list[str], room: int) -> Ids:
     """Whole lines, from the first on as many as fit: callers order them by importance."""
     if room < 1 and interests:
-        raise UserError(
-            "generator.max_prompt_tokens: the chat template and the instruction leave no room for "
-            "an interest; raise it"
-        )
-    body: list[int] = []
+        raise UserError("generator.max_prompt_tokens: there is no room for an interest; raise it")
+    body: Ids = []
     for interest in interests:
         line = encode_text(tokenizer, f"\n- {plain(interest)}")
         if len(body) + len(line) > room:
@@ -66,7 +62,7 @@ def _encode_lines(tokenizer, interests: list[str], room: int) -> list[int]:
     return body
 
 
-def encode_text(tokenizer, text: str) -> list[int]:
+def encode_text(tokenizer, text: str) -> Ids:
     """Ids of somebody's text, among which is no added token, whatever the text says."""
     how = {"add_special_tokens": False, "split_special_tokens": True}
     ids = tokenizer.encode(text, **how)
@@ -88,7 +84,7 @@ def format_starters(starters: Iterable[str]) -> str:
     return f"<sug> {' && '.join(map(plain, starters))} </sug>"
 
 
-def encode_completion(tokenizer, starters: list[str]) -> list[int]:
+def encode_completion(tokenizer, starters: list[str]) -> Ids:
     """Ids of `<sug> a && b </sug>` and the end token."""
     return encode_text(tokenizer, format_starters(starters)) + [tokenizer.eos_token_id]
 

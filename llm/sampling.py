@@ -12,8 +12,6 @@ Legend: B prompts with an open sample, n samples of each, Q slots of open sample
 T new tokens at most, H hidden.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,9 +24,21 @@ from transformers.cache_utils import Cache, DynamicLayer
 from config import digest, progress
 from llm.logps import tree_mask
 from llm.model import decoder_and_head
+from llm.prompts import Ids
 
 
-def sample(model, tokenizer, prompts: list[list[int]], n: int, **settings) -> list[list[str]]:
+@dataclass(frozen=True)
+class Prefix:
+    """The first tokens of every prompt, and what each layer keeps of them."""
+
+    ids: Ids  # (P,)
+    layers: list[tuple[Tensor, Tensor]]  # keys and values, (1, heads, P, d) each
+
+
+NO_PREFIX = Prefix([], [])
+
+
+def sample(model, tokenizer, prompts: list[Ids], n: int, **settings) -> list[list[str]]:
     """Token ids of prompts -> n completions of each, as text; settings as of sample_ids."""
     drawn = sample_ids(model, tokenizer, prompts, n, **settings)
     return [tokenizer.batch_decode(tokens, skip_special_tokens=True) for tokens in drawn]
@@ -36,17 +46,14 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int, **settings) -> li
 
 @torch.no_grad()
 def sample_ids(
-    model, tokenizer, prompts: list[list[int]], n: int, *,
-    max_new_tokens: int,
-    temperature: float,  # 0: greedy
-    top_p: float, top_k: int = 0,  # 0: all tokens
-    seed: int,
+    model, tokenizer, prompts: list[Ids], n: int, *, max_new_tokens: int, seed: int,
+    temperature: float, top_p: float, top_k: int = 0,  # temperature 0: greedy; top_k 0: all tokens
     rows: int = 256,  # completions that are decoded together
     stop: str = "</sug>",
     numbers: Sequence[int] | None = None,  # of the prompts, for their random numbers: 0, 1, 2, ...
-    prefix: Prefix | None = None,  # with which all prompts begin, read once
+    prefix: Prefix = NO_PREFIX,  # with which all prompts begin, read once
     watch: Callable[[Tensor], Tensor] | None = None,
-    draw: Draw | None = None,  # for tests; else one by temperature, top_p, top_k and seed
+    draw=None,  # tests and benchmarks: in place of a Draw by temperature, top_p, top_k and seed
 ) -> list[Tensor]:
     """Token ids of n completions of each prompt, (n, T) each, with pads behind each end.
 
@@ -77,16 +84,8 @@ def sample_ids(
     return [drawn[i] for i in range(len(prompts))]
 
 
-@dataclass(frozen=True)
-class Prefix:
-    """The first tokens of every prompt, and what each layer keeps of them."""
-
-    ids: list[int]  # (P,)
-    layers: list[tuple[Tensor, Tensor]]  # keys and values, (1, heads, P, d) each
-
-
 @torch.no_grad()
-def read_prefix(model, ids: list[int]) -> Prefix:
+def read_prefix(model, ids: Ids) -> Prefix:
     """Read tokens with which prompts begin; it holds as long as the model's weights do."""
     decoder, head = decoder_and_head(model, len(ids))
     cache = Cache([_Buffer(len(ids)) for _ in range(decoder.config.num_hidden_layers)])
@@ -107,13 +106,17 @@ class Tree:
     # tokens   of all samples of all prompts, and a row for nobody, (prompts, n + 1, T)
     # branch   of all keys in the cache, (B, keys): 0 prompt, -1 pad, 1 + sample
 
-    def __init__(self, model, prompts: list[list[int]], n: int, most: int, pad: int, prefix=None):
+    def __init__(self, model, prompts: list[Ids], n: int, most: int, pad: int, prefix=NO_PREFIX):
         """Read the prompts, from the end of `prefix` on; most: T, the tokens a sample may have."""
         b, width = len(prompts), max(map(len, prompts))
         self.decoder, self.head = decoder_and_head(model, width + most)
         device, layers = self.head.weight.device, range(self.decoder.config.num_hidden_layers)
         self.cache = Cache([_Buffer(width + n * most) for _ in layers])
-        past = self._take_up(prefix, prompts) if prefix else 0
+        past = len(prefix.ids)
+        if any(p[:past] != prefix.ids or len(p) == past for p in prompts):
+            raise ValueError("sample: a prompt does not go on from the prefix")
+        for layer, parts in zip(self.cache.layers, prefix.layers, strict=past > 0):
+            layer.update(*(part.expand(b, *part.shape[1:]) for part in parts))
         self.n, self.most, self.steps = n, most, 0
         self.length = torch.tensor([len(p) for p in prompts], device=device)  # (prompts,)
         self.prompt = torch.arange(b, device=device)
@@ -127,15 +130,6 @@ class Tree:
         last = hidden[self.prompt, self.length - 1 - past]  # (B, H): pads stand behind it
         # One vocabulary row a prompt: all its samples begin alike.
         self.logits = self.head(last).float()[:, None].expand(b, n, -1)
-
-    def _take_up(self, prefix: Prefix, prompts: list[list[int]]) -> int:
-        """Begin the cache with the prefix; returns its length."""
-        past = len(prefix.ids)
-        if any(p[:past] != prefix.ids or len(p) == past for p in prompts):
-            raise ValueError("sample: a prompt does not go on from the prefix")
-        for layer, parts in zip(self.cache.layers, prefix.layers, strict=True):
-            layer.update(*(part.expand(len(prompts), *part.shape[1:]) for part in parts))
-        return past
 
     def _read(self, ids: Tensor, position: Tensor, branch: Tensor, trunk: Tensor) -> Tensor:
         """Tokens (B, Q), which the cache takes in -> hidden states (B, Q, H)."""
