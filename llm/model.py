@@ -49,10 +49,7 @@ def load_tokenizer(path: str, revision: str = ""):
 def load_generator(
     path: str, load_in_4bit: bool = False, gradient_checkpointing: bool = False, revision: str = ""
 ):
-    """A causal LM from safetensors; float32 on a CPU, bfloat16 on a GPU, NF4 if asked for.
-
-    path: a local folder or a hub id, of which `revision` is taken. UserError: what to do.
-    """
+    """A causal LM of a folder or the hub; float32 on a CPU, bfloat16 on a GPU, NF4 if asked for."""
     gpu = torch.cuda.is_available()
     if load_in_4bit and not gpu:  # refused before any weight is read
         with torch.device("meta"):  # shapes without memory
@@ -120,7 +117,6 @@ def add_lora(model, rank: int, alpha: int, seed: int):
 
 
 def load_adapter(model, folder: str | Path, trainable: bool):
-    """The model with a saved adapter on it."""
     from peft import PeftModel
 
     return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable).eval()

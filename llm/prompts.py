@@ -106,19 +106,16 @@ def parse_starters(text: str) -> Parsed:
     body = text[text.rfind("</think>") + 1 :]  # the whole text if there is no such tag
     # Searches for a tag, no pattern with a star: hostile text must not take long.
     _, closed, field = body.rpartition("</sug>")[0].rpartition("<sug>")
-    if closed:
-        items = field.partition("</sug>")[0].split("&&")
-    else:
+    if not closed:
         _, opened, field = body.rpartition("<sug>")
         if not opened:
             return Parsed((), "no <sug> field")
-        items = field.split("&&")
-        if not items[-1].rstrip().endswith(tuple("?!.？！。")):
-            items.pop()  # max_new_tokens ran out in it
-            if not items:
-                return Parsed((), "unclosed <sug> field")
+    items = field.partition("</sug>")[0].split("&&")
+    if not closed and not items[-1].rstrip().endswith(tuple("?!.？！。")):
+        items.pop()  # max_new_tokens ran out in it
     starters = tuple(filter(None, map(clean_starter, items)))
-    return Parsed(starters, None if starters else "empty <sug> field")
+    reason = "empty <sug> field" if items else "unclosed <sug> field"
+    return Parsed(starters, None if starters else reason)
 
 
 def clean_starter(item: str) -> str:

@@ -49,7 +49,7 @@ def sample_ids(
     model, tokenizer, prompts: list[Ids], n: int, *, max_new_tokens: int, seed: int,
     temperature: float, top_p: float, top_k: int = 0,  # temperature 0: greedy; top_k 0: all tokens
     rows: int = 256,  # completions that are decoded together
-    stop: str = "</sug>",
+    stop: str = "</sug>",  # this text ends a completion, as an end token does
     numbers: Sequence[int] | None = None,  # of the prompts, for their random numbers: 0, 1, 2, ...
     prefix: Prefix = NO_PREFIX,  # with which all prompts begin, read once
     watch: Callable[[Tensor], Tensor] | None = None,
@@ -57,7 +57,6 @@ def sample_ids(
 ) -> list[Tensor]:
     """Token ids of n completions of each prompt, (n, T) each, with pads behind each end.
 
-    A completion ends with an end token or with the text `stop`.
     watch: called after each step with the ids so far, (b, n, steps), of the b <= rows / n prompts
     decoded together; samples for which it returns True, (b, n), are given up.
     Raises ValueError for an empty prompt or n < 1.
@@ -99,7 +98,6 @@ class Tree:
 
     # A slot grows a sample; it is dropped with its sample, a prompt with its last one. Of 3 prompts
     # with 3 samples, where prompt 1 is done and sample 1 of prompt 0 has ended:
-    #
     # prompt   0, 2              # (B,)
     # sample   0 2 3 | 0 1 2     # (B, Q), the one that each slot grows; 3 = n is nobody's
     # token    the one that each slot has just written, (B, Q); logits (B, Q, V) of the next one
@@ -182,12 +180,12 @@ class _Buffer(DynamicLayer):
         self.size, self.length = size, 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
-        b, heads, t, d = key_states.shape
         if not self.is_initialized:  # dtype and device are known from here on
             self.lazy_initialization(key_states, value_states)
+            b, heads, _, d = key_states.shape
             self.keys = key_states.new_empty(b, heads, self.size, d)
             self.values = value_states.new_empty(b, heads, self.size, value_states.shape[-1])
-        begin, self.length = self.length, self.length + t
+        begin, self.length = self.length, self.length + key_states.shape[2]
         self.keys[:, :, begin : self.length] = key_states
         self.values[:, :, begin : self.length] = value_states
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]  # views
@@ -231,8 +229,8 @@ def end_tokens(model, tokenizer) -> set[int]:
 
 
 @functools.lru_cache(maxsize=4)  # a large vocabulary takes longer to walk than a step
-def _tokens_with(tokenizer, character: str) -> list[int]:
-    return sorted(i for text, i in tokenizer.get_vocab().items() if character in text)
+def _completing(tokenizer, stop: str) -> list[int]:
+    return sorted(i for text, i in tokenizer.get_vocab().items() if stop and stop[-1] in text)
 
 
 class Ends:
@@ -241,8 +239,7 @@ class Ends:
     def __init__(self, model, tokenizer, stop: str):
         device = next(model.parameters()).device
         self.ends = torch.tensor(sorted(end_tokens(model, tokenizer)), device=device)
-        last = _tokens_with(tokenizer, stop[-1]) if stop else []
-        self.last = torch.tensor(last, device=device)  # only these can complete `stop`
+        self.last = torch.tensor(_completing(tokenizer, stop), device=device)  # only these can
         self.tokenizer, self.stop, self.pad = tokenizer, stop, tokenizer.pad_token_id
 
     def __call__(self, tree: Tree) -> Tensor:

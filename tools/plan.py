@@ -10,8 +10,6 @@ Legend: T tokens of a tree row, H hidden, D heads * head_dim, I intermediate, V 
 `a` bytes of a weight and an activation: 2 on a GPU (bf16), 4 on a CPU (fp32).
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +19,13 @@ from huggingface_hub.errors import HFValidationError
 
 import llm
 from config import Config, GeneratorConfig, UserError
+from llm.logps import HEAD_CHUNK
 from stages.dpo import HELD_OUT_LISTS
 
 GIB = 2**30
 CARDS = (12, 24, 40, 80)  # GiB
 CONTEXT = 1.0 * GIB  # on a card beside the estimate: CUDA's context, cuBLAS, the text encoder
 FRAGMENTATION = 1.10  # of torch's allocator: blocks that are free but too small
-HEAD_CHUNK = 256  # positions whose vocabulary row exists at once, as in llm.completion_logps
 
 
 @dataclass(frozen=True)
@@ -52,13 +50,12 @@ class Shape:
     def linears(self) -> list[tuple[int, int]]:
         """(in, out) of a layer's linear maps: those that LoRA adapts and 4-bit packs."""
         h, i, d, kv = self.hidden, self.intermediate, self.query, self.kv_heads * self.head_dim
-        # q, k, v, o; gate, up, down
-        return [(h, d), (h, kv), (h, kv), (d, h), (h, i), (h, i), (i, h)]
+        return [(h, d), (h, kv), (h, kv), (d, h), (h, i), (h, i), (i, h)]  # qkv, o; gate, up, down
 
     @property
     def packed(self) -> int:
         """Weights of the linear maps, the head aside: bitsandbytes leaves it as it is."""
-        return self.layers * sum(rows * columns for rows, columns in self.linears)
+        return self.layers * sum(inside * out for inside, out in self.linears)
 
     @property
     def parameters(self) -> int:
@@ -69,7 +66,7 @@ class Shape:
 
     def lora(self, rank: int) -> int:
         """Weights that are trained: A (r, in) and B (out, r) of every linear map."""
-        return self.layers * sum(rank * (rows + columns) for rows, columns in self.linears)
+        return self.layers * sum(rank * (inside + out) for inside, out in self.linears)
 
 
 QWEN = {  # of the hub's config.json; heads of 64 or 128
@@ -90,13 +87,12 @@ def read_shape(path: Path) -> Shape:
             raise UserError(f"{path}: model_type {kind}: only qwen2, llama and mistral are counted")
         qkv = kind == "qwen2" or c.get("attention_bias", False)  # Qwen2 has no switch for it
         out, mlp = kind != "qwen2" and qkv, c.get("mlp_bias", False)
-        hidden, heads = c["hidden_size"], c["num_attention_heads"]
+        h, heads = c["hidden_size"], c["num_attention_heads"]
         kv_heads = c.get("num_key_value_heads") or heads  # left out, or null, where it is the same
-        sizes = (c["num_hidden_layers"], heads, kv_heads, c["intermediate_size"], c["vocab_size"])
         return Shape(
-            hidden, *sizes, tied=c.get("tie_word_embeddings", False),
-            head_dim=c.get("head_dim") or hidden // heads, biases=(qkv,) * 3 + (out,) + (mlp,) * 3,
-        )
+            h, c["num_hidden_layers"], heads, kv_heads, c["intermediate_size"], c["vocab_size"],
+            c.get("tie_word_embeddings", False), c.get("head_dim") or h // heads,
+            (qkv,) * 3 + (out,) + (mlp,) * 3)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: no readable model config ({error!r})") from None
 
@@ -113,8 +109,7 @@ def find_shape(config: Config) -> Shape:
     raise UserError(
         f"generator.model={g.model}: no such folder, not in the local cache, and no known shape; "
         f"name a local folder with a config.json (where a hub can be reached: hf download "
-        f"{g.model} --local-dir FOLDER) or one of {', '.join(k for k in BY_NAME if 'Inst' in k)}"
-    )
+        f"{g.model} --local-dir FOLDER) or one of {', '.join(k for k in BY_NAME if 'Inst' in k)}")
 
 
 def cached_file(g: GeneratorConfig, name: str) -> Path | None:
@@ -185,23 +180,22 @@ def sampling(s: Shape, g: GeneratorConfig, n: int, a: int, lora_bytes: int = 4) 
     h, d, i, kv = s.hidden, s.query, s.intermediate, s.kv_heads * s.head_dim
     logits = prompts * n * s.vocabulary  # of one step, a count and no bytes
     weight = a * h * i if g.load_in_4bit else 0  # dequantised for a product, as in training
-    per_token = a * i + a * i  # silu(gate), up
-    per_token += 3 * a * h + (4 * h if a == 2 else 0)  # embedding, residual, normed; LoRA's x
-    drawn = 0 if g.top_k else 32  # values, ids, softmax, sums of a sort of all V
+    read = 2 * a * i + 3 * a * h  # a token: silu(gate), up; embedding, residual, normed
+    read += 4 * h if a == 2 else 0  # LoRA's x
+    # LoRA's product and its sum in fp32, (T, I) each; and the mask.
+    read = prompts * width * (read + a * width) + max(2 * 4 * i * prompts * width, weight)
     repeated = 2 * a * prompts * length * d if s.heads > s.kv_heads and n > 1 else 0  # K, V
-    steps = prompts * n * length * (a + 3)  # the mask, and the truth values it is made of
+    mask = prompts * n * length * (a + 3)  # and the truth values it is made of
+    drawn = 0 if g.top_k else 32  # values, ids, softmax, sums of a sort of all V
+    step = max(repeated + mask + weight, (4 + a if a == 2 else 4) * logits, drawn * logits)
     terms = {
         "weights": weight_bytes(s, g.load_in_4bit, a),
         "LoRA, gradients, AdamW": lora_bytes * s.lora(g.lora_rank),
         "KV cache": 2 * a * s.layers * prompts * length * kv,  # allocated whole in the first step
         # Beside these LoRA's product and its sum in fp32, (T, I) each; and the mask.
-        "reading the prompts": prompts * width * per_token
-        + max(2 * 4 * i * prompts * width, weight)
-        + prompts * width**2 * a,
-        # The prompts' hidden states stay. Logits of the last step are there until the new ones are.
-        "a token's step": prompts * width * a * h
-        + 4 * logits
-        + max(repeated + steps + weight, (4 + a if a == 2 else 4) * logits, drawn * logits),
+        "reading the prompts": read,
+        # The prompts' hidden states stay, and the last step's logits until the new ones are there.
+        "a token's step": prompts * width * a * h + 4 * logits + step,
     }
     return with_peak(terms, "reading the prompts", "a token's step")
 
@@ -216,9 +210,8 @@ def stage_bytes(config: Config, s: Shape, a: int) -> dict[str, dict[str, float]]
     """Bytes of each stage at its peak, in terms."""
     g, dpo = config.generator, config.dpo
     lora, weights = s.lora(g.lora_rank), weight_bytes(s, g.load_in_4bit, a)
-    local = "generator" in vars(config.roles).values()  # plays roles: a base model of its own
-    others = dict.fromkeys(("sit", "dpo", "sampling"), local * weights)
-    others["dpo"] += 4 * lora  # the best checkpoint so far
+    other = weights if "generator" in vars(config.roles).values() else 0  # it plays roles: a base
+    others = {"sit": other, "dpo": other + 4 * lora, "sampling": other}  # dpo: the best so far
     if dpo.reference == "sit" and dpo.rounds > 1:
         others["dpo"] += weights + 4 * lora
     fewest = min(dpo.samples, HELD_OUT_LISTS, config.eval.lists)  # the most prompts at a time
@@ -228,10 +221,8 @@ def stage_bytes(config: Config, s: Shape, a: int) -> dict[str, dict[str, float]]
         # Checkpoints are tried out between two steps: gradients, AdamW and the best are there too.
         "sampling": sampling(s, g, fewest, a, lora_bytes=20),
     }
-    for name, terms in stages.items():
-        terms["other models"] = others[name]
-        terms["peak"] += others[name]
-    return stages
+    return {name: terms | {"other models": others[name], "peak": terms["peak"] + others[name]}
+            for name, terms in stages.items()}
 
 
 def token_lines(config: Config) -> list[str]:
@@ -242,15 +233,15 @@ def token_lines(config: Config) -> list[str]:
     pairs = sum(range(1, dpo.rounds + 1))  # a round trains on its own pairs and on earlier ones
 
     def total(count: int, each: int) -> str:
-        return f"in all {(count or 1) * each:,}" + ("" if count else " a user")  # 0: all there are
+        return f"in all {count * each:,}" if count else f"in all {each:,} a user"  # 0: all users
 
-    reference = total(dpo.max_users, (dpo.passes + 1) * pairs * tree) + " with the reference's"
-    prompts = max(1, g.sample_rows // dpo.samples)
-    held_out = f"for dpo {total(dpo.max_users, dpo.rounds * drawn)}; and for held-out users"
+    policy_and_reference = total(dpo.max_users, (dpo.passes + 1) * pairs * tree)
+    batch = max(1, g.sample_rows // dpo.samples) * drawn
+    for_dpo = total(dpo.max_users, dpo.rounds * drawn)
     return [
         f"  sit       {sit.batch_users * row:,} a step, {total(sit.max_rows, sit.epochs * row)}",
-        f"  dpo       {dpo.batch_users * tree:,} a step, {reference}",
-        f"  sampling  {prompts * drawn:,} a batch, {held_out}",
+        f"  dpo       {dpo.batch_users * tree:,} a step, {policy_and_reference} with the reference's",
+        f"  sampling  {batch:,} a batch, for dpo {for_dpo}; and for held-out users",
     ]
 
 
@@ -275,7 +266,7 @@ def plan(config: Config) -> str:
     g, s = config.generator, find_shape(config)
     kind = "4-bit NF4, double quantisation, bf16 compute" if g.load_in_4bit else "bf16"
     cpu = [f"{name} {terms['peak'] / GIB:.2f}" for name, terms in stage_bytes(config, s, 4).items()]
-    lines = [
+    return "\n".join([
         f"{g.model or 'embedded base model'}: {s.parameters:,} parameters, "
         f"{s.lora(g.lora_rank):,} trained (LoRA r{g.lora_rank})",
         f"\nGiB on a GPU, {kind}; an estimate (results/plan.md):",
@@ -288,5 +279,4 @@ def plan(config: Config) -> str:
         f"\nTokens at most, of prompts of {g.max_prompt_tokens} and lists of {g.max_new_tokens}:",
         *token_lines(config),
         *(["  lists come from generator.endpoint, not from here"] if g.endpoint else []),
-    ]
-    return "\n".join(lines)
+    ])
