@@ -2,9 +2,8 @@
 
     python train.py --plan --config configs/qwen2.5-7b.yaml    # estimate; no weights, no hub
 
-The bytes are counted from the tensors that transformers' Qwen2 with PEFT's LoRA keeps alive.
-`python -m benchmarks.plan` measures the same on a CPU (results/plan.md); a 7B model's DPO steps and
-the heaviest call of each stage on an H100 stand there too, within 2.2 %.
+Counted are the tensors that transformers' Qwen2 with PEFT's LoRA keeps alive. `python -m
+benchmarks.plan` measures them on a CPU; results/plan.md has an H100's too, within 2.2 %.
 
 Legend: T tokens of a tree row, H hidden, D heads * head_dim, I intermediate, V vocabulary, r rank;
 `a` bytes of a weight and an activation: 2 on a GPU (bf16), 4 on a CPU (fp32).
@@ -60,7 +59,7 @@ class Shape:
     @property
     def parameters(self) -> int:
         bias = sum(out for (_, out), has in zip(self.linears, self.biases, strict=True) if has)
-        norms = self.layers * 2 * self.hidden + self.hidden  # two a layer, and the last
+        norms = (2 * self.layers + 1) * self.hidden  # two a layer, and the last
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
         return self.packed + self.layers * bias + norms + embeddings
 
@@ -82,17 +81,15 @@ def read_shape(path: Path) -> Shape:
     """The shape in a config.json; raises UserError for another architecture than is counted."""
     try:
         c = json.loads(path.read_text(encoding="utf-8"))
-        kind = c["model_type"]
-        if kind not in ("qwen2", "llama", "mistral"):
+        if (kind := c["model_type"]) not in ("qwen2", "llama", "mistral"):
             raise UserError(f"{path}: model_type {kind}: only qwen2, llama and mistral are counted")
         qkv = kind == "qwen2" or c.get("attention_bias", False)  # Qwen2 has no switch for it
-        out, mlp = kind != "qwen2" and qkv, c.get("mlp_bias", False)
+        biases = (qkv,) * 3 + (kind != "qwen2" and qkv,) + (c.get("mlp_bias", False),) * 3
         h, heads = c["hidden_size"], c["num_attention_heads"]
         kv_heads = c.get("num_key_value_heads") or heads  # left out, or null, where it is the same
-        return Shape(
-            h, c["num_hidden_layers"], heads, kv_heads, c["intermediate_size"], c["vocab_size"],
-            c.get("tie_word_embeddings", False), c.get("head_dim") or h // heads,
-            (qkv,) * 3 + (out,) + (mlp,) * 3)
+        sizes = h, c["num_hidden_layers"], heads, kv_heads, c["intermediate_size"], c["vocab_size"]
+        tied, head_dim = c.get("tie_word_embeddings", False), c.get("head_dim") or h // heads
+        return Shape(*sizes, tied, head_dim, biases)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: no readable model config ({error!r})") from None
 
@@ -150,9 +147,8 @@ def training(s: Shape, g: GeneratorConfig, users: int, lists: int, a: int) -> di
         layer += mask
     kept, again = (tokens * a * h, layer) if g.gradient_checkpointing else (layer, 0)
     positions = 2 * tokens * a * s.head_dim  # cosines and sines; as the mask, once for all layers
-    # The most that a layer's backward holds beside what was saved is in its MLP: two gradients of
-    # (T, I) while silu(gate) * up is undone; or the weight at `down`, dequantised for the matrix
-    # product, then dropped, whose LoRA input (T, I) is free by then.
+    # A layer's backward holds most in its MLP: two gradients of (T, I) while silu(gate) * up is
+    # undone; or the weight at `down`, dequantised for the product, its LoRA input (T, I) dropped.
     weight = a * h * i if g.load_in_4bit else 0
     mlp = max(2 * a * i * tokens, (2 * a - 4) * i * tokens + weight)
     mlp += (4 if a == 4 else 12) * h * tokens  # the output's gradient; in bf16 fp32 copies
@@ -160,14 +156,11 @@ def training(s: Shape, g: GeneratorConfig, users: int, lists: int, a: int) -> di
     # stay until the next are made. Beside them the last norm, and the scored positions.
     chunk, logit = min(HEAD_CHUNK, scored), 4 if a == 4 else 4 + a
     head = s.vocabulary * max(logit * chunk, 4 * chunk + logit * min(chunk, scored - chunk))
-    terms = {
-        "weights": weight_bytes(s, g.load_in_4bit, a),
-        "LoRA, gradients, AdamW": 4 * 4 * s.lora(g.lora_rank),  # fp32: w, dw and two averages
-        "activations kept": mask + positions + s.layers * kept,
-        "a layer's backward": again + mlp,
-        "head chunk": head + tokens * (4 + a) * h + 2 * scored * a * h,
-    }
-    return with_peak(terms, "a layer's backward", "head chunk")
+    return with_peak(
+        weight_bytes(s, g.load_in_4bit, a), 4 * 4 * s.lora(g.lora_rank),  # fp32: w, dw, averages
+        {"activations kept": mask + positions + s.layers * kept},
+        {"a layer's backward": again + mlp,
+         "head chunk": head + tokens * (4 + a) * h + 2 * scored * a * h})
 
 
 def sampling(s: Shape, g: GeneratorConfig, n: int, a: int, lora_bytes: int = 4) -> dict[str, float]:
@@ -180,30 +173,25 @@ def sampling(s: Shape, g: GeneratorConfig, n: int, a: int, lora_bytes: int = 4) 
     h, d, i, kv = s.hidden, s.query, s.intermediate, s.kv_heads * s.head_dim
     logits = prompts * n * s.vocabulary  # of one step, a count and no bytes
     weight = a * h * i if g.load_in_4bit else 0  # dequantised for a product, as in training
-    read = 2 * a * i + 3 * a * h  # a token: silu(gate), up; embedding, residual, normed
-    read += 4 * h if a == 2 else 0  # LoRA's x
-    # LoRA's product and its sum in fp32, (T, I) each; and the mask.
-    read = prompts * width * (read + a * width) + max(2 * 4 * i * prompts * width, weight)
+    per_token = 2 * a * i + 3 * a * h  # silu(gate), up; embedding, residual, normed
+    per_token += a * width + (4 * h if a == 2 else 0)  # the mask; LoRA's x
+    product = max(2 * 4 * i * prompts * width, weight)  # LoRA's and its sum in fp32, (T, I) each
     repeated = 2 * a * prompts * length * d if s.heads > s.kv_heads and n > 1 else 0  # K, V
     mask = prompts * n * length * (a + 3)  # and the truth values it is made of
     drawn = 0 if g.top_k else 32  # values, ids, softmax, sums of a sort of all V
     step = max(repeated + mask + weight, (4 + a if a == 2 else 4) * logits, drawn * logits)
-    terms = {
-        "weights": weight_bytes(s, g.load_in_4bit, a),
-        "LoRA, gradients, AdamW": lora_bytes * s.lora(g.lora_rank),
-        "KV cache": 2 * a * s.layers * prompts * length * kv,  # allocated whole in the first step
-        # Beside these LoRA's product and its sum in fp32, (T, I) each; and the mask.
-        "reading the prompts": read,
+    return with_peak(
+        weight_bytes(s, g.load_in_4bit, a), lora_bytes * s.lora(g.lora_rank),
+        {"KV cache": 2 * a * s.layers * prompts * length * kv},  # allocated whole in the first step
         # The prompts' hidden states stay, and the last step's logits until the new ones are there.
-        "a token's step": prompts * width * a * h + 4 * logits + step,
-    }
-    return with_peak(terms, "reading the prompts", "a token's step")
+        {"reading the prompts": prompts * width * per_token + product,
+         "a token's step": prompts * width * a * h + 4 * logits + step})
 
 
-def with_peak(terms: dict[str, float], *in_turn: str) -> dict[str, float]:
-    """The terms and their "peak": all at once, but of those that come in turn the largest alone."""
-    together = sum(size for name, size in terms.items() if name not in in_turn)
-    return terms | {"peak": together + max(terms[name] for name in in_turn)}
+def with_peak(weights: float, trained: int, kept: dict, in_turn: dict) -> dict[str, float]:
+    """All terms and their "peak": at once, but of those that come in turn the largest alone."""
+    always = {"weights": weights, "LoRA, gradients, AdamW": trained} | kept
+    return always | in_turn | {"peak": sum(always.values()) + max(in_turn.values())}
 
 
 def stage_bytes(config: Config, s: Shape, a: int) -> dict[str, dict[str, float]]:
@@ -235,25 +223,22 @@ def token_lines(config: Config) -> list[str]:
     def total(count: int, each: int) -> str:
         return f"in all {count * each:,}" if count else f"in all {each:,} a user"  # 0: all users
 
-    policy_and_reference = total(dpo.max_users, (dpo.passes + 1) * pairs * tree)
-    batch = max(1, g.sample_rows // dpo.samples) * drawn
-    for_dpo = total(dpo.max_users, dpo.rounds * drawn)
+    dpo_tokens = total(dpo.max_users, (dpo.passes + 1) * pairs * tree)
+    batch, sampled = max(1, g.sample_rows // dpo.samples), total(dpo.max_users, dpo.rounds * drawn)
     return [
         f"  sit       {sit.batch_users * row:,} a step, {total(sit.max_rows, sit.epochs * row)}",
-        f"  dpo       {dpo.batch_users * tree:,} a step, {policy_and_reference} with the reference's",
-        f"  sampling  {batch:,} a batch, for dpo {for_dpo}; and for held-out users",
-    ]
+        f"  dpo       {dpo.batch_users * tree:,} a step, {dpo_tokens} with the reference's",
+        f"  sampling  {batch * drawn:,} a batch, for dpo {sampled}; and for held-out users"]
 
 
 def table_lines(stages: dict[str, dict[str, float]]) -> list[str]:
     """A row a term, a column a stage, in GiB."""
-    names = dict.fromkeys(name for terms in stages.values() for name in terms)
-    rows = [["", *stages]]
+    names = {name: None for terms in stages.values() for name in terms}
+    rows = {"": [*stages]}
     for name in sorted(names, key="peak".__eq__):  # the peak last
-        sizes = [terms.get(name) for terms in stages.values()]
-        rows.append([name, *("" if size is None else f"{size / GIB:.2f}" for size in sizes)])
-    rows.append(["smallest card", *(smallest_card(terms["peak"]) for terms in stages.values())])
-    return [f"  {name:24}" + "".join(f"{cell:>11}" for cell in cells) for name, *cells in rows]
+        rows[name] = [f"{t[name] / GIB:.2f}" if name in t else "" for t in stages.values()]
+    rows["smallest card"] = [smallest_card(terms["peak"]) for terms in stages.values()]
+    return [f"  {name:24}" + "".join(f"{x:>11}" for x in cells) for name, cells in rows.items()]
 
 
 def smallest_card(peak: float) -> str:
