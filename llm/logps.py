@@ -113,9 +113,8 @@ def row_logps(model, rows: TreeRows, head_chunk: int = HEAD_CHUNK) -> Tensor:
         layer.training = torch.is_grad_enabled()
     try:
         hidden = decoder(
-            input_ids=rows.ids.to(device), position_ids=rows.position.to(device),
-            attention_mask=tree_mask(branch, trunk, branch, dtype), use_cache=False,
-        ).last_hidden_state  # (B, T, H)
+            input_ids=rows.ids.to(device), position_ids=rows.position.to(device), use_cache=False,
+            attention_mask=tree_mask(branch, trunk, branch, dtype)).last_hidden_state  # (B, T, H)
     finally:
         for layer in layers:
             layer.training = False

@@ -57,19 +57,16 @@ def load_generator(
         if (billions := bare.num_parameters() / 1e9) > LARGEST_ON_CPU:
             raise UserError(
                 f"generator.model={path}: {billions:.1f} billion parameters in 4 bit need a GPU, "
-                f"and there is none; name a model of at most {LARGEST_ON_CPU} billion"
-            )
+                f"and there is none; name a model of at most {LARGEST_ON_CPU} billion")
     dtype = torch.bfloat16 if gpu else torch.float32  # a CPU is slower in 16 bit
-    nf4 = BitsAndBytesConfig(
+    nf4 = BitsAndBytesConfig(  # the scales are quantised too: 0.4 bit a weight less
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_use_double_quant=True,  # the scales are quantised too: 0.4 bit a weight less
-    )
+        bnb_4bit_use_double_quant=True)
     model, info = _load(
         AutoModelForCausalLM, path, revision, dtype=dtype, use_safetensors=True,
         quantization_config=nf4 if load_in_4bit else None, output_loading_info=True,
         device_map={"": torch.cuda.current_device() if gpu else "cpu"},
-        attn_implementation="sdpa",  # takes the masks of tree rows, which flash attention does not
-    )
+        attn_implementation="sdpa")  # takes the masks of tree rows, which flash attention does not
     if absent := sorted(info["missing_keys"]):  # transformers fills them with random numbers
         count = f"{len(absent)} weights are missing, {absent[0]} the first"
         raise UserError(f"generator.model={path}: {count}; download it again")
@@ -98,11 +95,10 @@ def _load(kind, path: str, revision: str, **settings):
         raise
     except Exception as error:  # a file may be broken in as many ways as there are readers
         reason = " ".join(str(error).split())[:200]
-        advice = (
-            "set generator.load_in_4bit=false" if "bitsandbytes" in reason else
-            "name a local folder (where a hub can be reached: hf download MODEL --local-dir "
-            "FOLDER), or leave it empty for the embedded model"
-        )
+        advice = "set generator.load_in_4bit=false"
+        if "bitsandbytes" not in reason:
+            advice = ("name a local folder (where a hub can be reached: hf download MODEL "
+                      "--local-dir FOLDER), or leave it empty for the embedded model")
         raise UserError(f"generator.model={path}: cannot be loaded ({reason}); {advice}") from None
 
 
@@ -157,6 +153,5 @@ def decoder_and_head(model, length: int):
     if other - {"sliding_attention"} or (other and length > window):
         raise UserError(
             f"generator.model: {', '.join(sorted(other))} layers see less than a text of {length} "
-            f"tokens; lower generator.max_prompt_tokens or name a model of full attention"
-        )
+            f"tokens; lower generator.max_prompt_tokens or name a model of full attention")
     return causal.get_decoder(), causal.get_output_embeddings()

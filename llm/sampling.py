@@ -132,10 +132,10 @@ class Tree:
     def _read(self, ids: Tensor, position: Tensor, branch: Tensor, trunk: Tensor) -> Tensor:
         """Tokens (B, Q), which the cache takes in -> hidden states (B, Q, H)."""
         dtype = self.decoder.get_input_embeddings().weight.dtype
+        mask = tree_mask(branch, trunk, self.branch, dtype)
         return self.decoder(
-            input_ids=ids, position_ids=position, past_key_values=self.cache, use_cache=True,
-            attention_mask=tree_mask(branch, trunk, self.branch, dtype),
-        ).last_hidden_state
+            input_ids=ids, position_ids=position, attention_mask=mask,
+            past_key_values=self.cache, use_cache=True).last_hidden_state
 
     @property
     def is_open(self) -> bool:

@@ -116,12 +116,11 @@ def _endpoints(config: Config) -> Lines:
     base_url = e.base_url or os.environ.get("OPENAI_BASE_URL", "")
     if "endpoint" in vars(config.roles).values() and not base_url:
         yield False, "endpoint.base_url: a role asks an endpoint; set it, or OPENAI_BASE_URL"
-    for name, url, variable in (  # each with its key alone: they may be of different owners
-        ("endpoint.base_url", base_url, e.key_env),
-        ("generator.endpoint", g.endpoint, g.endpoint_key_env),
-    ):
+    chat = "endpoint.base_url", base_url, e.key_env
+    policy = "generator.endpoint", g.endpoint, g.endpoint_key_env
+    for name, url, variable in (chat, policy):  # each with its key alone: they may be of two owners
         if url:
-            key = os.environ.get(variable, "").strip() if variable else ""
+            key = os.environ.get(variable, "").strip()
             why = unreachable(url.rstrip("/") + "/models", key)  # it needs the key
             shown = url.split("@")[-1]  # whatever stands before is a secret
             advice = f": {why}; start the server, or correct {name} or its key"

@@ -96,11 +96,10 @@ def read_shape(path: Path) -> Shape:
 
 def find_shape(config: Config) -> Shape:
     """Of the generator: a local folder, the hub's local cache, or a Qwen2.5; else UserError."""
-    g, path = config.generator, Path(llm.model_path(config.generator))
-    if path.is_dir():
-        return read_shape(path / "config.json")
-    if cached := cached_file(g, "config.json"):  # goes before the table: it may be changed
-        return read_shape(cached)
+    g, folder = config.generator, Path(llm.model_path(config.generator))
+    path = folder / "config.json" if folder.is_dir() else cached_file(g, "config.json")
+    if path:  # goes before the table: it may be changed
+        return read_shape(path)
     if g.model in BY_NAME:
         return BY_NAME[g.model]
     raise UserError(
@@ -242,8 +241,8 @@ def table_lines(stages: dict[str, dict[str, float]]) -> list[str]:
 
 
 def smallest_card(peak: float) -> str:
-    fits = [c for c in CARDS if peak * FRAGMENTATION + CONTEXT <= c * GIB]
-    return f"{fits[0]} GB" if fits else "none"
+    needed = peak * FRAGMENTATION + CONTEXT
+    return next((f"{card} GB" for card in CARDS if needed <= card * GIB), "none")
 
 
 def plan(config: Config) -> str:
@@ -263,5 +262,4 @@ def plan(config: Config) -> str:
         f"\nGiB without a GPU, fp32 compute: {', '.join(cpu)}; Python takes about 1 more",
         f"\nTokens at most, of prompts of {g.max_prompt_tokens} and lists of {g.max_new_tokens}:",
         *token_lines(config),
-        *(["  lists come from generator.endpoint, not from here"] if g.endpoint else []),
-    ])
+        *(["  lists come from generator.endpoint, not from here"] if g.endpoint else [])])
