@@ -125,10 +125,8 @@ def save_adapter(model, folder: str | Path) -> None:
 
 
 def merge_adapter(model, adapter: str | Path, tokenizer, folder: str | Path, card: str) -> None:
-    """Write the model with the adapter added into its weights in 16 bit, tokenizer and model card.
-
-    model: in 16 or 32 bit. Into a 4-bit base the sum would be rounded to 4 bit again.
-    """
+    """Write the model (16 or 32 bit) with the adapter in its weights, tokenizer and model card."""
+    # In 16 bit: into a 4-bit base the sum would be rounded to 4 bit again.
     merged = load_adapter(model, adapter, trainable=False).merge_and_unload().bfloat16()
     with atomic_path(folder) as temporary:
         merged.save_pretrained(temporary, safe_serialization=True)

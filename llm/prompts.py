@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from config import UserError
 
 Ids = list[int]  # the tokens of a text
-QUOTES = "\"'“”‘’«»「」"
+QUOTES = "\"'“”‘’«»「」"  # of English, French and Chinese
 NO_DOUBLE_QUOTES = str.maketrans("", "", "\"“”«»「」")  # single ones may be apostrophes
 # A run of spaces, quotes, bullets and numbering; not the 3 of "3.5 mm jacks".
 LEAD = re.compile(rf"(?:[\s{QUOTES}\-*•·–—]|[①-⑳]|\(?\d{{1,2}}[.)、](?!\d))+")
@@ -49,7 +49,7 @@ def user_turn(tokenizer, begin: str = "") -> tuple[Ids, Ids]:
     return tuple(tokenizer.encode(s, add_special_tokens=False) for s in (before + begin, after))
 
 
-def _encode_lines(tokenizer, interests: list[str], room: int) -> Ids:
+def _encode_lines(tokenizer, interests: list[str], room: int) -> Ids:  # room: tokens
     """Whole lines, from the first on as many as fit: callers order them by importance."""
     if room < 1 and interests:
         raise UserError("generator.max_prompt_tokens: there is no room for an interest; raise it")

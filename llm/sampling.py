@@ -141,8 +141,7 @@ class Tree:
     def is_open(self) -> bool:
         return self.steps < self.most and bool((self.sample < self.n).any())
 
-    def write(self, token: Tensor) -> None:
-        """The next token of each slot, (B, Q)."""
+    def write(self, token: Tensor) -> None:  # (B, Q), the next one of each slot
         self.tokens[self.prompt[:, None], self.sample, self.steps] = token
         self.token, self.steps = token, self.steps + 1
 
@@ -242,8 +241,7 @@ class Ends:
         self.last = torch.tensor(_completing(tokenizer, stop), device=device)  # only these can
         self.tokenizer, self.stop, self.pad = tokenizer, stop, tokenizer.pad_token_id
 
-    def __call__(self, tree: Tree) -> Tensor:
-        """Boolean (B, Q), of the tree's slots."""
+    def __call__(self, tree: Tree) -> Tensor:  # bool (B, Q), of the tree's slots
         done = torch.isin(tree.token, self.ends)
         row, slot = torch.isin(tree.token, self.last).nonzero(as_tuple=True)
         if len(row):

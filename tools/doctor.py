@@ -73,8 +73,8 @@ def _four_bit(config: Config) -> Lines:
     inputs = torch.randn(4, 64, device=device, dtype=dtype, requires_grad=True)
     layer(inputs).sum().backward()  # where a kernel is missing, zeros may come back and no error
     fine = bool(inputs.grad.isfinite().all() and inputs.grad.any())
-    advice = "" if fine else ": no gradient; set generator.load_in_4bit=false"
-    yield fine, f"4-bit layer of bitsandbytes, forward and backward on {device}{advice}"
+    text = f"4-bit layer of bitsandbytes, forward and backward on {device}"
+    yield fine, text if fine else f"{text}: no gradient; set generator.load_in_4bit=false"
 
 
 def unreachable(url: str, key: str = "") -> str:
