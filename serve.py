@@ -18,12 +18,9 @@ import argparse
 import asyncio
 import contextlib
 import gc
-import html
-import json
 import logging
 import math
 import os
-import re
 import signal
 import socket
 import sqlite3
@@ -34,9 +31,10 @@ from pathlib import Path
 import prometheus_client as prometheus
 import torch
 import uvicorn
+import yaml
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 
 import data
 from config import ROOT, Config, UserError, file_digest, load_config, script
@@ -46,6 +44,7 @@ from serving.engine import Engine
 from serving.front import ASK, Front, busy, key_for
 from serving.queue import Full, log, where
 from serving.store import Store
+from serving.taps import BadEvent
 from serving.waiter import STORE_FAILED, Stream, Waiter, whole_stream
 
 STATUSES = (400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503, 504)  # beside 200 and 422
@@ -92,11 +91,9 @@ def create_app(config: Config, engine: Engine, store: Store, host: str = "127.0.
     return app
 
 
-def invalid(*place_and_reason: str) -> RequestValidationError:
-    """The error of a field that pydantic lets through: its place in the body, and the reason."""
-    *place, reason = place_and_reason
-    loc = ["body", *(int(part) if part.isdigit() else part for part in place)]  # numbers: of a list
-    return RequestValidationError([{"loc": loc, "msg": reason, "type": "value_error"}])
+def invalid(reason: str, *place: str | int) -> RequestValidationError:
+    """The error of a field that pydantic lets through."""
+    return RequestValidationError([{"loc": ["body", *place], "msg": reason, "type": "value_error"}])
 
 
 # ------------------------------------------------------------------------------------------- routes
@@ -115,7 +112,7 @@ def add_starters(app: FastAPI, desk: Desk, body_model: type) -> None:
         """Starters for a user by id, or for the sessions given. stream: server-sent events
         `interests`, `starter` each, `done` with the whole reply, or `error`."""
         if body.method and body.method not in desk.engine.methods:
-            raise invalid("method", f"this run has {', '.join(desk.engine.methods)}")
+            raise invalid(f"this run has {', '.join(desk.engine.methods)}", "method")
         started = time.monotonic()
         # In a thread: the store may wait for its disk, and the loop for nobody.
         ready = await asyncio.to_thread(desk.look_up, body, request.state.request_id)
@@ -151,10 +148,9 @@ def add_people(app: FastAPI, desk: Desk, body_model: type) -> None:
         """What was shown and tapped: all of these events or none, on the disk when answered.
         How many of them were new."""
         try:
-            new = desk.store.record([(e.impression_id, e.type, e.slot) for e in body.events])
-        except ValueError as error:  # events[2].slot: reason
-            place, _, reason = str(error).partition(": ")
-            raise invalid(*re.findall(r"\w+", place), reason) from None
+            new = desk.store.taps.record([(e.impression_id, e.type, e.slot) for e in body.events])
+        except BadEvent as error:
+            raise invalid(error.reason, *error.place) from None
         return JSONResponse({"recorded": new})
 
 
@@ -172,7 +168,7 @@ def add_reports(app: FastAPI, desk: Desk) -> None:
     @app.get("/v1/ab")
     def ab():
         """Taps per shown starter by method."""
-        return JSONResponse(desk.store.rates())
+        return JSONResponse(desk.store.taps.rates())
 
     @app.get("/v1/model")
     def model():
@@ -203,13 +199,8 @@ def add_pages(app: FastAPI) -> None:
     files = {path.name: path for path in (ROOT / "serving" / "web").iterdir() if path.is_file()}
 
     @app.get("/docs", include_in_schema=False)
-    def docs():
-        # Without the usual page's scripts, which come from elsewhere: POLICY refuses them.
-        parts = {f"{verb.upper()} {path}": text for path, verbs in app.openapi()["paths"].items()
-                 for verb, text in verbs.items()} | {"Schemas": app.openapi()["components"]}
-        return HTMLResponse("<h1>IceBreaker</h1>" + "".join(
-            f"<h2>{name}</h2><pre>{html.escape(json.dumps(text, indent=1))}</pre>"
-            for name, text in parts.items()))
+    def docs():  # as text: FastAPI's page needs scripts from elsewhere, which POLICY refuses
+        return PlainTextResponse(yaml.safe_dump(app.openapi(), sort_keys=False))
 
     @app.get("/", include_in_schema=False)
     @app.get("/web/{name}", include_in_schema=False)

@@ -83,7 +83,7 @@ class Desk:
         return digest(self.engine.history_hash(user), model, method)
 
     def _job(self, user: data.User, method: str, n: int, avoid: list[str]) -> Job:
-        lists = list(self.store.shown(user.user_id))[-MOST_SHOWN:]
+        lists = list(self.store.taps.shown(user.user_id))[-MOST_SHOWN:]
         # (starter, slot, tapped): the taste that the ranker is told.
         shown = [(y, i, i in s.clicked) for s in lists for i, y in enumerate(s.starters)]
         job = Job(Ask(user, n=n, shown=shown, avoid=avoid, method=method), by_id=True)
@@ -101,7 +101,7 @@ class Desk:
                 user = data.User(user_id=user_id, profile=asked.profile, sessions=[])
             method = asked.method or self.arm(user_id)
             row = self.store.ahead(user_id, self._key(user, self.engine.version, method))
-            avoid = self.store.seen(user_id, days, offered=asked.refresh) + asked.exclude
+            avoid = self.store.taps.seen(user_id, days, offered=asked.refresh) + asked.exclude
             left = unseen(row, avoid)
             whole = row and is_all(row) and len(left) == len(row["starters"])  # and more never come
             if row and (len(left) >= asked.n or (whole and not asked.refresh)):
@@ -146,7 +146,7 @@ class Desk:
         if user_id is not None and chosen:
             interests = [interest["text"] for interest in row["interests"] if interest["kept"]]
             texts = [starter["text"] for starter in chosen]
-            impression = self.store.offer(user_id, interests, texts, method, row["model"])
+            impression = self.store.taps.offer(user_id, interests, texts, method, row["model"])
             if len(left) - len(chosen) < n and not is_all(row):  # too few for the next request
                 self.queue.ahead(user_id, method, n)
         for starter in chosen:
@@ -162,7 +162,7 @@ class Desk:
             if not user or not user.sessions:  # popular starters cost nothing to look for
                 return None
             row = self.store.ahead(user_id, self._key(user, self.engine.version, method))
-            avoid = self.store.seen(user_id, self.settings.repeat_days, offered=True)
+            avoid = self.store.taps.seen(user_id, self.settings.repeat_days, offered=True)
             if row and (is_all(row) or len(unseen(row, avoid)) >= n):
                 return None
             ready = [s["text"] for s in unseen(row, avoid)]
@@ -176,7 +176,7 @@ class Desk:
             key = self._key(job.ask.user, answer.model, method)
             if not user or self._key(user, answer.model, method) != key:  # sessions came meanwhile
                 return
-            seen = self.store.seen(user_id, self.settings.repeat_days)
+            seen = self.store.taps.seen(user_id, self.settings.repeat_days)
             old = unseen(self.store.ahead(user_id, key), seen)  # a client may have taken some
             new = unseen(row, [s["text"] for s in old])
             row["starters"], row["all"] = (old + new)[:MOST_AHEAD], row["all"] or not new

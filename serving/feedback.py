@@ -38,7 +38,8 @@ from files import digest, file_digest, gather, processes, read_json, write_json
 from roles.players import Players
 from roles.writer import Writer
 from run import Run, UserState, one_line, shown_before
-from serving.store import Shown, Store
+from serving.store import Store
+from serving.taps import Shown
 from stages import dpo
 from stages.metrics import bootstrap
 from stages.pools import searched
@@ -202,7 +203,7 @@ def read_store(path: str) -> list[dict]:
     """Every list that was shown, as JSON holds it; the store may be in use by a server."""
     try:
         with contextlib.closing(Store(path)) as store:
-            rows = [dataclasses.asdict(s) | {"at": s.at.isoformat()} for s in store.shown()]
+            rows = [dataclasses.asdict(s) | {"at": s.at.isoformat()} for s in store.taps.shown()]
     except UserError as error:
         raise UserError(f"data.feedback: {error}; give the store of a server (serve.py)") from None
     if not rows:

@@ -18,7 +18,8 @@ from roles import rules
 from roles.writer import Writer
 from run import Run
 from serving import feedback
-from serving.store import Shown, Store
+from serving.store import Store
+from serving.taps import Shown
 from stages import dpo
 
 # What the teacher writes. LIVELY starters differ from one another, DULL ones hardly do. So people
@@ -71,7 +72,7 @@ def is_lively(starter: str) -> bool:
 def serve(path, people: dict, lists: int, tap=is_lively) -> None:
     """Show every person (id -> interests) lively, dull and mixed lists; `tap`: what is liked."""
     store, rng, clock = Store(path), random.Random(0), [1.8e9]
-    store.now = lambda: clock[0]
+    store.db.now = lambda: clock[0]
     for user_id, interests in people.items():
         subjects = [roles.key_phrases(x)[0] for x in interests]
         events = []
@@ -79,10 +80,10 @@ def serve(path, people: dict, lists: int, tap=is_lively) -> None:
             kinds = rng.choice([LIVELY, DULL, LIVELY + DULL])
             shown = [rng.choice(kinds).format(x=rng.choice(subjects)) for _ in range(3)]
             clock[0] += 60
-            impression = store.offer(user_id, interests, shown, "IceBreaker", "round1")
+            impression = store.taps.offer(user_id, interests, shown, "IceBreaker", "round1")
             events.append((impression, "shown", None))
             events += [(impression, "tap", slot) for slot, y in enumerate(shown) if tap(y)]
-        store.record(events)
+        store.taps.record(events)
     store.close()
 
 
@@ -103,7 +104,7 @@ def improved(finished, tapped, tmp_path_factory):
     shutil.copytree(finished, root)
     open_elsewhere = Store(tapped)  # by a running server
     train.run_stages(small(root, f"data.feedback={tapped}"), ROUND)
-    open_elsewhere.offer("later", [], ["What else?"], "IceBreaker", "round1")
+    open_elsewhere.taps.offer("later", [], ["What else?"], "IceBreaker", "round1")
     open_elsewhere.close()
     return root
 
