@@ -51,9 +51,13 @@ class Waiter:
         desk.queue.submit(job)
 
     async def _next(self):
-        """What the engine's thread tells next. Raises TimeoutError after serve.timeout in all."""
+        """What the engine's thread tells next. Raises HTTPException after serve.timeout in all."""
         patience = self.started + self.desk.settings.timeout - time.monotonic()
-        return await asyncio.wait_for(self.inbox.get(), patience)
+        try:
+            return await asyncio.wait_for(self.inbox.get(), patience)
+        except TimeoutError:
+            self.finished = True
+            raise HTTPException(504, TOO_LONG) from None
 
     async def _kept(self, item: Answer | str) -> dict:
         """The reply of what the engine's thread told in the end. Raises HTTPException."""
@@ -68,7 +72,8 @@ class Waiter:
         self.desk.metrics.first.observe(time.monotonic() - self.started)
 
     async def reply(self) -> Response:
-        left = asyncio.create_task(_left(self.request))  # nobody else tells that the client left
+        # Behind the body, which was read, comes only that the client has left.
+        left = asyncio.create_task(self.request.receive())
         heard = asyncio.create_task(self._next())
         try:
             await asyncio.wait({left, heard}, return_when="FIRST_COMPLETED")
@@ -77,9 +82,6 @@ class Waiter:
             reply = await self._kept(heard.result())
             self._note_first()
             return JSONResponse(reply)
-        except TimeoutError:  # of _next
-            self.finished = True
-            raise HTTPException(504, TOO_LONG) from None
         finally:
             left.cancel()
             heard.cancel()
@@ -98,12 +100,12 @@ class Waiter:
                     self._note_first()
             for event in whole_stream(await self._kept(item), told):
                 yield event
-        except TimeoutError:
-            self.finished = True
-            self.desk.metrics.rejections.labels("timeout").inc()  # the status was 200 long ago
-            yield sse("error", {"detail": TOO_LONG})
-        except (HTTPException, sqlite3.OperationalError) as error:  # too late for a status
-            yield sse("error", {"detail": getattr(error, "detail", STORE_FAILED)})
+        except HTTPException as error:
+            if error.status_code == 504:  # the status of the reply was 200 long ago
+                self.desk.metrics.rejections.labels("timeout").inc()
+            yield sse("error", {"detail": error.detail})
+        except sqlite3.OperationalError:
+            yield sse("error", {"detail": STORE_FAILED})
 
     def end(self) -> None:
         """The client has its answer or has left: the job's place is free."""
@@ -114,7 +116,6 @@ class Waiter:
 
 class Stream(StreamingResponse):
     """Ends the waiter however the connection ends, even before the first event."""
-    # A generator's own `finally` does not run where it never began.
 
     def __init__(self, waiter: Waiter):
         super().__init__(waiter.events(), media_type="text/event-stream")
@@ -123,14 +124,8 @@ class Stream(StreamingResponse):
     async def __call__(self, scope, receive, send) -> None:
         try:
             await super().__call__(scope, receive, send)  # cancelled where the client leaves
-        finally:
+        finally:  # a generator's own does not run where it never began
             self.waiter.end()
-
-
-async def _left(request: Request) -> None:
-    """Return when the client has closed the connection. The body must have been read."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass  # what else comes is of no use
 
 
 def sse(name: str, value: dict) -> str:
