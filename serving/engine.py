@@ -8,7 +8,7 @@ search over the starters of `serve.candidates` sampled lists. Asks are written i
 thread. What the ranker was trained to know of a user's taste is here what the server itself has
 shown and seen tapped.
 
-Legend: B asks, n sampled lists of an ask, T tokens decoded so far, D embedding.
+Legend: B asks, n sampled lists of an ask, T tokens decoded so far, M interests, D embedding.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from pathlib import Path
 import torch
 
 import data
+import icebreaker as ib
 import llm
 import roles
 from config import Config, UserError, digest
 from roles.players import Players
 from roles.writer import Writer
-from run import Run, UserState, history_of, profile_text
+from run import Run, UserState, history_of, profile_text, profile_vector
 from serving import feedback
 from stages.cold_start import PopularStarters
 from stages.pools import list_order, score_pools
@@ -123,6 +124,7 @@ class Engine:
         self.model, self.ranker, self.adapter, self.version = None, indifferent, None, "sit"
         if not config.generator.endpoint:
             self.model = self.writer.policy(self.run.adapter("sit"))
+        self._names = {"SFT": "default"}  # method -> PEFT's name of its adapter
         self._prefixes: dict[str, llm.Prefix] = {}  # by the name of the policy that has read it
         self._forgotten = False
         self.refresh()
@@ -154,10 +156,12 @@ class Engine:
         adapter, file = self.run.folder / newest["adapter"], Path(newest["ranker"])
         ranker = load_ranker(self.run, file.stem, str(file.parent))
         if self.model:
-            self.model.load_adapter(str(adapter), adapter_name=_name(newest["version"]))
+            name = newest["version"].replace(".", "-")  # PEFT takes a dot for a path
+            self.model.load_adapter(str(adapter), adapter_name=name)
             if self.adapter:
-                self.model.delete_adapter(_name(self.version))
-                self._prefixes.pop(_name(self.version), None)
+                self.model.delete_adapter(self._names["IceBreaker"])
+                self._prefixes.pop(self._names["IceBreaker"], None)
+            self._names["IceBreaker"] = name
             self.model.eval()
         elif not self.writer.is_served(adapter):  # the server of models was not told of it yet
             return False
@@ -166,14 +170,13 @@ class Engine:
 
     @contextlib.contextmanager
     def _policy(self, method: str):
-        """(the model as this method writes with it, its name)."""
+        """(the model as this method writes with it, the name of its adapter)."""
         if method == "PE":
             with self.model.disable_adapter():
                 yield self.model, ""
         else:
-            name = "default" if method == "SFT" else _name(self.version)
-            self.model.set_adapter(name)  # all of them stay loaded
-            yield self.model, name
+            self.model.set_adapter(self._names[method])  # all of them stay loaded
+            yield self.model, self._names[method]
 
     # --------------------------------------------------------------------------------- one batch
 
@@ -182,8 +185,8 @@ class Engine:
         return digest(user.model_dump(mode="json"))
 
     def forget(self) -> None:
-        """Drop every vector that is not of the run, as nobody notes whose text a vector was. For
-        any thread."""
+        """Drop every vector that is not of the run: nobody notes whose text it was. For any thread.
+        """
         self.run.encoder.trim(0)
         self._forgotten = True  # once more after the batch that may be running
 
@@ -193,11 +196,10 @@ class Engine:
     ) -> list[Answer | None]:
         """One batch. gone(i), asked at every step: the client of ask i has left; its answer is
         None, and nothing more is decoded for it. (generator.endpoint: it is decoded to the end.)"""
-        leavers = [functools.partial(gone, i) for i in range(len(asks))]
         users = [self._summarised(ask.user) for ask in asks]
-        if not self._encode(asks, users, lambda: all(has_left() for has_left in leavers)):
+        if not self._encode(asks, users, lambda: all(map(gone, range(len(asks))))):
             return [None] * len(asks)
-        cases = self._distil(asks, users, leavers)
+        cases = self._distil(asks, users, gone)
         for method in dict.fromkeys(ask.method for ask in asks):
             told = [case for case in cases if case.ask.method == method and case.state.interests]
             if told := [case for case in told if not case.gone()]:
@@ -231,34 +233,29 @@ class Engine:
             self.run.encoder(order[start : start + size])
         return True
 
-    def _distil(self, asks: list[Ask], users: list[data.User], leavers: list) -> list[Case]:
+    def _distil(self, asks: list[Ask], users: list[data.User], gone: Callable) -> list[Case]:
         """Summaries -> statistics -> resonance -> gate; users: those of the asks, summarised."""
-        encode, none = self.run.encoder, torch.zeros(self.run.encoder.dim)
+        encode, cases = self.run.encoder, []
         histories = [history_of(user.sessions, None, encode) for user in users]
-        places = [i for i, history in enumerate(histories) if history.texts]
-        scores: dict[int, list[float]] = {}  # s(u, h) of each summary
-        if places:
-            profiles = [encode([profile_text(users[i])])[0] if users[i].profile else none
-                        for i in places]
-            rows = self.distiller.scores([histories[i] for i in places], torch.stack(profiles))
-            scores = {i: row.tolist() for i, row in zip(places, rows, strict=True)}
-        cases = [self._case(asks[i], leavers[i], history, scores.get(i, []))
-                 for i, history in enumerate(histories)]
-        for case in cases:
-            if case.ask.begin:
-                case.ask.begin(case.interests, case.threshold)
+        profiles = torch.stack([profile_vector(user, encode) for user in users])  # (B, D)
+        rows = self.distiller.scores(histories, profiles)  # s(u, h) of each summary
+        for i, (ask, history, row) in enumerate(zip(asks, histories, rows, strict=True)):
+            case = self._case(ask, functools.partial(gone, i), history, row.tolist())
+            cases.append(case)
+            if ask.begin:
+                ask.begin(case.interests, case.threshold)
         return cases
 
-    def _case(self, ask: Ask, gone: Callable, history, scores: list[float]) -> Case:
+    def _case(self, ask: Ask, gone: Callable, history: ib.History, scores: list[float]) -> Case:
         """What the gate keeps of a history, and what the generator is told of it."""
         kept = self.distiller.keep(history, scores) if scores else []
         best = sorted(range(len(scores)), key=lambda j: -scores[j])  # the page shows what was near
         shown = (kept + [j for j in best if j not in kept])[: max(12, len(kept))]
         # PE, as the paper's, hears of everything, the latest first.
         told = list(range(len(scores)))[::-1] if ask.method == "PE" else kept
-        vectors = history.embeddings[told] if told else torch.zeros(0, self.run.encoder.dim)
         state = UserState(ask.user.user_id, [history.texts[j] for j in told],
-                          [scores[j] for j in told], vectors, self.run.taste(ask.shown))
+                          [scores[j] for j in told], history.embeddings[told],
+                          self.run.taste(ask.shown))
         interests = [Interest(history.texts[j], scores[j], j in kept) for j in shown]
         threshold = self.distiller.threshold(history) if scores else None
         return Case(ask, gone, state, interests, threshold)
@@ -316,14 +313,11 @@ class Engine:
         emitted = {starter.text for starter in case.emitted}
         for text in self._fit(starters, case):
             if text not in emitted and not case.full:
-                (utility,) = self._utilities(case, [text])
+                utility = float(utilities(self.ranker, case.state, self.run.encoder([text])))
                 case.emitted.append(self._starter(case, text, utility))
                 case.ask.emit(case.emitted[-1])
 
     # ---------------------------------------------------------------------------------- the order
-
-    def _utilities(self, case: Case, texts: list[str]) -> list[float]:
-        return utilities(self.ranker, case.state, self.run.encoder(texts)).tolist()
 
     def _starter(self, case: Case, text: str, utility: float) -> Starter:
         state = case.state
@@ -343,11 +337,9 @@ class Engine:
             orders = list_order(self.config.dpo, self.config.generator.list_size, *scored,
                                 lists=1 + self.config.serve.ahead)
         answers = []
-        ranked = zip(cases, pools, scored[0].tolist(), orders, strict=True)
-        for case, pool, utility, order in ranked:
-            starters = case.emitted + [self._starter(case, pool[j], utility[j]) for j in order]
-            if not case.state.interests:
-                starters = self._cold_start(case)
+        for case, pool, utility, order in zip(cases, pools, scored[0], orders, strict=True):
+            starters = [self._starter(case, pool[j], float(utility[j])) for j in order]
+            starters = case.emitted + starters if case.state.interests else self._cold_start(case)
             if case.ask.emit:
                 for starter in starters[len(case.emitted) : case.ask.n]:  # the list was too short
                     case.ask.emit(starter)
@@ -368,18 +360,13 @@ class Engine:
             return roles.filter_starters(starters, like, case.ask.avoid)[0]
 
         texts = self.popular.ranked(profile, keep)[: case.ask.n * (1 + self.config.serve.ahead)]
-        rated = zip(texts, self._utilities(case, texts), strict=True)
-        return [Starter(text, utility, None, "cold start") for text, utility in rated]
+        rated = zip(texts, utilities(self.ranker, case.state, self.run.encoder(texts)), strict=True)
+        return [Starter(text, float(utility), None, "cold start") for text, utility in rated]
 
 
 def indifferent(starters: torch.Tensor, **_) -> torch.Tensor:
     """Logits (N,) of a run without a ranker: every starter has utility 0.5."""
     return torch.zeros(len(starters))
-
-
-def _name(version: str) -> str:
-    """The name under which PEFT knows an adapter: no dot, which would be taken for a path."""
-    return version.replace(".", "-")
 
 
 def in_a_loop(tokens: torch.Tensor, last: int = 16, longest: int = 4) -> torch.Tensor:
