@@ -39,10 +39,10 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Res
 
 import data
 from config import ROOT, Config, UserError, file_digest, load_config, script
-from serving.bodies import FIELDS, EventsBody, Fault, Held, Reply, SessionsBody, StartersBody
+from serving.bodies import FIELDS, EventsBody, Fault, Reply, SessionsBody, StartersBody
 from serving.desk import Desk, precompute
 from serving.engine import Engine
-from serving.front import ASK, Front, busy, key_for
+from serving.front import Front, busy, key_for
 from serving.queue import Full, log, where
 from serving.store import Store
 from serving.taps import BadEvent
@@ -75,7 +75,7 @@ async def lifespan(app: FastAPI):
 
 
 async def refuse(request: Request, error: RequestValidationError) -> JSONResponse:
-    """Which field and why, never what it held: a key of a profile is not named either."""
+    # Which field and why, never what it held: a key of a profile is not named either.
     faults = [{"loc": [part if isinstance(part, int) or part in FIELDS else "*"
                        for part in fault["loc"]], "msg": fault["msg"], "type": fault["type"]}
               for fault in error.errors()[:20]]  # of a body with thousands of faults
@@ -88,7 +88,7 @@ async def no_store(request: Request, error: sqlite3.OperationalError) -> JSONRes
 
 
 def invalid(reason: str, *place: str | int) -> RequestValidationError:
-    """The error of a field that pydantic lets through."""
+    # Of a field that pydantic lets through.
     return RequestValidationError([{"loc": ["body", *place], "msg": reason, "type": "value_error"}])
 
 
@@ -101,14 +101,14 @@ EVENTS = {200: {"content": {"text/event-stream": {"schema": {"type": "object", "
     "data": {"type": "string", "contentMediaType": "application/json"}}}}}}}
 
 
-async def _desk(request: Request) -> Desk:
+async def _desk(request: Request) -> Desk:  # async, or it would take a thread
     return request.app.state.desk
 
 
 AppDesk = Annotated[Desk, Depends(_desk)]
 
 
-@router.post(ASK, response_model=Reply, responses=EVENTS)
+@router.post("/v1/starters", response_model=Reply, responses=EVENTS)
 async def starters(body: StartersBody, request: Request, desk: AppDesk):
     """Starters for a user by id, or for the sessions given. stream: server-sent events
     `interests`, `starter` each, `done` with the whole reply, or `error`."""
@@ -136,9 +136,9 @@ def check_number(sessions: list, desk: Desk) -> None:
         raise invalid(f"more than {most} (serve.max_sessions)", "sessions")
 
 
-@router.put("/v1/users/{user_id:path}/sessions", response_model=Held)
+@router.put("/v1/users/{user_id:path}/sessions", response_model=dict[str, str | int])
 def put_sessions(user_id: data.Name, body: SessionsBody, desk: AppDesk):
-    """Append to a user's history; a session_id that is held is replaced."""
+    """Append to a user's history; a session_id that is held is replaced. How many are held."""
     # No async, here and below: FastAPI takes a thread, which may wait for the disk.
     check_number(body.sessions, desk)
     held = desk.put(user_id, body.sessions, body.profile)
@@ -179,8 +179,7 @@ def ab(desk: AppDesk):
 
 @router.get("/v1/model")
 def model(desk: AppDesk):
-    engine = desk.engine
-    return {"model": engine.version, "methods": list(engine.methods), "arms": list(desk.arms)}
+    return {"model": desk.engine.version, "methods": desk.engine.methods, "arms": list(desk.arms)}
 
 
 @router.get("/livez")
@@ -191,9 +190,9 @@ async def livez():  # the process runs
 @router.get("/readyz")
 async def readyz(request: Request, desk: AppDesk):
     # And takes requests: not any more once it was told to stop.
-    stopping = getattr(request.app.state.server, "should_exit", False)
-    ready = desk.queue.thread.is_alive() and not stopping
-    return JSONResponse({"status": "ready" if ready else "stopping"}, 200 if ready else 503)
+    if desk.queue.thread.is_alive() and not getattr(request.app.state.server, "should_exit", 0):
+        return {"status": "ready"}
+    return JSONResponse({"status": "stopping"}, 503)
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
@@ -219,7 +218,6 @@ def page(name: str = "index.html"):
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket at the address. Raises UserError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # Named as TCP, or asyncio leaves Nagle's algorithm on: 40 ms a reply.
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)

@@ -35,11 +35,6 @@ class Reply(BaseModel):
     starters: list[ShownStarter] = Field(description="fewer than n where no more are good")
 
 
-class Held(BaseModel):
-    user_id: str
-    sessions: int  # how many
-
-
 class Fault(BaseModel):
     detail: str
 

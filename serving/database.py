@@ -69,7 +69,7 @@ class Database:
             raise UserError(f"{path}: cannot be used as the server's store: {error}") from None
 
     def _open(self) -> None:
-        """Check the file and make the tables of a new one; another program's stays as it is."""
+        # Check the file and make the tables of a new one; another program's stays as it is.
         self._use_log()
         self.connection.execute("PRAGMA secure_delete=ON")  # zeros, not old text, in what is freed
         self.connection.execute("PRAGMA fullfsync=ON")  # macOS: fsync alone ends in the cache
@@ -83,7 +83,7 @@ class Database:
             self.wipe()  # what a killed process had left to do
 
     def _use_log(self) -> None:
-        """Give a new file its write-ahead log, as soon as no other process is making the file."""
+        # Give a new file its write-ahead log, as soon as no other process is making the file.
         patience = time.monotonic() + WAIT
         while not self._has_tables():
             try:

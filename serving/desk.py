@@ -72,8 +72,7 @@ class Desk:
         self.in_flight = 0  # requests, counted by front.py
         self.queue = Queue(engine, config.serve, self.metrics, self)
 
-    def arm(self, user_id: str) -> str:
-        """The method of a user for whom no other is asked."""
+    def arm(self, user_id: str) -> str:  # the method of a user for whom no other is asked
         return data.split_users([user_id], self.arms, self.arms_seed)[user_id]
 
     def _key(self, user: data.User, model: str, method: str) -> str:
@@ -84,8 +83,7 @@ class Desk:
         self.jobs.add(job)
         return job
 
-    def _shown(self, user_id: str) -> list[tuple[str, int, bool]]:
-        """(starter, slot, tapped): the taste that the ranker is told."""
+    def _shown(self, user_id: str) -> list[tuple[str, int, bool]]:  # (starter, slot, tapped)
         lists = [*self.store.taps.shown(user_id)][-MOST_SHOWN:]
         return [(y, i, i in s.clicked) for s in lists for i, y in enumerate(s.starters)]
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -71,9 +72,8 @@ class Answer:
 class Ask:
     user: data.User
     n: int  # starters wanted; there may be fewer, and there may be more
-    # (starter, slot, tapped) of lists shown before: the user's taste.
-    shown: list[tuple[str, int, bool]] = dataclasses.field(default_factory=list)
-    avoid: list[str] = dataclasses.field(default_factory=list)  # not to be written
+    shown: Sequence[tuple[str, int, bool]] = ()  # (starter, slot, tapped) of lists shown before
+    avoid: Sequence[str] = ()  # not to be written
     method: str = "IceBreaker"
     draw: int = 0  # another number: other random numbers
     # Called with each good starter of a list as it is decoded; they come first in the answer.
@@ -83,9 +83,7 @@ class Ask:
 
 
 @dataclass
-class Case:
-    """An ask on its way; the fields are Answer's where they have its names."""
-
+class Case:  # an ask on its way; the fields are Answer's where they have its names
     ask: Ask
     gone: Callable[[], bool]  # has its client left?
     state: UserState  # its interests are what the generator is told
@@ -94,10 +92,6 @@ class Case:
     lists: list[list[str]] = dataclasses.field(default_factory=list)  # as written, but fit to show
     emitted: list[Starter] = dataclasses.field(default_factory=list)
     tokens: int = 0
-
-    @property
-    def full(self) -> bool:
-        return len(self.emitted) >= self.ask.n
 
 
 class Engine:
@@ -169,8 +163,7 @@ class Engine:
         return True
 
     @contextlib.contextmanager
-    def _policy(self, method: str):
-        """(the model as this method writes with it, the name of its adapter)."""
+    def _policy(self, method: str):  # (the model as this method writes with it, its adapter's name)
         if method == "PE":
             with self.model.disable_adapter():
                 yield self.model, ""
@@ -184,9 +177,8 @@ class Engine:
     def history_hash(user: data.User) -> str:
         return digest(user.model_dump(mode="json"))
 
-    def forget(self) -> None:
-        """Drop every vector that is not of the run: nobody notes whose text it was. For any thread.
-        """
+    def forget(self) -> None:  # for any thread
+        """Drop every vector that is not of the run: nobody notes whose text it was."""
         self.run.encoder.trim(0)
         self._forgotten = True  # once more after the batch that may be running
 
@@ -201,17 +193,17 @@ class Engine:
             return [None] * len(asks)
         cases = self._distil(asks, users, gone)
         for method in dict.fromkeys(ask.method for ask in asks):
-            told = [case for case in cases if case.ask.method == method and case.state.interests]
-            if told := [case for case in told if not case.gone()]:
+            if told := [case for case in cases if case.ask.method == method
+                        and case.state.interests and not case.gone()]:
                 self._sample(method, told)
         answers = self._rank(cases)
         most, self._forgotten = 0 if self._forgotten else MOST_VECTORS, False
         self.run.encoder.trim(most)
-        pairs = zip(cases, answers, strict=True)
-        return [None if case.gone() else answer for case, answer in pairs]
+        return [None if case.gone() else answer
+                for case, answer in zip(cases, answers, strict=True)]
 
     def _summarised(self, user: data.User) -> data.User:
-        """With a summary of every session, and without what nobody should be reminded of."""
+        # With a summary of every session, and without what nobody should be reminded of.
         bare = [s for s in user.sessions if not s.summary]
         summaries = iter(self.players.summarise([s.messages for s in bare]) if bare else [])
         sessions = [s if s.summary else s.model_copy(update={"summary": next(summaries)})
@@ -269,9 +261,8 @@ class Engine:
         seeds = [int(digest(self.history_hash(a.user), a.avoid, a.draw, method)[:11], 16)
                  for a in (case.ask for case in cases)]  # the same ask, the same answer
         if self.config.generator.endpoint:
-            adapters = {"PE": self.run.adapter(""), "SFT": self.run.adapter("sit")}
-            seed = int(digest(seeds)[:7], 16)
-            written = self.writer.write(adapters.get(method, self.adapter), told, n, seed)
+            adapters = {"PE": None, "SFT": self.run.adapter("sit"), "IceBreaker": self.adapter}
+            written = self.writer.write(adapters[method], told, n, int(digest(seeds)[:7], 16))
             for case, lists in zip(cases, written, strict=True):
                 case.lists = [self._fit(starters, case) for starters in lists]
             return
@@ -300,7 +291,7 @@ class Engine:
         tokenizer = self.writer.tokenizer
         newest = tokens[:, 0, -1].cpu()  # (B,)
         for i in torch.isin(newest, self._ends).nonzero().flatten().tolist():
-            if cases[i].ask.emit and not cases[i].full:
+            if cases[i].ask.emit:
                 text = tokenizer.decode(tokens[i, 0], skip_special_tokens=True)
                 self._emit(cases[i], llm.parse_starters(text).starters)
         alive = (tokens[..., -1] != tokenizer.pad_token_id).sum(1).tolist()  # samples that go on
@@ -312,7 +303,7 @@ class Engine:
     def _emit(self, case: Case, starters: Sequence[str]) -> None:
         emitted = {starter.text for starter in case.emitted}
         for text in self._fit(starters, case):
-            if text not in emitted and not case.full:
+            if text not in emitted and len(case.emitted) < case.ask.n:
                 utility = float(utilities(self.ranker, case.state, self.run.encoder([text])))
                 case.emitted.append(self._starter(case, text, utility))
                 case.ask.emit(case.emitted[-1])
@@ -324,15 +315,13 @@ class Engine:
         nearest = int((state.embeddings @ self.run.encoder([text])[0]).argmax())  # (M, D) @ (D,)
         return Starter(text, utility, state.interests[nearest], "generated")
 
-    def _rank(self, cases: list[Case]) -> list[Answer]:
-        """Candidates of each case in the order of list search, best list first."""
+    def _rank(self, cases: list[Case]) -> list[Answer]:  # in the order of list search, best first
         pools = [  # none twice, whichever list it stands in, and none that was emitted
-            roles.filter_starters((y for starters in case.lists for y in starters),
-                                  case.state.interests, (s.text for s in case.emitted))[0]
-            for case in cases]
+            roles.filter_starters(itertools.chain(*case.lists), case.state.interests,
+                                  (s.text for s in case.emitted))[0] for case in cases]
         scored = score_pools(self.run.encoder, self.ranker, [case.state for case in cases], pools)
         if self.config.serve.candidates == 1:  # as the paper deploys: the list as it was written
-            orders = [list(range(len(pool))) for pool in pools]
+            orders = [range(len(pool)) for pool in pools]
         else:
             orders = list_order(self.config.dpo, self.config.generator.list_size, *scored,
                                 lists=1 + self.config.serve.ahead)

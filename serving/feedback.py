@@ -3,14 +3,11 @@
     python train.py --stage ranker --stage dpo data.feedback=runs/tiny/serve.sqlite
 
 Goes on from the newest policy of a finished run. `ranker` fits r_util (Eq. 7) again, on the run's
-log and on what the server (serve.py) has shown; `dpo` is one more round as in stages/dpo.py, for
-people of the store, with pairs of a tapped and an ignored list beside the mined ones. Then both are
-checked on people whom they do not know. All is in feedback/round<m>/ of the run; a server of this
-run takes up what feedback/current.json names, which is written when the check is passed. The rules
-of whom a round trusts, and of the check, stand before their code below.
-
-Texts of the store's users are kept in the store alone, where they can be deleted: a round leaves
-weights and figures. Each round reads the whole store anew.
+log and on what the server has shown; `dpo` is one more round as in stages/dpo.py, for people of the
+store, with pairs of a tapped and an ignored list beside the mined ones. Then both are checked on
+people whom they do not know. A round lies in feedback/round<m>/ of the run; a server takes up what
+feedback/current.json names. Texts stay in the store alone, where they can be deleted: a round
+leaves weights and figures, and the next one reads the whole store anew.
 
 Departure: the paper trains on logs once; it names neither rounds from feedback nor a check of them.
 """
@@ -18,7 +15,6 @@ Departure: the paper trains on logs once; it names neither rounds from feedback 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import operator
 import random
 import shutil
@@ -31,7 +27,6 @@ from pathlib import Path
 
 import numpy as np
 
-import data
 import llm
 from config import Config, RunFolder, UserError, load_config
 from files import digest, file_digest, gather, processes, read_json, write_json
@@ -75,9 +70,7 @@ def _run_key(folder: RunFolder) -> str:
 
 
 @dataclass(frozen=True)
-class Round:
-    """One feedback round of a run, and what it learns from."""
-
+class Round:  # one feedback round of a run, and what it learns from
     run: Run
     players: Players
     number: int
@@ -89,8 +82,7 @@ class Round:
         return f"feedback/round{self.number}"
 
     @property
-    def adapters(self) -> tuple[Path, Path]:
-        """What writes before and after it."""
+    def adapters(self) -> tuple[Path, Path]:  # what writes before and after it
         return self.run.folder / self.start["adapter"], self.run.folder / self.folder / "adapter"
 
 
@@ -111,7 +103,7 @@ def train_round(config: Config, wanted: list[str], free: Iterable[str]) -> None:
                         "so it has no ranker and no DPO round to go on from")
     rows = gather([read_store(config.data.feedback)] if first else [])[0]
     # By a hash, not as they came: who is early has no more to say.
-    rows.sort(key=lambda row: digest(config.run.seed, row["user_id"], row["at"]))
+    rows.sort(key=lambda row: digest(config.run.seed, row["user_id"], row["timestamp"]))
     lists = by_split(run, rows)
     if not any(shown.clicked for shown in lists["train"]):
         raise UserError(f"data.feedback={config.data.feedback}: no tap by a user of the train "
@@ -143,7 +135,6 @@ def train_round(config: Config, wanted: list[str], free: Iterable[str]) -> None:
 
 
 def run_stage(new: Round, stage: str, key: str) -> None:
-    """One stage, unless it is done already."""
     folder, place = new.run.folder, f"{new.folder}/{stage}"
     if folder.is_done(place, key):
         print(f"{stage}: already done with this store and these settings, skipped")
@@ -175,7 +166,7 @@ def publish(new: Round, verdict: dict) -> dict:
 
 
 def refuse_unready(config: Config, wanted: list[str], free: Iterable[str]) -> None:
-    """Raise UserError unless store and finished run are there and this command fits the run."""
+    # Raises UserError unless store and finished run are there and this command fits the run.
     store, folder = config.data.feedback, Path(config.run.root) / config.run.name
     if others := [stage for stage in wanted if stage not in ("ranker", "dpo")]:
         raise UserError("data.feedback: a further round has the stages ranker and dpo alone, not "
@@ -201,7 +192,7 @@ def read_store(path: str) -> list[dict]:
     """Every list that was shown, as JSON holds it; the store may be in use by a server."""
     try:
         with contextlib.closing(Store(path)) as store:
-            rows = [dataclasses.asdict(s) | {"at": s.at.isoformat()} for s in store.taps.shown()]
+            rows = [shown.model_dump(mode="json") for shown in store.taps.shown()]
     except UserError as error:
         raise UserError(f"data.feedback: {error}; give the store of a server (serve.py)") from None
     if not rows:
@@ -218,7 +209,7 @@ def by_split(run: Run, rows: list[dict]) -> dict[str, list[Shown]]:
         split = splits[row["user_id"]]
         if split == "test" and row["user_id"] not in run.users:  # no figure of the run is of them
             split = "train"
-        lists[split].append(Shown(**row | {"at": datetime.fromisoformat(row["at"])}))
+        lists[split].append(Shown(**row))
     return lists
 
 
@@ -248,18 +239,15 @@ def begin(run: Run, key: str) -> int:
 
 def states_of(
     run: Run, lists: list[Shown], moments: int
-) -> tuple[list[tuple[data.Impression, UserState]], dict[str, UserState]]:
+) -> tuple[list[tuple[Shown, UserState]], dict[str, UserState]]:
     """Of each user the first `moments` lists, each with the UserState of its moment; and the latest
     UserState of everybody who had interests, by a hash of the user."""
     # The taste is of what was shown before, by the run's log and by the store.
     seen, shown = defaultdict(list), defaultdict(list)
-    for impression in run.impressions:
-        seen[impression.user_id].append(impression)
     for one in lists:
-        impression = data.Impression(user_id=one.user_id, timestamp=one.at, starters=one.starters,
-                                     clicked=one.clicked, sessions_after=one.sessions_after)
-        seen[one.user_id].append(impression)
-        shown[one.user_id].append((impression, one))
+        shown[one.user_id].append(one)
+    for one in (*run.impressions, *lists):
+        seen[one.user_id].append(one)
 
     def state(one: Shown, moment: datetime) -> UserState:
         taste = run.taste(shown_before(seen[one.user_id], moment))
@@ -268,10 +256,10 @@ def states_of(
 
     pairs, latest = [], {}
     for user_id, user_lists in shown.items():
-        pairs += [(impression, state(one, one.at)) for impression, one in user_lists[:moments]]
-        if told := [one for _, one in user_lists if one.interests]:
+        pairs += [(one, state(one, one.timestamp)) for one in user_lists[:moments]]
+        if told := [one for one in user_lists if one.interests]:
             # The interests of the latest list, the taste of all of them.
-            latest[user_id] = state(max(told, key=lambda one: one.at), datetime.max)
+            latest[user_id] = state(max(told, key=lambda one: one.timestamp), datetime.max)
     by_hash = sorted(latest, key=lambda user_id: digest(run.config.run.seed, user_id))
     return pairs, {user_id: latest[user_id] for user_id in by_hash}
 
@@ -391,5 +379,5 @@ def side_figures(new: Round, adapter: Path, folder: str, states: list[UserState]
 
 
 def fallen(row: dict[str, float]) -> bool:
-    """Lower by more than MARGIN of what it was, or with the whole interval below zero."""
+    # By more than MARGIN of what it was, or with the whole interval below zero.
     return row["after"] < (1 - MARGIN) * row["before"] or row["high"] < 0

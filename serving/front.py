@@ -24,8 +24,6 @@ from config import Config, UserError
 from serving.desk import Desk
 from serving.queue import log, where
 
-ASK = "/v1/starters"
-LOOK_UPS = 8  # requests for starters beside those that wait or are written: theirs may be ready
 MAX_BODY = 2**20  # bytes
 OPEN = ("/livez", "/readyz")  # for whoever watches the process; they say nothing of a user
 POLICY = b"default-src 'self'; base-uri 'none'; frame-ancestors 'none'; form-action 'none'"
@@ -57,8 +55,8 @@ class Front:
     def __init__(self, app, desk: Desk, host: str, key: str):
         self.app, self.desk, self.settings = app, desk, desk.settings
         self.local, self.key = is_loopback(host), key.encode()
-        self.asking = 0  # requests for starters under way
-        self.most = self.settings.queue + self.settings.batch + LOOK_UPS
+        # Requests under way: asks beyond the queue are refused by it, this bounds all others.
+        self.most = 4 * (self.settings.queue + self.settings.batch)
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
@@ -76,12 +74,10 @@ class Front:
                 message = message | {"headers": [*message["headers"], *headers]}
             await send(message)
 
-        asks = scope["path"] == ASK
-        self.desk.in_flight, self.asking = self.desk.in_flight + 1, self.asking + asks
+        self.desk.in_flight += 1
         try:
             self._check(scope)  # before the body is read
-            # Refused before it costs anything; other requests than asks get more room.
-            if self.asking > self.most if asks else self.desk.in_flight > 4 * self.most:
+            if self.desk.in_flight > self.most:
                 raise busy(self.desk)
             if body := await self._whole(scope, receive):
                 await self.app(scope, body, answer)
@@ -94,21 +90,20 @@ class Front:
                 reply = JSONResponse({"detail": "internal error; the server's log says where"}, 500)
                 await reply(scope, receive, answer)
         finally:
-            self.desk.in_flight, self.asking = self.desk.in_flight - 1, self.asking - asks
+            self.desk.in_flight -= 1
             self._note(scope, status, time.perf_counter() - started)
 
     def _note(self, scope, status: int, seconds: float) -> None:
         # The route's pattern, never the path, which may name a user.
-        route = getattr(scope.get("route"), "path_format", ASK if scope["path"] == ASK else "other")
+        route = getattr(scope.get("route"), "path_format", "other")  # other: none was reached
         self.desk.metrics.seconds.labels(route, f"{status // 100}xx").observe(seconds)
         if status in REASONS:
             self.desk.metrics.rejections.labels(REASONS[status]).inc()
         if route not in OPEN:
-            words = (scope["method"], route, status, 1000 * seconds, scope["state"]["request_id"])
-            log.info("%s %s %d %.1f ms %s", *words)
+            log.info("%s %s %d %.1f ms %s", scope["method"], route, status, 1000 * seconds,
+                     scope["state"]["request_id"])
 
-    def _check(self, scope) -> None:
-        """Raise HTTPException unless the request may go on."""
+    def _check(self, scope) -> None:  # raises HTTPException unless the request may go on
         if scope["path"] in OPEN:
             return
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
@@ -171,8 +166,7 @@ class Front:
         return again
 
 
-def _name_of(host: str) -> str | None:
-    """The header Host without a port."""
+def _name_of(host: str) -> str | None:  # the header Host without a port
     with contextlib.suppress(ValueError):
         return urlsplit(f"//{host}").hostname
     return None

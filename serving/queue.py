@@ -33,9 +33,7 @@ def where(error: BaseException) -> str:
 
 
 @dataclass(eq=False)
-class Job:
-    """An ask on its way through the engine's thread."""
-
+class Job:  # an ask on its way through the engine's thread
     ask: Ask
     by_id: bool  # of a user of the store; else nothing is kept of it
     # Called from the engine's thread; with a text if it could not be written.
@@ -79,8 +77,7 @@ class Queue:
             self.waiting.append(job)
             self.wake.notify()
 
-    def leave(self, job: Job) -> None:
-        """The client has left: the job's place is free, in the queue at once."""
+    def leave(self, job: Job) -> None:  # its client has left: its place is free at once
         job.gone = True
         with self.wake, contextlib.suppress(ValueError):  # it is being written
             self.waiting.remove(job)

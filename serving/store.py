@@ -66,7 +66,7 @@ class Store:
         return held
 
     def _merge(self, user_id: str, sessions: list[data.Session]) -> tuple[int, int]:
-        """Sessions into those held; return how many are held now, how many of them new."""
+        # -> (how many are held now, how many of them are new)
         query = "SELECT session_id, position, timestamp FROM sessions WHERE user_id=?"
         rows = self.db.rows(f"{query} ORDER BY position", user_id)
         places, times = {s: place for s, place, _ in rows}, {s: stamp for s, _, stamp in rows}
@@ -126,14 +126,12 @@ class Store:
             self.db.wipe()  # if it fails: by the next deletion, or the next start
         return removed
 
-    def _mark(self, user_id: str) -> bytes:
-        """What tells a deleted user again, and tells nobody else who it was."""
+    def _mark(self, user_id: str) -> bytes:  # tells a deleted user again, and nobody else who
         return self.db.mac(b"deleted" + user_id.encode())
 
     # --------------------------------------------------------------------------- lists kept ready
 
-    def ahead(self, user_id: str, key: str) -> dict | None:
-        """What was kept ready for a user under `key`."""
+    def ahead(self, user_id: str, key: str) -> dict | None:  # what is kept ready under this key
         rows = self.db.rows("SELECT value FROM ahead WHERE user_id=? AND key=?", user_id, key)
         return json.loads(rows[0][0]) if rows else None
 
@@ -145,7 +143,7 @@ class Store:
 
 
 def _merged_order(held: list[str], given: list[str]) -> list[str]:
-    """Both in one order: what is new goes before the next of `given` that is held, or last."""
+    # What is new goes before the next of `given` that is held, or last.
     # So the same request twice is the same as once, without times too.
     places, before, waiting = set(held), {}, []
     for name in given:

@@ -19,11 +19,11 @@ import json
 import math
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from scipy.special import stdtrit
 
+import data
 from serving.database import Database, compact
 
 IMPRESSION_SECONDS = 48 * 3600  # taps are taken for so long after an answer
@@ -38,16 +38,10 @@ class BadEvent(ValueError):
         self.place, self.reason = ("events", i, field), reason
 
 
-@dataclass(frozen=True)
-class Shown:
-    """A list that a user saw."""
+class Shown(data.Impression):
+    """A list that a user saw, as in a log; its timestamp is that of the answer, UTC."""
 
-    user_id: str
-    at: datetime  # of the answer, UTC without a zone
     interests: list[str]  # for which it was written
-    starters: list[str]
-    clicked: list[int]  # slots, ascending
-    sessions_after: int | None  # before the user's next shown list; None: neither came yet
     method: str
     version: str  # of the model
 
@@ -83,7 +77,7 @@ class Taps:
         return base64.urlsafe_b64encode(signed + self.db.mac(b"impression" + signed)).decode()
 
     def _list_of(self, impression: str, i: int) -> tuple[int, int]:
-        """(id, number of slots) of the list of a genuine impression id of event i, or BadEvent."""
+        # -> (id, number of slots) of event i's list if its impression id is genuine; else BadEvent.
         try:
             raw = base64.urlsafe_b64decode(impression)
         except (TypeError, ValueError):
@@ -144,10 +138,11 @@ class Taps:
             FROM seen ORDER BY id
             """, *only)
         for user, at, interests, starters, taps, after, following, method, version in rows:
-            yield Shown(user, datetime.fromtimestamp(at, UTC).replace(tzinfo=None),
-                        json.loads(interests), json.loads(starters), sorted(json.loads(taps)),
-                        after or (0 if following else None),  # 0 is known only afterwards
-                        method, version)
+            yield Shown.model_construct(  # texts as they were offered, in every letter
+                user_id=user, timestamp=datetime.fromtimestamp(at, UTC).replace(tzinfo=None),
+                starters=json.loads(starters), clicked=sorted(json.loads(taps)),
+                sessions_after=after or (0 if following else None),  # 0 is known only afterwards
+                interests=json.loads(interests), method=method, version=version)
 
     def rates(self) -> list[dict]:
         """Taps per shown starter of each method, with a 95 % interval by users (`_interval`)."""

@@ -50,8 +50,7 @@ class Waiter:
             job.ask = dataclasses.replace(job.ask, begin=begin, emit=emit)
         desk.queue.submit(job)
 
-    async def _next(self):
-        """What the engine's thread tells next. Raises HTTPException after serve.timeout in all."""
+    async def _next(self):  # raises HTTPException after serve.timeout seconds in all
         patience = self.started + self.desk.settings.timeout - time.monotonic()
         try:
             return await asyncio.wait_for(self.inbox.get(), patience)
@@ -59,8 +58,7 @@ class Waiter:
             self.finished = True
             raise HTTPException(504, TOO_LONG) from None
 
-    async def _kept(self, item: Answer | str) -> dict:
-        """The reply of what the engine's thread told in the end. Raises HTTPException."""
+    async def _kept(self, item: Answer | str) -> dict:  # the reply; raises HTTPException for a text
         self.finished = True
         if isinstance(item, str):
             raise HTTPException(500, item)
@@ -94,10 +92,12 @@ class Waiter:
                 name, value = item
                 if name == "interests" and told[name]:  # written again, as its batch had failed
                     continue
-                yield sse(name, {"slot": told[name]} | value if name == "starter" else value)
+                if name == "starter":
+                    value = {"slot": told[name]} | value
+                    if not told[name]:
+                        self._note_first()
                 told[name] += 1
-                if name == "starter" and told[name] == 1:
-                    self._note_first()
+                yield sse(name, value)
             for event in whole_stream(await self._kept(item), told):
                 yield event
         except HTTPException as error:
@@ -107,16 +107,13 @@ class Waiter:
         except sqlite3.OperationalError:
             yield sse("error", {"detail": STORE_FAILED})
 
-    def end(self) -> None:
-        """The client has its answer or has left: the job's place is free."""
+    def end(self) -> None:  # the client has its answer or has left: the job's place is free
         self.desk.metrics.disconnects.inc(not self.finished)  # by 0 or 1
         self.desk.queue.leave(self.job)
         self.desk.release(self.job)
 
 
-class Stream(StreamingResponse):
-    """Ends the waiter however the connection ends, even before the first event."""
-
+class Stream(StreamingResponse):  # ends the waiter however the connection ends
     def __init__(self, waiter: Waiter):
         super().__init__(waiter.events(), media_type="text/event-stream")
         self.waiter = waiter

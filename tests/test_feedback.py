@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import data
 import icebreaker as ib
 import roles
 import train
@@ -269,7 +270,7 @@ def inputs(finished, tmp_path, monkeypatch):
 def test_one_user_with_a_thousand_lists_moves_no_more_than_anybody(inputs, told, tmp_path):
     learned = {}
     people = {f"n{i}": told[i % len(told)] for i in range(20)}
-    splits = feedback.data.split_users(
+    splits = data.split_users(
         people, {"train": 0.4, "valid": 0.25, "judge": 0.25, "test": 0.1}, 0
     )
     loud = next(u for u, split in splits.items() if split == "train")
@@ -314,8 +315,8 @@ def test_splits_hold_for_the_store_too(inputs, finished, told, tmp_path):
 
 
 def row(user="n1", at="2027-01-01T00:00:00", told=("a", "b"), starters="xyz", clicked=()):
-    return Shown(user, datetime.fromisoformat(at), list(told), list(starters), list(clicked), None,
-                 "IceBreaker", "v")
+    return Shown(user_id=user, timestamp=datetime.fromisoformat(at), interests=list(told),
+                 starters=list(starters), clicked=list(clicked), method="IceBreaker", version="v")
 
 
 def test_pairs_are_of_one_user_one_prompt_and_beyond_what_slots_explain(finished):

@@ -203,9 +203,8 @@ def test_lists_come_back_as_shown(store, clock):
     assert store.taps.record([(second, "shown", None)]) == 1
     a, b = store.taps.shown()
     assert a == taps.Shown(
-        "u", datetime(2026, 5, 28, 20, 26, 40), ["interest"], ["a0", "a1", "a2"], [0, 2], None,
-        "PE", "round1",
-    )  # fmt: skip
+        user_id="u", timestamp=datetime(2026, 5, 28, 20, 26, 40), interests=["interest"],
+        starters=["a0", "a1", "a2"], clicked=[0, 2], method="PE", version="round1")
     assert (b.user_id, b.interests, b.clicked, b.method) == ("v", [], [], "IceBreaker")
     assert list(store.taps.shown("v")) == [b] and list(store.taps.shown("nobody")) == []
     assert first != second and len(first) == 48
