@@ -25,7 +25,7 @@ import icebreaker as ib
 from config import Config, RunFolder, UserError, digest, read_json
 from encoder import Encoder
 
-SPLITS = ("train", "valid", "judge", "test")
+SPLITS = ("train", "valid", "judge", "test")  # of users: what each is for stands in Run.split
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,11 @@
 
     python serve.py --run runs/tiny                  # then open http://127.0.0.1:8000
     python serve.py --run runs/tiny --precompute     # writes lists ahead for every user, and exits
-    curl -s http://127.0.0.1:8000/v1/starters -H 'Content-Type: application/json' \\
-        -d '{"sessions": [{"summary": "Night trains to Vienna"}], "n": 3}'
 
 A request passes, in this order, these files of serving/: front.py (key, origin, size, load), a
 route below, desk.py (is the answer in the store? else an ask), queue.py (the engine's one
 thread), engine.py (the models), desk.py again (what is kept of the answer). The API is described by
-/openapi.json, which /docs shows.
+/openapi.json, which /docs shows, and docs/serving.md has examples.
 
 No text of a user is in a log, in an error or in a metric, and none becomes a path. Of an ask with
 its sessions inline nothing is kept. Retries are safe: PUT replaces, events count once.
@@ -272,9 +270,9 @@ def main() -> None:
     gc.freeze()  # or a full collection looks at all of torch, and everyone waits for 0.3 s
     sock.listen(2048)  # who comes before uvicorn is ready waits
     host, port = sock.getsockname()[:2]  # --port 0: a free one
-    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    users = len(store.user_ids())
-    print(f"{address}  model {engine.version}, {users} users; Ctrl-C ends", flush=True)
+    address = f"[{host}]" if ":" in host else host  # of IPv6
+    print(f"http://{address}:{port}  model {engine.version}, {len(store.user_ids())} users; "
+          "Ctrl-C ends", flush=True)
     serve(app, sock)
 
 

@@ -280,8 +280,7 @@ class Engine:
         fit = roles.filter_starters(starters, case.state.interests, case.ask.avoid)[0]
         # The filter lets everything pass to who writes neither Chinese nor in Latin letters.
         other = {data.language(text) for text in case.state.interests} == {"other"}
-        return [y for y in fit
-                if not LOST.search(y) and (data.language(y) == "other" or not other)]
+        return [y for y in fit if not LOST.search(y) and (data.language(y) == "other" or not other)]
 
     def _watch(self, tokens: torch.Tensor, cases: list[Case]) -> torch.Tensor:
         """After each step: emit what the first lists have completed; which samples to give up?

@@ -18,9 +18,7 @@ from serving.database import Database, compact
 from serving.taps import Taps
 
 
-class Store:
-    """People of one SQLite file; any thread may call any method. Raises what Database raises."""
-
+class Store:  # any thread may call any method; raises what Database raises
     def __init__(self, path: str | Path, max_sessions: int = 500):
         self.db, self.max_sessions = Database(path), max_sessions  # kept of a user
         self.taps, self.close = Taps(self.db), self.db.close

@@ -46,9 +46,7 @@ class Shown(data.Impression):
     version: str  # of the model
 
 
-class Taps:
-    """Lists and taps of a store's file; any thread may call any method."""
-
+class Taps:  # of a store's file; any thread may call any method
     def __init__(self, db: Database):
         self.db = db
 
@@ -82,7 +80,7 @@ class Taps:
             raw = base64.urlsafe_b64decode(impression)
         except (TypeError, ValueError):
             raw = b""
-        signed, mac = raw[:-16], raw[-16:]
+        signed, mac = raw[:-16], raw[-16:]  # as in `offer`
         genuine = hmac.compare_digest(mac, self.db.mac(b"impression" + signed))
         if not genuine or base64.urlsafe_b64encode(raw).decode() != impression:  # spelt otherwise
             raise BadEvent(i, "impression_id", "not an impression id of this server")
@@ -120,6 +118,7 @@ class Taps:
         when = "coalesce(shown, at)" if offered else "shown"  # null >= ? is never true
         query = f"SELECT starters FROM lists WHERE user_id=? AND {when} >= ? ORDER BY {when}, id"
         rows = self.db.rows(query, user_id, self.db.now() - days * 86400)
+        # Each once, in the order in which they came.
         return list(dict.fromkeys(text for (starters,) in rows for text in json.loads(starters)))
 
     def shown(self, user_id: str | None = None) -> Iterator[Shown]:
@@ -166,11 +165,9 @@ class Taps:
 
 
 def _interval(starters: tuple[int, ...], taps: tuple[int, ...]) -> tuple[float, float]:
-    """95 % interval of sum(taps) / sum(starters), each user one draw of (starters, taps).
-
-    Wilson's interval of as many independent starters as have the variance that the delta method
-    finds between users, with Student's quantile for that many users.
-    """
+    """95 % interval of sum(taps) / sum(starters), each user one draw of (starters, taps)."""
+    # Wilson's interval of as many independent starters as have the variance that the delta method
+    # finds between users, with Student's quantile for that many users.
     n, total = len(starters), sum(starters)
     rate, size = sum(taps) / total, n  # where users do not differ, each counts as one starter
     spread = sum((t - rate * s) ** 2 for s, t in zip(starters, taps, strict=True))
