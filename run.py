@@ -25,6 +25,8 @@ import icebreaker as ib
 from config import Config, RunFolder, UserError, digest, progress, read_json
 from encoder import Encoder
 
+SPLITS = ("train", "valid", "judge", "test")  # of users: what each is for stands in Run.split
+
 
 @dataclass(frozen=True)
 class UserState:
@@ -118,12 +120,14 @@ class Run:
 
     @cached_property
     def splits(self) -> dict[str, str]:
-        """user_id -> "train", "valid", "judge" or "test"."""
-        d = self.config.data
+        return self.split(self.users)
+
+    def split(self, user_ids: Iterable[str]) -> dict[str, str]:
+        """user_id -> "train", "valid", "judge" or "test", of any people."""
         # By a hash of the id: more users move nobody to another split.
         # train: generator and ranker; valid: early stops, gate; judge: the ranker that judges.
-        shares = {"train": d.train, "valid": d.valid, "judge": d.judge, "test": d.test}
-        return data.split_users(self.users, shares, self.config.run.seed)
+        shares = {name: getattr(self.config.data, name) for name in SPLITS}
+        return data.split_users(user_ids, shares, self.config.run.seed)
 
     def ids(self, *splits: str) -> list[str]:
         return [user_id for user_id in self.users if self.splits[user_id] in splits]
@@ -151,11 +155,9 @@ class Run:
 
     @cached_property
     def profiles(self) -> dict[str, torch.Tensor]:
-        """Embedding (D,) of each user's profile; zeros where there is none."""
-        texts = {u.user_id: profile_text(u) for u in self.users.values()}
-        self.encoder(sorted({text for text in texts.values() if text}))
-        none = torch.zeros(self.encoder.dim)  # adds nothing to the user tower
-        return {u: self.encoder([text])[0] if text else none for u, text in texts.items()}
+        """Embedding (D,) of each user's profile."""
+        self.encoder(sorted({text for u in self.users.values() if (text := profile_text(u))}))
+        return {u.user_id: profile_vector(u, self.encoder) for u in self.users.values()}
 
     @cached_property
     def slot_rates(self) -> torch.Tensor:
@@ -228,6 +230,12 @@ def history_of(
 def profile_text(user: data.User) -> str:
     # Sorted: the order of a JSON object says nothing.
     return "; ".join(f"{k}: {v}" for k, v in sorted((user.profile or {}).items()))
+
+
+def profile_vector(user: data.User, encode: Encoder) -> torch.Tensor:
+    """Embedding (D,) of a user's profile; zeros where there is none."""
+    text = profile_text(user)
+    return encode([text])[0] if text else torch.zeros(encode.dim)  # adds nothing to the user tower
 
 
 # ------------------------------------------------------------------------------------------ figures
