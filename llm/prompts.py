@@ -113,7 +113,9 @@ def parse_starters(text: str) -> Parsed:
     items = field.partition("</sug>")[0].split("&&")
     if not closed and not items[-1].rstrip().endswith(tuple("?!.？！。")):
         items.pop()  # max_new_tokens ran out in it
-    starters = tuple(filter(None, map(clean_starter, items)))
+    # Where a quote between two & goes, a separator is left: none may stand inside a starter.
+    cleaned = (re.sub("&{2,}", "&", clean_starter(item)) for item in items)
+    starters = tuple(filter(None, cleaned))
     reason = "empty <sug> field" if items else "unclosed <sug> field"
     return Parsed(starters, None if starters else reason)
 
