@@ -35,18 +35,8 @@ from pathlib import Path
 import torch
 
 import llm
-from config import (
-    ROOT,
-    Config,
-    GeneratorConfig,
-    UserError,
-    digest,
-    file_digest,
-    gather,
-    load_config,
-    processes,
-    script,
-)
+from config import Config, GeneratorConfig, load_config
+from files import ROOT, UserError, digest, file_digest, gather, processes, script
 from roles.players import Players, players_of
 from run import Run, one_line, sum_counts
 from serving import feedback

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from config import processes
+from files import processes
 from llm.model import decoder_and_head
 from llm.prompts import Ids
 

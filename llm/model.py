@@ -15,7 +15,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
-from config import ROOT, GeneratorConfig, UserError, atomic_path
+from config import GeneratorConfig
+from files import ROOT, UserError, atomic_path
 
 # peft takes seconds to import, for which a command without an adapter need not wait: it is imported
 # where an adapter is made or loaded.

@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from config import UserError
+from files import UserError
 
 Ids = list[int]  # the tokens of a text
 QUOTES = "\"'“”‘’«»「」"  # of English, French and Chinese

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from config import digest, progress
+from files import digest, progress
 from llm.logps import tree_mask
 from llm.model import decoder_and_head
 from llm.prompts import Ids

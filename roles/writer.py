@@ -19,7 +19,8 @@ import openai
 
 import llm
 import roles
-from config import Config, EndpointConfig, digest, file_digest, gather, share
+from config import Config, EndpointConfig
+from files import digest, file_digest, gather, share
 from roles import chat
 
 

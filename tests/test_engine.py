@@ -9,7 +9,7 @@ from conftest import micro
 
 import data
 import llm
-from config import UserError, read_json, read_tensors, write_json, write_tensors
+from files import UserError, read_json, read_tensors, write_json, write_tensors
 from serving.engine import Ask, Engine, in_a_loop
 from stages.pools import list_order
 from stages.ranker import load_ranker

@@ -14,7 +14,8 @@ import data
 import icebreaker as ib
 import roles
 import train
-from config import ROOT, UserError, load_config, read_json
+from config import load_config
+from files import ROOT, UserError, read_json
 from roles import rules
 from roles.writer import Writer
 from run import Run

@@ -30,7 +30,8 @@ from schemathesis.specs.openapi.checks import negative_data_rejection, positive_
 
 import data
 import serve
-from config import ROOT, Config, UserError, digest, write_json
+from config import Config
+from files import ROOT, UserError, digest, write_json
 from serving import front, queue
 from serving.engine import METHODS, Answer, Interest, Starter
 from serving.store import Store

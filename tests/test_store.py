@@ -19,8 +19,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from config import UserError
 from data import Session, User
+from files import UserError
 from serving import database, taps
 from serving.store import Store
 from serving.taps import BadEvent

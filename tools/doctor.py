@@ -19,7 +19,8 @@ import torch
 from huggingface_hub import constants
 
 import llm
-from config import ROOT, Config, GeneratorConfig
+from config import Config, GeneratorConfig
+from files import ROOT
 from llm.model import LARGEST_ON_CPU
 from tools.plan import CONTEXT, FRAGMENTATION, GIB, cached_file, find_shape, stage_bytes
 

@@ -17,7 +17,8 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 import llm
-from config import Config, GeneratorConfig, UserError
+from config import Config, GeneratorConfig
+from files import UserError
 from llm.logps import HEAD_CHUNK
 from stages.dpo import HELD_OUT_LISTS
 
