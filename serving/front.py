@@ -17,8 +17,9 @@ import time
 import uuid
 from urllib.parse import urlsplit
 
-from fastapi import HTTPException
+from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 
 from config import Config, UserError
 from serving.desk import Desk
@@ -140,25 +141,19 @@ class Front:
 
     async def _whole(self, scope, receive):
         """The body, read within its limits, as a `receive`; None where the client has left."""
-        text, more = b"", True
-        length = dict(scope["headers"]).get(b"content-length", b"0")  # a chunked body has none
-        too_large = HTTPException(413, f"body: more than {MAX_BODY} bytes")
-        if not length.isdigit() or int(length) > MAX_BODY:
-            raise too_large
+        text = bytearray()  # bytes would be copied for each part
         try:
             async with asyncio.timeout(self.settings.timeout):
-                while more:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        return None
-                    text += message.get("body", b"")
-                    more = message.get("more_body", False)
+                async for part in Request(scope, receive).stream():
+                    text += part
                     if len(text) > MAX_BODY:
-                        raise too_large
+                        raise HTTPException(413, f"body: more than {MAX_BODY} bytes")
         except TimeoutError:
             raise HTTPException(408, "body: too slow (serve.timeout)") from None
+        except ClientDisconnect:
+            return None
         # Whole, as routes wait for the client to leave, which shows only behind the body.
-        body = [{"type": "http.request", "body": text, "more_body": False}]
+        body = [{"type": "http.request", "body": bytes(text), "more_body": False}]
 
         async def again():  # once the body, then what tells that the client has left
             return body.pop() if body else await receive()

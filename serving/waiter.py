@@ -20,7 +20,6 @@ from serving.desk import Desk
 from serving.engine import Answer
 from serving.queue import Job
 
-TOO_LONG = "not written within serve.timeout; try again"
 STORE_FAILED = "the store cannot be used at the moment; try again"
 
 
@@ -56,7 +55,7 @@ class Waiter:
             return await asyncio.wait_for(self.inbox.get(), patience)
         except TimeoutError:
             self.finished = True
-            raise HTTPException(504, TOO_LONG) from None
+            raise HTTPException(504, "not written within serve.timeout; try again") from None
 
     async def _kept(self, item: Answer | str) -> dict:  # the reply; raises HTTPException for a text
         self.finished = True
