@@ -35,7 +35,6 @@ class UserState:
 
     user_id: str
     interests: list[str]  # trigger interests T_u, best first
-    scores: list[float]  # s(u, h) of each
     embeddings: torch.Tensor  # (M, D)
     taste: torch.Tensor  # (D + 1,), ib.tap_taste of the lists shown before
 
@@ -191,7 +190,7 @@ class Run:
         return {
             user_id: [
                 UserState(
-                    user_id, cut["interests"], cut["scores"], self.encoder(cut["interests"]),
+                    user_id, cut["interests"], self.encoder(cut["interests"]),
                     self.taste(shown_before(shown[user_id], moment)),
                 )
                 for cut, moment in zip(cuts, self._moments(self.users[user_id]), strict=True)

@@ -36,7 +36,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 
 import data
-from config import ROOT, Config, UserError, file_digest, load_config, script
+from config import Config, load_config
+from files import ROOT, UserError, file_digest, script
 from serving.bodies import FIELDS, EventsBody, Fault, Reply, SessionsBody, StartersBody
 from serving.desk import Desk, precompute
 from serving.engine import Engine

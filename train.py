@@ -175,7 +175,7 @@ def run_stages(config: Config, wanted: list[str]) -> None:
     llm.quiet_libraries()
     if config.data.feedback:
         with explained(config, "dpo"):
-            feedback.train_round(config, wanted, free=HOW)
+            feedback.feedback_round(config, wanted, free=HOW)
         return
     run, needed = Run(config), set(wanted)
     players = players_of(run)

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from config import UserError
+from files import UserError
 
 VERSION = 1  # of the tables, in PRAGMA user_version
 WAIT = 10.0  # seconds for another process's lock

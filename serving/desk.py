@@ -15,7 +15,8 @@ import prometheus_client as prometheus
 
 import data
 import roles
-from config import Config, digest, progress
+from config import Config
+from files import digest, progress
 from serving.bodies import StartersBody
 from serving.engine import Answer, Ask, Engine
 from serving.queue import Job, Queue
@@ -29,6 +30,7 @@ ALL_SECONDS = 3600.0  # for so long "there are no more good ones" is believed
 def make_metrics() -> SimpleNamespace:
     """Of one app. Labels are routes, reasons and sources: nothing of a user."""
     registry = prometheus.CollectorRegistry()
+    prometheus.ProcessCollector(registry=registry)  # memory, CPU seconds, open files
     common = {"namespace": "icebreaker", "registry": registry}
     steps = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32)  # seconds
     histogram = functools.partial(prometheus.Histogram, buckets=steps, **common)

@@ -28,7 +28,8 @@ import data
 import icebreaker as ib
 import llm
 import roles
-from config import Config, UserError, digest
+from config import Config
+from files import UserError, digest
 from roles.players import Players
 from roles.writer import Writer
 from run import Run, UserState, history_of, profile_text, profile_vector
@@ -246,8 +247,7 @@ class Engine:
         # PE, as the paper's, hears of everything, the latest first.
         told = list(range(len(scores)))[::-1] if ask.method == "PE" else kept
         state = UserState(ask.user.user_id, [history.texts[j] for j in told],
-                          [scores[j] for j in told], history.embeddings[told],
-                          self.run.taste(ask.shown))
+                          history.embeddings[told], self.run.taste(ask.shown))
         interests = [Interest(history.texts[j], scores[j], j in kept) for j in shown]
         threshold = self.distiller.threshold(history) if scores else None
         return Case(ask, gone, state, interests, threshold)

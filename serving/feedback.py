@@ -28,8 +28,8 @@ from pathlib import Path
 import numpy as np
 
 import llm
-from config import Config, RunFolder, UserError, load_config
-from files import digest, file_digest, gather, processes, read_json, write_json
+from config import Config, RunFolder, load_config
+from files import UserError, digest, file_digest, gather, processes, read_json, write_json
 from roles.players import Players
 from roles.writer import Writer
 from run import SPLITS, Run, UserState, one_line, shown_before
@@ -89,7 +89,7 @@ class Round:  # one feedback round of a run, and what it learns from
 # ------------------------------------------------------------------------------------- the command
 
 
-def train_round(config: Config, wanted: list[str], free: Iterable[str]) -> None:
+def feedback_round(config: Config, wanted: list[str], free: Iterable[str]) -> None:
     """Train, check and perhaps publish one round; go on with one that was interrupted.
 
     free: settings (section.key) in which the round may differ from its run. Raises UserError if
@@ -124,17 +124,17 @@ def train_round(config: Config, wanted: list[str], free: Iterable[str]) -> None:
     print(f"{name}: {len(rows)} lists of {users} users, {taps} taps; from {start['version']}")
     # All at once: vectors differ by rounding where a resumed round encodes in other batches.
     run.encoder(sorted({text for row in rows for text in (*row["starters"], *row["interests"])}))
-    run_stage(new, "ranker", key)
+    feedback_stage(new, "ranker", key)
     if "dpo" not in wanted:
         print(f"{name}: now --stage dpo, with the same data.feedback")
         return
-    run_stage(new, "dpo", key)
+    feedback_stage(new, "dpo", key)
     verdict, seconds = publish(new, check(new)), round(time.time() - started, 1)
     run.folder.log("feedback", round=number, accepted=verdict["accepted"], seconds=seconds)
     print(f"{name}: {verdict['reason']} ({seconds} s; figures in {run.folder / new.folder})")
 
 
-def run_stage(new: Round, stage: str, key: str) -> None:
+def feedback_stage(new: Round, stage: str, key: str) -> None:
     folder, place = new.run.folder, f"{new.folder}/{stage}"
     if folder.is_done(place, key):
         print(f"{stage}: already done with this store and these settings, skipped")
@@ -251,8 +251,7 @@ def states_of(
 
     def state(one: Shown, moment: datetime) -> UserState:
         taste = run.taste(shown_before(seen[one.user_id], moment))
-        scores = [0.0] * len(one.interests)  # the store keeps none, and nothing here asks
-        return UserState(one.user_id, one.interests, scores, run.encoder(one.interests), taste)
+        return UserState(one.user_id, one.interests, run.encoder(one.interests), taste)
 
     pairs, latest = [], {}
     for user_id, user_lists in shown.items():

@@ -21,7 +21,8 @@ from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
-from config import Config, UserError
+from config import Config
+from files import UserError
 from serving.desk import Desk
 from serving.queue import log, where
 

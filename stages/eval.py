@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError, atomic_path, progress, write_json
+from files import UserError, atomic_path, progress, read_json, write_json
 from roles.players import Players
 from run import Run
 from stages.metrics import (
@@ -79,7 +79,8 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
     )
     # By chance, never the best ones.
     shown = random.Random(run.seed("examples")).sample(rows, min(len(rows), settings.examples))
-    scores = {u: s.scores for u, s in states.items()}  # s(u, h) of the interests on the page
+    triggers = read_json(run.folder / "rid" / "triggers.json")  # has s(u, h) of each interest
+    scores = {u: triggers[u][-1]["scores"] for u in states}
     write_report(result, shown, whole, scores, run.folder / "eval")
     return {"test_users": len(states), "starters": str(run.folder / "eval" / "starters.jsonl")}
 
