@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import t
 
-from config import atomic_path, write_json
+from files import atomic_path, write_json
 from stages.metrics import COLUMNS, LEGEND, bootstrap, escape, paper_figures
 from tables import experiments, figures
 from tables.claims import LIFTS, Seeds, claims_page, judged, paired, pooled, values_of
