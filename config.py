@@ -1,4 +1,4 @@
-"""Settings, run folders, progress, and files that are whole or absent.
+"""Settings, their reader, and the folder that a run describes itself in.
 
 Defaults live in the models below and nowhere else. A YAML file overrides them, `section.key=value`
 words on the command line override the file:
@@ -25,7 +25,6 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from files import *  # noqa: F403  (the other files import settings and files from here)
 from files import ROOT, UserError, atomic_path, file_digest, meet, processes, read_json, write_json
 
 Count = Annotated[int, Field(gt=0)]

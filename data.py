@@ -24,7 +24,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 from pydantic_core import ValidationError
 
-from config import UserError, atomic_path
+from files import UserError, atomic_path
 
 MOST_FAULTS = 20  # bad lines that are listed; the rest are counted
 

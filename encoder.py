@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import UserError, progress, read_tensors, write_tensors
+from files import UserError, progress, read_tensors, write_tensors
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 
 import train
-from config import ROOT, load_config, script
+from config import load_config
+from files import ROOT, script
 from tables import reproduce
 
 

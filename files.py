@@ -1,5 +1,5 @@
 """What every file below needs: files that are whole or absent, digests, the processes of one
-`torchrun`, progress that a log can show, and the end of a script. Imported through config.py.
+`torchrun`, progress that a log can show, and the end of a script.
 """
 
 from __future__ import annotations

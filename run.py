@@ -22,8 +22,11 @@ import torch
 
 import data
 import icebreaker as ib
-from config import Config, RunFolder, UserError, digest, progress, read_json
+from config import Config, RunFolder
 from encoder import Encoder
+from files import UserError, digest, progress, read_json
+
+SPLITS = ("train", "valid", "judge", "test")  # of users: what each is for stands in Run.split
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,6 @@ class UserState:
 
     user_id: str
     interests: list[str]  # trigger interests T_u, best first
-    scores: list[float]  # s(u, h) of each
     embeddings: torch.Tensor  # (M, D)
     taste: torch.Tensor  # (D + 1,), ib.tap_taste of the lists shown before
 
@@ -118,12 +120,14 @@ class Run:
 
     @cached_property
     def splits(self) -> dict[str, str]:
-        """user_id -> "train", "valid", "judge" or "test"."""
-        d = self.config.data
+        return self.split(self.users)
+
+    def split(self, user_ids: Iterable[str]) -> dict[str, str]:
+        """user_id -> "train", "valid", "judge" or "test", of any people."""
         # By a hash of the id: more users move nobody to another split.
         # train: generator and ranker; valid: early stops, gate; judge: the ranker that judges.
-        shares = {"train": d.train, "valid": d.valid, "judge": d.judge, "test": d.test}
-        return data.split_users(self.users, shares, self.config.run.seed)
+        shares = {name: getattr(self.config.data, name) for name in SPLITS}
+        return data.split_users(user_ids, shares, self.config.run.seed)
 
     def ids(self, *splits: str) -> list[str]:
         return [user_id for user_id in self.users if self.splits[user_id] in splits]
@@ -151,11 +155,9 @@ class Run:
 
     @cached_property
     def profiles(self) -> dict[str, torch.Tensor]:
-        """Embedding (D,) of each user's profile; zeros where there is none."""
-        texts = {u.user_id: profile_text(u) for u in self.users.values()}
-        self.encoder(sorted({text for text in texts.values() if text}))
-        none = torch.zeros(self.encoder.dim)  # adds nothing to the user tower
-        return {u: self.encoder([text])[0] if text else none for u, text in texts.items()}
+        """Embedding (D,) of each user's profile."""
+        self.encoder(sorted({text for u in self.users.values() if (text := profile_text(u))}))
+        return {u.user_id: profile_vector(u, self.encoder) for u in self.users.values()}
 
     @cached_property
     def slot_rates(self) -> torch.Tensor:
@@ -188,7 +190,7 @@ class Run:
         return {
             user_id: [
                 UserState(
-                    user_id, cut["interests"], cut["scores"], self.encoder(cut["interests"]),
+                    user_id, cut["interests"], self.encoder(cut["interests"]),
                     self.taste(shown_before(shown[user_id], moment)),
                 )
                 for cut, moment in zip(cuts, self._moments(self.users[user_id]), strict=True)
@@ -228,6 +230,12 @@ def history_of(
 def profile_text(user: data.User) -> str:
     # Sorted: the order of a JSON object says nothing.
     return "; ".join(f"{k}: {v}" for k, v in sorted((user.profile or {}).items()))
+
+
+def profile_vector(user: data.User, encode: Encoder) -> torch.Tensor:
+    """Embedding (D,) of a user's profile; zeros where there is none."""
+    text = profile_text(user)
+    return encode([text])[0] if text else torch.zeros(encode.dim)  # adds nothing to the user tower
 
 
 # ------------------------------------------------------------------------------------------ figures

@@ -2,13 +2,11 @@
 
     python serve.py --run runs/tiny                  # then open http://127.0.0.1:8000
     python serve.py --run runs/tiny --precompute     # writes lists ahead for every user, and exits
-    curl -s http://127.0.0.1:8000/v1/starters -H 'Content-Type: application/json' \\
-        -d '{"sessions": [{"summary": "Night trains to Vienna"}], "n": 3}'
 
 A request passes, in this order, these files of serving/: front.py (key, origin, size, load), a
 route below, desk.py (is the answer in the store? else an ask), queue.py (the engine's one
 thread), engine.py (the models), desk.py again (what is kept of the answer). The API is described by
-/openapi.json, which /docs shows.
+/openapi.json, which /docs shows, and docs/serving.md has examples.
 
 No text of a user is in a log, in an error or in a metric, and none becomes a path. Of an ask with
 its sessions inline nothing is kept. Retries are safe: PUT replaces, events count once.
@@ -18,212 +16,207 @@ import argparse
 import asyncio
 import contextlib
 import gc
-import html
-import json
 import logging
 import math
 import os
-import re
 import signal
 import socket
 import sqlite3
 import sys
 import time
 from pathlib import Path
+from typing import Annotated
 
 import prometheus_client as prometheus
 import torch
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request
+import yaml
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 
 import data
-from config import ROOT, Config, UserError, file_digest, load_config, script
-from serving.bodies import Event, Events, Fault, Held, Reply, request_models
+from config import Config, load_config
+from files import ROOT, UserError, file_digest, script
+from serving.bodies import FIELDS, EventsBody, Fault, Reply, SessionsBody, StartersBody
 from serving.desk import Desk, precompute
 from serving.engine import Engine
-from serving.front import ASK, Front, busy, key_for
+from serving.front import Front, busy, key_for
 from serving.queue import Full, log, where
 from serving.store import Store
+from serving.taps import BadEvent
 from serving.waiter import STORE_FAILED, Stream, Waiter, whole_stream
 
 STATUSES = (400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503, 504)  # beside 200 and 422
+# Looked up by name: no path is made of what a client sent.
+PAGES = {path.name: path for path in (ROOT / "serving" / "web").iterdir() if path.is_file()}
 
 
 def create_app(config: Config, engine: Engine, store: Store, host: str = "127.0.0.1") -> FastAPI:
     """The app that is served on `host`. Raises UserError where that needs a key and has none."""
     key, desk = key_for(config, host), Desk(config, engine, store)
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI):  # when all requests are finished
-        yield
-        await asyncio.to_thread(desk.close)
-
-    faults = {status: {"model": Fault} for status in STATUSES}
     app = FastAPI(title="IceBreaker", version="1", docs_url=None, redoc_url=None,
-                  redirect_slashes=False, lifespan=lifespan, responses=faults)
+                  redirect_slashes=False, lifespan=lifespan,
+                  responses={status: {"model": Fault} for status in STATUSES},
+                  exception_handlers={RequestValidationError: refuse,
+                                      sqlite3.OperationalError: no_store})
     app.state.desk, app.state.server = desk, None  # server: uvicorn's, while it serves
     app.add_middleware(Front, desk=desk, host=host, key=key)  # before every route, also new ones
-    bodies = request_models(config.serve.max_sessions)
-    add_starters(app, desk, bodies.Starters)
-    add_people(app, desk, bodies.Sessions)
-    add_reports(app, desk)
-    add_health(app, desk)
-    add_pages(app)
-    # A name of a field is the project's, any other key is the client's.
-    models = (*vars(bodies).values(), Event, Events, data.Session, data.Message)
-    fields = {name for model in models for name in model.model_fields} | {"body", "path", "user_id"}
-
-    @app.exception_handler(RequestValidationError)
-    async def refuse(request: Request, error: RequestValidationError):
-        """Which field and why, never what it held: a key of a profile is not named either."""
-        faults = [{"loc": [part if isinstance(part, int) or part in fields else "*"
-                           for part in fault["loc"]], "msg": fault["msg"], "type": fault["type"]}
-                  for fault in error.errors()[:20]]  # of a body with thousands of faults
-        return JSONResponse({"detail": faults}, 422)
-
-    @app.exception_handler(sqlite3.OperationalError)
-    async def no_store(request: Request, error: sqlite3.OperationalError):
-        log.error("store: %s", where(error))  # a full disk, or a process that holds the file
-        return JSONResponse({"detail": STORE_FAILED}, 503, {"Retry-After": "1"})
-
+    app.include_router(router)
     desk.queue.thread.start()  # last: before, only this thread uses the models
     return app
 
 
-def invalid(*place_and_reason: str) -> RequestValidationError:
-    """The error of a field that pydantic lets through: its place in the body, and the reason."""
-    *place, reason = place_and_reason
-    loc = ["body", *(int(part) if part.isdigit() else part for part in place)]  # numbers: of a list
-    return RequestValidationError([{"loc": loc, "msg": reason, "type": "value_error"}])
+@contextlib.asynccontextmanager
+async def lifespan(app: FastAPI):
+    yield
+    await asyncio.to_thread(app.state.desk.close)  # when all requests are finished
+
+
+async def refuse(request: Request, error: RequestValidationError) -> JSONResponse:
+    # Which field and why, never what it held: a key of a profile is not named either.
+    faults = [{"loc": [part if isinstance(part, int) or part in FIELDS else "*"
+                       for part in fault["loc"]], "msg": fault["msg"], "type": fault["type"]}
+              for fault in error.errors()[:20]]  # of a body with thousands of faults
+    return JSONResponse({"detail": faults}, 422)
+
+
+async def no_store(request: Request, error: sqlite3.OperationalError) -> JSONResponse:
+    log.error("store: %s", where(error))  # a full disk, or a process that holds the file
+    return JSONResponse({"detail": STORE_FAILED}, 503, {"Retry-After": "1"})
+
+
+def invalid(reason: str, *place: str | int) -> RequestValidationError:
+    # Of a field that pydantic lets through.
+    return RequestValidationError([{"loc": ["body", *place], "msg": reason, "type": "value_error"}])
 
 
 # ------------------------------------------------------------------------------------------- routes
 
-
-def add_starters(app: FastAPI, desk: Desk, body_model: type) -> None:
-    """Starters for somebody. body_model: of bodies.py, with this server's limits."""
-    # FastAPI cannot tell from the code that a route may answer with events.
-    event = {"type": "object", "properties": {
-        "event": {"enum": ["interests", "starter", "done", "error"]},
-        "data": {"type": "string", "contentMediaType": "application/json"}}}
-    stream = {200: {"content": {"text/event-stream": {"schema": event}}}}
-
-    @app.post(ASK, response_model=Reply, responses=stream)
-    async def starters(body: body_model, request: Request):
-        """Starters for a user by id, or for the sessions given. stream: server-sent events
-        `interests`, `starter` each, `done` with the whole reply, or `error`."""
-        if body.method and body.method not in desk.engine.methods:
-            raise invalid("method", f"this run has {', '.join(desk.engine.methods)}")
-        started = time.monotonic()
-        # In a thread: the store may wait for its disk, and the loop for nobody.
-        ready = await asyncio.to_thread(desk.look_up, body, request.state.request_id)
-        if isinstance(ready, dict):
-            desk.metrics.first.observe(time.monotonic() - started)
-            if body.stream:
-                return Response("".join(whole_stream(ready)), media_type="text/event-stream")
-            return JSONResponse(ready)
-        try:
-            waiter = Waiter(desk, ready, request, body.stream)
-        except Full:  # found only now, as what is in the store needs no place
-            desk.release(ready)
-            raise busy(desk) from None
-        return Stream(waiter) if body.stream else await waiter.reply()
+router = APIRouter()
+# FastAPI cannot tell from the code that a route may answer with events.
+EVENTS = {200: {"content": {"text/event-stream": {"schema": {"type": "object", "properties": {
+    "event": {"enum": ["interests", "starter", "done", "error"]},
+    "data": {"type": "string", "contentMediaType": "application/json"}}}}}}}
 
 
-def add_people(app: FastAPI, desk: Desk, body_model: type) -> None:
-    """What becomes known of people: histories, taps; and their deletion."""
-
-    @app.put("/v1/users/{user_id:path}/sessions", response_model=Held)
-    def put_sessions(user_id: data.Name, body: body_model):  # no async: FastAPI takes a thread
-        """Append to a user's history; a session_id that is held is replaced."""
-        held = desk.put(user_id, body.sessions, body.profile)  # on the disk when it returns
-        return JSONResponse({"user_id": user_id, "sessions": held})
-
-    @app.delete("/v1/users/{user_id:path}", response_model=dict[str, dict[str, int]])
-    def delete_user(user_id: data.Name):
-        """Remove everything of a user; how many rows by table."""
-        return JSONResponse({"removed": desk.delete(user_id)})
-
-    @app.post("/v1/events", response_model=dict[str, int])
-    def events(body: Events):
-        """What was shown and tapped: all of these events or none, on the disk when answered.
-        How many of them were new."""
-        try:
-            new = desk.store.record([(e.impression_id, e.type, e.slot) for e in body.events])
-        except ValueError as error:  # events[2].slot: reason
-            place, _, reason = str(error).partition(": ")
-            raise invalid(*re.findall(r"\w+", place), reason) from None
-        return JSONResponse({"recorded": new})
+async def _desk(request: Request) -> Desk:  # async, or it would take a thread
+    return request.app.state.desk
 
 
-def add_reports(app: FastAPI, desk: Desk) -> None:
-    """What the page shows beside starters."""
-
-    @app.get("/v1/examples")
-    def examples():
-        """Some simulated people, where the run has them."""
-        # Without messages, which the page does not show.
-        keys = {"user_id": True, "profile": True,
-                "sessions": {"__all__": {"session_id", "timestamp", "summary"}}}
-        return JSONResponse([u.model_dump(mode="json", include=keys) for u in desk.examples()])
-
-    @app.get("/v1/ab")
-    def ab():
-        """Taps per shown starter by method."""
-        return JSONResponse(desk.store.rates())
-
-    @app.get("/v1/model")
-    def model():
-        engine = desk.engine
-        return {"model": engine.version, "methods": list(engine.methods), "arms": list(desk.arms)}
+AppDesk = Annotated[Desk, Depends(_desk)]
 
 
-def add_health(app: FastAPI, desk: Desk) -> None:
-    """For whoever watches the process."""
+@router.post("/v1/starters", response_model=Reply, responses=EVENTS)
+async def starters(body: StartersBody, request: Request, desk: AppDesk):
+    """Starters for a user by id, or for the sessions given. stream: server-sent events
+    `interests`, `starter` each, `done` with the whole reply, or `error`."""
+    if body.method and body.method not in desk.engine.methods:
+        raise invalid(f"this run has {', '.join(desk.engine.methods)}", "method")
+    check_number(body.sessions or [], desk)
+    started = time.monotonic()
+    # In a thread: the store may wait for its disk, and the loop for nobody.
+    ready = await asyncio.to_thread(desk.look_up, body, request.state.request_id)
+    if isinstance(ready, dict):
+        desk.metrics.first.observe(time.monotonic() - started)
+        if body.stream:
+            return Response("".join(whole_stream(ready)), media_type="text/event-stream")
+        return JSONResponse(ready)
+    try:
+        waiter = Waiter(desk, ready, request, body.stream)
+    except Full:  # found only now, as what is in the store needs no place
+        desk.release(ready)
+        raise busy(desk) from None
+    return Stream(waiter) if body.stream else await waiter.reply()
 
-    @app.get("/livez")
-    async def livez():  # the process runs
-        return {"status": "alive"}
 
-    @app.get("/readyz")
-    async def readyz():  # and takes requests: not any more once it was told to stop
-        ready = desk.queue.thread.is_alive() and not getattr(app.state.server, "should_exit", 0)
-        return JSONResponse({"status": "ready" if ready else "stopping"}, 200 if ready else 503)
-
-    @app.get("/metrics", response_class=PlainTextResponse)
-    def metrics():
-        text = prometheus.generate_latest(desk.metrics.registry)
-        return Response(text, media_type=prometheus.CONTENT_TYPE_LATEST)
+def check_number(sessions: list, desk: Desk) -> None:
+    if len(sessions) > (most := desk.settings.max_sessions):
+        raise invalid(f"more than {most} (serve.max_sessions)", "sessions")
 
 
-def add_pages(app: FastAPI) -> None:
-    # Looked up by name: no path is made of what a client sent.
-    files = {path.name: path for path in (ROOT / "serving" / "web").iterdir() if path.is_file()}
+@router.put("/v1/users/{user_id:path}/sessions", response_model=dict[str, str | int])
+def put_sessions(user_id: data.Name, body: SessionsBody, desk: AppDesk):
+    """Append to a user's history; a session_id that is held is replaced. How many are held."""
+    # No async, here and below: FastAPI takes a thread, which may wait for the disk.
+    check_number(body.sessions, desk)
+    held = desk.put(user_id, body.sessions, body.profile)
+    return JSONResponse({"user_id": user_id, "sessions": held})
 
-    @app.get("/docs", include_in_schema=False)
-    def docs():
-        # Without the usual page's scripts, which come from elsewhere: POLICY refuses them.
-        parts = {f"{verb.upper()} {path}": text for path, verbs in app.openapi()["paths"].items()
-                 for verb, text in verbs.items()} | {"Schemas": app.openapi()["components"]}
-        return HTMLResponse("<h1>IceBreaker</h1>" + "".join(
-            f"<h2>{name}</h2><pre>{html.escape(json.dumps(text, indent=1))}</pre>"
-            for name, text in parts.items()))
 
-    @app.get("/", include_in_schema=False)
-    @app.get("/web/{name}", include_in_schema=False)
-    def page(name: str = "index.html"):
-        if name not in files:
-            raise HTTPException(404, "no such page")
-        return FileResponse(files[name])
+@router.delete("/v1/users/{user_id:path}", response_model=dict[str, dict[str, int]])
+def delete_user(user_id: data.Name, desk: AppDesk):
+    """Remove everything of a user; how many rows by table."""
+    return JSONResponse({"removed": desk.delete(user_id)})
+
+
+@router.post("/v1/events", response_model=dict[str, int])
+def events(body: EventsBody, desk: AppDesk):
+    """What was shown and tapped: all of these events or none, on the disk when answered.
+    How many of them were new."""
+    try:
+        new = desk.store.taps.record([(e.impression_id, e.type, e.slot) for e in body.events])
+    except BadEvent as error:
+        raise invalid(error.reason, *error.place) from None
+    return JSONResponse({"recorded": new})
+
+
+@router.get("/v1/examples")
+def examples(desk: AppDesk):
+    """Some simulated people, where the run has them."""
+    # Without messages, which the page does not show.
+    keys = {"user_id": True, "profile": True,
+            "sessions": {"__all__": {"session_id", "timestamp", "summary"}}}
+    return JSONResponse([u.model_dump(mode="json", include=keys) for u in desk.examples()])
+
+
+@router.get("/v1/ab")
+def ab(desk: AppDesk):
+    """Taps per shown starter by method."""
+    return JSONResponse(desk.store.taps.rates())
+
+
+@router.get("/v1/model")
+def model(desk: AppDesk):
+    return {"model": desk.engine.version, "methods": desk.engine.methods, "arms": list(desk.arms)}
+
+
+@router.get("/livez")
+async def livez():  # the process runs
+    return {"status": "alive"}
+
+
+@router.get("/readyz")
+async def readyz(request: Request, desk: AppDesk):
+    # And takes requests: not any more once it was told to stop.
+    if desk.queue.thread.is_alive() and not getattr(request.app.state.server, "should_exit", 0):
+        return {"status": "ready"}
+    return JSONResponse({"status": "stopping"}, 503)
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+def metrics(desk: AppDesk):
+    text = prometheus.generate_latest(desk.metrics.registry)
+    return Response(text, media_type=prometheus.CONTENT_TYPE_LATEST)
+
+
+@router.get("/docs", include_in_schema=False)
+def docs(request: Request):  # as text: FastAPI's page needs scripts from elsewhere
+    return PlainTextResponse(yaml.safe_dump(request.app.openapi(), sort_keys=False))
+
+
+@router.get("/", include_in_schema=False)
+@router.get("/web/{name}", include_in_schema=False)
+def page(name: str = "index.html"):
+    if name not in PAGES:
+        raise HTTPException(404, "no such page")
+    return FileResponse(PAGES[name])
 
 
 # ----------------------------------------------------------------------------------------- commands
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket at the address. Raises UserError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # Named as TCP, or asyncio leaves Nagle's algorithm on: 40 ms a reply.
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -278,9 +271,9 @@ def main() -> None:
     gc.freeze()  # or a full collection looks at all of torch, and everyone waits for 0.3 s
     sock.listen(2048)  # who comes before uvicorn is ready waits
     host, port = sock.getsockname()[:2]  # --port 0: a free one
-    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    users = len(store.user_ids())
-    print(f"{address}  model {engine.version}, {users} users; Ctrl-C ends", flush=True)
+    address = f"[{host}]" if ":" in host else host  # of IPv6
+    print(f"http://{address}:{port}  model {engine.version}, {len(store.user_ids())} users; "
+          "Ctrl-C ends", flush=True)
     serve(app, sock)
 
 

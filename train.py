@@ -35,18 +35,8 @@ from pathlib import Path
 import torch
 
 import llm
-from config import (
-    ROOT,
-    Config,
-    GeneratorConfig,
-    UserError,
-    digest,
-    file_digest,
-    gather,
-    load_config,
-    processes,
-    script,
-)
+from config import Config, GeneratorConfig, load_config
+from files import ROOT, UserError, digest, file_digest, gather, processes, script
 from roles.players import Players, players_of
 from run import Run, one_line, sum_counts
 from serving import feedback
@@ -185,7 +175,7 @@ def run_stages(config: Config, wanted: list[str]) -> None:
     llm.quiet_libraries()
     if config.data.feedback:
         with explained(config, "dpo"):
-            feedback.train_round(config, wanted, free=HOW)
+            feedback.feedback_round(config, wanted, free=HOW)
         return
     run, needed = Run(config), set(wanted)
     players = players_of(run)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 
 from benchmarks.common import Row, bits, gpu_marks, gpu_notes, gpu_rows, table
-from config import ROOT, read_json, write_json
+from files import ROOT, read_json, write_json
 
 SCRIPTS = ("dpo", "sit", "sampling", "contrastive", "list_search", "list_quality", "precision")
 RESULTS = ROOT / "results"

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from config import ROOT
+from files import ROOT
 from llm import quiet_libraries
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "sentence-transformers", "pyversity")

@@ -31,7 +31,8 @@ import torch
 import llm
 from benchmarks.common import quiet_libraries, tokens
 from benchmarks.dpo import our_step, trl_step
-from config import ROOT, Config, load_config
+from config import Config, load_config
+from files import ROOT
 from llm.sampling import Draw, Tree
 from stages.dpo import HELD_OUT_LISTS
 from stages.steps import Best, new_optimiser, step

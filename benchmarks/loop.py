@@ -25,7 +25,8 @@ import httpx
 import numpy as np
 
 from benchmarks.serve import server
-from config import ROOT, load_config
+from config import load_config
+from files import ROOT
 from run import Run
 from stages.metrics import bootstrap
 from world import people

@@ -30,7 +30,8 @@ from torch.utils._pytree import tree_leaves
 
 import llm
 from benchmarks.common import bits, gpu_marks, gpu_notes, gpu_rows, machine, prepare, tokens
-from config import ROOT, GeneratorConfig
+from config import GeneratorConfig
+from files import ROOT
 from tools import plan
 
 SHAPES = {  # hidden, layers, heads, kv_heads, intermediate, vocabulary, tied

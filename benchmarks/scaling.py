@@ -15,7 +15,7 @@ import sys
 
 import torch
 
-from config import ROOT
+from files import ROOT
 
 SIZES = (250, 500, 1000, 2000)
 STAGES = ("world", "match", "rid", "ranker", "sit", "dpo", "eval")

@@ -28,7 +28,8 @@ import torch
 import data
 import llm
 from benchmarks.common import machine
-from config import ROOT, load_config
+from config import load_config
+from files import ROOT
 from roles.writer import Writer
 from run import Run
 

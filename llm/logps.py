@@ -10,9 +10,6 @@ Legend: B rows, T tokens of a row, Q queries and K keys of attention, C completi
 S scored positions, H hidden, V vocabulary.
 """
 
-from __future__ import annotations
-
-import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from config import processes
+from files import processes
 from llm.model import decoder_and_head
+from llm.prompts import Ids
 
-# ------------------------------------------------------------------------------------------- rows
+HEAD_CHUNK = 256  # positions whose vocabulary row exists at once: V is 150,000 in Qwen2.5
 
 
 @dataclass(frozen=True)
@@ -47,40 +45,29 @@ class TreeRows:
     target: Tensor  # (S,), the list tokens that are predicted from there
 
 
-def tree_rows(prompts: list[list[int]], completions: list[list[list[int]]]) -> TreeRows:
+def tree_rows(prompts: list[Ids], completions: list[list[Ids]]) -> TreeRows:
     """One tree a prompt, several short ones packed into a row: none outgrows the longest tree."""
     sizes = [len(p) + sum(map(len, lists)) for p, lists in zip(prompts, completions, strict=True)]
     width = max(sizes)
-    packed = _first_fit(sizes, width)
-    rows = torch.zeros(4, len(packed), width, dtype=torch.long)  # ids, position, branch, trunk
-    rows[2:] = -1  # of pads, which see each other and are seen by nothing else
-    source: list[list[int]] = [[] for _ in prompts]
-    for r, members in enumerate(packed):
-        at = branch = 0  # the next free place and branch of this row
-        for i in members:
-            trunk, last = branch, r * width + at + len(prompts[i]) - 1  # `last` predicts each list
-            for part in (prompts[i], *completions[i]):
-                begin, n = (0 if branch == trunk else len(prompts[i])), len(part)
-                place = rows[:, r, at : at + n]  # a view: it is written through
-                place[0], place[1] = torch.tensor(part), torch.arange(begin, begin + n)
-                place[2], place[3] = branch, trunk
-                if branch > trunk:
-                    source[i] += [last, *range(r * width + at, r * width + at + n - 1)]
-                at, branch = at + n, branch + 1
-    targets = [token for lists in completions for tokens in lists for token in tokens]
-    sources = [place for places in source for place in places]
-    return TreeRows(*rows, torch.tensor(sources), torch.tensor(targets))
-
-
-def _first_fit(sizes: list[int], width: int) -> list[list[int]]:
-    """Which trees share a row of `width` tokens, longest first."""
-    packed: list[list[int]] = []
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        fits = (row for row in packed if sum(sizes[j] for j in row) + sizes[i] <= width)
-        if (row := next(fits, None)) is None:
-            packed.append(row := [])
-        row.append(i)
-    return packed
+    rows: list[list[tuple[int, int, int, int]]] = []  # id, position, branch and trunk of each token
+    sources: list[list[int]] = [[] for _ in prompts]
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):  # first fit, the longest first
+        r = next((r for r, row in enumerate(rows) if len(row) + sizes[i] <= width), len(rows))
+        if r == len(rows):
+            rows.append([])
+        row, prompt = rows[r], prompts[i]
+        trunk = row[-1][2] + 1 if row else 0
+        row += [(token, t, trunk, trunk) for t, token in enumerate(prompt)]
+        last = r * width + len(row) - 1  # the place from which each list is predicted
+        for branch, tokens in enumerate(completions[i], trunk + 1):
+            first = r * width + len(row)
+            sources[i] += [last, *range(first, first + len(tokens) - 1)]
+            row += [(token, t, branch, trunk) for t, token in enumerate(tokens, len(prompt))]
+    pad = (0, 0, -1, -1)  # pads see each other and are seen by nothing else
+    cells = torch.tensor([row + [pad] * (width - len(row)) for row in rows])  # (B, T, 4)
+    source = torch.tensor([place for places in sources for place in places])
+    target = torch.tensor([token for lists in completions for tokens in lists for token in tokens])
+    return TreeRows(*cells.permute(2, 0, 1).contiguous(), source, target)
 
 
 def tree_mask(branch: Tensor, trunk: Tensor, key_branch: Tensor, dtype: torch.dtype) -> Tensor:
@@ -98,16 +85,12 @@ def tree_mask(branch: Tensor, trunk: Tensor, key_branch: Tensor, dtype: torch.dt
     return bias.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
 
 
-# ----------------------------------------------------------------------------- log-probabilities
-
-
 def completion_logps(
-    model, prompts: list[list[int]], completions: list[list[list[int]]], head_chunk: int = 256
+    model, prompts: list[Ids], completions: list[list[Ids]], head_chunk: int = HEAD_CHUNK
 ) -> list[Tensor]:
     """Summed log-probability of each completion of each prompt: a tensor (C,) for every prompt.
 
-    Differentiable. head_chunk: positions whose vocabulary row exists at once.
-    Raises ValueError if there is no completion, or an empty prompt or completion.
+    Differentiable. Raises ValueError if there is no completion, or an empty prompt or completion.
     """
     lengths = [len(c) for lists in completions for c in lists]
     if not lengths or not all(prompts) or not all(lengths):
@@ -118,57 +101,36 @@ def completion_logps(
     return list(sums.split([len(lists) for lists in completions]))
 
 
-def row_logps(model, rows: TreeRows, head_chunk: int = 256) -> Tensor:
+def row_logps(model, rows: TreeRows, head_chunk: int = HEAD_CHUNK) -> Tensor:
     """Log-probability of every list token, (S,), in the order of rows.source; differentiable."""
     decoder, head = decoder_and_head(model, int(rows.position.max()) + 1)
     device, dtype = head.weight.device, decoder.get_input_embeddings().weight.dtype
     branch, trunk = rows.branch.to(device), rows.trunk.to(device)
-    with _recomputing(decoder):
+    # Only layers in training mode are checkpointed. The flag alone is set, as train() would switch
+    # on the dropout below them, and log-probabilities are to compare.
+    layers = [m for m in decoder.modules() if getattr(m, "gradient_checkpointing", False)]
+    for layer in layers:
+        layer.training = torch.is_grad_enabled()
+    try:
         hidden = decoder(
-            input_ids=rows.ids.to(device), position_ids=rows.position.to(device),
-            attention_mask=tree_mask(branch, trunk, branch, dtype), use_cache=False,
-        ).last_hidden_state  # (B, T, H)
+            input_ids=rows.ids.to(device), position_ids=rows.position.to(device), use_cache=False,
+            attention_mask=tree_mask(branch, trunk, branch, dtype)).last_hidden_state  # (B, T, H)
+    finally:
+        for layer in layers:
+            layer.training = False
     # Prompt tokens are never scored, so no vocabulary row is made for them.
     scored = hidden.flatten(0, 1)[rows.source.to(device)]  # (S, H)
     return _token_logps(head, scored, rows.target.to(device), head_chunk)
 
 
-@contextlib.contextmanager
-def _recomputing(decoder):
-    """Let gradient checkpointing act without switching dropout on."""
-    # transformers asks each layer for training mode, which the modules below it (dropout) must
-    # not be in where log-probabilities are compared.
-    layers = [m for m in decoder.modules() if getattr(m, "gradient_checkpointing", False)]
-    before = [layer.training for layer in layers]
-    try:
-        for layer in layers:
-            layer.training = torch.is_grad_enabled()  # the flag alone; train() would go below
-        yield
-    finally:
-        for layer, training in zip(layers, before, strict=True):
-            layer.training = training
-
-
 def averaged_gradients(model) -> Callable[..., list[Tensor]]:
     """completion_logps of a model whose gradients DDP averages over the processes of a torchrun."""
+    logps = torch.nn.Module()  # DDP wraps nothing else
+    logps.model, logps.forward = model, functools.partial(completion_logps, model)
     if processes()[1] == 1:
-        return functools.partial(completion_logps, model)
+        return logps
     # The base and the adapters were loaded alike everywhere, so nothing need be sent at the start.
-    return torch.nn.parallel.DistributedDataParallel(_Logps(model), init_sync=False)
-
-
-class _Logps(torch.nn.Module):
-    """completion_logps as the forward of a module, which is what DDP wraps."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, *args) -> list[Tensor]:
-        return completion_logps(self.model, *args)
-
-
-# --------------------------------------------------------------------------------------- the head
+    return torch.nn.parallel.DistributedDataParallel(logps, init_sync=False)
 
 
 def _token_logps(head, hidden: Tensor, targets: Tensor, chunk: int) -> Tensor:
@@ -180,9 +142,9 @@ def _token_logps(head, hidden: Tensor, targets: Tensor, chunk: int) -> Tensor:
     def chunk_logps(h: Tensor, y: Tensor) -> Tensor:
         return -F.cross_entropy(head(h).float(), y, reduction="none")
 
+    if len(targets) <= chunk:
+        return chunk_logps(hidden, targets)
     chunks = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    if not torch.is_grad_enabled() or len(targets) <= chunk:
-        return torch.cat([chunk_logps(h, y) for h, y in chunks])
     # The logits of a chunk are computed again in backward, or autograd would keep those of all.
     return torch.cat([checkpoint(chunk_logps, h, y, use_reentrant=False) for h, y in chunks])
 

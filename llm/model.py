@@ -6,8 +6,6 @@ LoRA (arXiv:2106.09685) on every linear layer but the head, NF4 weights as of QL
     hf download Qwen/Qwen2.5-7B-Instruct --local-dir FOLDER   # then generator.model=FOLDER
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import warnings
@@ -17,11 +15,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
-from config import ROOT, GeneratorConfig, UserError, atomic_path
+from config import GeneratorConfig
+from files import ROOT, UserError, atomic_path
 
 # peft takes seconds to import, for which a command without an adapter need not wait: it is imported
 # where an adapter is made or loaded.
-LARGEST_ON_CPU = 2e9  # parameters in 4 bit; a larger model would take days
+LARGEST_ON_CPU = 2  # billion parameters in 4 bit; a larger model would take days
 
 
 def quiet_libraries() -> None:
@@ -35,9 +34,6 @@ def model_path(generator: GeneratorConfig) -> str:
     """generator.model, a hub id or a folder; where it is empty, the embedded model's folder."""
     # Relative, as an adapter keeps its base's path and may go with its run to another machine.
     return generator.model or os.path.relpath(ROOT / "weights" / "tiny")
-
-
-# ---------------------------------------------------------------------------------------- loading
 
 
 def load_tokenizer(path: str, revision: str = ""):
@@ -54,30 +50,27 @@ def load_tokenizer(path: str, revision: str = ""):
 def load_generator(
     path: str, load_in_4bit: bool = False, gradient_checkpointing: bool = False, revision: str = ""
 ):
-    """A causal LM from safetensors; float32 on a CPU, bfloat16 on a GPU, NF4 if asked for.
-
-    path: a local folder or a hub id, of which `revision` is taken. Raises UserError with what to
-    do where it cannot be loaded.
-    """
+    """A causal LM of a folder or the hub; float32 on a CPU, bfloat16 on a GPU, NF4 if asked for."""
     gpu = torch.cuda.is_available()
-    if load_in_4bit and not gpu:
-        _refuse_giants(path, revision)
+    if load_in_4bit and not gpu:  # refused before any weight is read
+        with torch.device("meta"):  # shapes without memory
+            bare = AutoModelForCausalLM.from_config(_load(AutoConfig, path, revision))
+        if (billions := bare.num_parameters() / 1e9) > LARGEST_ON_CPU:
+            raise UserError(
+                f"generator.model={path}: {billions:.1f} billion parameters in 4 bit need a GPU, "
+                f"and there is none; name a model of at most {LARGEST_ON_CPU} billion")
     dtype = torch.bfloat16 if gpu else torch.float32  # a CPU is slower in 16 bit
-    nf4 = BitsAndBytesConfig(
+    nf4 = BitsAndBytesConfig(  # the scales are quantised too: 0.4 bit a weight less
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_use_double_quant=True,  # the scales are quantised too: 0.4 bit a weight less
-    )
+        bnb_4bit_use_double_quant=True)
     model, info = _load(
         AutoModelForCausalLM, path, revision, dtype=dtype, use_safetensors=True,
         quantization_config=nf4 if load_in_4bit else None, output_loading_info=True,
         device_map={"": torch.cuda.current_device() if gpu else "cpu"},
-        attn_implementation="sdpa",  # takes the masks of tree rows, which flash attention does not
-    )
+        attn_implementation="sdpa")  # takes the masks of tree rows, which flash attention does not
     if absent := sorted(info["missing_keys"]):  # transformers fills them with random numbers
-        raise UserError(
-            f"generator.model={path}: {len(absent)} weights are missing, {absent[0]} the first; "
-            f"download it again"
-        )
+        count = f"{len(absent)} weights are missing, {absent[0]} the first"
+        raise UserError(f"generator.model={path}: {count}; download it again")
     for module in model.modules():
         # On a CPU with AVX512-BF16, bitsandbytes repacks the weights at the first eval-mode
         # forward, and training after it is silently wrong.
@@ -103,43 +96,24 @@ def _load(kind, path: str, revision: str, **settings):
         raise
     except Exception as error:  # a file may be broken in as many ways as there are readers
         reason = " ".join(str(error).split())[:200]
-        advice = (
-            "set generator.load_in_4bit=false" if "bitsandbytes" in reason else
-            "name a local folder (where a hub can be reached: hf download MODEL --local-dir "
-            "FOLDER), or leave it empty for the embedded model"
-        )
+        advice = "set generator.load_in_4bit=false"
+        if "bitsandbytes" not in reason:
+            advice = ("name a local folder (where a hub can be reached: hf download MODEL "
+                      "--local-dir FOLDER), or leave it empty for the embedded model")
         raise UserError(f"generator.model={path}: cannot be loaded ({reason}); {advice}") from None
 
 
-def _refuse_giants(path: str, revision: str) -> None:
-    """Raise UserError, before any weight is read, for a model that would take days on a CPU."""
-    config = _load(AutoConfig, path, revision)
-    with torch.device("meta"):  # shapes without memory
-        size = AutoModelForCausalLM.from_config(config).num_parameters()
-    if size > LARGEST_ON_CPU:
-        raise UserError(
-            f"generator.model={path}: {size / 1e9:.1f} billion parameters in 4 bit need a GPU, and "
-            f"there is none; name a model of at most {LARGEST_ON_CPU / 1e9:.0f} billion"
-        )
-
-
-# --------------------------------------------------------------------------------------- adapters
-
-
 def add_lora(model, rank: int, alpha: int, seed: int):
-    """LoRA on all linear layers but the head; no dropout, so log-probabilities compare."""
+    """LoRA on all linear layers but the head, without dropout: log-probabilities compare."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)  # A is random; B is zero, so that it begins as the bare model
-    settings = LoraConfig(  # "all-linear" of PEFT leaves out the head
-        r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
+    linear = "all-linear"  # PEFT's word for them; it leaves out the head
+    settings = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules=linear)
     return get_peft_model(model, settings).eval()
 
 
 def load_adapter(model, folder: str | Path, trainable: bool):
-    """The model with a saved adapter on it."""
     from peft import PeftModel
 
     return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable).eval()
@@ -152,10 +126,8 @@ def save_adapter(model, folder: str | Path) -> None:
 
 
 def merge_adapter(model, adapter: str | Path, tokenizer, folder: str | Path, card: str) -> None:
-    """Write the model with the adapter added into its weights in 16 bit, tokenizer and model card.
-
-    model: in 16 or 32 bit. Into a 4-bit base the sum would be rounded to 4 bit again.
-    """
+    """Write the model (16 or 32 bit) with the adapter in its weights, tokenizer and model card."""
+    # In 16 bit: into a 4-bit base the sum would be rounded to 4 bit again.
     merged = load_adapter(model, adapter, trainable=False).merge_and_unload().bfloat16()
     with atomic_path(folder) as temporary:
         merged.save_pretrained(temporary, safe_serialization=True)
@@ -180,6 +152,5 @@ def decoder_and_head(model, length: int):
     if other - {"sliding_attention"} or (other and length > window):
         raise UserError(
             f"generator.model: {', '.join(sorted(other))} layers see less than a text of {length} "
-            f"tokens; lower generator.max_prompt_tokens or name a model of full attention"
-        )
+            f"tokens; lower generator.max_prompt_tokens or name a model of full attention")
     return causal.get_decoder(), causal.get_output_embeddings()

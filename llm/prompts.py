@@ -6,24 +6,25 @@ Whatever a user or a model wrote is data: none of it becomes a control token of 
 opens or closes a field, or parts a starter in two.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from config import UserError
+from files import UserError
 
-# ---------------------------------------------------------------------------- interests -> tokens
+Ids = list[int]  # the tokens of a text
+QUOTES = "\"'“”‘’«»「」"  # of English, French and Chinese
+NO_DOUBLE_QUOTES = str.maketrans("", "", "\"“”«»「」")  # single ones may be apostrophes
+# A run of spaces, quotes, bullets and numbering; not the 3 of "3.5 mm jacks".
+LEAD = re.compile(rf"(?:[\s{QUOTES}\-*•·–—]|[①-⑳]|\(?\d{{1,2}}[.)、](?!\d))+")
 
 
 def encode_prompt(
     tokenizer, interests: list[str], n: int, instruction: str, max_tokens: int
-) -> list[int]:
+) -> Ids:
     """Chat template + instruction + one line an interest -> ids, max_tokens at most."""
     # The template is encoded apart from the user's text, whose control tokens are never parsed.
-    # Lines that do not fit are left out from the end: callers order by importance.
     head, tail = user_turn(tokenizer, instruction.format(n=n))
     return head + _encode_lines(tokenizer, interests, max_tokens - len(head) - len(tail)) + tail
 
@@ -38,36 +39,30 @@ def prompt_text(tokenizer, interests: list[str], n: int, instruction: str, max_t
     return begin + lines
 
 
-def user_turn(tokenizer, begin: str = "") -> tuple[list[int], list[int]]:
+def user_turn(tokenizer, begin: str = "") -> tuple[Ids, Ids]:
     """Ids of the chat template before and behind what a user says, which starts with `begin`."""
-    mark = "\x00"  # stands in no template, and no template alters it
+    text, mark = "\x00\n", "\x00"  # the mark stands in no template, and no template alters it
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True
-        )
-    else:
-        text = f"{mark}\n"
+        turn = [{"role": "user", "content": mark}]
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     before, after = text.split(mark)
     return tuple(tokenizer.encode(s, add_special_tokens=False) for s in (before + begin, after))
 
 
-def _encode_lines(tokenizer, interests: list[str], room: int) -> list[int]:
+def _encode_lines(tokenizer, interests: list[str], room: int) -> Ids:  # room: tokens
+    """Whole lines, from the first on as many as fit: callers order them by importance."""
     if room < 1 and interests:
-        raise UserError(
-            "generator.max_prompt_tokens: the chat template and the instruction leave no room for "
-            "an interest; raise it"
-        )
-    body: list[int] = []  # whole lines, so that no subject is cut
+        raise UserError("generator.max_prompt_tokens: there is no room for an interest; raise it")
+    body: Ids = []
     for interest in interests:
         line = encode_text(tokenizer, f"\n- {plain(interest)}")
         if len(body) + len(line) > room:
-            body += line[:room] if not body else []  # one interest, even if it must be cut
-            break
+            return body or line[:room]  # one interest, even if it must be cut
         body += line
     return body
 
 
-def encode_text(tokenizer, text: str) -> list[int]:
+def encode_text(tokenizer, text: str) -> Ids:
     """Ids of somebody's text, among which is no added token, whatever the text says."""
     how = {"add_special_tokens": False, "split_special_tokens": True}
     ids = tokenizer.encode(text, **how)
@@ -77,9 +72,6 @@ def encode_text(tokenizer, text: str) -> list[int]:
         return ids
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
     return [i for c in text if c not in added for i in tokenizer.encode(c, **how)]
-
-
-# ---------------------------------------------------------------------------- starters <-> field
 
 
 def plain(text: str) -> str:
@@ -92,7 +84,7 @@ def format_starters(starters: Iterable[str]) -> str:
     return f"<sug> {' && '.join(map(plain, starters))} </sug>"
 
 
-def encode_completion(tokenizer, starters: list[str]) -> list[int]:
+def encode_completion(tokenizer, starters: list[str]) -> Ids:
     """Ids of `<sug> a && b </sug>` and the end token."""
     return encode_text(tokenizer, format_starters(starters)) + [tokenizer.eos_token_id]
 
@@ -112,38 +104,32 @@ def parse_starters(text: str) -> Parsed:
     end without its last item, which is taken for cut short unless it ends like a sentence.
     """
     body = text[text.rfind("</think>") + 1 :]  # the whole text if there is no such tag
-    last_close = body.rfind("</sug>")  # rfind, not a pattern: hostile text must not take long
-    start = body.rfind("<sug>", 0, last_close) if last_close >= 0 else -1
-    closed = start >= 0
+    # Searches for a tag, no pattern with a star: hostile text must not take long.
+    _, closed, field = body.rpartition("</sug>")[0].rpartition("<sug>")
     if not closed:
-        start = body.rfind("<sug>")
-    if start < 0:  # neither a closed field nor an open one
-        return Parsed((), "no <sug> field")
-    start += len("<sug>")
-    items = body[start : body.find("</sug>", start) if closed else None].split("&&")
+        _, opened, field = body.rpartition("<sug>")
+        if not opened:
+            return Parsed((), "no <sug> field")
+    items = field.partition("</sug>")[0].split("&&")
     if not closed and not items[-1].rstrip().endswith(tuple("?!.？！。")):
         items.pop()  # max_new_tokens ran out in it
-        if not items:
-            return Parsed((), "unclosed <sug> field")
-    starters = tuple(filter(None, map(clean_starter, items)))
-    return Parsed(starters, None if starters else "empty <sug> field")
-
-
-QUOTES = "\"'“”‘’«»「」"
-# A run of spaces, quotes, bullets and numbering; not the 3 of "3.5 mm jacks".
-LEAD = re.compile(rf"(?:[\s{QUOTES}\-*•·–—]|[①-⑳]|\(?\d{{1,2}}[.)、](?!\d))+")
-NO_DOUBLE_QUOTES = str.maketrans("", "", "\"“”«»「」")  # single ones may be apostrophes
+    # Where a quote between two & goes, a separator is left: none may stand inside a starter.
+    cleaned = (re.sub("&{2,}", "&", clean_starter(item)) for item in items)
+    starters = tuple(filter(None, cleaned))
+    reason = "empty <sug> field" if items else "unclosed <sug> field"
+    return Parsed(starters, None if starters else reason)
 
 
 def clean_starter(item: str) -> str:
     """One line without control characters, bullets, numbering or surrounding quotes."""
     item = "".join(" " if unicodedata.category(c)[0] == "C" else c for c in item)
     item = " ".join(item.split())
-    lead = LEAD.match(item)
-    if lead:
-        item = item[lead.end() :]
-        if any(c in QUOTES for c in lead[0]):  # the partner of a stripped quote goes as well
-            item = " ".join(item.translate(NO_DOUBLE_QUOTES).split()).rstrip(QUOTES + " ")
-            # Without a limit, hostile text would recurse a thousand times.
-            return clean_starter(item) if LEAD.match(item) and len(item) < 1000 else item
-    return item
+    if not (lead := LEAD.match(item)):
+        return item
+    item = item[lead.end() :]
+    if not any(c in QUOTES for c in lead[0]):
+        return item
+    # The partner of a stripped quote goes as well.
+    item = " ".join(item.translate(NO_DOUBLE_QUOTES).split()).rstrip(QUOTES + " ")
+    # Without a limit, hostile text would recurse a thousand times.
+    return clean_starter(item) if LEAD.match(item) and len(item) < 1000 else item

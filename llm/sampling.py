@@ -12,8 +12,6 @@ Legend: B prompts with an open sample, n samples of each, Q slots of open sample
 T new tokens at most, H hidden.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,46 +21,42 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from config import digest, progress
+from files import digest, progress
 from llm.logps import tree_mask
 from llm.model import decoder_and_head
-from llm.prompts import encode_text
+from llm.prompts import Ids
 
 
-def sample(
-    model, tokenizer, prompts: Sequence[str | list[int]], n: int, **settings
-) -> list[list[str]]:
-    """n completions of each prompt, as text; settings as of sample_ids.
+@dataclass(frozen=True)
+class Prefix:
+    """The first tokens of every prompt, and what each layer keeps of them."""
 
-    Prompts given as text are encoded plainly: control tokens in them are not parsed.
-    """
-    ids = [encode_text(tokenizer, p) if isinstance(p, str) else p for p in prompts]
-    drawn = sample_ids(model, tokenizer, ids, n, **settings)
+    ids: Ids  # (P,)
+    layers: list[tuple[Tensor, Tensor]]  # keys and values, (1, heads, P, d) each
+
+
+NO_PREFIX = Prefix([], [])
+
+
+def sample(model, tokenizer, prompts: list[Ids], n: int, **settings) -> list[list[str]]:
+    """Token ids of prompts -> n completions of each, as text; settings as of sample_ids."""
+    drawn = sample_ids(model, tokenizer, prompts, n, **settings)
     return [tokenizer.batch_decode(tokens, skip_special_tokens=True) for tokens in drawn]
 
 
 @torch.no_grad()
 def sample_ids(
-    model,
-    tokenizer,
-    prompts: list[list[int]],
-    n: int,
-    *,
-    max_new_tokens: int,
-    temperature: float,  # 0: greedy
-    top_p: float,
-    top_k: int = 0,  # 0: all tokens
-    seed: int,
+    model, tokenizer, prompts: list[Ids], n: int, *, max_new_tokens: int, seed: int,
+    temperature: float, top_p: float, top_k: int = 0,  # temperature 0: greedy; top_k 0: all tokens
     rows: int = 256,  # completions that are decoded together
-    stop: str = "</sug>",
+    stop: str = "</sug>",  # this text ends a completion, as an end token does
     numbers: Sequence[int] | None = None,  # of the prompts, for their random numbers: 0, 1, 2, ...
-    prefix: Prefix | None = None,  # with which all prompts begin, read once
+    prefix: Prefix = NO_PREFIX,  # with which all prompts begin, read once
     watch: Callable[[Tensor], Tensor] | None = None,
-    draw: Draw | None = None,  # for tests; else one by temperature, top_p, top_k and seed
+    draw=None,  # tests and benchmarks: in place of a Draw by temperature, top_p, top_k and seed
 ) -> list[Tensor]:
     """Token ids of n completions of each prompt, (n, T) each, with pads behind each end.
 
-    A completion ends with an end token or with the text `stop`.
     watch: called after each step with the ids so far, (b, n, steps), of the b <= rows / n prompts
     decoded together; samples for which it returns True, (b, n), are given up.
     Raises ValueError for an empty prompt or n < 1.
@@ -82,25 +76,15 @@ def sample_ids(
             tree.write(draw(tree.logits, tree.prompt, tree.sample, tree.steps))
             ended = ends(tree)
             if watch:
-                ended |= tree.slots_of(watch(tree.tokens[:, :n, : tree.steps]))
+                given_up = F.pad(watch(tree.tokens[:, :n, : tree.steps]), (0, 1))  # not nobody's
+                ended |= given_up.to(ended.device)[tree.prompt[:, None], tree.sample]
             tree.step(ended)
         drawn.update(zip(batch, tree.tokens[:, :n], strict=True))
     return [drawn[i] for i in range(len(prompts))]
 
 
-# --------------------------------------------------------------------------------------- the tree
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """The first tokens of every prompt, and what each layer keeps of them."""
-
-    ids: list[int]  # (P,)
-    layers: list[tuple[Tensor, Tensor]]  # keys and values, (1, heads, P, d) each
-
-
 @torch.no_grad()
-def read_prefix(model, ids: list[int]) -> Prefix:
+def read_prefix(model, ids: Ids) -> Prefix:
     """Read tokens with which prompts begin; it holds as long as the model's weights do."""
     decoder, head = decoder_and_head(model, len(ids))
     cache = Cache([_Buffer(len(ids)) for _ in range(decoder.config.num_hidden_layers)])
@@ -114,20 +98,23 @@ class Tree:
 
     # A slot grows a sample; it is dropped with its sample, a prompt with its last one. Of 3 prompts
     # with 3 samples, where prompt 1 is done and sample 1 of prompt 0 has ended:
-    #
     # prompt   0, 2              # (B,)
     # sample   0 2 3 | 0 1 2     # (B, Q), the one that each slot grows; 3 = n is nobody's
     # token    the one that each slot has just written, (B, Q); logits (B, Q, V) of the next one
     # tokens   of all samples of all prompts, and a row for nobody, (prompts, n + 1, T)
     # branch   of all keys in the cache, (B, keys): 0 prompt, -1 pad, 1 + sample
 
-    def __init__(self, model, prompts: list[list[int]], n: int, most: int, pad: int, prefix=None):
+    def __init__(self, model, prompts: list[Ids], n: int, most: int, pad: int, prefix=NO_PREFIX):
         """Read the prompts, from the end of `prefix` on; most: T, the tokens a sample may have."""
         b, width = len(prompts), max(map(len, prompts))
         self.decoder, self.head = decoder_and_head(model, width + most)
         device, layers = self.head.weight.device, range(self.decoder.config.num_hidden_layers)
         self.cache = Cache([_Buffer(width + n * most) for _ in layers])
-        past = self._take_up(prefix, prompts) if prefix else 0
+        past = len(prefix.ids)
+        if any(p[:past] != prefix.ids or len(p) == past for p in prompts):
+            raise ValueError("sample: a prompt does not go on from the prefix")
+        for layer, parts in zip(self.cache.layers, prefix.layers, strict=past > 0):
+            layer.update(*(part.expand(b, *part.shape[1:]) for part in parts))
         self.n, self.most, self.steps = n, most, 0
         self.length = torch.tensor([len(p) for p in prompts], device=device)  # (prompts,)
         self.prompt = torch.arange(b, device=device)
@@ -142,36 +129,21 @@ class Tree:
         # One vocabulary row a prompt: all its samples begin alike.
         self.logits = self.head(last).float()[:, None].expand(b, n, -1)
 
-    def _take_up(self, prefix: Prefix, prompts: list[list[int]]) -> int:
-        """Begin the cache with the prefix; returns its length."""
-        past = len(prefix.ids)
-        if any(p[:past] != prefix.ids or len(p) == past for p in prompts):
-            raise ValueError("sample: a prompt does not go on from the prefix")
-        for layer, parts in zip(self.cache.layers, prefix.layers, strict=True):
-            layer.update(*(part.expand(len(prompts), *part.shape[1:]) for part in parts))
-        return past
-
     def _read(self, ids: Tensor, position: Tensor, branch: Tensor, trunk: Tensor) -> Tensor:
         """Tokens (B, Q), which the cache takes in -> hidden states (B, Q, H)."""
         dtype = self.decoder.get_input_embeddings().weight.dtype
         mask = tree_mask(branch, trunk, self.branch, dtype)
-        cache = {"past_key_values": self.cache, "use_cache": True}
-        read = self.decoder(input_ids=ids, position_ids=position, attention_mask=mask, **cache)
-        return read.last_hidden_state
+        return self.decoder(
+            input_ids=ids, position_ids=position, attention_mask=mask,
+            past_key_values=self.cache, use_cache=True).last_hidden_state
 
     @property
     def is_open(self) -> bool:
         return self.steps < self.most and bool((self.sample < self.n).any())
 
-    def write(self, token: Tensor) -> None:
-        """The next token of each slot, (B, Q)."""
+    def write(self, token: Tensor) -> None:  # (B, Q), the next one of each slot
         self.tokens[self.prompt[:, None], self.sample, self.steps] = token
         self.token, self.steps = token, self.steps + 1
-
-    def slots_of(self, samples: Tensor) -> Tensor:
-        """Boolean (prompts, n) -> (B, Q), of the slots that grow these samples."""
-        samples = F.pad(samples, (0, 1)).to(self.sample.device)  # nobody's is none of them
-        return samples[self.prompt[:, None], self.sample]
 
     def step(self, ended: Tensor) -> None:
         """End the samples of these slots, (B, Q); read what the others have just written."""
@@ -207,21 +179,18 @@ class _Buffer(DynamicLayer):
         self.size, self.length = size, 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
-        b, heads, t, d = key_states.shape
         if not self.is_initialized:  # dtype and device are known from here on
             self.lazy_initialization(key_states, value_states)
+            b, heads, _, d = key_states.shape
             self.keys = key_states.new_empty(b, heads, self.size, d)
             self.values = value_states.new_empty(b, heads, self.size, value_states.shape[-1])
-        begin, self.length = self.length, self.length + t
+        begin, self.length = self.length, self.length + key_states.shape[2]
         self.keys[:, :, begin : self.length] = key_states
         self.values[:, :, begin : self.length] = value_states
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]  # views
 
     def get_seq_length(self) -> int:
         return self.length
-
-
-# -------------------------------------------------------------------------------- drawing, ending
 
 
 class Draw:
@@ -259,8 +228,8 @@ def end_tokens(model, tokenizer) -> set[int]:
 
 
 @functools.lru_cache(maxsize=4)  # a large vocabulary takes longer to walk than a step
-def _tokens_with(tokenizer, character: str) -> list[int]:
-    return sorted(i for text, i in tokenizer.get_vocab().items() if character in text)
+def _completing(tokenizer, stop: str) -> list[int]:
+    return sorted(i for text, i in tokenizer.get_vocab().items() if stop and stop[-1] in text)
 
 
 class Ends:
@@ -269,12 +238,10 @@ class Ends:
     def __init__(self, model, tokenizer, stop: str):
         device = next(model.parameters()).device
         self.ends = torch.tensor(sorted(end_tokens(model, tokenizer)), device=device)
-        last = _tokens_with(tokenizer, stop[-1]) if stop else []
-        self.last = torch.tensor(last, device=device)  # only these can complete `stop`
+        self.last = torch.tensor(_completing(tokenizer, stop), device=device)  # only these can
         self.tokenizer, self.stop, self.pad = tokenizer, stop, tokenizer.pad_token_id
 
-    def __call__(self, tree: Tree) -> Tensor:
-        """Boolean (B, Q), of the tree's slots."""
+    def __call__(self, tree: Tree) -> Tensor:  # bool (B, Q), of the tree's slots
         done = torch.isin(tree.token, self.ends)
         row, slot = torch.isin(tree.token, self.last).nonzero(as_tuple=True)
         if len(row):

@@ -23,7 +23,8 @@ from urllib.parse import urlsplit
 import openai
 
 import llm
-from config import EndpointConfig, UserError, progress
+from config import EndpointConfig
+from files import UserError, progress
 
 
 @dataclass(frozen=True)

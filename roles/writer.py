@@ -19,7 +19,8 @@ import openai
 
 import llm
 import roles
-from config import Config, EndpointConfig, digest, file_digest, gather, share
+from config import Config, EndpointConfig
+from files import digest, file_digest, gather, share
 from roles import chat
 
 
@@ -29,7 +30,7 @@ class Writer:
     def __init__(self, config: Config, answers: Path):
         """answers: SQLite file of what servers have said, so that nothing is asked twice."""
         self.config, self.answers = config, answers  # ":memory:" where nothing may be kept
-        self._servers: dict[str, chat.Sampler] = {}  # by digest of the adapter's weights
+        self._servers: dict[tuple[str, str], chat.Sampler] = {}  # by name there, and weights
         if config.generator.endpoint:  # asked in hours, refused now
             chat.Endpoint(self._endpoint(None), setting="generator.endpoint")
 
@@ -152,11 +153,12 @@ class Writer:
         # A server may know another training's adapter by this name: weights tell them apart.
         weights = adapter / "adapter_model.safetensors" if adapter else None
         policy = file_digest(weights) if weights else digest(self.model_path)
-        if policy not in self._servers:  # one client for all calls, and one count
-            self._servers[policy] = chat.Sampler(
+        key = settings.model, policy  # one client for all calls, and one count
+        if key not in self._servers:
+            self._servers[key] = chat.Sampler(
                 settings, more, self.answers, policy, str(adapter or "")
             )
-        return self._servers[policy]
+        return self._servers[key]
 
     def is_served(self, adapter: Path) -> bool:
         """Whether generator.endpoint says that it has this adapter."""

@@ -3,7 +3,6 @@
 Requests are strict and take no field that is not named here; replies are described, not checked.
 """
 
-from types import SimpleNamespace
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
@@ -12,6 +11,10 @@ import data
 from serving.engine import METHODS, Interest
 
 MAX_TEXT = 2000  # characters of a summary; a message may have 16 times as many
+Line = Annotated[data.Text, StringConstraints(max_length=MAX_TEXT)]
+Profile = Annotated[dict[data.Name, Line], Field(max_length=50)]
+
+# ------------------------------------------------------------------------------------------ replies
 
 
 class ShownStarter(BaseModel):
@@ -32,13 +35,11 @@ class Reply(BaseModel):
     starters: list[ShownStarter] = Field(description="fewer than n where no more are good")
 
 
-class Held(BaseModel):
-    user_id: str
-    sessions: int  # how many
-
-
 class Fault(BaseModel):
     detail: str
+
+
+# ----------------------------------------------------------------------------------------- requests
 
 
 class Body(BaseModel):
@@ -51,47 +52,48 @@ class Event(Body):
     slot: Annotated[int, Field(ge=0, le=100)] | None = None  # of a tap
 
 
-class Events(Body):
+class EventsBody(Body):
     events: Annotated[list[Event], Field(min_length=1, max_length=100)]
 
 
-def request_models(max_sessions: int) -> SimpleNamespace:
-    """The bodies with histories, whose number of sessions is a setting."""
-    line = Annotated[data.Text, StringConstraints(max_length=MAX_TEXT)]
-    facts = Annotated[dict[data.Name, line], Field(max_length=50)]
-    most = Field(max_length=max_sessions)
+class Message(data.Message):
+    content: Annotated[data.Text, StringConstraints(max_length=16 * MAX_TEXT)]
 
-    class Message(data.Message):
-        content: Annotated[data.Text, StringConstraints(max_length=16 * MAX_TEXT)]
 
-    class Session(data.Session):
-        summary: line | None = None
-        messages: Annotated[list[Message], Field(max_length=200)] | None = None
+class Session(data.Session):
+    summary: Line | None = None
+    messages: Annotated[list[Message], Field(max_length=200)] | None = None
 
-    class InlineSession(Session):
-        session_id: data.Name | None = None  # its place, where there is none
 
-    class StartersBody(Body):
-        user_id: data.Name | None = None
-        sessions: Annotated[list[InlineSession], most] | None = None
-        profile: facts | None = None
-        n: Annotated[int, Field(ge=1, le=10)] = 5  # starters; perhaps fewer are good
-        refresh: bool = False  # other starters than those that were answered, shown or not
-        exclude: Annotated[list[line], Field(max_length=100)] = []
-        method: Literal[METHODS] | None = None  # the user's arm, where none is named
-        stream: bool = False
+class InlineSession(Session):
+    session_id: data.Name | None = None  # its place, where there is none
 
-        @field_validator("sessions")
-        @classmethod
-        def _without_user(cls, sessions, info):
-            if sessions is not None and info.data.get("user_id") is not None:
-                raise ValueError("either user_id or sessions: inline ones belong to no user")
-            return sessions and data.each_once([  # a "#1" of the client's may stand there already
-                s if s.session_id else s.model_copy(update={"session_id": f"#{i}"})
-                for i, s in enumerate(sessions, 1)])
 
-    class SessionsBody(Body):
-        sessions: Annotated[list[Session], most]
-        profile: facts | None = None
+class StartersBody(Body):
+    user_id: data.Name | None = None
+    sessions: list[InlineSession] | None = None  # at most serve.max_sessions, as below
+    profile: Profile | None = None
+    n: Annotated[int, Field(ge=1, le=10)] = 5  # starters; perhaps fewer are good
+    refresh: bool = False  # other starters than those that were answered, shown or not
+    exclude: Annotated[list[Line], Field(max_length=100)] = []
+    method: Literal[METHODS] | None = None  # the user's arm, where none is named
+    stream: bool = False
 
-    return SimpleNamespace(Starters=StartersBody, Sessions=SessionsBody)
+    @field_validator("sessions")
+    @classmethod
+    def _without_user(cls, sessions, info):
+        if sessions is not None and info.data.get("user_id") is not None:
+            raise ValueError("either user_id or sessions: inline ones belong to no user")
+        return sessions and data.each_once([  # a "#1" of the client's may stand there already
+            s if s.session_id else s.model_copy(update={"session_id": f"#{i}"})
+            for i, s in enumerate(sessions, 1)])
+
+
+class SessionsBody(Body):
+    sessions: list[Session]
+    profile: Profile | None = None
+
+
+# A name of a field is the project's, any other key is the client's.
+FIELDS = {name for model in (Event, EventsBody, Message, Session, StartersBody, SessionsBody)
+          for name in model.model_fields} | {"body", "path"}

@@ -6,6 +6,7 @@ No HTTP (serve.py) and no thread of its own (queue.py).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 import time
 from types import SimpleNamespace
@@ -14,7 +15,9 @@ import prometheus_client as prometheus
 
 import data
 import roles
-from config import Config, digest, progress
+from config import Config
+from files import digest, progress
+from serving.bodies import StartersBody
 from serving.engine import Answer, Ask, Engine
 from serving.queue import Job, Queue
 from serving.store import Store
@@ -27,24 +30,20 @@ ALL_SECONDS = 3600.0  # for so long "there are no more good ones" is believed
 def make_metrics() -> SimpleNamespace:
     """Of one app. Labels are routes, reasons and sources: nothing of a user."""
     registry = prometheus.CollectorRegistry()
-    prometheus.ProcessCollector(registry=registry)
+    prometheus.ProcessCollector(registry=registry)  # memory, CPU seconds, open files
+    common = {"namespace": "icebreaker", "registry": registry}
     steps = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32)  # seconds
-
-    def make(kind, name: str, meaning: str, *labels: str, **more):
-        return kind(name, meaning, labels, namespace="icebreaker", registry=registry, **more)
-
-    counter, histogram = prometheus.Counter, prometheus.Histogram
+    histogram = functools.partial(prometheus.Histogram, buckets=steps, **common)
+    counter = functools.partial(prometheus.Counter, **common)
     return SimpleNamespace(
         registry=registry,
-        seconds=make(histogram, "request_seconds", "Until the last byte", "route", "status",
-                     buckets=steps),
-        first=make(histogram, "first_starter_seconds", "Until the first starter is sent",
-                   buckets=steps),
-        queue=make(prometheus.Gauge, "queue_length", "Asks that wait"),
-        tokens=make(counter, "generated_tokens", "By the generator"),
-        rejections=make(counter, "rejections", "Requests refused", "reason"),
-        disconnects=make(counter, "disconnects", "Clients that left early"),
-        starters=make(counter, "starters", "Starters answered", "source"),
+        seconds=histogram("request_seconds", "Until the last byte", ["route", "status"]),
+        first=histogram("first_starter_seconds", "Until the first starter is sent"),
+        queue=prometheus.Gauge("queue_length", "Asks that wait", **common),
+        tokens=counter("generated_tokens", "By the generator"),
+        rejections=counter("rejections", "Requests refused", ["reason"]),
+        disconnects=counter("disconnects", "Clients that left early"),
+        starters=counter("starters", "Starters answered", ["source"]),
     )
 
 
@@ -75,63 +74,55 @@ class Desk:
         self.in_flight = 0  # requests, counted by front.py
         self.queue = Queue(engine, config.serve, self.metrics, self)
 
-    def arm(self, user_id: str) -> str:
-        """The method of a user for whom no other is asked."""
+    def arm(self, user_id: str) -> str:  # the method of a user for whom no other is asked
         return data.split_users([user_id], self.arms, self.arms_seed)[user_id]
 
     def _key(self, user: data.User, model: str, method: str) -> str:
         return digest(self.engine.history_hash(user), model, method)
 
-    def _job(self, user: data.User, method: str, n: int, avoid: list[str]) -> Job:
-        lists = list(self.store.shown(user.user_id))[-MOST_SHOWN:]
-        # (starter, slot, tapped): the taste that the ranker is told.
-        shown = [(y, i, i in s.clicked) for s in lists for i, y in enumerate(s.starters)]
-        job = Job(Ask(user, n=n, shown=shown, avoid=avoid, method=method), by_id=True)
+    def _job(self, ask: Ask, **about) -> Job:
+        job = Job(ask, **about)
         self.jobs.add(job)
         return job
 
-    def look_up(self, asked, request_id: str) -> dict | Job:
+    def _shown(self, user_id: str) -> list[tuple[str, int, bool]]:  # (starter, slot, tapped)
+        lists = [*self.store.taps.shown(user_id)][-MOST_SHOWN:]
+        return [(y, i, i in s.clicked) for s in lists for i, y in enumerate(s.starters)]
+
+    def look_up(self, asked: StartersBody, request_id: str) -> dict | Job:
         """The answer to a request, if it is ready; else a job, to be released in the end."""
-        if asked.user_id is None:
-            return self._inline(asked)
+        draw = time.time_ns() if asked.refresh else 0  # 0: the same answer each time
+        if asked.user_id is None:  # sessions of the request itself: nobody's, so nothing is kept
+            user = data.User(user_id="inline", profile=asked.profile, sessions=asked.sessions or [])
+            method = asked.method or next(iter(self.arms))
+            ask = Ask(data.in_time_order(user), asked.n, [], asked.exclude, method, draw)
+            return self._job(ask, by_id=False)
         with self.lock:
-            user_id, days = asked.user_id, self.settings.repeat_days
+            user_id = asked.user_id
             user = self.store.user(user_id)
             if not user or not (user.sessions or user.profile):  # a newcomer: who says it is whom
                 user = data.User(user_id=user_id, profile=asked.profile, sessions=[])
             method = asked.method or self.arm(user_id)
             row = self.store.ahead(user_id, self._key(user, self.engine.version, method))
-            avoid = self.store.seen(user_id, days, offered=asked.refresh) + asked.exclude
+            avoid = self.store.taps.seen(user_id, self.settings.repeat_days, asked.refresh)
+            avoid += asked.exclude
             left = unseen(row, avoid)
             whole = row and is_all(row) and len(left) == len(row["starters"])  # and more never come
             if row and (len(left) >= asked.n or (whole and not asked.refresh)):
                 left = [s | {"source": "cached"} for s in left]
                 return self._reply(user_id, method, asked.n, row, left, request_id)
-            job = self._job(user, method, asked.n, avoid)
-            job.partial = bool(asked.exclude)
-            if asked.refresh:  # the same draw would be what the client did not want
-                job.ask = dataclasses.replace(job.ask, draw=time.time_ns())
-            return job  # written with the lock open: a deletion marks it as forgotten
-
-    def _inline(self, asked) -> Job:
-        """A job for the sessions of the request itself: nobody's, so that nothing is kept."""
-        user = data.User(user_id="inline", profile=asked.profile, sessions=asked.sessions or [])
-        method = asked.method or next(iter(self.arms))
-        draw = time.time_ns() * asked.refresh  # 0: the same answer each time
-        ask = Ask(data.in_time_order(user), asked.n, [], asked.exclude, method, draw)
-        job = Job(ask, by_id=False)
-        self.jobs.add(job)
-        return job
+            # Written with the lock open: a deletion marks the job as forgotten.
+            ask = Ask(user, asked.n, self._shown(user_id), avoid, method, draw)
+            return self._job(ask, by_id=True, partial=bool(asked.exclude))
 
     def keep(self, job: Job, answer: Answer, request_id: str) -> dict:
         """The reply of a written answer; what it does not show is kept ready."""
         ask, row = job.ask, self._row(answer, job)
         with self.lock:  # a job that was released meanwhile, a deletion has not seen
-            kept = job.by_id and job in self.jobs and not job.forgotten
-            if kept:
-                key = self._key(ask.user, answer.model, ask.method)
-                self.store.put_ahead(ask.user.user_id, key, row, ask.method)
-            user_id = ask.user.user_id if kept else None  # nobody's: no impression id
+            user_id = None  # nobody's: no impression id
+            if job.by_id and job in self.jobs and not job.forgotten:
+                user_id, key = ask.user.user_id, self._key(ask.user, answer.model, ask.method)
+                self.store.put_ahead(user_id, key, row, ask.method)
             return self._reply(user_id, ask.method, ask.n, row, row["starters"], request_id)
 
     def _row(self, answer: Answer, job: Job) -> dict:
@@ -146,7 +137,7 @@ class Desk:
         if user_id is not None and chosen:
             interests = [interest["text"] for interest in row["interests"] if interest["kept"]]
             texts = [starter["text"] for starter in chosen]
-            impression = self.store.offer(user_id, interests, texts, method, row["model"])
+            impression = self.store.taps.offer(user_id, interests, texts, method, row["model"])
             if len(left) - len(chosen) < n and not is_all(row):  # too few for the next request
                 self.queue.ahead(user_id, method, n)
         for starter in chosen:
@@ -162,11 +153,11 @@ class Desk:
             if not user or not user.sessions:  # popular starters cost nothing to look for
                 return None
             row = self.store.ahead(user_id, self._key(user, self.engine.version, method))
-            avoid = self.store.seen(user_id, self.settings.repeat_days, offered=True)
-            if row and (is_all(row) or len(unseen(row, avoid)) >= n):
-                return None
+            avoid = self.store.taps.seen(user_id, self.settings.repeat_days, offered=True)
             ready = [s["text"] for s in unseen(row, avoid)]
-            return self._job(user, method, n, avoid + ready)
+            if row and (is_all(row) or len(ready) >= n):
+                return None
+            return self._job(Ask(user, n, self._shown(user_id), avoid + ready, method), by_id=True)
 
     def finish(self, job: Job, answer: Answer) -> None:
         """Put what was written ahead behind what is ready, if the history is still the same."""
@@ -176,7 +167,7 @@ class Desk:
             key = self._key(job.ask.user, answer.model, method)
             if not user or self._key(user, answer.model, method) != key:  # sessions came meanwhile
                 return
-            seen = self.store.seen(user_id, self.settings.repeat_days)
+            seen = self.store.taps.seen(user_id, self.settings.repeat_days)
             old = unseen(self.store.ahead(user_id, key), seen)  # a client may have taken some
             new = unseen(row, [s["text"] for s in old])
             row["starters"], row["all"] = (old + new)[:MOST_AHEAD], row["all"] or not new

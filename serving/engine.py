@@ -8,7 +8,7 @@ search over the starters of `serve.candidates` sampled lists. Asks are written i
 thread. What the ranker was trained to know of a user's taste is here what the server itself has
 shown and seen tapped.
 
-Legend: B asks, n sampled lists of an ask, T tokens decoded so far, D embedding.
+Legend: B asks, n sampled lists of an ask, T tokens decoded so far, M interests, D embedding.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,12 +25,14 @@ from pathlib import Path
 import torch
 
 import data
+import icebreaker as ib
 import llm
 import roles
-from config import Config, UserError, digest
+from config import Config
+from files import UserError, digest
 from roles.players import Players
 from roles.writer import Writer
-from run import Run, UserState, history_of, profile_text
+from run import Run, UserState, history_of, profile_text, profile_vector
 from serving import feedback
 from stages.cold_start import PopularStarters
 from stages.pools import list_order, score_pools
@@ -70,9 +73,8 @@ class Answer:
 class Ask:
     user: data.User
     n: int  # starters wanted; there may be fewer, and there may be more
-    # (starter, slot, tapped) of lists shown before: the user's taste.
-    shown: list[tuple[str, int, bool]] = dataclasses.field(default_factory=list)
-    avoid: list[str] = dataclasses.field(default_factory=list)  # not to be written
+    shown: Sequence[tuple[str, int, bool]] = ()  # (starter, slot, tapped) of lists shown before
+    avoid: Sequence[str] = ()  # not to be written
     method: str = "IceBreaker"
     draw: int = 0  # another number: other random numbers
     # Called with each good starter of a list as it is decoded; they come first in the answer.
@@ -82,9 +84,7 @@ class Ask:
 
 
 @dataclass
-class Case:
-    """An ask on its way; the fields are Answer's where they have its names."""
-
+class Case:  # an ask on its way; the fields are Answer's where they have its names
     ask: Ask
     gone: Callable[[], bool]  # has its client left?
     state: UserState  # its interests are what the generator is told
@@ -93,10 +93,6 @@ class Case:
     lists: list[list[str]] = dataclasses.field(default_factory=list)  # as written, but fit to show
     emitted: list[Starter] = dataclasses.field(default_factory=list)
     tokens: int = 0
-
-    @property
-    def full(self) -> bool:
-        return len(self.emitted) >= self.ask.n
 
 
 class Engine:
@@ -123,6 +119,7 @@ class Engine:
         self.model, self.ranker, self.adapter, self.version = None, indifferent, None, "sit"
         if not config.generator.endpoint:
             self.model = self.writer.policy(self.run.adapter("sit"))
+        self._names = {"SFT": "default"}  # method -> PEFT's name of its adapter
         self._prefixes: dict[str, llm.Prefix] = {}  # by the name of the policy that has read it
         self._forgotten = False
         self.refresh()
@@ -154,10 +151,12 @@ class Engine:
         adapter, file = self.run.folder / newest["adapter"], Path(newest["ranker"])
         ranker = load_ranker(self.run, file.stem, str(file.parent))
         if self.model:
-            self.model.load_adapter(str(adapter), adapter_name=_name(newest["version"]))
+            name = newest["version"].replace(".", "-")  # PEFT takes a dot for a path
+            self.model.load_adapter(str(adapter), adapter_name=name)
             if self.adapter:
-                self.model.delete_adapter(_name(self.version))
-                self._prefixes.pop(_name(self.version), None)
+                self.model.delete_adapter(self._names["IceBreaker"])
+                self._prefixes.pop(self._names["IceBreaker"], None)
+            self._names["IceBreaker"] = name
             self.model.eval()
         elif not self.writer.is_served(adapter):  # the server of models was not told of it yet
             return False
@@ -165,15 +164,13 @@ class Engine:
         return True
 
     @contextlib.contextmanager
-    def _policy(self, method: str):
-        """(the model as this method writes with it, its name)."""
+    def _policy(self, method: str):  # (the model as this method writes with it, its adapter's name)
         if method == "PE":
             with self.model.disable_adapter():
                 yield self.model, ""
         else:
-            name = "default" if method == "SFT" else _name(self.version)
-            self.model.set_adapter(name)  # all of them stay loaded
-            yield self.model, name
+            self.model.set_adapter(self._names[method])  # all of them stay loaded
+            yield self.model, self._names[method]
 
     # --------------------------------------------------------------------------------- one batch
 
@@ -181,9 +178,8 @@ class Engine:
     def history_hash(user: data.User) -> str:
         return digest(user.model_dump(mode="json"))
 
-    def forget(self) -> None:
-        """Drop every vector that is not of the run, as nobody notes whose text a vector was. For
-        any thread."""
+    def forget(self) -> None:  # for any thread
+        """Drop every vector that is not of the run: nobody notes whose text it was."""
         self.run.encoder.trim(0)
         self._forgotten = True  # once more after the batch that may be running
 
@@ -193,23 +189,22 @@ class Engine:
     ) -> list[Answer | None]:
         """One batch. gone(i), asked at every step: the client of ask i has left; its answer is
         None, and nothing more is decoded for it. (generator.endpoint: it is decoded to the end.)"""
-        leavers = [functools.partial(gone, i) for i in range(len(asks))]
         users = [self._summarised(ask.user) for ask in asks]
-        if not self._encode(asks, users, lambda: all(has_left() for has_left in leavers)):
+        if not self._encode(asks, users, lambda: all(map(gone, range(len(asks))))):
             return [None] * len(asks)
-        cases = self._distil(asks, users, leavers)
+        cases = self._distil(asks, users, gone)
         for method in dict.fromkeys(ask.method for ask in asks):
-            told = [case for case in cases if case.ask.method == method and case.state.interests]
-            if told := [case for case in told if not case.gone()]:
+            if told := [case for case in cases if case.ask.method == method
+                        and case.state.interests and not case.gone()]:
                 self._sample(method, told)
         answers = self._rank(cases)
         most, self._forgotten = 0 if self._forgotten else MOST_VECTORS, False
         self.run.encoder.trim(most)
-        pairs = zip(cases, answers, strict=True)
-        return [None if case.gone() else answer for case, answer in pairs]
+        return [None if case.gone() else answer
+                for case, answer in zip(cases, answers, strict=True)]
 
     def _summarised(self, user: data.User) -> data.User:
-        """With a summary of every session, and without what nobody should be reminded of."""
+        # With a summary of every session, and without what nobody should be reminded of.
         bare = [s for s in user.sessions if not s.summary]
         summaries = iter(self.players.summarise([s.messages for s in bare]) if bare else [])
         sessions = [s if s.summary else s.model_copy(update={"summary": next(summaries)})
@@ -231,34 +226,28 @@ class Engine:
             self.run.encoder(order[start : start + size])
         return True
 
-    def _distil(self, asks: list[Ask], users: list[data.User], leavers: list) -> list[Case]:
+    def _distil(self, asks: list[Ask], users: list[data.User], gone: Callable) -> list[Case]:
         """Summaries -> statistics -> resonance -> gate; users: those of the asks, summarised."""
-        encode, none = self.run.encoder, torch.zeros(self.run.encoder.dim)
+        encode, cases = self.run.encoder, []
         histories = [history_of(user.sessions, None, encode) for user in users]
-        places = [i for i, history in enumerate(histories) if history.texts]
-        scores: dict[int, list[float]] = {}  # s(u, h) of each summary
-        if places:
-            profiles = [encode([profile_text(users[i])])[0] if users[i].profile else none
-                        for i in places]
-            rows = self.distiller.scores([histories[i] for i in places], torch.stack(profiles))
-            scores = {i: row.tolist() for i, row in zip(places, rows, strict=True)}
-        cases = [self._case(asks[i], leavers[i], history, scores.get(i, []))
-                 for i, history in enumerate(histories)]
-        for case in cases:
-            if case.ask.begin:
-                case.ask.begin(case.interests, case.threshold)
+        profiles = torch.stack([profile_vector(user, encode) for user in users])  # (B, D)
+        rows = self.distiller.scores(histories, profiles)  # s(u, h) of each summary
+        for i, (ask, history, row) in enumerate(zip(asks, histories, rows, strict=True)):
+            case = self._case(ask, functools.partial(gone, i), history, row.tolist())
+            cases.append(case)
+            if ask.begin:
+                ask.begin(case.interests, case.threshold)
         return cases
 
-    def _case(self, ask: Ask, gone: Callable, history, scores: list[float]) -> Case:
+    def _case(self, ask: Ask, gone: Callable, history: ib.History, scores: list[float]) -> Case:
         """What the gate keeps of a history, and what the generator is told of it."""
         kept = self.distiller.keep(history, scores) if scores else []
         best = sorted(range(len(scores)), key=lambda j: -scores[j])  # the page shows what was near
         shown = (kept + [j for j in best if j not in kept])[: max(12, len(kept))]
         # PE, as the paper's, hears of everything, the latest first.
         told = list(range(len(scores)))[::-1] if ask.method == "PE" else kept
-        vectors = history.embeddings[told] if told else torch.zeros(0, self.run.encoder.dim)
         state = UserState(ask.user.user_id, [history.texts[j] for j in told],
-                          [scores[j] for j in told], vectors, self.run.taste(ask.shown))
+                          history.embeddings[told], self.run.taste(ask.shown))
         interests = [Interest(history.texts[j], scores[j], j in kept) for j in shown]
         threshold = self.distiller.threshold(history) if scores else None
         return Case(ask, gone, state, interests, threshold)
@@ -272,9 +261,8 @@ class Engine:
         seeds = [int(digest(self.history_hash(a.user), a.avoid, a.draw, method)[:11], 16)
                  for a in (case.ask for case in cases)]  # the same ask, the same answer
         if self.config.generator.endpoint:
-            adapters = {"PE": self.run.adapter(""), "SFT": self.run.adapter("sit")}
-            seed = int(digest(seeds)[:7], 16)
-            written = self.writer.write(adapters.get(method, self.adapter), told, n, seed)
+            adapters = {"PE": None, "SFT": self.run.adapter("sit"), "IceBreaker": self.adapter}
+            written = self.writer.write(adapters[method], told, n, int(digest(seeds)[:7], 16))
             for case, lists in zip(cases, written, strict=True):
                 case.lists = [self._fit(starters, case) for starters in lists]
             return
@@ -292,8 +280,7 @@ class Engine:
         fit = roles.filter_starters(starters, case.state.interests, case.ask.avoid)[0]
         # The filter lets everything pass to who writes neither Chinese nor in Latin letters.
         other = {data.language(text) for text in case.state.interests} == {"other"}
-        return [y for y in fit
-                if not LOST.search(y) and (data.language(y) == "other" or not other)]
+        return [y for y in fit if not LOST.search(y) and (data.language(y) == "other" or not other)]
 
     def _watch(self, tokens: torch.Tensor, cases: list[Case]) -> torch.Tensor:
         """After each step: emit what the first lists have completed; which samples to give up?
@@ -303,7 +290,7 @@ class Engine:
         tokenizer = self.writer.tokenizer
         newest = tokens[:, 0, -1].cpu()  # (B,)
         for i in torch.isin(newest, self._ends).nonzero().flatten().tolist():
-            if cases[i].ask.emit and not cases[i].full:
+            if cases[i].ask.emit:
                 text = tokenizer.decode(tokens[i, 0], skip_special_tokens=True)
                 self._emit(cases[i], llm.parse_starters(text).starters)
         alive = (tokens[..., -1] != tokenizer.pad_token_id).sum(1).tolist()  # samples that go on
@@ -315,39 +302,32 @@ class Engine:
     def _emit(self, case: Case, starters: Sequence[str]) -> None:
         emitted = {starter.text for starter in case.emitted}
         for text in self._fit(starters, case):
-            if text not in emitted and not case.full:
-                (utility,) = self._utilities(case, [text])
+            if text not in emitted and len(case.emitted) < case.ask.n:
+                utility = float(utilities(self.ranker, case.state, self.run.encoder([text])))
                 case.emitted.append(self._starter(case, text, utility))
                 case.ask.emit(case.emitted[-1])
 
     # ---------------------------------------------------------------------------------- the order
-
-    def _utilities(self, case: Case, texts: list[str]) -> list[float]:
-        return utilities(self.ranker, case.state, self.run.encoder(texts)).tolist()
 
     def _starter(self, case: Case, text: str, utility: float) -> Starter:
         state = case.state
         nearest = int((state.embeddings @ self.run.encoder([text])[0]).argmax())  # (M, D) @ (D,)
         return Starter(text, utility, state.interests[nearest], "generated")
 
-    def _rank(self, cases: list[Case]) -> list[Answer]:
-        """Candidates of each case in the order of list search, best list first."""
+    def _rank(self, cases: list[Case]) -> list[Answer]:  # in the order of list search, best first
         pools = [  # none twice, whichever list it stands in, and none that was emitted
-            roles.filter_starters((y for starters in case.lists for y in starters),
-                                  case.state.interests, (s.text for s in case.emitted))[0]
-            for case in cases]
+            roles.filter_starters(itertools.chain(*case.lists), case.state.interests,
+                                  (s.text for s in case.emitted))[0] for case in cases]
         scored = score_pools(self.run.encoder, self.ranker, [case.state for case in cases], pools)
         if self.config.serve.candidates == 1:  # as the paper deploys: the list as it was written
-            orders = [list(range(len(pool))) for pool in pools]
+            orders = [range(len(pool)) for pool in pools]
         else:
             orders = list_order(self.config.dpo, self.config.generator.list_size, *scored,
                                 lists=1 + self.config.serve.ahead)
         answers = []
-        ranked = zip(cases, pools, scored[0].tolist(), orders, strict=True)
-        for case, pool, utility, order in ranked:
-            starters = case.emitted + [self._starter(case, pool[j], utility[j]) for j in order]
-            if not case.state.interests:
-                starters = self._cold_start(case)
+        for case, pool, utility, order in zip(cases, pools, scored[0], orders, strict=True):
+            starters = [self._starter(case, pool[j], float(utility[j])) for j in order]
+            starters = case.emitted + starters if case.state.interests else self._cold_start(case)
             if case.ask.emit:
                 for starter in starters[len(case.emitted) : case.ask.n]:  # the list was too short
                     case.ask.emit(starter)
@@ -368,18 +348,13 @@ class Engine:
             return roles.filter_starters(starters, like, case.ask.avoid)[0]
 
         texts = self.popular.ranked(profile, keep)[: case.ask.n * (1 + self.config.serve.ahead)]
-        rated = zip(texts, self._utilities(case, texts), strict=True)
-        return [Starter(text, utility, None, "cold start") for text, utility in rated]
+        rated = zip(texts, utilities(self.ranker, case.state, self.run.encoder(texts)), strict=True)
+        return [Starter(text, float(utility), None, "cold start") for text, utility in rated]
 
 
 def indifferent(starters: torch.Tensor, **_) -> torch.Tensor:
     """Logits (N,) of a run without a ranker: every starter has utility 0.5."""
     return torch.zeros(len(starters))
-
-
-def _name(version: str) -> str:
-    """The name under which PEFT knows an adapter: no dot, which would be taken for a path."""
-    return version.replace(".", "-")
 
 
 def in_a_loop(tokens: torch.Tensor, last: int = 16, longest: int = 4) -> torch.Tensor:

@@ -3,14 +3,11 @@
     python train.py --stage ranker --stage dpo data.feedback=runs/tiny/serve.sqlite
 
 Goes on from the newest policy of a finished run. `ranker` fits r_util (Eq. 7) again, on the run's
-log and on what the server (serve.py) has shown; `dpo` is one more round as in stages/dpo.py, for
-people of the store, with pairs of a tapped and an ignored list beside the mined ones. Then both are
-checked on people whom they do not know. All is in feedback/round<m>/ of the run; a server of this
-run takes up what feedback/current.json names, which is written when the check is passed. The rules
-of whom a round trusts, and of the check, stand before their code below.
-
-Texts of the store's users are kept in the store alone, where they can be deleted: a round leaves
-weights and figures. Each round reads the whole store anew.
+log and on what the server has shown; `dpo` is one more round as in stages/dpo.py, for people of the
+store, with pairs of a tapped and an ignored list beside the mined ones. Then both are checked on
+people whom they do not know. A round lies in feedback/round<m>/ of the run; a server takes up what
+feedback/current.json names. Texts stay in the store alone, where they can be deleted: a round
+leaves weights and figures, and the next one reads the whole store anew.
 
 Departure: the paper trains on logs once; it names neither rounds from feedback nor a check of them.
 """
@@ -18,7 +15,6 @@ Departure: the paper trains on logs once; it names neither rounds from feedback 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import operator
 import random
 import shutil
@@ -31,14 +27,14 @@ from pathlib import Path
 
 import numpy as np
 
-import data
 import llm
-from config import Config, RunFolder, UserError, load_config
-from files import digest, file_digest, gather, processes, read_json, write_json
+from config import Config, RunFolder, load_config
+from files import UserError, digest, file_digest, gather, processes, read_json, write_json
 from roles.players import Players
 from roles.writer import Writer
-from run import Run, UserState, one_line, shown_before
-from serving.store import Shown, Store
+from run import SPLITS, Run, UserState, one_line, shown_before
+from serving.store import Store
+from serving.taps import Shown
 from stages import dpo
 from stages.metrics import bootstrap
 from stages.pools import searched
@@ -52,20 +48,21 @@ AGREED = ("data", "world", "encoder", "rid", "generator", "sit")
 
 
 def current(run: Run) -> dict | None:
-    """The newest accepted policy: {"adapter", "ranker", "version"}, paths within the run.
-
-    That of feedback, unless the run's own rounds of DPO were trained again since; None if the run
-    has neither.
-    """
+    """The newest accepted policy: {"adapter", "ranker", "version"}, paths within the run; None if
+    the run has none."""
     adapter, rounds = run.adapter("last"), run.config.dpo.rounds
     if not adapter.is_dir():
         return None
-    published = run.folder / "feedback" / "current.json"  # "run": the key of the DPO it came after
+    published = run.folder / "feedback" / "current.json"
+    # Unless the run's own rounds of DPO were trained again since.
     if published.is_file() and (newest := read_json(published))["run"] == _run_key(run.folder):
         return newest
-    weights = file_digest(adapter / "adapter_model.safetensors")
     return {"adapter": f"dpo/round{rounds}/adapter", "ranker": "ranker/train.safetensors",
-            "version": f"round{rounds}-{weights[:8]}"}
+            "version": f"round{rounds}-{_weights(adapter)[:8]}"}
+
+
+def _weights(adapter: Path) -> str:
+    return file_digest(adapter / "adapter_model.safetensors")
 
 
 def _run_key(folder: RunFolder) -> str:
@@ -73,9 +70,7 @@ def _run_key(folder: RunFolder) -> str:
 
 
 @dataclass(frozen=True)
-class Round:
-    """One feedback round of a run, and what it learns from."""
-
+class Round:  # one feedback round of a run, and what it learns from
     run: Run
     players: Players
     number: int
@@ -87,15 +82,14 @@ class Round:
         return f"feedback/round{self.number}"
 
     @property
-    def adapters(self) -> tuple[Path, Path]:
-        """What writes before and after it."""
+    def adapters(self) -> tuple[Path, Path]:  # what writes before and after it
         return self.run.folder / self.start["adapter"], self.run.folder / self.folder / "adapter"
 
 
 # ------------------------------------------------------------------------------------- the command
 
 
-def train_round(config: Config, wanted: list[str], free: Iterable[str]) -> None:
+def feedback_round(config: Config, wanted: list[str], free: Iterable[str]) -> None:
     """Train, check and perhaps publish one round; go on with one that was interrupted.
 
     free: settings (section.key) in which the round may differ from its run. Raises UserError if
@@ -109,7 +103,7 @@ def train_round(config: Config, wanted: list[str], free: Iterable[str]) -> None:
                         "so it has no ranker and no DPO round to go on from")
     rows = gather([read_store(config.data.feedback)] if first else [])[0]
     # By a hash, not as they came: who is early has no more to say.
-    rows.sort(key=lambda row: digest(config.run.seed, row["user_id"], row["at"]))
+    rows.sort(key=lambda row: digest(config.run.seed, row["user_id"], row["timestamp"]))
     lists = by_split(run, rows)
     if not any(shown.clicked for shown in lists["train"]):
         raise UserError(f"data.feedback={config.data.feedback}: no tap by a user of the train "
@@ -123,34 +117,30 @@ def train_round(config: Config, wanted: list[str], free: Iterable[str]) -> None:
     players = Players(config, run.encoder, Writer(config, answers=Path(":memory:")))
     new, name = Round(run, players, number, start, lists), f"feedback round {number}"
     if (end := run.folder / new.folder / "verdict.json").is_file():
-        reason = read_json(end)["reason"]
-        print(f"{name}: already done with this store and these settings: {reason}")
+        print(f"{name}: already done with this store and these settings: "
+              f"{read_json(end)['reason']}")
         return
     users, taps = len({row["user_id"] for row in rows}), sum(len(row["clicked"]) for row in rows)
     print(f"{name}: {len(rows)} lists of {users} users, {taps} taps; from {start['version']}")
     # All at once: vectors differ by rounding where a resumed round encodes in other batches.
     run.encoder(sorted({text for row in rows for text in (*row["starters"], *row["interests"])}))
-    run_stage(new, "ranker", key)
+    feedback_stage(new, "ranker", key)
     if "dpo" not in wanted:
         print(f"{name}: now --stage dpo, with the same data.feedback")
         return
-    run_stage(new, "dpo", key)
+    feedback_stage(new, "dpo", key)
     verdict, seconds = publish(new, check(new)), round(time.time() - started, 1)
     run.folder.log("feedback", round=number, accepted=verdict["accepted"], seconds=seconds)
     print(f"{name}: {verdict['reason']} ({seconds} s; figures in {run.folder / new.folder})")
 
 
-def run_stage(new: Round, stage: str, key: str) -> None:
-    """One stage, unless it is done already."""
+def feedback_stage(new: Round, stage: str, key: str) -> None:
     folder, place = new.run.folder, f"{new.folder}/{stage}"
     if folder.is_done(place, key):
         print(f"{stage}: already done with this store and these settings, skipped")
         return
     print(f"{stage}: running", flush=True)
-    if stage == "dpo":
-        figures = align_policy(new)
-    else:
-        figures = fit_ranker_pair(new) if processes()[0] == 0 else {}  # the first process for all
+    figures = align_policy(new) if stage == "dpo" else fit_ranker_pair(new)
     folder.mark_done(place, key, **figures)
     print(f"{stage}: {one_line(figures)}", flush=True)
 
@@ -159,10 +149,10 @@ def publish(new: Round, verdict: dict) -> dict:
     """Write the verdict and, if the round is accepted, what servers are to take up."""
     folder = new.run.folder
     if verdict["accepted"]:
-        weights = file_digest(new.adapters[1] / "adapter_model.safetensors")
         newest = {"round": new.number, "adapter": f"{new.folder}/adapter",
                   "ranker": f"{new.folder}/ranker/train.safetensors",
-                  "version": f"feedback{new.number}-{weights[:8]}", "run": _run_key(folder)}
+                  "version": f"feedback{new.number}-{_weights(new.adapters[1])[:8]}",
+                  "run": _run_key(folder)}  # the key of the DPO that it came after
         # Before the verdict, which ends the round: one that was killed between is checked again.
         write_json(folder / "feedback" / "current.json", newest)
         verdict["reason"] = f"accepted as {newest['version']}: {verdict['reason']}"
@@ -176,7 +166,7 @@ def publish(new: Round, verdict: dict) -> dict:
 
 
 def refuse_unready(config: Config, wanted: list[str], free: Iterable[str]) -> None:
-    """Raise UserError unless store and finished run are there and this command fits the run."""
+    # Raises UserError unless store and finished run are there and this command fits the run.
     store, folder = config.data.feedback, Path(config.run.root) / config.run.name
     if others := [stage for stage in wanted if stage not in ("ranker", "dpo")]:
         raise UserError("data.feedback: a further round has the stages ranker and dpo alone, not "
@@ -202,7 +192,7 @@ def read_store(path: str) -> list[dict]:
     """Every list that was shown, as JSON holds it; the store may be in use by a server."""
     try:
         with contextlib.closing(Store(path)) as store:
-            rows = [dataclasses.asdict(s) | {"at": s.at.isoformat()} for s in store.shown()]
+            rows = [shown.model_dump(mode="json") for shown in store.taps.shown()]
     except UserError as error:
         raise UserError(f"data.feedback: {error}; give the store of a server (serve.py)") from None
     if not rows:
@@ -213,14 +203,13 @@ def read_store(path: str) -> list[dict]:
 
 def by_split(run: Run, rows: list[dict]) -> dict[str, list[Shown]]:
     """Lists of each split's users: that of the run, from the same hash."""
-    shares = {name: getattr(run.config.data, name) for name in ("train", "valid", "judge", "test")}
-    splits = data.split_users({row["user_id"] for row in rows}, shares, run.config.run.seed)
-    lists: dict[str, list[Shown]] = {name: [] for name in shares}
+    splits = run.split({row["user_id"] for row in rows})
+    lists: dict[str, list[Shown]] = {name: [] for name in SPLITS}
     for row in rows:
         split = splits[row["user_id"]]
         if split == "test" and row["user_id"] not in run.users:  # no figure of the run is of them
             split = "train"
-        lists[split].append(Shown(**row | {"at": datetime.fromisoformat(row["at"])}))
+        lists[split].append(Shown(**row))
     return lists
 
 
@@ -235,8 +224,7 @@ def begin(run: Run, key: str) -> int:
     if last and not finished:  # killed, and the store or the settings are other ones now
         shutil.rmtree(folder / f"round{last}")
         last -= 1
-    settings = {name: getattr(run.config, name).model_dump() for name in ("ranker", "dpo")}
-    write_json(folder / f"round{last + 1}/round.json", {"key": key, "start": newest, **settings})
+    write_json(folder / f"round{last + 1}/round.json", {"key": key, "start": newest})
     return last + 1
 
 
@@ -251,41 +239,34 @@ def begin(run: Run, key: str) -> int:
 
 def states_of(
     run: Run, lists: list[Shown], moments: int
-) -> tuple[list[tuple[data.Impression, UserState]], dict[str, UserState]]:
+) -> tuple[list[tuple[Shown, UserState]], dict[str, UserState]]:
     """Of each user the first `moments` lists, each with the UserState of its moment; and the latest
-    UserState of everybody who had interests, by a hash of the user.
-
-    The taste is of what was shown before, by the run's log and by the store.
-    """
-    shown, logged = defaultdict(list), defaultdict(list)
+    UserState of everybody who had interests, by a hash of the user."""
+    # The taste is of what was shown before, by the run's log and by the store.
+    seen, shown = defaultdict(list), defaultdict(list)
     for one in lists:
         shown[one.user_id].append(one)
-    for impression in run.impressions:
-        if impression.user_id in shown:
-            logged[impression.user_id].append(impression)
+    for one in (*run.impressions, *lists):
+        seen[one.user_id].append(one)
+
+    def state(one: Shown, moment: datetime) -> UserState:
+        taste = run.taste(shown_before(seen[one.user_id], moment))
+        return UserState(one.user_id, one.interests, run.encoder(one.interests), taste)
+
     pairs, latest = [], {}
     for user_id, user_lists in shown.items():
-        impressions = [
-            data.Impression(user_id=user_id, timestamp=one.at, starters=one.starters,
-                            clicked=one.clicked, sessions_after=one.sessions_after)
-            for one in user_lists]
-
-        def state(one: Shown, moment: datetime, seen=logged[user_id] + impressions) -> UserState:
-            taste = run.taste(shown_before(seen, moment))
-            scores = [0.0] * len(one.interests)  # the store keeps none, and nothing here asks
-            return UserState(one.user_id, one.interests, scores, run.encoder(one.interests), taste)
-
-        pairs += [(impression, state(one, one.at)) for impression, one
-                  in zip(impressions[:moments], user_lists, strict=False)]
+        pairs += [(one, state(one, one.timestamp)) for one in user_lists[:moments]]
         if told := [one for one in user_lists if one.interests]:
             # The interests of the latest list, the taste of all of them.
-            latest[user_id] = state(max(told, key=lambda one: one.at), datetime.max)
+            latest[user_id] = state(max(told, key=lambda one: one.timestamp), datetime.max)
     by_hash = sorted(latest, key=lambda user_id: digest(run.config.run.seed, user_id))
     return pairs, {user_id: latest[user_id] for user_id in by_hash}
 
 
 def fit_ranker_pair(new: Round) -> dict:
     """Both rankers, as stage ranker fits them, on the run's log and the store's lists."""
+    if processes()[0] > 0:  # the first process fits them for all
+        return {}
     run, lists = new.run, {}
     for split in ("train", "judge", "test"):  # valid users are written for in the check
         stored, _ = states_of(run, new.lists[split], LISTS_PER_USER)
@@ -307,9 +288,9 @@ def align_policy(new: Round) -> dict:
     earlier = [pair for number in range(1, run.config.dpo.rounds + 1)
                for pair in read_json(run.folder / f"dpo/round{number}/pairs.json")]
     ranker, (before, after) = load_ranker(run, "train", f"{new.folder}/ranker"), new.adapters
-    model, valid = new.players.writer.policy(before, trainable=True), [*held_out(new).values()]
+    model = new.players.writer.policy(before, trainable=True)
     figures, _ = dpo.train_round(  # its pairs have texts: they are not kept, nor is what it samples
-        run, new.players, f"feedback {new.number}", model, before, ranker, states, valid,
+        run, new.players, f"feedback {new.number}", model, before, ranker, states, held_out(new),
         earlier + tapped, keep=False)
     llm.save_adapter(model, after)
     of_store = sum(state.user_id in latest for state in states)
@@ -346,38 +327,37 @@ def tapped_pairs(run: Run, lists: list[Shown]) -> list[dict]:
 # the figures of each.
 
 
-def held_out(new: Round) -> dict[str, UserState]:
+def held_out(new: Round) -> list[UserState]:
     """Users of no ranker and no pair as they are now: the run's, dpo.max_users of the store."""
     run = new.run
     states = {u: s for u in run.ids("valid") if (s := run.states[u][-1]).interests}
     _, store = states_of(run, new.lists["valid"], 0)
-    return states | dict([*store.items()][: run.config.dpo.max_users or None])
+    return [*(states | dict([*store.items()][: run.config.dpo.max_users or None])).values()]
 
 
 def check(new: Round) -> dict:
     """What became of utility and diversity on held-out users, and whether that is accepted."""
-    states, faults, lines = [*held_out(new).values()], [], []
+    states, faults, lines = held_out(new), [], []
     draws, seed = new.run.config.eval.bootstrap, new.run.seed("feedback", "check")
     rankers = str(Path(new.start["ranker"]).parent), f"{new.folder}/ranker"
-    sides = zip(new.adapters, rankers, strict=True)
-    old, now = (side_figures(new, adapter, folder, states) for adapter, folder in sides)
-    verdict = {"accepted": True, "reason": "", "users": len(states), "from": new.start["version"],
-               "written": {}, "served": {}}
+    old, now = (side_figures(new, adapter, folder, states)
+                for adapter, folder in zip(new.adapters, rankers, strict=True))
+    verdict = {"users": len(states), "from": new.start["version"], "written": {}, "served": {}}
     for kind, name in old:
         before, after = old[kind, name], now[kind, name]  # (users,)
         _, low, high = bootstrap([after - before], draws, seed)
         row = {"before": float(before.mean()), "after": float(after.mean()), "low": low,
                "high": high}
         verdict[kind][name] = row
-        figures = f"{row['before']:.4f} -> {row['after']:.4f} ({low:+.4f} to {high:+.4f})"
-        lines.append(f"{kind} {name} {figures}")
+        lines.append(f"{kind} {name} {row['before']:.4f} -> {row['after']:.4f} "
+                     f"({low:+.4f} to {high:+.4f})")
         if fallen(row):  # one is enough
             faults.append(f"{name} of lists as {kind} fell")
     reason = "; ".join(faults) or "neither utility nor diversity fell"
-    if len({file_digest(adapter / "adapter_model.safetensors") for adapter in new.adapters}) == 1:
+    if len({*map(_weights, new.adapters)}) == 1:
         reason = f"no checkpoint was better, so that only the ranker is new; {reason}"
-    verdict["reason"] = f"{reason} on {len(states)} held-out users, 95 %: {', '.join(lines)}"
-    return verdict | {"accepted": not faults}
+    reason = f"{reason} on {len(states)} held-out users, 95 %: {', '.join(lines)}"
+    return verdict | {"accepted": not faults, "reason": reason}
 
 
 def side_figures(new: Round, adapter: Path, folder: str, states: list[UserState]) -> dict:
@@ -398,5 +378,5 @@ def side_figures(new: Round, adapter: Path, folder: str, states: list[UserState]
 
 
 def fallen(row: dict[str, float]) -> bool:
-    """Lower by more than MARGIN of what it was, or with the whole interval below zero."""
+    # By more than MARGIN of what it was, or with the whole interval below zero.
     return row["after"] < (1 - MARGIN) * row["before"] or row["high"] < 0

@@ -13,20 +13,19 @@ import contextlib
 import hmac
 import ipaddress
 import os
-import re
 import time
 import uuid
 from urllib.parse import urlsplit
 
-from fastapi import HTTPException
+from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 
-from config import Config, UserError
+from config import Config
+from files import UserError
 from serving.desk import Desk
 from serving.queue import log, where
 
-ASK = "/v1/starters"
-LOOK_UPS = 8  # requests for starters beside those that wait or are written: theirs may be ready
 MAX_BODY = 2**20  # bytes
 OPEN = ("/livez", "/readyz")  # for whoever watches the process; they say nothing of a user
 POLICY = b"default-src 'self'; base-uri 'none'; frame-ancestors 'none'; form-action 'none'"
@@ -35,10 +34,9 @@ HEADERS = [(b"content-security-policy", POLICY), (b"x-content-type-options", b"n
 # The metric `rejections` counts statuses under these names.
 REASONS = {401: "key", 403: "origin", 408: "slow", 413: "size", 415: "type", 422: "field",
            429: "queue", 504: "timeout"}
-LOOPBACK_HOST = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORECASE)
 
 
-def is_loopback(name: str) -> bool:
+def is_loopback(name: str | None) -> bool:
     with contextlib.suppress(ValueError):  # a name, not an address
         return ipaddress.ip_address(name).is_loopback
     return name == "localhost"
@@ -54,14 +52,13 @@ def key_for(config: Config, host: str) -> str:
 
 
 class Front:
-    """The outermost layer (ASGI): a request that it does not let through reaches no route, so that
-    a new route is protected without anyone thinking of it. Only OPEN needs no key."""
+    """The outermost layer (ASGI): what it does not let through reaches no route, a new one too."""
 
     def __init__(self, app, desk: Desk, host: str, key: str):
         self.app, self.desk, self.settings = app, desk, desk.settings
         self.local, self.key = is_loopback(host), key.encode()
-        self.asking = 0  # requests for starters under way
-        self.most = self.settings.queue + self.settings.batch + LOOK_UPS
+        # Requests under way: asks beyond the queue are refused by it, this bounds all others.
+        self.most = 4 * (self.settings.queue + self.settings.batch)
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
@@ -79,12 +76,10 @@ class Front:
                 message = message | {"headers": [*message["headers"], *headers]}
             await send(message)
 
-        asks = scope["path"] == ASK
-        self.desk.in_flight, self.asking = self.desk.in_flight + 1, self.asking + asks
+        self.desk.in_flight += 1
         try:
             self._check(scope)  # before the body is read
-            # Refused before it costs anything; other requests than asks get more room.
-            if self.asking > self.most if asks else self.desk.in_flight > 4 * self.most:
+            if self.desk.in_flight > self.most:
                 raise busy(self.desk)
             if body := await self._whole(scope, receive):
                 await self.app(scope, body, answer)
@@ -97,21 +92,20 @@ class Front:
                 reply = JSONResponse({"detail": "internal error; the server's log says where"}, 500)
                 await reply(scope, receive, answer)
         finally:
-            self.desk.in_flight, self.asking = self.desk.in_flight - 1, self.asking - asks
+            self.desk.in_flight -= 1
             self._note(scope, status, time.perf_counter() - started)
 
     def _note(self, scope, status: int, seconds: float) -> None:
-        """Metrics and a line of log: the route's pattern, never the path, which may name a user."""
-        route = getattr(scope.get("route"), "path_format", ASK if scope["path"] == ASK else "other")
+        # The route's pattern, never the path, which may name a user.
+        route = getattr(scope.get("route"), "path_format", "other")  # other: none was reached
         self.desk.metrics.seconds.labels(route, f"{status // 100}xx").observe(seconds)
         if status in REASONS:
             self.desk.metrics.rejections.labels(REASONS[status]).inc()
         if route not in OPEN:
-            words = (scope["method"], route, status, 1000 * seconds, scope["state"]["request_id"])
-            log.info("%s %s %d %.1f ms %s", *words)
+            log.info("%s %s %d %.1f ms %s", scope["method"], route, status, 1000 * seconds,
+                     scope["state"]["request_id"])
 
-    def _check(self, scope) -> None:
-        """Raise HTTPException unless the request may go on."""
+    def _check(self, scope) -> None:  # raises HTTPException unless the request may go on
         if scope["path"] in OPEN:
             return
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
@@ -119,13 +113,17 @@ class Front:
         # this machine under a name of theirs: so these headers, and Host, count beside the key.
         site, origin = headers.get(b"sec-fetch-site", "none"), headers.get(b"origin")
         visit = scope["method"] == "GET" and headers.get(b"sec-fetch-mode") == "navigate"  # a link
-        foreign = origin is not None and _netloc(origin) != headers.get(b"host", "").lower()
+        host = headers.get(b"host", "").lower()
+        foreign = origin is not None and origin.lower().partition("://")[2] != host
         if foreign or (site not in ("same-origin", "none") and not visit):
             raise HTTPException(403, "a page of another site may not use this server")
         if self.key and not self._has_key(headers):
             wanted = {"WWW-Authenticate": 'Basic realm="IceBreaker, key as password"'}
             raise HTTPException(401, "the server's key is needed: Authorization: Bearer", wanted)
-        if not self.key and not self._from_here(scope, headers):
+        # Without a key: asked on this machine, by a name of it, and not passed on by a proxy.
+        proxied = b"x-forwarded-for" in headers or b"forwarded" in headers
+        here = self.local and not proxied and is_loopback((scope.get("server") or [""])[0])
+        if not self.key and not (here and is_loopback(_name_of(host))):
             raise HTTPException(403, "Host: use 127.0.0.1 or localhost, or set a key")
         kind = headers.get(b"content-type", "").partition(";")[0].strip().lower()
         # A form of another site can send any other type without asking first.
@@ -134,44 +132,29 @@ class Front:
 
     def _has_key(self, headers: dict[bytes, str]) -> bool:
         scheme, _, value = headers.get(b"authorization", "").partition(" ")
-        sent = value.strip().encode("latin-1")
-        if scheme.lower() == "basic":  # what a browser asks its user for
-            try:
+        sent, scheme = value.strip().encode("latin-1"), scheme.lower()
+        with contextlib.suppress(binascii.Error):
+            if scheme == "basic":  # what a browser asks its user for
                 sent = base64.b64decode(sent, validate=True).partition(b":")[2]
-            except binascii.Error:
-                return False
-        elif scheme.lower() != "bearer":
-            return False
-        return hmac.compare_digest(sent, self.key)  # in constant time
-
-    def _from_here(self, scope, headers: dict[bytes, str]) -> bool:
-        """Asked on this machine, by a name of this machine, and not passed on by a proxy."""
-        proxied = b"x-forwarded-for" in headers or b"forwarded" in headers
-        here = self.local and is_loopback((scope.get("server") or [""])[0])
-        return here and not proxied and bool(LOOPBACK_HOST.fullmatch(headers.get(b"host", "")))
+            # In constant time.
+            return scheme in ("basic", "bearer") and hmac.compare_digest(sent, self.key)
+        return False
 
     async def _whole(self, scope, receive):
-        """Read the body, within its limits; return a `receive` that gives it again, or None where
-        the client has left."""
-        parts, total, more = [], 0, True
-        length = dict(scope["headers"]).get(b"content-length", b"0")  # a chunked body has none
-        too_large = HTTPException(413, f"body: more than {MAX_BODY} bytes")
-        if not length.isdigit() or int(length) > MAX_BODY:
-            raise too_large
+        """The body, read within its limits, as a `receive`; None where the client has left."""
+        text = bytearray()  # bytes would be copied for each part
         try:
             async with asyncio.timeout(self.settings.timeout):
-                while more:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        return None
-                    parts.append(message.get("body", b""))
-                    total, more = total + len(parts[-1]), message.get("more_body", False)
-                    if total > MAX_BODY:
-                        raise too_large
+                async for part in Request(scope, receive).stream():
+                    text += part
+                    if len(text) > MAX_BODY:
+                        raise HTTPException(413, f"body: more than {MAX_BODY} bytes")
         except TimeoutError:
             raise HTTPException(408, "body: too slow (serve.timeout)") from None
+        except ClientDisconnect:
+            return None
         # Whole, as routes wait for the client to leave, which shows only behind the body.
-        body = [{"type": "http.request", "body": b"".join(parts), "more_body": False}]
+        body = [{"type": "http.request", "body": bytes(text), "more_body": False}]
 
         async def again():  # once the body, then what tells that the client has left
             return body.pop() if body else await receive()
@@ -179,10 +162,10 @@ class Front:
         return again
 
 
-def _netloc(origin: str) -> str:
+def _name_of(host: str) -> str | None:  # the header Host without a port
     with contextlib.suppress(ValueError):
-        return urlsplit(origin).netloc.lower()
-    return ""  # nobody's
+        return urlsplit(f"//{host}").hostname
+    return None
 
 
 def busy(desk: Desk) -> HTTPException:

@@ -33,9 +33,7 @@ def where(error: BaseException) -> str:
 
 
 @dataclass(eq=False)
-class Job:
-    """An ask on its way through the engine's thread."""
-
+class Job:  # an ask on its way through the engine's thread
     ask: Ask
     by_id: bool  # of a user of the store; else nothing is kept of it
     # Called from the engine's thread; with a text if it could not be written.
@@ -54,8 +52,8 @@ class Full(Exception):
 class Queue:
     """One thread that owns the engine, and the asks that wait for it."""
 
-    # Clients' asks are written in batches: the first one opens a window for others. Where no client
-    # waits, asks ahead of clients ("spare" ones) are written, and given up when a client comes.
+    # The first ask of a client opens a window for others. Where no client waits, asks ahead of
+    # clients ("spare" ones) are written, and given up when a client comes.
 
     def __init__(self, engine: Engine, settings: ServeConfig, metrics, desk):
         self.engine, self.settings, self.metrics, self.desk = engine, settings, metrics, desk
@@ -79,8 +77,7 @@ class Queue:
             self.waiting.append(job)
             self.wake.notify()
 
-    def leave(self, job: Job) -> None:
-        """The client has left: the job's place is free, in the queue at once."""
+    def leave(self, job: Job) -> None:  # its client has left: its place is free at once
         job.gone = True
         with self.wake, contextlib.suppress(ValueError):  # it is being written
             self.waiting.remove(job)
@@ -108,34 +105,32 @@ class Queue:
     def _run(self) -> None:
         look = time.monotonic() + RELOAD_SECONDS
         while not self.stopped:
-            jobs, spare = self._next(look)
-            if time.monotonic() >= look:
-                look = time.monotonic() + RELOAD_SECONDS
-                self._safely(self.engine.refresh)  # between batches: an answer is of one model
-            if spare:
-                self._safely(self.write_ahead, spare)
-            if jobs:
-                self._write(jobs)
+            try:
+                if time.monotonic() >= look:
+                    look = time.monotonic() + RELOAD_SECONDS
+                    self.engine.refresh()  # between batches: an answer is of one model
+                self._next_batch(look)
+            except Exception as error:  # the thread lives on
+                log.error("the engine's thread: %s", where(error))
 
-    @staticmethod
-    def _safely(work: Callable, *arguments) -> None:
-        try:
-            work(*arguments)
-        except Exception as error:  # the thread lives on
-            log.error("%s failed: %s", work.__name__, where(error))
-
-    def _next(self, until: float) -> tuple[list[Job], list[tuple[str, str, int]]]:
-        """The jobs of a batch, or, if none waits, some spare ones; neither from `until` on."""
+    def _next_batch(self, until: float) -> None:
+        """Write the asks of clients or, if none waits, some spare ones; wait `until` then at most.
+        """
         with self.wake:
             self.wake.wait_for(lambda: self.waiting or self.spare or self.stopped,
                                max(0.0, until - time.monotonic()))
-            if not self.waiting:
-                count = min(SPARE_BATCH, len(self.spare))
-                popped = [self.spare.popitem(last=False) for _ in range(count)]  # oldest first
-                return [], [(*key, n) for key, n in popped]
-            end, size = self.waiting[0].born + WINDOW, self.settings.batch
-            self.wake.wait_for(lambda: len(self.waiting) >= size, max(0.0, end - time.monotonic()))
-            return [self.waiting.popleft() for _ in range(min(size, len(self.waiting)))], []
+            size = self.settings.batch
+            if self.waiting:
+                window = self.waiting[0].born + WINDOW - time.monotonic()
+                self.wake.wait_for(lambda: len(self.waiting) >= size, max(0.0, window))
+            jobs = [self.waiting.popleft() for _ in range(min(size, len(self.waiting)))]
+            spare = [] if jobs else [
+                self.spare.popitem(last=False)  # oldest first
+                for _ in range(min(SPARE_BATCH, len(self.spare)))]
+        if jobs:
+            self._write(jobs)
+        else:
+            self.write_ahead([(*key, n) for key, n in spare])
 
     def _write(self, jobs: list[Job]) -> None:
         started = time.monotonic()

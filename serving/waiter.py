@@ -20,7 +20,6 @@ from serving.desk import Desk
 from serving.engine import Answer
 from serving.queue import Job
 
-TOO_LONG = "not written within serve.timeout; try again"
 STORE_FAILED = "the store cannot be used at the moment; try again"
 
 
@@ -50,13 +49,15 @@ class Waiter:
             job.ask = dataclasses.replace(job.ask, begin=begin, emit=emit)
         desk.queue.submit(job)
 
-    async def _next(self):
-        """What the engine's thread tells next. Raises TimeoutError after serve.timeout in all."""
+    async def _next(self):  # raises HTTPException after serve.timeout seconds in all
         patience = self.started + self.desk.settings.timeout - time.monotonic()
-        return await asyncio.wait_for(self.inbox.get(), patience)
+        try:
+            return await asyncio.wait_for(self.inbox.get(), patience)
+        except TimeoutError:
+            self.finished = True
+            raise HTTPException(504, "not written within serve.timeout; try again") from None
 
-    async def _kept(self, item: Answer | str) -> dict:
-        """The reply of what the engine's thread told in the end. Raises HTTPException."""
+    async def _kept(self, item: Answer | str) -> dict:  # the reply; raises HTTPException for a text
         self.finished = True
         if isinstance(item, str):
             raise HTTPException(500, item)
@@ -68,7 +69,8 @@ class Waiter:
         self.desk.metrics.first.observe(time.monotonic() - self.started)
 
     async def reply(self) -> Response:
-        left = asyncio.create_task(_left(self.request))  # nobody else tells that the client left
+        # Behind the body, which was read, comes only that the client has left.
+        left = asyncio.create_task(self.request.receive())
         heard = asyncio.create_task(self._next())
         try:
             await asyncio.wait({left, heard}, return_when="FIRST_COMPLETED")
@@ -77,9 +79,6 @@ class Waiter:
             reply = await self._kept(heard.result())
             self._note_first()
             return JSONResponse(reply)
-        except TimeoutError:  # of _next
-            self.finished = True
-            raise HTTPException(504, TOO_LONG) from None
         finally:
             left.cancel()
             heard.cancel()
@@ -92,30 +91,28 @@ class Waiter:
                 name, value = item
                 if name == "interests" and told[name]:  # written again, as its batch had failed
                     continue
-                yield sse(name, {"slot": told[name]} | value if name == "starter" else value)
+                if name == "starter":
+                    value = {"slot": told[name]} | value
+                    if not told[name]:
+                        self._note_first()
                 told[name] += 1
-                if name == "starter" and told[name] == 1:
-                    self._note_first()
+                yield sse(name, value)
             for event in whole_stream(await self._kept(item), told):
                 yield event
-        except TimeoutError:
-            self.finished = True
-            self.desk.metrics.rejections.labels("timeout").inc()  # the status was 200 long ago
-            yield sse("error", {"detail": TOO_LONG})
-        except (HTTPException, sqlite3.OperationalError) as error:  # too late for a status
-            yield sse("error", {"detail": getattr(error, "detail", STORE_FAILED)})
+        except HTTPException as error:
+            if error.status_code == 504:  # the status of the reply was 200 long ago
+                self.desk.metrics.rejections.labels("timeout").inc()
+            yield sse("error", {"detail": error.detail})
+        except sqlite3.OperationalError:
+            yield sse("error", {"detail": STORE_FAILED})
 
-    def end(self) -> None:
-        """The client has its answer or has left: the job's place is free."""
+    def end(self) -> None:  # the client has its answer or has left: the job's place is free
         self.desk.metrics.disconnects.inc(not self.finished)  # by 0 or 1
         self.desk.queue.leave(self.job)
         self.desk.release(self.job)
 
 
-class Stream(StreamingResponse):
-    """Ends the waiter however the connection ends, even before the first event."""
-    # A generator's own `finally` does not run where it never began.
-
+class Stream(StreamingResponse):  # ends the waiter however the connection ends
     def __init__(self, waiter: Waiter):
         super().__init__(waiter.events(), media_type="text/event-stream")
         self.waiter = waiter
@@ -123,14 +120,8 @@ class Stream(StreamingResponse):
     async def __call__(self, scope, receive, send) -> None:
         try:
             await super().__call__(scope, receive, send)  # cancelled where the client leaves
-        finally:
+        finally:  # a generator's own does not run where it never began
             self.waiter.end()
-
-
-async def _left(request: Request) -> None:
-    """Return when the client has closed the connection. The body must have been read."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass  # what else comes is of no use
 
 
 def sse(name: str, value: dict) -> str:

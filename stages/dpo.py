@@ -34,8 +34,8 @@ import torch
 import icebreaker as ib
 import llm
 import roles
-from config import (
-    DpoConfig,
+from config import DpoConfig
+from files import (
     UserError,
     digest,
     file_digest,

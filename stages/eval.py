@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError, progress, write_json
+from files import UserError, progress, read_json, write_json
 from roles.players import Players
 from run import Run
 from stages import metrics
@@ -43,8 +43,7 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
     if not states:
         raise UserError("eval: no test user has a history; more users are needed")
     whole = {u: run.histories[u][-1].texts[::-1] for u in states}  # latest first, as room may end
-    lists: Lists = {}
-    # The same seed for every method: equal policies write equal lists.
+    lists: Lists = {}  # by the same seed for every method: equal policies write equal lists
     for method, (adapter, distilled) in progress(compared_methods(run).items(), "write starters"):
         # PE has no RID: the whole history goes into its prompt, as far as it fits.
         inputs = [s.interests if distilled else whole[u] for u, s in states.items()]
@@ -66,7 +65,8 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
                       run.corpus, truth, settings.bootstrap, run.config.run.seed)
     # By chance, never the best ones.
     shown = random.Random(run.seed("examples")).sample(rows, min(len(rows), settings.examples))
-    scores = {u: s.scores for u, s in states.items()}  # s(u, h) of the interests on the page
+    triggers = read_json(run.folder / "rid" / "triggers.json")  # has s(u, h) of each interest
+    scores = {u: triggers[u][-1]["scores"] for u in states}
     write_report(result, shown, whole, scores, folder)
     return {"test_users": len(states), "starters": str(folder / "starters.jsonl")}
 

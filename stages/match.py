@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 import icebreaker as ib
-from config import read_json, write_json
+from files import read_json, write_json
 from roles.players import Players
 from run import Run
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import llm
-from config import digest
+from files import digest
 from roles.players import Players
 from run import Run
 

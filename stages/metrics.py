@@ -20,7 +20,7 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 
-from config import ROOT, atomic_path
+from files import ROOT, atomic_path
 from icebreaker import list_diversity
 
 Lists = dict[str, dict[str, list[list[str]]]]  # method -> user -> lists of starters

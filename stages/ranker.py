@@ -18,7 +18,7 @@ import torch
 
 import data
 import icebreaker as ib
-from config import UserError, progress, read_tensors, write_tensors
+from files import UserError, progress, read_tensors, write_tensors
 from roles.players import Players
 from run import Run, UserState
 from stages.steps import Best

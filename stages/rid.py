@@ -24,15 +24,8 @@ import numpy as np
 import torch
 
 import icebreaker as ib
-from config import (
-    RidConfig,
-    UserError,
-    progress,
-    read_json,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
+from config import RidConfig
+from files import UserError, progress, read_json, read_tensors, write_json, write_tensors
 from roles.players import Players
 from run import Run
 from stages.match import Revisits

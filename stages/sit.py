@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import llm
-from config import UserError, gather, progress, share
+from files import UserError, gather, progress, share
 from roles.players import Players
 from roles.writer import Writer
 from run import Run, UserState

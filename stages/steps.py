@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from config import processes, share
+from files import processes, share
 
 
 class Best:

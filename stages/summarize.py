@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from config import write_json
+from files import write_json
 from roles.players import Players
 from run import Run
 

@@ -25,7 +25,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
-from config import atomic_path
+from files import atomic_path
 
 Interval = tuple[float, float, float]  # value, low, high
 

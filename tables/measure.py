@@ -16,7 +16,8 @@ import torch
 
 import llm
 import train
-from config import Config, digest, environment, read_json, write_json
+from config import Config, environment
+from files import digest, read_json, write_json
 from roles.players import Players, players_of
 from run import Run
 from stages import metrics

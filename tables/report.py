@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import t
 
-from config import write_json
+from files import write_json
 from stages.metrics import LIFTS, bootstrap, escape, markdown_table, read_yaml, write_pages
 from tables import experiments, figures
 from tables.claims import Seeds, claims_page, judged, paired, per_seed, pooled

@@ -31,7 +31,8 @@ from pathlib import Path
 import torch
 
 import train
-from config import ROOT, Config, UserError, digest, environment, load_config, read_json, write_json
+from config import Config, environment, load_config
+from files import ROOT, UserError, digest, read_json, write_json
 from tables import claims, experiments, report
 from tables.experiments import MAIN
 from tables.measure import measure_seed, report_folder, write_starters

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import train
-from config import ROOT, load_config
+from config import load_config
+from files import ROOT
 
 # The models of the tests are tiny: two threads gain nothing, and where other programs use the
 # machine they wait for each other at every operation.

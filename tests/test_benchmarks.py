@@ -13,8 +13,8 @@ import benchmarks.plan
 import icebreaker as ib
 from benchmarks import common, list_search
 from benchmarks.contrastive import embed
-from config import ROOT
 from encoder import packaged_minilm
+from files import ROOT
 
 
 def test_plain_and_vectorised_search_agree(monkeypatch):

@@ -28,8 +28,9 @@ from test_llm import looping, tiny
 from test_roles import encode
 
 import llm
-from config import ROOT, EndpointConfig, UserError
+from config import EndpointConfig
 from data import Message
+from files import ROOT, UserError
 from roles import chat, prompted
 from roles.chat import Chat, Endpoint, Local, Request
 from tools import tiny_model

@@ -13,15 +13,13 @@ import pytest
 import torch
 import yaml
 
-from config import (
+from config import Config, RunFolder, load_config
+from files import (
     ROOT,
-    Config,
-    RunFolder,
     UserError,
     atomic_path,
     digest,
     file_digest,
-    load_config,
     progress,
     read_json,
     read_tensors,

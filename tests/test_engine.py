@@ -9,7 +9,7 @@ from conftest import micro
 
 import data
 import llm
-from config import UserError, read_json, read_tensors, write_json, write_tensors
+from files import UserError, read_json, read_tensors, write_json, write_tensors
 from serving.engine import Ask, Engine, in_a_loop
 from stages.pools import list_order
 from stages.ranker import load_ranker
@@ -50,7 +50,7 @@ def sug(*starters):
 def distilled(engine, *asks):
     users = [engine._summarised(ask.user) for ask in asks]
     assert engine._encode(asks, users, lambda: False)
-    return engine._distil(asks, users, [lambda: False] * len(asks))
+    return engine._distil(asks, users, lambda i: False)
 
 
 def texts(answer):

@@ -10,15 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
+import data
 import icebreaker as ib
 import roles
 import train
-from config import ROOT, UserError, load_config, read_json
+from config import load_config
+from files import ROOT, UserError, read_json
 from roles import rules
 from roles.writer import Writer
 from run import Run
 from serving import feedback
-from serving.store import Shown, Store
+from serving.store import Store
+from serving.taps import Shown
 from stages import dpo
 
 # What the teacher writes. LIVELY starters differ from one another, DULL ones hardly do. So people
@@ -71,7 +74,7 @@ def is_lively(starter: str) -> bool:
 def serve(path, people: dict, lists: int, tap=is_lively) -> None:
     """Show every person (id -> interests) lively, dull and mixed lists; `tap`: what is liked."""
     store, rng, clock = Store(path), random.Random(0), [1.8e9]
-    store.now = lambda: clock[0]
+    store.db.now = lambda: clock[0]
     for user_id, interests in people.items():
         subjects = [roles.key_phrases(x)[0] for x in interests]
         events = []
@@ -79,10 +82,10 @@ def serve(path, people: dict, lists: int, tap=is_lively) -> None:
             kinds = rng.choice([LIVELY, DULL, LIVELY + DULL])
             shown = [rng.choice(kinds).format(x=rng.choice(subjects)) for _ in range(3)]
             clock[0] += 60
-            impression = store.offer(user_id, interests, shown, "IceBreaker", "round1")
+            impression = store.taps.offer(user_id, interests, shown, "IceBreaker", "round1")
             events.append((impression, "shown", None))
             events += [(impression, "tap", slot) for slot, y in enumerate(shown) if tap(y)]
-        store.record(events)
+        store.taps.record(events)
     store.close()
 
 
@@ -103,7 +106,7 @@ def improved(finished, tapped, tmp_path_factory):
     shutil.copytree(finished, root)
     open_elsewhere = Store(tapped)  # by a running server
     train.run_stages(small(root, f"data.feedback={tapped}"), ROUND)
-    open_elsewhere.offer("later", [], ["What else?"], "IceBreaker", "round1")
+    open_elsewhere.taps.offer("later", [], ["What else?"], "IceBreaker", "round1")
     open_elsewhere.close()
     return root
 
@@ -268,7 +271,7 @@ def inputs(finished, tmp_path, monkeypatch):
 def test_one_user_with_a_thousand_lists_moves_no_more_than_anybody(inputs, told, tmp_path):
     learned = {}
     people = {f"n{i}": told[i % len(told)] for i in range(20)}
-    splits = feedback.data.split_users(
+    splits = data.split_users(
         people, {"train": 0.4, "valid": 0.25, "judge": 0.25, "test": 0.1}, 0
     )
     loud = next(u for u, split in splits.items() if split == "train")
@@ -313,8 +316,8 @@ def test_splits_hold_for_the_store_too(inputs, finished, told, tmp_path):
 
 
 def row(user="n1", at="2027-01-01T00:00:00", told=("a", "b"), starters="xyz", clicked=()):
-    return Shown(user, datetime.fromisoformat(at), list(told), list(starters), list(clicked), None,
-                 "IceBreaker", "v")
+    return Shown(user_id=user, timestamp=datetime.fromisoformat(at), interests=list(told),
+                 starters=list(starters), clicked=list(clicked), method="IceBreaker", version="v")
 
 
 def test_pairs_are_of_one_user_one_prompt_and_beyond_what_slots_explain(finished):

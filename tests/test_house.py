@@ -13,7 +13,8 @@ import tokenize
 import pytest
 from pydantic import BaseModel
 
-from config import ROOT, Config, load_config
+from config import Config, load_config
+from files import ROOT
 
 # A room imports from its own package and from the rooms of the lines above; those of one line do
 # not know each other.

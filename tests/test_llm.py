@@ -13,7 +13,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import icebreaker as ib
 import llm
 from benchmarks.parity import GenerateDraw
-from config import UserError
+from files import UserError
 from llm.sampling import Draw
 from tools import tiny_model
 

@@ -4,7 +4,7 @@ import shutil
 
 from conftest import micro
 
-from config import read_json
+from files import read_json
 from run import Run
 from tables import experiments, measure
 

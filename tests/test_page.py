@@ -672,7 +672,7 @@ def test_page_and_server_together(browser, tmp_path):
         assert first == [f"{text}: question 1" for text in ATTACKS[:5]]
         with page.expect_response("**/v1/events"):
             starters(page).nth(2).click()
-        assert [shown.clicked for shown in real.store.shown()] == [[2]]
+        assert [shown.clicked for shown in real.store.taps.shown()] == [[2]]
         with page.expect_response("**/v1/events"):
             page.locator("#refresh").click()
         assert not set(starters(page).all_text_contents()) & set(first)
@@ -682,7 +682,7 @@ def test_page_and_server_together(browser, tmp_path):
         expect(page.locator("#ab-table tbody")).to_contain_text("1 of 10, 1 person")
         page.get_by_role("button", name="Forget me").click()
         expect(page.locator("#forgotten")).to_contain_text("Forgotten")
-        assert real.store.user_ids() == [] and list(real.store.shown()) == []
+        assert real.store.user_ids() == [] and list(real.store.taps.shown()) == []
         page.locator("#lines").fill("x" * 3000)
         page.locator("#own-form .primary").click()
         expect(page.get_by_role("alert")).to_contain_text("sessions.0.summary: ")

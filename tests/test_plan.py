@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 import llm
 from benchmarks.plan import row
-from config import ROOT, UserError, load_config
+from config import load_config
+from files import ROOT, UserError
 from tools import doctor, plan
 
 CONFIGS = sorted((ROOT / "configs").glob("qwen*.yaml"))

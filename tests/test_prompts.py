@@ -60,3 +60,8 @@ def test_format_survives_the_parser(starters):
     once = llm.parse_starters(llm.format_starters(starters)).starters
     assert llm.parse_starters(llm.format_starters(once)).starters == once
     assert not any(set("<>") & set(s) for s in once)
+
+
+def test_no_separator_stands_inside_a_starter():
+    """A quote that goes from between two & leaves a separator behind."""
+    assert llm.parse_starters('<sug> "a" &"& b && c </sug>').starters == ("a & b", "c")

@@ -12,7 +12,7 @@ from tables import claims, controls, experiments, report
 from world import ab
 
 METRICS = """utility train_utility true_clicks lexical words semantic dissimilarity starters known
-    resonance value lexical_compared""".split()
+    resonance value""".split()
 
 
 def seed_values(number: int, lift: float = 0.5, users: int = 30) -> dict:
@@ -30,7 +30,7 @@ def seed_values(number: int, lift: float = 0.5, users: int = 30) -> dict:
         own = {"resonance": column(1.0), "functional": column(0.3), "judge_win": column(0.5)}
         values[f"interests: {kind}"] = own
     for method in ("SFT", "IceBreaker"):
-        values[method]["functional"] = column(0.1)
+        values[method] |= {"functional": column(0.1), "lexical_compared": column(4.0)}
     days = {x: [1.0, 1.0] for x in ("ctr", "ctr_error", "sessions", "sessions_error")}
     searched = [f"{arm}, list search" for arm in experiments.SEARCHED]
     arms = (*experiments.ONLINE, *searched, "teacher", ab.CONTROL)

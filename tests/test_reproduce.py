@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from config import UserError, read_json
+from files import UserError, read_json
 from tables import reproduce
 
 

@@ -30,7 +30,8 @@ from schemathesis.specs.openapi.checks import negative_data_rejection, positive_
 
 import data
 import serve
-from config import ROOT, Config, UserError, digest, write_json
+from config import Config
+from files import ROOT, UserError, digest, write_json
 from serving import front, queue
 from serving.engine import METHODS, Answer, Interest, Starter
 from serving.store import Store
@@ -215,7 +216,7 @@ def test_what_was_shown_is_not_shown_again_and_is_written_after(server):
         send(server, reply["impression_id"], 1)
     assert all(len(own) == 5 for own in lists)
     assert len({text for own in lists for text in own}) == 40
-    shown = list(server.store.shown("u1"))
+    shown = list(server.store.taps.shown("u1"))
     assert [s.starters for s in shown] == lists and shown[0].clicked == [1]
     assert shown[0].interests == ["trains", "tea"] and shown[0].version == "fake-1"
 
@@ -252,7 +253,7 @@ def test_unknown_user_gets_popular_starters_for_the_profile(server):
     assert "Singapore" in texts(reply)[0] and reply["impression_id"]
     assert ask(server, profile={"region": "Oslo"})["impression_id"] is None  # nobody at all
     put(server, "new", "trains", profile={"region": "Oslo"})
-    wait_for(lambda: server.store._rows("SELECT 1 FROM ahead WHERE value LIKE '%trains%'"))
+    wait_for(lambda: server.store.db.rows("SELECT 1 FROM ahead WHERE value LIKE '%trains%'"))
     again = ask(server, user_id="new", profile={"region": "Singapore"})  # the store knows better
     assert sources(again) == {"cached"} and "trains" in texts(again)[0]
 
@@ -319,7 +320,7 @@ def test_deletion_leaves_nothing_even_of_an_answer_that_is_being_written(tmp_pat
         assert replies[0]["impression_id"] is None
         wait_for(lambda: not server.desk.jobs)
         for table in ("users", "sessions", "lists", "ahead"):
-            assert not server.store._rows(f"SELECT 1 FROM {table} WHERE user_id='a/b'")
+            assert not server.store.db.rows(f"SELECT 1 FROM {table} WHERE user_id='a/b'")
         wait_for(lambda: server.engine.forgotten >= 2)  # by the deletion, and by the answer's end
 
 
@@ -351,13 +352,13 @@ def test_writing_ahead_gives_way_to_a_client(tmp_path):
         started = time.monotonic()
         reply = ask(server, sessions=[{"summary": "tea"}])
         assert len(texts(reply)) == 5 and time.monotonic() - started < 2.5
-        wait_for(lambda: server.store._rows("SELECT 1 FROM ahead"))  # it was taken up again
+        wait_for(lambda: server.store.db.rows("SELECT 1 FROM ahead"))  # it was taken up again
 
 
 def test_a_look_up_is_fast_even_while_lists_are_written_ahead(tmp_path):
     with running(tmp_path) as server:
         put(server, "u1", "trains")
-        wait_for(lambda: server.store._rows("SELECT 1 FROM ahead"))
+        wait_for(lambda: server.store.db.rows("SELECT 1 FROM ahead"))
         seconds = {}
         for name in ("idle", "writing"):
             if name == "writing":
@@ -440,7 +441,7 @@ def test_a_failing_store_is_503(server, monkeypatch):
     def full(*_, **__):
         raise sqlite3.OperationalError("database or disk is full")
 
-    monkeypatch.setattr(server.store, "record", full)
+    monkeypatch.setattr(server.store.taps, "record", full)
     reply = server.client.post(
         "/v1/events", json={"events": [{"impression_id": "x", "type": "shown"}]})
     assert reply.status_code == 503 and reply.headers["Retry-After"]
@@ -531,7 +532,8 @@ def calls(app, requests, host="127.0.0.1"):
 
 def every_route(app):
     routes = [(method, re.sub(r"\{[^}]*\}", "x", route.path))
-              for route in app.routes for method in route.methods]
+              for route in (*app.routes, *serve.router.routes)
+              for method in getattr(route, "methods", ())]  # the router itself has none
     assert len(routes) >= 14
     return [r for r in routes if r[1] not in front.OPEN] + [
         ("GET", "/nowhere"), ("GET", "/openapi.json"), ("GET", "/livez/"), ("GET", "/livez%2F.."),
@@ -613,7 +615,7 @@ def test_headers_of_every_reply(server):
 
 def test_metrics_name_routes_and_no_user(server):
     put(server, "somebody", "trains")
-    wait_for(lambda: server.store._rows("SELECT 1 FROM ahead"))
+    wait_for(lambda: server.store.db.rows("SELECT 1 FROM ahead"))
     send(server, ask(server, user_id="somebody")["impression_id"])
     ask(server, 422, n=0)
     text = server.client.get("/metrics").text
@@ -868,7 +870,7 @@ def test_no_acknowledged_event_is_lost_or_doubled_by_kills(tmp_path):
                 thread.join()
     shown = Counter()
     with contextlib.closing(Store(tmp_path / "tiny" / "serve.sqlite")) as store:
-        for one in store.shown():
+        for one in store.taps.shown():
             shown[one.user_id] += 1
             assert one.clicked == [0]
     assert len(acknowledged) >= 3 and not set(acknowledged) - set(shown)
@@ -898,7 +900,7 @@ def test_precompute_writes_for_everyone_and_exits(tmp_path, monkeypatch, capsys)
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) == 1 and lines[0].startswith(expected)
     store = Store(tmp_path / "tiny" / "serve.sqlite")
-    assert len(store._rows("SELECT 1 FROM ahead")) == 50
+    assert len(store.db.rows("SELECT 1 FROM ahead")) == 50
     store.close()
 
 

@@ -19,10 +19,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from config import UserError
 from data import Session, User
-from serving import store as module
-from serving.store import BadImpression, Store
+from files import UserError
+from serving import database, taps
+from serving.store import Store
+from serving.taps import BadEvent
 
 ROOT = Path(__file__).resolve().parent.parent
 KILLS = int(os.environ.get("STORE_KILLS", "5"))  # STORE_KILLS=60 for the long run
@@ -40,7 +41,7 @@ def store(tmp_path):
 def clock(store):
     """A clock that stands still: clock[0] is its time."""
     hands = [1_780_000_000.0]
-    store.now = lambda: hands[0]
+    store.db.now = lambda: hands[0]
     return hands
 
 
@@ -59,17 +60,17 @@ def held(store: Store, user_id: str = "u") -> list[str]:
 
 def offer(store: Store, name: str = "a", user_id: str = "u", method: str = "PE") -> str:
     starters = [f"{name}{slot}" for slot in range(3)]
-    return store.offer(user_id, ["interest"], starters, method, "round1")
+    return store.taps.offer(user_id, ["interest"], starters, method, "round1")
 
 
 def show(store: Store, *taps: int, **options) -> str:
     impression = offer(store, **options)
-    store.record([(impression, "shown", None)] + [(impression, "tap", slot) for slot in taps])
+    store.taps.record([(impression, "shown", None)] + [(impression, "tap", slot) for slot in taps])
     return impression
 
 
 def raw(store: Store) -> bytes:
-    return b"".join(f.read_bytes() for f in store.path.parent.glob(f"{store.path.name}*"))
+    return b"".join(f.read_bytes() for f in store.db.path.parent.glob(f"{store.db.path.name}*"))
 
 
 # -------------------------------------------------------------------------------------- histories
@@ -160,9 +161,9 @@ def test_thousands_of_sessions(store):
     assert store.put_sessions("u", sessions(*range(500), stamps=False)) == 500
     assert store.put_sessions("u", sessions(*range(400, 5000), stamps=False)) == 500
     assert held(store) == [f"s{n}" for n in range(4500, 5000)]
-    changes = store._db.total_changes
+    db, changes = store.db.connection, store.db.connection.total_changes
     store.put_sessions("u", sessions(5000, stamps=False))
-    assert store._db.total_changes - changes < 10  # a full history does not move for one more
+    assert db.total_changes - changes < 10  # a full history does not move for one more
 
 
 def test_a_run_is_imported_once_and_brings_nobody_back(store):
@@ -197,26 +198,25 @@ def test_an_import_that_fails_can_be_repeated(store):
 def test_lists_come_back_as_shown(store, clock):
     first = show(store, 2, 0, name="a")
     clock[0] += 60
-    second = store.offer("v", [], ["x"], "IceBreaker", "round2")
+    second = store.taps.offer("v", [], ["x"], "IceBreaker", "round2")
     offer(store, name="never shown")
-    assert store.record([(second, "shown", None)]) == 1
-    a, b = store.shown()
-    assert a == module.Shown(
-        "u", datetime(2026, 5, 28, 20, 26, 40), ["interest"], ["a0", "a1", "a2"], [0, 2], None,
-        "PE", "round1",
-    )  # fmt: skip
+    assert store.taps.record([(second, "shown", None)]) == 1
+    a, b = store.taps.shown()
+    assert a == taps.Shown(
+        user_id="u", timestamp=datetime(2026, 5, 28, 20, 26, 40), interests=["interest"],
+        starters=["a0", "a1", "a2"], clicked=[0, 2], method="PE", version="round1")
     assert (b.user_id, b.interests, b.clicked, b.method) == ("v", [], [], "IceBreaker")
-    assert list(store.shown("v")) == [b] and list(store.shown("nobody")) == []
+    assert list(store.taps.shown("v")) == [b] and list(store.taps.shown("nobody")) == []
     assert first != second and len(first) == 48
 
 
 def test_events_count_once(store):
     impression = offer(store)
-    assert store.record([(impression, "tap", 1)]) == 1  # implies that the list was shown
-    assert store.record([(impression, "shown", None)]) == 0
-    assert store.record([(impression, "tap", 1), (impression, "tap", 2)] * 2) == 1
-    assert [x.clicked for x in store.shown()] == [[1, 2]]
-    assert store.record([]) == 0
+    assert store.taps.record([(impression, "tap", 1)]) == 1  # implies that the list was shown
+    assert store.taps.record([(impression, "shown", None)]) == 0
+    assert store.taps.record([(impression, "tap", 1), (impression, "tap", 2)] * 2) == 1
+    assert [x.clicked for x in store.taps.shown()] == [[1, 2]]
+    assert store.taps.record([]) == 0
 
 
 @pytest.mark.parametrize(
@@ -235,10 +235,10 @@ def test_a_bad_event_is_named_and_refuses_all(store, event, message):
     good = offer(store)
     bad = (event[0].replace("IMPRESSION", good), *event[1:])
     with pytest.raises(ValueError) as caught:
-        store.record([(good, "shown", None), (good, "tap", 0), bad])
+        store.taps.record([(good, "shown", None), (good, "tap", 0), bad])
     assert str(caught.value) == message
-    assert list(store.shown()) == []
-    assert store.record([(good, "tap", 0)]) == 1
+    assert list(store.taps.shown()) == []
+    assert store.taps.record([(good, "tap", 0)]) == 1
 
 
 def test_only_ids_of_this_store_are_taken(store, tmp_path):
@@ -251,11 +251,11 @@ def test_only_ids_of_this_store_are_taken(store, tmp_path):
     forged |= {" " + good, good[:10] + "!" + good[10:], good * 2, foreign}
     forged |= {good.replace("-", "+").replace("_", "/")} - {good}  # the same bytes
     for bad in [*forged, None, 7, good.encode()]:
-        with pytest.raises(BadImpression, match="events.0..impression_id: not an impression id"):
-            store.record([(bad, "shown", None)])
-    assert list(store.shown()) == []
-    assert store.record([(good, "shown", None)]) == 1
-    assert other.record([(foreign, "shown", None)]) == 1
+        with pytest.raises(BadEvent, match="events.0..impression_id: not an impression id"):
+            store.taps.record([(bad, "shown", None)])
+    assert list(store.taps.shown()) == []
+    assert store.taps.record([(good, "shown", None)]) == 1
+    assert other.taps.record([(foreign, "shown", None)]) == 1
 
 
 def test_every_text_of_the_same_bytes_but_one_is_refused(store):
@@ -265,28 +265,28 @@ def test_every_text_of_the_same_bytes_but_one_is_refused(store):
         alias = good.replace("-", "+").replace("_", "/")
         if alias != good:
             break
-    with pytest.raises(BadImpression, match="not an impression id"):
-        store.record([(alias, "shown", None)])
+    with pytest.raises(BadEvent, match="not an impression id"):
+        store.taps.record([(alias, "shown", None)])
 
 
 def test_ids_expire(store, clock, tmp_path, monkeypatch):
     impression = offer(store)
     clock[0] += 48 * 3600 - 1
-    assert store.record([(impression, "shown", None)]) == 1
+    assert store.taps.record([(impression, "shown", None)]) == 1
     clock[0] += 2
-    with pytest.raises(BadImpression, match=r"^events\[0\].impression_id: expired$"):
-        store.record([(impression, "tap", 0)])
-    monkeypatch.setattr(module, "IMPRESSION_SECONDS", -3600)
+    with pytest.raises(BadEvent, match=r"^events\[0\].impression_id: expired$"):
+        store.taps.record([(impression, "tap", 0)])
+    monkeypatch.setattr(taps, "IMPRESSION_SECONDS", -3600)
     gone = Store(tmp_path / "gone")
-    with pytest.raises(BadImpression, match="expired"):
-        gone.record([(offer(gone), "shown", None)])
+    with pytest.raises(BadEvent, match="expired"):
+        gone.taps.record([(offer(gone), "shown", None)])
 
 
 def test_ids_are_good_after_a_restart(store):
     impression = offer(store)
     store.close()
-    again = Store(store.path)
-    assert again.record([(impression, "tap", 0)]) == 1
+    again = Store(store.db.path)
+    assert again.taps.record([(impression, "tap", 0)]) == 1
     again.close()
 
 
@@ -295,22 +295,23 @@ def test_the_same_list_answered_again_is_one_impression(store, clock):
     clock[0] += 47 * 3600
     second = offer(store)
     clock[0] += 2 * 3600
-    with pytest.raises(BadImpression, match="expired"):
-        store.record([(first, "shown", None)])
-    assert store.record([(second, "shown", None)]) == 1
+    with pytest.raises(BadEvent, match="expired"):
+        store.taps.record([(first, "shown", None)])
+    assert store.taps.record([(second, "shown", None)]) == 1
     third = offer(store)  # after it was shown, it is a new one
     offer(store, user_id="v"), offer(store, method="SFT")
-    assert store.record([(third, "shown", None)]) == 1
-    assert len(list(store.shown())) == 2
-    assert len(store._rows("SELECT * FROM lists")) == 4
+    assert store.taps.record([(third, "shown", None)]) == 1
+    assert len(list(store.taps.shown())) == 2
+    assert len(store.db.rows("SELECT * FROM lists")) == 4
 
 
 def test_an_answer_without_starters_teaches_nothing(store):
-    empty = store.offer("u", ["interest"], [], "PE", "round1")
-    assert store.record([(empty, "shown", None)]) == 1
+    empty = store.taps.offer("u", ["interest"], [], "PE", "round1")
+    assert store.taps.record([(empty, "shown", None)]) == 1
     with pytest.raises(ValueError, match="not one of the list's 0 slots"):
-        store.record([(empty, "tap", 0)])
-    assert list(store.shown()) == [] and store.rates() == [] and store.seen("u", 7) == []
+        store.taps.record([(empty, "tap", 0)])
+    assert list(store.taps.shown()) == [] and store.taps.rates() == []
+    assert store.taps.seen("u", 7) == []
 
 
 def test_starters_seen_within_days(store, clock):
@@ -318,21 +319,21 @@ def test_starters_seen_within_days(store, clock):
     clock[0] += 5 * DAY
     show(store, name="new")
     answered = offer(store, name="answered")
-    assert store.seen("u", 7) == ["old0", "old1", "old2", "new0", "new1", "new2"]
-    assert store.seen("u", 7, offered=True)[6:] == ["answered0", "answered1", "answered2"]
-    assert store.seen("u", 4) == ["new0", "new1", "new2"] and store.seen("v", 7) == []
+    assert store.taps.seen("u", 7) == ["old0", "old1", "old2", "new0", "new1", "new2"]
+    assert store.taps.seen("u", 7, offered=True)[6:] == ["answered0", "answered1", "answered2"]
+    assert store.taps.seen("u", 4) == ["new0", "new1", "new2"] and store.taps.seen("v", 7) == []
     clock[0] += 1 * DAY
-    store.record([(answered, "shown", None)])
+    store.taps.record([(answered, "shown", None)])
     show(store, name="new")  # once more: named once
     clock[0] += 6.5 * DAY
-    assert len(store.seen("u", 7)) == 6
-    assert store.seen("u", 7)[:4] == ["answered0", "answered1", "answered2", "new0"]
-    assert store.seen("u", 0.1, offered=True) == []
+    assert len(store.taps.seen("u", 7)) == 6
+    assert store.taps.seen("u", 7)[:4] == ["answered0", "answered1", "answered2", "new0"]
+    assert store.taps.seen("u", 0.1, offered=True) == []
 
 
 def test_sessions_after_a_list(store):
     def after(user_id="u"):
-        return [shown.sessions_after for shown in store.shown(user_id)]
+        return [shown.sessions_after for shown in store.taps.shown(user_id)]
 
     store.put_sessions("u", sessions(0, 1))  # before any list
     show(store, name="a")
@@ -351,7 +352,7 @@ def test_sessions_after_a_list(store):
     assert after() == [4, 0, None] and after("v") == [1]
     late = offer(store, name="e")
     store.put_sessions("u", sessions(6))  # the shown event comes after the session
-    store.record([(late, "tap", 0)])
+    store.taps.record([(late, "tap", 0)])
     assert after() == [4, 0, 0, 1]
 
 
@@ -362,7 +363,7 @@ def test_sessions_after_survive_the_limit(tmp_path):
         store.put_sessions("u", sessions(n))
     store.put_sessions("u", sessions(*range(10)))  # all of it again: nothing new
     show(store, name="b")
-    assert [shown.sessions_after for shown in store.shown()] == [10, None]
+    assert [shown.sessions_after for shown in store.taps.shown()] == [10, None]
 
 
 def test_lists_kept_ready(store):
@@ -383,7 +384,7 @@ def test_lists_kept_ready(store):
 def test_rates_by_method(store):
     show(store, 0, 1, name="a"), show(store, name="b"), show(store, 2, name="c", user_id="v")
     show(store, name="d", user_id="v", method="IceBreaker"), offer(store, name="not shown")
-    ice, pe = store.rates()
+    ice, pe = store.taps.rates()
     assert list(pe) == "method users lists lists_tapped starters taps rate low high".split()
     assert list(pe.values())[:7] == ["PE", 2, 3, 2, 9, 3, 1 / 3]
     assert list(ice.values())[:7] == ["IceBreaker", 1, 1, 0, 3, 0, 0.0]
@@ -394,13 +395,13 @@ def test_rates_by_method(store):
 
 def test_the_interval_is_wilsons_where_starters_are_independent():
     n, k = 400, 90
-    low, high = module._interval((1,) * n, (1,) * k + (0,) * (n - k))
+    low, high = taps._interval((1,) * n, (1,) * k + (0,) * (n - k))
     z, p = 1.96, k / n
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     assert low == pytest.approx(middle - half, abs=5e-4)
     assert high == pytest.approx(middle + half, abs=5e-4)
-    wide = module._interval((4,) * 100, (4,) * 22 + (2,) + (0,) * 77)  # four that say the same
+    wide = taps._interval((4,) * 100, (4,) * 22 + (2,) + (0,) * 77)  # four that say the same
     assert wide[1] - wide[0] == pytest.approx(2 * (high - low), rel=0.03)
 
 
@@ -411,8 +412,8 @@ def test_the_interval_covers_19_in_20(users):
     for _ in range(draws):
         starters = tuple(5 * rng.choice((1, 1, 2, 3, 8)) for _ in range(users))
         pairs = [(n, rng.betavariate(2, 6)) for n in starters]
-        taps = tuple(sum(rng.random() < p for _ in range(n)) for n, p in pairs)
-        low, high = module._interval(starters, taps)
+        tapped = tuple(sum(rng.random() < p for _ in range(n)) for n, p in pairs)
+        low, high = taps._interval(starters, tapped)
         inside += low <= 0.25 <= high
     assert 0.90 < inside / draws < 0.985
 
@@ -426,8 +427,8 @@ def fill(store: Store, user_id: str, rng: random.Random) -> None:
     names = [f"{user_id} {n}" for n in rng.sample(range(99), 9)]
     rows = [Session(session_id=name, summary=filler) for name in names]
     store.put_sessions(user_id, rows, {user_id: user_id})
-    impression = store.offer(user_id, [user_id] * 3, [filler] * 3, "PE", "round1")
-    store.record([(impression, "tap", 1)])
+    impression = store.taps.offer(user_id, [user_id] * 3, [filler] * 3, "PE", "round1")
+    store.taps.record([(impression, "tap", 1)])
     store.put_ahead(user_id, "key", {user_id: filler})
 
 
@@ -436,7 +437,7 @@ def test_no_byte_of_a_deleted_user_stays(store):
     names = [f"CANARY{n:03}" for n in range(80)]
     for name in names * 2:
         fill(store, name, rng)
-    reader = Store(store.path)  # as feedback.py beside the server
+    reader = Store(store.db.path)  # as feedback.py beside the server
     assert all(name.encode() in raw(store) for name in names)
     rng.shuffle(names)
     for n, name in enumerate(names[:25]):
@@ -445,9 +446,9 @@ def test_no_byte_of_a_deleted_user_stays(store):
         assert all(removed.values())
         assert name.encode() not in raw(store)
         assert store.user(name) is None and store.ahead(name, "key") is None
-        assert len(list(reader.shown())) == 2 * (80 - n - 1)
+        assert len(list(reader.taps.shown())) == 2 * (80 - n - 1)
     assert len(store.user(names[-1]).sessions) >= 9
-    assert store._rows("PRAGMA integrity_check") == [("ok",)]
+    assert store.db.rows("PRAGMA integrity_check") == [("ok",)]
     assert store.delete_user("nobody") == dict.fromkeys(removed, 0)
     reader.close()
 
@@ -455,8 +456,8 @@ def test_no_byte_of_a_deleted_user_stays(store):
 def test_a_deleted_list_takes_no_events(store):
     impression = offer(store)
     assert store.delete_user("u")["lists"] == 1
-    with pytest.raises(BadImpression, match="its list was deleted"):
-        store.record([(impression, "shown", None)])
+    with pytest.raises(BadEvent, match="its list was deleted"):
+        store.taps.record([(impression, "shown", None)])
     store.put_sessions("u", sessions(1))
     assert store.delete_user("u") == {
         "taps": 0, "users": 1, "sessions": 1, "appended": 1, "lists": 0, "ahead": 0
@@ -465,21 +466,21 @@ def test_a_deleted_list_takes_no_events(store):
 
 @pytest.mark.parametrize("again", ["delete", "restart"])
 def test_a_reader_that_holds_on_delays_the_wiping_and_is_told_of(tmp_path, monkeypatch, again):
-    monkeypatch.setattr(module, "WAIT", 0.1)
+    monkeypatch.setattr(database, "WAIT", 0.1)
     store = Store(tmp_path / "s")
     fill(store, "CANARYu", random.Random(0))
-    shell = sqlite3.connect(store.path, isolation_level=None)
+    shell = sqlite3.connect(store.db.path, isolation_level=None)
     shell.execute("BEGIN")
     shell.execute("SELECT * FROM users").fetchone()
     with pytest.raises(sqlite3.OperationalError, match="not wiped"):
         store.delete_user("CANARYu")
     assert store.user("CANARYu") is None and b"CANARYu" in raw(store)
-    Store(store.path).close()  # opens all the same
+    Store(store.db.path).close()  # opens all the same
     shell.execute("COMMIT")
     if again == "delete":
         assert sum(store.delete_user("CANARYu").values()) == 0
     else:
-        Store(store.path).close()
+        Store(store.db.path).close()
     assert b"CANARYu" not in raw(store)
     shell.close()
 
@@ -513,16 +514,17 @@ def test_any_text_comes_back(shared, texts):
     store.put_sessions(user.user_id, user.sessions, user.profile)
     assert store.user(user.user_id) == user
     assert store.user_ids() == [user.user_id]
-    store.record([(store.offer(user.user_id, texts, texts, texts[0], texts[1]), "tap", 2)])
-    [shown] = store.shown(user.user_id)
+    impression = store.taps.offer(user.user_id, texts, texts, texts[0], texts[1])
+    store.taps.record([(impression, "tap", 2)])
+    [shown] = store.taps.shown(user.user_id)
     assert (shown.interests, shown.starters, shown.clicked) == (texts, texts, [2])
     assert (shown.user_id, shown.method, shown.version) == (user.user_id, *texts[:2])
-    assert store.seen(user.user_id, 1) == list(dict.fromkeys(texts))
+    assert store.taps.seen(user.user_id, 1) == list(dict.fromkeys(texts))
     store.put_ahead(user.user_id, texts[1], {texts[0]: texts})
     assert store.ahead(user.user_id, texts[1]) == {texts[0]: texts}
     removed = store.delete_user(user.user_id)
     assert removed["users"] == removed["lists"] == removed["ahead"] == 1
-    assert store.user_ids() == [] and [x.user_id for x in store.shown()] == ["neighbour"]
+    assert store.user_ids() == [] and [x.user_id for x in store.taps.shown()] == ["neighbour"]
 
 
 # ------------------------------------------------------------------------- threads and processes
@@ -531,13 +533,13 @@ def test_any_text_comes_back(shared, texts):
 def test_threads_at_once_never_double(store):
     impressions = [offer(store, name=f"{n} ") for n in range(40)]
     events = [(x, kind, slot) for x in impressions for kind, slot in (("shown", None), ("tap", 1))]
-    other = Store(store.path)  # another connection, as another process has
+    other = Store(store.db.path)  # another connection, as another process has
     news, start = [], threading.Barrier(4)
 
     def work(own: Store):
         start.wait()
         for event in events:
-            news.append(own.record([event]))
+            news.append(own.taps.record([event]))
 
     threads = [threading.Thread(target=work, args=(own,)) for own in (store, store, other, other)]
     for thread in threads:
@@ -545,7 +547,7 @@ def test_threads_at_once_never_double(store):
     for thread in threads:
         thread.join()
     assert len(news) == 4 * len(events) and sum(news) == len(events)
-    assert [x.clicked for x in store.shown()] == [[1]] * 40
+    assert [x.clicked for x in store.taps.shown()] == [[1]] * 40
     other.close()
 
 
@@ -557,14 +559,14 @@ def test_threads_put_and_read_without_a_mix_up(store):
             for n in range(30):
                 store.put_sessions(name, sessions(n, text=name))
                 impression = offer(store, name=f"{name} {n} ", user_id=name)
-                store.record([(impression, "tap", n % 3)])
+                store.taps.record([(impression, "tap", n % 3)])
                 store.put_ahead(name, "k", {"of": name})
                 user = store.user(name)
                 assert len(user.sessions) == n + 1
                 assert all(s.summary.startswith(name) for s in user.sessions)
                 assert store.ahead(name, "k") == {"of": name}
-                assert all(x.starters[0].startswith(name) for x in store.shown(name))
-            assert [x.clicked for x in store.shown(name)] == [[n % 3] for n in range(30)]
+                assert all(x.starters[0].startswith(name) for x in store.taps.shown(name))
+            assert [x.clicked for x in store.taps.shown(name)] == [[n % 3] for n in range(30)]
         except BaseException as error:
             faults.append(error)
 
@@ -585,29 +587,30 @@ def python(code: str, *words) -> subprocess.Popen:
 def test_many_processes_make_one_store(tmp_path):
     code = (
         "import sys; from serving import store; s = store.Store(sys.argv[1]);"
-        "print(s.offer('u' + sys.argv[2], [], ['x'], 'PE', 'v'))"
+        "print(s.taps.offer('u' + sys.argv[2], [], ['x'], 'PE', 'v'))"
     )
     jobs = [python(code, tmp_path / "s", n) for n in range(6)]
     impressions = [job.communicate()[0].strip() for job in jobs]
     assert [job.returncode for job in jobs] == [0] * 6
     store = Store(tmp_path / "s")
-    assert store.record([(x, "shown", None) for x in impressions]) == 6  # one key signs them all
+    events = [(x, "shown", None) for x in impressions]
+    assert store.taps.record(events) == 6  # one key signs them all
 
 
 def test_training_reads_beside_a_server_that_writes(store):
     code = (
         "import sys; from serving import store; s = store.Store(sys.argv[1]);"
-        "print(*[len(list(s.shown())) for _ in range(50)], s.rates()[0]['taps'])"
+        "print(*[len(list(s.taps.shown())) for _ in range(50)], s.taps.rates()[0]['taps'])"
     )
     show(store, 0, name="first")
-    job = python(code, store.path)
+    job = python(code, store.db.path)
     written = 1
     while job.poll() is None:
         show(store, 0, name=f"{written} ")
         written += 1
     counts = list(map(int, job.communicate()[0].split()))
     assert job.returncode == 0 and counts == sorted(counts) and counts[-1] <= written
-    assert len(list(store.shown())) == written
+    assert len(list(store.taps.shown())) == written
 
 
 def test_what_is_acknowledged_is_synced(store):
@@ -615,9 +618,9 @@ def test_what_is_acknowledged_is_synced(store):
     said, levels = [], {}
     impression = offer(store)
     store.put_sessions("gone", sessions(1))
-    store._db.set_trace_callback(said.append)
+    store.db.connection.set_trace_callback(said.append)
     calls = {
-        "record": lambda: store.record([(impression, "tap", 0)]),
+        "record": lambda: store.taps.record([(impression, "tap", 0)]),
         "put_sessions": lambda: store.put_sessions("u", sessions(1)),
         "delete_user": lambda: store.delete_user("gone"),
         "offer": lambda: offer(store, name="b"),
@@ -629,7 +632,7 @@ def test_what_is_acknowledged_is_synced(store):
         first = said.index("BEGIN IMMEDIATE")
         levels[name] = [x for x in said[:first] if "synchronous" in x]
         assert said[first:].count("COMMIT") >= 1
-    store._db.set_trace_callback(None)
+    store.db.connection.set_trace_callback(None)
     assert levels == {
         "record": ["PRAGMA synchronous=FULL"],
         "put_sessions": ["PRAGMA synchronous=FULL"],
@@ -637,10 +640,10 @@ def test_what_is_acknowledged_is_synced(store):
         "offer": ["PRAGMA synchronous=NORMAL"],
         "put_ahead": ["PRAGMA synchronous=NORMAL"],
     }
-    with store._transaction(durable=True):
-        assert store._rows("PRAGMA synchronous") == [(2,)]
-        assert store._rows("PRAGMA journal_mode") == [("wal",)]
-        assert store._rows("PRAGMA secure_delete") == [(1,)]
+    with store.db.transaction(durable=True):
+        assert store.db.rows("PRAGMA synchronous") == [(2,)]
+        assert store.db.rows("PRAGMA journal_mode") == [("wal",)]
+        assert store.db.rows("PRAGMA secure_delete") == [(1,)]
 
 
 RECORDS = """
@@ -648,8 +651,8 @@ import itertools, sys; from serving import store
 s = store.Store(sys.argv[1])
 for n in itertools.count():
     name = f"{sys.argv[2]} {n}"
-    x = s.offer(f"u{n % 3}", ["i"], [f"{name} {slot}" for slot in range(3)], "PE", "v")
-    s.record([(x, "shown", None), (x, "tap", 0), (x, "tap", 2)])
+    x = s.taps.offer(f"u{n % 3}", ["i"], [f"{name} {slot}" for slot in range(3)], "PE", "v")
+    s.taps.record([(x, "shown", None), (x, "tap", 0), (x, "tap", 2)])
     print(x, name, flush=True)
 """
 
@@ -683,7 +686,7 @@ def test_no_acknowledged_event_is_lost_or_doubled_by_a_kill(tmp_path):
         assert lines
         acknowledged += [line.split(" ", 1) for line in lines]
         store = Store(tmp_path / "s")
-        lists = list(store.shown())
+        lists = list(store.taps.shown())
         found = Counter(shown.starters[0][:-2] for shown in lists)
         assert all(found[name] == 1 for _, name in acknowledged)
         assert max(found.values()) == 1
@@ -691,8 +694,8 @@ def test_no_acknowledged_event_is_lost_or_doubled_by_a_kill(tmp_path):
         assert len(lists) <= len(acknowledged) + number + 1  # one may be kept and not acknowledged
         for impression, _ in acknowledged[-3:]:
             again = [(impression, "shown", None), (impression, "tap", 0), (impression, "tap", 2)]
-            assert store.record(again) == 0
-        assert store._rows("PRAGMA integrity_check") == [("ok",)]
+            assert store.taps.record(again) == 0
+        assert store.db.rows("PRAGMA integrity_check") == [("ok",)]
         store.close()
 
 
@@ -714,8 +717,8 @@ def test_half_of_a_killed_call_does_not_stay_in_the_log(tmp_path):
     code = """if True:
         import os, signal, sys; from serving import store
         s = store.Store(sys.argv[1])
-        s._db.execute("PRAGMA cache_size=1")  # so that the log is written before the end
-        with s._transaction() as db:
+        s.db.connection.execute("PRAGMA cache_size=1")  # so that the log is written before the end
+        with s.db.transaction() as db:
             for n in range(200):
                 db.execute("INSERT INTO users VALUES (?, ?)", (f"u{n}", "CANARY" * 99))
             os.kill(os.getpid(), signal.SIGKILL)"""
@@ -753,9 +756,9 @@ def test_a_file_that_is_no_store_is_refused_and_left_alone(tmp_path):
 
 
 def test_tables_of_another_version_are_refused(store):
-    store._db.execute("PRAGMA user_version=99")
+    store.db.connection.execute("PRAGMA user_version=99")
     store.close()
-    assert "tables of version 99, this code knows 1; name another file" in refused(store.path)
+    assert "tables of version 99, this code knows 1; name another file" in refused(store.db.path)
 
 
 def test_a_file_that_cannot_be_written_is_refused():
@@ -776,14 +779,14 @@ def test_a_file_that_cannot_be_written_is_refused():
 
 def test_only_the_owner_reads_the_files(store):
     store.put_sessions("u", sessions(1))
-    files = list(store.path.parent.glob("serve.sqlite*"))
+    files = list(store.db.path.parent.glob("serve.sqlite*"))
     assert len(files) == 3 and all(f.stat().st_mode & 0o077 == 0 for f in files)
 
 
 def test_an_empty_file_becomes_a_store(tmp_path):
     (tmp_path / "s").touch()
     show(Store(tmp_path / "s"))
-    assert len(list(itertools.islice(Store(tmp_path / "s").shown(), 5))) == 1
+    assert len(list(itertools.islice(Store(tmp_path / "s").taps.shown(), 5))) == 1
 
 
 def test_lists_that_nobody_was_shown_do_not_pile_up(store, clock):
@@ -791,7 +794,7 @@ def test_lists_that_nobody_was_shown_do_not_pile_up(store, clock):
     for i in range(998):
         offer(store, f"never shown {i}")
     store.put_ahead("nobody", "key", {"starters": []}, "SFT")
-    clock[0] += module.KEPT + 1
+    clock[0] += taps.KEPT + 1
     offer(store, "the thousandth")
-    assert store._rows("SELECT count(*) FROM lists") == [(2,)]
-    assert store.ahead("nobody", "key") is None and len([*store.shown()]) == 1
+    assert store.db.rows("SELECT count(*) FROM lists") == [(2,)]
+    assert store.ahead("nobody", "key") is None and len([*store.taps.shown()]) == 1

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llm
-from config import ROOT, GeneratorConfig, read_json
+from config import GeneratorConfig
+from files import ROOT, read_json
 from tools import tiny_model
 
 MICRO = tiny_model.Settings(

@@ -23,7 +23,7 @@ import icebreaker as ib
 import llm
 import roles
 import train
-from config import ROOT, UserError, read_json, read_tensors
+from files import ROOT, UserError, read_json, read_tensors
 from roles.players import Players
 from roles.writer import Writer
 from run import Run

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import data
-from config import ROOT, WorldConfig
+from config import WorldConfig
+from files import ROOT
 from world import people
 
 SETTINGS = WorldConfig(users=400, seed=7)

@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import llm
 import train
-from config import ROOT, gather, load_config, processes, read_json, share, write_json
+from config import load_config
+from files import ROOT, gather, processes, read_json, share, write_json
 from roles import players as players_module
 from roles import writer as writer_module
 from run import Run, sum_counts

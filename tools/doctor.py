@@ -3,8 +3,6 @@
     python train.py --doctor --config configs/qwen2.5-7b.yaml  # versions, GPU, 4-bit, hub, disk
 """
 
-from __future__ import annotations
-
 import http.client
 import importlib.metadata
 import os
@@ -21,7 +19,9 @@ import torch
 from huggingface_hub import constants
 
 import llm
-from config import ROOT, Config, GeneratorConfig
+from config import Config, GeneratorConfig
+from files import ROOT
+from llm.model import LARGEST_ON_CPU
 from tools.plan import CONTEXT, FRAGMENTATION, GIB, cached_file, find_shape, stage_bytes
 
 Lines = Iterator[tuple[bool, str]]  # whether it is well, and what it is
@@ -74,8 +74,8 @@ def _four_bit(config: Config) -> Lines:
     inputs = torch.randn(4, 64, device=device, dtype=dtype, requires_grad=True)
     layer(inputs).sum().backward()  # where a kernel is missing, zeros may come back and no error
     fine = bool(inputs.grad.isfinite().all() and inputs.grad.any())
-    advice = "" if fine else ": no gradient; set generator.load_in_4bit=false"
-    yield fine, f"4-bit layer of bitsandbytes, forward and backward on {device}{advice}"
+    text = f"4-bit layer of bitsandbytes, forward and backward on {device}"
+    yield fine, text if fine else f"{text}: no gradient; set generator.load_in_4bit=false"
 
 
 def unreachable(url: str, key: str = "") -> str:
@@ -105,11 +105,10 @@ def at_hand(g: GeneratorConfig) -> bool:
 def _hub(config: Config) -> Lines:
     g, url = config.generator, os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    why = "HF_HUB_OFFLINE is set" if offline else unreachable(url)
-    download = f"hf download {g.model} --local-dir FOLDER; then copy FOLDER here and set generator."
-    advice = f": where it can be reached, {download}model=FOLDER"
-    if there := at_hand(g):
-        advice = "; nothing is needed from it"
+    why, there = "HF_HUB_OFFLINE is set" if offline else unreachable(url), at_hand(g)
+    advice = "; nothing is needed from it" if there else (
+        f": where it can be reached, hf download {g.model} --local-dir FOLDER; then copy FOLDER "
+        "here and set generator.model=FOLDER")
     yield there or not why, f"hub {url}: {why + advice if why else 'reachable'}"
 
 
@@ -118,12 +117,11 @@ def _endpoints(config: Config) -> Lines:
     base_url = e.base_url or os.environ.get("OPENAI_BASE_URL", "")
     if "endpoint" in vars(config.roles).values() and not base_url:
         yield False, "endpoint.base_url: a role asks an endpoint; set it, or OPENAI_BASE_URL"
-    for name, url, variable in (  # each with its key alone: they may be of different owners
-        ("endpoint.base_url", base_url, e.key_env),
-        ("generator.endpoint", g.endpoint, g.endpoint_key_env),
-    ):
+    chat = "endpoint.base_url", base_url, e.key_env
+    policy = "generator.endpoint", g.endpoint, g.endpoint_key_env
+    for name, url, variable in (chat, policy):  # each with its key alone: they may be of two owners
         if url:
-            key = os.environ.get(variable, "").strip() if variable else ""
+            key = os.environ.get(variable, "").strip()
             why = unreachable(url.rstrip("/") + "/models", key)  # it needs the key
             shown = url.split("@")[-1]  # whatever stands before is a secret
             advice = f": {why}; start the server, or correct {name} or its key"
@@ -133,7 +131,7 @@ def _endpoints(config: Config) -> Lines:
 def _room(config: Config) -> Lines:
     """Memory and disk beside the estimate of tools/plan.py."""
     g, s, on_gpu = config.generator, find_shape(config), torch.cuda.is_available()
-    if not on_gpu and s.parameters > 2e9:
+    if not on_gpu and s.parameters > LARGEST_ON_CPU * 1e9:
         yield False, f"no GPU, which {s.parameters / 1e9:.1f} B parameters need: a smaller model"
     peak = max(terms["peak"] for terms in stage_bytes(config, s, 2 if on_gpu else 4).values())
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # bytes
@@ -149,8 +147,8 @@ def _room(config: Config) -> Lines:
     if not at_hand(g):  # 2 bytes a parameter come from the hub
         disks.append((f"the hub's cache ({cache})", cache, 2 * s.parameters))
     for name, folder, needed in disks:
-        parents = (Path(folder).absolute(), *Path(folder).absolute().parents)
-        free = shutil.disk_usage(next(p for p in parents if p.exists())).free  # it may come later
+        path = Path(folder).absolute()  # or the first parent that exists: it may come later
+        free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
         advice = "make room, or set run.root, HF_HOME"
         places.append((f"free disk for {name}", free, needed, advice))
     for name, has, needed, advice in places:

@@ -22,8 +22,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 import data
-from config import progress
 from data import DataError, Faults, Name, Record, Stamp, Text, User
+from files import progress
 
 Sessions = Iterator[tuple[str | None, str, datetime | None, list[tuple[str, str | None]]]]
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from statistics import median
 
 import data
-from config import UserError, atomic_path, load_config, read_json, script
+from config import load_config
 from data import Impression, User
+from files import UserError, atomic_path, read_json, script
 from tools.importers import KINDS, import_users
 
 

@@ -2,15 +2,12 @@
 
     python train.py --plan --config configs/qwen2.5-7b.yaml    # estimate; no weights, no hub
 
-The bytes are counted from the tensors that transformers' Qwen2 with PEFT's LoRA keeps alive.
-`python -m benchmarks.plan` measures the same on a CPU (results/plan.md); a 7B model's DPO steps and
-the heaviest call of each stage on an H100 stand there too, within 2.2 %.
+Counted are the tensors that transformers' Qwen2 with PEFT's LoRA keeps alive. `python -m
+benchmarks.plan` measures them on a CPU; results/plan.md has an H100's too, within 2.2 %.
 
 Legend: T tokens of a tree row, H hidden, D heads * head_dim, I intermediate, V vocabulary, r rank;
 `a` bytes of a weight and an activation: 2 on a GPU (bf16), 4 on a CPU (fp32).
 """
-
-from __future__ import annotations
 
 import json
 from dataclasses import dataclass
@@ -20,14 +17,15 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 import llm
-from config import Config, GeneratorConfig, UserError
+from config import Config, GeneratorConfig
+from files import UserError
+from llm.logps import HEAD_CHUNK
 from stages.dpo import HELD_OUT_LISTS
 
 GIB = 2**30
 CARDS = (12, 24, 40, 80)  # GiB
 CONTEXT = 1.0 * GIB  # on a card beside the estimate: CUDA's context, cuBLAS, the text encoder
 FRAGMENTATION = 1.10  # of torch's allocator: blocks that are free but too small
-HEAD_CHUNK = 256  # positions whose vocabulary row exists at once, as in llm.completion_logps
 
 
 @dataclass(frozen=True)
@@ -52,24 +50,23 @@ class Shape:
     def linears(self) -> list[tuple[int, int]]:
         """(in, out) of a layer's linear maps: those that LoRA adapts and 4-bit packs."""
         h, i, d, kv = self.hidden, self.intermediate, self.query, self.kv_heads * self.head_dim
-        # q, k, v, o; gate, up, down
-        return [(h, d), (h, kv), (h, kv), (d, h), (h, i), (h, i), (i, h)]
+        return [(h, d), (h, kv), (h, kv), (d, h), (h, i), (h, i), (i, h)]  # qkv, o; gate, up, down
 
     @property
     def packed(self) -> int:
         """Weights of the linear maps, the head aside: bitsandbytes leaves it as it is."""
-        return self.layers * sum(rows * columns for rows, columns in self.linears)
+        return self.layers * sum(inside * out for inside, out in self.linears)
 
     @property
     def parameters(self) -> int:
         bias = sum(out for (_, out), has in zip(self.linears, self.biases, strict=True) if has)
-        norms = self.layers * 2 * self.hidden + self.hidden  # two a layer, and the last
+        norms = (2 * self.layers + 1) * self.hidden  # two a layer, and the last
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
         return self.packed + self.layers * bias + norms + embeddings
 
     def lora(self, rank: int) -> int:
         """Weights that are trained: A (r, in) and B (out, r) of every linear map."""
-        return self.layers * sum(rank * (rows + columns) for rows, columns in self.linears)
+        return self.layers * sum(rank * (inside + out) for inside, out in self.linears)
 
 
 QWEN = {  # of the hub's config.json; heads of 64 or 128
@@ -85,36 +82,31 @@ def read_shape(path: Path) -> Shape:
     """The shape in a config.json; raises UserError for another architecture than is counted."""
     try:
         c = json.loads(path.read_text(encoding="utf-8"))
-        kind = c["model_type"]
-        if kind not in ("qwen2", "llama", "mistral"):
+        if (kind := c["model_type"]) not in ("qwen2", "llama", "mistral"):
             raise UserError(f"{path}: model_type {kind}: only qwen2, llama and mistral are counted")
         qkv = kind == "qwen2" or c.get("attention_bias", False)  # Qwen2 has no switch for it
-        out, mlp = kind != "qwen2" and qkv, c.get("mlp_bias", False)
-        hidden, heads = c["hidden_size"], c["num_attention_heads"]
+        biases = (qkv,) * 3 + (kind != "qwen2" and qkv,) + (c.get("mlp_bias", False),) * 3
+        h, heads = c["hidden_size"], c["num_attention_heads"]
         kv_heads = c.get("num_key_value_heads") or heads  # left out, or null, where it is the same
-        sizes = (c["num_hidden_layers"], heads, kv_heads, c["intermediate_size"], c["vocab_size"])
-        return Shape(
-            hidden, *sizes, tied=c.get("tie_word_embeddings", False),
-            head_dim=c.get("head_dim") or hidden // heads, biases=(qkv,) * 3 + (out,) + (mlp,) * 3,
-        )
+        sizes = h, c["num_hidden_layers"], heads, kv_heads, c["intermediate_size"], c["vocab_size"]
+        tied, head_dim = c.get("tie_word_embeddings", False), c.get("head_dim") or h // heads
+        return Shape(*sizes, tied, head_dim, biases)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: no readable model config ({error!r})") from None
 
 
 def find_shape(config: Config) -> Shape:
     """Of the generator: a local folder, the hub's local cache, or a Qwen2.5; else UserError."""
-    g, path = config.generator, Path(llm.model_path(config.generator))
-    if path.is_dir():
-        return read_shape(path / "config.json")
-    if cached := cached_file(g, "config.json"):  # goes before the table: it may be changed
-        return read_shape(cached)
+    g, folder = config.generator, Path(llm.model_path(config.generator))
+    path = folder / "config.json" if folder.is_dir() else cached_file(g, "config.json")
+    if path:  # goes before the table: it may be changed
+        return read_shape(path)
     if g.model in BY_NAME:
         return BY_NAME[g.model]
     raise UserError(
         f"generator.model={g.model}: no such folder, not in the local cache, and no known shape; "
         f"name a local folder with a config.json (where a hub can be reached: hf download "
-        f"{g.model} --local-dir FOLDER) or one of {', '.join(k for k in BY_NAME if 'Inst' in k)}"
-    )
+        f"{g.model} --local-dir FOLDER) or one of {', '.join(k for k in BY_NAME if 'Inst' in k)}")
 
 
 def cached_file(g: GeneratorConfig, name: str) -> Path | None:
@@ -155,9 +147,8 @@ def training(s: Shape, g: GeneratorConfig, users: int, lists: int, a: int) -> di
         layer += mask
     kept, again = (tokens * a * h, layer) if g.gradient_checkpointing else (layer, 0)
     positions = 2 * tokens * a * s.head_dim  # cosines and sines; as the mask, once for all layers
-    # The most that a layer's backward holds beside what was saved is in its MLP: two gradients of
-    # (T, I) while silu(gate) * up is undone; or the weight at `down`, dequantised for the matrix
-    # product, then dropped, whose LoRA input (T, I) is free by then.
+    # A layer's backward holds most in its MLP: two gradients of (T, I) while silu(gate) * up is
+    # undone; or the weight at `down`, dequantised for the product, its LoRA input (T, I) dropped.
     weight = a * h * i if g.load_in_4bit else 0
     mlp = max(2 * a * i * tokens, (2 * a - 4) * i * tokens + weight)
     mlp += (4 if a == 4 else 12) * h * tokens  # the output's gradient; in bf16 fp32 copies
@@ -165,14 +156,11 @@ def training(s: Shape, g: GeneratorConfig, users: int, lists: int, a: int) -> di
     # stay until the next are made. Beside them the last norm, and the scored positions.
     chunk, logit = min(HEAD_CHUNK, scored), 4 if a == 4 else 4 + a
     head = s.vocabulary * max(logit * chunk, 4 * chunk + logit * min(chunk, scored - chunk))
-    terms = {
-        "weights": weight_bytes(s, g.load_in_4bit, a),
-        "LoRA, gradients, AdamW": 4 * 4 * s.lora(g.lora_rank),  # fp32: w, dw and two averages
-        "activations kept": mask + positions + s.layers * kept,
-        "a layer's backward": again + mlp,
-        "head chunk": head + tokens * (4 + a) * h + 2 * scored * a * h,
-    }
-    return with_peak(terms, "a layer's backward", "head chunk")
+    return with_peak(
+        weight_bytes(s, g.load_in_4bit, a), 4 * 4 * s.lora(g.lora_rank),  # fp32: w, dw, averages
+        {"activations kept": mask + positions + s.layers * kept},
+        {"a layer's backward": again + mlp,
+         "head chunk": head + tokens * (4 + a) * h + 2 * scored * a * h})
 
 
 def sampling(s: Shape, g: GeneratorConfig, n: int, a: int, lora_bytes: int = 4) -> dict[str, float]:
@@ -185,40 +173,33 @@ def sampling(s: Shape, g: GeneratorConfig, n: int, a: int, lora_bytes: int = 4) 
     h, d, i, kv = s.hidden, s.query, s.intermediate, s.kv_heads * s.head_dim
     logits = prompts * n * s.vocabulary  # of one step, a count and no bytes
     weight = a * h * i if g.load_in_4bit else 0  # dequantised for a product, as in training
-    per_token = a * i + a * i  # silu(gate), up
-    per_token += 3 * a * h + (4 * h if a == 2 else 0)  # embedding, residual, normed; LoRA's x
-    drawn = 0 if g.top_k else 32  # values, ids, softmax, sums of a sort of all V
+    per_token = 2 * a * i + 3 * a * h  # silu(gate), up; embedding, residual, normed
+    per_token += a * width + (4 * h if a == 2 else 0)  # the mask; LoRA's x
+    product = max(2 * 4 * i * prompts * width, weight)  # LoRA's and its sum in fp32, (T, I) each
     repeated = 2 * a * prompts * length * d if s.heads > s.kv_heads and n > 1 else 0  # K, V
-    steps = prompts * n * length * (a + 3)  # the mask, and the truth values it is made of
-    terms = {
-        "weights": weight_bytes(s, g.load_in_4bit, a),
-        "LoRA, gradients, AdamW": lora_bytes * s.lora(g.lora_rank),
-        "KV cache": 2 * a * s.layers * prompts * length * kv,  # allocated whole in the first step
-        # Beside these LoRA's product and its sum in fp32, (T, I) each; and the mask.
-        "reading the prompts": prompts * width * per_token
-        + max(2 * 4 * i * prompts * width, weight)
-        + prompts * width**2 * a,
-        # The prompts' hidden states stay. Logits of the last step are there until the new ones are.
-        "a token's step": prompts * width * a * h
-        + 4 * logits
-        + max(repeated + steps + weight, (4 + a if a == 2 else 4) * logits, drawn * logits),
-    }
-    return with_peak(terms, "reading the prompts", "a token's step")
+    mask = prompts * n * length * (a + 3)  # and the truth values it is made of
+    drawn = 0 if g.top_k else 32  # values, ids, softmax, sums of a sort of all V
+    step = max(repeated + mask + weight, (4 + a if a == 2 else 4) * logits, drawn * logits)
+    return with_peak(
+        weight_bytes(s, g.load_in_4bit, a), lora_bytes * s.lora(g.lora_rank),
+        {"KV cache": 2 * a * s.layers * prompts * length * kv},  # allocated whole in the first step
+        # The prompts' hidden states stay, and the last step's logits until the new ones are there.
+        {"reading the prompts": prompts * width * per_token + product,
+         "a token's step": prompts * width * a * h + 4 * logits + step})
 
 
-def with_peak(terms: dict[str, float], *in_turn: str) -> dict[str, float]:
-    """The terms and their "peak": all at once, but of those that come in turn the largest alone."""
-    together = sum(size for name, size in terms.items() if name not in in_turn)
-    return terms | {"peak": together + max(terms[name] for name in in_turn)}
+def with_peak(weights: float, trained: int, kept: dict, in_turn: dict) -> dict[str, float]:
+    """All terms and their "peak": at once, but of those that come in turn the largest alone."""
+    always = {"weights": weights, "LoRA, gradients, AdamW": trained} | kept
+    return always | in_turn | {"peak": sum(always.values()) + max(in_turn.values())}
 
 
 def stage_bytes(config: Config, s: Shape, a: int) -> dict[str, dict[str, float]]:
     """Bytes of each stage at its peak, in terms."""
     g, dpo = config.generator, config.dpo
     lora, weights = s.lora(g.lora_rank), weight_bytes(s, g.load_in_4bit, a)
-    local = "generator" in vars(config.roles).values()  # plays roles: a base model of its own
-    others = dict.fromkeys(("sit", "dpo", "sampling"), local * weights)
-    others["dpo"] += 4 * lora  # the best checkpoint so far
+    other = weights if "generator" in vars(config.roles).values() else 0  # it plays roles: a base
+    others = {"sit": other, "dpo": other + 4 * lora, "sampling": other}  # dpo: the best so far
     if dpo.reference == "sit" and dpo.rounds > 1:
         others["dpo"] += weights + 4 * lora
     fewest = min(dpo.samples, HELD_OUT_LISTS, config.eval.lists)  # the most prompts at a time
@@ -228,10 +209,8 @@ def stage_bytes(config: Config, s: Shape, a: int) -> dict[str, dict[str, float]]
         # Checkpoints are tried out between two steps: gradients, AdamW and the best are there too.
         "sampling": sampling(s, g, fewest, a, lora_bytes=20),
     }
-    for name, terms in stages.items():
-        terms["other models"] = others[name]
-        terms["peak"] += others[name]
-    return stages
+    return {name: terms | {"other models": others[name], "peak": terms["peak"] + others[name]}
+            for name, terms in stages.items()}
 
 
 def token_lines(config: Config) -> list[str]:
@@ -242,32 +221,29 @@ def token_lines(config: Config) -> list[str]:
     pairs = sum(range(1, dpo.rounds + 1))  # a round trains on its own pairs and on earlier ones
 
     def total(count: int, each: int) -> str:
-        return f"in all {(count or 1) * each:,}" + ("" if count else " a user")  # 0: all there are
+        return f"in all {count * each:,}" if count else f"in all {each:,} a user"  # 0: all users
 
-    reference = total(dpo.max_users, (dpo.passes + 1) * pairs * tree) + " with the reference's"
-    prompts = max(1, g.sample_rows // dpo.samples)
-    held_out = f"for dpo {total(dpo.max_users, dpo.rounds * drawn)}; and for held-out users"
+    dpo_tokens = total(dpo.max_users, (dpo.passes + 1) * pairs * tree)
+    batch, sampled = max(1, g.sample_rows // dpo.samples), total(dpo.max_users, dpo.rounds * drawn)
     return [
         f"  sit       {sit.batch_users * row:,} a step, {total(sit.max_rows, sit.epochs * row)}",
-        f"  dpo       {dpo.batch_users * tree:,} a step, {reference}",
-        f"  sampling  {prompts * drawn:,} a batch, {held_out}",
-    ]
+        f"  dpo       {dpo.batch_users * tree:,} a step, {dpo_tokens} with the reference's",
+        f"  sampling  {batch * drawn:,} a batch, for dpo {sampled}; and for held-out users"]
 
 
 def table_lines(stages: dict[str, dict[str, float]]) -> list[str]:
     """A row a term, a column a stage, in GiB."""
-    names = dict.fromkeys(name for terms in stages.values() for name in terms)
-    rows = [["", *stages]]
+    names = {name: None for terms in stages.values() for name in terms}
+    rows = {"": [*stages]}
     for name in sorted(names, key="peak".__eq__):  # the peak last
-        sizes = [terms.get(name) for terms in stages.values()]
-        rows.append([name, *("" if size is None else f"{size / GIB:.2f}" for size in sizes)])
-    rows.append(["smallest card", *(smallest_card(terms["peak"]) for terms in stages.values())])
-    return [f"  {name:24}" + "".join(f"{cell:>11}" for cell in cells) for name, *cells in rows]
+        rows[name] = [f"{t[name] / GIB:.2f}" if name in t else "" for t in stages.values()]
+    rows["smallest card"] = [smallest_card(terms["peak"]) for terms in stages.values()]
+    return [f"  {name:24}" + "".join(f"{x:>11}" for x in cells) for name, cells in rows.items()]
 
 
 def smallest_card(peak: float) -> str:
-    fits = [c for c in CARDS if peak * FRAGMENTATION + CONTEXT <= c * GIB]
-    return f"{fits[0]} GB" if fits else "none"
+    needed = peak * FRAGMENTATION + CONTEXT
+    return next((f"{card} GB" for card in CARDS if needed <= card * GIB), "none")
 
 
 def plan(config: Config) -> str:
@@ -275,7 +251,7 @@ def plan(config: Config) -> str:
     g, s = config.generator, find_shape(config)
     kind = "4-bit NF4, double quantisation, bf16 compute" if g.load_in_4bit else "bf16"
     cpu = [f"{name} {terms['peak'] / GIB:.2f}" for name, terms in stage_bytes(config, s, 4).items()]
-    lines = [
+    return "\n".join([
         f"{g.model or 'embedded base model'}: {s.parameters:,} parameters, "
         f"{s.lora(g.lora_rank):,} trained (LoRA r{g.lora_rank})",
         f"\nGiB on a GPU, {kind}; an estimate (results/plan.md):",
@@ -287,6 +263,4 @@ def plan(config: Config) -> str:
         f"\nGiB without a GPU, fp32 compute: {', '.join(cpu)}; Python takes about 1 more",
         f"\nTokens at most, of prompts of {g.max_prompt_tokens} and lists of {g.max_new_tokens}:",
         *token_lines(config),
-        *(["  lists come from generator.endpoint, not from here"] if g.endpoint else []),
-    ]
-    return "\n".join(lines)
+        *(["  lists come from generator.endpoint, not from here"] if g.endpoint else [])])

@@ -30,8 +30,9 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import llm
 import roles
-from config import GeneratorConfig, atomic_path, progress, script, write_json
+from config import GeneratorConfig
 from encoder import packaged_minilm
+from files import atomic_path, progress, script, write_json
 
 TASK = GeneratorConfig()  # the prompt, list size and sampling that runs have by default
 CHATML = (

@@ -5,7 +5,8 @@
 
 import argparse
 
-from config import load_config, script
+from config import load_config
+from files import script
 from world import people
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import yaml
 
-from config import ROOT
+from files import ROOT
 
 # P(slot is looked at): a real log's taps of the same content by slot; the first always.
 EXAMINATION = np.array([0.47, 0.29, 0.19, 0.17, 0.07]) / 0.47

@@ -19,7 +19,8 @@ import numpy as np
 import yaml
 
 import data
-from config import ROOT, WorldConfig, read_json, write_json
+from config import WorldConfig
+from files import ROOT, read_json, write_json
 from world.click_model import Taxonomy, Truth, further_sessions, is_alive, question
 
 START = datetime(2026, 1, 1)
