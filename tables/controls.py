@@ -1,10 +1,9 @@
-"""What the methods are compared with: other interests, other writers, rerankers, floor and ceiling.
+"""What the methods are compared with: other writers, rerankers, floor and ceiling.
 
-    python eval.py --reproduce 1 6 serving
+    python eval.py --reproduce 1 serving
 
-But for Table 6's interests (appendix C.1) these comparisons are ours. List search (Algorithm 1)
-makes training pairs alone in the paper; here it also picks what is shown, beside two rerankers of
-the field (MMR, DPP) and the highest utility.
+These comparisons are ours. List search (Algorithm 1) makes training pairs alone in the paper; here
+it also picks what is shown, beside two rerankers of the field (MMR, DPP) and the highest utility.
 
 Legend: N candidates or summaries of a user, D embedding, K starters of a list.
 """
@@ -29,22 +28,6 @@ from world import people
 Written = dict[str, list[list[str]]]  # user -> lists of starters
 SWEEP = (0.1, 0.5)  # lambdas of choosing when serving, beside dpo.weight
 ORACLE_POOL = 200  # shown starters that the oracle may pick, beside what the methods wrote
-
-
-def interests_of(run: Run, user: str, kind: str) -> list[str]:
-    """What a method is told of a user today: "all" (latest first), "RID" or "rule"."""
-    history, state = run.histories[user][-1], run.states[user][-1]
-    if kind == "all":
-        return history.texts[::-1]
-    if kind == "RID":
-        return state.interests
-    # Rule-based (Table 6): frequency and recency, ranks added; as many as RID keeps, no twins.
-    scores = (score(history) for score in (ib.frequency_scores, ib.recency_scores))  # (N,) each
-    ranks = [torch.argsort(torch.argsort(s, stable=True), stable=True).double() for s in scores]
-    n, twins = len(state.interests), run.config.rid.duplicate_cosine
-    # An infinite threshold: nothing passes the gate, and the best n are kept.
-    keep = ib.distil(sum(ranks).numpy(), float("inf"), n, n, history.embeddings, twins)
-    return [history.texts[i] for i in keep]
 
 
 def few_sessions(run: Run, writer: Writer, users: list[str]) -> Lists:

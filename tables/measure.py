@@ -25,7 +25,7 @@ from stages.cold_start import PopularStarters
 from stages.metrics import Lists, PerUser, TopicClassifier
 from stages.ranker import judge_of
 from stages.sit import taught_lists
-from tables import controls, experiments
+from tables import controls, experiments, interests
 from tables import truth as hidden
 from world import ab, people
 
@@ -58,7 +58,7 @@ def write_starters(config: Config, variant: str) -> None:
         # same for every method, and equal policies write equal lists.
         users = run.ids("test") + run.ids("judge") * (name in experiments.ONLINE)
         users = [u for u in users if run.states[u][-1].interests]  # others are a cold start
-        inputs = [controls.interests_of(run, u, method.interests) for u in users]
+        inputs = [interests.interests_of(run, u, method.interests) for u in users]
         rows = writer.write(adapter, inputs, settings.lists, run.seed("eval"))
         if name in experiments.SEARCHED and more:
             rest = writer.write(adapter, inputs, more, run.seed("eval", "more"))
@@ -102,9 +102,9 @@ def seed_values(run: Run, main: Lists, written: Lists) -> dict:
     run.encoder(sorted({y for m in lists.values() for u in m.values() for row in u for y in row}))
     classifier = TopicClassifier(run.encoder)
     values = values_of_lists(run, truth, lists, classifier)
-    told = {kind: {u: controls.interests_of(run, u, kind) for u in users}
+    told = {kind: {u: interests.interests_of(run, u, kind) for u in users}
             for kind in ("all", "rule", "RID")}
-    values |= interest_values(players, truth, told)
+    values |= interests.interest_values(players, truth, told)
     for method, pool in pools.items():
         for name, by_user in controls.search_values(run, pool, chosen[method]).items():
             values[name]["value"] = by_user
@@ -176,22 +176,6 @@ def values_of_lists(
     for method in ("SFT", "IceBreaker"):
         values[method]["lexical_compared"] = {
             u: float(np.mean([count(y) for y in rows])) for u, rows in lists[method].items()}
-    return values
-
-
-def interest_values(players: Players, truth: people.Truth, told: dict[str, dict]) -> PerUser:
-    """Of the interests by each distillation: resonance by the hidden truth, share of chores, and
-    wins in the judge's pairwise comparison with the rule-based ones (Table 6, appendix C.1)."""
-    values: PerUser = {
-        f"interests: {kind}": {"resonance": hidden.resonances(truth, texts),
-                               "functional": hidden.chore_shares(truth, texts)}
-        for kind, texts in told.items()}
-    # The judge reads the history in its order, the oldest first.
-    rows = [(told["all"][u][::-1], told["RID"][u], told["rule"][u]) for u in told["all"]]
-    wins = zip(told["all"], players.judge().compare(rows), strict=True)  # RID's, 0 to 1
-    wins = {user: win for user, win in wins if win is not None}  # None: the call failed
-    values["interests: RID"]["judge_win"] = wins
-    values["interests: rule"]["judge_win"] = {user: 1 - win for user, win in wins.items()}
     return values
 
 

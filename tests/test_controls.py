@@ -12,7 +12,7 @@ from roles.writer import Writer
 from run import Run
 from stages.pools import score_pools
 from stages.ranker import load_ranker
-from tables import controls
+from tables import controls, interests
 from world import people
 
 
@@ -27,9 +27,9 @@ def test_rule_based_interests_are_the_frequent_and_the_recent_ones():
         histories={"u": [history]}, config=SimpleNamespace(rid=SimpleNamespace(duplicate_cosine=1)),
         states={"u": [SimpleNamespace(interests=["pasta", "tax return"])]},
     )  # fmt: skip
-    assert controls.interests_of(run, "u", "rule") == ["chess openings", "rare stamps"]
-    assert controls.interests_of(run, "u", "RID") == ["pasta", "tax return"]
-    assert controls.interests_of(run, "u", "all")[:2] == ["rare stamps", "chess openings"]
+    assert interests.interests_of(run, "u", "rule") == ["chess openings", "rare stamps"]
+    assert interests.interests_of(run, "u", "RID") == ["pasta", "tax return"]
+    assert interests.interests_of(run, "u", "all")[:2] == ["rare stamps", "chess openings"]
 
 
 def test_users_with_few_sessions_are_known_by_their_last_ones(finished, monkeypatch):

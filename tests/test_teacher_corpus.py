@@ -1,4 +1,4 @@
-"""The hand-written teacher corpus keeps the rules of the paper's Table 4 (docs/teacher_corpus.md)."""
+"""The hand-written teacher corpus keeps the rules of the paper's Table 4."""
 
 import json
 import re
