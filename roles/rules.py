@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from data import Message, language
+from files import progress
 from llm import clean_starter, format_starters
 from roles import text
 from roles.text import Encode, cosines, is_functional, key_phrases, normal_form
@@ -127,7 +128,7 @@ class Rules:
 
     def match(self, jobs: Sequence[tuple[list[str], list[str]]]) -> list[np.ndarray]:
         """(E, L) of 1 and 0 for each (earlier, later) job: do they share a specific subject?"""
-        return [self._matches(*job).astype(np.int8) for job in jobs]
+        return [self._matches(*job).astype(np.int8) for job in progress(jobs, "match")]
 
     def _matches(self, earlier: list[str], later: list[str]) -> np.ndarray:
         # The same text, a cosine that suffices, or a cosine and a shared phrase; and no chore,
