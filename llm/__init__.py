@@ -6,7 +6,7 @@
 
 # The rest of the project says `import llm; llm.sample(...)`, so that a test can replace a function
 # in one place. Names that only a neighbour needs (decoder_and_head, tree_mask, Tree, Draw) stay in
-# their modules. Imports inside the package go one way: model, prompts < logps < sampling.
+# their modules. Imports go one way here: weights < model, prompts < logps < sampling.
 from llm.logps import TreeRows, averaged_gradients, completion_logps, row_logps, tree_rows
 from llm.model import (  # loading, LoRA, adapters
     add_lora, check_model, load_adapter, load_generator, load_tokenizer, merge_adapter, model_path,
@@ -17,3 +17,4 @@ from llm.prompts import (  # interests -> tokens, starters <-> `<sug>` field
     plain, prompt_text, user_turn,
 )
 from llm.sampling import Prefix, end_tokens, read_prefix, sample, sample_ids
+from llm.weights import SMOLLM2

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from config import GeneratorConfig
 from files import ROOT, UserError, atomic_path
+from llm.weights import SMOLLM2, make_smollm2, smollm2_folder
 
 # peft takes seconds to import, for which a command without an adapter need not wait: it is imported
 # where an adapter is made or loaded.
@@ -32,6 +33,8 @@ def quiet_libraries() -> None:
 
 def model_path(generator: GeneratorConfig) -> str:
     """generator.model, a hub id or a folder; where it is empty, the embedded model's folder."""
+    if generator.model == SMOLLM2:
+        return str(smollm2_folder())  # made when something is first loaded from it
     # Relative, as an adapter keeps its base's path and may go with its run to another machine.
     return generator.model or os.path.relpath(ROOT / "weights" / "tiny")
 
@@ -89,6 +92,8 @@ def check_model(path: str, revision: str = "") -> None:
 
 def _load(kind, path: str, revision: str, **settings):
     """kind.from_pretrained, whose failures become one UserError with what to do."""
+    if path == str(smollm2_folder()):
+        make_smollm2()
     try:  # never with code that a repository brings along
         settings |= {"revision": revision or "main", "trust_remote_code": False}
         return kind.from_pretrained(path, **settings)

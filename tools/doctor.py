@@ -105,7 +105,8 @@ def at_hand(g: GeneratorConfig) -> bool:
 def _hub(config: Config) -> Lines:
     g, url = config.generator, os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    why, there = "HF_HUB_OFFLINE is set" if offline else unreachable(url), at_hand(g)
+    why = "HF_HUB_OFFLINE is set" if offline else unreachable(url)
+    there = g.model == llm.SMOLLM2 or at_hand(g)  # pip fetches that one
     advice = "; nothing is needed from it" if there else (
         f": where it can be reached, hf download {g.model} --local-dir FOLDER; then copy FOLDER "
         "here and set generator.model=FOLDER")

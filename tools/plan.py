@@ -76,6 +76,7 @@ QWEN = {  # of the hub's config.json; heads of 64 or 128
     "7B": Shape(3584, 28, 28, 4, 18_944, 152_064, False, 128),
 }
 BY_NAME = {f"Qwen/Qwen2.5-{k}{end}": s for k, s in QWEN.items() for end in ("", "-Instruct")}
+BY_NAME["smollm2"] = Shape(576, 30, 9, 3, 1536, 49_152, True, 64, (False,) * 7)  # before its fetch
 
 
 def read_shape(path: Path) -> Shape:
