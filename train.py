@@ -66,8 +66,8 @@ def stage_world(run: Run, players: Players, key: str) -> dict:
 def stage_base(run: Run, players: Players, key: str) -> dict:
     """Is the generator there? Asked before hours of other work."""
     path = players.writer.model_path  # a hub id, a folder, or weights/tiny
-    llm.check_model(path, run.config.generator.revision)
     g, default = run.config.generator, GeneratorConfig()
+    llm.check_model(path, g.revision, g.max_prompt_tokens + g.max_new_tokens)
     if not g.model and (g.list_size, g.instruction) != (default.list_size, default.instruction):
         print("  base: weights/tiny was made for other lists; python -m tools.tiny_model makes one")
     return {"model": path}

@@ -22,6 +22,9 @@ from llm.weights import SMOLLM2, make_smollm2, smollm2_folder
 # peft takes seconds to import, for which a command without an adapter need not wait: it is imported
 # where an adapter is made or loaded.
 LARGEST_ON_CPU = 2  # billion parameters in 4 bit; a larger model would take days
+# What a config calls the longest text that is seen whole. A longer one has no positions, or layers
+# look no further back than a window (Llama 4: chunk), which the mask of tree rows would lift.
+LIMITS = ("max_position_embeddings", "sliding_window", "attention_chunk_size")
 
 
 def quiet_libraries() -> None:
@@ -40,13 +43,13 @@ def model_path(generator: GeneratorConfig) -> str:
 
 
 def load_tokenizer(path: str, revision: str = ""):
-    """The tokenizer; pad differs from the end token, or the end would never be learned."""
+    """The tokenizer, with a token to fill up rows with: any will do, as none is seen or scored."""
     tokenizer = _load(AutoTokenizer, path, revision)
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        # Another one than the end token, if there is one: trainers that mask by pad (TRL, when the
+        # run's folder is used there) would never teach the end. Special, so that no text shows it.
         others = [t for t in tokenizer.all_special_ids if t != tokenizer.eos_token_id]
-        if not others:
-            raise UserError(f"generator.model={path}: needs a special token besides the end token")
-        tokenizer.pad_token_id = others[0]
+        tokenizer.pad_token_id = (others or [tokenizer.eos_token_id])[0]
     return tokenizer
 
 
@@ -84,10 +87,20 @@ def load_generator(
     return model
 
 
-def check_model(path: str, revision: str = "") -> None:
-    """Raise UserError now, before hours of other work, if there is no such model."""
-    _load(AutoConfig, path, revision)
+def check_model(path: str, revision: str = "", length: int = 0) -> None:
+    """Raise UserError now, before hours of other work, if no such model reads `length` tokens."""
+    check_length(_load(AutoConfig, path, revision), length)
     load_tokenizer(path, revision)
+
+
+def check_length(config, length: int) -> None:
+    """Raise UserError if the model does not see all of a text of `length` tokens."""
+    for name in LIMITS:
+        if length > (limit := getattr(config.get_text_config(), name, None) or length):
+            raise UserError(
+                f"generator.model={config.name_or_path}: a prompt and a list of {length} tokens "
+                f"outgrow its {name} of {limit}; lower generator.max_prompt_tokens or "
+                f"generator.max_new_tokens (endpoint.max_tokens for roles), or name another model")
 
 
 def _load(kind, path: str, revision: str, **settings):
@@ -101,8 +114,11 @@ def _load(kind, path: str, revision: str, **settings):
         raise
     except Exception as error:  # a file may be broken in as many ways as there are readers
         reason = " ".join(str(error).split())[:200]
-        advice = "set generator.load_in_4bit=false"
-        if "bitsandbytes" not in reason:
+        if "attention implementation" in reason:  # Bloom, MPT, GPT-Neo, Gemma 2, GPT-OSS
+            advice = "its attention takes no mask of lists that share a prompt: name another model"
+        elif "bitsandbytes" in reason:
+            advice = "set generator.load_in_4bit=false"
+        else:
             advice = ("name a local folder (where a hub can be reached: hf download MODEL "
                       "--local-dir FOLDER), or leave it empty for the embedded model")
         raise UserError(f"generator.model={path}: cannot be loaded ({reason}); {advice}") from None
@@ -143,19 +159,8 @@ def merge_adapter(model, adapter: str | Path, tokenizer, folder: str | Path, car
 def decoder_and_head(model, length: int):
     """(decoder, head) below PEFT's and the causal LM's wrappers, for texts of `length` tokens.
 
-    Raises UserError where a linear head on full attention is not what the model computes.
+    That a linear head is all that follows the decoder is measured once: logps.check_tree_rows.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model  # under PEFT
-    config = causal.config
-    # What Gemma, Cohere, Granite and Falcon-H1 do to logits.
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
-        if getattr(config, name, None) not in (None, 1.0):
-            raise UserError(f"generator.model: {name} of this architecture is not supported")
-    other = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    window = getattr(config, "sliding_window", None) or 0
-    # A window that the text does not outgrow is full attention.
-    if other - {"sliding_attention"} or (other and length > window):
-        raise UserError(
-            f"generator.model: {', '.join(sorted(other))} layers see less than a text of {length} "
-            f"tokens; lower generator.max_prompt_tokens or name a model of full attention")
+    check_length(causal.config, length)
     return causal.get_decoder(), causal.get_output_embeddings()

@@ -6,16 +6,25 @@ Whatever a user or a model wrote is data: none of it becomes a control token of 
 opens or closes a field, or parts a starter in two.
 """
 
+import functools
 import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
 
 from files import UserError
 
 Ids = list[int]  # the tokens of a text
 QUOTES = "\"'“”‘’«»「」"  # of English, French and Chinese
 NO_DOUBLE_QUOTES = str.maketrans("", "", "\"“”«»「」")  # single ones may be apostrophes
+# The day in chat templates that name one (Llama 3.2): a prompt is to be the same in training and
+# serving. No function can be passed to a template; a macro hides that of transformers. A server
+# that applies the template itself has its own clock.
+DAY = datetime(2024, 7, 26)
+FORMATS = "".join(f"|replace('%{c}', '{DAY:%{c}}')" for c in "aAbBdmyYjHIMSp")
+CLOCK = "{% macro strftime_now(text) %}{{ text" + FORMATS + " }}{% endmacro %}"
+ORDINARY = re.compile(r"[\w\s▁]+|.", re.DOTALL)  # an added token that commands nothing
 # A run of spaces, quotes, bullets and numbering; not the 3 of "3.5 mm jacks".
 LEAD = re.compile(rf"(?:[\s{QUOTES}\-*•·–—]|[①-⑳]|\(?\d{{1,2}}[.)、](?!\d))+")
 
@@ -34,19 +43,26 @@ def prompt_text(tokenizer, interests: list[str], n: int, instruction: str, max_t
     begin = instruction.format(n=n)
     room = max_tokens - sum(map(len, user_turn(tokenizer, begin)))
     lines = tokenizer.decode(_encode_lines(tokenizer, interests, room))  # cut as encode_prompt cuts
-    for token in tokenizer.added_tokens_decoder.values():  # the server would parse a whole one
-        lines = lines.replace(token.content, f"{token.content[0]} {token.content[1:]}")
+    for control in _control_tokens(tokenizer).values():  # the server would parse a whole one
+        lines = lines.replace(control, f"{control[0]} {control[1:]}")
     return begin + lines
 
 
 def user_turn(tokenizer, begin: str = "") -> tuple[Ids, Ids]:
     """Ids of the chat template before and behind what a user says, which starts with `begin`."""
-    text, mark = "\x00\n", "\x00"  # the mark stands in no template, and no template alters it
-    if tokenizer.chat_template:
-        turn = [{"role": "user", "content": mark}]
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    mark = "\x00"  # stands in no template, and no template alters it
+    if not tokenizer.chat_template:  # a base model: only the tokenizer knows whether it wants BOS
+        head = tokenizer.encode(begin, add_special_tokens=False)
+        bos = [i for i in tokenizer.encode("a")[:1] if i == tokenizer.bos_token_id]
+        return bos + head, _encode_part(tokenizer, "\n")
+    template, turn = tokenizer.get_chat_template(), [{"role": "user", "content": mark}]
+    if "strftime_now" in template:
+        template = CLOCK + template
+    text = tokenizer.apply_chat_template(
+        turn, chat_template=template, tokenize=False, add_generation_prompt=True)
     before, after = text.split(mark)
-    return tuple(tokenizer.encode(s, add_special_tokens=False) for s in (before + begin, after))
+    head = tokenizer.encode(before + begin, add_special_tokens=False)
+    return head, _encode_part(tokenizer, after)
 
 
 def _encode_lines(tokenizer, interests: list[str], room: int) -> Ids:  # room: tokens
@@ -63,15 +79,35 @@ def _encode_lines(tokenizer, interests: list[str], room: int) -> Ids:  # room: t
 
 
 def encode_text(tokenizer, text: str) -> Ids:
-    """Ids of somebody's text, among which is no added token, whatever the text says."""
-    how = {"add_special_tokens": False, "split_special_tokens": True}
-    ids = tokenizer.encode(text, **how)
+    """Ids of somebody's text, among which is no control token, whatever the text says."""
+    ids = _encode_part(tokenizer, text, split_special_tokens=True)
     # split_special_tokens leaves out special tokens only, not the others that were added
     # (<tool_call> of Qwen2.5): a text with one of these is encoded a character at a time.
-    if tokenizer.added_tokens_decoder.keys().isdisjoint(ids):
+    control = _control_tokens(tokenizer)
+    if control.keys().isdisjoint(ids):
         return ids
-    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
-    return [i for c in text if c not in added for i in tokenizer.encode(c, **how)]
+    characters = (c for c in text if c not in control.values())
+    return [i for c in characters for i in _encode_part(tokenizer, c, split_special_tokens=True)]
+
+
+def _encode_part(tokenizer, text: str, **how) -> Ids:
+    """Ids of text that goes on from other text, of which a tokenizer does not know."""
+    how["add_special_tokens"] = False
+    # SentencePiece (Llama 2, Mistral) puts a space before whatever it is given: here before a line
+    # break, and both are dropped, unless the break merges with the text.
+    if tokenizer.tokenize("a") != ["a"]:
+        lead = tokenizer.encode("\n", **how)
+        ids = tokenizer.encode("\n" + text, **how)
+        if ids[: len(lead)] == lead:
+            return ids[len(lead) :]
+    return tokenizer.encode(text, **how)
+
+
+@functools.lru_cache(maxsize=4)  # of a few hundred in some tokenizers
+def _control_tokens(tokenizer) -> dict[int, str]:
+    """Added tokens that a text must not contain: not words, line breaks (Gemma) or spaces (Phi)."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {i: t.content for i, t in added if t.special or not ORDINARY.fullmatch(t.content)}
 
 
 def plain(text: str) -> str:

@@ -120,7 +120,8 @@ class Tree:
         self.prompt = torch.arange(b, device=device)
         self.sample = torch.arange(n, device=device).expand(b, n)
         self.tokens = torch.full((b, n + 1, most), pad, device=device)
-        ids = torch.tensor([p + [pad] * (width - len(p)) for p in prompts], device=device)
+        # Not `pad`, which may lie beyond the embedding: what the mask hides may be any token.
+        ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device)
         position = torch.arange(width, device=device).expand(b, width)
         self.branch = -(position >= self.length[:, None]).long()
         branch = self.branch[:, past:]

@@ -48,6 +48,7 @@ class Writer:
         model = llm.load_generator(
             self.model_path, g.load_in_4bit, g.gradient_checkpointing, g.revision
         )
+        llm.check_tree_rows(model, g.max_prompt_tokens + g.max_new_tokens)
         # No dropout anywhere: log-probabilities must compare.
         return llm.load_adapter(model, adapter, trainable) if adapter else model.eval()
 

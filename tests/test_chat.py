@@ -350,10 +350,10 @@ def test_a_stopped_run_ends_at_once(serve, tmp_path):
     """Ctrl-C while calls hang, with 60 s and retries to go."""
     server = serve(lambda _: time.sleep(30) or "1")
     program = (
-        "import sys, config\nfrom roles import chat\nfrom pathlib import Path\n"
+        "import sys, config, files\nfrom roles import chat\nfrom pathlib import Path\n"
         "s = config.EndpointConfig(base_url=sys.argv[1], model='m', concurrency=2)\n"
         "c = chat.Chat(chat.Endpoint(s), Path(sys.argv[2]))\n"
-        "config.script(lambda: c.ask([chat.Request('s', str(i)) for i in range(9)], int))\n"
+        "files.script(lambda: c.ask([chat.Request('s', str(i)) for i in range(9)], int))\n"
     )
     words = [sys.executable, "-c", program, server.url, str(tmp_path / "a.sqlite")]
     # A job that a shell put into the background ignores the signal, and so would its child.

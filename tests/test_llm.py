@@ -1,14 +1,23 @@
 """Tree rows against one sequence at a time, sampling against generate, control tokens as text."""
 
 import copy
+import json
+from datetime import datetime
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors, trainers
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 import icebreaker as ib
 import llm
@@ -228,8 +237,101 @@ def test_layers_that_see_less_than_the_text_are_refused():
     window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
     model = tiny(**window)
     check_exact(with_lora(tiny(**window)), [([1, 2, 3], [[4, 5], [6]])])
-    with pytest.raises(UserError, match="sliding_attention layers"):
+    with pytest.raises(UserError, match="9 tokens outgrow its sliding_window of 8"):
         llm.completion_logps(model, [[1] * 8], [[[2]]])
+
+
+SMALL = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED = SMALL | {"intermediate_size": 64, "num_key_value_heads": 2}
+WINDOW = GROUPED | {"sliding_window": 16, "pad_token_id": 0}
+OLD = {"vocab_size": 320, "n_layer": 2, "n_head": 4}  # names of GPT-2's time
+ALIBI = {"alibi": True}
+# What becomes of texts of 16 tokens: "" if all is as with one sequence at a time.
+ARCHITECTURES = {
+    "llama": (GROUPED, ""),
+    "gpt2": (OLD | {"n_embd": 32}, ""),
+    "gpt_neox": (SMALL | {"intermediate_size": 64}, ""),
+    "opt": (SMALL | {"ffn_dim": 64, "word_embed_proj_dim": 32}, ""),
+    "falcon": (SMALL | {"eos_token_id": 2}, ""),
+    "qwen3": (GROUPED | {"head_dim": 8}, ""),
+    "mistral": (WINDOW, ""),
+    "phi3": (WINDOW, ""),
+    "starcoder2": (WINDOW, ""),
+    "gemma3_text": (WINDOW | {"head_dim": 8}, ""),
+    "cohere": (GROUPED | {"logit_scale": 0.1}, "log-probabilities differ by"),
+    "granite": (GROUPED | {"logits_scaling": 8.0}, "log-probabilities differ by"),
+    "recurrent_gemma": (GROUPED | {"lru_width": 32}, "log-probabilities differ by"),
+    # A cap of logits shows where they are large, as those of trained weights are.
+    "vaultgemma": (WINDOW | {"head_dim": 8, "initializer_range": 2.0}, "generator.model="),
+    "falcon with ALiBi": (SMALL | ALIBI, "its decoder fails: ValueError"),
+    "bloom": (OLD | {"hidden_size": 32}, "takes no mask"),
+    "mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": 320}, "takes no mask"),
+    "gpt_neo": (
+        {"vocab_size": 320, "hidden_size": 32, "num_layers": 2, "num_heads": 4,
+         "attention_types": [[["global", "local"], 1]]}, "takes no mask"),
+    "gemma2": (WINDOW | {"head_dim": 8}, "takes no mask"),
+    "gpt_oss": (WINDOW | {"head_dim": 8, "num_local_experts": 2}, "takes no mask"),
+    "mamba": (SMALL, "takes no mask"),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A function that saves a random model of an architecture, and returns its folder."""
+
+    def save(name, settings):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(name.split()[0], **settings)
+        folder = tmp_path_factory.mktemp("architecture")
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        return str(folder)
+
+    return save
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_architecture_is_exact_or_refused_in_one_line(saved, tokenizer, name):
+    settings, refusal = ARCHITECTURES[name]
+    folder = saved(name, settings)
+
+    def load():
+        model = llm.load_generator(folder)
+        llm.check_tree_rows(model, 16)
+        return model
+
+    if refusal:
+        with pytest.raises(UserError, match=refusal) as refused:
+            load()
+        assert f"generator.model={folder}: " in str(refused.value)
+        assert "name another model" in str(refused.value) and "\n" not in str(refused.value)
+        return
+    model, rows = load(), [([7] * 8, [[8, 9], [10] * 8]), ([5, 6], [[7]]), ([1], [[2] * 3, [3]])]
+    check_exact(with_lora(model), rows)
+    how = {"max_new_tokens": 6, "temperature": 0, "top_p": 1, "seed": 0, "stop": ""}
+    lists = llm.sample(model, tokenizer, PROMPTS, 2, **how)
+    alone = [by_generate(model, tokenizer, [p], 1, 0, do_sample=False, max_new_tokens=6)[0]
+             for p in PROMPTS]
+    assert lists == [one * 2 for one in alone]
+
+
+def test_a_model_is_tried_once_for_each_path(saved, monkeypatch):
+    rows, calls = llm.logps.row_logps, []
+    monkeypatch.setattr(llm.logps, "row_logps", lambda *a: calls.append(1) or rows(*a))
+    folder = saved("llama", GROUPED)
+    for _ in range(3):
+        llm.check_tree_rows(llm.load_generator(folder), 16)
+    assert len(calls) == 1
+
+
+def test_a_text_beyond_the_positions_is_refused_before_any_work(saved, tokenizer):
+    folder = saved("gpt2", OLD | {"n_embd": 32, "n_positions": 64})
+    tokenizer.save_pretrained(folder)
+    llm.check_model(folder, length=64)
+    why = "65 tokens outgrow its max_position_embeddings of 64; lower generator.max_prompt_tokens"
+    with pytest.raises(UserError, match=why):
+        llm.check_model(folder, length=65)
+    with pytest.raises(UserError, match=why):
+        llm.check_tree_rows(llm.load_generator(folder), 65)
 
 
 def test_dpo_loss_equals_trl(tokenizer, tmp_path):
@@ -446,7 +548,7 @@ def test_a_prompt_draws_the_same_whatever_is_decoded_beside_it(tokenizer):
 def with_added_tokens(tokenizer):
     """As Qwen2.5's: special tokens, and tokens that were added without being special."""
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.add_tokens(["<tool_call>", "[TOOL]", "hidden subject"])
+    tokenizer.add_tokens(["<tool_call>", "[TOOL]", "USER:"])
     return tokenizer
 
 
@@ -515,6 +617,108 @@ def test_prompt_keeps_the_first_lines_within_its_limit(tokenizer):
 
 def test_pad_differs_from_the_end(tokenizer):
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+TURN = "[INST] {{ messages[0]['content'] }} [/INST]"
+
+
+def other_tokenizer(pieces: bool = False, template: str | None = TURN):
+    """<s> first, as Llama's; pieces: SentencePiece's way, a space before whatever is encoded."""
+    special = ["<unk>", "<s>", "</s>"]
+    words = [text.replace("\n", " ▁").replace(" ", "▁") for text in [*TEXTS, "Suggest 5. [/INST]"]]
+    trained = Tokenizer(models.BPE())
+    trained.train_from_iterator(
+        words, trainers.BpeTrainer(special_tokens=special, show_progress=False))
+    core = json.loads(trained.to_str())["model"]
+    vocab = core["vocab"] | {f"<0x{i:02X}>": len(core["vocab"]) + i for i in range(256)}
+    merges = [tuple(merge) for merge in core["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True))
+    begin = [normalizers.Prepend("▁")] if pieces else []
+    tokenizer.normalizer = normalizers.Sequence([*begin, normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, chat_template=template, bos_token="<s>", eos_token="</s>",
+        unk_token="<unk>")
+
+
+def as_whole(tokenizer, content: str):
+    turn = [{"role": "user", "content": content}]
+    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_sentencepiece_puts_no_space_where_template_and_text_join():
+    tokenizer = other_tokenizer(pieces=True)
+    line_break = tokenizer.vocab["<0x0A>"]
+    assert tokenizer.encode("\n", add_special_tokens=False) == [tokenizer.vocab["▁"], line_break]
+    ids = llm.encode_prompt(tokenizer, ["chess", "tea"], 5, "Suggest {n}.", 400)
+    assert ids == as_whole(tokenizer, "Suggest 5.\n- chess\n- tea")
+    nasty = llm.encode_prompt(tokenizer, ["a </s> b"], 5, "Suggest {n}.", 400)
+    assert tokenizer.decode(nasty) == " [INST] Suggest 5.\n- a (/s) b [/INST]"
+
+
+def test_an_added_token_that_commands_nothing_is_ordinary_text(tokenizer):
+    """Line breaks of Gemma, runs of spaces of Phi, words that somebody added."""
+    tokenizer = copy.deepcopy(tokenizer)
+    words = ["\n", "  ", "围棋", "night train", "♟"]
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
+    ids = llm.encode_prompt(tokenizer, ["the night train", "围棋♟"], 5, "Suggest {n}.", 400)
+    assert ids == as_whole(tokenizer, "Suggest 5.\n- the night train\n- 围棋♟")
+    assert tokenizer.vocab["\n"] in ids and tokenizer.vocab["night train"] in ids
+    text = llm.prompt_text(tokenizer, ["the night train", "围棋"], 5, "Suggest {n}.", 400)
+    assert text == "Suggest 5.\n- the night train\n- 围棋"
+
+
+def test_a_base_model_begins_with_the_token_that_its_tokenizer_puts_first():
+    tokenizer = other_tokenizer(template=None)
+    ids = llm.encode_prompt(tokenizer, ["chess"], 5, "Suggest {n}.", 400)
+    assert ids == tokenizer.encode("Suggest 5.\n- chess\n")
+    assert ids.count(tokenizer.bos_token_id) == 1 == ids.index(tokenizer.bos_token_id) + 1
+    with_template = llm.encode_prompt(other_tokenizer(), ["chess"], 5, "Suggest {n}.", 400)
+    assert tokenizer.bos_token_id not in with_template  # a template writes its own
+
+
+def test_a_prompt_is_the_same_on_every_day(monkeypatch):
+    import transformers.utils.chat_template_utils as templates
+
+    dated = "{% set form = '%d %b %Y' %}{{ strftime_now(form) }}. " + TURN
+    prompts = []
+    for day in (1, 2):
+
+        class Clock(datetime):
+            @classmethod
+            def now(cls, tz=None, day=day):
+                return cls(2031, 1, day)
+
+        monkeypatch.setattr(templates, "datetime", Clock)
+        tokenizer = other_tokenizer(template=dated)
+        prompts.append(llm.encode_prompt(tokenizer, ["chess"], 5, "Suggest {n}.", 400))
+    assert prompts[0] == prompts[1]
+    assert tokenizer.decode(prompts[0]).startswith("26 Jul 2024. [INST] Suggest 5.")
+
+
+def test_any_token_may_stand_where_the_mask_hides_it(tmp_path, tokenizer):
+    """A pad beyond the embedding, or no special token but the end: samples stay as they were."""
+    model, how = tiny(), {"max_new_tokens": 12, "temperature": 1.0, "top_p": 1.0, "seed": 3}
+    plain = llm.sample_ids(model, tokenizer, PROMPTS, 3, **how)
+    beyond = copy.deepcopy(tokenizer)
+    beyond.add_tokens([f"[{i}]" for i in range(len(beyond), 320)])
+    beyond.add_special_tokens({"pad_token": "[PAD]"})
+    assert beyond.pad_token_id >= 320
+    one = other_tokenizer()
+    one.save_pretrained(tmp_path)
+    assert llm.load_tokenizer(str(tmp_path)).pad_token_id not in (None, one.eos_token_id)
+    single = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token="<|im_end|>")
+    single.save_pretrained(tmp_path / "single")
+    single = llm.load_tokenizer(str(tmp_path / "single"))
+    assert single.pad_token_id == single.eos_token_id == tokenizer.eos_token_id
+    for other in (beyond, single):
+        drawn = llm.sample_ids(model, other, PROMPTS, 3, **how)
+        for a, b in zip(torch.cat(plain), torch.cat(drawn), strict=True):
+            size = a.tolist().index(tokenizer.pad_token_id) if tokenizer.pad_token_id in a else 12
+            assert torch.equal(a[:size], b[:size]) and (b[size:] == other.pad_token_id).all()
 
 
 def test_adapter_round_trip_is_exact(tmp_path, tokenizer):
