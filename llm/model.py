@@ -159,7 +159,7 @@ def merge_adapter(model, adapter: str | Path, tokenizer, folder: str | Path, car
 def decoder_and_head(model, length: int):
     """(decoder, head) below PEFT's and the causal LM's wrappers, for texts of `length` tokens.
 
-    That a linear head is all that follows the decoder is measured once: logps.check_tree_rows.
+    That a linear head is all that follows the decoder is measured once: check.check_tree_rows.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model  # under PEFT
     check_length(causal.config, length)
