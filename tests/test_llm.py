@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -853,6 +854,34 @@ def test_a_merged_model_gives_the_logits_of_the_adapter(tmp_path, tokenizer):
     assert torch.allclose(logits, model(ids).logits, atol=1e-5)
     assert (tmp_path / "merged" / "README.md").read_text() == "# card"
     assert llm.load_tokenizer(str(tmp_path / "merged")).chat_template
+
+
+def test_a_merged_model_writes_what_the_adapter_writes_wherever_it_is_loaded(tmp_path, tokenizer):
+    """Greedy, in fp32, by AutoModel and AutoTokenizer; also under the names of transformers 4."""
+    def base():
+        model = tiny(vocabulary=len(tokenizer), initializer_range=0.2,
+                     rope_parameters={"rope_type": "default", "rope_theta": 5e4})
+        model.config.pad_token_id = tokenizer.pad_token_id
+        return model
+
+    adapted, folder = with_lora(base()), tmp_path / "merged"
+    llm.save_adapter(adapted, tmp_path / "adapter")
+    llm.merge_adapter(base(), tmp_path / "adapter", tokenizer, folder, "# card")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["Qwen2ForCausalLM"] and config["tie_word_embeddings"]
+    assert config["dtype"] == "bfloat16" and "quantization_config" not in config
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 5e4
+    saved = json.loads((folder / "tokenizer_config.json").read_text())
+    assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
+    again = AutoTokenizer.from_pretrained(folder)
+    chat = [{"role": "user", "content": "- chess openings"}]
+    ids = [t.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+           for t in (tokenizer, again)]
+    assert ids[0] == ids[1] and again.pad_token_id == tokenizer.pad_token_id
+    merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    written = [m.generate(torch.tensor(ids[:1]), max_new_tokens=8, do_sample=False)
+               for m in (adapted, merged, base())]
+    assert torch.equal(written[0], written[1]) and not torch.equal(written[0], written[2])
 
 
 def test_a_saved_adapter_loads_in_plain_peft(tmp_path):
