@@ -14,7 +14,6 @@ T new tokens at most, t of them so far, P tokens of a trunk, H hidden, d of a he
 with keys serves G heads with queries.
 """
 
-import contextlib
 import functools
 import itertools
 import math
@@ -169,9 +168,13 @@ class Tree:
         self._drop_closed()
         # The first new token stands right behind the prompt, whatever the padding.
         position = (self.length[self.prompt] + self.steps - 1)[:, None].expand_as(self.token)
-        with _attention(self.decoder):
+        config = self.decoder.config  # the public set_attn_implementation walks all modules
+        before, config._attn_implementation = config._attn_implementation, "tree"
+        try:
             hidden = self.decoder(
                 input_ids=self.token, position_ids=position, use_cache=False, layers=self.layers)
+        finally:
+            config._attn_implementation = before
         self.logits = self.head(hidden.last_hidden_state).float()
 
     def _drop_closed(self) -> None:
@@ -234,19 +237,6 @@ def _tree_attention(module, query, key, value, attention_mask, scaling=None, lay
 
 
 AttentionInterface.register("tree", _tree_attention)
-
-
-@contextlib.contextmanager
-def _attention(decoder):
-    """Within it the layers of the decoder attend by _tree_attention."""
-    before = decoder.config._attn_implementation
-    decoder.set_attn_implementation("tree")
-    if decoder.config._attn_implementation != "tree":
-        raise ValueError("its attention cannot be replaced")
-    try:
-        yield
-    finally:
-        decoder.set_attn_implementation(before)
 
 
 class Draw:
