@@ -230,8 +230,10 @@ class _Layer:
             self.bias = self.bias if self.bias is None else self.bias[rows[:, 0]]
 
 
-def _tree_attention(module, query, key, value, attention_mask, scaling=None, layers=None, **_):
+def _tree_attention(module, query, key, value, mask, scaling=None, layers=None, **more):
     """As transformers' interface wants it; layers: what the caller of the decoder handed it."""
+    if any(more.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+        raise ValueError("its scores are changed on their way to the softmax")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return layers[module.layer_idx].attend(query, key, value, scaling), None
 
