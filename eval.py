@@ -1,6 +1,6 @@
 """The paper's tables: one run's (Table 1), or every table over seeds, claim by claim.
 
-    python eval.py --config configs/tiny.yaml          # the same as train.py --stage eval
+    python eval.py                                     # the same as train.py --stage eval
     python eval.py --reproduce all --seeds 3           # every table of the paper (tables/)
 
 The metrics stand in stages/metrics.py, the stage in stages/eval.py.
@@ -12,13 +12,13 @@ import argparse
 
 import train
 from config import load_config
-from files import ROOT, script
+from files import script
 from tables import reproduce
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--config", default=str(ROOT / "configs" / "tiny.yaml"))
+    parser.add_argument("--config", help="default: config.py's settings")
     parser.add_argument("--reproduce", nargs="+", metavar="TABLE", help="1 2 3 6 7 8 9 figure3 "
                         "serving beyond beta, or all")
     parser.add_argument("--seeds", type=int, help="seeds 0, 1, ... of --reproduce: three; one "

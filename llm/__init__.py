@@ -11,12 +11,11 @@ from llm.logps import (
     TreeRows, averaged_gradients, check_tree_rows, completion_logps, row_logps, tree_rows,
 )
 from llm.model import (  # loading, LoRA, adapters
-    add_lora, check_model, load_adapter, load_generator, load_tokenizer, merge_adapter, model_path,
-    quiet_libraries, save_adapter,
+    add_lora, check_model, dtype_of, load_adapter, load_generator, load_tokenizer, merge_adapter,
+    model_path, quiet_libraries, save_adapter,
 )
 from llm.prompts import (  # interests -> tokens, starters <-> `<sug>` field
     clean_starter, encode_completion, encode_prompt, encode_text, format_starters, parse_starters,
     plain, prompt_text, user_turn,
 )
 from llm.sampling import Prefix, end_tokens, read_prefix, sample, sample_ids
-from llm.weights import SMOLLM2

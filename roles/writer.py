@@ -46,7 +46,7 @@ class Writer:
         """The generator with a saved adapter, or the bare base model."""
         g = self.config.generator
         model = llm.load_generator(
-            self.model_path, g.load_in_4bit, g.gradient_checkpointing, g.revision
+            self.model_path, g.load_in_4bit, g.gradient_checkpointing, g.revision, g.precision
         )
         llm.check_tree_rows(model, g.max_prompt_tokens + g.max_new_tokens)
         # No dropout anywhere: log-probabilities must compare.

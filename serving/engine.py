@@ -1,6 +1,6 @@
 """The path of a request: a history in, starters out. No HTTP, no store (serve.py, store.py).
 
-    engine = Engine(load_config("runs/tiny/config.yaml"))
+    engine = Engine(load_config("runs/default/config.yaml"))
     (answer,) = engine.write([Ask(user, shown=[], avoid=[], n=5)])
 
 History statistics and resonance scorer -> gate -> generator -> parser -> filters -> utility -> list

@@ -39,7 +39,10 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
     """Let every method write for the test users; judge the lists; write the report."""
     settings, folder = run.config.eval, run.folder / "eval"
     # As of now, after the last session; nobody here was trained on.
-    states = {u: run.states[u][-1] for u in run.ids("test") if run.states[u][-1].interests}
+    users = [u for u in run.ids("test") if run.states[u][-1].interests]
+    if 0 < settings.max_users < len(users):
+        users = random.Random(run.seed("eval users")).sample(users, settings.max_users)
+    states = {u: run.states[u][-1] for u in users}
     if not states:
         raise UserError("eval: no test user has a history; more users are needed")
     whole = {u: run.histories[u][-1].texts[::-1] for u in states}  # latest first, as room may end

@@ -21,7 +21,7 @@ from files import UserError, gather, progress, share
 from roles.players import Players
 from roles.writer import Writer
 from run import Run, UserState
-from stages.steps import new_optimiser, part_of, step
+from stages.steps import micro_batches, new_optimiser, step
 
 Rows = list[tuple[list[int], list[list[int]]]]  # (prompt ids, [list ids, ...]) of each user
 
@@ -64,13 +64,16 @@ def instruct(run: Run, writer: Writer, rows: Rows) -> tuple[torch.nn.Module, dic
         for start in (bar := progress(range(0, len(rows), size), f"sit epoch {epoch + 1}")):
             batch = order[start : start + size]
             tokens = sum(len(ids) for _, lists in batch for ids in lists)  # T of all processes
-            part, factor = part_of(batch)
-            prompts, lists = map(list, zip(*part, strict=True))
-            logps = policy(prompts, lists)  # summed over a list's tokens, (C,) a prompt
-            loss = -torch.cat(logps).sum() / tokens * factor  # Eq. (5)
-            losses.append(float(np.mean(gather([loss.item()]))))  # a mean per token
+            parts = []  # of the batch's loss, by micro-batch
+            for part, factor in micro_batches(batch, g.micro_batch):
+                prompts, lists = map(list, zip(*part, strict=True))
+                logps = policy(prompts, lists)  # summed over a list's tokens, (C,) a prompt
+                loss = -torch.cat(logps).sum() / tokens * factor  # Eq. (5)
+                loss.backward()
+                parts.append(loss.item())
+            losses.append(float(np.mean(gather([sum(parts)]))))  # a mean per token
             rate = schedule.get_last_lr()[0]  # the one that this step uses
-            step(model, optimiser, schedule, loss)
+            step(model, optimiser, schedule)
             at = {"epoch": epoch, "step": len(losses)}
             run.folder.log("sit", **at, loss=losses[-1], learning_rate=rate)
             bar.set(loss=losses[-1])

@@ -2,7 +2,7 @@
 
     python -m tools.logs check users.jsonl               # or impressions.jsonl
     python -m tools.logs import chatgpt conversations.json --out users.jsonl  # or another of KINDS
-    python -m tools.logs export trl runs/tiny --out pairs.jsonl               # for TRL's DPOTrainer
+    python -m tools.logs export trl runs/default --out pairs.jsonl            # for TRL's DPOTrainer
 """
 
 from __future__ import annotations
