@@ -63,7 +63,7 @@ def _best_first(phrases: Sequence[str]) -> list[str]:
     def reads_badly(phrase: str) -> bool:
         alone = " " not in phrase
         return (len(phrase.split()) > 4 or (alone and phrase.islower() and phrase.endswith("ed"))
-                or (alone and re.search("(?:an|ese|ish|'s)$", phrase) is not None
+                or (alone and re.search("(?:an|ese|ish|ch|'s)$", phrase) is not None
                     and any(other.startswith(f"{phrase} ") for other in phrases)))
 
     return sorted(phrases, key=reads_badly)

@@ -59,8 +59,8 @@ def stage_sit(run: Run, players: Players, key: str) -> dict:
         )
     languages = Counter(majority_language(state.interests) for state in states)
     corpus, left_out = draw_corpus(run, languages, settings.corpus_rows, rng)
-    taught_rows, encode = len(rows), run.encoder
-    rows += [writer.encoded(*interests_and_list(row, k, encode)) for row in corpus]
+    taught_rows = len(rows)  # those of the corpus are mixed in: each epoch has its own order
+    rows += [writer.encoded(*interests_and_list(row, k, run.encoder)) for row in corpus]
     model, figures = instruct(run, writer, rows)
     if settings.own_lists:  # Table 8: once more, with what the policy has learned to write
         sampled = writer.sample(
@@ -77,7 +77,7 @@ def stage_sit(run: Run, players: Players, key: str) -> dict:
 
 def read_corpus(path: str | Path = CORPUS) -> list[CorpusRow]:
     """Rows of the teacher corpus; raises DataError that lists every bad line."""
-    rows, faults = [], Faults()
+    rows, faults = [], Faults()  # whoever edits the file sees all that is wrong at once
     for place, value in json_objects(path, faults):
         try:
             rows.append(CorpusRow.model_validate(value))
@@ -95,6 +95,7 @@ def draw_corpus(
     fewer starters than a list has, and those of a real person who is in this run to be tested."""
     if not limit:
         return [], 0
+    # Their titles must not be in the training of a model that is tested on them.
     tested = run.users.keys() - set(run.ids("train"))
     by_language: dict[str, list[CorpusRow]] = {}
     for row in read_corpus():
@@ -103,7 +104,8 @@ def draw_corpus(
     total, drawn, left_out = sum(languages[lang] for lang in by_language), [], 0
     for lang, rows in by_language.items():
         usable = [
-            row for row in rows
+            row
+            for row in rows
             if len(row.starters) >= run.config.generator.list_size
             and row.source.removeprefix("stackexchange:") not in tested
         ]
@@ -115,7 +117,8 @@ def draw_corpus(
 
 def interests_and_list(row: CorpusRow, k: int, encode: Encode) -> tuple[list[str], list[list[str]]]:
     """Its interests, and one list of k of its starters in which the interests take turns."""
-    # The same choice that is made of what an LLM as teacher writes beyond K.
+    # As of what an LLM as teacher writes beyond K. The interests stay as the file has them, though
+    # a user's come best first: who wrote a row has not ranked them.
     return row.interests, [roles.covering(row.starters, row.interests, k, encode)]
 
 

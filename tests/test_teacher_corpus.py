@@ -70,8 +70,9 @@ def test_the_language_is_that_of_the_starters():
 # ------------------------------------------------------------------------------- the rule teacher
 
 
-@pytest.mark.parametrize("code, subject, least", [("en", "quantum error codes", 160),
-                                                  ("zh", "量子纠错", 80)])
+@pytest.mark.parametrize(
+    "code, subject, least", [("en", "quantum error codes", 160), ("zh", "量子纠错", 80)]
+)
 def test_the_rule_teachers_forms_keep_the_rules_too(code, subject, least):
     forms = [form for _, form in FORMS[code]]
     assert len(forms) >= least and len({*map(roles.normal_form, forms)}) == len(forms)
@@ -87,8 +88,12 @@ def test_no_form_is_one_of_the_simulated_platforms():
         return roles.normal_form(re.sub(r"\{\w\}", "X", form))
 
     world = yaml.safe_load((ROOT / "world" / "forms.yaml").read_text(encoding="utf-8"))
-    theirs = {plain(form) for part in ("summaries", "chores", "starters")
-              for forms in world[part].values() for form in forms}
+    theirs = {
+        plain(form)
+        for part in ("summaries", "chores", "starters")
+        for forms in world[part].values()
+        for form in forms
+    }
     assert theirs.isdisjoint(plain(form) for forms in FORMS.values() for _, form in forms)
 
 
@@ -157,8 +162,12 @@ def test_rows_of_tested_people_and_short_rows_are_left_out(run):
 
 
 def test_a_rows_list_covers_its_interests():
-    row = sit.CorpusRow(language="en", source="invented", interests=["Dune books", "Go clubs"],
-                        starters=["More Dune", "Dune films", "Dune art", "A Go club", "Go rules"])
+    row = sit.CorpusRow(
+        language="en",
+        source="invented",
+        interests=["Dune books", "Go clubs"],
+        starters=["More Dune", "Dune films", "Dune art", "A Go club", "Go rules"],
+    )
     interests, [starters] = sit.interests_and_list(row, 4, encode)
     assert interests == row.interests
     assert starters == ["More Dune", "A Go club", "Dune films", "Go rules"]
@@ -178,10 +187,16 @@ def test_sit_learns_both_and_says_how_many(run, monkeypatch):
     assert all(sum(starter in text for starter in written) >= 3 for text in texts)
 
 
-@pytest.mark.parametrize("change, reason", [
-    ({"language": "fr"}, "language"), ({"interests": []}, "interests"),
-    ({"starters": [""]}, "starters.0"), ({"stars": ["typo"]}, "stars"), ({"source": 1}, "source"),
-])
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"language": "fr"}, "language"),
+        ({"interests": []}, "interests"),
+        ({"starters": [""]}, "starters.0"),
+        ({"stars": ["typo"]}, "stars"),
+        ({"source": 1}, "source"),
+    ],
+)
 def test_a_bad_row_is_refused_with_its_line(tmp_path, change, reason):
     lines = [json.dumps(row) for row in (ROWS[0], ROWS[1] | change)]
     path = tmp_path / "corpus.jsonl"
