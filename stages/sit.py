@@ -59,8 +59,6 @@ def stage_sit(run: Run, players: Players, key: str) -> dict:
         )
     languages = Counter(majority_language(state.interests) for state in states)
     corpus, left_out = draw_corpus(run, languages, settings.corpus_rows, rng)
-    # In large batches; row by row it takes many times as long.
-    run.encoder([text for row in corpus for text in (*row.interests, *row.starters)])
     taught_rows = len(rows)  # those of the corpus are mixed in: each epoch has its own order
     rows += [writer.encoded(*interests_and_list(row, k, run.encoder)) for row in corpus]
     model, figures = instruct(run, writer, rows)
