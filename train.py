@@ -46,7 +46,7 @@ from stages.match import stage_match
 from stages.merge import stage_merge
 from stages.ranker import stage_ranker
 from stages.rid import stage_rid
-from stages.sit import stage_sit
+from stages.sit import CORPUS, stage_sit
 from stages.summarize import stage_summarize
 from tools import doctor, plan
 from world import people
@@ -113,6 +113,8 @@ def stage_key(run: Run, name: str, *without: str) -> str:
         files = [file_digest(f) for f in (run.users_file, run.impressions_file) if f]
     if name == "base" and not run.config.generator.model:  # the embedded model, which ships
         files = [file_digest(Path(llm.model_path(run.config.generator)) / "model.safetensors")]
+    if name == "sit" and run.config.sit.corpus_rows:
+        files = [file_digest(CORPUS)]
     config = copy.deepcopy(run.config)  # from which settings are taken out
     for setting in (*HOW, *without):
         section, field = setting.split(".")
