@@ -6,10 +6,10 @@ import re
 import sys
 
 import pytest
+from conftest import MICRO, micro
 
 import data
 import eval as script
-from conftest import MICRO, micro
 from files import ROOT, UserError, read_json
 from run import Run
 from tables import people
@@ -37,7 +37,9 @@ def write(path, rows):
 def command(monkeypatch, root, *words):
     """python eval.py, of the run below `root`."""
     config = str(ROOT / "configs" / "tiny.yaml")
-    line = ["eval.py", "--config", config, *map(str, words), *MICRO, f"run.root={root}"]
+    options = [str(word) for word in words if "=" not in str(word)]
+    settings = [*MICRO, f"run.root={root}", *(word for word in words if "=" in str(word))]
+    line = ["eval.py", "--config", config, *options, *settings]
     monkeypatch.setattr(sys, "argv", line)
     script.main()
 
@@ -100,7 +102,7 @@ def test_a_run_is_not_judged_on_those_it_has_learned_from(tmp_path):
 
 def test_sessions_without_a_fit_summary_do_not_count(finished, tmp_path, monkeypatch, capsys):
     messages = {"session_id": "m", "messages": [{"role": "user", "content": "What is a fugue?"}]}
-    chat, ill = person("p2", TITLES[:2]), person("p3", [*TITLES[:2], "How to hurt myself"])
+    chat, ill = person("p2", TITLES[:2]), person("p3", [*TITLES[:2], "Symptoms of cancer"])
     chat["sessions"].insert(0, messages)  # summarised, and then it does
     assert is_odd("p2") and is_odd("p3")
     file = write(tmp_path / "users.jsonl", [chat, ill])
@@ -230,7 +232,7 @@ def test_marks_that_are_wrong_are_all_listed_and_none_is_counted(tmp_path):
     faults = [
         ({**good, "person": "secret"}, "letter: no such list"),
         ({**good, "letter": "Z"}, "letter: no such list"),
-        ({**good, "tap": 5}, "line: counts go up to 4"),
+        (mark(letters, "b", "PE", 5, 1, 1, 1), "line: counts go up to 4"),
         ({**good, "put": -1}, "put: "),
         ({**good, "true": 1.5}, "true: "),
         ({**good, "true": True}, "true: "),
