@@ -189,7 +189,7 @@ class Engine:
     ) -> list[Answer | None]:
         """One batch. gone(i), asked at every step: the client of ask i has left; its answer is
         None, and nothing more is decoded for it. (generator.endpoint: it is decoded to the end.)"""
-        users = [self._summarised(ask.user) for ask in asks]
+        users = [self.players.summarised(ask.user) for ask in asks]
         if not self._encode(asks, users, lambda: all(map(gone, range(len(asks))))):
             return [None] * len(asks)
         cases = self._distil(asks, users, gone)
@@ -202,16 +202,6 @@ class Engine:
         self.run.encoder.trim(most)
         return [None if case.gone() else answer
                 for case, answer in zip(cases, answers, strict=True)]
-
-    def _summarised(self, user: data.User) -> data.User:
-        # With a summary of every session, and without what nobody should be reminded of.
-        bare = [s for s in user.sessions if not s.summary]
-        summaries = iter(self.players.summarise([s.messages for s in bare]) if bare else [])
-        sessions = [s if s.summary else s.model_copy(update={"summary": next(summaries)})
-                    for s in user.sessions]
-        # A summariser's call may have failed: that session is left out.
-        fit = [s for s in sessions if s.summary and not roles.is_unsuitable(s.summary)]
-        return user.model_copy(update={"sessions": fit})
 
     def _encode(self, asks: list[Ask], users: list[data.User], nobody_waits) -> bool:
         """Embed the texts of all asks, some at a time: a long history takes seconds. False: given

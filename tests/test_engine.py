@@ -48,7 +48,7 @@ def sug(*starters):
 
 
 def distilled(engine, *asks):
-    users = [engine._summarised(ask.user) for ask in asks]
+    users = [engine.players.summarised(ask.user) for ask in asks]
     assert engine._encode(asks, users, lambda: False)
     return engine._distil(asks, users, lambda i: False)
 
