@@ -52,7 +52,7 @@ def test_the_rejected_was_shown_earlier_and_not_clicked(clicked):
 
 
 def test_calibration_of_pairs_needs_both_orders():
-    """70 % right where it says .7 is calibrated, and "always sure" is not; unflipped it would be."""
+    """Right in 70 % where it says .7 is calibrated, always sure is not; unflipped, it would be."""
     right = torch.tensor([0.7] * 70 + [0.3] * 30)  # p(w > l); its winner lost in 30 of 100
     p, label = garm.flip_pairs(right)
     assert p.shape == label.shape == (200,) and label.mean() == 0.5
@@ -481,7 +481,8 @@ def trl_loss(loss_type, logps, old_logps, ref_logps, advantages, mask, low, high
     ids = torch.zeros(logps.shape, dtype=torch.long)
     inputs = {
         "prompt_ids": ids, "prompt_mask": ids, "completion_ids": ids, "completion_mask": mask.int(),
-        "advantages": advantages, "old_per_token_logps": old_logps, "ref_per_token_logps": ref_logps,
+        "advantages": advantages, "old_per_token_logps": old_logps,
+        "ref_per_token_logps": ref_logps,
         "num_items_in_batch": mask.sum(),
     }  # fmt: skip
     return GRPOTrainer._compute_loss(trainer, trainer.model, inputs)
@@ -525,7 +526,7 @@ def test_the_clip_by_hand(advantage, ratio, loss, slope):
 
 
 def test_the_reductions_and_the_kl_by_hand():
-    """On policy the ratio is 1: what is left is -advantage and beta (e^d - d - 1), d = ref - logp."""
+    """On policy the ratio is 1, and what is left is -A + beta (e^d - d - 1), d = ref - logp."""
     logps = torch.zeros(2, 4)
     ref = torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0]])
     advantages, mask = torch.tensor([2.0, -1.0]), torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]])
@@ -549,8 +550,9 @@ def test_masked_tokens_and_rollouts_carry_nothing(reduction):
 
     def loss(*filled):
         pairs = zip((logps, old, ref), filled, strict=True)
-        args = (x.masked_fill(~mask, value) for x, value in pairs)
-        return garm.grpo_loss(*args, advantages, mask, 0.2, 0.2, 0.1, reduction)
+        args = [x.masked_fill(~mask, value) for x, value in pairs]
+        args.append(advantages.masked_fill(~mask.any(1), filled[-1]))
+        return garm.grpo_loss(*args, mask, 0.2, 0.2, 0.1, reduction)
 
     clean, spoiled = loss(0.0, 0.0, 0.0), loss(-torch.inf, torch.inf, torch.nan)
     assert torch.equal(clean, spoiled)
