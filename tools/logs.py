@@ -146,7 +146,7 @@ def _turn(role: str, content: str) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("check", help="say what a users, impressions or dialogues file holds")
+    check = commands.add_parser("check", help="say what a file of users, lists or dialogues holds")
     check.add_argument("file")
     importer = commands.add_parser("import", help="logs from elsewhere as our own")
     importer.add_argument("kind", choices=[*KINDS, "mimics"])

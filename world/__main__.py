@@ -6,7 +6,7 @@
 
 import argparse
 
-from config import load_config
+from config import DialoguesConfig, WorldConfig, load_config
 from encoder import Encoder
 from files import script
 from world import dialogues, people
@@ -16,22 +16,19 @@ def main() -> None:
     defaults = load_config()  # those of a training run, so that seeds agree
     parser = argparse.ArgumentParser(prog="python -m world", description=__doc__.split("\n")[0])
     platforms = parser.add_subparsers(dest="platform", required=True)  # to be joined by a shop
-    sizes = {"people": ("users", defaults.world), "dialogues": ("contexts", defaults.dialogues)}
-    for platform, (size, section) in sizes.items():
-        command = platforms.add_parser(platform)
-        command.add_argument(f"--{size}", dest="size", type=int, default=getattr(section, size))
-        command.add_argument("--seed", type=int, default=section.seed)
+    for platform, (section, size, _) in PLATFORMS.items():
+        default, command = getattr(defaults, section), platforms.add_parser(platform)
+        command.add_argument(f"--{size}", dest="size", type=int, default=getattr(default, size))
+        command.add_argument("--seed", type=int, default=default.seed)
         command.add_argument("--out", required=True)
     given = parser.parse_args()
+    section, size, write = PLATFORMS[given.platform]
     # By way of the config, which refuses a number out of bounds in the usual words.
-    section, size = {"people": "world"}.get(given.platform, given.platform), sizes[given.platform][0]
     words = [f"{section}.{size}={given.size}", f"{section}.seed={given.seed}"]
-    settings = getattr(load_config(None, words), section)
-    write = write_people if given.platform == "people" else write_dialogues
-    print(f"{given.out}: {write(settings, given.out)}")
+    print(f"{given.out}: {write(getattr(load_config(None, words), section), given.out)}")
 
 
-def write_people(settings, out: str) -> str:
+def write_people(settings: WorldConfig, out: str) -> str:
     world = people.World(settings)
     world.write(out)
     sessions, lists = sum(len(user.sessions) for user in world.users), len(world.impressions)
@@ -40,13 +37,19 @@ def write_people(settings, out: str) -> str:
             f"{untapped:.0%} without a tap")  # what a real log has: 50 to 90 %
 
 
-def write_dialogues(settings, out: str) -> str:
+def write_dialogues(settings: DialoguesConfig, out: str) -> str:
     made = dialogues.Dialogues(settings, Encoder())
     made.write(out)
     shown = [row for row in made.log if row.suggestions]
     unclicked = sum(not row.clicked for row in shown) / max(1, len(shown))
     return (f"{len(made.log)} contexts, {len(shown)} with suggestions, {unclicked:.0%} of these "
             f"without a click; {len(made.evaluation)} contexts to evaluate on")
+
+
+PLATFORMS = {  # name -> section of the config, its setting of the size, what writes it
+    "people": ("world", "users", write_people),
+    "dialogues": ("dialogues", "contexts", write_dialogues),
+}
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import yaml
 import data
 from config import DialoguesConfig
 from files import ROOT, read_json, write_json
-from world.dialogue_clicks import Truth
+from world.dialogue_clicks import Truth, texts_of
 
 START = datetime(2026, 3, 2)  # a Monday
 WEEK_0 = 4  # weeks in it; those of W1 to W4 follow
@@ -39,8 +39,8 @@ UNLABELLED = 0.03  # of contexts of the log have neither intent nor unsafe
 KINDS = {"fact": 0.58, "generic": 0.20, "repeat": 0.07, "off topic": 0.07, "too long": 0.05,
          "wrong language": 0.03}
 WORDINGS = {"question": 0.6, "imperative": 0.32, "keywords": 0.08}
-STOP = frozenset("the a an of to and or in on for with it is are do does i how what when where that "
-                 "my they them was were be as at by from its".split())
+STOP = frozenset("the a an of to and or in on for with it is are do does i how what when where "
+                 "that my they them was were be as at by from its".split())
 
 
 class Fact(NamedTuple):
@@ -106,18 +106,11 @@ class Dialogues:
         log = sorted(self._when() for _ in range(n))
         drafts = [self._context(f"d{i}", when, "log") for i, when in enumerate(log)]
         shown = [self._suggestions(*draft) for draft in drafts]
-        if encoder is not None:  # everything at once, which is many times faster
-            hidden = self.truth.dialogues.values()
-            encoder(sorted({text for row in hidden for text in self.texts_of(row)}
-                           | {text for row in shown for text in row}))
+        # Everything at once, which is many times faster: the encoder remembers it.
+        texts = {text for row in shown for text in row}
+        encoder(sorted(texts.union(*map(texts_of, self.truth.dialogues.values()))))
         self.log = [self._clicked(*draft, row) for draft, row in zip(drafts, shown, strict=True)]
         self.evaluation = self._evaluation(max(20, n // 20))
-
-    @staticmethod
-    def texts_of(hidden: dict) -> list[str]:
-        """All texts of a dialogue's hidden state that meet the encoder."""
-        return [hidden["topic"], *hidden["asked"],
-                *(text for need in hidden["needs"] for text in need["texts"])]
 
     def write(self, folder: str | Path) -> None:
         data.write_dialogues(Path(folder) / "dialogues.jsonl", self.log)
