@@ -201,7 +201,7 @@ class Dialogues:
                 facts = [f for f in facts[3:] if f not in asked] or facts[-1:]
                 order = [changes[0], changes[1], facts[0], *changes[2:], *facts[1:]]
                 break
-            turns.append(self._exchange(about, fact, intent, part, about == previous))
+            turns.append(self._exchange(about, fact, intent, part, previous))
             asked, previous = [*asked, fact], about
         else:
             order = [fact for fact in facts if fact not in asked]
@@ -209,10 +209,11 @@ class Dialogues:
         keys = np.arange(len(order)) + self.rng.gumbel(0, 1.2, len(order))
         return turns, asked, [order[i] for i in np.argsort(keys)]
 
-    def _exchange(self, topic: str, fact: Fact, intent: str, part: str, again: bool):
-        searching = intent == "web search"
+    def _exchange(self, topic: str, fact: Fact, intent: str, part: str, previous: str):
+        """(user, assistant) about a fact; `previous`: the topic just talked about, or ""."""
+        searching, again = intent == "web search", topic == previous
         forms = self.forms["searches" if searching else "further" if again else "questions"][part]
-        if not again and not searching and not _shared(topic, fact.question):
+        if not searching and not again and (previous or not _shared(topic, fact.question)):
             # Out of the blue nobody asks "Which side effects are common?".
             forms = [form for form in forms if "{x}" in form]
         user = self._say(self._pick(forms), topic, fact)
