@@ -68,6 +68,11 @@ class WorldConfig(Section):
     impressions_per_user: Count = 50  # mean
 
 
+class DialoguesConfig(Section):  # the simulated conversations: world/dialogues.py
+    contexts: Count = 4000
+    seed: int = 7
+
+
 class EncoderConfig(Section):
     name: str = ""  # any sentence-transformers model; empty: the packaged all-MiniLM-L6-v2
     batch_size: Count = 64
@@ -214,6 +219,7 @@ class Config(Section):
     run: RunConfig = RunConfig()  # pydantic gives every Config a copy of these
     data: DataConfig = DataConfig()
     world: WorldConfig = WorldConfig()
+    dialogues: DialoguesConfig = DialoguesConfig()
     encoder: EncoderConfig = EncoderConfig()
     roles: RolesConfig = RolesConfig()
     endpoint: EndpointConfig = EndpointConfig()

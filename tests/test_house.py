@@ -161,7 +161,7 @@ def unknown_names(page: str, where: str, files, sections, folder=ROOT) -> list[s
                 unknown.append(module)
         unknown += set(re.findall(r"python (\w+\.py)", line)) - file_names
         for section, key in re.findall(r"[` ](\w+)\.(\w+)(?==|`)", line):
-            if key != "py" and key not in sections.get(section, {key}):
+            if key not in ("py", "jsonl") and key not in sections.get(section, {key}):
                 unknown.append(f"{section}.{key}")
         faults += [f"{where}:{number}: no {name}" for name in unknown]
     return faults
