@@ -15,7 +15,7 @@ from llm.model import (  # loading, LoRA, adapters
     quiet_libraries, save_adapter,
 )
 from llm.prompts import (  # interests and starters -> tokens
-    encode_completion, encode_prompt, encode_text, prompt_text, user_turn,
+    around_interests, encode_completion, encode_prompt, encode_text, prompt_text, user_turn,
 )
 from llm.sampling import Prefix, end_tokens, read_prefix, sample, sample_ids
 from llm.starters import (  # starters <-> `<sug>` field, and lists of any model

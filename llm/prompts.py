@@ -25,29 +25,41 @@ ORDINARY = re.compile(r"[\w\s▁]+|.", re.DOTALL)  # an added token that command
 def encode_prompt(
     tokenizer, interests: list[str], n: int, instruction: str, max_tokens: int
 ) -> Ids:
-    """Chat template + instruction + one line an interest -> ids, max_tokens at most."""
+    """Chat template + instruction + one line an interest -> ids, max_tokens at most.
+
+    The lines stand in place of `{interests}` in the instruction, else behind it.
+    """
     # The template is encoded apart from the user's text, whose control tokens are never parsed.
-    head, tail = user_turn(tokenizer, instruction.format(n=n))
+    head, tail = user_turn(tokenizer, *around_interests(instruction, n))
     return head + _encode_lines(tokenizer, interests, max_tokens - len(head) - len(tail)) + tail
 
 
 def prompt_text(tokenizer, interests: list[str], n: int, instruction: str, max_tokens: int) -> str:
     """The user's turn of encode_prompt, for a server that applies the chat template itself."""
-    begin = instruction.format(n=n)
-    room = max_tokens - sum(map(len, user_turn(tokenizer, begin)))
+    begin, end = around_interests(instruction, n)
+    room = max_tokens - sum(map(len, user_turn(tokenizer, begin, end)))
     lines = tokenizer.decode(_encode_lines(tokenizer, interests, room))  # cut as encode_prompt cuts
     for control in _control_tokens(tokenizer).values():  # the server would parse a whole one
         lines = lines.replace(control, f"{control[0]} {control[1:]}")
-    return begin + lines
+    return begin + lines + end
 
 
-def user_turn(tokenizer, begin: str = "") -> tuple[Ids, Ids]:
-    """Ids of the chat template before and behind what a user says, which starts with `begin`."""
+def around_interests(instruction: str, n: int) -> tuple[str, str]:
+    """What an instruction to write n starters says before the interests, and behind them."""
+    begin, _, end = instruction.replace("{n}", str(n)).partition("{interests}")
+    return begin, end
+
+
+def user_turn(tokenizer, begin: str = "", end: str = "") -> tuple[Ids, Ids]:
+    """Ids of a user's turn before and behind a text: chat template with `begin`, `end` with it.
+
+    The template's own system prompt stays: the model was tuned with it, and a server adds it too.
+    """
     mark = "\x00"  # stands in no template, and no template alters it
     if not tokenizer.chat_template:  # a base model: only the tokenizer knows whether it wants BOS
         head = tokenizer.encode(begin, add_special_tokens=False)
         bos = [i for i in tokenizer.encode("a")[:1] if i == tokenizer.bos_token_id]
-        return bos + head, _encode_part(tokenizer, "\n")
+        return bos + head, _encode_part(tokenizer, end + "\n")
     template, turn = tokenizer.get_chat_template(), [{"role": "user", "content": mark}]
     if "strftime_now" in template:
         template = CLOCK + template
@@ -55,7 +67,7 @@ def user_turn(tokenizer, begin: str = "") -> tuple[Ids, Ids]:
         turn, chat_template=template, tokenize=False, add_generation_prompt=True)
     before, after = text.split(mark)
     head = tokenizer.encode(before + begin, add_special_tokens=False)
-    return head, _encode_part(tokenizer, after)
+    return head, _encode_part(tokenizer, end + after)
 
 
 def _encode_lines(tokenizer, interests: list[str], room: int) -> Ids:  # room: tokens

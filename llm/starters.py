@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 QUOTES = "\"'“”‘’«»「」『』"  # of English, French and Chinese
 NO_DOUBLE_QUOTES = str.maketrans("", "", "\"“”«»「」『』")  # single ones may be apostrophes
-SENTENCE_ENDS = tuple("?!.？！。")
+SENTENCE_END = re.compile(rf"(?:[?!？！。]|(?<!\d)\.)[*_`{QUOTES} ]*$")  # not that of a cut "3.5"
 AMPERSAND = re.compile(r"[&＆](?:amp;)*", re.IGNORECASE)  # full-width, or escaped for HTML
 SEPARATOR = re.compile(r"(?:[&＆](?:amp;)*){2,}", re.IGNORECASE)
 
@@ -91,17 +91,19 @@ def _without_marks(item: str) -> str:
     item = CODE.sub(r"\1", ITALIC.sub(r"\1", BOLD.sub(r"\1", item)))
     if (wrapped := WRAPPED.fullmatch(item)) and wrapped[1] not in wrapped[2]:
         item = wrapped[2]
-    if item[:1] == "[" and item[-1:] == "]":  # several in there cannot be told apart
+    if _JSON_BEGIN.match(item):  # of a list that could not be read
+        item = ""
+    elif item[:1] == "[" and item[-1:] == "]":  # several in there cannot be told apart
         item = "" if re.search("[,，、;；|]", item) else item[1:-1]
     if lead := LEAD.match(item):
         item = item[lead.end() :]
         if any(c in QUOTES for c in lead[0]):  # the partner of a stripped quote goes as well
             item = item.translate(NO_DOUBLE_QUOTES).rstrip(QUOTES + " ,;，；、")
         if "**" in lead[0]:
-            item = item.removesuffix("**")
+            item = item.rstrip("*")
     # Where a quote between two & goes, a separator is left: none may stand inside a starter.
     item = SEPARATOR.sub("&", AMPERSAND.sub("&", item))
-    return " ".join(item.rstrip(" `,;，；、\\").split())
+    return " ".join(item.rstrip(" `\\").split())
 
 
 def format_starters(starters: Iterable[str]) -> str:
@@ -140,7 +142,7 @@ def parse_starters(text: str) -> Parsed:
     else:
         whole = [items for items, (_, closed) in zip(lists, fields, strict=False) if closed]
         items = (whole or lists)[-1]
-    starters = tuple(filter(None, map(clean_starter, items)))
+    starters = tuple(filter(None, (clean_starter(item.rstrip(" ,;，；、")) for item in items)))
     if starters:
         return Parsed(starters, None)
     if not fields:
@@ -160,7 +162,7 @@ def _fields(answer: str) -> list[tuple[str, bool]]:
 
 def _items(text: str, closed: bool) -> list[str]:
     """Items of a field's text, not yet cleaned, perhaps empty ones."""
-    if (items := _json_items(text)) is not None:
+    if "&&" not in text and (items := _json_items(text)) is not None:
         return items
     lines = _lines(text, closed)
     if (marked := _marked(lines)) and len(marked) > 1:
@@ -210,7 +212,7 @@ def _bare(lines: list[str]) -> list[str]:
     questions = [line for line in lines if line.rstrip().endswith(("?", "？"))]
     if len(questions) > 1 and len(questions) >= len(lines) - 2:  # a preface, and a remark behind
         return questions
-    ends = (*SENTENCE_ENDS, *",;—…，；")
+    ends = tuple("?!.？！。,;—…，；")
     titles = [line for line in lines if line[0].isalnum() and not line.rstrip().endswith(ends)]
     return titles if len(titles) > 1 and len(titles) >= len(lines) - (len(titles) > 2) else []
 
@@ -222,7 +224,7 @@ def _lines(text: str, closed: bool) -> list[str]:
         whole, separator, last = lines[-1].rpartition("&&")
         last = last.strip(" ,")
         quoted = last[:1] in tuple(QUOTES) and last[1:].endswith(tuple(QUOTES))
-        if not quoted and not last.rstrip("*_`" + QUOTES).endswith(SENTENCE_ENDS):
+        if not quoted and not SENTENCE_END.search(last[-9:]):
             lines[-1] = whole + separator  # max_new_tokens ran out in it
     return [line for line in lines if line.strip() and not line.lstrip().startswith(("```", "~~~"))]
 
@@ -239,7 +241,10 @@ def _split_line(line: str) -> list[str]:
     if len(cuts) > 1:
         return [line[a:b] for a, b in itertools.pairwise([*cuts, len(line)])]
     if line.strip()[:1] in tuple(QUOTES):  # "a", "b"
-        return [f'"{part}"' for part in _quoted_parts(line)] if _BETWEEN.search(line) else [line]
+        *parts, last = _quoted_parts(line)
+        if parts:
+            end = '"' if line.rstrip(" ,")[-1] in QUOTES else ""
+            return [*(f'"{part}"' for part in parts), f'"{last}{end}']
     for sign in ("•", " | ", "||"):
         if line.count(sign) > 1:
             return line.split(sign)
@@ -255,48 +260,49 @@ def _quoted_parts(text: str) -> list[str]:
 
 # ------------------------------------------------------------------------------------------- JSON
 
-_JSON = re.compile(r"(?:^|[:=>!.！。])[ \t`]*([\[{])\s*([\[{\"'“‘「])", re.MULTILINE)
+_JSON_BEGIN = re.compile(rf"[\[{{]\s*[\[{{{QUOTES}]")
+_JSON = re.compile(rf"(?:^|[:=>!.。])[ \t`]*(?={_JSON_BEGIN.pattern})", re.MULTILINE)
 _TOKEN = re.compile(r"\s*(?:(\"[^\"\\]*(?:\\.[^\"\\]*)*\\?\"?)|([\[\]{}:,])|[\w.+-]+)", re.DOTALL)
 # The field of an object that is its starter, the most telling one first.
 _TEXT_FIELDS = ("starter", "suggestion", "question", "request", "text", "prompt", "query", "title",
-                "content", "message", "item", "sug", "")  # fmt: skip
+                "content", "message", "idea", "item", "sug", "")  # fmt: skip
 
 
 def _json_items(text: str) -> list[str] | None:
     """Whole strings of a JSON list, also of objects or cut short; None where there is no JSON."""
     if not (begin := _JSON.search(text)):
         return None
-    if begin[2] in "'“‘「":  # not JSON, though models write it
-        inner = text[begin.start(2) + 1 :].partition("]")
-        parts = _quoted_parts(inner[0].replace("\\", ""))
-        return (parts if inner[1] else parts[:-1]) if begin[1] == "[" else []
-    values = _json_strings(text, begin.start(1))
-    for name in _TEXT_FIELDS:
-        if found := [value for key, value in values if key.endswith(name) and (name or not key)]:
+    values, at, closed = _json_strings(text, begin.end())
+    if not closed and text[at:].strip():  # not JSON, though Python writes it: ['a', "b"]
+        inner, closed, _ = text[begin.end() + 1 :].partition("]")
+        parts = _quoted_parts(inner.replace("\\", ""))
+        return (parts if closed else parts[:-1]) if text[begin.end()] == "[" else []
+    for field in _TEXT_FIELDS:
+        if found := [value for name, value in values if name.endswith(field) and (field or not name)]:
             break
     else:  # objects of a single field, whatever its name
-        found = [value for _, value in values] if len({key for key, _ in values}) == 1 else []
+        found = [value for _, value in values] if closed and len({*dict(values)}) == 1 else []
     return [part for value in found for line in value.splitlines() for part in line.split("&&")]
 
 
-def _json_strings(text: str, at: int) -> list[tuple[str, str]]:
-    """(name of the nearest field around it, string) of each whole string from `at` on."""
-    values, names, name = [], [], ""  # names: of the brackets that are open
+def _json_strings(text: str, at: int) -> tuple[list[tuple[str, str]], int, bool]:
+    """([(name of the nearest field around it, whole string)] from `at` on, end, whether closed)."""
+    values, around, name, key = [], [], "", False  # around: brackets that are open; key: comes next
     while token := _TOKEN.match(text, at):
+        if not around and token[2] not in ("[", "{", ","):
+            break  # a remark behind the list
         at = token.end()
         if token[2] in ("[", "{"):
-            names.append(name)
+            around.append((token[2], name))
         elif token[2] in ("]", "}"):
-            name = names.pop() if names else ""
-        elif not names and token[2] != ",":
-            break  # a remark behind the list
-        elif token[1]:
-            value = _json_text(token[1])
-            if token[1] and text[at : at + 20].lstrip().startswith(":"):
-                name = (value or "").lower().strip("0123456789 _-").removesuffix("s")
-            elif value is not None:
+            name = around.pop()[1]
+        elif token[1] and (value := _json_text(token[1])) is not None:
+            if key:
+                name = value.lower().strip("0123456789 _-").removesuffix("s")
+            else:
                 values.append((name, value))
-    return values
+        key = token[2] in ("{", ",") and bool(around) and around[-1][0] == "{"
+    return values, at, not around
 
 
 def _json_text(token: str) -> str | None:
