@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 QUOTES = "\"'“”‘’«»「」『』"  # of English, French and Chinese
+PARTNERS = dict(zip("\"'“‘«「『", "\"'”’»」』", strict=True))
 NO_DOUBLE_QUOTES = str.maketrans("", "", "\"“”«»「」『』")  # single ones may be apostrophes
 SENTENCE_END = re.compile(rf"(?:[?!？！。]|(?<!\d)\.)[*_`{QUOTES} ]*$")  # not that of a cut "3.5"
 AMPERSAND = re.compile(r"[&＆](?:amp;)*", re.IGNORECASE)  # full-width, or escaped for HTML
@@ -223,7 +224,7 @@ def _lines(text: str, closed: bool) -> list[str]:
     if lines and not closed and text.splitlines()[-1:] == text.splitlines(keepends=True)[-1:]:
         whole, separator, last = lines[-1].rpartition("&&")
         last = last.strip(" ,")
-        quoted = last[:1] in tuple(QUOTES) and last[1:].endswith(tuple(QUOTES))
+        quoted = PARTNERS.get(last[:1], " ") == last[1:][-1:]
         if not quoted and not SENTENCE_END.search(last[-9:]):
             lines[-1] = whole + separator  # max_new_tokens ran out in it
     return [line for line in lines if line.strip() and not line.lstrip().startswith(("```", "~~~"))]
@@ -234,7 +235,7 @@ def _split_line(line: str) -> list[str]:
     if "&&" in line:
         return [line]
     expected, cuts = 1, []
-    for number in re.finditer(r"(?:^|(?<=\s))[(（*]{0,3}(\d{1,2})[.)．、）：]+(?!\d)", line):
+    for number in re.finditer(r"(?:^|(?<=\s))[(（*]{0,3}(\d{1,2})[.)．、）：]+(?=\s?[^\s\d])", line):
         if int(number[1]) == expected:  # 1. a 2. b 3. c
             cuts.append(number.start())
             expected += 1
@@ -243,7 +244,7 @@ def _split_line(line: str) -> list[str]:
     if line.strip()[:1] in tuple(QUOTES):  # "a", "b"
         *parts, last = _quoted_parts(line)
         if parts:
-            end = '"' if line.rstrip(" ,")[-1] in QUOTES else ""
+            end = '"' * (line.rstrip(" ,")[-1] == PARTNERS.get(line.strip()[0]))
             return [*(f'"{part}"' for part in parts), f'"{last}{end}']
     for sign in ("•", " | ", "||"):
         if line.count(sign) > 1:

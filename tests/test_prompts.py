@@ -224,7 +224,7 @@ def test_only_the_base_without_an_adapter_is_told_at_length(writer, tmp_path):
         made.write(adapter, [["Night trains", "Sourdough"]], 2, 0)
     prompted, tuned = map(decode, made.asked)
     listed = "\n- Night trains\n- Sourdough"
-    assert f"I have asked:{listed}\n\nNow list 5 more" in prompted and "{" not in prompted
+    assert f"I have asked:{listed}\nNow list 5 more" in prompted and "{" not in prompted
     assert f"Suggest 5 conversation starters about these interests.{listed}<" in tuned
     for prompt, told in zip(made.asked, (True, False), strict=True):
         head = made.head(prompted=told)  # read once for all prompts of a batch
@@ -244,7 +244,7 @@ def test_a_long_instruction_leaves_the_interests_their_room(writer, most):
     short, long = (made.prompt(HISTORY, prompted=told) for told in (False, True))
     decode = made.tokenizer.decode
     assert decode(short).count("\n- ") == decode(long).count("\n- ") >= 1
-    assert len(short) <= most < len(long)
+    assert len(short) <= most and len(short) < len(long)
 
 
 def test_a_server_hears_what_the_model_here_reads(writer):
