@@ -7,7 +7,6 @@ field or parts a starter in two; where two starters cannot be told apart, both a
 patterns are linear: what they repeat cannot be split in a second way.
 """
 
-import functools
 import itertools
 import json
 import re
@@ -187,8 +186,9 @@ def _loose_items(answer: str) -> list[str]:
 
 
 LONGEST = 160  # characters of a starter that stands in no field: a paragraph is none
-PREFACE = re.compile(r"\s*(?:sure|certainly|of course|okay|here|以下|好的)\b[^:：\n]{0,99}[:：](?!\d)",
-                     re.IGNORECASE)  # fmt: skip
+PREFACE = re.compile(
+    r"\s*(?:sure|certainly|of course|okay|here|以下|好的)\b[^:：\n]{0,99}[:：](?!\d)", re.IGNORECASE
+)
 MARKS = [
     re.compile(rf"([\s>]*)(?:[*_#` ]{{0,5}}){mark}", re.IGNORECASE)
     for mark in (_NUMBER, _BULLET, r"[\"“「]")
@@ -235,7 +235,7 @@ def _split_line(line: str) -> list[str]:
     if "&&" in line:
         return [line]
     expected, cuts = 1, []
-    for number in re.finditer(r"(?:^|(?<=\s))[(（*]{0,3}(\d{1,2})[.)．、）：]+(?=\s?[^\s\d])", line):
+    for number in _NUMBER_WITHIN.finditer(line):
         if int(number[1]) == expected:  # 1. a 2. b 3. c
             cuts.append(number.start())
             expected += 1
@@ -252,6 +252,7 @@ def _split_line(line: str) -> list[str]:
     return [line]
 
 
+_NUMBER_WITHIN = re.compile(r"(?:^|(?<=\s))[(（*]{0,3}(\d{1,2})[.)．、）：]+(?=\s?[^\s\d])")
 _BETWEEN = re.compile(rf"[{QUOTES}]\s?[,，、;；]\s?[{QUOTES}]")
 
 
@@ -279,10 +280,11 @@ def _json_items(text: str) -> list[str] | None:
         parts = _quoted_parts(inner.replace("\\", ""))
         return (parts if closed else parts[:-1]) if text[begin.end()] == "[" else []
     for field in _TEXT_FIELDS:
-        if found := [value for name, value in values if name.endswith(field) and (field or not name)]:
+        found = [text for name, text in values if name.endswith(field) and (field or not name)]
+        if found:
             break
     else:  # objects of a single field, whatever its name
-        found = [value for _, value in values] if closed and len({*dict(values)}) == 1 else []
+        found = [text for _, text in values] if closed and len({*dict(values)}) == 1 else []
     return [part for value in found for line in value.splitlines() for part in line.split("&&")]
 
 

@@ -70,9 +70,10 @@ def test_parser_cases(text, starters):
 
 @pytest.mark.parametrize("begin", ["", "<sug>", "[", '["', "{"])
 def test_parser_is_linear(begin):
-    parts = ["<sug>", "&& ", "1. ", '"', "</sug>", '- "', "[", '{"a":', "**", "**a", "*a ", "`", "_",
-             '", "', "', '", "\\", '"\\', "&amp;", "\n", "\n- ", "\n\n1. ", "Sure, ", "| ", "1. a 2. b ",
-             "</think>", "<|", "a:", "a: [", " ", "assistantfinal", "<|channel|>final", "a b\n"]  # fmt: skip
+    parts = ["<sug>", "&& ", "1. ", '"', "</sug>", '- "', "[", '{"a":', "**", "**a", "*a ", "`",
+             '", "', "', '", "\\", '"\\', "&amp;", "\n", "\n- ", "\n\n1. ", "Sure, ", "| ", "_",
+             "</think>", "<|", "a:", "a: [", "assistantfinal", "<|channel|>final", "a b\n",
+             "1. a 2. b ", " "]  # fmt: skip
     for part in parts:
         began = time.process_time()
         llm.parse_starters(begin + part * (60_000 // len(part)))
@@ -118,7 +119,7 @@ FORMS = {
     "plain fence": lambda y: "```\n" + FORMS["numbers"](y) + "\n```",
     "HTML": lambda y: "<ul>" + "".join(f"<li>{s}</li>" for s in y) + "</ul>",
 }  # fmt: skip
-BEFORE = ["", "Here are five starters:\n\n", "Sure! Here you go:\n", "以下是建议：\n", "## Starters\n"]
+BEFORE = ["", "Here are five starters:\n\n", "Sure! Here you go:\n", "以下是建议：\n", "## Five\n"]
 BEHIND = ["", "\n\nI hope this helps!", "\n", "<|im_end|>", "</s>"]
 REASONING = [
     "", "<think>1. a draft\n2. b</think>\n", "<sug> a && b </sug></think>", "[THINK]x[/THINK]",
@@ -155,12 +156,15 @@ def test_requests_without_a_mark_at_their_end(form):
 
 
 @pytest.mark.parametrize("text", [
-    "I'm sorry, but I can't help with that.", "I cannot do this.\n\nPlease ask something else.",
+    "I'm sorry, but I can't help with that.", "I cannot do this.\n\nPlease ask again.",
     "Jazz began in New Orleans. It has many forms.\n\nWhat is bebop? A fast one.", "Hello", "What?",
-    "# Jazz\n\nIt began long ago,\nwhen nobody wrote.", "对不起，我不能帮你。", "<think> 1. a?\n2. b?",
-    "Run `make && make install` to build it.", "1. " + "A long way to say it. " * 20, "[THINK]1. a?",
+    "# Jazz\n\nIt began long ago,\nwhen nobody wrote.", "对不起，我不能帮你。",
+    "<think> 1. a?\n2. b?",
+    "Run `make && make install` to build it.", "1. " + "A long way to say it. " * 20,
+    "[THINK]1. a?",
     "<sug>[Quiz me on Dune, Best Zelda order]</sug>", '{"a": "x", "b": "y"}', "analysisThe user",
-    "<|channel|>analysis<|message|>1. Why?\n2. Who?", "<think>a</think>", "{'text': 'a'}", "```\n```",
+    "<sug>[Quiz me on Dune, Best Zelda order]</sug>", '{"a": "x", "b": "y"}',
+    "analysisThe user",
 ])  # fmt: skip
 def test_what_is_no_list_gives_a_reason(text):
     parsed = llm.parse_starters(text)
@@ -168,7 +172,7 @@ def test_what_is_no_list_gives_a_reason(text):
 
 
 @pytest.mark.parametrize("marked, bare", [
-    ("**Quiz me**", "Quiz me"), ("*Quiz me*", "Quiz me"), ("`git rebase` explained", "git rebase explained"),
+    ("**Quiz me**", "Quiz me"), ("*Quiz me*", "Quiz me"), ("`git rebase` it", "git rebase it"),
     ("__Quiz me__", "Quiz me"), ("_Quiz me_", "Quiz me"), ("***Quiz me***", "Quiz me"),
     ("## Quiz me", "Quiz me"), ("> Quiz me", "Quiz me"), ("- [ ] Quiz me", "Quiz me"),
     ("1. **Quiz me**", "Quiz me"), ("**1.** Quiz me", "Quiz me"), ('**"Quiz me"**', "Quiz me"),
