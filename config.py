@@ -137,13 +137,16 @@ class GeneratorConfig(Section):
     instruction: Annotated[str, Field(pattern=r"\{n\}")] = (
         "Suggest {n} conversation starters about these interests."
     )
+    # The same at length, for the methods without training; `{interests}`: where they are to stand,
+    # else behind it. Empty: as prompts.yaml has it.
+    prompting: Annotated[str, Field(pattern=r"^$|\{n\}")] = ""
     list_size: Count = 5  # K
+    # Of a policy's prompt, with `instruction`; a longer `prompting` takes no room from interests.
     max_prompt_tokens: Count = 320
     max_new_tokens: Count = 128
     temperature: Positive = 0.7
     top_p: float = Field(0.95, gt=0, le=1)
     top_k: CountFromZero = 50  # only these are drawn from; 0: all
-    attempts: Count = 3  # draws of a list until it holds list_size starters (the engine: one)
     sample_rows: Count = 256  # sequences decoded together
     endpoint: str = ""  # http://host/v1 of a server with the saved adapters, to sample from instead
     endpoint_key_env: str = ""  # the variable that holds its key, if it wants one

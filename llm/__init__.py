@@ -6,7 +6,7 @@
 
 # The rest of the project says `import llm; llm.sample(...)`, so that a test can replace a function
 # in one place. Names that only a neighbour needs (decoder_and_head, tree_mask, Tree, Draw) stay in
-# their modules. Imports go one way here: weights < model, prompts < logps < sampling.
+# their modules. Imports go one way here: weights < model, starters < prompts < logps < sampling.
 from llm.logps import (
     TreeRows, averaged_gradients, check_tree_rows, completion_logps, row_logps, tree_rows,
 )
@@ -14,8 +14,10 @@ from llm.model import (  # loading, LoRA, adapters
     add_lora, check_model, dtype_of, load_adapter, load_generator, load_tokenizer, merge_adapter,
     model_path, quiet_libraries, save_adapter,
 )
-from llm.prompts import (  # interests -> tokens, starters <-> `<sug>` field
-    clean_starter, encode_completion, encode_prompt, encode_text, format_starters, parse_starters,
-    plain, prompt_text, user_turn,
+from llm.prompts import (  # interests and starters -> tokens
+    around_interests, encode_completion, encode_prompt, encode_text, prompt_text, user_turn,
 )
 from llm.sampling import Prefix, end_tokens, read_prefix, sample, sample_ids
+from llm.starters import (  # starters <-> `<sug>` field, and lists of any model
+    after_reasoning, clean_starter, format_starters, parse_starters, plain,
+)

@@ -128,8 +128,7 @@ class Engine:
             raise UserError(f"serve.arms: {self.run.folder.path} has no {names}; it needs "
                             "impressions (data.impressions) and stage dpo, and a "
                             "generator.endpoint that has the adapter; or serve.arms=[SFT]")
-        tokenizer, k = self.writer.tokenizer, config.generator.list_size
-        self._begin = llm.user_turn(tokenizer, config.generator.instruction.format(n=k))[0]
+        tokenizer = self.writer.tokenizer
         ends = {i for text, i in tokenizer.get_vocab().items() if "&" in text or ">" in text}
         # Only these can complete a starter.
         self._ends = torch.tensor(sorted(ends - {*tokenizer.all_special_ids}))
@@ -256,10 +255,10 @@ class Engine:
             for case, lists in zip(cases, written, strict=True):
                 case.lists = [self._fit(starters, case) for starters in lists]
             return
-        prompts = [self.writer.prompt(interests) for interests in told]
+        prompts = [self.writer.prompt(interests, method == "PE") for interests in told]
         with self._policy(method) as (model, name):
             if name not in self._prefixes:
-                self._prefixes[name] = llm.read_prefix(model, self._begin)
+                self._prefixes[name] = llm.read_prefix(model, self.writer.head(method == "PE"))
             texts = self.writer.draw(
                 model, prompts, n, self.config.run.seed, numbers=seeds, rows=n * len(prompts),
                 prefix=self._prefixes[name], watch=lambda ids: self._watch(ids, cases))

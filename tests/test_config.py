@@ -115,7 +115,7 @@ def test_a_typo_is_refused_with_the_nearest_name(word, nearest, tmp_path):
         "dpo.rounds=true",
         "dpo.beta=true",
         "roles.judge=me",
-        "roles.judge=generator",
+        "generator.prompting=Suggest some.",
         "serve.arms=[SFT+DPO]",
         "serve.arms=[]",
     ],
@@ -123,6 +123,12 @@ def test_a_typo_is_refused_with_the_nearest_name(word, nearest, tmp_path):
 def test_a_wrong_value_is_refused_with_its_setting(word):
     message = refusal(None, [word])
     assert word.split("=")[0] in message.replace(f"'{word}'", "") and "\n" not in message
+
+
+def test_the_stand_in_plays_no_role():
+    word = "roles.judge=generator"
+    assert load_config(None, [word, "generator.model=smollm2"]).roles.judge == "generator"
+    assert "roles.judge=generator: needs" in refusal(None, [word, "generator.model=tiny"])
 
 
 @pytest.mark.parametrize("word", ["data.cuts.0=0.3", "serve.arms.0=PE"])
