@@ -162,9 +162,10 @@ def test_requests_without_a_mark_at_their_end(form):
     "<think> 1. a?\n2. b?",
     "Run `make && make install` to build it.", "1. " + "A long way to say it. " * 20,
     "[THINK]1. a?",
-    "<sug>[Quiz me on Dune, Best Zelda order]</sug>", '{"a": "x", "b": "y"}', "analysisThe user",
     "<sug>[Quiz me on Dune, Best Zelda order]</sug>", '{"a": "x", "b": "y"}',
     "analysisThe user",
+    "<|channel|>analysis<|message|>1. Why?\n2. Who?", "<think>a</think>", "{'text': 'a'}",
+    "```\n```",
 ])  # fmt: skip
 def test_what_is_no_list_gives_a_reason(text):
     parsed = llm.parse_starters(text)
