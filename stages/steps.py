@@ -80,7 +80,8 @@ def micro_batches(batch: list, size: int) -> Iterator[tuple[list, float]]:
     has a (factor 2) and c (2), the second b (2) and c (0); averaged and added up: a + b + c.
     """
     count = processes()[1]
-    for start in range(0, len(batch), size * count or len(batch)):
-        rows = batch[start : start + (size * count or len(batch))]
+    width = size * count or len(batch)  # rows of all processes together
+    for start in range(0, len(batch), width):
+        rows = batch[start : start + width]
         part = share(rows)
-        yield (part, float(count)) if part else (rows[:1], 0.0)
+        yield (part, float(count)) if part else (rows[:1], 0.0)  # 0: nothing of it counts
