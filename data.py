@@ -1,4 +1,4 @@
-"""Records of users and shown lists: JSONL in and out, splits by user, cuts by time.
+"""Records of users, shown lists and dialogues: JSONL in and out, splits by user, cuts by time.
 
 `python -m tools.logs check users.jsonl` says what a file holds, or all that is wrong with it.
 
@@ -119,6 +119,35 @@ class Impression(Record):
         return self
 
 
+class Turn(Message):
+    content: Sentence  # an empty one would tell a model that somebody said nothing
+
+
+class Dialogue(Record):
+    """A conversation up to an answer, the next queries suggested there, and their clicks."""
+
+    dialogue_id: Name
+    user_id: Name | None = None
+    timestamp: Stamp = None
+    intent: Name | None = None  # a name of the log's own, such as "web search"
+    turns: Annotated[list[Turn], Field(min_length=1)]
+    suggestions: list[Sentence]  # by slot; empty where none was shown, as for unsafe contexts
+    clicked: list[Slot]
+    unsafe: bool | None = None  # None: nobody has said
+    # Of all clicks on this list the share of each suggestion, in a log aggregated over people.
+    click_shares: list[Annotated[float, Field(ge=0, le=1)]] | None = None
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if not any(turn.role == "user" for turn in self.turns):
+            raise ValueError("turns: none of a user")
+        if any(i >= len(self.suggestions) for i in self.clicked):
+            raise ValueError("clicked: names a suggestion that was not shown")
+        if self.click_shares is not None and len(self.click_shares) != len(self.suggestions):
+            raise ValueError("click_shares: not one for each suggestion")
+        return self
+
+
 def _refuse_constant(name: str):
     raise ValueError(f"{name} is no number in JSON")
 
@@ -159,7 +188,7 @@ def _reason(fault: dict) -> str:
     """`field: reason` of one fault that pydantic reports."""
     where = ".".join(map(_label, fault["loc"]))
     reason = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "value_error" and re.match(r"[a-z]+: ", reason):  # names its field itself
+    if fault["type"] == "value_error" and re.match(r"[a-z_]+: ", reason):  # names its field itself
         return f"{where}.{reason}" if where else reason
     return f"{where or 'line'}: {reason}"
 
@@ -189,12 +218,13 @@ def json_objects(path: str | Path, faults: Faults) -> Iterator[tuple[str, dict]]
 def _read(path: str | Path, record: type[Record]) -> list:
     """Read each row as a `record`."""
     rows, faults, extra, seen = [], Faults(), Counter(), set()
+    key = {User: "user_id", Dialogue: "dialogue_id"}.get(record)  # an impression has none
     for place, value in json_objects(path, faults):
         try:
             row = record.model_validate(value, context=extra)
-            if record is User and row.user_id in seen:  # an impression's user may stand often
-                raise ValueError("user_id: stands on an earlier line too")
-            seen.add(row.user_id)
+            if key and getattr(row, key) in seen:
+                raise ValueError(f"{key}: stands on an earlier line too")
+            seen.add(key and getattr(row, key))
             rows.append(row)
         except ValueError as error:  # a ValidationError is one too
             faults.add(place, error)
@@ -225,6 +255,11 @@ def read_impressions(path: str | Path) -> list[Impression]:
     return _read(path, Impression)
 
 
+def read_dialogues(path: str | Path) -> list[Dialogue]:
+    """Contexts of a file in its order; raises DataError that lists every bad line."""
+    return _read(path, Dialogue)
+
+
 def write_users(path: str | Path, rows: Iterable[Record]) -> None:
     """Write records as JSONL, only with the fields that were given: they read back equal."""
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
@@ -232,7 +267,7 @@ def write_users(path: str | Path, rows: Iterable[Record]) -> None:
             file.write(row.model_dump_json(exclude_unset=True) + "\n")
 
 
-write_impressions = write_users
+write_impressions = write_dialogues = write_users
 
 
 def split_users(user_ids: Iterable[str], shares: dict[str, float], seed: int) -> dict[str, str]:

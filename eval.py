@@ -1,7 +1,8 @@
 """The paper's tables: one run's (Table 1), or every table over seeds, claim by claim.
 
-    python eval.py --config configs/tiny.yaml          # the same as train.py --stage eval
+    python eval.py                                     # the same as train.py --stage eval
     python eval.py --reproduce all --seeds 3           # every table of the paper (tables/)
+    python eval.py --people users.jsonl                # every method writes for real people
 
 The metrics stand in stages/metrics.py, the stage in stages/eval.py.
 """
@@ -9,16 +10,17 @@ The metrics stand in stages/metrics.py, the stage in stages/eval.py.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import train
 from config import load_config
 from files import ROOT, script
-from tables import reproduce
+from tables import people, reproduce
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--config", default=str(ROOT / "configs" / "tiny.yaml"))
+    parser.add_argument("--config", help="default: config.py's settings")
     parser.add_argument("--reproduce", nargs="+", metavar="TABLE", help="1 2 3 6 7 8 9 figure3 "
                         "serving beyond beta, or all")
     parser.add_argument("--seeds", type=int, help="seeds 0, 1, ... of --reproduce: three; one "
@@ -26,8 +28,20 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0, help="100 and above: to choose "
                         "settings on; the report goes to runs/partial")
     parser.add_argument("--quick", action="store_true", help="--reproduce small, in minutes")
+    parser.add_argument("--people", metavar="FILE", help="a users.jsonl: every method writes for "
+                        "eval.examples of its people; a page to read, one to mark blind")
+    parser.add_argument("--marks", nargs="+", metavar="FILE", help="readers' marks of that page, "
+                        "JSON lines: counted into its head")
+    parser.add_argument("--out", type=Path, default=ROOT / "results", help="of --people, --marks")
     parser.add_argument("settings", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()  # settings may stand before or behind options
+    if arguments.marks:
+        people.add_marks(arguments.marks, arguments.out)
+        return
+    if arguments.people:
+        config = load_config(arguments.config, arguments.settings)
+        people.write_people(config, arguments.people, arguments.out)
+        return
     if not arguments.reproduce:  # one run, Table 1
         train.run_stages(load_config(arguments.config, arguments.settings), ["eval"])
         return

@@ -1,7 +1,7 @@
 """IceBreaker over HTTP: starters for a user, histories and taps in, and the page of web/.
 
-    python serve.py --run runs/tiny                  # then open http://127.0.0.1:8000
-    python serve.py --run runs/tiny --precompute     # writes lists ahead for every user, and exits
+    python serve.py --run runs/default                  # then open http://127.0.0.1:8000
+    python serve.py --run runs/default --precompute     # writes lists ahead for all, and exits
 
 A request passes, in this order, these files of serving/: front.py (key, origin, size, load), a
 route below, desk.py (is the answer in the store? else an ask), queue.py (the engine's one
@@ -239,7 +239,7 @@ def serve(app: FastAPI, sock: socket.socket) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--run", default=str(ROOT / "runs" / "tiny"), help="folder of a run")
+    parser.add_argument("--run", default=str(ROOT / "runs" / "default"), help="folder of a run")
     parser.add_argument("--host", default="127.0.0.1", help="any other address needs a key")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--precompute", action="store_true", help="write lists ahead, and exit")
@@ -247,7 +247,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     run = Path(arguments.run).resolve()
     if not (run / "config.yaml").is_file():
-        raise UserError(f"--run {arguments.run}: no run there; python train.py makes runs/tiny")
+        raise UserError(f"--run {arguments.run}: no run there; python train.py makes runs/default")
     config = load_config(run / "config.yaml", arguments.settings)
     config.run.root, config.run.name = str(run.parent), run.name  # wherever it was moved to
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")

@@ -35,8 +35,8 @@ from pathlib import Path
 import torch
 
 import llm
-from config import Config, GeneratorConfig, load_config
-from files import ROOT, UserError, digest, file_digest, gather, processes, script
+from config import TINY, Config, GeneratorConfig, load_config
+from files import UserError, digest, file_digest, gather, processes, script
 from roles.players import Players, players_of
 from run import Run, one_line, sum_counts
 from serving import feedback
@@ -46,7 +46,7 @@ from stages.match import stage_match
 from stages.merge import stage_merge
 from stages.ranker import stage_ranker
 from stages.rid import stage_rid
-from stages.sit import stage_sit
+from stages.sit import CORPUS, stage_sit
 from stages.summarize import stage_summarize
 from tools import doctor, plan
 from world import people
@@ -68,7 +68,7 @@ def stage_base(run: Run, players: Players, key: str) -> dict:
     path = players.writer.model_path  # a hub id, a folder, or weights/tiny
     g, default = run.config.generator, GeneratorConfig()
     llm.check_model(path, g.revision, g.max_prompt_tokens + g.max_new_tokens)
-    if not g.model and (g.list_size, g.instruction) != (default.list_size, default.instruction):
+    if g.model == TINY and (g.list_size, g.instruction) != (default.list_size, default.instruction):
         print("  base: weights/tiny was made for other lists; python -m tools.tiny_model makes one")
     return {"model": path}
 
@@ -97,7 +97,8 @@ ALL = [name for name in STAGES if name != "merge"]  # run where nothing else is 
 # Settings that say how, or where, the same is computed; or that concern feedback rounds alone.
 HOW = (
     "generator.endpoint", "generator.endpoint_key_env", "generator.sample_rows",
-    "generator.gradient_checkpointing", "data.feedback", "dpo.pairs_per_user",
+    "generator.micro_batch", "generator.gradient_checkpointing", "data.feedback",
+    "dpo.pairs_per_user",
 )
 ROUNDS = ("dpo.rounds", "dpo.vanilla")  # a round of DPO is the same whatever follows it
 
@@ -112,6 +113,8 @@ def stage_key(run: Run, name: str, *without: str) -> str:
         files = [file_digest(f) for f in (run.users_file, run.impressions_file) if f]
     if name == "base" and not run.config.generator.model:  # the embedded model, which ships
         files = [file_digest(Path(llm.model_path(run.config.generator)) / "model.safetensors")]
+    if name == "sit" and run.config.sit.corpus_rows:
+        files = [file_digest(CORPUS)]
     config = copy.deepcopy(run.config)  # from which settings are taken out
     for setting in (*HOW, *without):
         section, field = setting.split(".")
@@ -139,10 +142,11 @@ def out_of_memory(config: Config, stage: str) -> str:
     """What was in memory, and the next setting to change."""
     # Cheapest first: what changes the time, then the precision, then the prompt.
     g, batch = config.generator, getattr(getattr(config, stage, None), "batch_users", None)
+    at_once = batch and min(batch, g.micro_batch or batch)
     if g.sample_rows > {"dpo": 32, "eval": 1}.get(stage, g.sample_rows):
         advice = f"generator.sample_rows={g.sample_rows // 2}"
-    elif batch and batch > 1:
-        advice = f"{stage}.batch_users={batch // 2}"
+    elif at_once and at_once > 1:
+        advice = f"generator.micro_batch={at_once // 2}"
     elif not g.gradient_checkpointing:
         advice = "generator.gradient_checkpointing=true"
     elif not g.load_in_4bit:
@@ -150,7 +154,7 @@ def out_of_memory(config: Config, stage: str) -> str:
     else:
         advice = f"generator.max_prompt_tokens={g.max_prompt_tokens // 2}"
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-    users = f"batches of {batch} users, " if batch else ""
+    users = f"{at_once} users at a time, " if at_once else ""
     return (
         f"{stage}: memory is full ({users}prompts of up to {g.max_prompt_tokens} tokens, "
         f"peak {peak:.1f} GiB); try {advice}"
@@ -245,7 +249,7 @@ def joined_processes():
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--stage", action="append", choices=[*STAGES, "all"], help="default: all")
-    parser.add_argument("--config", default=str(ROOT / "configs" / "tiny.yaml"))
+    parser.add_argument("--config", help="default: config.py's settings")
     parser.add_argument("--plan", action="store_true", help="memory and tokens; loads nothing")
     parser.add_argument("--doctor", action="store_true", help="what this machine has and lacks")
     parser.add_argument("settings", nargs="*", metavar="section.key=value")

@@ -241,7 +241,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         save_random_model(Path(folder), args.small)
         for in_4bit in (True, False):
-            base = llm.load_generator(folder, in_4bit, gradient_checkpointing=True)
+            base = llm.load_generator(folder, in_4bit, True, precision="auto")
             model = llm.add_lora(base, 16, 32, seed=0)
             for how, length, measure in measurements(model, args.small, in_4bit, args.ways):
                 try:

@@ -1,6 +1,6 @@
 """Closing the loop on the simulated platform: tap, train, serve, and tap more?
 
-    python -m benchmarks.loop runs/tiny           # a finished run; writes results/loop.md
+    python -m benchmarks.loop runs/default           # a finished run; writes results/loop.md
 
 People of the simulated platform visit a running server, which shows them lists, and tap by their
 hidden click model. `train.py data.feedback=STORE` trains a round from what the server's store holds

@@ -69,9 +69,11 @@ def word_tokenizer(size: int):
 
 def load(folder: str, g: GeneratorConfig, bf16: bool):
     """As train.py does. Weights leave the mapped file, whose read pages would count as memory."""
-    model = llm.load_generator(folder, g.load_in_4bit, g.gradient_checkpointing)
+    precision = "bfloat16" if bf16 else "float32"
+    model = llm.load_generator(
+        folder, g.load_in_4bit, g.gradient_checkpointing, precision=precision)
     for p in model.parameters():
-        p.data = p.data.bfloat16() if bf16 else p.data.clone()
+        p.data = p.data.clone()
     return llm.add_lora(model, g.lora_rank, g.lora_alpha, seed=0)
 
 

@@ -1,6 +1,6 @@
 """The server beside raw `generate` on the same model: latency, batching, look-ups.
 
-    python -m benchmarks.serve runs/tiny          # a finished run; writes results/serving.md
+    python -m benchmarks.serve runs/default          # a finished run; writes results/serving.md
 
 One client: transformers' generate, our sampler and the server take turns on the same prompts, one
 list each. Then 1, 8 and 32 clients, each sending its next request when the last one is answered,

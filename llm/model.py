@@ -15,9 +15,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
-from config import GeneratorConfig
+from config import TINY, GeneratorConfig
 from files import ROOT, UserError, atomic_path, read_json, write_json
-from llm.weights import SMOLLM2, make_smollm2, smollm2_folder
+from llm.weights import make_smollm2, smollm2_folder
 
 # peft takes seconds to import, for which a command without an adapter need not wait: it is imported
 # where an adapter is made or loaded.
@@ -35,11 +35,12 @@ def quiet_libraries() -> None:
 
 
 def model_path(generator: GeneratorConfig) -> str:
-    """generator.model, a hub id or a folder; where it is empty, the embedded model's folder."""
-    if generator.model == SMOLLM2:
-        return str(smollm2_folder())  # made when something is first loaded from it
-    # Relative, as an adapter keeps its base's path and may go with its run to another machine.
-    return generator.model or os.path.relpath(ROOT / "weights" / "tiny")
+    """generator.model, a hub id or a folder; the folder of SmolLM2 or of the stand-in."""
+    if generator.model == TINY:
+        # Relative, as an adapter keeps its base's path and may go with its run elsewhere.
+        return os.path.relpath(ROOT / "weights" / "tiny")
+    # SmolLM2's is made when something is first loaded from it.
+    return generator.model or str(smollm2_folder())
 
 
 def load_tokenizer(path: str, revision: str = ""):
@@ -53,11 +54,21 @@ def load_tokenizer(path: str, revision: str = ""):
     return tokenizer
 
 
+def dtype_of(precision: str) -> torch.dtype:
+    """What generator.precision means on this machine."""
+    if precision == "auto":  # with AVX512-BF16 a CPU is twice as fast, without it slower in 16 bit
+        fast = torch.cuda.is_available() or any(
+            has for name, has in torch.cpu.get_capabilities().items() if name.endswith("_bf16"))
+        precision = "bfloat16" if fast else "float32"
+    return getattr(torch, precision)
+
+
 def load_generator(
-    path: str, load_in_4bit: bool = False, gradient_checkpointing: bool = False, revision: str = ""
+    path: str, load_in_4bit: bool = False, gradient_checkpointing: bool = False, revision: str = "",
+    precision: str = "float32",
 ):
-    """A causal LM of a folder or the hub; float32 on a CPU, bfloat16 on a GPU, NF4 if asked for."""
-    gpu = torch.cuda.is_available()
+    """A causal LM of a folder or the hub, in generator.precision; NF4 if asked for."""
+    gpu, dtype = torch.cuda.is_available(), dtype_of(precision)
     if load_in_4bit and not gpu:  # refused before any weight is read
         with torch.device("meta"):  # shapes without memory
             bare = AutoModelForCausalLM.from_config(_load(AutoConfig, path, revision))
@@ -65,7 +76,6 @@ def load_generator(
             raise UserError(
                 f"generator.model={path}: {billions:.1f} billion parameters in 4 bit need a GPU, "
                 f"and there is none; name a model of at most {LARGEST_ON_CPU} billion")
-    dtype = torch.bfloat16 if gpu else torch.float32  # a CPU is slower in 16 bit
     nf4 = BitsAndBytesConfig(  # the scales are quantised too: 0.4 bit a weight less
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype,
         bnb_4bit_use_double_quant=True)
@@ -120,7 +130,7 @@ def _load(kind, path: str, revision: str, **settings):
             advice = "set generator.load_in_4bit=false"
         else:
             advice = ("name a local folder (where a hub can be reached: hf download MODEL "
-                      "--local-dir FOLDER), or leave it empty for the embedded model")
+                      "--local-dir FOLDER), or leave it empty for SmolLM2")
         raise UserError(f"generator.model={path}: cannot be loaded ({reason}); {advice}") from None
 
 

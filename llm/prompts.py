@@ -1,23 +1,18 @@
-"""What the generator reads and writes: interests -> prompt, starters -> `<sug>` field and back.
+"""What the generator reads, as tokens: interests -> prompt, starters -> completion.
 
-    python -c "import llm; print(llm.parse_starters('<sug> 1. Why jazz? && Learn chess </sug>'))"
+    prompt = llm.encode_prompt(tokenizer, ["Night trains"], 5, "Suggest {n} starters.", 320)
 
-Whatever a user or a model wrote is data: none of it becomes a control token of the chat template,
-opens or closes a field, or parts a starter in two.
+Whatever a user or a model wrote is data: none of it becomes a control token of the chat template.
 """
 
 import functools
 import re
-import unicodedata
-from collections.abc import Iterable
-from dataclasses import dataclass
 from datetime import datetime
 
 from files import UserError
+from llm.starters import format_starters, plain
 
 Ids = list[int]  # the tokens of a text
-QUOTES = "\"'“”‘’«»「」"  # of English, French and Chinese
-NO_DOUBLE_QUOTES = str.maketrans("", "", "\"“”«»「」")  # single ones may be apostrophes
 # The day in chat templates that name one (Llama 3.2): a prompt is to be the same in training and
 # serving. No function can be passed to a template; a macro hides that of transformers. A server
 # that applies the template itself has its own clock.
@@ -25,36 +20,46 @@ DAY = datetime(2024, 7, 26)
 FORMATS = "".join(f"|replace('%{c}', '{DAY:%{c}}')" for c in "aAbBdmyYjHIMSp")
 CLOCK = "{% macro strftime_now(text) %}{{ text" + FORMATS + " }}{% endmacro %}"
 ORDINARY = re.compile(r"[\w\s▁]+|.", re.DOTALL)  # an added token that commands nothing
-# A run of spaces, quotes, bullets and numbering; not the 3 of "3.5 mm jacks".
-LEAD = re.compile(rf"(?:[\s{QUOTES}\-*•·–—]|[①-⑳]|\(?\d{{1,2}}[.)、](?!\d))+")
 
 
 def encode_prompt(
     tokenizer, interests: list[str], n: int, instruction: str, max_tokens: int
 ) -> Ids:
-    """Chat template + instruction + one line an interest -> ids, max_tokens at most."""
+    """Chat template + instruction + one line an interest -> ids, max_tokens at most.
+
+    The lines stand in place of `{interests}` in the instruction, else behind it.
+    """
     # The template is encoded apart from the user's text, whose control tokens are never parsed.
-    head, tail = user_turn(tokenizer, instruction.format(n=n))
+    head, tail = user_turn(tokenizer, *around_interests(instruction, n))
     return head + _encode_lines(tokenizer, interests, max_tokens - len(head) - len(tail)) + tail
 
 
 def prompt_text(tokenizer, interests: list[str], n: int, instruction: str, max_tokens: int) -> str:
     """The user's turn of encode_prompt, for a server that applies the chat template itself."""
-    begin = instruction.format(n=n)
-    room = max_tokens - sum(map(len, user_turn(tokenizer, begin)))
+    begin, end = around_interests(instruction, n)
+    room = max_tokens - sum(map(len, user_turn(tokenizer, begin, end)))
     lines = tokenizer.decode(_encode_lines(tokenizer, interests, room))  # cut as encode_prompt cuts
     for control in _control_tokens(tokenizer).values():  # the server would parse a whole one
         lines = lines.replace(control, f"{control[0]} {control[1:]}")
-    return begin + lines
+    return begin + lines + end
 
 
-def user_turn(tokenizer, begin: str = "") -> tuple[Ids, Ids]:
-    """Ids of the chat template before and behind what a user says, which starts with `begin`."""
+def around_interests(instruction: str, n: int) -> tuple[str, str]:
+    """What an instruction to write n starters says before the interests, and behind them."""
+    begin, _, end = instruction.replace("{n}", str(n)).partition("{interests}")
+    return begin, end
+
+
+def user_turn(tokenizer, begin: str = "", end: str = "") -> tuple[Ids, Ids]:
+    """Ids of a user's turn before and behind a text: chat template with `begin`, `end` with it.
+
+    The template's own system prompt stays: the model was tuned with it, and a server adds it too.
+    """
     mark = "\x00"  # stands in no template, and no template alters it
     if not tokenizer.chat_template:  # a base model: only the tokenizer knows whether it wants BOS
         head = tokenizer.encode(begin, add_special_tokens=False)
         bos = [i for i in tokenizer.encode("a")[:1] if i == tokenizer.bos_token_id]
-        return bos + head, _encode_part(tokenizer, "\n")
+        return bos + head, _encode_part(tokenizer, end + "\n")
     template, turn = tokenizer.get_chat_template(), [{"role": "user", "content": mark}]
     if "strftime_now" in template:
         template = CLOCK + template
@@ -62,7 +67,7 @@ def user_turn(tokenizer, begin: str = "") -> tuple[Ids, Ids]:
         turn, chat_template=template, tokenize=False, add_generation_prompt=True)
     before, after = text.split(mark)
     head = tokenizer.encode(before + begin, add_special_tokens=False)
-    return head, _encode_part(tokenizer, after)
+    return head, _encode_part(tokenizer, end + after)
 
 
 def _encode_lines(tokenizer, interests: list[str], room: int) -> Ids:  # room: tokens
@@ -110,62 +115,6 @@ def _control_tokens(tokenizer) -> dict[int, str]:
     return {i: t.content for i, t in added if t.special or not ORDINARY.fullmatch(t.content)}
 
 
-def plain(text: str) -> str:
-    """Text that can neither open or close a <sug> field nor part two starters."""
-    return re.sub("&{2,}", "&", text.replace("<", "(").replace(">", ")"))
-
-
-def format_starters(starters: Iterable[str]) -> str:
-    """`<sug> a && b </sug>`, which parse_starters reads as the same number of starters."""
-    return f"<sug> {' && '.join(map(plain, starters))} </sug>"
-
-
 def encode_completion(tokenizer, starters: list[str]) -> Ids:
     """Ids of `<sug> a && b </sug>` and the end token."""
     return encode_text(tokenizer, format_starters(starters)) + [tokenizer.eos_token_id]
-
-
-@dataclass(frozen=True)
-class Parsed:
-    """Starters of one completion; `reason` says why there are none, and is None if there are."""
-
-    starters: tuple[str, ...]
-    reason: str | None
-
-
-def parse_starters(text: str) -> Parsed:
-    """Starters of `<think>..</think><sug> a && b </sug>`, from any string, in linear time.
-
-    The last complete field after the reasoning counts. A field that was never closed is read to the
-    end without its last item, which is taken for cut short unless it ends like a sentence.
-    """
-    body = text[text.rfind("</think>") + 1 :]  # the whole text if there is no such tag
-    # Searches for a tag, no pattern with a star: hostile text must not take long.
-    _, closed, field = body.rpartition("</sug>")[0].rpartition("<sug>")
-    if not closed:
-        _, opened, field = body.rpartition("<sug>")
-        if not opened:
-            return Parsed((), "no <sug> field")
-    items = field.partition("</sug>")[0].split("&&")
-    if not closed and not items[-1].rstrip().endswith(tuple("?!.？！。")):
-        items.pop()  # max_new_tokens ran out in it
-    # Where a quote between two & goes, a separator is left: none may stand inside a starter.
-    cleaned = (re.sub("&{2,}", "&", clean_starter(item)) for item in items)
-    starters = tuple(filter(None, cleaned))
-    reason = "empty <sug> field" if items else "unclosed <sug> field"
-    return Parsed(starters, None if starters else reason)
-
-
-def clean_starter(item: str) -> str:
-    """One line without control characters, bullets, numbering or surrounding quotes."""
-    item = "".join(" " if unicodedata.category(c)[0] == "C" else c for c in item)
-    item = " ".join(item.split())
-    if not (lead := LEAD.match(item)):
-        return item
-    item = item[lead.end() :]
-    if not any(c in QUOTES for c in lead[0]):
-        return item
-    # The partner of a stripped quote goes as well.
-    item = " ".join(item.translate(NO_DOUBLE_QUOTES).split()).rstrip(QUOTES + " ")
-    # Without a limit, hostile text would recurse a thousand times.
-    return clean_starter(item) if LEAD.match(item) and len(item) < 1000 else item

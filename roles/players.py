@@ -16,7 +16,7 @@ import numpy as np
 
 import roles
 from config import Config
-from data import Message
+from data import Message, User
 from roles import chat, prompted
 from roles.text import Encode
 from roles.writer import Writer, drained, fit_to_show
@@ -74,6 +74,17 @@ class Players:
     def summarise(self, sessions: list[list[Message]]) -> list[str | None]:
         """A line for each session's messages; None where there is none."""
         return self._player("summariser").summarise(sessions)
+
+    def summarised(self, user: User) -> User:
+        """The user with a summary of every session, and without what nobody should be reminded
+        of: somebody of whom no stage has learned."""
+        bare = [s for s in user.sessions if not s.summary]
+        summaries = iter(self.summarise([s.messages for s in bare]) if bare else [])
+        sessions = [s if s.summary else s.model_copy(update={"summary": next(summaries)})
+                    for s in user.sessions]
+        # A summariser's call may have failed: that session is left out.
+        fit = [s for s in sessions if s.summary and not roles.is_unsuitable(s.summary)]
+        return user.model_copy(update={"sessions": fit})
 
     def calls(self) -> dict[str, int]:
         """What became of this process's calls to LLMs since this was last asked."""

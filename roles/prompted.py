@@ -38,10 +38,10 @@ def data_block(**fields) -> str:
 
 
 def _answer_part(text: str) -> str:
-    answer = text.rpartition("</think>")[2].strip()
-    if "<think>" in answer:  # cut in its thoughts, which may name any answer
+    answer = llm.after_reasoning(text)
+    if answer is None:  # cut in its thoughts, which may name any answer
         raise ValueError("reasoning without an end")
-    return answer
+    return answer.strip()
 
 
 def word_reader(values: dict) -> Callable:
@@ -59,10 +59,9 @@ def word_reader(values: dict) -> Callable:
 
 
 def read_starters(text: str) -> str:
-    """The text itself, if llm.parse_starters finds starters in a closed field."""
-    head, closed, _ = _answer_part(text).rpartition("</sug>")
-    if not (closed and "<sug>" in head and llm.parse_starters(text).starters):
-        raise ValueError("no closed <sug> field with starters")  # not kept: asked again
+    """The text itself, if llm.parse_starters finds starters in it."""
+    if reason := llm.parse_starters(text).reason:
+        raise ValueError(reason)  # not kept: asked again
     return text
 
 

@@ -35,11 +35,6 @@ def _angles(lang: str) -> list[list[tuple[str, str]]]:
             for items in text.read_yaml("templates.yaml")[lang].values()]
 
 
-def templates(lang: str) -> list[str]:
-    """The teacher's questions about {x}, of every angle and kind."""
-    return [template for angle in _angles(lang) for _, template in angle]
-
-
 def _unit(phrase: str) -> str:
     """A phrase as the matcher compares it: lower-case words, or the Chinese text as it is."""
     return phrase.casefold() if language(phrase) == "zh" else normal_form(phrase)
@@ -59,6 +54,45 @@ def _themes(histories: Iterable[Iterable[str]]) -> set[str]:
               for summaries in histories]
     users = Counter(itertools.chain.from_iterable(people))
     return {phrase for phrase, n in users.items() if n > max(5, THEME_SHARE * len(people))}
+
+
+def _best_first(phrases: Sequence[str]) -> list[str]:
+    """Phrases that read badly in a template come last: a lone participle, a long run of words, an
+    adjective or owner where a longer phrase says of what (Japanese ceramics, Grover's search)."""
+
+    def reads_badly(phrase: str) -> bool:
+        alone = " " not in phrase
+        return (len(phrase.split()) > 4 or (alone and phrase.islower() and phrase.endswith("ed"))
+                or (alone and re.search("(?:an|ese|ish|ch|'s)$", phrase) is not None
+                    and any(other.startswith(f"{phrase} ") for other in phrases)))
+
+    return sorted(phrases, key=reads_badly)
+
+
+def _subject(phrase: str, interest: str) -> str:
+    """A key phrase as it stands in a template: short, and with its article; "" if unusable."""
+    phrase = re.sub(r"&{2,}|[<>{}]", " ", phrase)  # neither markup nor a placeholder
+    if language(phrase) == "zh":
+        return clean_starter(phrase[:8])  # short, as a template adds about as much
+    words, small = phrase.split(), text.lexicon()["words"]["stop"] | {"and", "of", "the"}
+    if len(words) > 5:  # the first of two names; or else cut, but not after "of"
+        words = phrase.split(" and ")[0].split()[:5]
+        while words and words[-1].casefold() in small:
+            words.pop()
+    phrase = " ".join(words).strip(" ,.;:!?")
+    found = re.search(rf"(?i)\b(an?|the) {re.escape(phrase)}(?!\w)[ '\-]*(\w*)", interest)
+    # "a neural network", but not "the neural" of "the neural network", nor "the taste" of beer.
+    if phrase and found and found[2].casefold() in small - {"of"} | {""}:
+        small_a = found.start() == 0 and phrase[0].islower()  # "A", as it began a sentence
+        phrase = f"{found[1].lower() if small_a else found[1]} {phrase}"
+    return clean_starter(phrase)
+
+
+def _kind(phrase: str, interest: str) -> str:
+    """Kind of subject: by the phrase, or the label before a colon (fantasy novels: The Witcher)."""
+    # A whole question says too little: of "Why does Stephen Hawking fear AI?" he is no software.
+    label = interest if language(interest) == "zh" else ":".join(interest.split(":")[:-1])
+    return text.kind_of(phrase, "kinds") or text.kind_of(label, "kinds") or "any"
 
 
 class Rules:
@@ -98,27 +132,25 @@ class Rules:
         """(short key phrases, kind) of each usable interest; chores only if all are."""
         subjects, taken = {False: [], True: []}, set()  # by whether it is a chore
         for interest in interests:
-            phrases = []
-            for phrase in key_phrases(interest):
-                phrase = re.sub(r"&{2,}|[<>{}]", " ", phrase)  # neither markup nor a placeholder
-                zh = language(phrase) == "zh"  # short, as a template adds about as much
-                phrase = clean_starter(phrase[:8] if zh else " ".join(phrase.split()[:5]))
-                if phrase and len(phrase) <= 60 and normal_form(phrase) not in taken:
-                    phrases.append(phrase)
+            phrases = [_subject(phrase, interest) for phrase in _best_first(key_phrases(interest))]
+            phrases = [p for p in phrases if p and len(p) <= 60 and normal_form(p) not in taken]
             if phrases and not text.is_unsuitable(interest):
                 taken.add(normal_form(phrases[0]))
-                kind = text.kind_of(interest, "kinds") or "any"
-                subjects[is_functional(interest)].append((phrases, kind))
+                subjects[is_functional(interest)].append((phrases, interest))
         return subjects[False] or subjects[True]
 
     @staticmethod
-    def _starter(phrases: list[str], kind: str, angles: list[list], interests: list[str],
+    def _starter(phrases: list[str], interest: str, angles: list[list], interests: list[str],
                  starters: list[str]) -> str | None:
         """The first fitting template under the angle used least recently; it is used up."""
+        kinds = {phrase: _kind(phrase, interest) for phrase in phrases}
+        # Of an angle first what is written for this kind.
         candidates = ((phrase, angle, template) for phrase in phrases for angle in angles
-                      for template in angle if {"any", kind} & {*template[0].split("|")})
+                      for template in sorted(angle, key=lambda t: t[0] == "any")
+                      if {"any", kinds[phrase]} & {*template[0].split("|")})
         for phrase, angle, template in candidates:
             starter = template[1].format(x=phrase)
+            starter = starter[:1].upper() + starter[1:]
             if text.filter_starters([starter], interests, seen=starters)[0]:
                 angle.remove(template)
                 angles.remove(angle)

@@ -6,6 +6,9 @@
 A policy is the generator with a saved LoRA adapter; `generator.endpoint` names a server that has
 the same adapters. Every list is parsed and filtered here, whoever wrote it.
 
+The base without an adapter, the methods PE and PE+RID, is told at length what to write
+(generator.prompting); policies were tuned to a short instruction.
+
 Legend: n lists of each input, K starters of a list.
 """
 
@@ -22,6 +25,7 @@ import roles
 from config import Config, EndpointConfig
 from files import digest, file_digest, gather, share
 from roles import chat
+from roles.text import read_yaml
 
 
 class Writer:
@@ -46,17 +50,35 @@ class Writer:
         """The generator with a saved adapter, or the bare base model."""
         g = self.config.generator
         model = llm.load_generator(
-            self.model_path, g.load_in_4bit, g.gradient_checkpointing, g.revision
+            self.model_path, g.load_in_4bit, g.gradient_checkpointing, g.revision, g.precision
         )
-        llm.check_tree_rows(model, g.max_prompt_tokens + g.max_new_tokens)
+        llm.check_tree_rows(model, self._task(prompted=not adapter)[1] + g.max_new_tokens)
         # No dropout anywhere: log-probabilities must compare.
         return llm.load_adapter(model, adapter, trainable) if adapter else model.eval()
 
-    def prompt(self, interests: list[str]) -> list[int]:
+    def _task(self, prompted: bool) -> tuple[str, int]:
+        """(instruction, tokens of a prompt at most) for a policy, or for a prompted model."""
         g = self.config.generator
+        if not prompted:
+            return g.instruction, g.max_prompt_tokens
+        written = g.prompting or read_yaml("prompts.yaml")["generator"]
+        # However long it is, it leaves the interests the room that they have in a policy's prompt.
+        policy, model = (sum(map(len, self._frame(text))) for text in (g.instruction, written))
+        return written, g.max_prompt_tokens + max(0, model - policy)
+
+    def _frame(self, instruction: str) -> tuple[list[int], list[int]]:
+        parts = llm.around_interests(instruction, self.config.generator.list_size)
+        return llm.user_turn(self.tokenizer, *parts)
+
+    def head(self, prompted: bool = False) -> list[int]:
+        """Tokens that every prompt of a policy, or of a prompted model, begins with."""
+        return self._frame(self._task(prompted)[0])[0]
+
+    def prompt(self, interests: list[str], prompted: bool = False) -> list[int]:
+        """Tokens that a policy continues; prompted: that the base without an adapter does."""
         # Best interest first: what does not fit is left out from the end.
         return llm.encode_prompt(
-            self.tokenizer, interests, g.list_size, g.instruction, g.max_prompt_tokens
+            self.tokenizer, interests, self.config.generator.list_size, *self._task(prompted)
         )
 
     def encoded(
@@ -77,19 +99,20 @@ class Writer:
         return llm.sample(model, self.tokenizer, prompts, n, seed=seed, **{**settings, **how})
 
     def sample(
-        self, model, inputs: list[list[str]], n: int, seed: int, repeats: bool = False
+        self, model, inputs: list[list[str]], n: int, seed: int, repeats: bool = False,
+        prompted: bool = False,
     ) -> list[list[list[str]]]:
         """n lists for each input, parsed and filtered: at most K starters each, perhaps none.
 
-        A list with fewer than K is drawn again, at most generator.attempts times in all, and the
-        fullest stays. repeats: as first drawn, and starters that a list repeats stay in it. The
-        processes of a torchrun sample a share each.
+        repeats: starters that a list repeats stay in it; prompted: `model` is the base without an
+        adapter. The processes of a torchrun sample a share each.
         """
 
-        def draw(some: list[list[str]], n: int, seed: int, numbers: list[int]) -> list[list[str]]:
-            return self.draw(model, [self.prompt(x) for x in some], n, seed, numbers=numbers)
+        def draw(some: list[list[str]], numbers: list[int]) -> list[list[str]]:
+            prompts = [self.prompt(interests, prompted) for interests in some]
+            return self.draw(model, prompts, n, seed, numbers=numbers)
 
-        return self._full_lists(draw, inputs, n, seed, repeats)
+        return self._lists(draw, inputs, repeats)
 
     def write(
         self, adapter: Path | None, inputs: list[list[str]], n: int, seed: int, model=None,
@@ -99,39 +122,26 @@ class Writer:
         where the model of that name is asked; or here, `model` being loaded already."""
         g = self.config.generator
         if not g.endpoint:
-            return self.sample(model or self.policy(adapter), inputs, n, seed, repeats)
-        server = self._server(adapter)
+            model = model or self.policy(adapter)
+            return self.sample(model, inputs, n, seed, repeats, prompted=not adapter)
+        server, task = self._server(adapter), self._task(prompted=not adapter)
 
-        def draw(some: list[list[str]], n: int, seed: int, numbers: list[int]) -> list[list[str]]:
-            texts = [
-                llm.prompt_text(self.tokenizer, x, g.list_size, g.instruction, g.max_prompt_tokens)
-                for x in some
-            ]
+        def draw(some: list[list[str]], numbers: list[int]) -> list[list[str]]:
+            texts = [llm.prompt_text(self.tokenizer, x, g.list_size, *task) for x in some]
             # A server takes one seed a list: those of input i begin at n * i.
             return server.sample(texts, n, [(seed + n * i) % 2**31 for i in numbers])
 
-        return self._full_lists(draw, inputs, n, seed, repeats)
+        return self._lists(draw, inputs, repeats)
 
-    def _full_lists(self, draw, inputs, n: int, seed: int, repeats: bool) -> list[list[list[str]]]:
-        """draw(inputs, n, seed, number of each) -> n texts of each."""
+    def _lists(self, draw, inputs: list[list[str]], repeats: bool) -> list[list[list[str]]]:
+        """draw(inputs, number of each) -> n texts of each."""
         # A place among all inputs is the number of its random draws, whoever samples it.
         k, places = self.config.generator.list_size, share(range(len(inputs)))
-        texts = draw([inputs[i] for i in places], n, seed, places)
-        lists = [
+        texts = draw([inputs[i] for i in places], places)
+        return gather([  # in the order of the inputs
             [fit_to_show(text, inputs[i], repeats)[:k] for text in row]
             for i, row in zip(places, texts, strict=True)
-        ]
-        for attempt in range(1, 1 if repeats else self.config.generator.attempts):
-            short = [(r, j) for r, row in enumerate(lists) for j, y in enumerate(row) if len(y) < k]
-            if not short:
-                break
-            numbers = [places[r] * n + j for r, j in short]  # one for each list
-            seed = int(digest(seed, attempt)[:7], 16)  # other draws, the same in every run
-            again = draw([inputs[places[r]] for r, _ in short], 1, seed, numbers)
-            for (r, j), (text,) in zip(short, again, strict=True):
-                new = fit_to_show(text, inputs[places[r]])[:k]
-                lists[r][j] = max(lists[r][j], new, key=len)
-        return gather(lists)  # in the order of the inputs
+        ])
 
     # ------------------------------------------------------------------------- generator.endpoint
 

@@ -1,6 +1,6 @@
 """The path of a request: a history in, starters out. No HTTP, no store (serve.py, store.py).
 
-    engine = Engine(load_config("runs/tiny/config.yaml"))
+    engine = Engine(load_config("runs/default/config.yaml"))
     (answer,) = engine.write([Ask(user, shown=[], avoid=[], n=5)])
 
 History statistics and resonance scorer -> gate -> generator -> parser -> filters -> utility -> list
@@ -128,8 +128,7 @@ class Engine:
             raise UserError(f"serve.arms: {self.run.folder.path} has no {names}; it needs "
                             "impressions (data.impressions) and stage dpo, and a "
                             "generator.endpoint that has the adapter; or serve.arms=[SFT]")
-        tokenizer, k = self.writer.tokenizer, config.generator.list_size
-        self._begin = llm.user_turn(tokenizer, config.generator.instruction.format(n=k))[0]
+        tokenizer = self.writer.tokenizer
         ends = {i for text, i in tokenizer.get_vocab().items() if "&" in text or ">" in text}
         # Only these can complete a starter.
         self._ends = torch.tensor(sorted(ends - {*tokenizer.all_special_ids}))
@@ -189,7 +188,7 @@ class Engine:
     ) -> list[Answer | None]:
         """One batch. gone(i), asked at every step: the client of ask i has left; its answer is
         None, and nothing more is decoded for it. (generator.endpoint: it is decoded to the end.)"""
-        users = [self._summarised(ask.user) for ask in asks]
+        users = [self.players.summarised(ask.user) for ask in asks]
         if not self._encode(asks, users, lambda: all(map(gone, range(len(asks))))):
             return [None] * len(asks)
         cases = self._distil(asks, users, gone)
@@ -202,16 +201,6 @@ class Engine:
         self.run.encoder.trim(most)
         return [None if case.gone() else answer
                 for case, answer in zip(cases, answers, strict=True)]
-
-    def _summarised(self, user: data.User) -> data.User:
-        # With a summary of every session, and without what nobody should be reminded of.
-        bare = [s for s in user.sessions if not s.summary]
-        summaries = iter(self.players.summarise([s.messages for s in bare]) if bare else [])
-        sessions = [s if s.summary else s.model_copy(update={"summary": next(summaries)})
-                    for s in user.sessions]
-        # A summariser's call may have failed: that session is left out.
-        fit = [s for s in sessions if s.summary and not roles.is_unsuitable(s.summary)]
-        return user.model_copy(update={"sessions": fit})
 
     def _encode(self, asks: list[Ask], users: list[data.User], nobody_waits) -> bool:
         """Embed the texts of all asks, some at a time: a long history takes seconds. False: given
@@ -266,10 +255,10 @@ class Engine:
             for case, lists in zip(cases, written, strict=True):
                 case.lists = [self._fit(starters, case) for starters in lists]
             return
-        prompts = [self.writer.prompt(interests) for interests in told]
+        prompts = [self.writer.prompt(interests, method == "PE") for interests in told]
         with self._policy(method) as (model, name):
             if name not in self._prefixes:
-                self._prefixes[name] = llm.read_prefix(model, self._begin)
+                self._prefixes[name] = llm.read_prefix(model, self.writer.head(method == "PE"))
             texts = self.writer.draw(
                 model, prompts, n, self.config.run.seed, numbers=seeds, rows=n * len(prompts),
                 prefix=self._prefixes[name], watch=lambda ids: self._watch(ids, cases))

@@ -1,6 +1,6 @@
 """What people were shown and tapped becomes a further round of training.
 
-    python train.py --stage ranker --stage dpo data.feedback=runs/tiny/serve.sqlite
+    python train.py --stage ranker --stage dpo data.feedback=runs/default/serve.sqlite
 
 Goes on from the newest policy of a finished run. `ranker` fits r_util (Eq. 7) again, on the run's
 log and on what the server has shown; `dpo` is one more round as in stages/dpo.py, for people of the

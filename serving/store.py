@@ -1,6 +1,6 @@
 """What the server remembers of people: profiles, histories, and starters that are kept ready.
 
-    store = Store("runs/tiny/serve.sqlite")
+    store = Store("runs/default/serve.sqlite")
     store.put_sessions("u17", sessions, {"region": "Singapore"})
 
 What people were shown and tapped is in taps.py, the file itself in database.py. Knows no model and

@@ -10,8 +10,7 @@ same global batch.
 
 Departures: a term for the likelihood of the chosen lists beside Eq. (6), without which it falls
 with that of the rejected ones; of a round the checkpoint with the best held-out utility and
-diversity stays; some of a pool's lists are the teacher's; a starter that names no subject of the
-interests has utility 0 (dpo.grounded).
+diversity stays; some of a pool's lists are the teacher's.
 
 A mined pair is one chosen list and up to three rejected ones, one of each kind: worse in utility
 alone, in diversity alone, in both (icebreaker.mine_preferences). SIT's policy is the baseline SFT.
@@ -21,6 +20,7 @@ Legend: B users, N candidates, K slots, P pairs of a chosen and a rejected list,
 
 from __future__ import annotations
 
+import itertools
 import random
 import shutil
 from collections import Counter, defaultdict
@@ -33,7 +33,6 @@ import torch
 
 import icebreaker as ib
 import llm
-import roles
 from config import DpoConfig
 from files import (
     UserError,
@@ -52,7 +51,7 @@ from run import Run, UserState, one_line, sum_counts
 from stages.pools import best_lists, score_pools
 from stages.ranker import load_ranker, shown_lists, utilities
 from stages.sit import draw_states, taught_lists
-from stages.steps import Best, new_optimiser, part_of, step
+from stages.steps import Best, micro_batches, new_optimiser, step
 
 HELD_OUT_LISTS = 2  # of each held-out user when a checkpoint is valued
 RANDOM_LISTS = 8  # random draws from a pool among the lists from which pairs are mined
@@ -85,7 +84,7 @@ def dpo_round(
     cut = min(number, len(run.config.data.cuts)) - 1  # early, middle, latest slice of the log
     rng = random.Random(run.seed("users", number))
     states = draw_states(run, [cut], run.config.dpo.max_users, rng)
-    others = [state for u in run.ids("valid") if (state := run.states[u][-1]).interests]
+    others = held_out_states(run)
     model = players.writer.policy(adapter, trainable=True)  # goes on with the last round's LoRA
     figures, pairs = train_round(
         run, players, number, model, adapter, load_ranker(run, "train"), states, others, earlier
@@ -93,6 +92,16 @@ def dpo_round(
     llm.save_adapter(model, run.adapter(f"round{number}"))
     write_json(run.folder / "dpo" / f"round{number}" / "pairs.json", pairs)
     return figures
+
+
+def held_out_states(run: Run) -> list[UserState]:
+    """Of valid users, on whom checkpoints are valued: so few that this samples no more lists than
+    a round trains on."""
+    settings, rng = run.config.dpo, random.Random(run.seed("held out"))
+    states = [state for u in run.ids("valid") if (state := run.states[u][-1]).interests]
+    lists = HELD_OUT_LISTS * (settings.checkpoints + 1)  # of a user: at the start, at checkpoints
+    most = settings.max_users * settings.samples // lists or len(states)
+    return rng.sample(states, min(most, len(states)))
 
 
 def train_round(
@@ -163,10 +172,9 @@ class Searched:
     state: UserState
     lists: list[list[str]]  # as sampled from the policy, and the teacher's
     pool: list[str]  # their distinct starters, (N,)
-    utility: torch.Tensor  # (N,), r_util; 0 for what names no subject of the interests
+    utility: torch.Tensor  # (N,), r_util
     similarity: torch.Tensor  # (N, N), cosines
     beams: list[list[int]]  # best lists of K, as indices into the pool
-    ungrounded: int  # starters whose utility was set to 0
 
 
 def search(
@@ -181,19 +189,12 @@ def search(
         return results
     scored = score_pools(run.encoder, ranker, [states[i] for i in rich], [pools[i] for i in rich])
     utility, similarity, valid = scored  # (B, N), (B, N, N), (B, N)
-    grounded = valid.clone()
-    if settings.grounded:  # a small generator garbles names, and diversity would reward that
-        for row, i in enumerate(rich):
-            named = [roles.grounded(y, states[i].interests) for y in pools[i]]
-            grounded[row, : len(named)] = torch.tensor(named)
-    utility = utility * grounded
     beams = best_lists(settings, k, utility, similarity, valid)  # Algorithm 1
     for row, i in enumerate(rich):
         n = len(pools[i])
         results[i] = Searched(
             states[i], lists[i], pools[i], utility[row, :n], similarity[row, :n, :n],
             [beam for beam in beams[row].tolist() if beam[0] >= 0],  # -1: no further list exists
-            int((valid[row] & ~grounded[row]).sum()),
         )
     return results
 
@@ -203,10 +204,7 @@ def search(
 
 def mine(run: Run, searched: list[Searched | None]) -> tuple[list[dict], dict[str, int]]:
     """Chosen and rejected lists (Eq. 8) of each user, {} if there are none; and counts."""
-    rich = [result for result in searched if result]
-    counts = Counter(users=len(searched), too_few_candidates=len(searched) - len(rich), pairs=0)
-    if rich:
-        counts["ungrounded"] = sum(result.ungrounded for result in rich)
+    counts = Counter(users=len(searched), too_few_candidates=searched.count(None), pairs=0)
     return [mine_user(run, result, counts) if result else {} for result in searched], dict(counts)
 
 
@@ -268,7 +266,8 @@ def align(
     rng = random.Random(run.seed("dpo", label))
     rows = [writer.encoded(x["interests"], [x["chosen"], *x["rejected"].values()]) for x in pairs]
     size, order = settings.batch_users, rng.sample(range(len(rows)), len(rows))
-    ref_logps = reference_logps(reference, rows, order, size)
+    micro = run.config.generator.micro_batch
+    ref_logps = reference_logps(reference, rows, order, size, micro)
     steps = settings.passes * -(-len(rows) // size)
     marks = {round(steps * (i + 1) / settings.checkpoints) for i in range(settings.checkpoints)}
     optimiser, schedule = new_optimiser(model, settings.learning_rate, steps)
@@ -280,19 +279,23 @@ def align(
         # first loss is ln 2 exactly.
         order = order or rng.sample(range(len(rows)), len(rows))
         batch, order = order[:size], order[size:]
-        part, factor = part_of(batch)  # of this process; 0: it has no row, and only keeps step
-        logps = policy(*columns(rows[i] for i in part))  # [chosen, rejected, ...] of each user
-        chosen, rejected = against_chosen(logps)  # (P,) each
-        ref_chosen, ref_rejected = against_chosen([ref_logps[i] for i in part])
-        losses = ib.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, settings.beta)  # Eq. (6)
-        loss = losses.sum() / sum(len(rows[i][1]) - 1 for i in batch)  # a mean per pair
-        if settings.sft_weight:  # Departure: a term for the likelihood of the chosen lists
-            tokens = sum(len(rows[i][1][0]) for i in batch)
-            loss = loss - settings.sft_weight * sum(y[0] for y in logps) / tokens  # per token
+        pairs_of_batch = sum(len(rows[i][1]) - 1 for i in batch)
+        tokens = sum(len(rows[i][1][0]) for i in batch)  # of the chosen lists
+        measured = []  # (5, P) of each micro-batch
+        for part, factor in micro_batches(batch, micro):
+            logps = policy(*columns(rows[i] for i in part))  # [chosen, rejected, ...] of each user
+            chosen, rejected = against_chosen(logps)  # (P,) each
+            refs = against_chosen([ref_logps[i] for i in part])  # chosen, rejected: (P,) each
+            losses = ib.dpo_loss(chosen, rejected, *refs, settings.beta)  # Eq. (6)
+            # Departure: a term for the likelihood of the chosen lists, a mean per token.
+            likelihood = sum(y[0] for y in logps) / tokens
+            loss = losses.sum() / pairs_of_batch - settings.sft_weight * likelihood
+            (loss * factor).backward()
+            if factor:  # 0: this process has no row, and only keeps step
+                measured.append(torch.stack([losses, chosen, rejected, *refs]).tolist())
         rate = schedule.get_last_lr()[0]
-        step(model, optimiser, schedule, loss * factor)
-        pair_columns = torch.stack([losses, chosen, rejected, ref_chosen, ref_rejected])  # (5, P)
-        log.append(dpo_figures(gather([pair_columns.tolist()] if factor else [])))
+        step(model, optimiser, schedule)
+        log.append(dpo_figures([*itertools.chain(*gather([measured]))]))
         run.folder.log("dpo", round=label, step=number, **log[-1], learning_rate=rate)
         bar.set(loss=log[-1]["loss"])
         if held_out and number in marks:
@@ -316,18 +319,20 @@ def against_chosen(logps: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tenso
 
 
 @torch.no_grad()
-def reference_logps(model, rows: list, order: list[int], size: int) -> list[torch.Tensor]:
+def reference_logps(
+    model, rows: list, order: list[int], size: int, micro: int
+) -> list[torch.Tensor]:
     """[chosen, rejected, ...] of all rows; batched as the first pass over them, so that the first
     loss of a policy against itself is ln 2 exactly."""
-    results = {}
+    values = []  # (row, its log-probabilities), of this process
     for start in progress(range(0, len(order), size), "dpo reference"):
-        batch = order[start : start + size]
         # 4-bit and bf16 products differ in rounding with the batch, so batches are the same.
-        part, factor = part_of(batch)
-        logps = llm.completion_logps(model, *columns(rows[i] for i in part))
-        values = gather([y.tolist() for y in logps] if factor else [])
-        results |= zip(batch, map(torch.tensor, values), strict=True)
-    return [results[i].to(logps[0].device) for i in range(len(rows))]
+        for part, factor in micro_batches(order[start : start + size], micro):
+            logps = llm.completion_logps(model, *columns(rows[i] for i in part))
+            if factor:
+                values += zip(part, [y.tolist() for y in logps], strict=True)
+    results = dict(itertools.chain(*gather([values])))  # of all processes
+    return [torch.tensor(results[i], device=logps[0].device) for i in range(len(rows))]
 
 
 def dpo_figures(parts: list) -> dict[str, float]:

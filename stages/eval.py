@@ -17,11 +17,14 @@ import numpy as np
 
 from files import UserError, progress, read_json, write_json
 from roles.players import Players
+from roles.writer import Writer
 from run import Run
 from stages import metrics
 from stages.metrics import Lists, escape, markdown_table
 from stages.ranker import judge_of
 from world import people
+
+LATEST = 8  # summaries of a user that a page shows
 
 
 def compared_methods(run: Run) -> dict[str, tuple[Path | None, bool]]:
@@ -35,20 +38,35 @@ def compared_methods(run: Run) -> dict[str, tuple[Path | None, bool]]:
     return table
 
 
+def write_lists(
+    run: Run, writer: Writer, whole: dict[str, list[str]], interests: dict[str, list[str]], n: int
+) -> Lists:
+    """n lists by every compared method for each user.
+
+    whole: user -> all summaries, latest first; interests: user -> trigger interests, best first.
+    """
+    lists: Lists = {}  # by the same seed for every method: equal policies write equal lists
+    for method, (adapter, distilled) in progress(compared_methods(run).items(), "write starters"):
+        # PE has no RID: the whole history goes into its prompt, as far as it fits.
+        told = interests if distilled else whole
+        sampled = writer.write(adapter, [told[u] for u in whole], n, run.seed("eval"))
+        lists[method] = dict(zip(whole, sampled, strict=True))
+    return lists
+
+
 def stage_eval(run: Run, players: Players, key: str) -> dict:
     """Let every method write for the test users; judge the lists; write the report."""
     settings, folder = run.config.eval, run.folder / "eval"
     # As of now, after the last session; nobody here was trained on.
-    states = {u: run.states[u][-1] for u in run.ids("test") if run.states[u][-1].interests}
+    users = [u for u in run.ids("test") if run.states[u][-1].interests]
+    if 0 < settings.max_users < len(users):
+        users = random.Random(run.seed("eval users")).sample(users, settings.max_users)
+    states = {u: run.states[u][-1] for u in users}
     if not states:
         raise UserError("eval: no test user has a history; more users are needed")
     whole = {u: run.histories[u][-1].texts[::-1] for u in states}  # latest first, as room may end
-    lists: Lists = {}  # by the same seed for every method: equal policies write equal lists
-    for method, (adapter, distilled) in progress(compared_methods(run).items(), "write starters"):
-        # PE has no RID: the whole history goes into its prompt, as far as it fits.
-        inputs = [s.interests if distilled else whole[u] for u, s in states.items()]
-        sampled = players.writer.write(adapter, inputs, settings.lists, run.seed("eval"))
-        lists[method] = dict(zip(states, sampled, strict=True))
+    told = {u: s.interests for u, s in states.items()}
+    lists = write_lists(run, players.writer, whole, told, settings.lists)
     rows = [  # of starters.jsonl, a user a line
         {"user_id": u, "interests": s.interests, "starters": {m: lists[m][u] for m in lists}}
         for u, s in states.items()
@@ -130,28 +148,30 @@ def table_markdown(result: dict) -> str:
     ])
 
 
-def examples_page(rows: list[dict], summaries: dict[str, list[str]], scores: dict) -> str:
-    """Summaries, trigger interests and each method's starters of some users, as markdown.
+def examples_page(head: str, rows: list[dict]) -> str:
+    """Summaries, trigger interests and each method's first list of some users, as markdown.
 
-    rows: of starters.jsonl; summaries: user -> texts, latest first; scores: user -> of interests.
+    rows: of starters.jsonl, with "summaries", latest first, and "scores" of the interests.
     """
-    lines = ["# Examples", "", "Users drawn at random; the first list of each method."]
+    lines = [head]
     for row in rows:
-        user = row["user_id"]
-        latest = "; ".join(map(escape, summaries[user][:12]))  # people's texts: escaped
-        lines += ["", f"## {escape(user)}", "", f"Latest summaries: {latest}", ""]
-        lines += ["Trigger interests:", ""]
-        for text, score in zip(row["interests"], scores[user], strict=True):
+        lines += ["", f"## {escape(row['user_id'])}", "", "Summaries, the latest first:", ""]
+        lines += [f"- {escape(text)}" for text in row["summaries"]]  # people's texts: escaped
+        lines += ["", "Trigger interests:", ""] * bool(row["interests"])
+        for text, score in zip(row["interests"], row["scores"], strict=True):
             lines.append(f"- {escape(text)} ({score:.2f})")
         for method, lists in row["starters"].items():
             lines += ["", f"**{escape(method)}**", ""]
-            # Markdown counts by itself.
-            lines += [f"1. {escape(starter)}" for starter in lists[0]] or ["(none left)"]
+            starters = [f"{i}. {escape(starter)}" for i, starter in enumerate(lists[0], 1)]
+            lines += starters or ["(none left)"]
     return "\n".join(lines) + "\n"
 
 
 def write_report(result: dict, rows: list, summaries: dict, scores: dict, folder: Path) -> None:
-    """table.md, table.json and examples.md."""
+    """table.md, table.json and examples.md. summaries, scores: by user, as in examples_page."""
     write_json(folder / "table.json", result)
-    examples = examples_page(rows, summaries, scores)
-    metrics.write_pages(folder, {"table.md": table_markdown(result), "examples.md": examples})
+    head = "# Examples\n\nUsers drawn at random; the first list of each method."
+    rows = [row | {"summaries": summaries[user][:LATEST], "scores": scores[user]}
+            for row, user in ((row, row["user_id"]) for row in rows)]
+    pages = {"table.md": table_markdown(result), "examples.md": examples_page(head, rows)}
+    metrics.write_pages(folder, pages)

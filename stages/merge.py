@@ -18,7 +18,7 @@ def stage_merge(run: Run, players: Players, key: str) -> dict:
     adapter = run.adapter("last" if run.impressions else "sit")  # without taps there is no DPO
     g, writer, folder = run.config.generator, players.writer, run.folder / "merge" / "model"
     # Into 4-bit weights the sum would be rounded to 4 bit again: the base is loaded in 16 bit.
-    base = llm.load_generator(writer.model_path, load_in_4bit=False, revision=g.revision)
+    base = llm.load_generator(writer.model_path, revision=g.revision, precision=g.precision)
     # The folder's name is of this machine, and is left out of what may be published.
     path = Path(writer.model_path)
     card = (

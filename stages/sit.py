@@ -4,7 +4,8 @@
 
 Section 2.3 of the paper. The loss is on the list's tokens only; lists of one prompt share its row.
 
-Departure: LoRA instead of full fine-tuning.
+Departures: LoRA instead of full fine-tuning; beside the teacher's lists for the run's own users
+(whoever plays the teacher) rows of a corpus written by hand, docs/teacher_corpus.md.
 
 Legend: C lists of a prompt, T tokens.
 """
@@ -12,18 +13,35 @@ Legend: C lists of a prompt, T tokens.
 from __future__ import annotations
 
 import random
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 
 import llm
-from files import UserError, gather, progress, share
+import roles
+from data import Faults, Record, Sentence, json_objects
+from files import ROOT, UserError, gather, progress, share
 from roles.players import Players
+from roles.text import Encode, majority_language
 from roles.writer import Writer
 from run import Run, UserState
-from stages.steps import new_optimiser, part_of, step
+from stages.steps import micro_batches, new_optimiser, step
 
 Rows = list[tuple[list[int], list[list[int]]]]  # (prompt ids, [list ids, ...]) of each user
+CORPUS = ROOT / "configs" / "teacher_corpus.jsonl"
+
+
+class CorpusRow(Record, extra="forbid"):
+    """One person's interests, and starters that this person would tap."""
+
+    language: Literal["en", "zh"]
+    interests: Annotated[list[Sentence], Field(min_length=1)]
+    starters: Annotated[list[Sentence], Field(min_length=1)]
+    source: Sentence  # "invented", or "stackexchange:" and the user_id of a person there
 
 
 def stage_sit(run: Run, players: Players, key: str) -> dict:
@@ -39,6 +57,10 @@ def stage_sit(run: Run, players: Players, key: str) -> dict:
             "sit: the teacher wrote no full list for any user; generator.list_size may be larger "
             "than the interests allow"
         )
+    languages = Counter(majority_language(state.interests) for state in states)
+    corpus, left_out = draw_corpus(run, languages, settings.corpus_rows, rng)
+    taught_rows = len(rows)  # those of the corpus are mixed in: each epoch has its own order
+    rows += [writer.encoded(*interests_and_list(row, k, run.encoder)) for row in corpus]
     model, figures = instruct(run, writer, rows)
     if settings.own_lists:  # Table 8: once more, with what the policy has learned to write
         sampled = writer.sample(
@@ -48,7 +70,56 @@ def stage_sit(run: Run, players: Players, key: str) -> dict:
         model, figures = instruct(run, writer, rows)
     llm.save_adapter(model, run.adapter("sit"))
     short = sum(len(starters) < k for lists in taught for starters in lists)
-    return {"rows": len(rows), "short_lists_left_out": short, **figures}
+    counts = {"rows": len(rows), "teacher_rows": taught_rows, "corpus_rows": len(corpus)}
+    left = {"short_lists_left_out": short, "corpus_rows_left_out": left_out}
+    return {**counts, **left, **figures}
+
+
+def read_corpus(path: str | Path = CORPUS) -> list[CorpusRow]:
+    """Rows of the teacher corpus; raises DataError that lists every bad line."""
+    rows, faults = [], Faults()  # whoever edits the file sees all that is wrong at once
+    for place, value in json_objects(path, faults):
+        try:
+            rows.append(CorpusRow.model_validate(value))
+        except ValueError as error:
+            faults.add(place, error)
+    faults.refuse()
+    return rows
+
+
+def draw_corpus(
+    run: Run, languages: Counter, limit: int, rng: random.Random
+) -> tuple[list[CorpusRow], int]:
+    """At most `limit` rows of the corpus at random, their languages in the proportion of
+    `languages` (language -> users); and how many rows were left out before drawing: those with
+    fewer starters than a list has, and those of a real person who is in this run to be tested."""
+    if not limit:
+        return [], 0
+    # Their titles must not be in the training of a model that is tested on them.
+    tested = run.users.keys() - set(run.ids("train"))
+    by_language: dict[str, list[CorpusRow]] = {}
+    for row in read_corpus():
+        if languages[row.language]:  # nobody here would read the others
+            by_language.setdefault(row.language, []).append(row)
+    total, drawn, left_out = sum(languages[lang] for lang in by_language), [], 0
+    for lang, rows in by_language.items():
+        usable = [
+            row
+            for row in rows
+            if len(row.starters) >= run.config.generator.list_size
+            and row.source.removeprefix("stackexchange:") not in tested
+        ]
+        left_out += len(rows) - len(usable)
+        quota = round(limit * languages[lang] / total)
+        drawn += rng.sample(usable, min(quota, len(usable)))
+    return drawn, left_out
+
+
+def interests_and_list(row: CorpusRow, k: int, encode: Encode) -> tuple[list[str], list[list[str]]]:
+    """Its interests, and one list of k of its starters in which the interests take turns."""
+    # As of what an LLM as teacher writes beyond K. The interests stay as the file has them, though
+    # a user's come best first: who wrote a row has not ranked them.
+    return row.interests, [roles.covering(row.starters, row.interests, k, encode)]
 
 
 def instruct(run: Run, writer: Writer, rows: Rows) -> tuple[torch.nn.Module, dict[str, float]]:
@@ -64,13 +135,16 @@ def instruct(run: Run, writer: Writer, rows: Rows) -> tuple[torch.nn.Module, dic
         for start in (bar := progress(range(0, len(rows), size), f"sit epoch {epoch + 1}")):
             batch = order[start : start + size]
             tokens = sum(len(ids) for _, lists in batch for ids in lists)  # T of all processes
-            part, factor = part_of(batch)
-            prompts, lists = map(list, zip(*part, strict=True))
-            logps = policy(prompts, lists)  # summed over a list's tokens, (C,) a prompt
-            loss = -torch.cat(logps).sum() / tokens * factor  # Eq. (5)
-            losses.append(float(np.mean(gather([loss.item()]))))  # a mean per token
+            parts = []  # of the batch's loss, by micro-batch
+            for part, factor in micro_batches(batch, g.micro_batch):
+                prompts, lists = map(list, zip(*part, strict=True))
+                logps = policy(prompts, lists)  # summed over a list's tokens, (C,) a prompt
+                loss = -torch.cat(logps).sum() / tokens * factor  # Eq. (5)
+                loss.backward()
+                parts.append(loss.item())
+            losses.append(float(np.mean(gather([sum(parts)]))))  # a mean per token
             rate = schedule.get_last_lr()[0]  # the one that this step uses
-            step(model, optimiser, schedule, loss)
+            step(model, optimiser, schedule)
             at = {"epoch": epoch, "step": len(losses)}
             run.folder.log("sit", **at, loss=losses[-1], learning_rate=rate)
             bar.set(loss=losses[-1])

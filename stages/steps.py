@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import torch
 
@@ -60,22 +61,27 @@ def new_optimiser(model, learning_rate: float, steps: int):
     return optimiser, schedule
 
 
-def step(model, optimiser, schedule, loss: torch.Tensor) -> None:
-    optimiser.zero_grad()  # sets them to None: frozen weights never hold any
-    loss.backward()  # under DDP the processes' gradients are averaged here
+def step(model, optimiser, schedule) -> None:
+    """One step along the gradients that backward() has added up, which are then dropped."""
     # One list far from all others must not undo what the rest of a batch has learned.
     torch.nn.utils.clip_grad_norm_([w for w in model.parameters() if w.requires_grad], 1.0)
     optimiser.step()
     schedule.step()  # after the optimiser, whose rate was that of before
+    optimiser.zero_grad()  # sets them to None: frozen weights never hold any
 
 
-def part_of(batch: list) -> tuple[list, float]:
-    """This process's part of a global batch, and the factor of its loss.
+def micro_batches(batch: list, size: int) -> Iterator[tuple[list, float]]:
+    """A global batch in this process's parts of at most `size` rows (0: all at once), each with the
+    factor of its loss.
 
-    DDP averages the gradients, so a share of a sum counts as often as there are processes. One
-    without a share computes a row for nothing: DDP waits for all. Two processes and rows a, b, c:
-    the first has (a, c) and factor 2, the second (b) and factor 2; the average of 2 (a + c) and
-    2 b is a + b + c. Of row a alone the second gets (a) with factor 0.
+    Gradients of the parts add up to that of the batch, in the memory of one part. DDP averages over
+    processes, so a share of a sum counts as often as there are processes; one without a row
+    computes one for nothing, as DDP waits for all. Two processes, size 1, rows a, b, c: the first
+    has a (factor 2) and c (2), the second b (2) and c (0); averaged and added up: a + b + c.
     """
-    part = share(batch)
-    return (part, float(processes()[1])) if part else (batch[:1], 0.0)
+    count = processes()[1]
+    width = size * count or len(batch)  # rows of all processes together
+    for start in range(0, len(batch), width):
+        rows = batch[start : start + width]
+        part = share(rows)
+        yield (part, float(count)) if part else (rows[:1], 0.0)  # 0: nothing of it counts

@@ -1,6 +1,7 @@
 """The pictures of a report: training curves, frontier, topic rings, reward hacking, lines.
 
-    rows = [json.loads(line) for line in Path("runs/tiny/metrics.jsonl").read_text().splitlines()]
+    text = Path("runs/default/metrics.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
     figures.curves(rows, experiments.read()["curves"], "results/training_curves.png", "Training")
 
 Rings follow the paper's Figure 3, the others are ours. Each function takes plain data, leaves it as

@@ -37,18 +37,15 @@ from tables import claims, experiments, report
 from tables.experiments import MAIN
 from tables.measure import measure_seed, report_folder, write_starters
 
+SHIPPED = ROOT / "configs" / "tiny.yaml"  # of it, too, the whole is written to results/
 # Name -> work for a process of its own (picklable), and the tasks that must be done before.
 Tasks = dict[str, tuple[Callable, list[str]]]
 
 
-def is_default(path: str) -> bool:
-    return Path(path).resolve() == ROOT / "configs" / "tiny.yaml"
-
-
-def seed_config(words: list[str], path: str, seed: int, variant: str = MAIN) -> Config:
+def seed_config(words: list[str], path: str | None, seed: int, variant: str = MAIN) -> Config:
     """The settings of one run; its folder is named after them, seed and variant."""
     # The name tells another file's settings; where the default's change, stages run anew.
-    given = words if is_default(path) else [*words, digest(load_config(path))]
+    given = [*words, digest(load_config(path))] if path else words
     name = "-".join(["reproduce", digest(given)[:6], f"seed{seed}", *variant.split()])
     # Other people and other trainings with each seed.
     changes = [f"world.seed={seed}", f"run.seed={seed}", f"run.name={name}"]
@@ -72,7 +69,7 @@ def train_run(config: Config, variant: str, main: Config) -> None:
 
 
 def reproduce(
-    names: list[str], seeds: int, path: str, words: list[str], quick: bool, first: int = 0
+    names: list[str], seeds: int, path: str | None, words: list[str], quick: bool, first: int = 0
 ) -> None:
     """Train what is missing, measure, and write the report of these tables (or "all")."""
     tables = experiments.tables()
@@ -100,7 +97,7 @@ def reproduce(
     }
     # Only all of it, as it ships, is what the README speaks of.
     out = root / ("quick" if quick else "partial") / "report"
-    out = ROOT / "results" if whole and is_default(path) else out
+    out = ROOT / "results" if whole and (not path or Path(path).resolve() == SHIPPED) else out
     rows = report.write(values, names, [json.loads(line) for line in log], about, out)
     print((out / "reproduction.md").read_text(encoding="utf-8"))
     print(f"{claims.counted(rows)}: {out / 'claims.md'}")

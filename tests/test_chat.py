@@ -539,22 +539,24 @@ def play(tmp_path):
     return lambda script: Chat(Scripted(script), tmp_path / "scripted.sqlite")
 
 
-def test_teacher_asks_for_twice_the_list_and_keeps_whole_fields_only(play):
+def test_teacher_asks_for_twice_the_list_and_keeps_what_the_parser_reads(play):
     texts = {
         "a": "<think> <sug> no </sug> </think>\n<sug> What is Dune? && Who wrote it? </sug>",
-        "b": "<sug> cut && sho",
+        "b": "<sug> sho",
         "c": "<think> <sug> x y </sug> </think> nothing",
         "d": "<sug> && </sug>",
         "e": "</sug> <sug>",
         "f": "",
         "g": "<think> a form: <sug> What is Dune? && Who wrote it? </sug>",
+        "h": "<sug> What is Dune? && sho",
+        "i": "Here you go:\n1. **What is Dune?**\n2. Who wrote it?",
     }
     asking = play(lambda request: texts[fields(request)["interests"][0]])
-    written = prompted.Prompted(asking, encode).write([[key] for key in texts], 5, list(range(7)))
-    assert written == [texts["a"]] + [None] * 6
+    written = prompted.Prompted(asking, encode).write([[key] for key in texts], 5, list(range(9)))
+    assert written == [texts["a"], *[None] * 6, texts["h"], texts["i"]]
     assert llm.parse_starters(written[0]).starters == ("What is Dune?", "Who wrote it?")
-    assert asking.counts == {"asked": 7, "answered": 1, "unreadable": 5, "time-out": 1}
-    assert [(r.sample, r.temperature) for r in asking.backend.asked] == [(i, 0.7) for i in range(7)]
+    assert asking.counts == {"asked": 9, "answered": 3, "unreadable": 5, "time-out": 1}
+    assert [(r.sample, r.temperature) for r in asking.backend.asked] == [(i, 0.7) for i in range(9)]
     for n, count in ((1, 5), (5, 10), (30, 20)):
         prompted.Prompted(asking, encode).write([["a"]], n, [9])
         assert asking.backend.asked[-1].user.startswith(f"{count} suggestions")
@@ -606,7 +608,9 @@ def test_matcher_asks_about_the_nearest_only(play, monkeypatch, candidates, floo
 
 @pytest.mark.parametrize("text, value", [
     ("MATCH", 1), ("different", 0), (" **Match**.", 1), ("DIFFERENT: no match", 0), ('"Match"', 1),
-    ("<think>MATCH? no</think>\nDIFFERENT\nbecause", 0), ("MATCH or DIFFERENT", None),
+    ("<think>MATCH? no</think>\nDIFFERENT\nbecause", 0), ("[THINK]DIFFERENT[/THINK]MATCH", 1),
+    ("<|channel|>analysis<|message|>x<|channel|>final<|message|>MATCH", 1), ("[THINK]MATCH", None),
+    ("MATCH◁think▷", None), ("MATCH or DIFFERENT", None),
     ("no match", None), ("matching", None), ("", None), ("They MATCH", None), ("MATCH/", 1),
     ("MATCH <think> or", None),
 ])

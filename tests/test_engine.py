@@ -36,7 +36,8 @@ def scripted(engine, monkeypatch):
         told = []
         monkeypatch.setattr(engine.config.serve, "candidates", candidates or len(texts))
         prompt = engine.writer.prompt
-        monkeypatch.setattr(engine.writer, "prompt", lambda x: told.append(x) or prompt(x))
+        monkeypatch.setattr(
+            engine.writer, "prompt", lambda x, *how: told.append(x) or prompt(x, *how))
         monkeypatch.setattr(llm, "sample", lambda *a, **k: [list(texts) for _ in a[2]])
         return told
 
@@ -48,7 +49,7 @@ def sug(*starters):
 
 
 def distilled(engine, *asks):
-    users = [engine._summarised(ask.user) for ask in asks]
+    users = [engine.players.summarised(ask.user) for ask in asks]
     assert engine._encode(asks, users, lambda: False)
     return engine._distil(asks, users, lambda i: False)
 

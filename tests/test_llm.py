@@ -580,6 +580,12 @@ def test_a_model_that_samples_otherwise_than_it_scores_is_refused(saved, monkeyp
     llm.check_tree_rows(llm.load_generator(saved("llama", settings)), 16)
 
 
+@pytest.mark.parametrize("change", ["softcap", "s_aux", "position_bias"])
+def test_an_attention_that_changes_its_scores_is_refused(change):
+    with pytest.raises(ValueError, match="its scores are changed"):
+        llm.sampling._tree_attention(None, *[torch.ones(1, 2, 3, 4)] * 3, None, **{change: 50.0})
+
+
 def test_a_watched_sample_can_be_given_up_and_the_others_do_not_notice(tokenizer):
     prompts, n, steps = [[5, 9, 11], [7, 8]], 2, []
     how = {"max_new_tokens": 10, "temperature": 1.0, "top_p": 1.0, "seed": 3, "stop": ""}

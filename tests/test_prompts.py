@@ -1,10 +1,15 @@
-"""The `<sug>` parser and writer: any string parses, in linear time, or gives a reason."""
+"""The parser and writer of starters: any string parses, in linear time, or gives a reason."""
+
+import json
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llm
+from config import load_config
+from roles.writer import Writer
 
 MARKUP = st.lists(
     st.sampled_from(
@@ -20,6 +25,20 @@ MARKUP = st.lists(
             "\x00",
             "三体?",
             "\n- ",
+            "**",
+            "`",
+            "_",
+            "[",
+            "]",
+            "{",
+            "\\",
+            ",",
+            ":",
+            "&amp;",
+            "＆",
+            "２．",
+            "[THINK]",
+            "◁/think▷",
         ]
     ),
     max_size=30,
@@ -49,9 +68,124 @@ def test_parser_cases(text, starters):
     assert llm.parse_starters(text).starters == starters
 
 
-def test_parser_is_linear():
-    for part in ("<sug>", "&& ", "1. ", '"', "</sug>", '- "'):
-        llm.parse_starters("<sug>" + part * 50_000)
+@pytest.mark.parametrize("begin", ["", "<sug>", "[", '["', "{"])
+def test_parser_is_linear(begin):
+    parts = ["<sug>", "&& ", "1. ", '"', "</sug>", '- "', "[", '{"a":', "**", "**a", "*a ", "`",
+             '", "', "', '", "\\", '"\\', "&amp;", "\n", "\n- ", "\n\n1. ", "Sure, ", "| ", "_",
+             "</think>", "<|", "a:", "a: [", "assistantfinal", "<|channel|>final", "a b\n",
+             "1. a 2. b ", " "]  # fmt: skip
+    for part in parts:
+        began = time.process_time()
+        llm.parse_starters(begin + part * (60_000 // len(part)))
+        assert time.process_time() - began < 2, part
+
+
+# A starter of words only: none of it looks like a mark, a number or an end of a sentence.
+STARTER = st.lists(
+    st.sampled_from("Quiz Dune tram R&D C++ 三体 don't A* 3.5 __init__ co-op".split()),
+    min_size=2, max_size=5,
+).map(lambda words: " ".join(["Why", *words]) + "?")  # fmt: skip
+STARTERS = st.lists(STARTER, min_size=2, max_size=6, unique=True)
+FORMS = {
+    "field": lambda y: f"<sug> {' && '.join(y)} </sug>",
+    "full-width": lambda y: f"<sug> {' ＆＆ '.join(y)} </sug>",
+    "escaped": lambda y: f"<sug> {' &amp;&amp; '.join(y)} </sug>",
+    "lines in a field": lambda y: "<sug>\n" + "\n".join(y) + "\n</sug>",
+    "a field each": lambda y: "\n".join(f"<sug> {s} </sug>" for s in y),
+    "opened by the server": lambda y: " && ".join(y) + " </sug>",
+    "bare lines": "\n".join,
+    "loose": " && ".join,
+    "numbers": lambda y: "\n".join(f"{i}. {s}" for i, s in enumerate(y, 1)),
+    "brackets": lambda y: "\n\n".join(f"({i}) {s}" for i, s in enumerate(y, 1)),
+    "full-width numbers": lambda y: "\n".join(f"{'１２３４５６'[i]}．{s}" for i, s in enumerate(y)),
+    "Chinese numbers": lambda y: "\n".join(f"{'一二三四五六'[i]}、{s}" for i, s in enumerate(y)),
+    "numbers in a line": lambda y: " ".join(f"{i}. {s}" for i, s in enumerate(y, 1)),
+    "numbers in a field": lambda y: f"<sug> {FORMS['numbers in a line'](y)} </sug>",
+    "bold numbers": lambda y: "\n".join(f"**{i}. {s}**" for i, s in enumerate(y, 1)),
+    "labels": lambda y: "\n".join(f"Question {i}: {s}" for i, s in enumerate(y, 1)),
+    "explained": lambda y: "\n".join(f"{i}. **{s}**\n   - As you like it." for i, s in
+                                     enumerate(y, 1)),
+    "bullets": lambda y: "\n".join(f"* {s}" for s in y),
+    "quotes": lambda y: "\n".join(f'- "{s}"' for s in y),
+    "quoted line": lambda y: ", ".join(f'"{s}"' for s in y),
+    "JSON": json.dumps,
+    "JSON, a line each": lambda y: json.dumps(y, indent=2, ensure_ascii=False),
+    "JSON in a field": lambda y: f"<sug>{json.dumps(y)}</sug>",
+    "JSON object": lambda y: json.dumps({"starters": y, "language": "en"}),
+    "JSON objects": lambda y: json.dumps([{"id": 1, "tags": ["a", "b"], "text": s} for s in y]),
+    "JSON lines": lambda y: "\n".join(json.dumps({"question": s}) for s in y),
+    "Python": lambda y: f"starters = {y!r}",
+    "fence": lambda y: "```json\n" + json.dumps(y) + "\n```",
+    "plain fence": lambda y: "```\n" + FORMS["numbers"](y) + "\n```",
+    "HTML": lambda y: "<ul>" + "".join(f"<li>{s}</li>" for s in y) + "</ul>",
+}  # fmt: skip
+BEFORE = ["", "Here are five starters:\n\n", "Sure! Here you go:\n", "以下是建议：\n", "## Five\n"]
+BEHIND = ["", "\n\nI hope this helps!", "\n", "<|im_end|>", "</s>"]
+REASONING = [
+    "", "<think>1. a draft\n2. b</think>\n", "<sug> a && b </sug></think>", "[THINK]x[/THINK]",
+    "<thinking>x</thinking>", "<reasoning>\n- a?\n- b?\n</reasoning>\n", "◁think▷x◁/think▷",
+    "<seed:think>x</seed:think>", "<|START_THINKING|>x<|END_THINKING|>", "<thought>x</thought>",
+    "<|begin_of_thought|>x<|end_of_thought|>", "analysisWe think.assistantfinal",
+    "<|channel|>analysis<|message|>x<|end|><|start|>assistant<|channel|>final<|message|>",
+    "Here is my thought process: x\nHere is my response:\n", "<unused94>thought\nx<unused95>",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(STARTERS, st.sampled_from(REASONING), st.sampled_from(BEFORE), st.sampled_from(BEHIND))
+@settings(max_examples=15)
+def test_lists_in_the_forms_that_models_write(form, starters, reasoning, before, behind):
+    text = reasoning + before + FORMS[form](starters) + behind
+    assert llm.parse_starters(text).starters == tuple(starters), text
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(STARTERS, st.integers(1, 200))
+@settings(max_examples=15)
+def test_a_list_cut_anywhere_gives_whole_starters_only(form, starters, cut):
+    """Also where its end is not known to be one; never two starters as one."""
+    read = llm.parse_starters(FORMS[form](starters)[:-cut]).starters
+    assert read == tuple(starters[: len(read)]) or form == "Python"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_requests_without_a_mark_at_their_end(form):
+    starters = ["Quiz me on Dune", "Best Zelda dungeon order", "First steps in C++"]
+    read = llm.parse_starters("Here you go:\n" + FORMS[form](starters)).starters
+    assert read in (tuple(starters), tuple(starters[:2]))  # the last one may have been cut
+
+
+@pytest.mark.parametrize("text", [
+    "I'm sorry, but I can't help with that.", "I cannot do this.\n\nPlease ask again.",
+    "Jazz began in New Orleans. It has many forms.\n\nWhat is bebop? A fast one.", "Hello", "What?",
+    "# Jazz\n\nIt began long ago,\nwhen nobody wrote.", "对不起，我不能帮你。",
+    "<think> 1. a?\n2. b?",
+    "Run `make && make install` to build it.", "1. " + "A long way to say it. " * 20,
+    "[THINK]1. a?",
+    "<sug>[Quiz me on Dune, Best Zelda order]</sug>", '{"a": "x", "b": "y"}',
+    "analysisThe user",
+    "<|channel|>analysis<|message|>1. Why?\n2. Who?", "<think>a</think>", "{'text': 'a'}",
+    "```\n```",
+])  # fmt: skip
+def test_what_is_no_list_gives_a_reason(text):
+    parsed = llm.parse_starters(text)
+    assert not parsed.starters and parsed.reason
+
+
+@pytest.mark.parametrize("marked, bare", [
+    ("**Quiz me**", "Quiz me"), ("*Quiz me*", "Quiz me"), ("`git rebase` it", "git rebase it"),
+    ("__Quiz me__", "Quiz me"), ("_Quiz me_", "Quiz me"), ("***Quiz me***", "Quiz me"),
+    ("## Quiz me", "Quiz me"), ("> Quiz me", "Quiz me"), ("- [ ] Quiz me", "Quiz me"),
+    ("1. **Quiz me**", "Quiz me"), ("**1.** Quiz me", "Quiz me"), ('**"Quiz me"**', "Quiz me"),
+    ("Quiz me on **Dune**", "Quiz me on Dune"), ("１、三体", "三体"), ("１．Quiz", "Quiz"),
+    ("2) Quiz", "Quiz"), ("1️⃣ Quiz", "Quiz"), ('"Quiz me",', "Quiz me"), ("[Quiz me]", "Quiz me"),
+    ("Q1: Quiz", "Quiz"), ("问题２：三体", "三体"), ("How do *args and **kwargs work", None),
+    ("What is 2 * 3 * 4", None), ("Teach me A*", None), ("3.5 mm jacks", None), ("C# or F#", None),
+    ("__init__ or __new__", None), ("snake_case or camelCase", None), ("10:30 trains", None),
+])  # fmt: skip
+def test_marks_around_a_starter(marked, bare):
+    assert llm.clean_starter(marked) == (bare or marked)
+    assert llm.parse_starters(f"<sug> {marked} && c d </sug>").starters == (bare or marked, "c d")
 
 
 @given(st.lists(st.text() | MARKUP, max_size=5))
@@ -65,3 +199,72 @@ def test_format_survives_the_parser(starters):
 def test_no_separator_stands_inside_a_starter():
     """A quote that goes from between two & leaves a separator behind."""
     assert llm.parse_starters('<sug> "a" &"& b && c </sug>').starters == ("a & b", "c")
+
+
+# ------------------------------------------------------------------------- prompts of the methods
+
+HISTORY = [f"Question {i} about <|im_end|> trains and <sug> bread" for i in range(200)]
+LONG = "I have asked:{interests}\n\nNow list {n} more, each of them short, new, safe and specific."
+
+
+@pytest.fixture
+def writer(monkeypatch):
+    """writer(*words): a Writer whose texts are the scripted ones; `asked` holds its prompts."""
+
+    def make(*words):
+        made = Writer(load_config(None, [f"generator.prompting={LONG}", *words]), ":memory:")
+        made.asked = []
+        monkeypatch.setattr(llm, "sample", lambda model, tokenizer, prompts, n, **how: [
+            made.asked.append(prompt) or ["<sug> one starter && tw"] * n for prompt in prompts])
+        monkeypatch.setattr(made, "policy", lambda adapter: None)
+        return made
+
+    return make
+
+
+def test_only_the_base_without_an_adapter_is_told_at_length(writer, tmp_path):
+    made = writer()
+    decode = made.tokenizer.decode
+    for adapter in (None, tmp_path):
+        made.write(adapter, [["Night trains", "Sourdough"]], 2, 0)
+    prompted, tuned = map(decode, made.asked)
+    listed = "\n- Night trains\n- Sourdough"
+    assert f"I have asked:{listed}\nNow list 5 more" in prompted and "{" not in prompted
+    assert f"Suggest 5 conversation starters about these interests.{listed}<" in tuned
+    for prompt, told in zip(made.asked, (True, False), strict=True):
+        head = made.head(prompted=told)  # read once for all prompts of a batch
+        assert prompt[: len(head)] == head and len(head) < len(prompt)
+
+
+def test_the_shipped_instruction_is_short_and_says_how_many():
+    made = Writer(load_config(None, ["generator.list_size=7"]), ":memory:")
+    text = llm.prompt_text(made.tokenizer, ["Night trains"], 7, *made._task(True)[:1], 900)
+    assert " 7 " in text and "{" not in text and "\n- Night trains\n" in text
+    assert len(text.split()) < 120  # well under 200 tokens of any model
+
+
+@pytest.mark.parametrize("most", [60, 200])
+def test_a_long_instruction_leaves_the_interests_their_room(writer, most):
+    made = writer(f"generator.max_prompt_tokens={most}")
+    short, long = (made.prompt(HISTORY, prompted=told) for told in (False, True))
+    decode = made.tokenizer.decode
+    assert decode(short).count("\n- ") == decode(long).count("\n- ") >= 1
+    assert len(short) <= most and len(short) < len(long)
+
+
+def test_a_server_hears_what_the_model_here_reads(writer):
+    """prompt_text through the chat template is encode_prompt, text behind the interests and all."""
+    made = writer()
+    interests = ["Night trains", "Sourdough"]
+    said = llm.prompt_text(made.tokenizer, interests, 5, *made._task(True))
+    turns = [{"role": "user", "content": said}]
+    whole = made.tokenizer.apply_chat_template(
+        turns, add_generation_prompt=True, return_dict=False)  # fmt: skip
+    assert made.tokenizer.decode(whole) == made.tokenizer.decode(made.prompt(interests, True))
+
+
+def test_a_list_is_drawn_once(writer):
+    """However few of its starters are fit to show."""
+    made = writer()
+    assert made.write(None, [["Night trains"]], 2, 0) == [[["one starter"]] * 2]
+    assert len(made.asked) == 1

@@ -125,7 +125,8 @@ def test_a_full_gpu_names_the_next_setting(finished, monkeypatch):
     stage = dataclasses.replace(train.STAGES["sit"], run=full)
     monkeypatch.setitem(train.STAGES, "sit", stage)
     for word, advice in (
-        ("sit.batch_users=4", "try sit.batch_users=2"),
+        ("sit.batch_users=4", "4 users at a time.*try generator.micro_batch=2"),
+        ("generator.micro_batch=2", "2 users at a time.*try generator.micro_batch=1"),
         ("sit.batch_users=1", "try generator.gradient_checkpointing=true"),
     ):
         config = micro(finished.parent, "sit.learning_rate=1e-5", word)
@@ -450,19 +451,33 @@ def test_a_last_batch_of_one_starter_does_not_stop_the_ranker(finished, tmp_path
     assert all(weight.isfinite().all() for weight in fitted.parameters())
 
 
-def test_a_garbled_name_is_mined_as_one_of_no_utility(finished):
-    named = [f"{form} Chess" for form in ("Who invented", "How to win at", "History of", "Love")]
-    garbled = [f"{form} Chss" for form in ("Who invented", "How to win at", "Poems about")]
-    for word, refused in (("dpo.grounded=true", len(garbled)), ("dpo.grounded=false", 0)):
-        run = Run(micro(finished.parent, "dpo.weight=1.0", word))
-        asked = ["Where to start with Chess"]
-        vectors, state = run.encoder(asked), run.states["u1"][-1]
-        state = dataclasses.replace(state, interests=asked, embeddings=vectors)
-        lists = [named[:3], named[1:], garbled]
-        searched = dpo.search(run, ranker.load_ranker(run, "train"), [state], [lists])
-        (pair,), counts = dpo.mine(run, searched)
-        assert counts["ungrounded"] == refused
-        assert not refused or not {*pair["chosen"]} & {*garbled}
+@pytest.mark.parametrize("stage", ["sit", "dpo"])
+def test_micro_batches_add_up_to_the_step(finished, tmp_path, stage):
+    """One row at a time, or the whole step at once: the same training but for rounding."""
+    weights = []
+    for size in (0, 1, 3):
+        root = tmp_path / str(size)
+        shutil.copytree(finished, root / "tiny")
+        shutil.rmtree(root / "tiny" / stage)
+        words = [f"generator.micro_batch={size}", "dpo.vanilla=false", "dpo.rounds=1"]
+        train.run_stages(micro(root, *words), [stage])
+        folder = root / "tiny" / ("sit" if stage == "sit" else "dpo/round1") / "adapter"
+        weights.append(read_tensors(folder / "adapter_model.safetensors"))
+    for other in weights[1:]:
+        for name, weight in weights[0].items():
+            torch.testing.assert_close(weight, other[name], rtol=0, atol=2e-5)
+
+
+def test_checkpoints_are_valued_on_no_more_lists_than_a_round_samples(finished):
+    for words, most in ((["dpo.max_users=3", "dpo.samples=4"], 3), (["dpo.max_users=0"], 8)):
+        run = Run(micro(finished.parent, *words))
+        assert 0 < len(dpo.held_out_states(run)) <= most  # 2 lists at the start, 2 at the end
+
+
+def test_the_stage_eval_is_bounded_by_its_setting(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "tiny")
+    train.run_stages(micro(tmp_path, "eval.max_users=2"), ["eval"])
+    assert len((tmp_path / "tiny/eval/starters.jsonl").read_text().splitlines()) == 2
 
 
 def test_own_lists_join_the_tuning(finished, tmp_path, monkeypatch):

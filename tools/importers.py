@@ -1,6 +1,7 @@
 """Conversations from elsewhere as users: exports of ChatGPT, ShareGPT, WildChat and LoCoMo.
 
     python -m tools.logs import chatgpt conversations.json --out users.jsonl
+    python -m tools.logs import mimics mimics_duo.jsonl --out dialogues.jsonl   # see Mimics
 
 One record per kind of file. Its sessions() yields (user_id, session_id, timestamp, messages) with
 messages as (role, text or None); a user_id of None is the one person whose export the file is.
@@ -300,3 +301,58 @@ def _whole(kind: str, user_id: str, texts: dict[str, bytes]) -> User:
     if kind == "sharegpt":  # its parts have no time, but a number
         sessions.sort(key=lambda session: _part(session.session_id)[1])
     return data.in_time_order(User(user_id=user_id, sessions=sessions))
+
+
+class Mimics(Record):
+    """A query of MIMICS-Duo with the clarification panes that a search engine showed for it.
+
+    Each pane becomes a context of its own: the query is the user's one turn, the pane's options
+    are the suggestions, `click_shares` their conditional click shares, aggregated over people, and
+    `clicked` the option with the largest share (several if they tie; none without engagement). The
+    pane's question, its impression level and the human labels are left out. Contexts of one query
+    share the first part of their id, "q12-", and the text of their turn: split by it.
+    """
+
+    class Pane(Record):
+        options: Annotated[list[data.Sentence], Field(min_length=1)]
+        option_cctr: list[Annotated[float, Field(ge=0, le=1)]]
+
+        @model_validator(mode="after")
+        def _fits(self):
+            if len(self.option_cctr) != len(self.options):
+                raise ValueError("option_cctr: not one for each option")
+            return self
+
+    query: data.Sentence
+    panes: Annotated[list[Pane], Field(min_length=1)]
+
+    def dialogues(self, number: int) -> Iterator[data.Dialogue]:
+        """A context for each pane; `number` of the query in its file, from 1."""
+        for place, pane in enumerate(self.panes, 1):
+            most = max(pane.option_cctr)  # 0: nobody engaged with it
+            best = [i for i, share in enumerate(pane.option_cctr) if share == most > 0]
+            yield data.Dialogue(
+                dialogue_id=f"q{number}-{place}", intent="web search", suggestions=pane.options,
+                turns=[data.Turn(role="user", content=self.query)],
+                clicked=best, click_shares=pane.option_cctr)
+
+
+def import_mimics(paths: list[str | Path], out: str | Path) -> str:
+    """Write the panes of MIMICS-Duo files as dialogues; return what was written.
+
+    Raises DataError that lists every faulty query.
+    """
+    faults, rows, queries = Faults(), [], 0
+    for path in paths:
+        for place, row in _rows(path, faults):
+            try:
+                queries += 1  # over all files, so that no id stands twice
+                rows += Mimics.model_validate(row).dialogues(queries)
+            except ValueError as error:  # a ValidationError is one too
+                faults.add(place, error)
+    faults.refuse()
+    if not rows:
+        raise DataError(f"{paths[0]}: no query with panes in it")
+    data.write_dialogues(out, rows)
+    clicked = sum(bool(row.clicked) for row in rows)
+    return f"{len(rows)} panes of {queries} queries, {clicked} with clicks, written to {out}"

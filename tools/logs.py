@@ -1,8 +1,9 @@
 """A log of one's own: what it holds, conversations from elsewhere, mined pairs for other trainers.
 
-    python -m tools.logs check users.jsonl               # or impressions.jsonl
+    python -m tools.logs check users.jsonl               # or impressions, dialogues
     python -m tools.logs import chatgpt conversations.json --out users.jsonl  # or another of KINDS
-    python -m tools.logs export trl runs/tiny --out pairs.jsonl               # for TRL's DPOTrainer
+    python -m tools.logs import mimics mimics_duo.jsonl --out dialogues.jsonl
+    python -m tools.logs export trl runs/default --out pairs.jsonl            # for TRL's DPOTrainer
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from statistics import median
 
 import data
 from config import load_config
-from data import Impression, User
+from data import Dialogue, Impression, User
 from files import UserError, atomic_path, read_json, script
-from tools.importers import KINDS, import_users
+from tools.importers import KINDS, import_mimics, import_users
 
 
 def describe_users(users: list[User]) -> dict[str, object]:
@@ -56,21 +57,50 @@ def _is_robot(user: User) -> bool:
 
 def describe_impressions(impressions: list[Impression]) -> dict[str, object]:
     """Return what an impressions file holds, as label -> figure."""
-    shown = Counter(slot for i in impressions for slot in range(len(i.starters)))
-    clicked = Counter(slot for i in impressions for slot in set(i.clicked))  # two taps count once
-    by_slot = [f"{clicked[slot]} ({clicked[slot] / n:.1%})" for slot, n in sorted(shown.items())]
+    rate, by_slot = _clicks([(i.starters, i.clicked) for i in impressions])
     unclicked = sum(not i.clicked for i in impressions)  # real logs: 50 to 90 %
     return {
         "lists": len(impressions),
         "users": len({i.user_id for i in impressions}),
         "starters per list": _spread([len(i.starters) for i in impressions]),
         "distinct starters": len({text for i in impressions for text in i.starters}),
-        "starters clicked": f"{clicked.total() / shown.total():.1%}",
+        "starters clicked": rate,
         "lists without a click": f"{unclicked / len(impressions):.1%}",
-        "clicks by slot": ", ".join(by_slot),  # not comparable: the first slot is seen most
+        "clicks by slot": by_slot,  # not comparable: the first slot is seen most
         "lists without a timestamp": sum(i.timestamp is None for i in impressions),
         # Where it is missing, a tap counts as one that led on middling far (icebreaker).
         "lists without sessions_after": sum(i.sessions_after is None for i in impressions),
+    }
+
+
+def _clicks(lists: list[tuple[list[str], list[int]]]) -> tuple[str, str]:
+    """(share of all that was shown that was clicked, clicks by slot) of (texts, clicked slots)."""
+    shown = Counter(slot for texts, _ in lists for slot in range(len(texts)))
+    clicked = Counter(slot for _, slots in lists for slot in set(slots))  # two taps count once
+    by_slot = [f"{clicked[slot]} ({clicked[slot] / n:.1%})" for slot, n in sorted(shown.items())]
+    return f"{clicked.total() / max(1, shown.total()):.1%}", ", ".join(by_slot) or "none"
+
+
+def describe_dialogues(dialogues: list[Dialogue]) -> dict[str, object]:
+    """Return what a dialogues file holds, as label -> figure."""
+    shown = [d for d in dialogues if d.suggestions]
+    rate, by_slot = _clicks([(d.suggestions, d.clicked) for d in shown])
+    intents = Counter(d.intent or "not told" for d in dialogues).most_common()
+    return {
+        "contexts": len(dialogues),
+        "users": len({d.user_id for d in dialogues if d.user_id}),
+        "turns of the user": _spread([sum(t.role == "user" for t in d.turns) for d in dialogues]),
+        "intents": ", ".join(f"{name} {n / len(dialogues):.1%}" for name, n in intents),
+        "unsafe contexts": sum(bool(d.unsafe) for d in dialogues),
+        "contexts without suggestions": len(dialogues) - len(shown),
+        "suggestions per list": _spread([len(d.suggestions) for d in shown]),
+        "distinct suggestions": len({text for d in shown for text in d.suggestions}),
+        "suggestions clicked": rate,
+        "lists without a click": f"{sum(not d.clicked for d in shown) / max(1, len(shown)):.1%}",
+        "clicks by slot": by_slot,
+        # Only these make pairs for a reward model: the slot filter (003, section 3.5).
+        "lists clicked past the first": sum(bool(d.clicked) and 0 not in d.clicked for d in shown),
+        "contexts without a timestamp": sum(d.timestamp is None for d in dialogues),
     }
 
 
@@ -79,6 +109,8 @@ def describe(path: str | Path) -> dict[str, object]:
     _, first = next(data.json_objects(path, data.Faults()), ("", {}))
     if "starters" in first:
         return describe_impressions(data.read_impressions(path))
+    if "turns" in first or "suggestions" in first:
+        return describe_dialogues(data.read_dialogues(path))
     return describe_users(data.read_users(path))
 
 
@@ -114,10 +146,10 @@ def _turn(role: str, content: str) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("check", help="say what a users or impressions file holds")
+    check = commands.add_parser("check", help="say what a file of users, lists or dialogues holds")
     check.add_argument("file")
-    importer = commands.add_parser("import", help="conversations from elsewhere as users.jsonl")
-    importer.add_argument("kind", choices=[*KINDS])
+    importer = commands.add_parser("import", help="logs from elsewhere as our own")
+    importer.add_argument("kind", choices=[*KINDS, "mimics"])
     # Parts of one data set belong into one call: a person may stand in several.
     importer.add_argument("file", nargs="+", help="one file or the parts of one data set")
     # An export of ChatGPT is of one person and names nobody.
@@ -135,7 +167,10 @@ def main() -> None:
         if Path(given.out).resolve() in (Path(file).resolve() for file in given.file):
             # It is read while --out is written.
             raise UserError(f"--out {given.out}: is the file to be imported")
-        print(import_users(given.kind, given.file, given.out, given.user))
+        if given.kind == "mimics":
+            print(import_mimics(given.file, given.out))
+        else:
+            print(import_users(given.kind, given.file, given.out, given.user))
     else:
         # A list: whatever is wrong with the run is said before a file is begun.
         lines = [json.dumps(pair, ensure_ascii=False) + "\n" for pair in export_trl(given.run)]

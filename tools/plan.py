@@ -76,7 +76,7 @@ QWEN = {  # of the hub's config.json; heads of 64 or 128
     "7B": Shape(3584, 28, 28, 4, 18_944, 152_064, False, 128),
 }
 BY_NAME = {f"Qwen/Qwen2.5-{k}{end}": s for k, s in QWEN.items() for end in ("", "-Instruct")}
-BY_NAME["smollm2"] = Shape(576, 30, 9, 3, 1536, 49_152, True, 64, (False,) * 7)  # before its fetch
+BY_NAME[""] = Shape(576, 30, 9, 3, 1536, 49_152, True, 64, (False,) * 7)  # before its fetch
 
 
 def read_shape(path: Path) -> Shape:
@@ -205,9 +205,13 @@ def stage_bytes(config: Config, s: Shape, a: int) -> dict[str, dict[str, float]]
     if dpo.reference == "sit" and dpo.rounds > 1:
         others["dpo"] += weights + 4 * lora
     fewest = min(dpo.samples, HELD_OUT_LISTS, config.eval.lists)  # the most prompts at a time
+
+    def at_once(users: int) -> int:
+        return min(users, g.micro_batch or users)
+
     stages = {
-        "sit": training(s, g, config.sit.batch_users, config.sit.lists_per_row, a),
-        "dpo": training(s, g, dpo.batch_users, 1 + len(dpo.negatives), a),  # one list is chosen
+        "sit": training(s, g, at_once(config.sit.batch_users), config.sit.lists_per_row, a),
+        "dpo": training(s, g, at_once(dpo.batch_users), 1 + len(dpo.negatives), a),  # one is chosen
         # Checkpoints are tried out between two steps: gradients, AdamW and the best are there too.
         "sampling": sampling(s, g, fewest, a, lora_bytes=20),
     }
@@ -252,9 +256,10 @@ def plan(config: Config) -> str:
     """Parameters, bytes and tokens of the generator's stages; raises UserError if unknown."""
     g, s = config.generator, find_shape(config)
     kind = "4-bit NF4, double quantisation, bf16 compute" if g.load_in_4bit else "bf16"
-    cpu = [f"{name} {terms['peak'] / GIB:.2f}" for name, terms in stage_bytes(config, s, 4).items()]
+    a = 2 if g.precision == "bfloat16" else 4  # auto depends on the CPU
+    cpu = [f"{name} {terms['peak'] / GIB:.2f}" for name, terms in stage_bytes(config, s, a).items()]
     return "\n".join([
-        f"{g.model or 'embedded base model'}: {s.parameters:,} parameters, "
+        f"{g.model or 'SmolLM2-135M-Instruct'}: {s.parameters:,} parameters, "
         f"{s.lora(g.lora_rank):,} trained (LoRA r{g.lora_rank})",
         f"\nGiB on a GPU, {kind}; an estimate (results/plan.md):",
         *table_lines(stage_bytes(config, s, 2)),

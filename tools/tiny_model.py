@@ -29,7 +29,6 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import llm
-import roles
 from config import GeneratorConfig
 from encoder import packaged_minilm
 from files import atomic_path, progress, script, write_json
@@ -70,8 +69,6 @@ class Corpus:
         self.rng = random.Random(seed)
         text = Path(__file__).with_name("tiny_corpus.yaml").read_text(encoding="utf-8")
         self.phrases = yaml.safe_load(text)
-        for code in ("en", "zh"):  # a fluent model knows the usual questions
-            self.phrases[code]["templates"] += roles.templates(code)
         vocabulary = Path(packaged_minilm(), "vocab.txt").read_text(encoding="utf-8").split("\n")
         letters = [w for w in vocabulary if w.isascii() and w.strip("#").isalpha()]
         words = [w for w in letters if w[0] != "#" and len(w) > 2]

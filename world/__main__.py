@@ -1,31 +1,55 @@
 """Write a simulated platform's logs, without training on them.
 
     python -m world people --users 500 --seed 7 --out DIR
+    python -m world dialogues --contexts 4000 --seed 7 --out DIR
 """
 
 import argparse
 
-from config import load_config
+from config import DialoguesConfig, WorldConfig, load_config
+from encoder import Encoder
 from files import script
-from world import people
+from world import dialogues, people
 
 
 def main() -> None:
-    defaults = load_config().world  # those of a training run, so that seeds agree
+    defaults = load_config()  # those of a training run, so that seeds agree
     parser = argparse.ArgumentParser(prog="python -m world", description=__doc__.split("\n")[0])
-    parser.add_argument("platform", choices=["people"])  # to be joined by a shop and dialogues
-    parser.add_argument("--users", type=int, default=defaults.users)
-    parser.add_argument("--seed", type=int, default=defaults.seed)
-    parser.add_argument("--out", required=True)
-    arguments = parser.parse_args()
+    platforms = parser.add_subparsers(dest="platform", required=True)  # to be joined by a shop
+    for platform, (section, size, _) in PLATFORMS.items():
+        default, command = getattr(defaults, section), platforms.add_parser(platform)
+        command.add_argument(f"--{size}", dest="size", type=int, default=getattr(default, size))
+        command.add_argument("--seed", type=int, default=default.seed)
+        command.add_argument("--out", required=True)
+    given = parser.parse_args()
+    section, size, write = PLATFORMS[given.platform]
     # By way of the config, which refuses a number out of bounds in the usual words.
-    words = [f"world.users={arguments.users}", f"world.seed={arguments.seed}"]
-    world = people.World(load_config(None, words).world)
-    world.write(arguments.out)
+    words = [f"{section}.{size}={given.size}", f"{section}.seed={given.seed}"]
+    print(f"{given.out}: {write(getattr(load_config(None, words), section), given.out)}")
+
+
+def write_people(settings: WorldConfig, out: str) -> str:
+    world = people.World(settings)
+    world.write(out)
     sessions, lists = sum(len(user.sessions) for user in world.users), len(world.impressions)
     untapped = sum(not shown.clicked for shown in world.impressions) / lists
-    print(f"{arguments.out}: {len(world.users)} users, {sessions} sessions, {lists} lists, "
-          f"{untapped:.0%} without a tap")  # what a real log has: 50 to 90 %
+    return (f"{len(world.users)} users, {sessions} sessions, {lists} lists, "
+            f"{untapped:.0%} without a tap")  # what a real log has: 50 to 90 %
+
+
+def write_dialogues(settings: DialoguesConfig, out: str) -> str:
+    made = dialogues.Dialogues(settings, Encoder())
+    made.write(out)
+    shown = [row for row in made.log if row.suggestions]
+    unclicked = sum(not row.clicked for row in shown) / max(1, len(shown))
+    return (f"{len(made.log)} contexts, {len(shown)} with suggestions, {unclicked:.0%} of these "
+            f"without a click; {len(made.evaluation)} contexts to evaluate on")
+
+
+PLATFORMS = {  # name -> section of the config, its setting of the size, what writes it
+    "people": ("world", "users", write_people),
+    "dialogues": ("dialogues", "contexts", write_dialogues),
+}
 
 
 if __name__ == "__main__":

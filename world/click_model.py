@@ -1,6 +1,6 @@
 """What the simulated platform hides: how it understands a text, what resonates, who taps what.
 
-    truth = people.load_truth("runs/tiny/world")
+    truth = people.load_truth("runs/default/world")
     truth.click_probabilities("u17", ["What is Mars?", "Quiz me on Mars"])
 
 Departure: it stands in for the paper's live users (section 3.3). It understands a starter by its

@@ -1,0 +1,170 @@
+"""Real people: what every method writes for them, side by side, and readers' marks of it.
+
+    python eval.py --people users.jsonl eval.examples=20     # results/people.md, people_blind.md
+    python eval.py --marks anna.jsonl bo.jsonl               # counted into results/people.md
+
+People are taken by rule, never by hand. people_blind.md has the same lists under letters, for
+readers who are not to know the methods; people_key.json says which is which.
+
+Legend: B people, N summaries of a person, D embedding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import random
+import string
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import create_model
+
+import data
+import llm
+import train
+from config import Config
+from files import UserError, read_json, write_json
+from roles.players import players_of
+from run import Run, history_of, profile_vector
+from stages import metrics
+from stages.eval import LATEST, examples_page, write_lists
+from stages.rid import Distiller
+
+QUESTIONS = ("tap", "about", "true", "put")  # people.yaml puts them
+Mark = create_model(  # of one list by one reader: to how many of its starters the answer is yes
+    "Mark", __base__=data.Record, person=(data.Name, ...), letter=(data.Name, ...),
+    **dict.fromkeys(QUESTIONS, (data.Slot, ...)))
+LEAST = 3  # sessions that have a summary fit to be shown
+MARKS = "\n\n**Marks.** "  # begins what --marks adds to the page's head
+
+
+def in_order(run: Run, users: list[data.User]) -> list[data.User]:
+    """Users on whom a method may be judged, in the order of the SHA-256 of their ids."""
+    hashed = {hashlib.sha256(user.user_id.encode()).digest(): user for user in users}
+    # Of those whom the run has learned from, it may know what comes next.
+    splits = run.split(u.user_id for u in run.logged_users) if run.config.data.users else {}
+    # The even half lent titles to the teacher corpus (docs/teacher_corpus.md).
+    return [user for number, user in sorted(hashed.items())  # no two hashes are equal
+            if number[-1] % 2 and splits.get(user.user_id, "test") == "test"]
+
+
+def distilled(run: Run, users: list[data.User], share: float = 1.0) -> list[dict]:
+    """A row for each of some strangers: summaries, trigger interests and their scores.
+
+    share: of the sessions that are told; the rest is kept back as the person's future.
+    """
+    parts = [(u.sessions, []) if share == 1 else data.cut_sessions(u, share) for u in users]
+    run.encoder(sorted({s.summary for past, _ in parts for s in past}))  # like lengths together
+    # "Now" is the first session that is not told, else the last one.
+    histories = [history_of(past, future[0].timestamp if future else None, run.encoder)
+                 for past, future in parts]
+    profiles = torch.stack([profile_vector(user, run.encoder) for user in users])  # (B, D)
+    distiller, rows = Distiller.load(run), []
+    scores = distiller.scores(histories, profiles)  # (N,) of each
+    for user, history, s in zip(users, histories, scores, strict=True):
+        keep, texts = distiller.keep(history, s), history.texts
+        rows.append({"user_id": user.user_id, "summaries": texts[::-1],  # latest first
+                     "interests": [texts[i] for i in keep], "scores": [float(s[i]) for i in keep]})
+    return rows
+
+
+def write_people(config: Config, file: str, out: Path) -> None:
+    """Let every method write for people of a users.jsonl; the four files of `write_pages`.
+
+    Raises UserError if the file has bad lines or nobody who fits, or the run is not finished.
+    """
+    users = data.read_users(file)  # refused before anything is loaded
+    torch.set_flush_denormal(True)  # as in training, or scores had other last digits
+    llm.quiet_libraries()
+    run, n = Run(config, describe=False), config.eval.examples
+    if not run.folder.is_done("dpo", train.stage_key(run, "dpo")):  # it needs all the others
+        raise UserError(f"{run.folder.path}: no finished run of these settings; train.py first")
+    players = players_of(run)
+    known = map(players.summarised, in_order(run, users))  # one at a time: an LLM may be asked
+    people = [*itertools.islice((user for user in known if len(user.sessions) >= LEAST), n)]
+    if not people:
+        raise UserError(f"{file}: nobody has {LEAST} sessions, an odd SHA-256 of the user_id and "
+                        f"no part in the run's training (eval.examples={n})")
+    if len(people) < n:
+        print(f"{file}: only {len(people)} people fit (eval.examples={n})", file=sys.stderr)
+    rows = distilled(run, people)
+    told = ({row["user_id"]: row[name] for row in rows} for name in ("summaries", "interests"))
+    with train.explained(config, "eval"):
+        lists = write_lists(run, players.writer, *told, 1)
+    rows = [row | {"starters": {m: y[row["user_id"]] for m, y in lists.items()}} for row in rows]
+    names = Path(file).name, config.run.name, Path(players.writer.model_path).name
+    head = metrics.read_yaml("tables/people.yaml")["head"].format(
+        *map(metrics.escape, names), people=len(rows), least=LEAST)
+    write_pages(rows, head, run.seed("letters"), out)
+    print(f"{len(rows)} people: {out / 'people.md'}; to mark: {out / 'people_blind.md'}")
+
+
+def write_pages(rows: list[dict], head: str, seed: int, out: Path) -> None:
+    """people.md, people.jsonl, and people_blind.md with its key; seed: of the letters."""
+    key, blind = {}, []
+    for row in rows:
+        user, starters = row["user_id"], row["starters"]
+        methods = random.Random(f"{seed}/{user}").sample([*starters], len(starters))
+        letters = key[user] = dict(zip(string.ascii_uppercase, methods, strict=False))
+        # No interests: they are RID's choice, and a reader is to judge by all that was said.
+        blind.append(row | {"interests": [], "scores": [],
+                            "starters": {letter: starters[m] for letter, m in letters.items()}})
+    latest = [row | {"summaries": row["summaries"][:LATEST]} for row in rows]
+    metrics.write_pages(out, {
+        "people.md": examples_page(head, latest),
+        "people_blind.md": examples_page(metrics.read_yaml("tables/people.yaml")["blind"], blind),
+        "people.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)})
+    write_json(out / "people_key.json", key)
+
+
+def read_marks(file: str, lists: dict, faults: data.Faults) -> dict:
+    """(person, letter) -> shares of yes (4,) of one reader; notes all that is wrong in `faults`.
+
+    lists: (person, letter) -> the starters.
+    """
+    shares = {}
+    for place, value in data.json_objects(file, faults):
+        try:
+            person, letter, *counts = Mark.model_validate(value).model_dump().values()
+            if (person, letter) not in lists or (person, letter) in shares:
+                raise ValueError("letter: no such list, or marked on an earlier line too")
+            if max(counts) > (k := len(lists[person, letter])):
+                raise ValueError(f"line: counts go up to {k}, the list's starters")
+            shares[person, letter] = np.array(counts) / max(k, 1)  # an empty list has 0
+        except ValueError as error:  # a ValidationError is one too
+            faults.add(place, error)
+    people = {person for person, _ in shares}
+    # Methods are to be compared on the same people, by the same readers.
+    if not faults and (not people or any(person in people for person, _ in lists.keys() - shares)):
+        faults.add(file, ValueError("letter: each list of a person is to be marked, or none"))
+    return shares
+
+
+def add_marks(files: list[str], out: Path) -> None:
+    """Count marks, a file a reader, into the head of people.md; raises DataError of all faults."""
+    key, faults, marks = read_json(out / "people_key.json"), data.Faults(), defaultdict(list)
+    rows = [row for _, row in data.json_objects(out / "people.jsonl", faults)]
+    lists = {(row["user_id"], letter): row["starters"][method][0]
+             for row in rows for letter, method in key[row["user_id"]].items()}
+    for file in files:
+        for place, shares in read_marks(file, lists, faults).items():
+            marks[place].append(shares)
+    faults.refuse()
+    table = []
+    for method in rows[0]["starters"]:
+        places = [place for place in marks if key[place[0]][place[1]] == method]  # one a person
+        means = np.transpose([np.mean(marks[place], 0) for place in places])  # (questions, B)
+        cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*metrics.bootstrap([x])) for x in means]
+        table.append([method, *cells, f"{np.mean([len(lists[place]) for place in places]):.1f}"])
+    text = metrics.read_yaml("tables/people.yaml")["marks"]
+    text = MARKS + text.format(people=len(places), readers=len(files)) + "\n\n"
+    text += metrics.markdown_table(["Method", *QUESTIONS, "starters"], table)
+    # Nothing in people's texts is a heading.
+    head, people = (out / "people.md").read_text(encoding="utf-8").split("\n\n## ", 1)
+    metrics.write_pages(out, {"people.md": head.split(MARKS)[0] + text + "\n## " + people})
+    print(text.strip())
