@@ -44,7 +44,7 @@ def page(results: dict[str, dict]) -> str:
         "# Beside the peers\n",
         "```bash\npip install -r requirements-dev.txt && python -m benchmarks\n```\n",
         "CPU seconds of one thread, candidates in turn in one process, medians of five "
-        "(sampling: of one to five); peak memory of a process that does nothing else.\n",
+        "(dpo, sampling: of three); peak memory of a process that does nothing else.\n",
         *(
             ", ".join(f"{name} {value}" for name, value in json.loads(machine).items()) + ".\n"
             for machine in sorted(machines)

@@ -136,7 +136,7 @@ def main() -> None:
         ours, trl, compact = (side(model, *work(name)) for side in SIDES.values())
         note = same_step(ours, trl, model, model)
         same_step(ours, compact, model, model)
-        times = seconds({"ours": ours, "trl": trl, "compact": compact})
+        times = seconds({"ours": ours, "trl": trl, "compact": compact}, repeats=3)
         length, lists = WORK[name]
         step = f"DPO step, prompt {length}, 1+"
         label = f"{name.replace('1+', step)} lists of ~{sum(map(len, lists)) // len(lists)}"

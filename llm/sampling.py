@@ -196,27 +196,30 @@ class Tree:
 class _Layer:
     """Keys and values of a layer: (B, K, P, d) of the trunks, (B, Q, K, T, d) of the branches.
 
-    A token sees its trunk and its own branch: the scores of either share a softmax.
+    A token sees its trunk and its own branch: the scores of either share a softmax. The keys of
+    branches lie the other way round, (.., d, T), for which products in bfloat16 are twice as fast.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, bias: Tensor | None, slots: int, most: int):
         self.trunk, self.bias, self.length = [keys, values], bias, 0  # bias (B, 1, 1, P)
         b, heads = keys.shape[:2]
-        self.branch = [x.new_empty(b, slots, heads, most, x.shape[-1]) for x in self.trunk]
+        self.branch = [keys.new_empty(b, slots, heads, keys.shape[-1], most),
+                       values.new_empty(b, slots, heads, most, values.shape[-1])]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """The next token of each branch: queries (B, heads, Q, d) -> (B, Q, heads, d)."""
-        for kept, new in zip(self.branch, (key, value), strict=True):
-            kept[:, :, :, self.length] = new.transpose(1, 2)
+        keys, values = self.branch
+        keys[..., self.length] = key.transpose(1, 2)
+        values[..., self.length, :] = value.transpose(1, 2)
         self.length += 1
-        keys, values = (kept[:, :, :, : self.length] for kept in self.branch)  # (B, Q, K, t, d)
+        keys, values = keys[..., : self.length], values[..., : self.length, :]
         # Queries of all slots meet the trunk in one product a key head, those of a slot its branch.
         query = (query * scaling).transpose(1, 2).unflatten(2, (key.shape[1], -1))
         by_head = query.transpose(1, 2)  # (B, K, Q, G, d)
         trunk = by_head.flatten(2, 3) @ self.trunk[0].transpose(2, 3)  # (B, K, Q G, P)
         if self.bias is not None:
             trunk += self.bias
-        branch = query @ keys.transpose(3, 4)  # (B, Q, K, G, t)
+        branch = query @ keys  # (B, Q, K, G, t)
         scores = torch.cat([trunk.view(*by_head.shape[:4], -1), branch.transpose(1, 2)], -1)
         weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)  # (B, K, Q, G, P + t)
         trunk, branch = weights.split([trunk.shape[-1], self.length], -1)
