@@ -58,15 +58,14 @@ def read_run(path: str) -> SeedRun:
         try:
             return SeedRun.model_validate_json(folder.read_bytes())
         except ValidationError as error:
-            fault = error.errors(include_url=False)[0]
-            where = ".".join(map(str, fault["loc"])) or "file"
-            raise UserError(f"{path}: {where}: {fault['msg']}; no values of a run") from None
+            fault = error.errors(include_url=False)[0]  # the first one and where it is
+            raise UserError(f"{path}: no values of a run: {fault['loc']}: {fault['msg']}") from None
     done = {file.parent.name: read_json(file) for file in folder.glob("*/done.json")}
     if "eval" not in done or not (folder / "eval" / "values.json").is_file():
         raise UserError(f"{path}: no finished run: eval/ lacks done.json or values.json; remove "
                         "it, and start train.py with the run's settings again")
     values, settings = (read_json(folder / "eval" / f"{n}.json") for n in ("values", "settings"))
-    about = read_json(folder / "environment.json")
+    about = read_json(folder / "environment.json")  # of the last start
     return SeedRun(
         name=folder.resolve().name, generator=Path(done["base"]["model"]).name,
         seeds=(settings["world"]["seed"], settings["run"]["seed"]),
@@ -126,14 +125,12 @@ def page(runs: list[SeedRun], command: str) -> str:
             gaps = paired(seeds, metric, more, less)
             each = ", ".join(format(gap.mean(), form) for gap in gaps)
             differences.append([f"{more} - {less}", title, each, *summary(gaps, form)])
-    targets = [
-        "- {}: {}; above {least}: {}".format(
-            title, *summary(per_seed(seeds, method, metric), ".3f", least), least=least)
-        for title, method, metric, least in texts["targets"]
-        if method in have and metric in dict(columns.values())]
-    users = [len(next(iter(run.values.values()))["PE"]) for run in runs]
-    table = [[escape(run.name), *map(str, (*run.seeds, n)), escape(run.commit), str(run.hours)]
-             for run, n in zip(runs, users, strict=True)]
+    targets = [f"- {title}: " + f"; above {least}: ".join(
+                   summary(per_seed(seeds, method, metric), ".3f", least))
+               for title, method, metric, least in texts["targets"]
+               if method in have and metric in dict(columns.values())]
+    table = [[escape(run.name), *map(str, (*run.seeds, len(next(iter(run.values.values()))["PE"]))),
+              escape(run.commit), str(run.hours)] for run in runs]
     size = ", ".join(f"{key} {first.settings.get(key)}" for key in texts["size"])
     return texts["page"].format(
         command=command, words=changed(first), generator=escape(first.generator), size=size,

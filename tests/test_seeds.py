@@ -179,7 +179,7 @@ def one_less(kept):
     (lambda kept: kept.update(values={}), "the same methods"),
     (one_less, "the same methods"),
     (lambda kept: kept["values"]["lexical"].pop("PE"), "the same methods"),
-    (lambda kept: kept["values"]["lexical"]["PE"].update(x="<b>"), "values.lexical.PE.x"),
+    (lambda kept: kept["values"]["lexical"]["PE"].update(x="<b>"), "'lexical', 'PE', 'x'"),
     (lambda kept: kept.update(more=1), "more"),
 ])
 def test_a_broken_file_of_values_is_refused(runs, break_it, why, tmp_path):
