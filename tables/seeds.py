@@ -3,8 +3,6 @@
     python train.py world.seed=100 run.seed=100 run.name=mid-100      # and 101, 102
     python eval.py --over runs/mid-100 runs/mid-101 runs/mid-102      # results/seeds.md
     python eval.py --over results/values/mid-*.json                   # the same page, no run needed
-
-The intervals of claims.py hold for its very seeds; here seeds are drawn again, then their users.
 """
 
 from __future__ import annotations
@@ -12,9 +10,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
 
-import numpy as np
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from config import Config
@@ -27,13 +23,13 @@ from tables.report import in_all
 class SeedRun(BaseModel, extra="forbid", allow_inf_nan=False):
     """What results/values/ keeps of a run; files of it may come from anywhere."""
 
-    name: Annotated[str, Field(pattern=r"^[^/\\]+$")]  # it becomes a file's name
+    name: str = Field(pattern=r"^[^/\\]+$")  # it becomes a file's name
     seeds: tuple[int, int]  # of world and run
     generator: str
     commit: str
     hours: float  # of the clock, all stages, each as it ran last
     processors: int
-    settings: dict[str, Any]  # "section.key" -> value, without name, place and seeds
+    settings: dict[str, object]  # "section.key" -> value, without name, place and seeds
     values: dict[str, dict[str, dict[str, float]]]  # metric -> method -> user -> value
 
     @model_validator(mode="after")
@@ -45,7 +41,7 @@ class SeedRun(BaseModel, extra="forbid", allow_inf_nan=False):
         return self
 
 
-def flat(settings: dict[str, dict]) -> dict[str, Any]:
+def flat(settings: dict[str, dict]) -> dict[str, object]:
     """section -> key -> value as "section.key" -> value, without what may differ."""
     return {f"{name}.{key}": value for name, part in settings.items()
             for key, value in part.items() if name != "run" and (name, key) != ("world", "seed")}
@@ -102,7 +98,7 @@ def by_method(run: SeedRun) -> dict:
                        for method in next(iter(run.values.values()))}}
 
 
-def summary(rows: list[np.ndarray], form: str, bound: float = 0.0) -> tuple[str, str]:
+def summary(rows: list, form: str, bound: float = 0.0) -> tuple[str, str]:
     """("mean [low, high]", whether that lies above a bound) of users' values (U,) of each seed."""
     value, low, high = bootstrap(rows, hierarchical=True)
     verdict = "holds" if low > bound else "not" if high < bound else "undecided"
