@@ -3,7 +3,7 @@
     pip install -r requirements-dev.txt && python -m benchmarks
     python -m benchmarks sit contrastive        # these anew, the others as they were last measured
 
-All take about 45 minutes of one core. Growth with the users: `python -m benchmarks.scaling`.
+All take about an hour of one core. Growth with the users: `python -m benchmarks.scaling`.
 """
 
 from __future__ import annotations
@@ -44,13 +44,14 @@ def page(results: dict[str, dict]) -> str:
         "# Beside the peers\n",
         "```bash\npip install -r requirements-dev.txt && python -m benchmarks\n```\n",
         "CPU seconds of one thread, candidates in turn in one process, medians of five "
-        "(sampling 96 tokens: once); peak memory of a process that does nothing else.\n",
+        "(dpo, sampling: of three); peak memory of a process that does nothing else.\n",
         *(
             ", ".join(f"{name} {value}" for name, value in json.loads(machine).items()) + ".\n"
             for machine in sorted(machines)
         ),
-        "DPO, SIT and sampling: random weights of Qwen2.5-0.5B's width and 151,936 tokens, 4 "
-        "layers, fp32, LoRA r16 on all linear layers (sampling: none). Each script's first lines "
+        "DPO, SIT and sampling: SmolLM2-135M-Instruct where it is named, else random weights of "
+        "Qwen2.5-0.5B's width and 151,936 tokens, 4 layers; fp32, LoRA r16 on all linear layers "
+        "(sampling: none). Each script's first lines "
         "say what its peer does.\n",
         table(rows),
         f"\nBelow what was asked: {'; '.join(r.work for r in rows if r.missed) or 'none'}.\n",

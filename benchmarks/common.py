@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 
 from files import ROOT
-from llm import quiet_libraries
+from llm import load_generator, quiet_libraries
+from llm.weights import smollm2_folder
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "sentence-transformers", "pyversity")
 
@@ -204,6 +205,13 @@ def qwen(vocabulary: int = 151_936):
         pad_token_id=1,
     )
     return Qwen2ForCausalLM(config).eval()
+
+
+def smollm2():
+    """SmolLM2-135M-Instruct, the embedded default, ended by w0 as `qwen` is: all lists run full."""
+    model = load_generator(str(smollm2_folder()))  # fetched and converted the first time
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 0, 1
+    return model
 
 
 def tokens(n: int, vocabulary: int = 151_936) -> list[int]:

@@ -8,11 +8,13 @@ loss and gradient. TRL's step also computes what its log shows (entropy, mean lo
 
 TRL 1.16 has a chunked head of its own. On a GPU with Triton it scores the lists' tokens only, as we
 do; on a CPU it scores the prompts' too. The second row turns that on here (a patch of ours), so
-that what remains is the shared prompt.
+that what remains is the shared prompt. SmolLM2 is the embedded default; the others are of
+Qwen2.5-0.5B's width, with its vocabulary.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 import tempfile
 from unittest import mock
@@ -21,15 +23,27 @@ import torch
 
 import icebreaker as ib
 import llm
-from benchmarks.common import Row, peak_gb, prepare, print_peak, qwen, report, same_step, seconds
+from benchmarks.common import (
+    Row,
+    peak_gb,
+    prepare,
+    print_peak,
+    qwen,
+    report,
+    same_step,
+    seconds,
+    smollm2,
+)
 from benchmarks.common import tokens as random_tokens
 
 BETA = 0.1
-WORK = {"1+3": (384, [64, 60, 68, 64]), "1+1": (128, [64, 64])}  # prompt, chosen and rejected lists
+SMOL = "SmolLM2: 1+3"
+# Prompt, chosen and rejected lists.
+WORK = {SMOL: (128, [48] * 4), "1+3": (384, [64, 60, 68, 64]), "1+1": (128, [64, 64])}
 
 
-def policy():
-    model = llm.add_lora(qwen(), rank=16, alpha=32, seed=0)
+def policy(name: str = "1+3"):
+    model = llm.add_lora(smollm2() if name == SMOL else qwen(), rank=16, alpha=32, seed=0)
     for name, p in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.02)
@@ -41,7 +55,9 @@ def work(name: str):
     torch.manual_seed(1)
     length, lists = WORK[name]
     reference = -12.0 * torch.arange(10, 10 + len(lists))
-    return random_tokens(length), [random_tokens(n) for n in lists], reference
+    vocabulary = 49_152 if name == SMOL else 151_936
+    written = [random_tokens(n, vocabulary) for n in lists]
+    return random_tokens(length, vocabulary), written, reference
 
 
 def our_step(model, prompt, lists, reference):
@@ -103,28 +119,33 @@ def trl_step(model, prompt, lists, reference, lists_only: bool = False):
     return run
 
 
+SIDES = {
+    "ours": our_step, "trl": trl_step, "compact": functools.partial(trl_step, lists_only=True)
+}
+
+
 def main() -> None:
     prepare()
     if len(sys.argv) > 1:  # one step of one side, for its memory
         _, side, name = sys.argv
-        {"ours": our_step, "trl": trl_step}[side](policy(), *work(name))()
+        SIDES[side](policy(name), *work(name))()
         return print_peak()
     rows = []
-    for name, asked, memory in (("1+3", 10, 3), ("1+1", 2, None)):
-        model = policy()
-        ours, trl = our_step(model, *work(name)), trl_step(model, *work(name))
-        compact = trl_step(model, *work(name), lists_only=True)
+    for name, asked, memory in ((SMOL, None, None), ("1+3", 10, 3), ("1+1", 2, None)):
+        model = policy(name)
+        ours, trl, compact = (side(model, *work(name)) for side in SIDES.values())
         note = same_step(ours, trl, model, model)
         same_step(ours, compact, model, model)
-        times = seconds({"ours": ours, "trl": trl, "compact": compact})
+        times = seconds({"ours": ours, "trl": trl, "compact": compact}, repeats=3)
         length, lists = WORK[name]
-        label = f"DPO step, prompt {length}, {name} lists of ~64"
-        peaks = [peak_gb("benchmarks.dpo", side, name) for side in ("ours", "trl")]
+        step = f"DPO step, prompt {length}, 1+"
+        label = f"{name.replace('1+', step)} lists of ~{sum(map(len, lists)) // len(lists)}"
+        mine, theirs, patched = (peak_gb("benchmarks.dpo", side, name) for side in SIDES)
         peer = "TRL DPOTrainer, cached reference"
         rows += [
-            Row(label, peer, times["ours"], times["trl"], asked, *peaks, memory, note),
+            Row(label, peer, times["ours"], times["trl"], asked, mine, theirs, memory, note),
             Row(label, f"{peer}, lists' tokens scored only (patched)", times["ours"],
-                times["compact"], None, note=note),
+                times["compact"], None, mine, patched, note=note),
         ]
     report("DPO step", rows)
 

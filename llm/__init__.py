@@ -6,10 +6,9 @@
 
 # The rest of the project says `import llm; llm.sample(...)`, so that a test can replace a function
 # in one place. Names that only a neighbour needs (decoder_and_head, tree_mask, Tree, Draw) stay in
-# their modules. Imports go one way here: weights < model, starters < prompts < logps < sampling.
-from llm.logps import (
-    TreeRows, averaged_gradients, check_tree_rows, completion_logps, row_logps, tree_rows,
-)
+# their modules. Imports go one way: weights < model, starters < prompts < logps < sampling < check.
+from llm.check import check_tree_rows
+from llm.logps import TreeRows, averaged_gradients, completion_logps, row_logps, tree_rows
 from llm.model import (  # loading, LoRA, adapters
     add_lora, check_model, dtype_of, load_adapter, load_generator, load_tokenizer, merge_adapter,
     model_path, quiet_libraries, save_adapter,

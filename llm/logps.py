@@ -19,14 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from files import UserError, processes
-from llm.model import check_length, decoder_and_head
+from files import processes
+from llm.model import decoder_and_head
 from llm.prompts import Ids
 
-_checked: set[tuple[str, bool]] = set()  # (path, in 4 bit?) of what check_tree_rows has passed
-# How far rounding may part two ways to compute a token's log-probability, on average. SmolLM2, at
-# 42 places of its vocabulary: 2e-5 in float32, also in 4 bit computed so; 0.09 in bfloat16.
-ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.3}
 HEAD_CHUNK = 256  # positions whose vocabulary row exists at once: V is 150,000 in Qwen2.5
 
 
@@ -125,42 +121,6 @@ def row_logps(model, rows: TreeRows, head_chunk: int = HEAD_CHUNK) -> Tensor:
     # Prompt tokens are never scored, so no vocabulary row is made for them.
     scored = hidden.flatten(0, 1)[rows.source.to(device)]  # (S, H)
     return _token_logps(head, scored, rows.target.to(device), head_chunk)
-
-
-@torch.no_grad()
-def check_tree_rows(model, length: int) -> None:
-    """Raise UserError unless tree rows give the log-probabilities of the model itself.
-
-    It is run on a dozen tokens, once for each path; length: of the longest prompt with a list.
-    What adds distances in the row to its scores (ALiBi), carries a state from list to list or
-    scales its logits would be trained on other numbers, and nothing would say so.
-    """
-    check_length(model.config, length)
-    path = model.config.name_or_path
-    key = path, getattr(model, "is_loaded_in_4bit", False)
-    if key in _checked:
-        return
-    first = model.config.get_text_config().vocab_size // 2  # ordinary words, with any tokenizer
-    ids = [*range(first, first + 12)]
-    prompt, *lists = ids[:3], ids[3:7], ids[7:]
-    try:
-        tree = row_logps(model, tree_rows([prompt], [lists]))  # (S,)
-        rows = [torch.tensor([prompt + tokens], device=tree.device) for tokens in lists]
-        logits = torch.cat([model(row, use_cache=False).logits[0, 2:-1] for row in rows])  # (S, V)
-        alone = -F.cross_entropy(logits.float(), tree.new_tensor(ids[3:]).long(), reduction="none")
-    except torch.OutOfMemoryError:  # explained where the stage is known (train.explained)
-        raise
-    except Exception as error:  # takes no such mask or no positions, in as many ways as there are
-        reason = f"its decoder fails: {type(error).__name__}: {' '.join(str(error).split())[:150]}"
-    else:
-        error = (tree - alone).abs().mean().item()
-        reason = f"log-probabilities differ by {error:.2g}, as with ALiBi, a state or scaled logits"
-        if error < ROUNDING[model.dtype]:  # false if it is NaN
-            _checked.add(key)
-            return
-    raise UserError(
-        f"generator.model={path}: lists that share a prompt (tree rows) cannot be scored as one "
-        f"sequence at a time ({reason}); name another model")
 
 
 def averaged_gradients(model) -> Callable[..., list[Tensor]]:

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.utils import logging as transformers_logging
 
 from config import TINY, GeneratorConfig
-from files import ROOT, UserError, atomic_path
+from files import ROOT, UserError, atomic_path, read_json, write_json
 from llm.weights import make_smollm2, smollm2_folder
 
 # peft takes seconds to import, for which a command without an adapter need not wait: it is imported
@@ -160,16 +160,25 @@ def merge_adapter(model, adapter: str | Path, tokenizer, folder: str | Path, car
     """Write the model (16 or 32 bit) with the adapter in its weights, tokenizer and model card."""
     # In 16 bit: into a 4-bit base the sum would be rounded to 4 bit again.
     merged = load_adapter(model, adapter, trainable=False).merge_and_unload().bfloat16()
+    # For servers with transformers 4 also under the names of then: without rope_theta they would
+    # turn by another angle and say nothing.
+    rope = getattr(merged.config, "rope_parameters", None) or {}
+    if "rope_theta" in rope:
+        merged.config.rope_theta = rope["rope_theta"]
     with atomic_path(folder) as temporary:
         merged.save_pretrained(temporary, safe_serialization=True)
         tokenizer.save_pretrained(temporary)
+        settings = read_json(temporary / "tokenizer_config.json")
+        if settings.get("tokenizer_class") == "TokenizersBackend":
+            settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # an alias in transformers 5
+        write_json(temporary / "tokenizer_config.json", settings)
         (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
 def decoder_and_head(model, length: int):
     """(decoder, head) below PEFT's and the causal LM's wrappers, for texts of `length` tokens.
 
-    That a linear head is all that follows the decoder is measured once: logps.check_tree_rows.
+    That a linear head is all that follows the decoder is measured once: check.check_tree_rows.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model  # under PEFT
     check_length(causal.config, length)

@@ -1,7 +1,8 @@
 """Sampling n lists of each prompt: a tree grows, one token a branch at each step.
 
-The prompt is read once as the trunk, and the cache holds it once, not n times; the mask is that of
-tree rows (logps.py). A seed gives a prompt the same lists, whatever is decoded beside it.
+The prompt is read once as the trunk, and kept once, not n times; what all prompts begin with is
+read once for all. A branch attends to its trunk and to itself, as in tree rows (logps.py). A seed
+gives a prompt the same lists, whatever is decoded beside it.
 
     python -m benchmarks.sampling   # beside transformers' generate, which draws the same tokens
 
@@ -9,17 +10,20 @@ Departure: of the top_k likeliest tokens only the smallest set that holds top_p 
 sort a vocabulary of 150,000 at each step would take longer than the model.
 
 Legend: B prompts with an open sample, n samples of each, Q slots of open samples, V vocabulary,
-T new tokens at most, H hidden.
+T new tokens at most, t of them so far, P tokens of a trunk, H hidden, d of a head; each of K heads
+with keys serves G heads with queries.
 """
 
 import functools
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import AttentionInterface, DynamicCache
 
 from files import digest, progress
 from llm.logps import tree_mask
@@ -36,6 +40,7 @@ class Prefix:
 
 
 NO_PREFIX = Prefix([], [])
+WORTH_READING = 32  # tokens: what shorter common beginnings save, a pass of their own costs
 
 
 def sample(model, tokenizer, prompts: list[Ids], n: int, **settings) -> list[list[str]]:
@@ -51,7 +56,7 @@ def sample_ids(
     rows: int = 256,  # completions that are decoded together
     stop: str = "</sug>",  # this text ends a completion, as an end token does
     numbers: Sequence[int] | None = None,  # of the prompts, for their random numbers: 0, 1, 2, ...
-    prefix: Prefix = NO_PREFIX,  # with which all prompts begin, read once
+    prefix: Prefix = NO_PREFIX,  # of all prompts, if it was read before; else read here
     watch: Callable[[Tensor], Tensor] | None = None,
     draw=None,  # tests and benchmarks: in place of a Draw by temperature, top_p, top_k and seed
 ) -> list[Tensor]:
@@ -66,6 +71,8 @@ def sample_ids(
     numbers, order, size = numbers or range(len(prompts)), [*range(len(prompts))], max(1, rows // n)
     if len(order) > size:  # like lengths together: less padding
         order.sort(key=lambda i: len(prompts[i]))
+    if not prefix.ids and len(shared := _common_start(prompts)) >= WORTH_READING:
+        prefix = read_prefix(model, shared)
     draw, ends = draw or Draw(temperature, top_p, top_k, seed), Ends(model, tokenizer, stop)
     drawn: dict[int, Tensor] = {}
     for start in progress(range(0, len(order), size), "sample"):
@@ -87,10 +94,19 @@ def sample_ids(
 def read_prefix(model, ids: Ids) -> Prefix:
     """Read tokens with which prompts begin; it holds as long as the model's weights do."""
     decoder, head = decoder_and_head(model, len(ids))
-    cache = Cache([_Buffer(len(ids)) for _ in range(decoder.config.num_hidden_layers)])
+    cache = DynamicCache()
     row = torch.tensor([ids], device=head.weight.device)
     decoder(input_ids=row, past_key_values=cache, use_cache=True)
     return Prefix(ids, [(layer.keys, layer.values) for layer in cache.layers])
+
+
+def _common_start(prompts: list[Ids]) -> Ids:
+    """The tokens with which several prompts begin and after which each of them goes on."""
+    if len(prompts) < 2:
+        return []
+    first, last = min(prompts), max(prompts)  # in the order of a dictionary: all others lie between
+    shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    return first[: min(len(list(shared)), min(map(len, prompts)) - 1)]
 
 
 class Tree:
@@ -102,19 +118,14 @@ class Tree:
     # sample   0 2 3 | 0 1 2     # (B, Q), the one that each slot grows; 3 = n is nobody's
     # token    the one that each slot has just written, (B, Q); logits (B, Q, V) of the next one
     # tokens   of all samples of all prompts, and a row for nobody, (prompts, n + 1, T)
-    # branch   of all keys in the cache, (B, keys): 0 prompt, -1 pad, 1 + sample
 
     def __init__(self, model, prompts: list[Ids], n: int, most: int, pad: int, prefix=NO_PREFIX):
         """Read the prompts, from the end of `prefix` on; most: T, the tokens a sample may have."""
-        b, width = len(prompts), max(map(len, prompts))
-        self.decoder, self.head = decoder_and_head(model, width + most)
-        device, layers = self.head.weight.device, range(self.decoder.config.num_hidden_layers)
-        self.cache = Cache([_Buffer(width + n * most) for _ in layers])
-        past = len(prefix.ids)
+        b, width, past = len(prompts), max(map(len, prompts)), len(prefix.ids)
         if any(p[:past] != prefix.ids or len(p) == past for p in prompts):
             raise ValueError("sample: a prompt does not go on from the prefix")
-        for layer, parts in zip(self.cache.layers, prefix.layers, strict=past > 0):
-            layer.update(*(part.expand(b, *part.shape[1:]) for part in parts))
+        self.decoder, self.head = decoder_and_head(model, width + most)
+        device, dtype = self.head.weight.device, self.decoder.get_input_embeddings().weight.dtype
         self.n, self.most, self.steps = n, most, 0
         self.length = torch.tensor([len(p) for p in prompts], device=device)  # (prompts,)
         self.prompt = torch.arange(b, device=device)
@@ -123,20 +134,23 @@ class Tree:
         # Not `pad`, which may lie beyond the embedding: what the mask hides may be any token.
         ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device)
         position = torch.arange(width, device=device).expand(b, width)
-        self.branch = -(position >= self.length[:, None]).long()
-        branch = self.branch[:, past:]
-        hidden = self._read(ids[:, past:], position[:, past:], branch, branch)
+        beyond = position >= self.length[:, None]
+        branch = -beyond.long()  # that of tree rows: 0 the trunk, -1 pads
+        cache = DynamicCache()
+        for i, parts in enumerate(prefix.layers):
+            cache.update(*(part.expand(b, *part.shape[1:]) for part in parts), i)
+        hidden = self.decoder(
+            input_ids=ids[:, past:], position_ids=position[:, past:], past_key_values=cache,
+            attention_mask=tree_mask(branch[:, past:], branch[:, past:], branch, dtype),
+            use_cache=True).last_hidden_state
         last = hidden[self.prompt, self.length - 1 - past]  # (B, H): pads stand behind it
         # One vocabulary row a prompt: all its samples begin alike.
         self.logits = self.head(last).float()[:, None].expand(b, n, -1)
-
-    def _read(self, ids: Tensor, position: Tensor, branch: Tensor, trunk: Tensor) -> Tensor:
-        """Tokens (B, Q), which the cache takes in -> hidden states (B, Q, H)."""
-        dtype = self.decoder.get_input_embeddings().weight.dtype
-        mask = tree_mask(branch, trunk, self.branch, dtype)
-        return self.decoder(
-            input_ids=ids, position_ids=position, attention_mask=mask,
-            past_key_values=self.cache, use_cache=True).last_hidden_state
+        bias = None  # most prompts are decoded alone or beside others of their length
+        if beyond.any():
+            bias = torch.zeros(b, 1, 1, width, dtype=dtype, device=device)
+            bias.masked_fill_(beyond[:, None, None], -math.inf)
+        self.layers = [_Layer(c.keys, c.values, bias, n, most) for c in cache.layers]
 
     @property
     def is_open(self) -> bool:
@@ -152,46 +166,82 @@ class Tree:
         if not self.is_open:  # nobody needs the next logits
             return
         self._drop_closed()
-        self.branch = torch.cat([self.branch, self.sample + 1], 1)
         # The first new token stands right behind the prompt, whatever the padding.
         position = (self.length[self.prompt] + self.steps - 1)[:, None].expand_as(self.token)
-        trunk = torch.zeros_like(self.sample)
-        self.logits = self.head(self._read(self.token, position, self.sample + 1, trunk)).float()
+        config = self.decoder.config  # the public set_attn_implementation walks all modules
+        before, config._attn_implementation = config._attn_implementation, "tree"
+        try:
+            hidden = self.decoder(
+                input_ids=self.token, position_ids=position, use_cache=False, layers=self.layers)
+        finally:
+            config._attn_implementation = before
+        self.logits = self.head(hidden.last_hidden_state).float()
 
     def _drop_closed(self) -> None:
         """Drop slots that no prompt needs, and prompts that are done."""
         going = self.sample < self.n  # (B, Q)
-        slots = int(going.sum(1).max())
-        if slots < self.sample.shape[1]:  # open slots first, the rest of the columns away
-            kept = going.sort(dim=1, descending=True, stable=True).indices[:, :slots]
-            self.sample, self.token = self.sample.gather(1, kept), self.token.gather(1, kept)
         rows = going.any(1)
-        if rows.float().mean() < 0.75:  # dropping a prompt copies the cache: once it saves enough
-            self.cache.batch_select_indices(rows.nonzero().flatten())
-            self.prompt, self.branch = self.prompt[rows], self.branch[rows]
-            self.sample, self.token = self.sample[rows], self.token[rows]
+        if rows.float().mean() >= 0.75:  # dropping a prompt copies its trunk: once it saves enough
+            rows = torch.ones_like(rows)
+        rows, going = rows.nonzero(), going[rows]  # (B, 1): they index together with the slots
+        slots = going.sort(dim=1, descending=True, stable=True).indices  # the open ones first
+        slots = slots[:, : int(going.sum(1).max())]
+        if slots.shape != self.sample.shape:
+            self.prompt = self.prompt[rows[:, 0]]
+            self.sample, self.token = self.sample[rows, slots], self.token[rows, slots]
+            for layer in self.layers:
+                layer.keep(rows, slots)
 
 
-class _Buffer(DynamicLayer):
-    """Keys and values of a layer, with room for `size` tokens: no copy of the past at each step."""
+class _Layer:
+    """Keys and values of a layer: (B, K, P, d) of the trunks, (B, Q, K, T, d) of the branches.
 
-    def __init__(self, size: int):
-        super().__init__()
-        self.size, self.length = size, 0
+    A token sees its trunk and its own branch: the scores of either share a softmax. The keys of
+    branches lie the other way round, (.., d, T), for which products in bfloat16 are twice as fast.
+    """
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:  # dtype and device are known from here on
-            self.lazy_initialization(key_states, value_states)
-            b, heads, _, d = key_states.shape
-            self.keys = key_states.new_empty(b, heads, self.size, d)
-            self.values = value_states.new_empty(b, heads, self.size, value_states.shape[-1])
-        begin, self.length = self.length, self.length + key_states.shape[2]
-        self.keys[:, :, begin : self.length] = key_states
-        self.values[:, :, begin : self.length] = value_states
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]  # views
+    def __init__(self, keys: Tensor, values: Tensor, bias: Tensor | None, slots: int, most: int):
+        self.trunk, self.bias, self.length = [keys, values], bias, 0  # bias (B, 1, 1, P)
+        b, heads = keys.shape[:2]
+        self.branch = [keys.new_empty(b, slots, heads, keys.shape[-1], most),
+                       values.new_empty(b, slots, heads, most, values.shape[-1])]
 
-    def get_seq_length(self) -> int:
-        return self.length
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """The next token of each branch: queries (B, heads, Q, d) -> (B, Q, heads, d)."""
+        keys, values = self.branch
+        keys[..., self.length] = key.transpose(1, 2)
+        values[..., self.length, :] = value.transpose(1, 2)
+        self.length += 1
+        keys, values = keys[..., : self.length], values[..., : self.length, :]
+        # Queries of all slots meet the trunk in one product a key head, those of a slot its branch.
+        query = (query * scaling).transpose(1, 2).unflatten(2, (key.shape[1], -1))
+        by_head = query.transpose(1, 2)  # (B, K, Q, G, d)
+        trunk = by_head.flatten(2, 3) @ self.trunk[0].transpose(2, 3)  # (B, K, Q G, P)
+        if self.bias is not None:
+            trunk += self.bias
+        branch = query @ keys  # (B, Q, K, G, t)
+        scores = torch.cat([trunk.view(*by_head.shape[:4], -1), branch.transpose(1, 2)], -1)
+        weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)  # (B, K, Q, G, P + t)
+        trunk, branch = weights.split([trunk.shape[-1], self.length], -1)
+        trunk = (trunk.flatten(2, 3) @ self.trunk[1]).view(*by_head.shape[:4], -1)
+        return (trunk.transpose(1, 2) + branch.transpose(1, 2) @ values).flatten(2, 3)
+
+    def keep(self, rows: Tensor, slots: Tensor) -> None:  # (B, 1), (B, Q)
+        self.branch = [x[rows, slots] for x in self.branch]
+        if len(rows) < len(self.trunk[0]):
+            self.trunk = [x[rows[:, 0]] for x in self.trunk]
+            self.bias = self.bias if self.bias is None else self.bias[rows[:, 0]]
+
+
+def _tree_attention(module, query, key, value, mask, scaling=None, layers=None, **more):
+    """As transformers' interface wants it; layers: what the caller of the decoder handed it."""
+    if any(more.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+        raise ValueError("its scores are changed on their way to the softmax")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return layers[module.layer_idx].attend(query, key, value, scaling), None
+
+
+AttentionInterface.register("tree", _tree_attention)
 
 
 class Draw:

@@ -170,17 +170,18 @@ def sampling(s: Shape, g: GeneratorConfig, n: int, a: int, lora_bytes: int = 4) 
     lora_bytes: of each LoRA weight; between steps of training AdamW's state is there too.
     """
     prompts, width = max(1, g.sample_rows // n), g.max_prompt_tokens
-    length = width + n * g.max_new_tokens  # of a row of the cache: [prompt | list 0 | ...]
-    h, d, i, kv = s.hidden, s.query, s.intermediate, s.kv_heads * s.head_dim
+    length = width + n * g.max_new_tokens  # of the trunk and all branches
+    h, i, kv = s.hidden, s.intermediate, s.kv_heads * s.head_dim
     logits = prompts * n * s.vocabulary  # of one step, a count and no bytes
     weight = a * h * i if g.load_in_4bit else 0  # dequantised for a product, as in training
     per_token = 2 * a * i + 3 * a * h  # silu(gate), up; embedding, residual, normed
     per_token += a * width + (4 * h if a == 2 else 0)  # the mask; LoRA's x
     product = max(2 * 4 * i * prompts * width, weight)  # LoRA's and its sum in fp32, (T, I) each
-    repeated = 2 * a * prompts * length * d if s.heads > s.kv_heads and n > 1 else 0  # K, V
-    mask = prompts * n * length * (a + 3)  # and the truth values it is made of
+    # Scores in two parts and as one, their softmax in fp32, in bf16 also as it goes in and out.
+    score = 2 * a + 4 + (6 if a == 2 else 0)  # bytes
+    scores = prompts * n * s.heads * (width + g.max_new_tokens) * score
     drawn = 0 if g.top_k else 32  # values, ids, softmax, sums of a sort of all V
-    step = max(repeated + mask + weight, (4 + a if a == 2 else 4) * logits, drawn * logits)
+    step = max(scores + weight, (4 + a if a == 2 else 4) * logits, drawn * logits)
     return with_peak(
         weight_bytes(s, g.load_in_4bit, a), lora_bytes * s.lora(g.lora_rank),
         {"KV cache": 2 * a * s.layers * prompts * length * kv},  # allocated whole in the first step
