@@ -85,12 +85,17 @@ class Prompted:
         self.chat, self.encode = chat, encode
 
     def _ask(self, role: str, read: Callable, blocks: list[str], numbers: list[int] | None = None,
-             temperature: float = 0.0) -> list:
+             temperature: float = 0.0, choices: tuple[str, ...] = ()) -> list:
         """What `read` makes of the answer to each block; numbers: of repeated draws, if any."""
         prompts = read_yaml("prompts.yaml")  # every one ends with how the data is to be taken
         system = f"{prompts[role]}\n\n{prompts['data']}"
-        return self.chat.ask([Request(system, block, number, temperature) for block, number
-                              in zip(blocks, numbers or [0] * len(blocks), strict=True)], read)
+        numbers = numbers or [0] * len(blocks)
+        return self.chat.ask([Request(system, block, number, temperature, choices)
+                              for block, number in zip(blocks, numbers, strict=True)], read)
+
+    def _choose(self, role: str, values: dict[str, float], blocks: list[str]) -> list:
+        """The value of the word that each answer begins with."""
+        return self._ask(role, word_reader(values), blocks, choices=tuple(values))
 
     def write(self, inputs: list[list[str]], n: int, numbers: list[int]) -> list[str | None]:
         """`<think> .. </think><sug> a && b </sug>` for the interests of each input.
@@ -111,7 +116,7 @@ class Prompted:
         blocks = [data_block(earlier=earlier[i], later=later[j])
                   for (earlier, later), labels in zip(jobs, matches, strict=True)
                   for i, j in np.argwhere(labels < 0)]
-        said = iter(self._ask("matcher", word_reader({"MATCH": 1, "DIFFERENT": 0}), blocks))
+        said = iter(self._choose("matcher", {"MATCH": 1, "DIFFERENT": 0}, blocks))
         for labels in matches:  # in the order of argwhere
             answers = list(itertools.islice(said, int((labels < 0).sum())))
             labels[labels < 0] = [-1 if answer is None else answer for answer in answers]
@@ -136,7 +141,7 @@ class Prompted:
         # Each pair in both orders: who is preferred by place alone ties; swapping swaps the answer.
         blocks = [data_block(history=history[-HISTORY:], alpha=alpha, beta=beta)
                   for history, a, b in rows for alpha, beta in ((a, b), (b, a))]
-        won = self._ask("judge", word_reader({"ALPHA": 1.0, "BETA": 0.0, "TIE": 0.5}), blocks)
+        won = self._choose("judge", {"ALPHA": 1.0, "BETA": 0.0, "TIE": 0.5}, blocks)
         return [None if first is None or second is None else first if first == 1 - second else 0.5
                 for first, second in zip(won[::2], won[1::2], strict=True)]
 
