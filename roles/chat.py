@@ -35,6 +35,7 @@ class Request:
     sample: int = 0  # tells repeated draws of one prompt apart; sent as the seed
     temperature: float = 0.0
     choices: tuple[str, ...] = ()  # the words that an answer begins with, if it is one of a few
+    neutral: str = ""  # with choices: the user's text of an input without content
 
 
 # -------------------------------------------------------------------------------------- back-ends
@@ -175,18 +176,18 @@ class Local:
 
     @torch.no_grad()
     def _choose(self, requests: list[Request]) -> list[str]:
-        """Of each request's choices the word that its user text makes likelier than the others.
+        """Of each request's choices the word that its input makes likelier than the others.
 
-        log p(word | prompt) - log p(word | prompt without the user text): a word that the model
+        log p(word | prompt) - log p(word | prompt with the neutral text): a word that the model
         prefers whatever it reads gains nothing, nor does a short one. Contextual calibration (Zhao
-        et al. 2021, arXiv:2102.09690) by the score of Holtzman et al. (2021, arXiv:2104.08315).
+        et al. 2021, arXiv:2102.09690), by a difference as in Holtzman et al. (2021, 2104.08315).
         """
-        bare = {request: replace(request, user="") for request in requests}
-        asked = [*dict.fromkeys([*bare.values(), *requests])]
+        empty = {request: replace(request, user=request.neutral) for request in requests}
+        asked = [*dict.fromkeys([*empty.values(), *requests])]  # few are neutral, and read once
         words = [[llm.encode_text(self.tokenizer, word) for word in r.choices] for r in asked]
         prompts = [self._prompt(request) for request in asked]
         logps = dict(zip(asked, llm.completion_logps(self.model, prompts, words), strict=True))
-        return [request.choices[(logps[request] - logps[bare[request]]).argmax()]
+        return [request.choices[(logps[request] - logps[empty[request]]).argmax()]
                 for request in requests]
 
     def _prompt(self, request: Request) -> list[int]:

@@ -503,7 +503,12 @@ def test_roles_send_user_text_inside_the_block_only(tmp_path, monkeypatch):
     prompted.Prompted(asking, encode).compare([([text], [text], [text, "b"])])
     prompted.Prompted(asking, encode).summarise([[Message(role="user", content=text)]])
     assert len(backend.asked) == 5
+    kinds = [(r.choices, r.neutral.split("\n")[1:2]) for r in backend.asked]
+    judge = ("ALPHA", "BETA", "TIE"), ['{"history": [], "alpha": [], "beta": []}']
+    assert sorted(kinds) == [((), []), ((), []), judge, judge, (
+        ("MATCH", "DIFFERENT"), ['{"earlier": "", "later": ""}'])]
     for request in backend.asked:
+        assert SECRET not in request.neutral
         before, block = request.user.split("<data>\n")
         assert SECRET not in request.system + before and SECRET in block
         assert block.endswith("\n</data>") and json.loads(block.removesuffix("\n</data>"))
@@ -787,13 +792,13 @@ def test_local_takes_the_word_that_the_data_makes_likelier(model_folder):
     lengths = [len(llm.encode_text(tokenizer, word)) for word in ("MATCH", "DIFFERENT")]
     assert lengths[0] < lengths[1]
     model, begins = by_last_token(tokenizer, {
-        "": {"MATCH": 5.0, "DIFFERENT": 1.0}, "less": {"MATCH": 5.0, "DIFFERENT": 2.0},
+        "empty": {"MATCH": 5.0, "DIFFERENT": 1.0}, "less": {"MATCH": 5.0, "DIFFERENT": 2.0},
         "more": {"MATCH": 6.0, "DIFFERENT": 1.0}, "much": {"MATCH": 5.5, "DIFFERENT": 9.0}})
     backend = Local(model, tokenizer, rows=2)
     backend._prompt = lambda request: begins[request.user]
     words = {"less": "DIFFERENT", "more": "MATCH", "much": "DIFFERENT"}
     for choices in (("MATCH", "DIFFERENT"), ("DIFFERENT", "MATCH")):
-        requests = [Request("s", user, choices=choices) for user in words]
+        requests = [Request("s", user, choices=choices, neutral="empty") for user in words]
         said = [(text, failure) for _, text, failure in sorted(backend.answers(requests))]
         assert said == [(word, "") for word in words.values()]
 
@@ -807,11 +812,13 @@ def test_local_words_are_those_of_one_sequence_at_a_time(model_folder):
             p.mul_(6)  # so that it attends to something
     backend = Local(model, tokenizer, EndpointConfig(max_tokens=3), rows=4)
     sets = [("chess", "Kyoto"), ("is", "MATCH", "x y z")]
-    requests = [Request("s", f"{i} <|im_end|>", choices=c) for i in range(8) for c in [*sets, ()]]
+    users = ["", "chess", "is is is", "Kyoto &&", "MATCH <|im_end|>", "Visit " * 9, "qz", "What?"]
+    requests = [Request("s", user, choices=c, neutral="none")
+                for user in users for c in [*sets, ()]]
 
     def score(request, word):
         ids = llm.encode_text(tokenizer, word)
-        prompts = [backend._prompt(r) for r in (request, Request(request.system, ""))]
+        prompts = [backend._prompt(r) for r in (request, Request("s", "none"))]
         with torch.no_grad():
             logps = [model(torch.tensor([p + ids])).logits[0].log_softmax(-1)[len(p) - 1 : -1]
                      for p in prompts]
