@@ -147,7 +147,7 @@ class GeneratorConfig(Section):
     temperature: Positive = 0.7
     top_p: float = Field(0.95, gt=0, le=1)
     top_k: CountFromZero = 50  # only these are drawn from; 0: all
-    sample_rows: Count = 256  # sequences decoded together
+    sample_rows: Count = 64  # sequences decoded together
     endpoint: str = ""  # http://host/v1 of a server with the saved adapters, to sample from instead
     endpoint_key_env: str = ""  # the variable that holds its key, if it wants one
     # Users of a training step that are computed together; gradients add up. 0: all of the step.
