@@ -2,6 +2,7 @@
 
     python eval.py                                     # the same as train.py --stage eval
     python eval.py --reproduce all --seeds 3           # every table of the paper (tables/)
+    python eval.py --over runs/a runs/b                # finished runs of several seeds, together
     python eval.py --people users.jsonl                # every method writes for real people
 
 The metrics stand in stages/metrics.py, the stage in stages/eval.py.
@@ -15,7 +16,7 @@ from pathlib import Path
 import train
 from config import load_config
 from files import ROOT, script
-from tables import people, reproduce
+from tables import people, reproduce, seeds
 
 
 def main() -> None:
@@ -28,19 +29,26 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0, help="100 and above: to choose "
                         "settings on; the report goes to runs/partial")
     parser.add_argument("--quick", action="store_true", help="--reproduce small, in minutes")
+    parser.add_argument("--over", nargs="+", metavar="RUN", help="run folders, or files of "
+                        "results/values/, that differ in their seeds alone: one page")
     parser.add_argument("--people", metavar="FILE", help="a users.jsonl: every method writes for "
                         "eval.examples of its people; a page to read, one to mark blind")
     parser.add_argument("--marks", nargs="+", metavar="FILE", help="readers' marks of that page, "
                         "JSON lines: counted into its head")
-    parser.add_argument("--out", type=Path, default=ROOT / "results", help="of --people, --marks")
+    parser.add_argument("--out", type=Path, help="of --people, --marks: a folder; of --over: a "
+                        "page. Default: results, results/seeds.md")
     parser.add_argument("settings", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()  # settings may stand before or behind options
+    out = arguments.out or ROOT / "results"
+    if arguments.over:
+        seeds.write_over(arguments.over, arguments.out or ROOT / "results" / "seeds.md")
+        return
     if arguments.marks:
-        people.add_marks(arguments.marks, arguments.out)
+        people.add_marks(arguments.marks, out)
         return
     if arguments.people:
         config = load_config(arguments.config, arguments.settings)
-        people.write_people(config, arguments.people, arguments.out)
+        people.write_people(config, arguments.people, out)
         return
     if not arguments.reproduce:  # one run, Table 1
         train.run_stages(load_config(arguments.config, arguments.settings), ["eval"])
@@ -49,9 +57,9 @@ def main() -> None:
     words = [word for word in arguments.reproduce if "=" in word] + arguments.settings
     # What is no table is refused by name there.
     tables = [word for word in arguments.reproduce if "=" not in word]
-    seeds = arguments.seeds or (1 if arguments.quick else 3)  # reported ones begin at 0
+    count = arguments.seeds or (1 if arguments.quick else 3)  # reported ones begin at 0
     reproduce.reproduce(
-        tables, seeds, arguments.config, words, arguments.quick, arguments.first_seed
+        tables, count, arguments.config, words, arguments.quick, arguments.first_seed
     )
 
 

@@ -111,7 +111,7 @@ def stage_key(run: Run, name: str, *without: str) -> str:
     stage, files = STAGES[name], []  # files that no earlier stage made
     if name == "world" and run.config.data.users:
         files = [file_digest(f) for f in (run.users_file, run.impressions_file) if f]
-    if name == "base" and not run.config.generator.model:  # the embedded model, which ships
+    if name == "base" and run.config.generator.model == TINY:  # which ships, and may be made anew
         files = [file_digest(Path(llm.model_path(run.config.generator)) / "model.safetensors")]
     if name == "sit" and run.config.sit.corpus_rows:
         files = [file_digest(CORPUS)]

@@ -191,7 +191,8 @@ def measure_stage(model, stage: str, config: Config) -> dict:
 
     def run() -> None:
         logps = torch.cat(llm.completion_logps(model, prompts, written))
-        step(model, optimiser, schedule, -logps.mean())
+        (-logps.mean()).backward()
+        step(model, optimiser, schedule)
 
     run()  # the state of AdamW is there from now on; while sampling too
     best, computed = Best(model), users * (g.max_prompt_tokens + lists * g.max_new_tokens)

@@ -15,12 +15,13 @@ import os
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import openai
+import torch
 
 import llm
 from config import EndpointConfig
@@ -33,6 +34,8 @@ class Request:
     user: str
     sample: int = 0  # tells repeated draws of one prompt apart; sent as the seed
     temperature: float = 0.0
+    choices: tuple[str, ...] = ()  # the words that an answer begins with, if it is one of a few
+    neutral: str = ""  # with choices: the user's text of an input without content
 
 
 # -------------------------------------------------------------------------------------- back-ends
@@ -135,7 +138,10 @@ def encodable(text: str) -> str:
 
 
 class Local:
-    """The generator in this process, asked through its chat template; tokens tell what was cut."""
+    """The generator in this process, asked through its chat template; tokens tell what was cut.
+
+    Of a few words it does not write one, which small models fail at: the likeliest is taken.
+    """
 
     def __init__(self, model, tokenizer, settings: EndpointConfig | None = None, rows: int = 32):
         settings = settings or EndpointConfig()
@@ -149,8 +155,13 @@ class Local:
         self.name = self.identity = name
 
     def answers(self, requests: list[Request]) -> Iterator[tuple[int, str, str]]:
-        # One draw has one temperature; judges and matchers ask at 0, a teacher above.
-        order = sorted(range(len(requests)), key=lambda i: requests[i].temperature)
+        chosen = [i for i, request in enumerate(requests) if request.choices]
+        for start in range(0, len(chosen), self.rows):
+            batch = chosen[start : start + self.rows]
+            for i, word in zip(batch, self._choose([requests[i] for i in batch]), strict=True):
+                yield i, word, ""
+        # One draw has one temperature; a summariser asks at 0, a teacher above.
+        order = sorted({*range(len(requests))} - {*chosen}, key=lambda i: requests[i].temperature)
         ends = {self.tokenizer.pad_token_id} | llm.end_tokens(self.model, self.tokenizer)
         for temperature, group in itertools.groupby(order, lambda i: requests[i].temperature):
             while batch := list(itertools.islice(group, self.rows)):  # kept as soon as it is done
@@ -162,6 +173,22 @@ class Local:
                     text = self.tokenizer.decode(tokens, skip_special_tokens=True)
                     whole = tokens[-1].item() in ends or "</sug>" in text  # else room ran out
                     yield i, text, "cut short" if not whole else "" if text.strip() else "empty"
+
+    @torch.no_grad()
+    def _choose(self, requests: list[Request]) -> list[str]:
+        """Of each request's choices the word that its input makes likelier than the others.
+
+        log p(word | prompt) - log p(word | prompt with the neutral text): a word that the model
+        prefers whatever it reads gains nothing, nor does a short one. Contextual calibration (Zhao
+        et al. 2021, arXiv:2102.09690), by a difference as in Holtzman et al. (2021, 2104.08315).
+        """
+        empty = {request: replace(request, user=request.neutral) for request in requests}
+        asked = [*dict.fromkeys([*empty.values(), *requests])]  # few are neutral, and read once
+        words = [[llm.encode_text(self.tokenizer, word) for word in r.choices] for r in asked]
+        prompts = [self._prompt(request) for request in asked]
+        logps = dict(zip(asked, llm.completion_logps(self.model, prompts, words), strict=True))
+        return [request.choices[(logps[request] - logps[empty[request]]).argmax()]
+                for request in requests]
 
     def _prompt(self, request: Request) -> list[int]:
         # One turn of the user, as not every template has a system role; no control token of it is

@@ -78,6 +78,11 @@ def read_line(text: str) -> str:
 # ------------------------------------------------------------------------------------------ roles
 
 
+def _system(role: str) -> str:
+    prompts = read_yaml("prompts.yaml")  # every one ends with how the data is to be taken
+    return f"{prompts[role]}\n\n{prompts['data']}"
+
+
 class Prompted:
     """An LLM that plays every role; a None in what it returns: that call failed."""
 
@@ -87,10 +92,17 @@ class Prompted:
     def _ask(self, role: str, read: Callable, blocks: list[str], numbers: list[int] | None = None,
              temperature: float = 0.0) -> list:
         """What `read` makes of the answer to each block; numbers: of repeated draws, if any."""
-        prompts = read_yaml("prompts.yaml")  # every one ends with how the data is to be taken
-        system = f"{prompts[role]}\n\n{prompts['data']}"
-        return self.chat.ask([Request(system, block, number, temperature) for block, number
-                              in zip(blocks, numbers or [0] * len(blocks), strict=True)], read)
+        numbers, system = numbers or [0] * len(blocks), _system(role)
+        return self.chat.ask([Request(system, block, number, temperature)
+                              for block, number in zip(blocks, numbers, strict=True)], read)
+
+    def _choose(self, role: str, values: dict[str, float], inputs: list[dict]) -> list:
+        """The value of the word that is answered to each input, the fields of a data block."""
+        system, words = _system(role), tuple(values)
+        return self.chat.ask([
+            Request(system, data_block(**fields), choices=words,
+                    neutral=data_block(**{name: type(field)() for name, field in fields.items()}))
+            for fields in inputs], word_reader(values))
 
     def write(self, inputs: list[list[str]], n: int, numbers: list[int]) -> list[str | None]:
         """`<think> .. </think><sug> a && b </sug>` for the interests of each input.
@@ -108,10 +120,10 @@ class Prompted:
         The same text matches unasked, and settles its row: the label is whether any is a match.
         """
         matches = [self._unasked(*job) for job in jobs]
-        blocks = [data_block(earlier=earlier[i], later=later[j])
+        inputs = [{"earlier": earlier[i], "later": later[j]}
                   for (earlier, later), labels in zip(jobs, matches, strict=True)
                   for i, j in np.argwhere(labels < 0)]
-        said = iter(self._ask("matcher", word_reader({"MATCH": 1, "DIFFERENT": 0}), blocks))
+        said = iter(self._choose("matcher", {"MATCH": 1, "DIFFERENT": 0}, inputs))
         for labels in matches:  # in the order of argwhere
             answers = list(itertools.islice(said, int((labels < 0).sum())))
             labels[labels < 0] = [-1 if answer is None else answer for answer in answers]
@@ -134,9 +146,9 @@ class Prompted:
     def compare(self, rows: list[tuple[list[str], list[str], list[str]]]) -> list[float | None]:
         """(history, a, b) -> 1.0 if a wins, 0.0 if b does, 0.5 for a tie or two opinions."""
         # Each pair in both orders: who is preferred by place alone ties; swapping swaps the answer.
-        blocks = [data_block(history=history[-HISTORY:], alpha=alpha, beta=beta)
+        inputs = [{"history": history[-HISTORY:], "alpha": alpha, "beta": beta}
                   for history, a, b in rows for alpha, beta in ((a, b), (b, a))]
-        won = self._ask("judge", word_reader({"ALPHA": 1.0, "BETA": 0.0, "TIE": 0.5}), blocks)
+        won = self._choose("judge", {"ALPHA": 1.0, "BETA": 0.0, "TIE": 0.5}, inputs)
         return [None if first is None or second is None else first if first == 1 - second else 0.5
                 for first, second in zip(won[::2], won[1::2], strict=True)]
 

@@ -86,11 +86,15 @@ def is_functional(text: str) -> bool:
 # ------------------------------------------------------------------------------------ key phrases
 
 
-def _is_specific(phrase: str) -> bool:
+def _content_words(words: Iterable[str]) -> set[str]:
     kinds = lexicon()["words"]
-    words = {*words_of(phrase)} - kinds["stop"] - kinds["functional"] - kinds["generic"]
+    words = {*words} - kinds["stop"] - kinds["functional"] - kinds["generic"]
     # A number or a letter names nothing by itself, nor does what half the world likes.
-    named = any(len(word) > 1 and not word.isdigit() for word in words)
+    return {word for word in words if len(word) > 1 and not word.isdigit()}
+
+
+def _is_specific(phrase: str) -> bool:
+    named = bool(_content_words(words_of(phrase)))
     return named and not lexicon()["patterns"]["functional_zh"].fullmatch(phrase)
 
 
@@ -160,6 +164,24 @@ def key_phrases(text: str) -> tuple[str, ...]:
         if _is_specific(phrase) and not any(f" {low} " in f" {other} " for other in kept):
             kept[low] = phrase
     return tuple(kept.values())
+
+
+def _word_forms(text: str) -> set[str]:
+    """Content words without 's; Chinese as pairs of characters too, since it has no spaces."""
+    runs = re.findall("[㐀-鿿]{2,}", _one_spelling(text))
+    pairs = [run[i : i + 2] for run in runs for i in range(len(run) - 1)]
+    return _content_words([*(word.removesuffix("'s") for word in words_of(text)), *pairs])
+
+
+@functools.lru_cache(maxsize=100_000)
+def _subject_words(text: str) -> frozenset[str]:
+    return frozenset().union(*map(_word_forms, key_phrases(text)))
+
+
+def names_subject(starter: str, texts: Iterable[str]) -> bool:
+    """Whether it shares a content word with a key phrase of one of the texts."""
+    words = _word_forms(starter)
+    return any(not words.isdisjoint(_subject_words(text)) for text in texts)
 
 
 def grounded(starter: str, interests: Sequence[str]) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from roles.players import Players
 from roles.writer import Writer
 from run import Run
 from stages import metrics
-from stages.metrics import Lists, escape, markdown_table
+from stages.metrics import Lists, PerUser, escape, markdown_table
 from stages.ranker import judge_of
 from world import people
 
@@ -79,8 +78,12 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
     rankers = {m: judge_of(run, name) for m, name in metrics.RANKERS.items() if run.impressions}
     # Hidden state is opened here for the first time: everything has been written by now.
     truth = None if run.config.data.users else people.load_truth(run.folder / "world")
-    result = evaluate(lists, rankers, run.encoder, metrics.TopicClassifier(run.encoder),
-                      run.corpus, truth, settings.bootstrap, run.config.run.seed)
+    classifier, k = metrics.TopicClassifier(run.encoder), run.config.generator.list_size
+    values = metrics.measure(
+        lists, rankers, run.encoder, classifier, run.corpus, whole, k, truth)
+    write_values(values, run, folder)
+    result = evaluate(values, settings.bootstrap, run.config.run.seed) | {
+        "lists_per_user": settings.lists, "classifier_accuracy": classifier.accuracy}
     # By chance, never the best ones.
     shown = random.Random(run.seed("examples")).sample(rows, min(len(rows), settings.examples))
     triggers = read_json(run.folder / "rid" / "triggers.json")  # has s(u, h) of each interest
@@ -89,21 +92,29 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
     return {"test_users": len(states), "starters": str(folder / "starters.jsonl")}
 
 
-def evaluate(
-    lists: Lists, rankers: dict[str, Callable], encode: Callable, classifier, corpus: list[str],
-    truth=None, draws: int = 1000, seed: int = 0,
-) -> dict:
+def write_values(values: PerUser, run: Run, folder: Path) -> None:
+    """values.json, metric -> method -> user -> value, and the settings that it was measured with.
+
+    Those of the run's config.yaml may change before the stage runs again.
+    """
+    rows = {metric: {method: {user: round(value, 6) for user, value in by_user[metric].items()}
+                     for method, by_user in values.items()} for metric in values["PE"]}
+    write_json(folder / "values.json", rows)
+    write_json(folder / "settings.json", run.config.model_dump())
+
+
+def evaluate(values: PerUser, draws: int = 1000, seed: int = 0) -> dict:
     """What `measure` gives as means over users, with the lifts over PE and 95 % intervals.
 
     Raises ValueError if the methods do not cover the same users.
     """
-    users = lists["PE"].keys()  # the same for all, or a lift would compare people
-    if any(rows.keys() != users for rows in lists.values()) or not users:
+    users, methods = values["PE"]["starters"].keys(), {}
+    # The same for all, or a lift would compare people.
+    if any(by_user["starters"].keys() != users for by_user in values.values()) or not users:
         raise ValueError("evaluate: every method needs lists for the same users, at least one")
-    values, methods = metrics.measure(lists, rankers, encode, classifier, corpus, truth), {}
     for method, by_user in values.items():  # metric -> user -> value
         # Lifts over itself say nothing.
-        lifts = [m for m, score in metrics.LIFTS.items() if score in rankers and method != "PE"]
+        lifts = [m for m, score in metrics.LIFTS.items() if score in by_user and method != "PE"]
         by_user = by_user | {m: metrics.user_values(values, method, m) for m in lifts}
         methods[method] = figures = {m: float(np.mean([*v.values()])) for m, v in by_user.items()}
         # Users are the unit of every interval: lists of one user are no independent evidence.
@@ -111,9 +122,7 @@ def evaluate(
             if name in by_user:
                 _, *interval = metrics.bootstrap([[*by_user[name].values()]], draws, seed)
                 figures[f"{name}_interval"] = interval
-    n = len(next(iter(lists["PE"].values())))  # as many of each user
-    return {"methods": methods, "users": len(users), "lists_per_user": n,
-            "classifier_accuracy": classifier.accuracy, "baseline": "PE"}
+    return {"methods": methods, "users": len(users), "baseline": "PE"}
 
 
 # ----------------------------------------------------------------------------------------- report

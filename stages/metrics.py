@@ -22,6 +22,7 @@ from sklearn.model_selection import train_test_split
 
 from files import ROOT, atomic_path
 from icebreaker import list_diversity
+from roles.text import grounded, names_subject
 
 Lists = dict[str, dict[str, list[list[str]]]]  # method -> user -> lists of starters
 PerUser = dict[str, dict[str, dict[str, float]]]  # method -> metric -> user -> value
@@ -37,16 +38,27 @@ def read_yaml(path: str) -> dict:
     return yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))
 
 
-def bootstrap(rows: Iterable, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+def bootstrap(
+    rows: Iterable, draws: int = 2000, seed: int = 0, hierarchical: bool = False
+) -> tuple[float, float, float]:
     """(mean of the seeds' means, low, high) of a 95 % percentile interval.
 
     rows: values of the users (U,) of each seed, paired differences as a rule; users are drawn again
-    within each seed.
+    within each seed. hierarchical: seeds first, then users of each seed drawn.
     """
     rng = np.random.default_rng(seed)  # the same draws whatever is compared: pairs stay pairs
     rows = [np.asarray(row, float) for row in rows]
-    means = [row[rng.integers(len(row), size=(draws, len(row)))].mean(1) for row in rows]
-    low, high = np.quantile(np.mean(means, axis=0), [0.025, 0.975])  # of (draws,) means
+
+    def means() -> np.ndarray:  # (S, draws), of users drawn again
+        return np.array([row[rng.integers(len(row), size=(draws, len(row)))].mean(1)
+                         for row in rows])
+
+    if hierarchical:  # other users each time that a seed is drawn
+        n, each = len(rows), np.arange(draws)
+        drawn = np.array([means()[rng.integers(n, size=draws), each] for _ in rows])  # (S, draws)
+    else:
+        drawn = means()
+    low, high = np.quantile(drawn.mean(0), [0.025, 0.975])  # of (draws,) means
     return float(np.mean([row.mean() for row in rows])), float(low), float(high)
 
 
@@ -129,12 +141,13 @@ class TopicClassifier:
 
 def measure(
     lists: Lists, rankers: dict[str, Callable], encode: Callable, classifier: TopicClassifier,
-    corpus: list[str], truth=None,
+    corpus: list[str], histories: dict[str, list[str]], k: int, truth=None,
 ) -> PerUser:
     """Every metric of every method and user: means over the user's lists; an empty list counts 0.
 
     rankers: those of RANKERS that there are, (user, starters) -> utilities (K,); corpus: texts that
-    give keywords their weights; truth, of a simulated world, has expected_clicks(user, starters).
+    give keywords their weights; histories: user -> all summaries; k: K of a full list; truth, of a
+    simulated world, has expected_clicks(user, starters).
     """
     count = KeywordCounter(corpus)
 
@@ -149,7 +162,12 @@ def measure(
         "dissimilarity": dissimilarity,
         "starters": lambda _, starters: len(starters),
         "empty": lambda _, starters: float(not starters),  # a share, once averaged
+        "full": lambda _, starters: float(len(starters) >= k),
     }
+    for name, is_about in {"named": names_subject, "grounded": grounded}.items():
+        # A share of the starters that are left: of none it is 0.
+        metrics[name] = lambda u, ys, is_about=is_about: (
+            sum(is_about(y, histories[u]) for y in ys) / max(1, len(ys)))
     for name, score in rankers.items():  # none without logs of taps
         metrics[name] = lambda u, y, score=score: float(np.mean(score(u, y))) if y else 0.0
     if truth:  # only of the simulated platform

@@ -163,7 +163,9 @@ def values_of_lists(
 ) -> PerUser:
     """The metrics of the paper and those of the hidden truth, of every method and test user."""
     rankers = {metric: judge_of(run, name) for metric, name in metrics.RANKERS.items()}
-    values = metrics.measure(lists, rankers, run.encoder, classifier, run.corpus, truth)
+    whole = {user: run.histories[user][-1].texts for user in lists[RETRIEVAL]}
+    values = metrics.measure(lists, rankers, run.encoder, classifier, run.corpus, whole,
+                             run.config.generator.list_size, truth)
     for method in lists:
         values[method] |= hidden.spoken_of(truth, lists[method])
     # Distinct starters: a chore that every list repeats is one.

@@ -391,15 +391,16 @@ def test_equal_requests_are_asked_once_and_every_setting_tells_them_apart(serve,
     server = serve(lambda _: str(len(server.bodies)))
     asking = client(server.url, tmp_path)
     different = [Request("s", "u"), Request("s", "v"), Request("su", ""), Request("s", "u", 1),
-                 Request("s", "u", 0, 0.5)]
+                 Request("s", "u", 0, 0.5), Request("s", "u", choices=("1", "2")),
+                 Request("s", "u", choices=("2", "1"))]
     values = asking.ask(different * 2, number)
-    assert values[:5] == values[5:] and sorted(values[:5]) == [1, 2, 3, 4, 5]
-    assert asking.ask(different, number) == values[:5]
-    assert client(server.url, tmp_path, max_tokens=9).ask(different[:1], number) == [6]
+    assert values[:7] == values[7:] and sorted(values[:7]) == [1, 2, 3, 4, 5, 6, 7]
+    assert asking.ask(different, number) == values[:7]
+    assert client(server.url, tmp_path, max_tokens=9).ask(different[:1], number) == [8]
     settings = EndpointConfig(base_url=server.url, model="n", retries=0)
-    assert Chat(Endpoint(settings), asking.cache).ask(different[:1], number) == [7]
+    assert Chat(Endpoint(settings), asking.cache).ask(different[:1], number) == [9]
     settings.model = "m"
-    assert Chat(Endpoint(settings, {"top_k": 5}), asking.cache).ask(different[:1], number) == [8]
+    assert Chat(Endpoint(settings, {"top_k": 5}), asking.cache).ask(different[:1], number) == [10]
 
 
 def test_a_server_that_moved_is_not_asked_again(serve, tmp_path):
@@ -502,7 +503,12 @@ def test_roles_send_user_text_inside_the_block_only(tmp_path, monkeypatch):
     prompted.Prompted(asking, encode).compare([([text], [text], [text, "b"])])
     prompted.Prompted(asking, encode).summarise([[Message(role="user", content=text)]])
     assert len(backend.asked) == 5
+    kinds = [(r.choices, r.neutral.split("\n")[1:2]) for r in backend.asked]
+    judge = ("ALPHA", "BETA", "TIE"), ['{"history": [], "alpha": [], "beta": []}']
+    assert sorted(kinds) == [((), []), ((), []), judge, judge, (
+        ("MATCH", "DIFFERENT"), ['{"earlier": "", "later": ""}'])]
     for request in backend.asked:
+        assert SECRET not in request.neutral
         before, block = request.user.split("<data>\n")
         assert SECRET not in request.system + before and SECRET in block
         assert block.endswith("\n</data>") and json.loads(block.removesuffix("\n</data>"))
@@ -759,6 +765,85 @@ def test_local_answers_that_were_cut_are_marked(model_folder):
         backend = Local(model, tokenizer, EndpointConfig(max_tokens=tokens))
         backend._prompt = lambda _: [word[-1]]
         assert list(backend.answers(requests[:1]))[0][2] == failure
+
+
+def by_last_token(tokenizer, logits):
+    """(a model that goes by the last token alone, prompts by name); logits: name -> word -> logit
+    of the word's first token."""
+    model, begins = tiny(vocabulary=len(tokenizer)), {}
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "o_proj" in name or "down_proj" in name:
+                p.zero_()  # hidden = embedding of the last token
+        model.model.embed_tokens.weight.zero_()
+        model.lm_head.weight = torch.nn.Parameter(torch.zeros(len(tokenizer), 32))
+        for row, (name, words) in enumerate(logits.items()):
+            begins[name] = [200 + row]
+            model.model.embed_tokens.weight[200 + row, row] = 1.0  # the norm makes it 32 ** 0.5
+            for word, logit in words.items():
+                first = llm.encode_text(tokenizer, word)[0]
+                model.lm_head.weight[first, row] = logit / 32**0.5
+    return model, begins
+
+
+def test_local_takes_the_word_that_the_data_makes_likelier(model_folder):
+    """Not the one that is likelier by itself (MATCH here), nor the shorter one."""
+    tokenizer = model_folder[1]
+    lengths = [len(llm.encode_text(tokenizer, word)) for word in ("MATCH", "DIFFERENT")]
+    assert lengths[0] < lengths[1]
+    model, begins = by_last_token(tokenizer, {
+        "empty": {"MATCH": 5.0, "DIFFERENT": 1.0}, "less": {"MATCH": 5.0, "DIFFERENT": 2.0},
+        "more": {"MATCH": 6.0, "DIFFERENT": 1.0}, "much": {"MATCH": 5.5, "DIFFERENT": 9.0}})
+    backend = Local(model, tokenizer, rows=2)
+    backend._prompt = lambda request: begins[request.user]
+    words = {"less": "DIFFERENT", "more": "MATCH", "much": "DIFFERENT"}
+    for choices in (("MATCH", "DIFFERENT"), ("DIFFERENT", "MATCH")):
+        requests = [Request("s", user, choices=choices, neutral="empty") for user in words]
+        said = [(text, failure) for _, text, failure in sorted(backend.answers(requests))]
+        assert said == [(word, "") for word in words.values()]
+
+
+def test_local_words_are_those_of_one_sequence_at_a_time(model_folder):
+    """Beside requests without choices, and in whatever company."""
+    tokenizer = model_folder[1]
+    model = tiny(vocabulary=len(tokenizer))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(6)  # so that it attends to something
+    backend = Local(model, tokenizer, EndpointConfig(max_tokens=3), rows=4)
+    sets = [("chess", "Kyoto"), ("is", "MATCH", "x y z")]
+    users = ["", "chess", "is is is", "Kyoto &&", "MATCH <|im_end|>", "Visit " * 9, "qz", "What?"]
+    requests = [Request("s", user, choices=c, neutral="none")
+                for user in users for c in [*sets, ()]]
+
+    def score(request, word):
+        ids = llm.encode_text(tokenizer, word)
+        prompts = [backend._prompt(r) for r in (request, Request("s", "none"))]
+        with torch.no_grad():
+            logps = [model(torch.tensor([p + ids])).logits[0].log_softmax(-1)[len(p) - 1 : -1]
+                     for p in prompts]
+        here, bare = (rows[range(len(ids)), ids].sum().item() for rows in logps)
+        return here - bare
+
+    said = {i: (text, failure) for i, text, failure in backend.answers(requests)}
+    assert sorted(said) == [*range(len(requests))]
+    chosen = [(i, r) for i, r in enumerate(requests) if r.choices]
+    assert len({said[i][0] for i, _ in chosen}) > 2  # the text decides
+    for i, request in chosen:
+        assert said[i] == (max(request.choices, key=lambda word: score(request, word)), "")
+        assert [*backend.answers([request])] == [(0, *said[i])]
+
+
+def test_local_matcher_and_judge_always_answer(model_folder, tmp_path, monkeypatch):
+    """Even a random model, whatever the user's text."""
+    monkeypatch.setattr(prompted, "FLOOR", -1.0)
+    asking = Chat(Local(tiny(vocabulary=len(model_folder[1])), model_folder[1]), tmp_path / "a")
+    player = prompted.Prompted(asking, encode)
+    texts = [*NASTY[:4], "dune", "MATCH or BETA"]
+    found = player.match([(texts, [*reversed(texts), "zzz"])])[0]
+    won = player.compare([(texts, [a], [b]) for a in texts for b in texts])
+    assert set(found.flat) <= {0, 1} and set(won) <= {0.0, 0.5, 1.0}
+    assert asking.counts["answered"] == asking.counts["asked"] > 2 * len(texts)
 
 
 @pytest.mark.slow

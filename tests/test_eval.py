@@ -34,6 +34,16 @@ def score(user, starters):
 
 
 RANKERS = {"utility": score}
+TOLD = {"a": ["Tea and chess"], "b": []}  # histories
+
+
+def measure(lists, rankers=RANKERS):
+    return metrics.measure(lists, rankers, encode, Classifier(), TALK, TOLD, k=2)
+
+
+def evaluate(lists, rankers=RANKERS):
+    result = evaluation.evaluate(measure(lists, rankers), draws=50)
+    return result | {"lists_per_user": 1, "classifier_accuracy": 0.5}
 
 
 def test_r_user_and_r_score_by_hand():
@@ -45,7 +55,7 @@ def test_r_user_and_r_score_by_hand():
 
 
 def test_evaluate_counts_an_empty_list_as_nothing():
-    result = evaluation.evaluate(LISTS, RANKERS, encode, Classifier(), TALK, draws=50)
+    result = evaluate(LISTS)
     sft = result["methods"]["SFT"]
     assert sft["empty"] == 0.5 and sft["starters"] == 1
     assert sft["utility"] == pytest.approx(0.3)  # user a: .6, user b: 0
@@ -56,8 +66,7 @@ def test_evaluate_counts_an_empty_list_as_nothing():
 
 def test_evaluate_refuses_methods_with_other_users():
     with pytest.raises(ValueError, match="same users"):
-        lists = {**LISTS, "X": {"a": [[]]}}
-        evaluation.evaluate(lists, RANKERS, encode, Classifier(), TALK)
+        evaluate({**LISTS, "X": {"a": [[]]}})
 
 
 def test_keywords_of_varied_lists_outnumber_those_of_a_repeated_one():
@@ -70,7 +79,7 @@ def test_keywords_of_varied_lists_outnumber_those_of_a_repeated_one():
 
 def test_a_list_counts_the_same_whatever_it_is_compared_with():
     def lexical(lists):
-        return metrics.measure(lists, RANKERS, encode, Classifier(), TALK)["SFT"]["lexical"]
+        return measure(lists)["SFT"]["lexical"]
 
     assert lexical(LISTS) == lexical({**LISTS, "twin": LISTS["SFT"]})
 
@@ -89,7 +98,7 @@ def test_the_interval_is_as_wide_as_the_normal_one_and_keeps_seeds_apart():
 
 
 def test_report_is_written_and_user_text_stays_text(tmp_path):
-    result = evaluation.evaluate(LISTS, RANKERS, encode, Classifier(), TALK, draws=50)
+    result = evaluate(LISTS)
     nasty = "<script>x</script> [link](http://a) | **bold**\n# head"
     row = {"user_id": "a", "interests": [nasty], "starters": {"PE": [[nasty]]}}
     evaluation.write_report(result, [row], {"a": [nasty]}, {"a": [0.5]}, tmp_path)
@@ -100,7 +109,7 @@ def test_report_is_written_and_user_text_stays_text(tmp_path):
 
 
 def test_without_logs_there_are_no_utility_columns(tmp_path):
-    result = evaluation.evaluate(LISTS, {}, encode, Classifier(), TALK, draws=50)
+    result = evaluate(LISTS, {})
     assert "R-Score" not in evaluation.table_markdown(result).splitlines()[2]
     evaluation.write_report(result, [], {}, {}, tmp_path)
     assert "True clicks |" not in (tmp_path / "table.md").read_text().partition("The paper's")[0]

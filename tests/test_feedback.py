@@ -192,7 +192,7 @@ def test_lists_that_became_all_alike_are_refused(finished, told, tmp_path):
     serve(tmp_path / "serve.sqlite", {f"n{i}": told[i % len(told)] for i in range(80)}, 6,
           lambda starter: not is_lively(starter))
     config = small(tmp_path / "runs", f"data.feedback={tmp_path / 'serve.sqlite'}",
-                   "dpo.learning_rate=1e-3", "dpo.weight=0.9")
+                   "dpo.learning_rate=1e-3", "dpo.weight=1.0")
     train.run_stages(config, ROUND)
     run = tmp_path / "runs" / "tiny"
     assert lively_share(tmp_path / "runs", "feedback/round1/adapter") < 0.2

@@ -159,7 +159,9 @@ def test_settings_move_the_estimate_as_they_should():
     base = sit, dpo, sampling = peaks()
     assert all(x > y for x, y in zip(peaks("generator.load_in_4bit=false"), base, strict=True))
     assert peaks("generator.gradient_checkpointing=true")[0] < sit / 2
-    assert peaks("sit.batch_users=4")[0] < sit and peaks("dpo.batch_users=4")[1] < dpo
+    one, whole = peaks("generator.micro_batch=1"), peaks("generator.micro_batch=0")
+    assert one[0] < sit < whole[0] and one[1] < dpo < whole[1]
+    assert peaks("sit.batch_users=4")[0] == sit  # two at a time, however many a step has
     assert peaks("generator.sample_rows=32")[2] < sampling
     weights = plan.weight_bytes(plan.QWEN["7B"], True, 2)
     assert peaks("dpo.reference=sit")[1] > dpo + weights
@@ -169,8 +171,8 @@ def test_settings_move_the_estimate_as_they_should():
 def test_tokens_are_those_of_full_rows():
     words = "sit.max_rows=10 sit.epochs=2 dpo.max_users=0 dpo.rounds=2".split()
     text = plan.plan(load_config(None, words))
-    assert f"in all {10 * 2 * (320 + 160):,}" in text
-    assert f"in all {(1 + 2) * 2 * (320 + 4 * 160):,} a user" in text
+    assert f"in all {10 * 2 * (320 + 192):,}" in text
+    assert f"in all {(1 + 2) * 2 * (320 + 4 * 192):,} a user" in text
 
 
 @pytest.mark.parametrize("model", ["someone/unheard-of", "./no/such/folder", "a" * 200])

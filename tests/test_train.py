@@ -319,7 +319,8 @@ def test_two_processes_equal_one(finished, qwen, tmp_path):
 
 def test_torchrun_writes_once_and_resumes(finished, qwen, tmp_path):
     """All stages through the launcher: one writer, one line a step; a second start skips all."""
-    words = [*MICRO, f"generator.model={qwen}", f"run.root={tmp_path}"]
+    words = [*MICRO, "--config=configs/tiny.yaml", f"generator.model={qwen}"]
+    words += [f"run.root={tmp_path}"]
     shutil.copytree(finished, tmp_path / "tiny")
     (tmp_path / "tiny" / "metrics.jsonl").unlink()
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "train.py"]
