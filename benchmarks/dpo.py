@@ -124,30 +124,33 @@ SIDES = {
 }
 
 
+def compare(name: str, asked: float | None, memory: float | None) -> list[Row]:
+    """Our step beside TRL's, as it is and patched, once all give one gradient; asked: ratios."""
+    model, (length, lists) = policy(name), WORK[name]
+    ours, trl, compact = (side(model, *work(name)) for side in SIDES.values())
+    note = same_step(ours, trl, model, model)
+    same_step(ours, compact, model, model)
+    times = seconds({"ours": ours, "trl": trl, "compact": compact}, repeats=3)
+    step = f"DPO step, prompt {length}, 1+"
+    label = f"{name.replace('1+', step)} lists of ~{sum(lists) // len(lists)}"
+    mine, theirs, patched = (peak_gb("benchmarks.dpo", side, name) for side in SIDES)
+    peer = "TRL DPOTrainer, cached reference"
+    return [
+        Row(label, peer, times["ours"], times["trl"], asked, mine, theirs, memory, note),
+        Row(label, f"{peer}, lists' tokens scored only (patched)", times["ours"],
+            times["compact"], None, mine, patched, note=note),
+    ]
+
+
 def main() -> None:
     prepare()
     if len(sys.argv) > 1:  # one step of one side, for its memory
         _, side, name = sys.argv
         SIDES[side](policy(name), *work(name))()
         return print_peak()
-    rows = []
-    for name, asked, memory in ((SMOL, None, None), ("1+3", 10, 3), ("1+1", 2, None)):
-        model = policy(name)
-        ours, trl, compact = (side(model, *work(name)) for side in SIDES.values())
-        note = same_step(ours, trl, model, model)
-        same_step(ours, compact, model, model)
-        times = seconds({"ours": ours, "trl": trl, "compact": compact}, repeats=3)
-        length, lists = WORK[name]
-        step = f"DPO step, prompt {length}, 1+"
-        label = f"{name.replace('1+', step)} lists of ~{sum(map(len, lists)) // len(lists)}"
-        mine, theirs, patched = (peak_gb("benchmarks.dpo", side, name) for side in SIDES)
-        peer = "TRL DPOTrainer, cached reference"
-        rows += [
-            Row(label, peer, times["ours"], times["trl"], asked, mine, theirs, memory, note),
-            Row(label, f"{peer}, lists' tokens scored only (patched)", times["ours"],
-                times["compact"], None, mine, patched, note=note),
-        ]
-    report("DPO step", rows)
+    report("DPO step", [
+        *compare(SMOL, None, None), *compare("1+3", 10, 3), *compare("1+1", 2, None)
+    ])
 
 
 if __name__ == "__main__":
