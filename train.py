@@ -22,6 +22,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import ctypes
+import gc
 import operator
 import os
 import resource
@@ -195,6 +197,7 @@ def run_stages(config: Config, wanted: list[str]) -> None:
         print(f"{name}: running{note}", flush=True)
         figures = run_stage(run, players, name)
         run.folder.mark_done(name, key, **figures)
+        return_memory()
         run.folder.log(name, **figures)
         print(f"{name}: {one_line(figures)}", flush=True)
     if "eval" in wanted:  # also where it was skipped: the table is what one came for
@@ -202,6 +205,13 @@ def run_stages(config: Config, wanted: list[str]) -> None:
     # ru_maxrss is in KiB on Linux.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"Everything is in {run.folder.path}; peak memory {peak:.1f} GiB")
+
+
+def return_memory() -> None:
+    """Give back what a stage has freed; glibc keeps it, and the next stage's peak came on top."""
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # other C libraries have none
+        trim(0)
 
 
 def run_stage(run: Run, players: Players, name: str) -> dict:
