@@ -1,10 +1,10 @@
 """The composite reward of an answer (paper 003, 3.6 and appendix H): its components, side by side.
 
     composite = Composite(players, suggester, load_reward(run, suggester, "gaussian", model))
-    composite(contexts, answers, ref_logps, mask)   # (R, J), columns COMPONENTS; nan: failed
+    composite(contexts, answers, ref_logps, mask)   # (R, J), columns COMPONENTS; nan: no judge
 
-Rules and log-perplexity are garm's. Here is what needs a model: reward and uncertainty of a list are
-the means of its suggestions'; the judge (H.2) says 1 or 0 of each.
+Rules and log-perplexity are those of garm.py. Here is what needs a model: reward and uncertainty of
+a list are the means of its suggestions'; the judge (H.2) says 1 or 0 of each.
 
 Departure: no general reward model (Skywork) stands beside the one that clicks have taught.
 
