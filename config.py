@@ -32,7 +32,7 @@ CountFromZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
-Negatives = Literal["utility", "diversity", "joint"]
+Negatives = Literal["utility", "diversity", "joint", "unfit"]
 TINY = "tiny"  # generator.model: the stand-in for tests; a folder of that name is ./tiny
 Role = Literal["rules", "endpoint", "generator"]  # rules.py; an LLM at `endpoint`; the local one
 
@@ -177,7 +177,10 @@ class DpoConfig(Section):
     # other dimension differs by at most the tolerance.
     margin: NotNegative = 0.2
     tolerance: NotNegative = 0.2
-    negatives: list[Negatives] = Field(["utility", "diversity", "joint"], min_length=1)
+    # unfit: a sampled list of which fewer than K starters may be shown.
+    negatives: list[Negatives] = Field(
+        ["utility", "diversity", "joint", "unfit"], min_length=1
+    )
     beta: Positive = 0.1
     learning_rate: Positive = 1e-4
     passes: Count = 1  # over the accumulated pairs, per round
