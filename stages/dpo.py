@@ -54,7 +54,7 @@ from run import Run, UserState, one_line, sum_counts
 from stages.pools import best_lists, score_pools
 from stages.ranker import load_ranker, shown_lists, utilities
 from stages.sit import draw_states, taught_lists
-from stages.steps import Best, micro_batches, new_optimiser, step
+from stages.steps import Best, micro_batches, new_optimiser, return_memory, step
 
 HELD_OUT_LISTS = 2  # of each held-out user when a checkpoint is valued
 RANDOM_LISTS = 8  # random draws from a pool among the lists from which pairs are mined
@@ -71,6 +71,7 @@ def stage_dpo(run: Run, players: Players, key: str) -> dict:
             result = dpo_round(run, players, number, adapter, pairs)
             run.encoder.save()  # a killed run does not encode the round's starters again
             run.folder.mark_done(folder, round_key, **result)
+            return_memory()
             print(f"  round {number}: {one_line(result)}", flush=True)
         figures[f"round {number}"] = run.folder.figures(folder)
         adapter = run.adapter(f"round{number}")
@@ -443,8 +444,8 @@ def align_on_clicks(run: Run, writer: Writer, pairs: list[dict], key: str) -> di
     folder, key = "dpo/vanilla", digest(key, "vanilla", settings)
     if run.folder.is_done(folder, key):
         return run.folder.figures(folder)
-    # As many chosen lists as IceBreaker learned from, and about as many rejected ones to each: their
-    # kinds are compared, not their number.
+    # As many chosen lists as IceBreaker learned from, and about as many rejected ones to each:
+    # their kinds are compared, not their number.
     width = round(float(np.mean([len(x["rejected"]) for x in pairs] or [1])))
     clicked, rng = click_pairs(run, width), random.Random(run.seed("clicked"))
     if not clicked:
