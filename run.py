@@ -23,8 +23,8 @@ import torch
 import data
 import icebreaker as ib
 from config import Config, RunFolder
-from encoder import Encoder
 from files import UserError, digest, progress, read_json
+from llm.encoder import Encoder
 
 SPLITS = ("train", "valid", "judge", "test")  # of users: what each is for stands in Run.split
 
