@@ -32,7 +32,7 @@ CountFromZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
-Negatives = Literal["utility", "diversity", "joint"]
+Negatives = Literal["utility", "diversity", "joint", "unfit"]
 TINY = "tiny"  # generator.model: the stand-in for tests; a folder of that name is ./tiny
 Method = Literal["icebreaker", "garm"]
 Role = Literal["rules", "endpoint", "generator"]  # rules.py; an LLM at `endpoint`; the local one
@@ -156,23 +156,23 @@ class GeneratorConfig(Section):
     endpoint: str = ""  # http://host/v1 of a server with the saved adapters, to sample from instead
     endpoint_key_env: str = ""  # the variable that holds its key, if it wants one
     # Users of a training step that are computed together; gradients add up. 0: all of the step.
-    micro_batch: CountFromZero = 2
+    micro_batch: CountFromZero = 1
     gradient_checkpointing: bool = False  # layers are computed again in backward: less memory
 
 
 class SitConfig(Section):
-    max_rows: CountFromZero = 120  # users at a cut that the teacher writes for; 0: all there are
+    max_rows: CountFromZero = 80  # users at a cut that the teacher writes for; 0: all there are
     lists_per_row: Count = 1
-    corpus_rows: CountFromZero = 120  # of configs/teacher_corpus.jsonl, at random; 0: none
+    corpus_rows: CountFromZero = 80  # of configs/teacher_corpus.jsonl, at random; 0: none
     own_lists: CountFromZero = 0  # above 0: tuned again with so many lists a row of the policy
-    epochs: Count = 3
+    epochs: Count = 2
     learning_rate: Positive = 2e-3
     batch_users: Count = 8
 
 
 class DpoConfig(Section):
     rounds: Count = 2
-    max_users: CountFromZero = 40  # per round, drawn at random; 0: all there are
+    max_users: CountFromZero = 20  # per round, drawn at random; 0: all there are
     samples: Count = 4  # lists sampled per user and round
     teacher_lists: CountFromZero = 2  # lists of the teacher that join the pool
     beam: Count = 8
@@ -182,7 +182,10 @@ class DpoConfig(Section):
     # other dimension differs by at most the tolerance.
     margin: NotNegative = 0.2
     tolerance: NotNegative = 0.2
-    negatives: list[Negatives] = Field(["utility", "diversity", "joint"], min_length=1)
+    # unfit: a sampled list of which fewer than K starters may be shown.
+    negatives: list[Negatives] = Field(
+        ["utility", "diversity", "joint", "unfit"], min_length=1
+    )
     beta: Positive = 0.1
     learning_rate: Positive = 1e-4
     passes: Count = 1  # over the accumulated pairs, per round
@@ -252,7 +255,7 @@ class AbConfig(Section):  # what --reproduce compares, and the simulated online 
 
 
 class EvalConfig(Section):
-    max_users: CountFromZero = 40  # test users of the stage, drawn at random; 0: all there are
+    max_users: CountFromZero = 30  # test users of the stage, drawn at random; 0: all there are
     lists: Count = 2  # sampled per user and method by the stage; --reproduce writes ab.lists
     bootstrap: Count = 1000
     examples: CountFromZero = 6  # users on the page of examples

@@ -22,8 +22,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import ctypes
-import gc
 import operator
 import os
 import resource
@@ -56,6 +54,7 @@ from stages.rid import stage_rid
 from stages.rl import stage_rl
 from stages.sft import stage_sft
 from stages.sit import CORPUS, stage_sit
+from stages.steps import return_memory
 from stages.summarize import stage_summarize
 from tools import doctor, plan
 from world import dialogues, people
@@ -244,13 +243,6 @@ def run_stages(config: Config, wanted: list[str]) -> None:
     # ru_maxrss is in KiB on Linux.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"Everything is in {run.folder.path}; peak memory {peak:.1f} GiB")
-
-
-def return_memory() -> None:
-    """Give back what a stage has freed; glibc keeps it, and the next stage's peak came on top."""
-    gc.collect()
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # other C libraries have none
-        trim(0)
 
 
 def run_stage(run: Run, players: Players, name: str) -> dict:

@@ -88,6 +88,12 @@ def _subject(phrase: str, interest: str) -> str:
     return clean_starter(phrase)
 
 
+def _is_brief(starter: str) -> bool:
+    """At most 10 words or 16 Chinese characters: well below the limits of text.py."""
+    words, zh = starter.split(), language(starter) == "zh"
+    return len("".join(words)) <= 16 if zh else len(words) <= 10
+
+
 def _kind(phrase: str, interest: str) -> str:
     """Kind of subject: by the phrase, or the label before a colon (fantasy novels: The Witcher)."""
     # A whole question says too little: of "Why does Stephen Hawking fear AI?" he is no software.
@@ -142,14 +148,17 @@ class Rules:
     @staticmethod
     def _starter(phrases: list[str], interest: str, angles: list[list], interests: list[str],
                  starters: list[str]) -> str | None:
-        """The first fitting template under the angle used least recently; it is used up."""
+        """The first fitting template under the angle used least recently; it is used up. A long
+        one is taken only where no other form and no shorter phrase of the interest fits."""
         kinds = {phrase: _kind(phrase, interest) for phrase in phrases}
         # Of an angle first what is written for this kind.
-        candidates = ((phrase, angle, template) for phrase in phrases for angle in angles
+        candidates = [(phrase, angle, template, template[1].format(x=phrase))
+                      for phrase in phrases for angle in angles
                       for template in sorted(angle, key=lambda t: t[0] == "any")
-                      if {"any", kinds[phrase]} & {*template[0].split("|")})
-        for phrase, angle, template in candidates:
-            starter = template[1].format(x=phrase)
+                      if {"any", kinds[phrase]} & {*template[0].split("|")}]
+        # A policy that learned from starters at the limit writes some beyond it.
+        candidates.sort(key=lambda candidate: not _is_brief(candidate[3]))
+        for _, angle, template, starter in candidates:
             starter = starter[:1].upper() + starter[1:]
             if text.filter_starters([starter], interests, seen=starters)[0]:
                 angle.remove(template)

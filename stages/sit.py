@@ -118,9 +118,12 @@ def draw_corpus(
 
 def interests_and_list(row: CorpusRow, k: int, encode: Encode) -> tuple[list[str], list[list[str]]]:
     """Its interests, and one list of k of its starters in which the interests take turns."""
-    # As of what an LLM as teacher writes beyond K. The interests stay as the file has them, though
-    # a user's come best first: who wrote a row has not ranked them.
-    return row.interests, [roles.covering(row.starters, row.interests, k, encode)]
+    # As of what an LLM as teacher writes beyond K, the shorter ones first: a policy overshoots the
+    # length that it has seen. The interests stay as the file has them, though a user's come best
+    # first: who wrote a row has not ranked them.
+    parts = str.split if row.language == "en" else list  # words, or characters
+    starters = sorted(row.starters, key=lambda text: len(parts(text)))
+    return row.interests, [roles.covering(starters, row.interests, k, encode)]
 
 
 def instruct(

@@ -342,6 +342,15 @@ def test_dpo_starts_at_ln_2_and_logs_what_to_watch(finished):
     assert {"utility", "diversity"} == folder.figures("dpo")["round 2"]["before"].keys()
 
 
+def test_a_list_that_may_not_be_shown_whole_is_rejected(finished):
+    pairs = [x for n in (1, 2) for x in read_json(finished / f"dpo/round{n}/pairs.json")]
+    unfit = [(x["interests"], x["rejected"]["unfit"]) for x in pairs if "unfit" in x["rejected"]]
+    assert len(unfit) > 3  # the policy of this run has hardly learned anything
+    for interests, starters in unfit:
+        assert starters and len(roles.filter_starters(starters, interests)[0]) < 3
+    assert all(len(roles.filter_starters(x["chosen"], x["interests"])[0]) == 3 for x in pairs)
+
+
 def test_what_the_matcher_could_not_say_is_no_label(finished, tmp_path, monkeypatch):
     """An unknown summary is no positive, no negative, and in no AUC; -1 stands for it on disk."""
     shutil.copytree(finished, tmp_path / "tiny")
