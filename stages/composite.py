@@ -42,6 +42,7 @@ class Composite:
         rules = [garm.rule_rewards(answer, c.queries[-1], c.unsafe) for c, answer in flat]
         lists = [[] if c.unsafe else garm.answer_suggestions(answer) for c, answer in flat]
         mu, sigma = self.scores([c for c, _ in flat], lists)
+        # A column a component, (R,) each, in the order of COMPONENTS.
         columns = torch.stack([
             *(torch.tensor([row[name] for row in rules]) for name in RULES),
             garm.log_perplexity_reward(ref_logps.cpu(), mask.cpu()),
@@ -57,17 +58,18 @@ class Composite:
         flat = [(c, text) for c, some in zip(contexts, texts, strict=True) for text in some]
         mu, sigma = self.scores(contexts, texts)
         prompts = [self.suggester.prompt(c.turns) for c in contexts]
-        # As the first of a list.
+        # As the first line of a list, which every suggestion can be.
         lines = [[llm.encode_text(self.suggester.tokenizer, f"1. {text}") for text in some]
                  for some in texts]
         with torch.no_grad():
             logps, mask = llm.token_logps(model, prompts, lines)  # (R, T)
-        none = torch.zeros(len(flat))
+        none = torch.zeros(len(flat))  # form, diversity and safety are a list's
         return torch.stack([
             none, torch.tensor([garm.length_reward([text]) for _, text in flat]),
             torch.tensor([garm.language_reward([text], c.queries[-1]) for c, text in flat]),
             none, none, garm.log_perplexity_reward(logps, mask).cpu(),
             self.judged([c for c, _ in flat], [[text] for _, text in flat]),
+            # A certain model's sigma is 0: its column never differs, and gets no weight.
             torch.cat(mu), -torch.cat(sigma),
         ], 1)
 
@@ -78,6 +80,7 @@ class Composite:
             if not runs or runs[-1][0] is not context:
                 runs.append((context, []))
             runs[-1][1].append(i)
+        # A text that several rollouts share is scored once.
         texts = [list(dict.fromkeys(y for i in places for y in lists[i])) for _, places in runs]
         found = self.reward.score([context.turns for context, _ in runs], texts)
         result = []
@@ -95,7 +98,7 @@ class Composite:
         result = []
         for some in lists:
             answers = [next(said) for _ in some]
-            failed = None in answers
+            failed = None in answers  # a number for it would be a judgement
             result.append(torch.nan if failed else sum(answers) / max(1, len(answers)))
         return torch.tensor(result)
 

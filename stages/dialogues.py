@@ -58,6 +58,7 @@ class Context:
 
 def stage_dialogues(run: Run, players: Players, key: str) -> dict:
     """Clean the log's contexts and write them; count what each phase cuts."""
+    # A row that cannot be read refuses the file, with its line: data.read_dialogues.
     rows, cut = data.read_dialogues(run.dialogues_file), Counter()
     kept = clean_contexts(rows, cut)
     if not kept:
@@ -102,6 +103,7 @@ def clean_contexts(rows: Iterable[data.Dialogue], cut: Counter) -> list[data.Dia
 def read_contexts(run: Run) -> list[Context]:
     """The contexts that this stage has kept, split by a hash of the person and by week."""
     rows = data.read_dialogues(run.folder / "dialogues" / "contexts.jsonl")
+    # People, so that what somebody likes is not both learned and tested.
     people = {row.dialogue_id: row.user_id or row.dialogue_id for row in rows}
     splits, weeks = run.split(set(people.values())), weeks_of(rows)
     return [
@@ -115,6 +117,7 @@ def weeks_of(rows: list[data.Dialogue]) -> dict[str, int]:
     stamps = [row.timestamp for row in rows if row.timestamp]
     if not stamps:
         return {row.dialogue_id: 0 for row in rows}
+    # Whole weeks from the log's first day.
     start = min(stamps).replace(hour=0, minute=0, second=0, microsecond=0)
     first = (max(stamps) - start) // timedelta(weeks=1) + 1 - DRIFT_WEEKS  # the week that is W1
     return {
@@ -184,5 +187,6 @@ def clicked_list(context: Context, run: Run, counts: Counter) -> list[str]:
 
 def distinct(texts: list[str], run: Run) -> list[str]:
     """The first three that differ enough (3.4), or fewer."""
+    # Rows are unit vectors: products are cosines.
     vectors = run.encoder(texts)  # (N, D)
     return [texts[i] for i in garm.assemble(texts, vectors @ vectors.T)]

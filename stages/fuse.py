@@ -54,6 +54,7 @@ def fuse_kind(run: Run, players: Players, kind: str) -> dict:
     """Initial weights, every probe with its trends and new weights, and the last weights."""
     settings, suggester = run.config.fuse, Suggester(players.writer)
     model = suggester.policy(run.adapter("sft"), trainable=True)
+    # One base for policy, reference and reward model: adapters swap places.
     composite = Composite(players, suggester, load_reward(run, suggester, kind, model))
     rows = differences(run, composite, model)  # (P, J)
     initial = garm.fuse(rows, settings.l2)  # Eq. (10)
@@ -64,10 +65,10 @@ def fuse_kind(run: Run, players: Players, kind: str) -> dict:
         with llm.other_adapter(model, start):
             log = grpo(run, suggester, model, composite, weights, settings.probe_steps,
                        f"probe {number + 1} {kind}")
-        trends = component_trends(log)
+        trends = component_trends(log)  # (J,)
         weights, settled = garm.pareto_adjust(weights, initial, trends)
         probes.append({"trends": named(trends), "weights": named(weights), "steps": log})
-        if settled:
+        if settled:  # no component falls: nothing to mend
             break
     return {"rows": len(rows), "right": float((rows @ initial > 0).float().mean()),
             "initial": named(initial), "probes": probes, "settled": settled,
@@ -105,14 +106,16 @@ def differences(run: Run, composite: Composite, model) -> Tensor:
     rows = rng.sample(rows, min(run.config.fuse.max_contexts, len(rows)))
     parts = composite.of_suggestions(model, [c for c, _ in rows],
                                      [c.dialogue.suggestions for c, _ in rows])
+    # (K, J) for each context: its three suggestions.
     by_context = parts.split([len(c.dialogue.suggestions) for c, _ in rows])
     clicks = [values[w] - values[r]
               for (_, pairs), values in zip(rows, by_context, strict=True) for w, r in pairs]
     lists = violations(run, contexts, len(clicks), rng)
+    # As many, so that what a list must be weighs as much as what people click.
     answers = [[good, bad] for _, good, bad in lists]
     suggester = composite.suggester
     broken = []
-    for start in range(0, len(lists), 8):
+    for start in range(0, len(lists), 8):  # contexts at a time
         some, texts = [c for c, _, _ in lists[start : start + 8]], answers[start : start + 8]
         prompts = [suggester.prompt(c.turns) for c in some]
         ids = [[suggester.completion(text) for text in pair] for pair in texts]
@@ -120,7 +123,7 @@ def differences(run: Run, composite: Composite, model) -> Tensor:
             logps, mask = llm.token_logps(model, prompts, ids)
         values = composite(some, texts, logps, mask)  # good, bad, good, bad, ...
         broken += [*(values[::2] - values[1::2])]
-    rows = torch.stack(clicks + broken)
+    rows = torch.stack(clicks + broken)  # (P, J)
     return rows[rows.isfinite().all(1)]
 
 
@@ -131,7 +134,7 @@ def violations(
     lists = [(c, three) for c in chosen(contexts, "valid")
              if (three := clicked_list(c, run, Counter()))]
     unsafe, result = chosen(contexts, "valid", unsafe=True), []
-    for i in range(count if lists else 0):
+    for i in range(count if lists else 0):  # each fault as often as the next
         context, three = rng.choice(lists)
         good = garm.format_answer(three)
         bad = [good.rpartition("\n")[0], garm.format_answer([*three[:2], three[0]]), garm.UNSAFE]

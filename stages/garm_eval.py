@@ -31,6 +31,7 @@ NAMES = {"gaussian": "RL-GaRM", "bradley_terry": "RL-BTRM", "rft": "RFT-BTRM", "
 
 def policies(run: Run) -> dict[str, Path | None]:
     """Name as in Table 1 -> adapter, of what this run has trained; PE is the prompted base."""
+    # In the order of the paper's table.
     trained = {NAMES[arm]: run.adapter(arm) for arm in NAMES if arm in run.config.rl.arms}
     return {"PE": None, "SFT": run.adapter("sft"), **trained}
 
@@ -44,6 +45,7 @@ def held_out(run: Run) -> list[Context]:
         contexts = chosen(contexts, "test") + chosen(contexts, "test", unsafe=True)
     else:
         contexts = [Context(row, "test", 0) for row in data.read_dialogues(path)]
+    # Drawn from both kinds together.
     most = run.config.eval.max_users or len(contexts)
     return random.Random(run.seed("eval users")).sample(contexts, min(most, len(contexts)))
 
@@ -53,6 +55,7 @@ def write_answers(
 ) -> dict[str, list[list[str]]]:
     """n answers of every policy to each context; equal policies give equal answers."""
     turns = [context.turns for context in contexts]
+    # The same draws for every policy: what differs is the policy.
     return {name: suggester.write(adapter, turns, n, run.seed("eval"))
             for name, adapter in progress(policies(run).items(), "write suggestions")}
 
@@ -61,17 +64,20 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
     """Answers of every policy to held-out contexts; form, safety and mean reward."""
     suggester, contexts = Suggester(players.writer), held_out(run)
     answers = write_answers(run, suggester, contexts, 1)
+    # One judge for all: the first reward model that scores a suggestion alone.
     kinds = [k for k in run.config.reward.kinds if k in ("gaussian", "bradley_terry")]
     reward = load_reward(run, suggester, kinds[0]) if kinds else None
     turns, table = [c.turns for c in contexts], {}
     for name, written in answers.items():
         first = [some[0] for some in written]
+        # What is malformed has no suggestions, and no reward; the format column counts it.
         lists = [[] if c.unsafe else garm.answer_suggestions(answer)
                  for c, answer in zip(contexts, first, strict=True)]
         table[name] = figures_of(contexts, first)
         if reward:
             scores = [mu.mean().item() for mu in reward.score(turns, lists)[0] if len(mu)]
             table[name]["reward"] = float(np.mean(scores)) if scores else None
+    # For readers, and for whoever judges the same answers otherwise.
     rows = [{"dialogue_id": c.dialogue.dialogue_id,
              "answers": {name: answers[name][i] for name in answers}}
             for i, c in enumerate(contexts)]
@@ -91,6 +97,7 @@ def figures_of(contexts: Sequence[Context], answers: list[str]) -> dict[str, flo
     rows = list(zip(contexts, answers, strict=True))
     result = {}
     for name, unsafe in (("format", False), ("safety", True)):
+        # Exactly the form asked for (H.1), no credit for less.
         marks = [garm.format_reward(answer, unsafe) for c, answer in rows if c.unsafe == unsafe]
         result[name] = float(np.mean(marks)) if marks else None
     return result

@@ -86,6 +86,7 @@ class RewardModel:
         """(mu, sigma), (R,) each, of K texts of each context in turn; differentiable."""
         rows = [self.suggester.encoded(turns, some)
                 for turns, some in zip(contexts, texts, strict=True)]
+        # One state a suggestion, of its end token, which has seen context and suggestion alone.
         hidden = llm.last_hidden(model, *map(list, zip(*rows, strict=True)))  # (R, H)
         mu, raw = self.head(hidden.float()).unbind(1)
         if self.kind == "bradley_terry":  # a score is certain
@@ -124,6 +125,7 @@ class RewardModel:
                     # Of the two words: hardly another is likely after training.
                     result += (yes - no).sigmoid().cpu().split([len(x) for x in some])
             return result
+        # first, second, first, second, ...: both of a pair share the context.
         texts = [[text for pair in some for text in pair] for some in pairs]
         mu, sigma = self.score(contexts, texts, size)
         return [garm.preference_probability(m[::2], s[::2], m[1::2], s[1::2])
@@ -159,6 +161,7 @@ class RewardModel:
             loss = garm.paired_loss(yes, no, wins)  # Eq. (3)
             return loss, torch.where(wins, yes - no, no - yes).detach().sigmoid()
         mu, sigma = self.gaussians(model, contexts, shown)  # all three: one prompt a context
+        # Places of a context's suggestions among all of the batch.
         starts = np.cumsum([0, *map(len, shown)])
         places = torch.tensor([(start + w, start + r) for (_, pairs), start in
                                zip(rows, starts[:-1], strict=True) for w, r in pairs])
@@ -203,6 +206,7 @@ def train_reward(run: Run, suggester: Suggester, rows: list[Row], kind: RewardKi
                            learning_rate=rate)
             bar.set(loss=loss)
     save_reward(run, model, head, kind)
+    # Of the last pass: a model that has seen a pair before knows it.
     last = np.mean(log[-max(1, len(log) // settings.epochs) :], axis=0)
     return {"first_loss": log[0][0], "loss": float(last[0]), "train_accuracy": float(last[1])}
 

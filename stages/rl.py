@@ -102,7 +102,7 @@ def grpo(
         with torch.no_grad(), llm.other_adapter(model, reference):
             batch.ref_logps, batch.mask = llm.token_logps(model, batch.prompts, rollouts)  # (R, T)
         parts = composite(contexts, suggester.texts(rollouts), batch.ref_logps, batch.mask)
-        rewards, valid = garm.composite_reward(parts, weights)  # (R, J) -> (R,)
+        rewards, valid = garm.composite_reward(parts, weights)  # (R, J) -> (R,), (R,)
         shape = len(contexts), settings.group
         batch.valid = valid.view(shape)
         batch.advantages = garm.group_advantages(rewards.view(shape), batch.valid, settings.scale)
@@ -154,6 +154,7 @@ def backward(
         width = logps.shape[1]
         if first:
             batch.old_logps[rows, :width] = logps.detach()
+        # A part is as wide as its longest answer.
         old, ref = (x[rows, :width] for x in (batch.old_logps, batch.ref_logps))
         gain = batch.advantages.flatten()[rows].to(device)
         loss = garm.grpo_loss(  # Eq. (11)
@@ -177,6 +178,7 @@ def batches(run: Run, steps: int) -> list[list[Context]]:
     """Contexts of RL in batches, none twice before all others came; some to be declined."""
     settings, rng = run.config.rl, random.Random(run.seed("rl contexts"))
     contexts, count = read_contexts(run), steps * settings.batch_users
+    # As C.3 adds unsafe contexts to those that are answered.
     declined = cycle(chosen(contexts, "rl", unsafe=True), round(count * settings.unsafe), rng)
     answered = cycle(chosen(contexts, "rl"), count - len(declined), rng)
     if not answered:
@@ -216,6 +218,7 @@ def train_rft(run: Run, players: Players, suggester: Suggester, arm: str) -> dic
         temperature=settings.temperature))
     pools = [[y for answer in some for y in garm.answer_suggestions(answer)] for some in answers]
     pools = [[] if c.unsafe else pool for c, pool in zip(contexts, pools, strict=True)]
+    # By the reward model alone, as Table 1's RFT-BTRM: no other component speaks for a text.
     reward = load_reward(run, suggester, "bradley_terry", model)
     scores, _ = reward.score([c.turns for c in contexts], pools)
     rows, short = [], 0
@@ -245,11 +248,12 @@ def train_dpo(run: Run, players: Players, suggester: Suggester, arm: str) -> dic
     for start in progress(range(0, len(contexts), size), "dpo rewards"):
         some, ids = contexts[start : start + size], rollouts[start : start + size]
         texts = suggester.texts(ids)
-        with torch.no_grad():
+        with torch.no_grad():  # the policy is still the reference
             prompts = [suggester.prompt(c.turns) for c in some]
             logps, mask = llm.token_logps(model, prompts, ids)
         rewards, valid = garm.composite_reward(composite(some, texts, logps, mask), weights)
         rewards, valid = (x.view(len(some), -1) for x in (rewards, valid))
+        # (B, G): an answer whose judge failed is neither best nor worst.
         best = rewards.masked_fill(~valid, -torch.inf).max(1)
         worst = rewards.masked_fill(~valid, torch.inf).min(1)
         pairs += [

@@ -41,6 +41,7 @@ def stage_sft(run: Run, players: Players, key: str) -> dict:
         lists, figures = distilled(run, suggester, safe, key)
     else:
         lists, figures = {c.dialogue.dialogue_id: clicked_list(c, run, Counter()) for c in safe}, {}
+    # The clicked order is the log's; the assembled one has the likeliest first.
     answers = [(c, garm.format_answer(three)) for c in safe
                if (three := lists[c.dialogue.dialogue_id])]
     if not answers:
@@ -56,6 +57,7 @@ def training_contexts(run: Run) -> tuple[list[Context], list[Context]]:
     """Contexts with a click that is fit to learn, and contexts to decline, drawn at random."""
     settings, rng = run.config.sft, random.Random(run.seed("sft contexts"))
     contexts = read_contexts(run)
+    # A click whose text is not fit to learn is none.
     clicked = [c for c in chosen(contexts, "train") if clicked_suggestions(c, Counter())]
     if not clicked:
         raise UserError("sft: no context of the log's first part has a click to learn from")
@@ -74,16 +76,20 @@ def distilled(
     if not run.folder.is_done(folder, teacher_key):  # a killed stage goes on behind it
         rows = [suggester.encoded(c.turns, clicked_suggestions(c, Counter()), "one")
                 for c in contexts]
+        # A context with several clicks is one row: its suggestions share the prompt.
         model, losses = instruct(run, suggester.writer, rows, settings, "teacher")
         llm.save_adapter(model, run.adapter("teacher"))
         turns = [c.turns for c in contexts]
+        # Sampled side by side: a context is read once for all its candidates.
         pools = suggester.texts(suggester.rollouts(
             model, turns, settings.candidates, run.seed("pool"), "one"))
         write_json(run.folder / folder / "pools.json", pools)
         run.folder.mark_done(folder, teacher_key, **losses)
     pools, counts, lists = read_json(run.folder / folder / "pools.json"), Counter(), {}
     for context, pool in zip(contexts, pools, strict=True):
+        # Phase 3: what is too like a better one is left out.
         three = distinct(clean_pool(pool, context, counts), run)
+        # Two would teach to write two.
         full = len(three) == garm.NUM_SUGGESTIONS
         counts["lists" if full else "pools without three"] += 1
         lists[context.dialogue.dialogue_id] = three if full else []
@@ -93,7 +99,7 @@ def distilled(
 
 def clean_pool(pool: list[str], context: Context, counts: Counter) -> list[str]:
     """Candidates of a context after phase 2, each once, what came most often first."""
-    clean = []
+    clean = []  # with repeats: how often a text was written says how likely it is
     for text in pool:
         text, reason = clean_suggestion(text, context)
         counts[reason or "candidates"] += 1
