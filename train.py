@@ -10,8 +10,8 @@
     python train.py --config configs/garm.yaml         # a sibling paper: From Clicks to Preference
 
 Stages: world -> base -> summarize -> match -> rid -> ranker -> sit -> dpo -> eval, and merge where
-asked for; of run.method=garm: world -> base -> dialogues -> sft -> reward -> fuse -> rl -> eval. The
-loop of each stands in stages/, in the file of its name. A stage is skipped if its settings and
+asked for. Of run.method=garm: world -> base -> dialogues -> sft -> reward -> fuse -> rl -> eval.
+The loop of each stands in stages/, in the file of its name. A stage is skipped if its settings and
 inputs have not changed, and runs its predecessors first if they are missing.
 
 Departures from the paper: LoRA instead of full fine-tuning; teacher and revisit matcher are offline
