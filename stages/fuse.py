@@ -35,6 +35,7 @@ from stages.rl import grpo
 def stage_fuse(run: Run, players: Players, key: str) -> dict:
     """Weights for every reward model that RL or DPO learns from."""
     arms, figures = run.config.rl.arms, {}
+    # RFT needs none: it goes by the reward model alone.
     kinds = [k for k in ("gaussian", "bradley_terry")
              if k in arms or (k == "gaussian" and "dpo" in arms)]
     for kind in kinds:
@@ -84,6 +85,7 @@ def component_trends(log: list[dict]) -> Tensor:
 
     0 where it is within its standard error: of a few batches most change is chance.
     """
+    # (steps, J)
     values = torch.tensor([[line["components"][name] for name in COMPONENTS] for line in log])
     if len(values) < 2:
         return torch.zeros(len(COMPONENTS))

@@ -61,6 +61,7 @@ def train_grpo(run: Run, players: Players, suggester: Suggester, kind: str) -> d
     model = suggester.policy(run.adapter("sft"), trainable=True)
     composite = Composite(players, suggester, load_reward(run, suggester, kind, model))
     weights = fused_weights(run, kind)
+    # A line a step: what each component does, as it is and weighted.
     log = grpo(run, suggester, model, composite, weights, run.config.rl.steps, kind)
     llm.save_adapter(model, run.adapter(kind))
     with atomic_path(run.folder / "rl" / kind / "steps.jsonl") as temporary:
@@ -98,6 +99,7 @@ def grpo(
         turns = [context.turns for context in contexts]
         rollouts = suggester.rollouts(  # [B][G] token ids
             model, turns, settings.group, run.seed("rl", number), temperature=settings.temperature)
+        # Rollouts of a context are one tree row: its prompt is read once.
         batch = Batch([suggester.prompt(t) for t in turns], rollouts)
         with torch.no_grad(), llm.other_adapter(model, reference):
             batch.ref_logps, batch.mask = llm.token_logps(model, batch.prompts, rollouts)  # (R, T)
@@ -142,6 +144,7 @@ def backward(
     """Add up the gradients of Eq. (11) over these groups; invalid rollouts stay out of it."""
     size, device = batch.valid.shape[1], batch.mask.device
     of_group = {b: [b * size + i for i in range(size) if batch.valid[b, i]] for b in groups}
+    # All rows that count, for the share of a part.
     every = batch.mask[[r for b in groups for r in of_group[b]]]
     first = batch.old_logps is None  # the policy is still the one that has sampled
     if first:
@@ -183,6 +186,7 @@ def batches(run: Run, steps: int) -> list[list[Context]]:
     answered = cycle(chosen(contexts, "rl"), count - len(declined), rng)
     if not answered:
         raise UserError("rl: no context is left for it; raise data.judge")
+    # Mixed, so that no batch is of unsafe contexts alone.
     drawn = rng.sample(answered + declined, len(answered) + len(declined))
     return [drawn[i : i + settings.batch_users] for i in range(0, len(drawn), settings.batch_users)]
 

@@ -31,8 +31,8 @@ VERBS = "bake brew learn hear tie grow watch shape draw keep".split()
 SMALL = """run.method=garm run.name=g run.seed=3 generator.max_prompt_tokens=90
     generator.max_new_tokens=24 generator.lora_rank=4 generator.precision=float32
     data.train=0.4 data.valid=0.25 data.judge=0.2 data.test=0.15 sft.candidates=6
-    sft.max_contexts=8 sft.unsafe=0.2 reward.max_contexts=8 reward.batch_users=3 fuse.probes=1 fuse.probe_steps=2
-    fuse.max_contexts=3 rl.steps=2 rl.batch_users=2 rl.group=3 rl.candidates=9 rl.rft_contexts=4
+    sft.max_contexts=8 sft.unsafe=0.2 reward.max_contexts=8 reward.batch_users=3
+    fuse.probes=1 fuse.probe_steps=2 fuse.max_contexts=3 rl.steps=2 rl.batch_users=2 rl.group=3 rl.candidates=9 rl.rft_contexts=4
     rl.unsafe=0.2 rl.learning_rate=1e-3 dpo.batch_users=2 eval.max_users=6""".split()
 
 
@@ -74,7 +74,7 @@ def log_of(contexts: int) -> list[data.Dialogue]:
         shown = [f"How do I {verb} {subject}?", f"Explain old {subject} to me", "Make it shorter"]
         rng.shuffle(shown)
         day = f"03-{2 + i % 28:02}" if i % 4 else f"04-{1 + i % 26:02}"
-        said = [("user", f"Tell me about {subject} {i}"), ("assistant", f"People {verb} {subject}.")]
+        said = [("user", f"Tell me about {subject} {i}"), ("assistant", f"They {verb} {subject}.")]
         rows.append(data.Dialogue(
             dialogue_id=f"d{i}", user_id=f"u{i % 37}", timestamp=f"2026-{day}T10:00:00",
             turns=[data.Turn(role=role, content=text) for role, text in said],
