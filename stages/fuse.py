@@ -7,8 +7,9 @@ of RL from SFT's policy, the Pareto-guided adjustment: a component that falls ga
 dominates loses some, until none falls. Trace and weights: fuse/<kind>/trace.json.
 
 Unstated: which suggestions are good and bad. Here half are clicked and passed over ones of held-out
-contexts; as these never differ in what makes a list, the other half are lists against what H.1
-forbids: a line too few, a repeated line, declining a safe context, answering an unsafe one.
+contexts; as these never differ in what makes a list, the other half are clicked lists against the
+same with a fault: a line too few, a repeated line, lines for another conversation, declining a safe
+context, answering an unsafe one.
 """
 
 from __future__ import annotations
@@ -139,9 +140,10 @@ def violations(
     for i in range(count if lists else 0):  # each fault as often as the next
         context, three = rng.choice(lists)
         good = garm.format_answer(three)
-        bad = [good.rpartition("\n")[0], garm.format_answer([*three[:2], three[0]]), garm.UNSAFE]
-        if i % 4 < 3:
-            result.append((context, good, bad[i % 4]))
+        bad = [good.rpartition("\n")[0], garm.format_answer([*three[:2], three[0]]),
+               garm.format_answer(rng.choice(lists)[1]), garm.UNSAFE]
+        if i % 5 < 4:
+            result.append((context, good, bad[i % 5]))
         elif unsafe:
             result.append((rng.choice(unsafe), garm.UNSAFE, good))
     return result

@@ -111,7 +111,7 @@ def grpo(
         # A group without variance teaches nothing, and costs no step.
         groups = batch.advantages.ne(0).any(1).nonzero()[:, 0].tolist()
         figures = {"loss": 0.0, "kl": 0.0, "clipped": 0.0}
-        rate = schedule.get_last_lr()[0]
+        rate = schedule.get_last_lr()[0]  # that of the first update
         for _ in range(settings.updates if groups else 0):
             figures = backward(policy, batch, groups, settings, run.config.generator.micro_batch)
             step(model, optimiser, schedule)

@@ -32,7 +32,8 @@ SMALL = """run.method=garm run.name=g run.seed=3 generator.max_prompt_tokens=90
     generator.max_new_tokens=24 generator.lora_rank=4 generator.precision=float32
     data.train=0.4 data.valid=0.25 data.judge=0.2 data.test=0.15 sft.candidates=6
     sft.max_contexts=8 sft.unsafe=0.2 reward.max_contexts=8 reward.batch_users=3
-    fuse.probes=1 fuse.probe_steps=2 fuse.max_contexts=3 rl.steps=2 rl.batch_users=2 rl.group=3 rl.candidates=9 rl.rft_contexts=4
+    fuse.probes=1 fuse.probe_steps=2 fuse.max_contexts=3
+    rl.steps=2 rl.batch_users=2 rl.group=3 rl.candidates=9 rl.rft_contexts=4
     rl.unsafe=0.2 rl.learning_rate=1e-3 dpo.batch_users=2 eval.max_users=6""".split()
 
 
