@@ -127,7 +127,8 @@ def fit_scorer(
     settings = run.config.rid
     torch.manual_seed(run.seed("rid"))
     scorer = new_scorer(run)  # after the seed: its weights are drawn here
-    shuffle, text_ids = random.Random(run.seed("rid", "order")), defaultdict(itertools.count().__next__)
+    shuffle = random.Random(run.seed("rid", "order"))
+    text_ids = defaultdict(itertools.count().__next__)
     least = min(settings.least_epochs, settings.epochs)
     for number, tower in enumerate(bar := progress(scorer.towers, "rid")):
         held_out = [row for row in known if folds[row[0]] == number]
@@ -138,7 +139,7 @@ def fit_scorer(
         optimiser = torch.optim.AdamW(tower.parameters(), settings.learning_rate)
         # The mean of all steps at first, later of about the last AVERAGED.
         average = AveragedModel(
-            tower, avg_fn=lambda mean, new, n: mean + (new - mean) / torch.clamp(n + 1, max=AVERAGED)
+            tower, avg_fn=lambda mean, new, n: mean + (new - mean) / (n + 1).clamp(max=AVERAGED)
         )
         best = Best(average)
         for epoch in range(settings.epochs):
@@ -157,9 +158,8 @@ def fit_scorer(
                 average.update_parameters(tower)
                 losses.append(loss.item())
             held = held_out_loss(run, revisits, average.eval(), held_out or rest, text_ids)
-            run.folder.log(
-                "rid", tower=number, epoch=epoch, loss=float(np.mean(losses)), held_out_loss=held
-            )
+            run.folder.log("rid", tower=f"tower {number + 1}", epoch=epoch,
+                           loss=float(np.mean(losses)), held_out_loss=held)
             bar.set(loss=held)
             if epoch + 1 >= least:  # weights of the first epochs are still those they began with
                 best.offer(-held)
@@ -185,8 +185,9 @@ def rows_loss(run: Run, revisits: Revisits, tower, rows: list[Row], text_ids, cr
 @torch.no_grad()
 def held_out_loss(run: Run, revisits: Revisits, tower, rows: list[Row], text_ids) -> float:
     """Eq. (3) over all positives of left-out users, against their own other sessions."""
-    parts = [rows[start : start + 32] for start in range(0, len(rows), 32)]
-    return torch.cat([rows_loss(run, revisits, tower, r, text_ids, 0.0) for r in parts]).mean().item()
+    parts = (rows[start : start + 32] for start in range(0, len(rows), 32))
+    losses = [rows_loss(run, revisits, tower, part, text_ids, 0.0) for part in parts]  # (P,) each
+    return torch.cat(losses).mean().item()
 
 
 def training_batch(run: Run, revisits: Revisits, rows: list[Row], text_ids: dict[str, int]):
@@ -216,7 +217,8 @@ def fit_gate(
     shares = tower_shares(folds, [u for u, _ in known], len(scorer.towers))
     inputs = np.concatenate([
         ib.gate_inputs(s, history)
-        for s, history in zip(resonance(scorer, histories, profiles, shares), histories, strict=True)
+        for s, history in zip(
+            resonance(scorer, histories, profiles, shares), histories, strict=True)
     ])  # (n, 6): one row a summary
     labels = np.concatenate([revisits[row] for row in known])
     answered = labels >= 0  # a failed call is no evidence either way
@@ -249,7 +251,7 @@ def distil_everybody(run: Run, distiller: Distiller) -> float:
     return float(np.mean([len(cuts[-1]["interests"]) for cuts in triggers.values()]))
 
 
-# ---------------------------------------------------------------------------- what it is held against
+# ------------------------------------------------------------------------- what it is held against
 
 
 def compare(
