@@ -432,7 +432,7 @@ def test_who_trained_towers_is_scored_by_the_one_that_has_not_seen_them(finished
 
 
 def test_rules_and_scorer_know_the_same_chores(finished):
-    """RID's labels know no revisit of a chore; its inputs and the rules it is held against agree."""
+    """RID's labels know no revisit of a chore; its inputs and its rivals agree."""
     said = ["translate this letter", "chess openings", "translate this letter", "rare stamps"]
     history = ib.make_history(said, [4.0, 3.0, 2.0, 1.0], lambda x: torch.eye(len(x)))
     assert history.texts == ["chess openings", "translate this letter", "rare stamps"]
