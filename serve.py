@@ -35,10 +35,9 @@ from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 
-import data
 from config import Config, load_config
 from files import ROOT, UserError, file_digest, script
-from serving.bodies import FIELDS, EventsBody, Fault, Reply, SessionsBody, StartersBody
+from serving.bodies import FIELDS, EventsBody, Fault, Id, Reply, SessionsBody, StartersBody
 from serving.connections import Seldom, descriptors, limited
 from serving.desk import Desk, precompute
 from serving.engine import Engine
@@ -137,7 +136,7 @@ def check_number(sessions: list, desk: Desk) -> None:
 
 
 @router.put("/v1/users/{user_id:path}/sessions", response_model=dict[str, str | int])
-def put_sessions(user_id: data.Name, body: SessionsBody, desk: AppDesk):
+def put_sessions(user_id: Id, body: SessionsBody, desk: AppDesk):
     """Append to a user's history; a session_id that is held is replaced. How many are held."""
     # No async, here and below: FastAPI takes a thread, which may wait for the disk.
     check_number(body.sessions, desk)
@@ -146,9 +145,11 @@ def put_sessions(user_id: data.Name, body: SessionsBody, desk: AppDesk):
 
 
 @router.delete("/v1/users/{user_id:path}", response_model=dict[str, dict[str, int]])
-def delete_user(user_id: data.Name, desk: AppDesk):
+def delete_user(user_id: Id, desk: AppDesk):
     """Remove everything of a user; how many rows by table."""
-    return JSONResponse({"removed": desk.delete(user_id)})
+    if not any((removed := desk.delete(user_id)).values()):  # an id that was mistyped, say
+        raise HTTPException(404, "nothing is held of this user")
+    return JSONResponse({"removed": removed})
 
 
 @router.post("/v1/events", response_model=dict[str, int])

@@ -135,6 +135,9 @@ class Front:
         here = self.local and not proxied and is_loopback((scope.get("server") or [""])[0])
         if not self.key and not (here and is_loopback(_name_of(host))):
             raise HTTPException(403, "Host: use 127.0.0.1 or localhost, or set a key")
+        # A route's pattern ends before a last line break: "alice\n" would be alice there.
+        if any(ord(c) < 32 for c in scope["path"]):
+            raise HTTPException(422, "the path holds a control character")
         kind = headers.get(b"content-type", "").partition(";")[0].strip().lower()
         # A form of another site can send any other type without asking first.
         if scope["method"] in ("POST", "PUT", "PATCH") and kind != "application/json":

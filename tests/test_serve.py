@@ -326,6 +326,62 @@ def test_deletion_leaves_nothing_even_of_an_answer_that_is_being_written(tmp_pat
         wait_for(lambda: server.engine.forgotten >= 2)  # by the deletion, and by the answer's end
 
 
+def test_deleting_nothing_says_so(server):
+    put(server, "alice", "trains")
+    for path in ("/v1/users/bob", "/v1/users/alice/sessions"):  # the id is alice/sessions
+        reply = server.client.delete(path)
+        assert reply.status_code == 404
+        assert reply.json() == {"detail": "nothing is held of this user"}
+    assert server.client.delete("/v1/users/alice").json()["removed"]["sessions"] == 1
+    assert server.client.delete("/v1/users/alice").status_code == 404
+
+
+@pytest.mark.parametrize("name", [
+    "alice ", " alice", "alice\x00", "alice\n", "ali  ce", "alice\x7f", "alice\u00a0",
+    "alice\ufffd", "..", ".", "../alice", "alice/..", "a/./b"])  # fmt: skip
+def test_an_id_that_would_be_another_ones_is_refused(server, name):
+    put(server, "alice", "trains")
+    for reply in (
+        server.client.post("/v1/starters", json={"user_id": name}),
+        server.client.put("/v1/users/alice/sessions",
+                          json={"sessions": [{"session_id": name, "summary": "tea"}]}),
+        server.client.request("DELETE", "/v1/users/" + "".join(f"%{b:02x}" for b in name.encode())),
+        server.client.put(f"/v1/users/{''.join(f'%{b:02x}' for b in name.encode())}/sessions",
+                          json={"sessions": sessions("tea")}),
+    ):
+        assert reply.status_code == 422, reply.request.url
+        assert "alice" not in reply.text
+    assert [s.summary for s in server.store.user("alice").sessions] == ["trains"]
+    assert server.store.user_ids() == ["alice"]
+
+
+def test_half_a_character_is_no_id(server):
+    put(server, "alice", "trains")
+    for text in (b'{"user_id": "alice\\ud800"}', b'{"user_id": "\\udc00alice"}'):
+        reply = server.client.post("/v1/starters", content=text,
+                                   headers={"Content-Type": "application/json"})
+        assert reply.status_code == 422
+    assert server.client.delete("/v1/users/alice%ed%a0%80").status_code == 422
+    assert server.client.delete("/v1/users/alice%ff").status_code == 422
+    assert server.store.user_ids() == ["alice"]
+
+
+def test_a_session_id_that_stands_twice_is_refused(server):
+    body = {"sessions": [*sessions("tea"), *sessions("trains")]}
+    reply = server.client.put("/v1/users/u1/sessions", json=body)
+    assert reply.status_code == 422 and "stands twice" in reply.text
+    assert server.store.user("u1") is None
+
+
+def test_lengths_are_told_in_characters(server):
+    long = [{"sessions": [{"summary": "x" * 2001}]}, {"user_id": "x" * 201},
+            {"exclude": ["x" * 2001]}, {"profile": {"age": "x" * 2001}},
+            {"sessions": [{"messages": [{"role": "user", "content": "x" * 32_001}]}]}]
+    for body in long:
+        (fault,) = ask(server, 422, **body)["detail"]
+        assert "characters" in fault["msg"] and "items" not in fault["msg"], fault
+
+
 def test_examples_are_people_of_the_store(server):
     user = data.User(user_id="u1", profile={"age": "25-34"}, sessions=[])
     server.engine.examples = [user, user.model_copy(update={"user_id": "deleted"})]
@@ -556,7 +612,7 @@ def test_half_heads_lock_nobody_out(tmp_path, monkeypatch, caplog):
     with running(tmp_path) as server:
         held = opened(server, 200, HALF)
         wait_for(lambda: len(server.app.state.server.server_state.connections) <= 50)
-        for _ in range(5):
+        for _ in range(2):
             assert httpx.get(f"http://127.0.0.1:{server.port}/livez").status_code == 200
         assert len(server.app.state.server.server_state.connections) <= 50
         for one in held:
@@ -1069,7 +1125,7 @@ def test_canary_no_text_of_one_user_reaches_another(tmp_path, caplog):
             if kind == "delete":
                 request, impressions, known = ("DELETE", f"/v1/users/{user_id}"), [], False
             status, headers, text = await connection.ask(*request)
-            assert status == 200, (kind, status, text)
+            assert status == 200 or (kind, status) == ("delete", 404), (kind, status, text)
             kinds[kind] += 1
             found = set(re.findall(r"canary\d+x", text + str(headers)))
             assert found <= {canary}, (kind, found, canary)
