@@ -11,7 +11,7 @@ from llm.check import check_tree_rows
 from llm.logps import TreeRows, averaged_gradients, completion_logps, row_logps, tree_rows
 from llm.model import (  # loading, LoRA, adapters
     add_lora, check_model, dtype_of, load_adapter, load_generator, load_tokenizer, merge_adapter,
-    model_path, quiet_libraries, save_adapter,
+    model_path, quiet_libraries, save_adapter, whole_adapter,
 )
 from llm.prompts import (  # interests and starters -> tokens
     around_interests, encode_completion, encode_prompt, encode_text, prompt_text, user_turn,

@@ -17,19 +17,22 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 import icebreaker as ib
+import roles
 from config import RidConfig
-from files import UserError, progress, read_json, read_tensors, write_json, write_tensors
+from files import UserError, progress, read_json, write_json, write_tensors
 from roles.players import Players
 from run import Run
 from stages.match import Revisits
-from stages.steps import Best
+from stages.steps import Best, load_weights
 
 Row = tuple[str, int]  # a user at a cut of the log
 
@@ -46,9 +49,17 @@ class Distiller:
     @classmethod
     def load(cls, run: Run) -> Distiller:
         """As stage `rid` saved it."""
-        scorer, gate = new_scorer(run), read_json(run.folder / "rid" / "gate.json")
-        scorer.load_state_dict(read_tensors(run.folder / "rid" / "scorer.safetensors"))
-        return cls(scorer.eval(), gate["edges"], gate["thresholds"], run.config.rid)
+        scorer, path = new_scorer(run), run.folder / "rid" / "gate.json"
+        load_weights(scorer, run.folder / "rid" / "scorer.safetensors")
+        gate = read_json(path)
+        try:
+            edges, lines = (np.asarray(gate[name], float) for name in ("edges", "thresholds"))
+            whole = lines.shape == (len(edges) + 1,) and np.isfinite([*edges, *lines]).all()
+        except (KeyError, TypeError, ValueError):
+            whole = False
+        if not whole:
+            raise UserError(f"{path}: holds no edges and thresholds; run stage rid again")
+        return cls(scorer, edges.tolist(), lines.tolist(), run.config.rid)
 
     def scores(self, histories: list[ib.History], profiles: torch.Tensor) -> list[np.ndarray]:
         """s(u, h) (N,) of every summary of each history; profiles (B, D)."""
@@ -63,7 +74,7 @@ class Distiller:
         r = self.settings
         return ib.distil(
             scores, self.threshold(history), r.min_keep, r.max_keep, history.embeddings,
-            r.duplicate_cosine,
+            r.duplicate_cosine, may_be_duplicates(history.texts),
         )
 
 
@@ -196,6 +207,28 @@ def distil_everybody(run: Run, distiller: Distiller) -> float:
         }
     write_json(run.folder / "rid" / "triggers.json", triggers)
     return float(np.mean([len(cuts[-1]["interests"]) for cuts in triggers.values()]))
+
+
+# --------------------------------------------------------------- subjects, where cosines say little
+
+
+def names_chief_subject(text: str, interest: str) -> bool:
+    """Whether a text names what an interest is about first of all: a name rather than a field."""
+    chief = roles.key_phrases(interest)[:1]
+    if chief and re.match("[㐀-鿿]{2}", chief[0]):  # Chinese says the particular before the general
+        return chief[0][:2] in text
+    return bool(chief) and roles.names_subject(text, chief)
+
+
+def may_be_duplicates(texts: list[str]) -> Callable[[int, int], bool]:
+    """(i, j) -> False where each has a subject and neither names the other's."""
+
+    def alike(i: int, j: int) -> bool:
+        a, b = texts[i], texts[j]
+        bare = not roles.key_phrases(a) or not roles.key_phrases(b)
+        return bare or names_chief_subject(a, b) or names_chief_subject(b, a)
+
+    return alike
 
 
 # --------------------------------------------------------------------------------------- the scorer

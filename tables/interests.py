@@ -13,6 +13,7 @@ import torch
 import icebreaker as ib
 from roles.players import Players
 from run import Run
+from stages import rid
 from stages.metrics import PerUser
 from tables.truth import chore_shares, resonances
 from world.people import Truth
@@ -30,7 +31,8 @@ def interests_of(run: Run, user: str, kind: str) -> list[str]:
     ranks = [torch.argsort(torch.argsort(s, stable=True), stable=True).double() for s in scores]
     n, twins = len(state.interests), run.config.rid.duplicate_cosine
     # An infinite threshold: nothing passes the gate, and the best n are kept.
-    keep = ib.distil(sum(ranks).numpy(), float("inf"), n, n, history.embeddings, twins)
+    alike = rid.may_be_duplicates(history.texts)
+    keep = ib.distil(sum(ranks).numpy(), float("inf"), n, n, history.embeddings, twins, alike)
     return [history.texts[i] for i in keep]
 
 
