@@ -37,7 +37,7 @@ from serving import feedback
 from stages.cold_start import PopularStarters
 from stages.pools import list_order, score_pools
 from stages.ranker import load_ranker, utilities
-from stages.rid import Distiller, names_chief_subject
+from stages.rid import Distiller, names_one_of
 
 METHODS = ("PE", "SFT", "IceBreaker")
 # "JoJoJoJo", or half a character: a small generator has lost its thread.
@@ -323,7 +323,7 @@ class Engine:
         # "Because you asked about ..." is to be true: near is not enough, the starter must name it.
         near = (case.state.embeddings @ self.run.encoder([text])[0]).tolist()  # (M, D) @ (D,)
         named = [pair for pair in zip(near, case.state.interests, strict=True)
-                 if names_chief_subject(text, pair[1])]
+                 if names_one_of(text, pair[1])]
         return Starter(text, utility, max(named)[1] if named else None, "generated")
 
     def _rank(self, cases: list[Case]) -> list[Answer]:  # in the order of list search, best first

@@ -212,12 +212,13 @@ def distil_everybody(run: Run, distiller: Distiller) -> float:
 # --------------------------------------------------------------- subjects, where cosines say little
 
 
-def names_chief_subject(text: str, interest: str) -> bool:
-    """Whether a text names what an interest is about first of all: a name rather than a field."""
-    chief = roles.key_phrases(interest)[:1]
-    if chief and re.match("[㐀-鿿]{2}", chief[0]):  # Chinese says the particular before the general
-        return chief[0][:2] in text
-    return bool(chief) and roles.names_subject(text, chief)
+def names_one_of(text: str, interest: str) -> bool:
+    """Whether a text names a subject of an interest; of a Chinese phrase what it begins with, as
+    Chinese says the particular before the general: Rome's history is not Venice's."""
+    chinese = [p for p in roles.key_phrases(interest) if re.match("[㐀-鿿]{2}", p)]
+    if chinese:
+        return any(phrase[:2] in text for phrase in chinese)
+    return roles.names_subject(text, [interest])
 
 
 def may_be_duplicates(texts: list[str]) -> Callable[[int, int], bool]:
@@ -226,7 +227,7 @@ def may_be_duplicates(texts: list[str]) -> Callable[[int, int], bool]:
     def alike(i: int, j: int) -> bool:
         a, b = texts[i], texts[j]
         bare = not roles.key_phrases(a) or not roles.key_phrases(b)
-        return bare or names_chief_subject(a, b) or names_chief_subject(b, a)
+        return bare or names_one_of(a, b) or names_one_of(b, a)
 
     return alike
 

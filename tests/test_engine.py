@@ -121,7 +121,7 @@ def test_a_long_history_costs_no_more_than_its_budget(engine, monkeypatch):
     engine.write([ask])
     assert sum(counted) <= 2 * 4000 + 2000  # history, lists shown, and what was written
     assert engine.characters(ask) == 0  # embedded already
-    assert latest([], len) == [] and latest(["x" * 9999], len) == ["x" * 9999]
+    assert latest([], str) == [] and latest(["x" * 9999], str) == ["x" * 9999]
 
 
 def test_starters_come_again_only_where_there_is_nothing_else(engine, scripted):

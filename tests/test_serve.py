@@ -424,34 +424,40 @@ def test_asks_are_written_in_batches_by_one_thread(tmp_path, monkeypatch):
 
 
 def test_small_asks_go_before_a_large_one_whose_turn_comes_too(tmp_path):
-    with running(tmp_path, FakeEngine(steps=1, seconds=0.3)) as server:
-        order, write = [], server.engine.write
-        server.engine.write = lambda asks, gone: (
-            order.append([a.user.sessions[0].summary[:4] for a in asks]), write(asks, gone))[1]
+    with running(tmp_path) as server:
+        order, write, free = [], server.engine.write, threading.Event()
+
+        def slow(asks, gone):
+            order.append([ask.user.sessions[0].summary[:4] for ask in asks])
+            free.wait(20)
+            return write(asks, gone)
+
+        server.engine.write = slow
         long = {"sessions": [{"summary": "long" + "x" * 1900}] * 20}
-        first = starters_of("first")
-        requests = [first, ("POST", "/v1/starters", long), *(starters_of("tea") for _ in range(3))]
 
         async def one_after_another():
+            requests = [starters_of("first"), ("POST", "/v1/starters", long), starters_of("tea")]
             tasks = []
-            for request in requests:
+            for i, request in enumerate(requests):
                 tasks.append(asyncio.create_task(Connection(server.port).ask(*request)))
-                await asyncio.sleep(0.05)
+                while len(order) + len(server.desk.queue.waiting) <= i:
+                    await asyncio.sleep(0.01)
+            free.set()
             return await asyncio.gather(*tasks)
 
         assert {status for status, _, _ in asyncio.run(one_after_another())} == {200}
-        assert order == [["firs"], ["tea"] * 3, ["long"]]
-        now, desk = time.monotonic(), server.desk
-        jobs = [desk._job(Ask(data.User(user_id=str(n), sessions=[
-            data.Session(session_id="1", summary="x" * n)]), 5), by_id=False)
-            for n in (2000, 10, 11)]
-        for job, waited in zip(jobs, (3, 1, 2), strict=True):
-            job.born = now - waited  # the large one came long enough before
-        desk.queue.waiting.extend(jobs)
-        assert desk.queue._take() == [jobs[0], jobs[2], jobs[1]]
-        jobs[0].characters = 10**6
-        desk.queue.waiting.extend(jobs)
-        assert desk.queue._take() == [jobs[2], jobs[1]] and desk.queue._take() == [jobs[0]]
+        assert order == [["firs"], ["tea"], ["long"]]
+        desk, now = server.desk, time.monotonic()
+        idle = queue.Queue(server.engine, desk.settings, desk.metrics, desk)  # its thread sleeps
+    jobs = [queue.Job(Ask(data.User(user_id=str(n), sessions=[
+        data.Session(session_id="1", summary="x" * n)]), 5), by_id=False) for n in (2000, 10, 11)]
+    for job, waited in zip(jobs, (3, 1, 2), strict=True):
+        job.born = now - waited  # the large one came long enough before
+    idle.waiting.extend(jobs)
+    assert idle._take() == [jobs[0], jobs[2], jobs[1]]
+    jobs[0].characters = 10**6
+    idle.waiting.extend(jobs)
+    assert idle._take() == [jobs[2], jobs[1]] and idle._take() == [jobs[0]]
 
 
 def test_writing_ahead_gives_way_to_a_client(tmp_path):
