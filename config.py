@@ -106,7 +106,6 @@ class RidConfig(Section):
     cross_user: NotNegative = 0.01  # weight of a cross-user negative; within the user it is 1
     learning_rate: Positive = 5e-4
     epochs: Count = 40
-    least_epochs: Count = 6  # before a tower may stop
     patience: CountFromZero = 4  # epochs without a lower loss on the left-out fold, waited through
     batch_users: Count = 16
     activity_groups: Count = 3

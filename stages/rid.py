@@ -44,6 +44,7 @@ from stages.steps import Best
 Row = tuple[str, int]  # a user at a cut of the log
 RULES = {"recency": ib.recency_scores, "frequency": ib.frequency_scores}
 AVERAGED = 50  # steps over which a tower's weights are averaged
+LEAST_EPOCHS = 6  # before a tower may stop: an untrained one can be lucky on a few users
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ def stage_rid(run: Run, players: Players, key: str) -> dict:
             f"users, in four splits), so there is nothing to learn from; more users or longer "
             f"histories are needed"
         )
+    # In turn, so that no fold is empty where there are few users.
     folds = {user: i % run.config.rid.towers for i, user in enumerate(users)}
     scorer = fit_scorer(run, revisits, known, folds)
     distiller = fit_gate(run, revisits, scorer, known, folds, run.config.rid.activity_groups)
@@ -129,7 +131,7 @@ def fit_scorer(
     scorer = new_scorer(run)  # after the seed: its weights are drawn here
     shuffle = random.Random(run.seed("rid", "order"))
     text_ids = defaultdict(itertools.count().__next__)
-    least = min(settings.least_epochs, settings.epochs)
+    least = min(LEAST_EPOCHS, settings.epochs)
     for number, tower in enumerate(bar := progress(scorer.towers, "rid")):
         held_out = [row for row in known if folds[row[0]] == number]
         rest = [row for row in known if folds[row[0]] != number]
@@ -166,7 +168,7 @@ def fit_scorer(
             # Early stopping: what is learned later is the training users by heart.
             if best.waited > settings.patience:
                 break
-        best.restore()
+        best.restore()  # the average's, which the tower takes over
         tower.load_state_dict(average.module.state_dict())
     write_tensors(run.folder / "rid" / "scorer.safetensors", scorer.state_dict())
     return scorer.eval()
@@ -229,6 +231,7 @@ def fit_gate(
     group = np.concatenate([
         np.full(len(h.texts), ib.activity_group(h.sessions_per_week, edges)) for h in histories
     ])
+    # Equal chances mean the same for all users, so one line can serve a group.
     chance = fitted.predict_proba(inputs)[:, 1]
     thresholds = ib.fit_thresholds(chance[answered], labels[answered], group[answered], groups)
     odds = [*fitted.coef_[0].tolist(), float(fitted.intercept_[0])]
@@ -265,8 +268,10 @@ def compare(
     figures = {"auc": revisits.auc(unseen, scores)}
     for name, rule in RULES.items():
         figures[f"auc_{name}"] = revisits.auc(unseen, [rule_scores(h, rule) for h in histories])
+    # Learners without towers: what is to be gained from the same inputs.
     seen = [statistics(history) for history in histories_of(run, known)[0]]  # (N, F + 1) each
     labels = np.concatenate([revisits[row] for row in known])
+    # A failed call of the matcher is no label.
     fit_rows, asked = np.concatenate(seen)[labels >= 0], [statistics(h) for h in histories]
     learners = {
         "logistic": make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)),
@@ -278,6 +283,7 @@ def compare(
         learner.fit(fit_rows, labels[labels >= 0])
         chances = [learner.predict_proba(rows)[:, 1] for rows in asked]
         figures[f"auc_{name}"] = revisits.auc(unseen, chances)
+    # The same gate as if everybody were equally active.
     one = fit_gate(run, revisits, distiller.scorer, known, distiller.folds, 1)
     gates = {"groups": distiller, "one threshold": one}
     return figures | {"gate": compare_gates(revisits, gates, unseen, histories, scores)}
@@ -295,6 +301,7 @@ def compare_gates(revisits: Revisits, gates: dict[str, Distiller], unseen, histo
     }
     figures = {}
     for name, gate in gates.items():
+        # Pooled, as the thresholds were fitted: a user of many interests counts more.
         kept = [gate.keep(h, s) for h, s in zip(histories, scores, strict=True)]
         hits = sum((revisits[row][keep] == 1).sum() for row, keep in zip(unseen, kept, strict=True))
         answered = sum((revisits[row][k] >= 0).sum() for row, k in zip(unseen, kept, strict=True))
@@ -310,7 +317,7 @@ def compare_gates(revisits: Revisits, gates: dict[str, Distiller], unseen, histo
 def rule_scores(history: ib.History, rule) -> np.ndarray:
     """A rule's scores (N,), chores behind all others: RID's labels know no revisit of a chore."""
     scores = rule(history).numpy().astype(float)
-    return np.where(chores(history), scores - 1e9, scores)
+    return np.where(chores(history), scores - 1e9, scores)  # their order among each other stays
 
 
 # --------------------------------------------------------------------------------------- the scorer

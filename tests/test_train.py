@@ -393,7 +393,8 @@ def test_what_the_matcher_could_not_say_is_no_label(finished, tmp_path, monkeypa
 def test_no_tower_stops_before_its_least_epochs(finished, tmp_path, monkeypatch):
     """The left-out loss is best at the first epoch, as that of an untrained network may be."""
     shutil.copytree(finished, tmp_path / "tiny")
-    run = Run(micro(tmp_path, "rid.epochs=9", "rid.least_epochs=4", "rid.patience=1"))
+    run = Run(micro(tmp_path, "rid.epochs=9", "rid.patience=1"))
+    monkeypatch.setattr(rid, "LEAST_EPOCHS", 4)
     revisits, kept, losses = match.Revisits(run), [], itertools.count()
     known = revisits.rows(run.ids("train", "valid"))
     users = list(dict.fromkeys(user for user, _ in known))
