@@ -55,6 +55,7 @@ from tables import people, seeds
 LEAST = 4  # sessions: three to write from, and one that is kept back
 PAST = 0.8  # share of the sessions that are told
 YARDSTICKS = ("strict", "lenient")
+RID = ("auc", "precision")  # metrics of interests, with methods of their own; the rest are of lists
 Right = dict[str, dict[str, tuple[bool, bool]]]  # person -> starter -> by each yardstick
 Texts = dict[str, list[str]]  # person -> distinct summaries, the latest last
 
@@ -72,10 +73,15 @@ class Later(BaseModel, extra="forbid", allow_inf_nan=False):
 
     @model_validator(mode="after")
     def _same_people(self):
+        lists = self.values.get("strict_share", {})  # its methods and people are all metrics'
         for metric, methods in self.values.items():
             first = next(iter(methods.values()), {})
-            if not first or any(rows.keys() != first.keys() for rows in methods.values()):
+            if (not first or any(rows.keys() != first.keys() for rows in methods.values())
+                    or (metric not in RID and (methods.keys(), first.keys())
+                        != (lists.keys(), next(iter(lists.values()), {}).keys()))):
                 raise ValueError(f"{metric}: every method needs the same people, at least one")
+        if not lists:
+            raise ValueError("strict_share is missing")
         return self
 
 
@@ -102,6 +108,8 @@ def measure(config: Config, file: str) -> Later:
         lists = write_lists(run, players.writer, {u: past[u][::-1] for u in ids}, told,
                             config.eval.lists)
     lists |= controls(run, players, users, everyone)
+    # All at once: like lengths share a batch.
+    run.encoder(sorted({y for rows in lists.values() for x in rows.values() for y in sum(x, [])}))
     # Each future judges what was written for its person, and for those whose other it is.
     strangers = metrics.other_users(ids)
     starters: dict[str, set[str]] = {u: set() for u in ids}
@@ -217,27 +225,32 @@ def rounded(values: PerUser) -> PerUser:
 
 def rows_of(values: PerUser, metric: str, method: str) -> np.ndarray:
     """(B,) of a metric; personal_...: the person's own value less that of the others."""
-    own = values[metric.removeprefix("personal_")][method]
-    others = values["others_" + metric.removeprefix("personal_")][method]
-    less = others if metric.startswith("personal_") else dict.fromkeys(own, 0.0)
-    return np.array([own[u] - less[u] for u in own])
+    own = values[name := metric.removeprefix("personal_")][method]
+    others = values[f"others_{name}"][method] if name != metric else dict.fromkeys(own, 0.0)
+    return np.array([own[u] - others[u] for u in own])
 
 
 def section(kept: Later) -> str:
     """Markdown of one file of people: each yardstick's table, differences, RID."""
     texts, values = metrics.read_yaml("tables/later.yaml"), kept.values
     methods, tables = [*values["strict_share"]], []
+
+    def is_there(metric: str) -> bool:  # of a single person there are no others
+        return metric.replace("personal_", "others_") in values
+
     for yardstick, title in texts["yardsticks"].items():
-        columns = [(name.format(yardstick), form) for name, form in texts["columns"].values()]
-        table = [[m, *(seeds.summary([rows_of(values, name, m)], form)[0]
-                       for name, form in columns)] for m in methods]
-        tables += [f"### {title}", "", metrics.markdown_table(["", *texts["columns"]], table)]
+        columns = {t: (name.format(yardstick), form) for t, (name, form) in texts["columns"].items()
+                   if is_there(name.format(yardstick))}
+        table = [[metrics.escape(m), *(seeds.summary([rows_of(values, name, m)], form)[0]
+                                       for name, form in columns.values())] for m in methods]
+        tables += [f"### {title}", "", metrics.markdown_table(["", *columns], table)]
     gaps = [[f"{more} - {less}", title, *seeds.summary(
                 [rows_of(values, name, more) - rows_of(values, name, less)], "+.3f")]
-            for title, name in texts["compared"].items()
+            for title, name in texts["compared"].items() if is_there(name)
             for more, less in texts["differences"] if {more, less} <= {*methods}]
     tables += ["### Differences", "", metrics.markdown_table(texts["head"], gaps)]
-    rid = [[title, method, str(len(rows)), seeds.summary([[*rows.values()]], ".3f")[0]]
+    rid = [[title, metrics.escape(method), str(len(rows)),
+            seeds.summary([[*rows.values()]], ".3f")[0]]
            for title, name in texts["rid"].items() for method, rows in values.get(name, {}).items()]
     tables += ["### Interests", "", metrics.markdown_table(texts["rid_head"], rid)]
     about = {key: metrics.escape(str(value)) for key, value in kept.model_dump().items()}
