@@ -99,16 +99,18 @@ class EndpointConfig(Section):  # an OpenAI-compatible server of chat completion
 class RidConfig(Section):
     text_dim: Count = 32  # a text embedding is projected to this, to meet the statistics
     hidden: Count = 64  # width of E_u, E_h and of the space they share, per tower
-    towers: Count = 4  # scorers whose cosines are averaged
+    # Scorers whose cosines are averaged, each trained without one fold of the users.
+    towers: Annotated[int, Field(ge=2)] = 5
     dropout: float = Field(0.5, ge=0, lt=1)
-    temperature: Positive = 0.1  # Eq. (3)
-    learning_rate: Positive = 1e-3
-    epochs: Count = 30
-    patience: CountFromZero = 5  # epochs without a better held-out per-user AUC, waited through
+    temperature: Positive = 0.2  # Eq. (3)
+    cross_user: NotNegative = 0.01  # weight of a cross-user negative; within the user it is 1
+    learning_rate: Positive = 5e-4
+    epochs: Count = 40
+    least_epochs: Count = 6  # before a tower may stop
+    patience: CountFromZero = 4  # epochs without a lower loss on the left-out fold, waited through
     batch_users: Count = 16
-    negatives_within: CountFromZero = 32  # per positive
     activity_groups: Count = 3
-    min_keep: Count = 4  # about as many subjects as starters
+    min_keep: Count = 1  # a teacher and a generator write several starters about one interest
     max_keep: Count = 6
     # Trigger interests nearer than this collapse to the latest.
     duplicate_cosine: Annotated[float, Field(gt=0, le=1)] = 0.9

@@ -150,8 +150,16 @@ class Run:
 
     def _history(self, user_id: str, cut: int) -> ib.History:
         past, future = self.parts(user_id, cut)
-        # "Now" is the first session that is not known yet.
-        return history_of(past, future[0].timestamp if future else None, self.encoder)
+        # "Now" is the first session that is not known yet, or else the end of the log.
+        return history_of(past, future[0].timestamp if future else self.now, self.encoder)
+
+    @cached_property
+    def now(self) -> datetime | None:
+        """The end of the log: its latest time; None if it holds none. Who has not come back by then
+        has been away for so long, as at a cut and when serving."""
+        stamps = [s.timestamp for user in self.users.values() for s in user.sessions]
+        stamps += [row.timestamp for row in self.impressions]
+        return max((stamp for stamp in stamps if stamp), default=None)
 
     @cached_property
     def profiles(self) -> dict[str, torch.Tensor]:
@@ -218,9 +226,9 @@ def shown_before(
 def history_of(
     sessions: list[data.Session], now: datetime | None, encode: Callable[[list[str]], torch.Tensor],
 ) -> ib.History:
-    """A user's history of these sessions as of `now` (None: the latest of them)."""
+    """A user's history of these sessions as of `now`, or the latest of them if that is later."""
     stamps = [s.timestamp for s in sessions]
-    now = now or max((s for s in stamps if s), default=None)  # the last session
+    now = max((stamp for stamp in (*stamps, now) if stamp), default=None)
     days = None  # unknown: half-lives count sessions instead
     if now is not None and all(stamps):
         days = [(now - s).total_seconds() / 86400 for s in stamps]  # (S,)
