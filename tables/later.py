@@ -49,6 +49,7 @@ from stages import metrics
 from stages.cold_start import PopularStarters
 from stages.eval import write_lists
 from stages.metrics import Lists, PerUser
+from stages.rid import RULES, rule_scores
 from stages.sit import CORPUS
 from tables import people, seeds
 
@@ -197,14 +198,13 @@ def list_values(lists: Lists, right: Right, strangers: dict[str, list[str]]) -> 
 def rid_values(run: Run, ids: list[str], histories: list[ib.History], scores: list[np.ndarray],
                keep: list[list[int]], revisited: Right) -> PerUser:
     """AUC of "revisited later" (strict), of people who have both kinds; precision of the trigger
-    interests, and of as many by rule."""
+    interests, and of as many by rule; the rules know chores as RID's labels do."""
     values: PerUser = {"auc": {}, "precision": {}}
-    rules = {"recency": ib.recency_scores, "token frequency": ib.frequency_scores}
     for u, history, own, kept in zip(ids, histories, scores, keep, strict=True):
         labels = np.array([revisited[u][text][0] for text in history.texts])  # (N,)
-        ranked = {"RID": np.asarray(own)} | {n: f(history).numpy() for n, f in rules.items()}
+        ranked = {"RID": own} | {n: rule_scores(history, rule) for n, rule in RULES.items()}
         choice = {"RID and gate": kept, "every summary": [*range(len(labels))]}
-        for name in rules:  # as many, and near-duplicates collapsed alike
+        for name in RULES:  # as many, and near-duplicates collapsed alike
             choice[name] = ib.distil(ranked[name], np.inf, len(kept), len(kept),
                                      history.embeddings, run.config.rid.duplicate_cosine)
         for name, s in ranked.items():

@@ -106,7 +106,7 @@ def test_every_method_and_control_is_judged_on_the_same_people(measured):
     # All six sessions are alike here: the fifth, of the past, has the trains of none of the sixth.
     assert {*kept["values"]["strict_at_1"]["latest subjects"].values()} == {0.0}
     assert kept["values"]["precision"].keys() == {
-        "RID and gate", "every summary", "recency", "token frequency"}
+        "RID and gate", "every summary", "recency", "frequency"}
     alone = read_json(measured / "values" / "later-one_person-tiny.json")
     assert "others_strict_share" not in alone["values"]
 
