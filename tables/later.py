@@ -255,7 +255,7 @@ def section(kept: Later) -> str:
     tables += ["### Interests", "", metrics.markdown_table(texts["rid_head"], rid)]
     about = {key: metrics.escape(str(value)) for key, value in kept.model_dump().items()}
     head = texts["section"].format(**about, count=len(values["strict_share"][methods[0]]))
-    return "\n".join([head, *tables])
+    return "\n".join([head, "", *tables])
 
 
 def page(kept: list[Later], command: str) -> str:
