@@ -27,6 +27,7 @@ import icebreaker as ib
 from config import RidConfig
 from files import UserError, progress, read_json, read_tensors, write_json, write_tensors
 from roles.players import Players
+from roles.text import Encode, unfit
 from run import Run
 from stages.match import Revisits
 from stages.steps import Best
@@ -42,13 +43,14 @@ class Distiller:
     edges: list[float]  # quantiles of activity between the gate's groups
     thresholds: list[float]  # tau of each group, Eq. (4)
     settings: RidConfig
+    encode: Encode
 
     @classmethod
     def load(cls, run: Run) -> Distiller:
         """As stage `rid` saved it."""
         scorer, gate = new_scorer(run), read_json(run.folder / "rid" / "gate.json")
         scorer.load_state_dict(read_tensors(run.folder / "rid" / "scorer.safetensors"))
-        return cls(scorer.eval(), gate["edges"], gate["thresholds"], run.config.rid)
+        return cls(scorer.eval(), gate["edges"], gate["thresholds"], run.config.rid, run.encoder)
 
     def scores(self, histories: list[ib.History], profiles: torch.Tensor) -> list[np.ndarray]:
         """s(u, h) (N,) of every summary of each history; profiles (B, D)."""
@@ -60,11 +62,15 @@ class Distiller:
 
     def keep(self, history: ib.History, scores) -> list[int]:
         """Indices of the trigger interests T_u, best first, near-duplicates collapsed (Eq. 4)."""
+        # Distress never becomes a game: neither generator nor templates hear of it.
+        reasons = unfit(history.texts, self.encode, history.embeddings)
+        fit = [i for i, reason in enumerate(reasons) if not reason]
         r = self.settings
-        return ib.distil(
-            scores, self.threshold(history), r.min_keep, r.max_keep, history.embeddings,
-            r.duplicate_cosine,
+        kept = ib.distil(
+            [scores[i] for i in fit], self.threshold(history), r.min_keep, r.max_keep,
+            history.embeddings[fit], r.duplicate_cosine,
         )
+        return [fit[i] for i in kept]
 
 
 def stage_rid(run: Run, players: Players, key: str) -> dict:
@@ -87,7 +93,8 @@ def stage_rid(run: Run, players: Players, key: str) -> dict:
     edges = np.quantile(activity, np.arange(1, groups) / groups).tolist()
     thresholds = fit_gate(run, revisits, scorer, valid, edges)
     write_json(run.folder / "rid" / "gate.json", {"edges": edges, "thresholds": thresholds})
-    kept_per_user = distil_everybody(run, Distiller(scorer, edges, thresholds, run.config.rid))
+    distiller = Distiller(scorer, edges, thresholds, run.config.rid, run.encoder)
+    kept_per_user = distil_everybody(run, distiller)
     baselines = {"recency": ib.recency_scores, "frequency": ib.frequency_scores}
     return {
         "train_users": len({u for u, _ in train}),
