@@ -36,7 +36,7 @@ import icebreaker as ib
 from config import RidConfig
 from files import UserError, digest, progress, read_json, read_tensors, write_json, write_tensors
 from roles.players import Players
-from roles.text import is_functional
+from roles.text import Encode, is_functional, unfit
 from run import Run
 from stages.match import Revisits
 from stages.steps import Best
@@ -57,13 +57,14 @@ class Distiller:
     edges: list[float]  # quantiles of activity between the gate's groups
     thresholds: list[float]  # tau of each group, Eq. (4)
     settings: RidConfig
+    encode: Encode
 
     @classmethod
     def load(cls, run: Run) -> Distiller:
         """As stage `rid` saved it."""
         scorer, gate = new_scorer(run), read_json(run.folder / "rid" / "gate.json")
         scorer.load_state_dict(read_tensors(run.folder / "rid" / "scorer.safetensors"))
-        return cls(scorer.eval(), **gate, settings=run.config.rid)
+        return cls(scorer.eval(), **gate, settings=run.config.rid, encode=run.encoder)
 
     def scores(
         self, histories: list[ib.History], profiles: torch.Tensor, users: list[str] = ()
@@ -84,11 +85,15 @@ class Distiller:
 
     def keep(self, history: ib.History, scores) -> list[int]:
         """Indices of the trigger interests T_u, best first, near-duplicates collapsed (Eq. 4)."""
+        # Distress never becomes a game: neither generator nor templates hear of it.
+        reasons = unfit(history.texts, self.encode, history.embeddings)
+        fit = [i for i, reason in enumerate(reasons) if not reason]
         r = self.settings
-        return ib.distil(
-            scores, self.threshold(history), r.min_keep, r.max_keep, history.embeddings,
-            r.duplicate_cosine,
+        kept = ib.distil(
+            [scores[i] for i in fit], self.threshold(history), r.min_keep, r.max_keep,
+            history.embeddings[fit], r.duplicate_cosine,
         )
+        return [fit[i] for i in kept]
 
 
 def stage_rid(run: Run, players: Players, key: str) -> dict:
@@ -235,7 +240,9 @@ def fit_gate(
     chance = fitted.predict_proba(inputs)[:, 1]
     thresholds = ib.fit_thresholds(chance[answered], labels[answered], group[answered], groups)
     odds = [*fitted.coef_[0].tolist(), float(fitted.intercept_[0])]
-    return Distiller(scorer, folds, odds, edges, thresholds.tolist(), run.config.rid)
+    return Distiller(
+        scorer, folds, odds, edges, thresholds.tolist(), run.config.rid, run.encoder
+    )
 
 
 def distil_everybody(run: Run, distiller: Distiller) -> float:
