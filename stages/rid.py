@@ -20,7 +20,9 @@ import dataclasses
 import functools
 import itertools
 import random
+import re
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,13 +35,14 @@ from sklearn.preprocessing import StandardScaler
 from torch.optim.swa_utils import AveragedModel
 
 import icebreaker as ib
+import roles
 from config import RidConfig
-from files import UserError, digest, progress, read_json, read_tensors, write_json, write_tensors
+from files import UserError, digest, progress, read_json, write_json, write_tensors
 from roles.players import Players
 from roles.text import Encode, is_functional, unfit
 from run import Run
 from stages.match import Revisits
-from stages.steps import Best
+from stages.steps import Best, load_weights
 
 Row = tuple[str, int]  # a user at a cut of the log
 RULES = {"recency": ib.recency_scores, "frequency": ib.frequency_scores}
@@ -62,9 +65,21 @@ class Distiller:
     @classmethod
     def load(cls, run: Run) -> Distiller:
         """As stage `rid` saved it."""
-        scorer, gate = new_scorer(run), read_json(run.folder / "rid" / "gate.json")
-        scorer.load_state_dict(read_tensors(run.folder / "rid" / "scorer.safetensors"))
-        return cls(scorer.eval(), **gate, settings=run.config.rid, encode=run.encoder)
+        scorer, path = new_scorer(run), run.folder / "rid" / "gate.json"
+        load_weights(scorer, run.folder / "rid" / "scorer.safetensors")
+        gate = read_json(path)
+        try:
+            folds = {user: int(tower) for user, tower in gate["folds"].items()}
+            odds, edges, lines = (
+                np.asarray(gate[name], float) for name in ("odds", "edges", "thresholds"))
+            whole = lines.shape == (len(edges) + 1,) and odds.shape == (ib.GATE_INPUTS + 1,)
+            whole = whole and np.isfinite([*odds, *edges, *lines]).all()
+        except (AttributeError, KeyError, TypeError, ValueError):
+            whole = False
+        if not whole:
+            raise UserError(f"{path}: holds no odds, edges and thresholds; run stage rid again")
+        numbers = (values.tolist() for values in (odds, edges, lines))
+        return cls(scorer, folds, *numbers, run.config.rid, run.encoder)
 
     def scores(
         self, histories: list[ib.History], profiles: torch.Tensor, users: list[str] = ()
@@ -89,9 +104,10 @@ class Distiller:
         reasons = unfit(history.texts, self.encode, history.embeddings)
         fit = [i for i, reason in enumerate(reasons) if not reason]
         r = self.settings
+        texts = [history.texts[i] for i in fit]
         kept = ib.distil(
             [scores[i] for i in fit], self.threshold(history), r.min_keep, r.max_keep,
-            history.embeddings[fit], r.duplicate_cosine,
+            history.embeddings[fit], r.duplicate_cosine, may_be_duplicates(texts),
         )
         return [fit[i] for i in kept]
 
@@ -325,6 +341,29 @@ def rule_scores(history: ib.History, rule) -> np.ndarray:
     """A rule's scores (N,), chores behind all others: RID's labels know no revisit of a chore."""
     scores = rule(history).numpy().astype(float)
     return np.where(chores(history), scores - 1e9, scores)  # their order among each other stays
+
+
+# --------------------------------------------------------------- subjects, where cosines say little
+
+
+def names_one_of(text: str, interest: str) -> bool:
+    """Whether a text names a subject of an interest; of a Chinese phrase what it begins with, as
+    Chinese says the particular before the general: Rome's history is not Venice's."""
+    chinese = [p for p in roles.key_phrases(interest) if re.match("[㐀-鿿]{2}", p)]
+    if chinese:
+        return any(phrase[:2] in text for phrase in chinese)
+    return roles.names_subject(text, [interest])
+
+
+def may_be_duplicates(texts: list[str]) -> Callable[[int, int], bool]:
+    """(i, j) -> False where each has a subject and neither names the other's."""
+
+    def alike(i: int, j: int) -> bool:
+        a, b = texts[i], texts[j]
+        bare = not roles.key_phrases(a) or not roles.key_phrases(b)
+        return bare or names_one_of(a, b) or names_one_of(b, a)
+
+    return alike
 
 
 # --------------------------------------------------------------------------------------- the scorer

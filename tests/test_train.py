@@ -481,6 +481,19 @@ def test_a_user_without_history_gets_popular_starters(finished):
         assert len({*popular(profile)}) == k and {*popular(profile)} <= shown
 
 
+def test_what_was_written_for_one_person_is_popular_with_nobody_else(finished):
+    run = Run(micro(finished.parent))
+    train, secret = run.ids("train"), "What comes next in Ms K10 v. Braun?"
+    row = next(row for row in run.impressions if row.user_id == train[0])
+    mine = row.model_copy(update={"starters": [secret], "clicked": [0]})
+    for people, known in ((1, False), (4, False), (5, True)):  # lists, 50 of each person
+        run.impressions = Run(micro(finished.parent)).impressions + [
+            mine.model_copy(update={"user_id": user}) for user in train[:people]] * 50
+        assert (secret in PopularStarters(run)(None)) == known
+    run.impressions = [mine] * 50
+    assert PopularStarters(run)(None) == []
+
+
 def test_logs_too_thin_for_a_ranker_are_named(finished):
     run = Run(micro(finished.parent))
     whole = {name: ranker.shown_lists(run, run.ids(name)) for name in ("train", "judge", "test")}
