@@ -173,6 +173,34 @@ def save_adapter(model, folder: str | Path) -> None:
         model.save_pretrained(temporary, safe_serialization=True)
 
 
+def adapter_weights(model, folder: str | Path) -> dict[str, torch.Tensor]:
+    """The LoRA weights of a saved adapter, by their names in a model with one of the same shape."""
+    stored = read_tensors(Path(folder) / "adapter_model.safetensors")
+    # PEFT leaves the adapter's own name out of a file.
+    return {name: stored[name.replace(".default.", ".")].to(weight.device)
+            for name, weight in model.named_parameters() if "lora_" in name}
+
+
+@contextlib.contextmanager
+def other_adapter(model, weights: dict[str, torch.Tensor]):
+    """`model` with these LoRA weights in place of its own, which come back behind the block.
+
+    So one base in memory serves policy, reference and reward model. Nothing is copied: the two
+    swap places. No graph may be open whose backward comes later.
+    """
+    named = [(w, weights[name]) for name, w in model.named_parameters() if name in weights]
+
+    def swap() -> None:
+        for weight, other in named:
+            weight.data, other.data = other.data, weight.data
+
+    swap()
+    try:
+        yield model
+    finally:
+        swap()
+
+
 def merge_adapter(model, adapter: str | Path, tokenizer, folder: str | Path, card: str) -> None:
     """Write the model (16 or 32 bit) with the adapter in its weights, tokenizer and model card."""
     # In 16 bit: into a 4-bit base the sum would be rounded to 4 bit again.

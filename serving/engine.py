@@ -20,6 +20,7 @@ import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -52,7 +53,7 @@ CHUNK = 8000  # characters that are embedded before it is asked again whether so
 @dataclass(frozen=True)
 class Interest:
     text: str
-    score: float  # s(u, h)
+    score: float  # chance of a revisit, in the order of s(u, h)
     kept: bool  # by the gate
 
 
@@ -235,9 +236,12 @@ class Engine:
     def _distil(self, asks: list[Ask], users: list[data.User], gone: Callable) -> list[Case]:
         """Summaries -> statistics -> resonance -> gate; users: those of the asks, summarised."""
         encode, cases = self.run.encoder, []
-        histories = [history_of(user.sessions, None, encode) for user in users]
+        # By the hour, so that an ask made again is answered alike.
+        now = datetime.now(UTC).replace(minute=0, second=0, microsecond=0, tzinfo=None)
+        histories = [history_of(user.sessions, now, encode) for user in users]
         profiles = torch.stack([profile_vector(user, encode) for user in users])  # (B, D)
-        rows = self.distiller.scores(histories, profiles)  # s(u, h) of each summary
+        ids = [user.user_id for user in users]  # who is in the log is scored as there
+        rows = self.distiller.scores(histories, profiles, ids)  # of each summary
         for i, (ask, history, row) in enumerate(zip(asks, histories, rows, strict=True)):
             case = self._case(ask, functools.partial(gone, i), history, row.tolist())
             cases.append(case)

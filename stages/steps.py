@@ -5,6 +5,8 @@ The loops themselves stand in rid.py, ranker.py, sit.py and dpo.py, each whole o
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import itertools
 import math
 from collections.abc import Iterator
@@ -100,3 +102,10 @@ def micro_batches(batch: list, size: int) -> Iterator[tuple[list, float]]:
         rows = batch[start : start + width]
         part = share(rows)
         yield (part, float(count)) if part else (rows[:1], 0.0)  # 0: nothing of it counts
+
+
+def return_memory() -> None:
+    """Give back what has been freed; glibc keeps it, and the next peak comes on top."""
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # other C libraries have none
+        trim(0)

@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+from datetime import UTC, datetime, timedelta
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from files import UserError, read_json, read_tensors, write_json, write_tensors
 from serving.engine import Ask, Engine, in_a_loop, latest
 from stages.pools import list_order
 from stages.ranker import load_ranker
-from stages.rid import may_be_duplicates
+from stages.rid import Distiller, may_be_duplicates
 
 SUMMARIES = ["chess openings for club players", "sourdough bread at home", "chess endgames",
              "hiking in the Dolomites", "sourdough starter care"]
@@ -199,6 +200,22 @@ def test_the_order_is_that_of_list_search_and_then_of_the_rest(engine, scripted)
     scripted(sug(*starters[:3]), candidates=1)
     (answer,) = engine.write([Ask(person(*SUMMARIES), 5)])
     assert texts(answer) == starters[:3]  # as the paper deploys: the list as it was written
+
+
+def test_days_since_the_last_session_are_real(engine, monkeypatch):
+    """As in training, where a history ends at a cut: three days away are no 0 days."""
+    moment = datetime.now(UTC).replace(tzinfo=None) - timedelta(days=3)
+    sessions = [data.Session(session_id=str(i), summary=text, timestamp=moment - timedelta(days=i))
+                for i, text in enumerate(SUMMARIES)]
+    seen, scores = [], Distiller.scores
+
+    def watched(distiller, histories, *rest):
+        seen.extend(histories)
+        return scores(distiller, histories, *rest)
+
+    monkeypatch.setattr(Distiller, "scores", watched)
+    distilled(engine, Ask(data.User(user_id="away", sessions=sessions), 3))
+    assert seen[0].days_ago.min().item() == pytest.approx(3, abs=1 / 24 + 1e-3)
 
 
 def test_fewer_good_starters_than_wanted_are_not_padded(engine, scripted):

@@ -11,6 +11,7 @@ import yaml
 from conftest import micro
 from test_roles import encode
 
+import llm
 import roles
 from data import DataError, language
 from files import ROOT, read_json
@@ -114,6 +115,18 @@ def test_a_subject_stands_in_a_form_as_people_write_it(interest, subject):
     assert not re.search(rf"\b(an?|the) {subject}", raw, re.IGNORECASE)
 
 
+def test_starters_stay_below_the_limit_of_words_where_something_shorter_fits():
+    for interest, parts, most in (("Building the Great Northern Railway", str.split, 10),
+                                  ("量子计算机纠错编码", list, 16)):  # fmt: skip
+        [raw] = roles.Rules(None).write([[interest]], 8, [0])
+        lengths = [len(parts(y)) for y in llm.parse_starters(raw).starters]
+        assert len(lengths) == 8 and max(lengths) <= most, raw
+    # No form has eight words beside these five: the limit of the filter holds then.
+    [raw] = roles.Rules(None).write([["Electric Light Orchestra Concert Posters"]], 60, [0])
+    lengths = [len(y.split()) for y in llm.parse_starters(raw).starters]
+    assert max(lengths[:3]) <= 10 < max(lengths) <= 12
+
+
 def test_a_form_of_a_kind_is_for_subjects_of_that_kind():
     theirs = {form for kinds, form in FORMS["en"] if kinds != "any"}
     for interests, some in ([["Some cities: Seville"], True], [["The AI of Seville"], False]):
@@ -170,7 +183,7 @@ def test_a_rows_list_covers_its_interests():
     )
     interests, [starters] = sit.interests_and_list(row, 4, encode)
     assert interests == row.interests
-    assert starters == ["More Dune", "A Go club", "Dune films", "Go rules"]
+    assert starters == ["More Dune", "Go rules", "Dune films", "A Go club"]  # the shorter first
 
 
 def test_sit_learns_both_and_says_how_many(run, monkeypatch):
