@@ -359,7 +359,7 @@ def may_be_duplicates(texts: list[str]) -> Callable[[int, int], bool]:
 
     def alike(i: int, j: int) -> bool:
         a, b = texts[i], texts[j]
-        bare = not key_phrases(a) or not roles.key_phrases(b)
+        bare = not key_phrases(a) or not key_phrases(b)
         return bare or names_one_of(a, b) or names_one_of(b, a)
 
     return alike
