@@ -5,11 +5,11 @@
     python eval.py --reproduce garm --seeds 1 --first-seed 100 rl.beta=0.1    # to choose a setting
     python -m tables.garm results/values/garm-*.json       # the page again, no run needed
 
-Tables 1 to 4, Figures 4 and 6, appendix I. A seed's main run is trained once; what Tables 3 and 4
-leave out (garm.yaml: variants) starts as a copy of it. Everything goes on where it was stopped.
+Tables 1 to 4, Figures 4 and 6, appendix I. A seed's main run is trained once; what Tables 2 and 3
+add (garm.yaml: variants) starts as a copy of it. Everything goes on where it was stopped.
 
-Departures: no RL with the paired model, which scores no suggestion alone, and no Skywork reward; the
-judge is the offline rule unless roles.judge names an LLM, beside it stands the hidden usefulness.
+Departures: no RL with the paired model, which scores no suggestion alone, and no Skywork reward.
+The judge is the offline rule unless roles.judge names an LLM; hidden usefulness stands beside it.
 
 Legend: S seeds, B contexts of one seed.
 """
@@ -26,14 +26,14 @@ import torch
 
 import garm
 from files import ROOT, UserError, read_json, script
-from stages.metrics import bootstrap, markdown_table, write_pages
+from stages.metrics import markdown_table, write_pages
 from tables import experiments, figures
 from tables.claims import Seeds, claims_page, counted, judged, per_seed, pooled_interval
 from tables.experiments import MAIN
 from tables.garm_values import measure_seed, train_run, variants
 from tables.measure import report_folder
-from tables.reproduce import measured, seed_config
 from tables.report import in_all
+from tables.reproduce import measured, seed_config
 from tables.seeds import summary
 
 CONFIG = ROOT / "configs" / "garm.yaml"
@@ -45,7 +45,7 @@ def reproduce(
     """Train what is missing, measure, and write the report."""
     texts, path = experiments.read("garm"), path or str(CONFIG)
     whole = seeds >= 3 and not (first or words or quick) and Path(path).resolve() == CONFIG
-    words = [*texts["size"], *texts["quick"] * quick, *words]  # the user's come last, and win
+    words = [*texts["quick" if quick else "size"], *words]  # the user's come last, and win
     changes = {MAIN: (), **({} if quick else {v: x.settings for v, x in variants().items()})}
     runs = {number: {v: seed_config(words, path, number, v, changes[v], world="dialogues")
                      for v in changes}
@@ -77,7 +77,7 @@ def write(seeds: Seeds, about: dict, out: Path) -> None:
 def report(seeds: Seeds, about: dict, claims: list[dict]) -> str:
     """garm.md."""
     texts, made = experiments.read("garm"), []
-    below = {"2": [calibration_table(seeds), sigma_table(seeds)], "4": []}
+    below = {"2": [calibration_table(seeds), sigma_table(seeds)]}
     for number, table in texts["tables"].items():
         show = accuracy_table if number == "2" else policy_table
         made += [f"## {table['title']}\n", show(seeds, table), *below.get(number, [])]
@@ -94,7 +94,7 @@ def report(seeds: Seeds, about: dict, claims: list[dict]) -> str:
     return texts["page"].format(
         note=note, files=files, tables="\n".join(made), contexts=contexts,
         phrasings=phrasing_table(seeds), observations=observation_table(seeds),
-        counted=counted(claims), claims=claims_page(claims, "", "garm_claims"), why="")
+        counted=counted(claims), claims=claims_page(claims, "", "garm_claims"))
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -238,7 +238,7 @@ def confidence_panel(seeds: Seeds) -> figures.Panel:
     series = {}
     for label, part in (("IID and W1 to W4", ""), ("W4-RFT", ", W4-RFT")):
         names = [f"bound, quarter {q}{part}" for q in range(1, 5)]
-        if all("–" != pooled_cell(seeds, name, "accuracy", "pairs") for name in names):
+        if all(pooled_cell(seeds, name, "accuracy", "pairs") != "–" for name in names):
             y, low, high = zip(*(pooled_interval(seeds, "accuracy", name, hierarchical=True)[0]
                                  for name in names), strict=True)
             series[label] = {"x": [1, 2, 3, 4], "y": y, "low": low, "high": high}

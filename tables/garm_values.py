@@ -53,8 +53,8 @@ BINS = 10  # of p, for the calibration error
 class Variant:
     """A further training of a seed; garm.yaml says what the fields are."""
 
-    settings: tuple[str, ...]
-    stage: str = "rl"
+    settings: list[str]
+    stage: str
     adapter: str = ""
 
 
@@ -72,7 +72,8 @@ class Shown:
 
 
 def variants() -> dict[str, Variant]:
-    return {name: Variant(**fields) for name, fields in experiments.read("garm")["variants"].items()}
+    named = experiments.read("garm")["variants"]
+    return {name: Variant(**fields) for name, fields in named.items()}
 
 
 def named(kind: str) -> str:
@@ -161,7 +162,7 @@ def seed_values(runs: dict[str, Run], written: list[dict]) -> dict:
     return result
 
 
-# --------------------------------------------------------------------------------- what is suggested
+# ------------------------------------------------------------------------------ what is suggested
 
 
 def answer_values(
@@ -194,7 +195,7 @@ def answer_values(
 def good_same_bad(
     players: Players, contexts: dict[str, Context], lists: dict, base: dict
 ) -> dict[str, dict[str, float]]:
-    """Shares "good" and "bad" of a context's lists against PE's of the same number; "net" of both."""
+    """Shares "good" and "bad" of a context's lists against PE's; "net": good minus bad."""
     rows = [(c, a, b) for c in contexts for a, b in zip(lists[c], base[c], strict=True)]
     said = players.judge().prefer([(contexts[c].queries, a, b) for c, a, b in rows])
     by_context: dict[str, list] = {}
@@ -254,7 +255,7 @@ def add_log_perplexity(
 def logged_pairs(run: Run) -> dict[str, list[Shown]]:
     """IID, W1 to W4 -> contexts with clicked pairs, at most eval.max_users each."""
     contexts, rng = read_contexts(run), random.Random(run.seed("reward tests"))
-    # Of week 0 those by people whom no reward model has seen; of later weeks nothing was trained on.
+    # Of week 0 those by people whom no reward model has seen; nothing was trained on later weeks.
     parts = {"IID": [c for c in contexts if c.week == 0 and c.split != "train"]}
     parts |= {f"W{week}": [c for c in contexts if c.week == week] for week in range(1, 5)}
     result = {}
@@ -395,7 +396,8 @@ def phrasing_values(run: Run, truth: Truth, reward: RewardModel, rows: list[Show
                       for kind, some in kinds.items()} | {"what was shown": row.texts})
     texts = [[y for some in by_kind.values() for y in some] for by_kind in asked]
     mus, _ = reward.score([row.context.turns for row in rows], texts, SIZE)
-    scores = [dict(zip(some, mu.tolist(), strict=True)) for some, mu in zip(texts, mus, strict=True)]
+    scores = [dict(zip(*pair, strict=True))
+              for pair in zip(texts, (mu.tolist() for mu in mus), strict=True)]
     base = np.array([of[y] for row, of in zip(rows, scores, strict=True) for y in row.texts])
     mean, deviation = base.mean(), max(base.std(), 1e-9)
     values: Values = {}
