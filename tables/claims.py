@@ -91,12 +91,16 @@ def pooled_interval(
     """(value, low, high) of a metric of POOLED, of `more` or of its difference to `less`; the value
     of each seed; the value of each side."""
     count, key, rng = iter(range(10**6)), POOLED[metric][0], np.random.default_rng(0)
+    names = [m for m in (more, less) if m]
+    # Who has nothing on one side is drawn there too: sides stay pairs.
+    users = [dict.fromkeys([u for m in names for u in s[key][m]], {}) for s in seeds]
+    counts = [[every | s[key][m] for every, s in zip(users, seeds, strict=True)] for m in names]
 
     def sides(draws: int = 2000) -> np.ndarray:  # (sides, S, 1 + draws)
         # The seed's number draws the same users for both, hierarchically anew with each call.
         start = next(count) * len(seeds)
-        return np.array([[pooled(metric, s[key][m], draws, start + i) for i, s in enumerate(seeds)]
-                         for m in (more, less) if m])
+        return np.array([[pooled(metric, rows, draws, start + i) for i, rows in enumerate(side)]
+                         for side in counts])
 
     def gaps() -> np.ndarray:  # (S, draws)
         both = sides()[:, :, 1:]

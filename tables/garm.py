@@ -57,6 +57,8 @@ def reproduce(
     values, about = measured(runs, train_run, measure_seed)
     out = report_folder(config).parent.parent / ("quick" if quick else "partial") / "report"
     out = ROOT / "results" if whole else out
+    # Files of thousands of values: five digits are more than they bear.
+    values = json.loads(json.dumps(values), parse_float=lambda text: round(float(text), 5))
     files = {f"garm-{number}.json": {"about": about, **one}
              for number, one in zip(runs, values, strict=True)}
     write_pages(out / "values", {  # without spaces: a seed has thousands of values

@@ -354,7 +354,8 @@ def add_scores(result: dict, name: str, rows: list[Shown], scored: list[Scores])
     """Accuracy, calibration, and mean sigma and bound of a reward model on a set of pairs."""
     contexts = [row.name for row in rows]
     result["pairs"][name] = dict(zip(contexts, map(right_and_wrong, scored), strict=True))
-    result["calibration"][name] = dict(zip(contexts, map(calibration, scored), strict=True))
+    if ", W4" in name:  # with W4-RFT: the paper has it of these two
+        result["calibration"][name] = dict(zip(contexts, map(calibration, scored), strict=True))
     known = [(c, s) for c, s in zip(contexts, scored, strict=True) if s.sigma is not None]
     if known:
         result["values"][name] = {
@@ -374,11 +375,12 @@ def by_confidence(sets: dict[str, list[Shown]], scored: dict[str, list[Scores]])
         for label, parts in (("", logged), (", W4-RFT", ["W4-RFT"])):
             for quarter in range(4):
                 # A context of one set is never one of another, but for W4-RFT's.
-                result[f"{field}, quarter {quarter + 1}{label}"] = {
-                    row.name: right_and_wrong(
-                        s, torch.bucketize(getattr(s, field), edges) == quarter)
+                counts = {row.name: right_and_wrong(
+                    s, torch.bucketize(getattr(s, field), edges) == quarter)
                     for part in parts for row, s in zip(sets[part], scored[part], strict=True)
                     if s.bound is not None}
+                result[f"{field}, quarter {quarter + 1}{label}"] = {
+                    name: row for name, row in counts.items() if any(row.values())}
     return result
 
 
