@@ -32,8 +32,9 @@ CountFromZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
-Negatives = Literal["utility", "diversity", "joint"]
+Negatives = Literal["utility", "diversity", "joint", "unfit"]
 TINY = "tiny"  # generator.model: the stand-in for tests; a folder of that name is ./tiny
+Method = Literal["icebreaker", "garm"]
 Role = Literal["rules", "endpoint", "generator"]  # rules.py; an LLM at `endpoint`; the local one
 
 
@@ -46,17 +47,21 @@ class RunConfig(Section):
     name: str = ""  # the run folder is root/name; empty: named after data.users or the config file
     root: str = "runs"
     seed: int = 0  # every random choice outside the simulated world
+    method: Method = "icebreaker"  # whose stages train.py runs: a paper's
 
 
 class DataConfig(Section):
     users: str = ""  # users.jsonl; empty: the simulated world writes one
     impressions: str = ""  # impressions.jsonl; empty with `users` set: no ranker, no DPO
+    # garm: dialogues.jsonl; empty: the simulated world writes one. Empty it stands in no key of a
+    # stage, and runs from before it was known stay done.
+    dialogues: str = Field("", exclude_if=lambda path: not path)
     feedback: str = ""  # a server's store: `--stage ranker --stage dpo` train a further round on it
     cuts: list[Share] = Field([0.4, 0.6, 0.8], min_length=1)  # of a user's sessions are history
     # Each user is in one of four splits. RID's AUC and the online test use `judge` too.
     train: Share = 0.5  # generator and ranker
     valid: Share = 0.1  # early stopping and thresholds
-    judge: Share = 0.25  # the ranker that judges
+    judge: Share = 0.25  # the ranker that judges; garm: contexts of reinforcement learning
     test: Share = 0.15  # figures
 
 
@@ -99,16 +104,17 @@ class EndpointConfig(Section):  # an OpenAI-compatible server of chat completion
 class RidConfig(Section):
     text_dim: Count = 32  # a text embedding is projected to this, to meet the statistics
     hidden: Count = 64  # width of E_u, E_h and of the space they share, per tower
-    towers: Count = 4  # scorers whose cosines are averaged
+    # Scorers whose cosines are averaged, each trained without one fold of the users.
+    towers: Annotated[int, Field(ge=2)] = 5
     dropout: float = Field(0.5, ge=0, lt=1)
-    temperature: Positive = 0.1  # Eq. (3)
-    learning_rate: Positive = 1e-3
-    epochs: Count = 30
-    patience: CountFromZero = 5  # epochs without a better held-out per-user AUC, waited through
+    temperature: Positive = 0.2  # Eq. (3)
+    cross_user: NotNegative = 0.01  # weight of a cross-user negative; within the user it is 1
+    learning_rate: Positive = 5e-4
+    epochs: Count = 40
+    patience: CountFromZero = 4  # epochs without a lower loss on the left-out fold, waited through
     batch_users: Count = 16
-    negatives_within: CountFromZero = 32  # per positive
     activity_groups: Count = 3
-    min_keep: Count = 4  # about as many subjects as starters
+    min_keep: Count = 1  # a teacher and a generator write several starters about one interest
     max_keep: Count = 6
     # Trigger interests nearer than this collapse to the latest.
     duplicate_cosine: Annotated[float, Field(gt=0, le=1)] = 0.9
@@ -151,23 +157,23 @@ class GeneratorConfig(Section):
     endpoint: str = ""  # http://host/v1 of a server with the saved adapters, to sample from instead
     endpoint_key_env: str = ""  # the variable that holds its key, if it wants one
     # Users of a training step that are computed together; gradients add up. 0: all of the step.
-    micro_batch: CountFromZero = 2
+    micro_batch: CountFromZero = 1
     gradient_checkpointing: bool = False  # layers are computed again in backward: less memory
 
 
 class SitConfig(Section):
-    max_rows: CountFromZero = 120  # users at a cut that the teacher writes for; 0: all there are
+    max_rows: CountFromZero = 80  # users at a cut that the teacher writes for; 0: all there are
     lists_per_row: Count = 1
-    corpus_rows: CountFromZero = 120  # of configs/teacher_corpus.jsonl, at random; 0: none
+    corpus_rows: CountFromZero = 80  # of configs/teacher_corpus.jsonl, at random; 0: none
     own_lists: CountFromZero = 0  # above 0: tuned again with so many lists a row of the policy
-    epochs: Count = 3
+    epochs: Count = 2
     learning_rate: Positive = 2e-3
-    batch_users: Count = 8
+    batch_users: Count = 2  # few rows, so many small steps
 
 
 class DpoConfig(Section):
     rounds: Count = 2
-    max_users: CountFromZero = 40  # per round, drawn at random; 0: all there are
+    max_users: CountFromZero = 20  # per round, drawn at random; 0: all there are
     samples: Count = 4  # lists sampled per user and round
     teacher_lists: CountFromZero = 2  # lists of the teacher that join the pool
     beam: Count = 8
@@ -177,7 +183,10 @@ class DpoConfig(Section):
     # other dimension differs by at most the tolerance.
     margin: NotNegative = 0.2
     tolerance: NotNegative = 0.2
-    negatives: list[Negatives] = Field(["utility", "diversity", "joint"], min_length=1)
+    # unfit: a sampled list of which fewer than K starters may be shown.
+    negatives: list[Negatives] = Field(
+        ["utility", "diversity", "joint", "unfit"], min_length=1
+    )
     beta: Positive = 0.1
     learning_rate: Positive = 1e-4
     passes: Count = 1  # over the accumulated pairs, per round
@@ -189,6 +198,59 @@ class DpoConfig(Section):
     checkpoints: Count = 1  # per round; the best by held-out utility and diversity is kept
 
 
+class SftConfig(Section):  # garm: stages/sft.py
+    max_contexts: CountFromZero = 240  # with a click, to train on; 0: all there are
+    unsafe: Share = 0.1  # so many of the contexts that are trained on are to be declined
+    distillation: bool = True  # False: all three suggestions of a clicked list are learned
+    candidates: Count = 8  # that the teacher writes for a context
+    epochs: Count = 1
+    learning_rate: Positive = 1e-3
+    batch_users: Count = 8  # contexts of a step
+
+
+RewardKind = Literal["gaussian", "bradley_terry", "paired", "purm"]
+
+
+class RewardConfig(Section):  # garm: stages/reward.py
+    kinds: list[RewardKind] = Field(["gaussian", "bradley_terry", "paired"], min_length=1)
+    max_contexts: CountFromZero = 400  # with a pair; 0: all there are
+    epochs: Count = 1
+    learning_rate: Positive = 1e-3
+    batch_users: Count = 8  # contexts of a step
+    variance_weight: NotNegative = 0.1  # lambda of Eq. (5); 0: sigma is free
+
+
+class FuseConfig(Section):  # garm: stages/fuse.py
+    max_contexts: Count = 60  # with a pair, whose differences are regressed on
+    l2: Positive = 0.01  # lambda of Eq. (10)
+    probes: CountFromZero = 2  # short trainings, after each of which the weights are adjusted
+    probe_steps: Count = 4
+
+
+ARM = r"^(rft|(gaussian|bradley_terry|dpo)(-[a-z_]+)*)$"
+
+
+class RlConfig(Section):  # garm: stages/rl.py
+    # RL with these reward models; RFT and DPO on the same rewards. Table 4: gaussian-log_perplexity
+    # is RL whose reward lacks that component, however many are named.
+    arms: list[Annotated[str, Field(pattern=ARM)]] = Field(
+        ["gaussian", "bradley_terry", "rft", "dpo"], min_length=1)
+    steps: Count = 20  # batches of fresh rollouts
+    batch_users: Count = 4  # contexts of a batch
+    unsafe: Share = 0.1  # so many of the contexts are to be declined
+    group: Annotated[int, Field(ge=2)] = 6  # G: rollouts of a context
+    updates: Count = 1  # optimiser steps of a batch
+    learning_rate: Positive = 1e-4
+    temperature: Positive = 1.0
+    clip_low: Share = 0.2
+    clip_high: Positive = 0.2
+    beta: NotNegative = 0.04  # weight of the KL to the policy of SFT
+    reduction: Literal["sequence", "token", "constant"] = "token"
+    scale: bool = True  # advantages in standard deviations of their group
+    candidates: Count = 50  # RFT: suggestions of a context to choose from
+    rft_contexts: Count = 60  # RFT and DPO
+
+
 class AbConfig(Section):  # what --reproduce compares, and the simulated online test: world/ab.py
     days: Count = 35
     lists: Count = 6  # of each user and method: compared offline, shown in turn online
@@ -197,7 +259,7 @@ class AbConfig(Section):  # what --reproduce compares, and the simulated online 
 
 
 class EvalConfig(Section):
-    max_users: CountFromZero = 40  # test users of the stage, drawn at random; 0: all there are
+    max_users: CountFromZero = 30  # test users of the stage, drawn at random; 0: all there are
     lists: Count = 2  # sampled per user and method by the stage; --reproduce writes ab.lists
     bootstrap: Count = 1000
     examples: CountFromZero = 6  # users on the page of examples
@@ -206,6 +268,8 @@ class EvalConfig(Section):
 class ServeConfig(Section):  # serve.py
     store: str = ""  # SQLite file of users, shown lists and taps; empty: serve.sqlite of the run
     key_env: str = "ICEBREAKER_KEY"  # the variable that holds the clients' key
+    # Where a proxy asks under another Host than browsers: the site's own, as https://chat.example.
+    origin: Annotated[str, Field(pattern=r"^(https?://[^/\s]+)?$")] = ""
     candidates: Count = 4  # lists sampled for an answer and searched; 1, as the paper deploys
     ahead: CountFromZero = 3  # lists kept ready for a user, beside the one that is shown
     batch: Count = 32  # requests decoded together
@@ -231,6 +295,10 @@ class Config(Section):
     generator: GeneratorConfig = GeneratorConfig()
     sit: SitConfig = SitConfig()
     dpo: DpoConfig = DpoConfig()
+    sft: SftConfig = SftConfig()
+    reward: RewardConfig = RewardConfig()
+    fuse: FuseConfig = FuseConfig()
+    rl: RlConfig = RlConfig()
     eval: EvalConfig = EvalConfig()
     ab: AbConfig = AbConfig()
     serve: ServeConfig = ServeConfig()
@@ -248,6 +316,9 @@ class Config(Section):
             raise ValueError("rid.min_keep: at most rid.max_keep")
         if self.ab.searched < self.ab.lists:
             raise ValueError("ab.searched: at least ab.lists")
+        if self.run.method != "icebreaker" and (data.feedback or self.generator.endpoint):
+            setting = "data.feedback" if data.feedback else "generator.endpoint"
+            raise ValueError(f"{setting}: is for run.method=icebreaker")
         for role, player in self.roles:
             if player == "generator" and self.generator.model == TINY:
                 reason = "needs another generator.model; the tiny one only writes lists"
@@ -289,7 +360,8 @@ def load_config(path: str | Path | None = None, words: list[str] = ()) -> Config
         # A rule between fields has no name; what set its section last has broken it.
         place = places[name or reason.partition(".")[0]]
         raise UserError(f"{place}: {reason}") from None
-    config.run.name = config.run.name or Path(config.data.users or path or "default").stem
+    source = config.data.users or config.data.dialogues or path or "default"
+    config.run.name = config.run.name or Path(source).stem
     return config
 
 
@@ -390,7 +462,8 @@ def environment(config: Config) -> dict:
 
     changes = git("status", "--porcelain", "--", ".", ":!results")  # None: no repository
     installed = [one for one in importlib.metadata.distributions() if one.name in PACKAGES]
-    data = (config.data.users, config.data.impressions)  # perhaps of a simulated world: empty
+    d = config.data  # files are perhaps of a simulated world: empty
+    data = (d.users, d.impressions, d.dialogues)
     return {
         "command": sys.argv,
         "python": platform.python_version(),

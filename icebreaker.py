@@ -15,14 +15,18 @@ D embedding, F statistics, H hidden.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
-from collections import Counter
+import re
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from sklearn.isotonic import isotonic_regression
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
@@ -42,16 +46,20 @@ class History:
     sessions_per_week: float
 
 
-# Cosines of MiniLM: 0.4 is a common field, 0.6 a common subject. Half-lives in days: this week,
-# this fortnight, this season.
+# What makes a session similar to a text: a cosine of MiniLM (0.4 is a common field, 0.6 a common
+# subject), or the share of the text's words, rare ones weighing more, that the session has too.
+_SIMILAR = ("cosine_0.6", "words_0.5", "words_0.9")
+_HALF_LIVES = (3, 14, 45)  # days: this week, this fortnight, this season
 _RAW = (
-    ["similar_0.4", "similar_0.6"]
-    + [f"similar_{c}_half_life_{h}" for c in (0.4, 0.6) for h in (3, 14, 45)]
+    ["soft_0.4", *(f"soft_0.4_half_life_{h}" for h in _HALF_LIVES)]
     + [
-        "age", "gap_to_previous_similar", "span_of_similar", "token_frequency", "density_0.5",
-        "density_0.7", "density_0.85", "repeats", "sessions_since",
-        "similar_0.6_half_life_5_sessions",
+        f"{kind}_{name}"
+        for kind in _SIMILAR
+        for name in ["count", *(f"half_life_{h}" for h in _HALF_LIVES), "half_life_5_sessions",
+                     "latest", "gap", "span"]
     ]
+    + ["age", "token_frequency", "density_0.5", "density_0.7", "density_0.85", "repeats",
+       "sessions_since"]
 )
 FEATURE_NAMES = _RAW + [f"rank_{name}" for name in _RAW] + ["history_length"]
 
@@ -91,29 +99,24 @@ def history_statistics(
     if n == 0:
         return torch.zeros(0, len(FEATURE_NAMES))
     cosine = (embeddings @ embeddings.T)[:, of]  # (N, S): text against every session, repeats too
-    soft = {c: torch.sigmoid((cosine - c) * 20) for c in (0.4, 0.6)}
-    columns = [soft[c].sum(1).log1p() for c in (0.4, 0.6)]
-    for c in (0.4, 0.6):
-        columns += [
-            (soft[c] * 0.5 ** (days_ago / half_life)).sum(1).log1p() for half_life in (3, 14, 45)
-        ]
-    same = of == torch.arange(n)[:, None]  # (N, S): sessions with exactly this text
-    age = torch.where(same, days_ago, torch.inf).amin(1)  # of the last occurrence
-    similar = cosine > 0.6
-    earlier = similar & (days_ago > age[:, None])
-    gap = torch.where(earlier, days_ago, torch.inf).amin(1) - age
-    oldest = torch.where(similar, days_ago, 0).amax(1)
-    newest = torch.where(similar, days_ago, torch.inf).amin(1).clamp_max(1e4)
-    # A text without an earlier similar session has no gap: the longest one there is stands in.
-    gap = torch.where(gap.isinf(), days_ago.max() + 1, gap)
-    columns += [age.log1p(), gap.log1p(), (oldest - newest).clamp_min(0).log1p()]
-    columns.append(_token_frequency(texts, of))
-    columns += [(cosine > c).float().mean(1) for c in (0.5, 0.7, 0.85)]
-    columns.append(same.sum(1).float().log1p())
+    shared, frequency = _shared_words(texts, of)  # (N, S), (N,)
     # Recency in sessions, beside days: people differ in how often they come.
     since = torch.arange(num_sessions - 1, -1, -1, dtype=torch.float32)  # (S,) sessions after it
-    columns.append(torch.where(same, since, torch.inf).amin(1).log1p())
-    columns.append((soft[0.6] * 0.5 ** (since / 5)).sum(1).log1p())
+    decays = [0.5 ** (days_ago / half_life) for half_life in _HALF_LIVES]  # (S,) each
+    soft = torch.sigmoid((cosine - 0.4) * 20)
+    columns = [(soft * weight).sum(1).log1p() for weight in (torch.ones_like(since), *decays)]
+    # Near the line a cosine counts in part; the share of words takes few values.
+    similar = (torch.sigmoid((cosine - 0.6) * 20), (shared >= 0.5).float(), (shared >= 0.9).float())
+    for weights in similar:
+        columns += [
+            (weights * w).sum(1).log1p()
+            for w in (torch.ones_like(since), *decays, 0.5 ** (since / 5))
+        ]
+        columns += _spacing(weights > 0.5, days_ago)
+    same = of == torch.arange(n)[:, None]  # (N, S): sessions with exactly this text
+    columns += [torch.where(same, days_ago, torch.inf).amin(1).log1p(), frequency]
+    columns += [(cosine > c).float().mean(1) for c in (0.5, 0.7, 0.85)]
+    columns += [same.sum(1).float().log1p(), torch.where(same, since, torch.inf).amin(1).log1p()]
     raw = torch.stack(columns, 1)  # (N, F')
     below = (raw[None] < raw[:, None]).float().sum(1) + 0.5 * (
         raw[None] == raw[:, None]
@@ -122,26 +125,43 @@ def history_statistics(
     return torch.cat([raw / 3, below / n - 0.5, length], 1)
 
 
-def _tokens(text: str) -> set[str]:
-    words = text.lower().split()
-    return set(words) if len(words) > 1 else set(text.lower())  # Chinese: by character
+def _spacing(similar: Tensor, days_ago: Tensor) -> list[Tensor]:
+    """Log days (N,) from the latest similar session to the cut, to the one before, to the first."""
+    latest = torch.where(similar, days_ago, torch.inf).amin(1)
+    latest = torch.where(latest.isinf(), days_ago.max() + 1, latest)  # an embedding of zeros
+    earlier = similar & (days_ago > latest[:, None])
+    gap = torch.where(earlier, days_ago, torch.inf).amin(1) - latest
+    # A text without an earlier similar session has no gap: the longest one there is stands in.
+    gap = torch.where(gap.isinf(), days_ago.max() + 1, gap)
+    span = torch.where(similar, days_ago, 0).amax(1) - latest
+    return [latest.log1p(), gap.log1p(), span.clamp_min(0).log1p()]
 
 
-def _token_frequency(texts: list[str], of: Tensor) -> Tensor:
-    """Mean log count of the sessions that hold the text's words; ubiquitous words weigh less."""
-    tokens = [_tokens(text) for text in texts]
-    count = Counter(t for i in of.tolist() for t in tokens[i])
-    total = len(of)
-    weight = {t: 1.0 - c / (total + 1) for t, c in count.items()}
-    return torch.tensor(
-        [
-            sum(weight[t] * math.log1p(count[t]) for t in ts)
-            / max(1e-6, sum(weight[t] for t in ts))
-            if ts
-            else 0.0
-            for ts in tokens
-        ]
-    )
+@functools.lru_cache(maxsize=100_000)
+def content_words(text: str) -> frozenset[str]:
+    """Words without case, punctuation and stop words; of Chinese its pairs of characters."""
+    text, words = text.casefold(), set()
+    for run in re.findall("[\u3400-\u9fff]{2,}", text):  # no spaces tell where a word ends
+        words |= {run[i : i + 2] for i in range(len(run) - 1)}
+    words |= {*re.findall(r"[^\W_]+(?:[-'.][^\W_]+)*[+#]*", re.sub("[\u3400-\u9fff]+", " ", text))}
+    return frozenset(words - ENGLISH_STOP_WORDS or words or {text})
+
+
+def _shared_words(texts: list[str], of: Tensor) -> tuple[Tensor, Tensor]:
+    """(share of each text's words that each session has (N, S), token frequency (N,)).
+
+    Words count by log(1 + S / sessions of the user with it); the frequency of a text is the
+    weighted mean of its words' log counts.
+    """
+    number: dict[str, int] = defaultdict(itertools.count().__next__)
+    places = [(i, number[w]) for i, text in enumerate(texts) for w in sorted(content_words(text))]
+    has = torch.zeros(len(texts), len(number))  # (N, V)
+    has[tuple(torch.tensor(places).T)] = 1
+    count = has[of].sum(0)  # (V,): sessions with the word
+    weighted = has * (1 + len(of) / count).log()  # (N, V)
+    total = weighted.sum(1, keepdim=True)
+    share = (weighted @ has.T) / total  # (N, N)
+    return share[:, of], (weighted @ count.log1p()) / total.squeeze(1)
 
 
 def frequency_scores(history: History) -> Tensor:
@@ -193,10 +213,9 @@ class Tower(nn.Module):
 
 
 class ResonanceScorer(nn.Module):
-    """s(u, h) = cos(E_u(H_u, p_u), E_h(h)), Eq. (2), of several towers trained side by side.
+    """s(u, h) = cos(E_u(H_u, p_u), E_h(h)), Eq. (2), of several towers, one a fold of the users.
 
-    Their unit vectors are joined, so that the cosine is the mean of theirs: one tower alone varies
-    with its seed.
+    The mean of their cosines is the cosine of their unit vectors joined.
     """
 
     def __init__(self, towers: int, *sizes):
@@ -204,53 +223,54 @@ class ResonanceScorer(nn.Module):
         self.towers = nn.ModuleList(Tower(*sizes) for _ in range(towers))
 
     def forward(
-        self, embeddings: Tensor, statistics: Tensor, mask: Tensor, profile: Tensor
+        self, embeddings: Tensor, statistics: Tensor, mask: Tensor, profile: Tensor,
+        shares: Tensor | None = None,
     ) -> Tensor:
-        """Inputs as of Tower -> scores (B, N)."""
+        """Inputs as of Tower -> scores (B, N); shares (B, towers) of each in a row's score."""
         pairs = [tower(embeddings, statistics, mask, profile) for tower in self.towers]
-        user, sessions = (torch.cat(x, -1) / len(pairs) ** 0.5 for x in zip(*pairs, strict=True))
-        return (sessions @ user[..., None]).squeeze(-1)  # Eq. (2)
+        cosines = torch.stack(
+            [(sessions @ user[..., None]).squeeze(-1) for user, sessions in pairs], -1
+        )  # (B, N, towers), Eq. (2)
+        return cosines.mean(-1) if shares is None else (cosines * shares[:, None]).sum(-1)
 
 
 def contrastive_rows(
     user: Tensor, sessions: Tensor, positive: Tensor, mask: Tensor, text_ids: Tensor,
-    negatives_within: int, generator: torch.Generator | None = None,
+    cross_user: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """One row per (user, positive): the positive, within-user and cross-user negatives.
 
     user (B, H), sessions (B, N, H), positive and mask (B, N) bool, text_ids (B, N).
-    Returns scores (P, 1 + M) and a mask (P, 1 + M), True = counts, for `contrastive_loss`.
-    Never a negative: another positive of the user, a text equal to one, a pad.
+    Returns scores (P, 1 + M) and weights (P, 1 + M) for `contrastive_loss`: 1 of the positive and
+    of within-user negatives, cross_user of the others' sessions, 0 of what is no negative: another
+    positive of the user, a text equal to one, a pad.
     """
     b, n, h = sessions.shape
     owner, place = (positive & mask).nonzero(as_tuple=True)  # (P,), (P,)
-    every = sessions.reshape(b * n, h)
-    scores = user @ every.T  # (B, B * N): each user against all sessions of the batch
+    scores = user @ sessions.reshape(b * n, h).T  # (B, B * N): each user against all sessions
     ids, real = text_ids.reshape(-1), mask.reshape(-1)
     wanted = positive & mask
     forbidden = torch.stack([torch.isin(ids, text_ids[i][wanted[i]]) for i in range(b)])
-    allowed = real[None] & ~forbidden  # (B, B * N)
     within = torch.arange(b * n)[None] // n == torch.arange(b)[:, None]  # (B, B * N): of the user
-    # Unstated: how many within-user negatives; long histories are sampled, so that they do not
-    # drown the cross-user ones.
-    lottery = torch.rand(b, b * n, generator=generator).masked_fill(~(allowed & within), 2.0)
-    rank = lottery.argsort(1).argsort(1)
-    allowed &= ~within | (rank < negatives_within)
+    # Unstated: how the two kinds are weighed. There are a hundred times as many sessions of others,
+    # and alone they teach whose text it is.
+    weight = torch.where(within, 1.0, cross_user) * (real[None] & ~forbidden)
     positives = scores[owner, owner * n + place]  # (P,), column 0 of the rows
     rows = torch.cat([positives[:, None], scores[owner]], 1)  # (P, 1 + B * N)
-    return rows, torch.cat([torch.ones_like(owner, dtype=torch.bool)[:, None], allowed[owner]], 1)
+    return rows, torch.cat([torch.ones(len(owner), 1), weight[owner]], 1)
 
 
 def contrastive_loss(scores: Tensor, temperature: float, mask: Tensor | None = None) -> Tensor:
     """Eq. (3). scores (B, 1 + N), column 0 the positive; mask True = counts -> loss (B,).
 
-    The same as sentence-transformers' MultipleNegativesRankingLoss with scale = 1 / temperature.
+    A mask of numbers weighs: one of 0.01 counts as a hundredth of a negative. The same as
+    sentence-transformers' MultipleNegativesRankingLoss with scale = 1 / temperature.
     """
     logits = scores.float() / temperature  # (B, 1 + N); half precision would overflow in exp
     if mask is not None:
-        keep = mask.clone()
-        keep[:, 0] = True
-        logits = logits.masked_fill(~keep, -torch.inf)
+        weight = mask.to(logits)  # a copy; True is 1, False is 0, whose log is -inf
+        weight = torch.cat([torch.ones_like(weight[:, :1]), weight[:, 1:]], 1)
+        logits = torch.where(weight > 0, logits + weight.log(), -torch.inf)
     return torch.logsumexp(logits, 1) - logits[:, 0]  # Eq. (3)
 
 
@@ -263,6 +283,23 @@ def per_user_auc(scores, labels) -> float:
 
 
 # ------------------------------------------------------------------------------------- RID: gate
+
+
+GATE_INPUTS = 6
+
+
+def gate_inputs(scores, history: History) -> np.ndarray:
+    """What tells the odds of a revisit (N, GATE_INPUTS): s(u, h), and the user's own base rate.
+
+    Eq. (3) compares within a user alone, so that equal scores of two users may mean different
+    odds. A linear function of these keeps the order within a user.
+    """
+    n, shared = len(history.texts), FEATURE_NAMES.index("words_0.5_count")
+    twice = (history.statistics[:, shared] * 3).expm1() > 1.5  # half the words came up once more
+    last = math.log1p(float(history.days_ago.min())) if n else 0.0
+    user = [np.mean(scores) if n else 0.0, math.log1p(n), math.log1p(history.sessions_per_week),
+            last, float(twice.float().mean()) if n else 0.0]
+    return np.column_stack([np.asarray(scores, float), np.tile(user, (n, 1))])
 
 
 def activity_group(sessions_per_week: float, edges: Sequence[float]) -> int:
@@ -306,14 +343,19 @@ def gate(scores, threshold: float, min_keep: int, max_keep: int) -> list[int]:
 
 def distil(
     scores, threshold: float, min_keep: int, max_keep: int, embeddings: Tensor,
-    duplicate_cosine: float,
+    duplicate_cosine: float, alike: Callable[[int, int], bool] = lambda i, j: True,
 ) -> list[int]:
-    """The gate, with near-duplicates collapsed to the latest (the highest index), best first."""
+    """The gate, with near-duplicates collapsed to the latest (the highest index), best first.
+
+    alike: whether two that are as near as that may be duplicates. What an encoder cannot read is
+    near everything: to MiniLM all Chinese names are unknown words, and equal.
+    """
     cosine = embeddings @ embeddings.T  # (N, N)
     passed = set(gate(scores, threshold, 0, len(scores)))
     groups: list[list[int]] = []
     for i in gate(scores, threshold, len(scores), len(scores)):
-        twin = next((g for g in groups if cosine[i, g[0]] > duplicate_cosine), None)
+        twin = next((g for g in groups if cosine[i, g[0]] > duplicate_cosine
+                     and alike(i, g[0])), None)
         if twin:
             twin.append(i)
         elif len(groups) < max_keep and (i in passed or len(groups) < min_keep):

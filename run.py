@@ -23,8 +23,8 @@ import torch
 import data
 import icebreaker as ib
 from config import Config, RunFolder
-from encoder import Encoder
 from files import UserError, digest, progress, read_json
+from llm.encoder import Encoder
 
 SPLITS = ("train", "valid", "judge", "test")  # of users: what each is for stands in Run.split
 
@@ -44,7 +44,7 @@ class Run:
 
     def __init__(self, config: Config, describe: bool = True):
         """describe: write config.yaml and environment.json; not where a finished run is used."""
-        for name in ("users", "impressions"):
+        for name in ("users", "impressions", "dialogues"):
             path = getattr(config.data, name)
             if path and not Path(path).is_file():
                 raise UserError(f"data.{name}={path}: no such file")
@@ -55,6 +55,8 @@ class Run:
         if not config.data.users:  # the simulated platform's, written by stage `world`
             self.users_file = self.folder / "world" / "users.jsonl"
             self.impressions_file = self.folder / "world" / "impressions.jsonl"
+        # Of the sibling paper's platform, likewise.
+        self.dialogues_file = config.data.dialogues or self.folder / "world" / "dialogues.jsonl"
         self.shares = [*config.data.cuts, 1.0]  # the last one: everything up to now
 
     def seed(self, *purpose) -> int:
@@ -62,9 +64,15 @@ class Run:
         return int(digest(self.config.run.seed, *purpose)[:8], 16)
 
     def adapter(self, name: str) -> Path | None:
-        """The folder of a policy's LoRA: "sit", "vanilla", "round2", "last"; "" is the base."""
+        """The folder of a policy's LoRA: "sit", "vanilla", "round2", "last"; "" is the base.
+
+        Of garm: "teacher", "sft"; "gaussian", "bradley_terry" (RL with these), "rft", "dpo".
+        """
         if not name:
             return None
+        if self.config.run.method == "garm":
+            folder = {"teacher": "sft/teacher", "sft": "sft"}.get(name, f"rl/{name}")
+            return self.folder / folder / "adapter"
         name = f"round{self.config.dpo.rounds}" if name == "last" else name
         return (self.folder / "sit" if name == "sit" else self.folder / "dpo" / name) / "adapter"
 
@@ -150,8 +158,16 @@ class Run:
 
     def _history(self, user_id: str, cut: int) -> ib.History:
         past, future = self.parts(user_id, cut)
-        # "Now" is the first session that is not known yet.
-        return history_of(past, future[0].timestamp if future else None, self.encoder)
+        # "Now" is the first session that is not known yet, or else the end of the log.
+        return history_of(past, future[0].timestamp if future else self.now, self.encoder)
+
+    @cached_property
+    def now(self) -> datetime | None:
+        """The end of the log: its latest time; None if it holds none. Who has not come back by then
+        has been away for so long, as at a cut and when serving."""
+        stamps = [s.timestamp for user in self.users.values() for s in user.sessions]
+        stamps += [row.timestamp for row in self.impressions]
+        return max((stamp for stamp in stamps if stamp), default=None)
 
     @cached_property
     def profiles(self) -> dict[str, torch.Tensor]:
@@ -218,9 +234,9 @@ def shown_before(
 def history_of(
     sessions: list[data.Session], now: datetime | None, encode: Callable[[list[str]], torch.Tensor],
 ) -> ib.History:
-    """A user's history of these sessions as of `now` (None: the latest of them)."""
+    """A user's history of these sessions as of `now`, or the latest of them if that is later."""
     stamps = [s.timestamp for s in sessions]
-    now = now or max((s for s in stamps if s), default=None)  # the last session
+    now = max((stamp for stamp in (*stamps, now) if stamp), default=None)
     days = None  # unknown: half-lives count sessions instead
     if now is not None and all(stamps):
         days = [(now - s).total_seconds() / 86400 for s in stamps]  # (S,)

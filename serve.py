@@ -27,6 +27,9 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+if __name__ == "__main__":  # what follows takes seconds to import, and models some more
+    print("serve.py: loading; the address comes when it answers", file=sys.stderr, flush=True)
+
 import prometheus_client as prometheus
 import torch
 import uvicorn
@@ -35,17 +38,17 @@ from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 
-import data
 from config import Config, load_config
 from files import ROOT, UserError, file_digest, script
-from serving.bodies import FIELDS, EventsBody, Fault, Reply, SessionsBody, StartersBody
+from serving.bodies import FIELDS, EventsBody, Fault, Id, Reply, SessionsBody, StartersBody
+from serving.connections import Seldom, descriptors, limited
 from serving.desk import Desk, precompute
 from serving.engine import Engine
-from serving.front import Front, busy, key_for
+from serving.front import Front, busy, is_loopback, key_for
 from serving.queue import Full, log, where
 from serving.store import Store
 from serving.taps import BadEvent
-from serving.waiter import STORE_FAILED, Stream, Waiter, whole_stream
+from serving.waiter import STORE_FAILED, UNBUFFERED, Stream, Waiter, whole_stream
 
 STATUSES = (400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503, 504)  # beside 200 and 422
 # Looked up by name: no path is made of what a client sent.
@@ -59,7 +62,7 @@ def create_app(config: Config, engine: Engine, store: Store, host: str = "127.0.
                   redirect_slashes=False, lifespan=lifespan,
                   responses={status: {"model": Fault} for status in STATUSES},
                   exception_handlers={RequestValidationError: refuse,
-                                      sqlite3.OperationalError: no_store})
+                                      sqlite3.DatabaseError: no_store})
     app.state.desk, app.state.server = desk, None  # server: uvicorn's, while it serves
     app.add_middleware(Front, desk=desk, host=host, key=key)  # before every route, also new ones
     app.include_router(router)
@@ -81,8 +84,8 @@ async def refuse(request: Request, error: RequestValidationError) -> JSONRespons
     return JSONResponse({"detail": faults}, 422)
 
 
-async def no_store(request: Request, error: sqlite3.OperationalError) -> JSONResponse:
-    log.error("store: %s", where(error))  # a full disk, or a process that holds the file
+async def no_store(request: Request, error: sqlite3.DatabaseError) -> JSONResponse:
+    log.error("store: %s", where(error))  # a full disk, a process that holds the file, damage
     return JSONResponse({"detail": STORE_FAILED}, 503, {"Retry-After": "1"})
 
 
@@ -120,7 +123,7 @@ async def starters(body: StartersBody, request: Request, desk: AppDesk):
     if isinstance(ready, dict):
         desk.metrics.first.observe(time.monotonic() - started)
         if body.stream:
-            return Response("".join(whole_stream(ready)), media_type="text/event-stream")
+            return Response("".join(whole_stream(ready)), 200, UNBUFFERED, "text/event-stream")
         return JSONResponse(ready)
     try:
         waiter = Waiter(desk, ready, request, body.stream)
@@ -136,7 +139,7 @@ def check_number(sessions: list, desk: Desk) -> None:
 
 
 @router.put("/v1/users/{user_id:path}/sessions", response_model=dict[str, str | int])
-def put_sessions(user_id: data.Name, body: SessionsBody, desk: AppDesk):
+def put_sessions(user_id: Id, body: SessionsBody, desk: AppDesk):
     """Append to a user's history; a session_id that is held is replaced. How many are held."""
     # No async, here and below: FastAPI takes a thread, which may wait for the disk.
     check_number(body.sessions, desk)
@@ -145,9 +148,11 @@ def put_sessions(user_id: data.Name, body: SessionsBody, desk: AppDesk):
 
 
 @router.delete("/v1/users/{user_id:path}", response_model=dict[str, dict[str, int]])
-def delete_user(user_id: data.Name, desk: AppDesk):
+def delete_user(user_id: Id, desk: AppDesk):
     """Remove everything of a user; how many rows by table."""
-    return JSONResponse({"removed": desk.delete(user_id)})
+    if not any((removed := desk.delete(user_id)).values()):  # an id that was mistyped, say
+        raise HTTPException(404, "nothing is held of this user")
+    return JSONResponse({"removed": removed})
 
 
 @router.post("/v1/events", response_model=dict[str, int])
@@ -189,9 +194,10 @@ async def livez():  # the process runs
 @router.get("/readyz")
 async def readyz(request: Request, desk: AppDesk):
     # And takes requests: not any more once it was told to stop.
-    if desk.queue.thread.is_alive() and not getattr(request.app.state.server, "should_exit", 0):
-        return {"status": "ready"}
-    return JSONResponse({"status": "stopping"}, 503)
+    if getattr(request.app.state.server, "should_exit", 0) or not desk.queue.thread.is_alive():
+        return JSONResponse({"status": "stopping"}, 503)
+    await asyncio.to_thread(desk.store.db.check)  # else no_store answers
+    return {"status": "ready"}
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
@@ -231,9 +237,9 @@ def bound(host: str, port: int) -> socket.socket:
 def serve(app: FastAPI, sock: socket.socket) -> None:
     """Until SIGTERM or SIGINT; requests that are in flight then are finished."""
     grace = math.ceil(app.state.desk.settings.timeout) + 1  # seconds
-    app.state.server = uvicorn.Server(uvicorn.Config(  # front.py logs, without texts and addresses
-        app, ws="none", lifespan="on", log_config=None, access_log=False, proxy_headers=False,
-        server_header=False, timeout_graceful_shutdown=grace))
+    app.state.server = uvicorn.Server(limited(  # front.py logs, without texts and addresses
+        app, descriptors(), ws="none", lifespan="on", log_config=None, access_log=False,
+        proxy_headers=False, server_header=False, timeout_graceful_shutdown=grace))
     app.state.server.run(sockets=[sock])
 
 
@@ -252,6 +258,7 @@ def main() -> None:
     config.run.root, config.run.name = str(run.parent), run.name  # wherever it was moved to
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     log.setLevel(logging.INFO)  # a line a request; libraries say warnings alone
+    logging.getLogger().handlers[0].addFilter(Seldom())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when done
     # A core is left for HTTP: with all of them the engine's threads wait for each other.
     torch.set_num_threads(max(1, min(torch.get_num_threads(), os.cpu_count() - 1)))
@@ -267,6 +274,9 @@ def main() -> None:
         store.close()  # the desk's thread was never started
         return
     app = create_app(config, engine, store, arguments.host)
+    if not is_loopback(arguments.host):
+        log.warning("HTTP is readable on its way, the key too: let a proxy with TLS (Caddy, nginx) "
+                    "stand before it, and see docs/serving.md")
     gc.collect()
     gc.freeze()  # or a full collection looks at all of torch, and everyone waits for 0.3 s
     sock.listen(2048)  # who comes before uvicorn is ready waits

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 import icebreaker as ib
 from benchmarks.common import Row, prepare, report, same_step, seconds
 from config import WorldConfig
-from encoder import packaged_minilm
+from llm.encoder import packaged_minilm
 from world import people
 
 SCALE, MINI_BATCH = 20.0, 8

@@ -18,7 +18,7 @@ from pyversity import Strategy, diversify
 import icebreaker as ib
 from benchmarks.common import prepare, report_lines, seconds
 from config import WorldConfig
-from encoder import Encoder
+from llm.encoder import Encoder
 from world import people
 
 USERS, N, K, WEIGHT = 64, 64, 6, 0.4

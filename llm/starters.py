@@ -89,7 +89,8 @@ def clean_starter(item: str) -> str:
     for _ in range(8):  # marks within marks: of an ordinary text there are two or three
         bare = _without_marks(item)
         if bare == item:
-            return item
+            # Without a letter or a digit of any script it says nothing: ",", "🎉", but "C++", "5G".
+            return item if any(map(str.isalnum, item)) else ""
         item = bare
     return ""  # hostile
 

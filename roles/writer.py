@@ -99,12 +99,12 @@ class Writer:
         return llm.sample(model, self.tokenizer, prompts, n, seed=seed, **{**settings, **how})
 
     def sample(
-        self, model, inputs: list[list[str]], n: int, seed: int, repeats: bool = False,
+        self, model, inputs: list[list[str]], n: int, seed: int, raw: bool = False,
         prompted: bool = False,
     ) -> list[list[list[str]]]:
         """n lists for each input, parsed and filtered: at most K starters each, perhaps none.
 
-        repeats: starters that a list repeats stay in it; prompted: `model` is the base without an
+        raw: as parsed, whatever the filters would say; prompted: `model` is the base without an
         adapter. The processes of a torchrun sample a share each.
         """
 
@@ -112,18 +112,18 @@ class Writer:
             prompts = [self.prompt(interests, prompted) for interests in some]
             return self.draw(model, prompts, n, seed, numbers=numbers)
 
-        return self._lists(draw, inputs, repeats)
+        return self._lists(draw, inputs, raw)
 
     def write(
         self, adapter: Path | None, inputs: list[list[str]], n: int, seed: int, model=None,
-        repeats: bool = False,
+        raw: bool = False,
     ) -> list[list[list[str]]]:
         """As `sample`, by a saved adapter (None: the base): from generator.endpoint if it is set,
         where the model of that name is asked; or here, `model` being loaded already."""
         g = self.config.generator
         if not g.endpoint:
             model = model or self.policy(adapter)
-            return self.sample(model, inputs, n, seed, repeats, prompted=not adapter)
+            return self.sample(model, inputs, n, seed, raw, prompted=not adapter)
         server, task = self._server(adapter), self._task(prompted=not adapter)
 
         def draw(some: list[list[str]], numbers: list[int]) -> list[list[str]]:
@@ -131,15 +131,15 @@ class Writer:
             # A server takes one seed a list: those of input i begin at n * i.
             return server.sample(texts, n, [(seed + n * i) % 2**31 for i in numbers])
 
-        return self._lists(draw, inputs, repeats)
+        return self._lists(draw, inputs, raw)
 
-    def _lists(self, draw, inputs: list[list[str]], repeats: bool) -> list[list[list[str]]]:
+    def _lists(self, draw, inputs: list[list[str]], raw: bool) -> list[list[list[str]]]:
         """draw(inputs, number of each) -> n texts of each."""
         # A place among all inputs is the number of its random draws, whoever samples it.
         k, places = self.config.generator.list_size, share(range(len(inputs)))
         texts = draw([inputs[i] for i in places], places)
         return gather([  # in the order of the inputs
-            [fit_to_show(text, inputs[i], repeats)[:k] for text in row]
+            [parsed(text) if raw else fit_to_show(text, inputs[i])[:k] for text in row]
             for i, row in zip(places, texts, strict=True)
         ])
 
@@ -185,10 +185,14 @@ class Writer:
         return drained(server.chat for server in self._servers.values())
 
 
-def fit_to_show(text: str, interests: list[str], repeats: bool = False) -> list[str]:
-    """The starters of a completion that may be shown to somebody with these interests."""
-    starters = llm.parse_starters(text).starters
-    return roles.filter_starters(starters, interests, repeats=repeats)[0]
+def parsed(text: str) -> list[str]:
+    """The starters of a completion."""
+    return [*llm.parse_starters(text).starters]
+
+
+def fit_to_show(text: str, interests: list[str]) -> list[str]:
+    """Those of them that may be shown to somebody with these interests."""
+    return roles.filter_starters(parsed(text), interests)[0]
 
 
 def drained(chats) -> Counter:

@@ -10,10 +10,12 @@ same global batch.
 
 Departures: a term for the likelihood of the chosen lists beside Eq. (6), without which it falls
 with that of the rejected ones; of a round the checkpoint with the best held-out utility and
-diversity stays; some of a pool's lists are the teacher's.
+diversity stays; some of a pool's lists are the teacher's; a list that may not be shown whole is
+rejected too, or nothing would speak against starters that are too long.
 
-A mined pair is one chosen list and up to three rejected ones, one of each kind: worse in utility
-alone, in diversity alone, in both (icebreaker.mine_preferences). SIT's policy is the baseline SFT.
+A mined pair is one chosen list and up to four rejected ones, one of each kind: worse in utility
+alone, in diversity alone, in both (icebreaker.mine_preferences), unfit to show. SIT's policy is the
+baseline SFT.
 
 Legend: B users, N candidates, K slots, P pairs of a chosen and a rejected list, D embedding.
 """
@@ -33,6 +35,7 @@ import torch
 
 import icebreaker as ib
 import llm
+import roles
 from config import DpoConfig
 from files import (
     UserError,
@@ -51,7 +54,7 @@ from run import Run, UserState, one_line, sum_counts
 from stages.pools import best_lists, score_pools
 from stages.ranker import load_ranker, shown_lists, utilities
 from stages.sit import draw_states, taught_lists
-from stages.steps import Best, micro_batches, new_optimiser, step
+from stages.steps import Best, micro_batches, new_optimiser, return_memory, step
 
 HELD_OUT_LISTS = 2  # of each held-out user when a checkpoint is valued
 RANDOM_LISTS = 8  # random draws from a pool among the lists from which pairs are mined
@@ -68,6 +71,7 @@ def stage_dpo(run: Run, players: Players, key: str) -> dict:
             result = dpo_round(run, players, number, adapter, pairs)
             run.encoder.save()  # a killed run does not encode the round's starters again
             run.folder.mark_done(folder, round_key, **result)
+            return_memory()
             print(f"  round {number}: {one_line(result)}", flush=True)
         figures[f"round {number}"] = run.folder.figures(folder)
         adapter = run.adapter(f"round{number}")
@@ -115,12 +119,13 @@ def train_round(
     a file.
     """
     label, writer = f"round {number}", players.writer
-    sampled = sample(run, writer, number, model, adapter, states, keep)  # dpo.samples lists a user
+    written = sample(run, writer, number, model, adapter, states, keep)  # dpo.samples lists a user
+    sampled = [fit_lists(run, s, lists) for s, lists in zip(states, written, strict=True)]
     taught = taught_lists(run, players, states, run.config.dpo.teacher_lists, label)
     # A weak policy alone would have a pool of its own mistakes.
     lists = [policy + teacher for policy, teacher in zip(sampled, taught, strict=True)]
     searched = search(run, ranker, share(states), share(lists))  # Algorithm 1
-    mined, counts = mine(run, searched)  # Eq. (8)
+    mined, counts = mine(run, searched, share(written))  # Eq. (8)
     pairs = [pair for pair in gather(mined) if pair]  # of all processes, in the order of users
     if not earlier + pairs:
         raise UserError("dpo: no preference pair found; lower dpo.margin or raise dpo.samples")
@@ -142,11 +147,10 @@ def sample(
     run: Run, writer: Writer, number: int | str, model, adapter: Path, states: list[UserState],
     keep: bool = True,
 ) -> list[list[list[str]]]:
-    """dpo.samples lists of the policy for each state: the candidates of a round.
+    """dpo.samples lists of the policy for each state, as written: the candidates of a round.
 
-    With their repeats, which the search avoids: such a list is a natural diversity negative. With
-    `keep` they stay in sampled.json beside the adapter, for a killed round and for runs that start
-    as a copy.
+    With `keep` they stay in sampled.json beside the adapter, for a killed round and for runs that
+    start as a copy.
     """
     inputs, n = [state.interests for state in states], run.config.dpo.samples
     seed, weights = run.seed("dpo", number), file_digest(adapter / "adapter_model.safetensors")
@@ -155,11 +159,18 @@ def sample(
     path = adapter.parent / "sampled.json"
     if path.is_file() and (kept := read_json(path))["key"] == key:
         return kept["lists"]
-    lists = writer.write(adapter, inputs, n, seed, model, repeats=True)
+    lists = writer.write(adapter, inputs, n, seed, model, raw=True)
     # What a server said stays in the cache of answers instead.
     if keep and processes()[0] == 0 and not run.config.generator.endpoint:
         write_json(path, {"key": key, "lists": lists})
     return lists
+
+
+def fit_lists(run: Run, state: UserState, lists: list[list[str]]) -> list[list[str]]:
+    """Of each list the first K starters that may be shown."""
+    # With repeats, which the search avoids: such a list is a natural diversity negative.
+    fit = (roles.filter_starters(x, state.interests, repeats=True)[0] for x in lists)
+    return [starters[: run.config.generator.list_size] for starters in fit]
 
 
 # ------------------------------------------------------------------------------------------ search
@@ -202,13 +213,22 @@ def search(
 # -------------------------------------------------------------------------------------------- mine
 
 
-def mine(run: Run, searched: list[Searched | None]) -> tuple[list[dict], dict[str, int]]:
-    """Chosen and rejected lists (Eq. 8) of each user, {} if there are none; and counts."""
+def mine(
+    run: Run, searched: list[Searched | None], written: list[list[list[str]]]
+) -> tuple[list[dict], dict[str, int]]:
+    """Chosen and rejected lists (Eq. 8) of each user, {} if there are none; and counts.
+
+    written: the lists that the policy wrote for each user, before any filter.
+    """
     counts = Counter(users=len(searched), too_few_candidates=searched.count(None), pairs=0)
-    return [mine_user(run, result, counts) if result else {} for result in searched], dict(counts)
+    rows = zip(searched, written, strict=True)
+    pairs = [mine_user(run, found, lists, counts) if found else {} for found, lists in rows]
+    return pairs, dict(counts)
 
 
-def mine_user(run: Run, searched: Searched, counts: Counter) -> dict:
+def mine_user(
+    run: Run, searched: Searched, written: list[list[str]], counts: Counter
+) -> dict:
     """The chosen list of one user and its rejected ones by kind; {} if there are none."""
     settings, k = run.config.dpo, run.config.generator.list_size
     rng = random.Random(run.seed("mine", searched.state.user_id, searched.pool))
@@ -223,32 +243,42 @@ def mine_user(run: Run, searched: Searched, counts: Counter) -> dict:
         torch.tensor(lists), searched.utility, searched.similarity,
         settings.weight, settings.margin, settings.tolerance,
     )
-    # Table 9 trains with one kind alone.
-    rejected = {kind: j for kind, j in rejected.items() if kind in settings.negatives}
-    counts.update(f"no_{kind}" for kind, j in rejected.items() if j is None)
     texts = [[searched.pool[i] for i in indices] for indices in lists]
-    kinds = {kind: texts[j] for kind, j in rejected.items() if j is not None}
+    kinds = {kind: None if j is None else texts[j] for kind, j in rejected.items()}
+    kinds["unfit"] = next((x for x in written if is_unfit(x, searched.state.interests, k)), None)
+    # Table 9 trains with one kind alone.
+    kinds = {kind: starters for kind, starters in kinds.items() if kind in settings.negatives}
+    counts.update(f"no_{kind}" for kind, starters in kinds.items() if starters is None)
+    kinds = {kind: starters for kind, starters in kinds.items() if starters is not None}
     counts["pairs"] += len(kinds)
     if not kinds:
         return {}
     return {"interests": searched.state.interests, "chosen": texts[chosen], "rejected": kinds}
 
 
+def is_unfit(starters: list[str], interests: list[str], k: int) -> bool:
+    """Whether it is a list of which fewer than k starters may be shown."""
+    return bool(starters) and len(roles.filter_starters(starters, interests)[0]) < k
+
+
 def tapped_against_ignored(
-    rows: Iterable[tuple[Hashable, list[str], list[str], bool]],
+    rows: Iterable[tuple[Hashable, list[str], list[str], bool]], width: int = 1
 ) -> list[tuple[Hashable, dict]]:
-    """(group, pair) of tapped and ignored lists of one group; a list is in one pair.
+    """(group, pairs) of tapped lists, each against up to `width` ignored ones of its group; every
+    list stands once.
 
     rows: (group, interests, starters, tapped) of shown lists, alike within a group.
     """
     groups: dict[Hashable, tuple[list, list]] = defaultdict(lambda: ([], []))
     for group, interests, starters, tapped in rows:
         groups[group][0 if tapped else 1].append((interests, starters))
-    return [
-        (group, {"interests": interests, "chosen": chosen, "rejected": {"ignored": rejected}})
-        for group, (tapped, ignored) in groups.items()
-        for (interests, chosen), (_, rejected) in zip(tapped, ignored, strict=False)
-    ]
+    pairs = []
+    for group, (tapped, ignored) in groups.items():
+        for i, (interests, chosen) in zip(range(0, len(ignored), width), tapped, strict=False):
+            some = enumerate([starters for _, starters in ignored[i : i + width]], 1)
+            rejected = {f"ignored {n}": starters for n, starters in some}
+            pairs.append((group, {"interests": interests, "chosen": chosen, "rejected": rejected}))
+    return pairs
 
 
 # ------------------------------------------------------------------------------------------- align
@@ -414,24 +444,27 @@ def align_on_clicks(run: Run, writer: Writer, pairs: list[dict], key: str) -> di
     folder, key = "dpo/vanilla", digest(key, "vanilla", settings)
     if run.folder.is_done(folder, key):
         return run.folder.figures(folder)
-    clicked, rng = click_pairs(run), random.Random(run.seed("clicked"))
+    # As many chosen lists as IceBreaker learned from, and about as many rejected ones to each:
+    # their kinds are compared, not their number.
+    width = round(float(np.mean([len(x["rejected"]) for x in pairs] or [1])))
+    clicked, rng = click_pairs(run, width), random.Random(run.seed("clicked"))
     if not clicked:
         why = "no user of the logs has a tapped and an ignored list of the same interests"
         shutil.rmtree(run.adapter("vanilla"), ignore_errors=True)  # of other logs
         run.folder.mark_done(folder, key, skipped=why)
         return run.folder.figures(folder)
-    # As many pairs as IceBreaker learned from: their kinds are compared, not their number.
-    clicked = rng.sample(clicked, min(len(clicked), sum(len(x["rejected"]) for x in pairs)))
+    clicked = rng.sample(clicked, min(len(clicked), len(pairs)))
     model = writer.policy(run.adapter("sit"), trainable=True)
     figures = align(run, writer, model, model, clicked, "clicked against ignored", settings)
     llm.save_adapter(model, run.adapter("vanilla"))
-    run.folder.mark_done(folder, key, pairs=len(clicked), **figures)
+    count = sum(len(x["rejected"]) for x in clicked)
+    run.folder.mark_done(folder, key, pairs=count, **figures)
     return run.folder.figures(folder)
 
 
-def click_pairs(run: Run) -> list[dict]:
-    """Vanilla pairs: a user's tapped list against one ignored in the same state."""
+def click_pairs(run: Run, width: int) -> list[dict]:
+    """Vanilla pairs: a user's tapped list against up to `width` ignored in the same state."""
     shown = shown_lists(run, run.ids("train"))
     # A state is a user at a cut: its lists were written for the same interests.
     rows = ((id(s), s.interests, row.starters, bool(row.clicked)) for row, s in shown)
-    return [pair for _, pair in tapped_against_ignored(rows) if pair["interests"]]
+    return [pair for _, pair in tapped_against_ignored(rows, width) if pair["interests"]]

@@ -6,33 +6,47 @@ Section 2.2 of the paper: train the resonance scorer (Eq. 2) with the contrastiv
 what later sessions came back to (stage `match`), fit the activity-aware gate (Eq. 4) on held-out
 users, and distil everybody's trigger interests.
 
-Departures: several towers whose cosines are averaged, since one alone varies with its seed.
-Thresholds maximise F_0.5 of "revisited" on held-out users, as the paper leaves open how they are
-learned.
+Departures: one tower a fold of the users, trained on the others; their cosines are averaged. Who
+trained towers is scored by the one that has not seen them, as everybody else is by strangers. The
+gate's scores are odds of a revisit with the user's own base rate, its thresholds maximise F_0.5 of
+"revisited", as the paper leaves open how they are learned.
 
 Legend: B rows, N summaries, D embedding, F statistics, H hidden.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 import random
+import re
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.special import expit
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch.optim.swa_utils import AveragedModel
 
 import icebreaker as ib
 from config import RidConfig
-from files import UserError, progress, read_json, read_tensors, write_json, write_tensors
+from files import UserError, digest, progress, read_json, write_json, write_tensors
 from roles.players import Players
-from roles.text import Encode, unfit
+from roles.text import Encode, is_functional, key_phrases, names_subject, unfit
 from run import Run
 from stages.match import Revisits
-from stages.steps import Best
+from stages.steps import Best, load_weights
 
 Row = tuple[str, int]  # a user at a cut of the log
+RULES = {"recency": ib.recency_scores, "frequency": ib.frequency_scores}
+AVERAGED = 50  # steps over which a tower's weights are averaged
+LEAST_EPOCHS = 6  # before a tower may stop: an untrained one can be lucky on a few users
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,8 @@ class Distiller:
     """Histories in, trigger interests out: the trained scorer and the gate."""
 
     scorer: ib.ResonanceScorer
+    folds: dict[str, int]  # user -> the tower that has not seen them; others are new to all
+    odds: list[float]  # weights of ib.gate_inputs, and the intercept
     edges: list[float]  # quantiles of activity between the gate's groups
     thresholds: list[float]  # tau of each group, Eq. (4)
     settings: RidConfig
@@ -48,13 +64,34 @@ class Distiller:
     @classmethod
     def load(cls, run: Run) -> Distiller:
         """As stage `rid` saved it."""
-        scorer, gate = new_scorer(run), read_json(run.folder / "rid" / "gate.json")
-        scorer.load_state_dict(read_tensors(run.folder / "rid" / "scorer.safetensors"))
-        return cls(scorer.eval(), gate["edges"], gate["thresholds"], run.config.rid, run.encoder)
+        scorer, path = new_scorer(run), run.folder / "rid" / "gate.json"
+        load_weights(scorer, run.folder / "rid" / "scorer.safetensors")
+        gate = read_json(path)
+        try:
+            folds = {user: int(tower) for user, tower in gate["folds"].items()}
+            odds, edges, lines = (
+                np.asarray(gate[name], float) for name in ("odds", "edges", "thresholds"))
+            whole = lines.shape == (len(edges) + 1,) and odds.shape == (ib.GATE_INPUTS + 1,)
+            whole = whole and np.isfinite([*odds, *edges, *lines]).all()
+        except (AttributeError, KeyError, TypeError, ValueError):
+            whole = False
+        if not whole:
+            raise UserError(f"{path}: holds no odds, edges and thresholds; run stage rid again")
+        numbers = (values.tolist() for values in (odds, edges, lines))
+        return cls(scorer, folds, *numbers, run.config.rid, run.encoder)
 
-    def scores(self, histories: list[ib.History], profiles: torch.Tensor) -> list[np.ndarray]:
-        """s(u, h) (N,) of every summary of each history; profiles (B, D)."""
-        return resonance(self.scorer, histories, profiles)
+    def scores(
+        self, histories: list[ib.History], profiles: torch.Tensor, users: list[str] = ()
+    ) -> list[np.ndarray]:
+        """Chance (N,) that a later session revisits each summary, in the order of s(u, h).
+
+        profiles (B, D); users: their ids, if they may be in the log that towers were trained on.
+        """
+        shares = tower_shares(self.folds, users, self.settings.towers) if users else None
+        s = resonance(self.scorer, histories, profiles, shares)
+        *weights, intercept = self.odds
+        return [expit(ib.gate_inputs(row, history) @ weights + intercept)
+                for row, history in zip(s, histories, strict=True)]
 
     def threshold(self, history: ib.History) -> float:
         """tau_g(u): the gate's line for a user of this activity."""
@@ -66,9 +103,10 @@ class Distiller:
         reasons = unfit(history.texts, self.encode, history.embeddings)
         fit = [i for i, reason in enumerate(reasons) if not reason]
         r = self.settings
+        texts = [history.texts[i] for i in fit]
         kept = ib.distil(
             [scores[i] for i in fit], self.threshold(history), r.min_keep, r.max_keep,
-            history.embeddings[fit], r.duplicate_cosine,
+            history.embeddings[fit], r.duplicate_cosine, may_be_duplicates(texts),
         )
         return [fit[i] for i in kept]
 
@@ -76,85 +114,102 @@ class Distiller:
 def stage_rid(run: Run, players: Players, key: str) -> dict:
     """Train the resonance scorer (Eq. 3), fit the gate (Eq. 4), distil every user's interests."""
     revisits = Revisits(run)
-    train, valid, unseen = (
-        revisits.rows(run.ids(*splits)) for splits in (("train",), ("valid",), ("judge", "test"))
+    known, unseen = (
+        revisits.rows(run.ids(*splits)) for splits in (("train", "valid"), ("judge", "test"))
     )
     # Of unseen people no tower, no threshold and no early stop has learned.
-    if not train or not valid:
+    users = sorted({u for u, _ in known}, key=lambda u: digest(run.seed("folds"), u))
+    if len(users) < 2:
         raise UserError(
             f"{run.users_file}: no user comes back to an earlier subject (checked {len(run.users)} "
             f"users, in four splits), so there is nothing to learn from; more users or longer "
             f"histories are needed"
         )
-    scorer, valid_auc = fit_scorer(run, revisits, train, valid)
-    activity = [run.histories[u][c].sessions_per_week for u, c in train]  # valid users set tau
-    groups = run.config.rid.activity_groups
-    # Equal shares of the training users fall into each group.
-    edges = np.quantile(activity, np.arange(1, groups) / groups).tolist()
-    thresholds = fit_gate(run, revisits, scorer, valid, edges)
-    write_json(run.folder / "rid" / "gate.json", {"edges": edges, "thresholds": thresholds})
-    distiller = Distiller(scorer, edges, thresholds, run.config.rid, run.encoder)
+    # In turn, so that no fold is empty where there are few users.
+    folds = {user: i % run.config.rid.towers for i, user in enumerate(users)}
+    scorer = fit_scorer(run, revisits, known, folds)
+    distiller = fit_gate(run, revisits, scorer, known, folds, run.config.rid.activity_groups)
+    gate = {f.name: getattr(distiller, f.name) for f in dataclasses.fields(distiller)}
+    write_json(run.folder / "rid" / "gate.json",
+               {name: gate[name] for name in ("folds", "odds", "edges", "thresholds")})
     kept_per_user = distil_everybody(run, distiller)
-    baselines = {"recency": ib.recency_scores, "frequency": ib.frequency_scores}
     return {
-        "train_users": len({u for u, _ in train}),
-        "valid_auc": valid_auc,
-        "thresholds": thresholds,
+        "train_users": len(users),
+        "cross_fitted_auc": revisits.auc(known, score_rows(run, distiller, known)),
+        "thresholds": distiller.thresholds,
         "kept_per_user": kept_per_user,
         "unseen_users": len({u for u, _ in unseen}),
-        "auc": revisits.auc(unseen, score_rows(run, scorer, unseen)) if unseen else float("nan"),
-    } | {
-        f"auc_{name}": revisits.auc(unseen, [rank(run.histories[u][c]).numpy() for u, c in unseen])
-        for name, rank in baselines.items()
-    }
+    } | compare(run, revisits, distiller, known, unseen)
 
 
-def fit_scorer(run: Run, revisits: Revisits, train: list[Row], valid: list[Row]):
-    """Minimise Eq. (3); the epoch with the best AUC on held-out users stays: (scorer, its AUC)."""
+def fit_scorer(
+    run: Run, revisits: Revisits, known: list[Row], folds: dict[str, int]
+) -> ib.ResonanceScorer:
+    """Minimise Eq. (3); of each tower the averaged weights with the least loss on its fold stay."""
     settings = run.config.rid
     torch.manual_seed(run.seed("rid"))
     scorer = new_scorer(run)  # after the seed: its weights are drawn here
-    optimiser = torch.optim.AdamW(scorer.parameters(), settings.learning_rate, weight_decay=0.01)
     shuffle = random.Random(run.seed("rid", "order"))
-    lottery = torch.Generator().manual_seed(run.seed("rid", "negatives"))
-    cuts, text_ids = defaultdict(list), defaultdict(itertools.count().__next__)
-    for user_id, cut in train:
-        cuts[user_id].append(cut)
-    best = Best(scorer)
-    for epoch in (bar := progress(range(settings.epochs), "rid")):
-        # One cut per user and epoch: a user's own texts never serve as cross-user negatives.
-        order = [(user_id, shuffle.choice(c)) for user_id, c in cuts.items()]
-        shuffle.shuffle(order)
-        scorer.train()
-        losses = []
-        for start in range(0, len(order), settings.batch_users):
-            rows = order[start : start + settings.batch_users]
-            inputs, labels, ids = training_batch(run, revisits, rows, text_ids)
-            loss = 0.0  # a sum, as the towers share no weight
-            for tower in scorer.towers:
-                user, sessions = tower(**inputs)  # (B, H), (B, N, H)
-                scores, counts = ib.contrastive_rows(
-                    user, sessions, labels == 1, labels >= 0, ids,
-                    settings.negatives_within, lottery,
-                )
-                rows_loss = ib.contrastive_loss(scores, settings.temperature, counts)  # (P,)
-                loss = loss + rows_loss.mean()
-            optimiser.zero_grad()
-            loss.backward()  # Eq. (3), of every tower
-            for tower in scorer.towers:  # they share nothing, so each has a norm of its own
+    text_ids = defaultdict(itertools.count().__next__)
+    least = min(LEAST_EPOCHS, settings.epochs)
+    for number, tower in enumerate(bar := progress(scorer.towers, "rid")):
+        held_out = [row for row in known if folds[row[0]] == number]
+        rest = [row for row in known if folds[row[0]] != number]
+        cuts = defaultdict(list)
+        for user_id, cut in rest:
+            cuts[user_id].append(cut)
+        optimiser = torch.optim.AdamW(tower.parameters(), settings.learning_rate)
+        # The mean of all steps at first, later of about the last AVERAGED.
+        average = AveragedModel(
+            tower, avg_fn=lambda mean, new, n: mean + (new - mean) / (n + 1).clamp(max=AVERAGED)
+        )
+        best = Best(average)
+        for epoch in range(settings.epochs):
+            # One cut per user and epoch: their own texts never serve as cross-user negatives.
+            order = [(user_id, shuffle.choice(c)) for user_id, c in cuts.items()]
+            shuffle.shuffle(order)
+            tower.train()
+            losses = []
+            for start in range(0, len(order), settings.batch_users):
+                rows = order[start : start + settings.batch_users]
+                loss = rows_loss(run, revisits, tower, rows, text_ids, settings.cross_user).mean()
+                optimiser.zero_grad()
+                loss.backward()  # Eq. (3)
                 torch.nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
-            optimiser.step()
-            losses.append(loss.item() / len(scorer.towers))
-        auc = revisits.auc(valid, score_rows(run, scorer, valid))
-        run.folder.log("rid", epoch=epoch, loss=float(np.mean(losses)), valid_auc=auc)
-        bar.set(loss=float(np.mean(losses)), auc=auc)
-        best.offer(auc)
-        # Early stopping: what is learned later is the training users by heart.
-        if best.waited > settings.patience:
-            break
-    best.restore()
+                optimiser.step()
+                average.update_parameters(tower)
+                losses.append(loss.item())
+            held = held_out_loss(run, revisits, average.eval(), held_out or rest, text_ids)
+            run.folder.log("rid", tower=f"tower {number + 1}", epoch=epoch,
+                           loss=float(np.mean(losses)), held_out_loss=held)
+            bar.set(loss=held)
+            if epoch + 1 >= least:  # weights of the first epochs are still those they began with
+                best.offer(-held)
+            # Early stopping: what is learned later is the training users by heart.
+            if best.waited > settings.patience:
+                break
+        best.restore()  # the average's, which the tower takes over
+        tower.load_state_dict(average.module.state_dict())
     write_tensors(run.folder / "rid" / "scorer.safetensors", scorer.state_dict())
-    return scorer, best.value  # the AUC on valid users, of all towers together
+    return scorer.eval()
+
+
+def rows_loss(run: Run, revisits: Revisits, tower, rows: list[Row], text_ids, cross_user: float):
+    """Eq. (3) of every (user, positive) of some rows: (P,)."""
+    inputs, labels, ids = training_batch(run, revisits, rows, text_ids)
+    user, sessions = tower(**inputs)  # (B, H), (B, N, H)
+    scores, weights = ib.contrastive_rows(
+        user, sessions, labels == 1, labels >= 0, ids, cross_user
+    )
+    return ib.contrastive_loss(scores, run.config.rid.temperature, weights)
+
+
+@torch.no_grad()
+def held_out_loss(run: Run, revisits: Revisits, tower, rows: list[Row], text_ids) -> float:
+    """Eq. (3) over all positives of left-out users, against their own other sessions."""
+    parts = (rows[start : start + 32] for start in range(0, len(rows), 32))
+    losses = [rows_loss(run, revisits, tower, part, text_ids, 0.0) for part in parts]  # (P,) each
+    return torch.cat(losses).mean().item()
 
 
 def training_batch(run: Run, revisits: Revisits, rows: list[Row], text_ids: dict[str, int]):
@@ -172,21 +227,37 @@ def training_batch(run: Run, revisits: Revisits, rows: list[Row], text_ids: dict
     return inputs, labels, ids
 
 
-def fit_gate(run: Run, revisits: Revisits, scorer, valid: list[Row], edges) -> list[float]:
-    """A threshold for each activity group, from held-out users (Eq. 4)."""
-    # Train users' scores are too good: the scorer has seen what they came back to.
-    scores = score_rows(run, scorer, valid)
-    groups = [
-        np.full(len(s), ib.activity_group(run.histories[u][c].sessions_per_week, edges))
-        for (u, c), s in zip(valid, scores, strict=True)
-    ]
-    labels = [revisits[row] for row in valid]
-    # One row a summary, (n,): a threshold is for scores of all users of a group.
-    score, label, group = map(np.concatenate, (scores, labels, groups))
-    answered = label >= 0  # a failed call is no evidence either way
-    return ib.fit_thresholds(
-        score[answered], label[answered], group[answered], run.config.rid.activity_groups
-    ).tolist()
+# --------------------------------------------------------------------------------------- the gate
+
+
+def fit_gate(
+    run: Run, revisits: Revisits, scorer, known: list[Row], folds: dict[str, int], groups: int
+) -> Distiller:
+    """Odds of a revisit, and a threshold for each activity group (Eq. 4)."""
+    histories, profiles = histories_of(run, known)
+    # By towers that have not seen them: a tower's own users have scores too good to be true.
+    shares = tower_shares(folds, [u for u, _ in known], len(scorer.towers))
+    inputs = np.concatenate([
+        ib.gate_inputs(s, history)
+        for s, history in zip(
+            resonance(scorer, histories, profiles, shares), histories, strict=True)
+    ])  # (n, 6): one row a summary
+    labels = np.concatenate([revisits[row] for row in known])
+    answered = labels >= 0  # a failed call is no evidence either way
+    fitted = LogisticRegression(max_iter=1000).fit(inputs[answered], labels[answered])
+    # Equal shares of the rows fall into each group.
+    activity = [history.sessions_per_week for history in histories]
+    edges = np.quantile(activity, np.arange(1, groups) / groups).tolist()
+    group = np.concatenate([
+        np.full(len(h.texts), ib.activity_group(h.sessions_per_week, edges)) for h in histories
+    ])
+    # Equal chances mean the same for all users, so one line can serve a group.
+    chance = fitted.predict_proba(inputs)[:, 1]
+    thresholds = ib.fit_thresholds(chance[answered], labels[answered], group[answered], groups)
+    odds = [*fitted.coef_[0].tolist(), float(fitted.intercept_[0])]
+    return Distiller(
+        scorer, folds, odds, edges, thresholds.tolist(), run.config.rid, run.encoder
+    )
 
 
 def distil_everybody(run: Run, distiller: Distiller) -> float:
@@ -194,7 +265,7 @@ def distil_everybody(run: Run, distiller: Distiller) -> float:
     rows = [(u, c) for u in run.users for c in range(len(run.shares)) if run.histories[u][c].texts]
     # Who has no history at a cut has no interests there, and takes the cold-start path.
     triggers = {u: [{"interests": [], "scores": []} for _ in run.shares] for u in run.users}
-    for (user_id, cut), scores in zip(rows, score_rows(run, distiller.scorer, rows), strict=True):
+    for (user_id, cut), scores in zip(rows, score_rows(run, distiller, rows), strict=True):
         history = run.histories[user_id][cut]
         keep = distiller.keep(history, scores)
         triggers[user_id][cut] = {
@@ -205,12 +276,114 @@ def distil_everybody(run: Run, distiller: Distiller) -> float:
     return float(np.mean([len(cuts[-1]["interests"]) for cuts in triggers.values()]))
 
 
+# ------------------------------------------------------------------------- what it is held against
+
+
+def compare(
+    run: Run, revisits: Revisits, distiller: Distiller, known: list[Row], unseen: list[Row]
+) -> dict:
+    """AUC on unseen users beside rules and learners that see the same; of the gate, see there."""
+    if not unseen:
+        return {"auc": float("nan")}
+    histories = histories_of(run, unseen)[0]
+    scores = score_rows(run, distiller, unseen)
+    figures = {"auc": revisits.auc(unseen, scores)}
+    for name, rule in RULES.items():
+        figures[f"auc_{name}"] = revisits.auc(unseen, [rule_scores(h, rule) for h in histories])
+    # Learners without towers: what is to be gained from the same inputs.
+    seen = [statistics(history) for history in histories_of(run, known)[0]]  # (N, F + 1) each
+    labels = np.concatenate([revisits[row] for row in known])
+    # A failed call of the matcher is no label.
+    fit_rows, asked = np.concatenate(seen)[labels >= 0], [statistics(h) for h in histories]
+    learners = {
+        "logistic": make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)),
+        "trees": HistGradientBoostingClassifier(
+            learning_rate=0.05, max_iter=150, max_leaf_nodes=15, min_samples_leaf=40, random_state=0
+        ),
+    }
+    for name, learner in learners.items():
+        learner.fit(fit_rows, labels[labels >= 0])
+        chances = [learner.predict_proba(rows)[:, 1] for rows in asked]
+        figures[f"auc_{name}"] = revisits.auc(unseen, chances)
+    # The same gate as if everybody were equally active.
+    one = fit_gate(run, revisits, distiller.scorer, known, distiller.folds, 1)
+    gates = {"groups": distiller, "one threshold": one}
+    return figures | {"gate": compare_gates(revisits, gates, unseen, histories, scores)}
+
+
+def compare_gates(revisits: Revisits, gates: dict[str, Distiller], unseen, histories, scores):
+    """Precision and F_0.5 of "revisited", and the number kept, over all rows of unseen users: of
+    each gate, and of the best k of everybody."""
+    distiller = gates["groups"]
+    r = distiller.settings
+    gates = gates | {
+        f"top {k}": dataclasses.replace(
+            distiller, settings=r.model_copy(update={"min_keep": k, "max_keep": k}))
+        for k in (1, 2, 3, 4, 6)
+    }
+    figures = {}
+    for name, gate in gates.items():
+        # Pooled, as the thresholds were fitted: a user of many interests counts more.
+        kept = [gate.keep(h, s) for h, s in zip(histories, scores, strict=True)]
+        hits = sum((revisits[row][keep] == 1).sum() for row, keep in zip(unseen, kept, strict=True))
+        answered = sum((revisits[row][k] >= 0).sum() for row, k in zip(unseen, kept, strict=True))
+        positives = sum((revisits[row] == 1).sum() for row in unseen)
+        figures[name] = {
+            "precision": float(hits / max(1, answered)),
+            "f_half": float(1.25 * hits / (answered + 0.25 * positives)),
+            "kept": float(np.mean([*map(len, kept)])),
+        }
+    return figures
+
+
+def rule_scores(history: ib.History, rule) -> np.ndarray:
+    """A rule's scores (N,), chores behind all others: RID's labels know no revisit of a chore."""
+    scores = rule(history).numpy().astype(float)
+    return np.where(chores(history), scores - 1e9, scores)  # their order among each other stays
+
+
+# --------------------------------------------------------------- subjects, where cosines say little
+
+
+def names_one_of(text: str, interest: str) -> bool:
+    """Whether a text names a subject of an interest; of a Chinese phrase what it begins with, as
+    Chinese says the particular before the general: Rome's history is not Venice's."""
+    chinese = [p for p in key_phrases(interest) if re.match("[㐀-鿿]{2}", p)]
+    if chinese:
+        return any(phrase[:2] in text for phrase in chinese)
+    return names_subject(text, [interest])
+
+
+def may_be_duplicates(texts: list[str]) -> Callable[[int, int], bool]:
+    """(i, j) -> False where each has a subject and neither names the other's."""
+
+    def alike(i: int, j: int) -> bool:
+        a, b = texts[i], texts[j]
+        bare = not key_phrases(a) or not key_phrases(b)
+        return bare or names_one_of(a, b) or names_one_of(b, a)
+
+    return alike
+
+
 # --------------------------------------------------------------------------------------- the scorer
 
 
 def new_scorer(run: Run) -> ib.ResonanceScorer:
-    r, sizes = run.config.rid, (run.encoder.dim, len(ib.FEATURE_NAMES))  # D, F
+    r, sizes = run.config.rid, (run.encoder.dim, len(ib.FEATURE_NAMES) + 1)  # D, F + 1
     return ib.ResonanceScorer(r.towers, *sizes, r.text_dim, r.hidden, r.dropout)
+
+
+def statistics(history: ib.History) -> torch.Tensor:
+    """Statistics of each summary, and whether it is a chore: (N, F + 1)."""
+    return torch.cat([history.statistics, torch.tensor(chores(history)).float()[:, None]], 1)
+
+
+_is_chore = functools.lru_cache(maxsize=100_000)(is_functional)  # asked at each step of training
+
+
+def chores(history: ib.History) -> np.ndarray:
+    """Which summaries are chores (N,)."""
+    return np.array([*map(_is_chore, history.texts)], bool)
 
 
 def histories_of(run: Run, rows: list[Row]) -> tuple[list[ib.History], torch.Tensor]:
@@ -219,22 +392,32 @@ def histories_of(run: Run, rows: list[Row]) -> tuple[list[ib.History], torch.Ten
     return histories, torch.stack([run.profiles[user_id] for user_id, _ in rows])
 
 
-def score_rows(run: Run, scorer: ib.ResonanceScorer, rows: list[Row]) -> list[np.ndarray]:
-    """s(u, h) of every summary of every (user, cut) row."""
-    return resonance(scorer, *histories_of(run, rows)) if rows else []
+def score_rows(run: Run, distiller: Distiller, rows: list[Row]) -> list[np.ndarray]:
+    """Distiller.scores of every (user, cut) row, none by a tower that has seen the user."""
+    return distiller.scores(*histories_of(run, rows), [u for u, _ in rows]) if rows else []
+
+
+def tower_shares(folds: dict[str, int], users: list[str], towers: int) -> torch.Tensor:
+    """Share of each tower in a user's score (B, towers): of all, or of the one that is left out."""
+    shares = torch.full((len(users), towers), 1 / towers)
+    for share, user in zip(shares, users, strict=True):
+        if user in folds:
+            share.zero_()[folds[user]] = 1.0
+    return shares
 
 
 @torch.no_grad()
 def resonance(
-    scorer: ib.ResonanceScorer, histories: list[ib.History], profiles: torch.Tensor
+    scorer: ib.ResonanceScorer, histories: list[ib.History], profiles: torch.Tensor,
+    shares: torch.Tensor | None = None,
 ) -> list[np.ndarray]:
-    """s(u, h) (N,) of every summary of each history; profiles (B, D)."""
+    """s(u, h) (N,) of every summary of each history; profiles (B, D), shares (B, towers)."""
     scorer.eval()
     scores = []
     for start in range(0, len(histories), 32):  # as many pads as a few long histories cause
         part = slice(start, start + 32)
         inputs = scorer_inputs(histories[part], profiles[part])
-        s = scorer(**inputs)  # (B, N), Eq. (2)
+        s = scorer(**inputs, shares=None if shares is None else shares[part])  # (B, N), Eq. (2)
         scores += [row[mask].numpy() for row, mask in zip(s, inputs["mask"], strict=True)]
     return scores
 
@@ -244,13 +427,13 @@ def scorer_inputs(histories: list[ib.History], profiles: torch.Tensor) -> dict[s
     (b, d), n = profiles.shape, max(len(h.texts) for h in histories)
     inputs = {
         "embeddings": torch.zeros(b, n, d),  # (B, N, D)
-        "statistics": torch.zeros(b, n, len(ib.FEATURE_NAMES)),  # (B, N, F)
+        "statistics": torch.zeros(b, n, len(ib.FEATURE_NAMES) + 1),  # (B, N, F + 1)
         "mask": torch.zeros(b, n, dtype=torch.bool),
         "profile": profiles,
     }
     for i, h in enumerate(histories):
         m = len(h.texts)
         # Pads stay zero; the mask keeps them out of every sum and softmax.
-        inputs["embeddings"][i, :m], inputs["statistics"][i, :m] = h.embeddings, h.statistics
+        inputs["embeddings"][i, :m], inputs["statistics"][i, :m] = h.embeddings, statistics(h)
         inputs["mask"][i, :m] = True  # (B, N)
     return inputs

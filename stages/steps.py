@@ -5,13 +5,30 @@ The loops themselves stand in rid.py, ranker.py, sit.py and dpo.py, each whole o
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import itertools
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
-from files import processes, share
+from files import AGAIN, UserError, processes, read_tensors, share
+
+
+def load_weights(module: torch.nn.Module, path: Path) -> None:
+    """Take a file's weights, for use; raises UserError where they fit no such module or are no
+    numbers."""
+    tensors = read_tensors(path)
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: weights of another shape ({reason}); {AGAIN}") from None
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise UserError(f"{path}: weights that are no finite numbers; {AGAIN}")
+    module.eval()
 
 
 class Best:
@@ -85,3 +102,10 @@ def micro_batches(batch: list, size: int) -> Iterator[tuple[list, float]]:
         rows = batch[start : start + width]
         part = share(rows)
         yield (part, float(count)) if part else (rows[:1], 0.0)  # 0: nothing of it counts
+
+
+def return_memory() -> None:
+    """Give back what has been freed; glibc keeps it, and the next peak comes on top."""
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # other C libraries have none
+        trim(0)

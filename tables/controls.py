@@ -38,7 +38,7 @@ def few_sessions(run: Run, writer: Writer, users: list[str]) -> Lists:
     lists, distiller = {}, Distiller.load(run)
     profiles = torch.stack([run.profiles[user] for user in users])  # (U, D)
     for n, name in ((1, "IceBreaker, 1 session"), (2, "IceBreaker, 2 sessions")):
-        histories = [history_of(run.users[u].sessions[-n:], None, run.encoder) for u in users]
+        histories = [history_of(run.users[u].sessions[-n:], run.now, run.encoder) for u in users]
         scores = distiller.scores(histories, profiles)  # (N,) of each user's N summaries
         inputs = [[history.texts[i] for i in distiller.keep(history, row)]
                   for history, row in zip(histories, scores, strict=True)]

@@ -218,7 +218,7 @@ RANKER_NAMES = {"train": "training ranker", "judge": "held-out ranker"}
 
 
 def last_run(rows: list[dict]) -> dict[tuple, list[dict]]:
-    """(stage, "loss" or "held_out", ranker or round) -> its rows, of the last run alone.
+    """(stage, "loss" or "held_out", tower, ranker or round) -> its rows, of the last run alone.
 
     A step that does not go on is a rerun: it replaces the rows of its part and of those after it.
     """
@@ -227,7 +227,8 @@ def last_run(rows: list[dict]) -> dict[tuple, list[dict]]:
         stage, at = row.get("stage"), row.get("step", row.get("epoch"))
         if at is None or stage not in ("rid", "ranker", "sit", "dpo"):
             continue  # a stage's last line, or one of another stage
-        key = (stage, "loss" if "loss" in row else "held_out", row.get("ranker", row.get("round")))
+        part = next((row[name] for name in ("tower", "ranker", "round") if name in row), None)
+        key = (stage, "loss" if "loss" in row else "held_out", part)
         if key in parts and at <= parts[key][-1].get("step", parts[key][-1].get("epoch")):
             after = list(parts)[list(parts).index(key) :]
             parts = {k: v for k, v in parts.items() if k not in after or k[0] != stage}

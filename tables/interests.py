@@ -8,12 +8,14 @@ them. The hidden truth beside the judge is ours.
 
 from __future__ import annotations
 
-import torch
+import numpy as np
 
 import icebreaker as ib
 from roles.players import Players
 from run import Run
+from stages import rid
 from stages.metrics import PerUser
+from stages.rid import RULES, rule_scores
 from tables.truth import chore_shares, resonances
 from world.people import Truth
 
@@ -25,12 +27,14 @@ def interests_of(run: Run, user: str, kind: str) -> list[str]:
         return history.texts[::-1]
     if kind == "RID":
         return state.interests
-    # Rule-based (Table 6): frequency and recency, ranks added; as many as RID keeps, no twins.
-    scores = (score(history) for score in (ib.frequency_scores, ib.recency_scores))  # (N,) each
-    ranks = [torch.argsort(torch.argsort(s, stable=True), stable=True).double() for s in scores]
+    # Rule-based (Table 6): frequency and recency, ranks added; as many as RID keeps, no twins, and
+    # chores last, as RID's labels have none.
+    scores = (rule_scores(history, rule) for rule in RULES.values())  # (N,) each
+    ranks = sum(np.argsort(np.argsort(s, kind="stable"), kind="stable") for s in scores)
     n, twins = len(state.interests), run.config.rid.duplicate_cosine
     # An infinite threshold: nothing passes the gate, and the best n are kept.
-    keep = ib.distil(sum(ranks).numpy(), float("inf"), n, n, history.embeddings, twins)
+    alike = rid.may_be_duplicates(history.texts)
+    keep = ib.distil(ranks, float("inf"), n, n, history.embeddings, twins, alike)
     return [history.texts[i] for i in keep]
 
 

@@ -13,8 +13,8 @@ import benchmarks.plan
 import icebreaker as ib
 from benchmarks import common, list_search
 from benchmarks.contrastive import embed
-from encoder import packaged_minilm
 from files import ROOT
+from llm.encoder import packaged_minilm
 
 
 def test_plain_and_vectorised_search_agree(monkeypatch):

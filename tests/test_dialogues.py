@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import data
 from config import DialoguesConfig
-from encoder import Encoder
 from files import ROOT
+from llm.encoder import Encoder
 from tools import importers, logs
 from world import __main__ as command
 from world import dialogue_clicks, dialogues

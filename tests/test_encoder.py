@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from encoder import Encoder
+from llm.encoder import Encoder
 
 
 def test_packaged_encoder_is_the_original_and_caches(tmp_path):

@@ -34,7 +34,7 @@ def sit(steps: int, loss: float, epochs: int = 1, until: int | None = None) -> l
 
 LOG = [
     {"stage": "world", "users": 3},
-    *({"stage": "rid", "epoch": i, "loss": 3 - i, "valid_auc": 0.5 + i / 10} for i in range(3)),
+    *({"stage": "rid", "epoch": i, "loss": 3 - i, "held_out_loss": 2.5 - i} for i in range(3)),
     {"stage": "rid", "auc": 0.6, "seconds": 1.0},
     *({"stage": "ranker", "ranker": r, "epoch": i, "loss": 0.2, "held_out_loss": 0.1 / (i + 1)}
       for r in ("train", "judge") for i in range(4)),

@@ -206,6 +206,18 @@ def test_thresholds_are_the_best_f_half_and_do_not_fall():
     assert f_half(one) == pytest.approx(max(f_half(t) for t in scores))
 
 
+def test_thresholds_differ_where_groups_do():
+    """In an active group a score of .5 is seldom a revisit, in a quiet one often."""
+    rng = np.random.default_rng(3)
+    scores, groups = rng.random(6000), rng.integers(0, 3, 6000)
+    revisited = rng.random(6000) < 1 / (1 + np.exp(-12 * (scores - 0.3 - 0.2 * groups)))
+    fitted = ib.fit_thresholds(scores, revisited, groups, 3)
+    assert (np.diff(fitted) > 0.1).all()
+    for g in range(3):
+        s, r = scores[groups == g], revisited[groups == g]
+        assert fitted[g] == ib.fit_thresholds(s, r, np.zeros(len(s), int), 1)[0]
+
+
 def test_auc_agrees_with_sklearn_with_ties():
     rng = np.random.default_rng(1)
     scores, labels = rng.integers(0, 5, 60), rng.random(60) < 0.3
@@ -234,6 +246,40 @@ def test_history_collapses_repeats_to_the_latest():
     assert repeats[1] > repeats[0] == repeats[2]
 
 
+def test_words_have_no_case_no_punctuation_and_no_stop_words():
+    assert ib.content_words("What is the Schr\u00f6dinger's cat?!") == {"schr\u00f6dinger's", "cat"}
+    assert ib.content_words("C++ vs. C#, node.js") == {"c++", "c#", "node.js", "vs"}
+    assert ib.content_words("the AND of") == {"the", "and", "of"}  # or else nothing is left
+    assert ib.content_words("量子计 iPhone") == {"量子", "子计", "iphone"}
+    assert ib.content_words("?!") == {"?!"}
+
+
+def test_statistics_of_shared_words_by_hand():
+    """Three sessions of "red fox", two of them with a third word; fake vectors are all unlike."""
+    said = ["Red fox!", "red fox den", "blue whale", "the red fox"]
+    h = ib.make_history(said, [8.0, 6.0, 3.0, 1.0], lambda x: torch.eye(len(x)))
+    column = {name: 3 * h.statistics[:, i] for i, name in enumerate(ib.FEATURE_NAMES)}  # log1p
+    assert column["words_0.9_count"].expm1().tolist() == pytest.approx([3, 1, 1, 3], abs=1e-4)
+    # "den" is rarer: log(1 + 4) of log(5) + 2 log(1 + 4 / 3) is .49, the other two words .51.
+    assert column["words_0.5_count"].expm1().tolist() == pytest.approx([3, 3, 1, 3], abs=1e-4)
+    assert column["words_0.5_latest"].expm1().tolist() == pytest.approx([1, 1, 3, 1], abs=1e-4)
+    assert column["words_0.5_gap"].expm1().tolist() == pytest.approx([5, 5, 9, 5], abs=1e-4)
+    assert column["words_0.5_span"].expm1().tolist() == pytest.approx([7, 7, 0, 7], abs=1e-4)
+    half = 2 ** (-8 / 3) + 2 ** (-6 / 3) + 2 ** (-1 / 3)
+    assert column["words_0.5_half_life_3"].expm1()[0].item() == pytest.approx(half, abs=1e-4)
+    assert column["token_frequency"][0] == pytest.approx(math.log(4), abs=1e-4)
+
+
+def test_gate_inputs_keep_the_order_within_a_user():
+    h = ib.make_history(["a b", "c d", "a b", "e f"], [9.0, 5.0, 2.0, 1.0], fake_encode)
+    rows = ib.gate_inputs([0.3, -0.2, 0.1], h)
+    assert rows.shape == (3, 6) and np.isfinite(rows).all()
+    assert rows[:, 0].tolist() == [0.3, -0.2, 0.1] and (rows[:, 1:] == rows[0, 1:]).all()
+    assert rows[0, 5] == pytest.approx(1 / 3)  # of three texts one came twice
+    none = ib.make_history([], None, fake_encode)
+    assert ib.gate_inputs([], none).shape == (0, 6)
+
+
 def test_scorer_ignores_pads_and_survives_an_empty_row():
     torch.manual_seed(0)
     scorer = ib.ResonanceScorer(2, 8, 5, 4, 16, 0.5).eval()
@@ -251,11 +297,25 @@ def test_contrastive_rows_leave_out_positives_equal_texts_and_pads():
     positive = torch.tensor([[True, True, False], [False, False, True]])
     mask = torch.tensor([[True, True, True], [True, True, True]])
     ids = torch.tensor([[1, 2, 3], [1, 4, 5]])
-    rows, keep = ib.contrastive_rows(user, sessions, positive, mask, ids, 8)
-    assert rows.shape == keep.shape == (3, 7)
+    rows, weight = ib.contrastive_rows(user, sessions, positive, mask, ids, 0.25)
+    assert rows.shape == weight.shape == (3, 7)
     # Columns after the positive: user 0's sessions, then user 1's. Text 1 is a positive of user 0.
-    assert keep[0].tolist() == [True, False, False, True, False, True, True]
-    assert keep[2].tolist() == [True, True, True, True, True, True, False]
+    assert weight[0].tolist() == [1, 0, 0, 1, 0, 0.25, 0.25]
+    assert weight[2].tolist() == [1, 0.25, 0.25, 0.25, 1, 1, 0]
+
+
+def test_a_weighted_negative_counts_in_part():
+    scores = torch.tensor([[0.3, 0.1, 0.4]], requires_grad=True)
+    loss = ib.contrastive_loss(scores, 0.5, torch.tensor([[0.0, 1.0, 0.25]]))
+    p, a, b = (math.exp(s / 0.5) for s in (0.3, 0.1, 0.4))
+    assert loss.item() == pytest.approx(-math.log(p / (p + a + b / 4)), abs=1e-6)
+    # A weight of 1/4 four times is one negative, as is a mask.
+    four = torch.tensor([[0.3, 0.1, *[0.4] * 4]])
+    weights = torch.tensor([[1, 1, *[0.25] * 4]])
+    whole = ib.contrastive_loss(scores, 0.5, torch.ones(1, 3, dtype=torch.bool))
+    assert ib.contrastive_loss(four, 0.5, weights).item() == pytest.approx(whole.item(), abs=1e-6)
+    ib.contrastive_loss(scores, 0.5, torch.zeros(1, 3)).sum().backward()
+    assert scores.grad.isfinite().all()
 
 
 def test_the_joined_cosine_is_the_mean_of_the_towers():
@@ -263,6 +323,10 @@ def test_the_joined_cosine_is_the_mean_of_the_towers():
     x = unit(2, 3, 8), torch.randn(2, 3, 5), torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, 8)
     each = [(h @ u[..., None]).squeeze(-1) for u, h in (tower(*x) for tower in scorer.towers)]
     assert torch.allclose(scorer(*x), torch.stack(each).mean(0), atol=1e-6)
+    left_out = torch.tensor([[0.0, 1.0, 0.0], [1 / 3] * 3])  # row 0 by one tower, row 1 by all
+    scores = scorer(*x, shares=left_out)
+    assert torch.allclose(scores[0], each[1][0], atol=1e-6)
+    assert torch.allclose(scores[1], torch.stack(each).mean(0)[1], atol=1e-6)
 
 
 def test_scorer_learns_a_separable_signal():
@@ -275,7 +339,7 @@ def test_scorer_learns_a_separable_signal():
     for _ in range(60):
         optimiser.zero_grad()
         for tower in scorer.towers:
-            rows, keep = ib.contrastive_rows(*tower(e, s, mask, none), positive, mask, ids, 8)
+            rows, keep = ib.contrastive_rows(*tower(e, s, mask, none), positive, mask, ids, 0.1)
             ib.contrastive_loss(rows, 0.1, keep).mean().backward()
         optimiser.step()
     scores = scorer(e, s, mask, none).detach().numpy()

@@ -4,7 +4,7 @@ import json
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import llm
@@ -198,6 +198,18 @@ def test_marks_around_a_starter(marked, bare):
     assert llm.parse_starters(f"<sug> {marked} && c d </sug>").starters == (bare or marked, "c d")
 
 
+@pytest.mark.parametrize("text, kept", [
+    (",", ""), ("…!?", ""), ("🎉🎉", ""), ("&", ""), ("- —", ""), ("⭐", ""), ("、。", ""),
+    ("C++", "C++"), ("5G", "5G"), ("🎉 party", "🎉 party"), ("π", "π"), ("½", "½"), ("茶", "茶"),
+    ("हिन्दी", "हिन्दी"), ("ไทย", "ไทย"), ("한국어", "한국어"),
+])  # fmt: skip
+def test_what_has_neither_letter_nor_digit_is_no_starter(text, kept):
+    assert llm.clean_starter(text) == kept
+    parsed = llm.parse_starters(f"<sug> {text} && a b </sug>").starters
+    assert parsed == (*filter(None, [kept]), "a b")
+
+
+@example([",\t"])
 @given(st.lists(st.text() | MARKUP, max_size=5))
 @settings(max_examples=200)
 def test_format_survives_the_parser(starters):

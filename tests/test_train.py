@@ -141,7 +141,7 @@ def test_merge_writes_a_plain_model_with_its_card(finished):
     assert not hasattr(model, "peft_config") and (folder / "tokenizer.json").is_file()
     card = (folder / "README.md").read_text()
     assert "dpo/round2/adapter" in card and str(finished) not in card
-    assert "merge" not in train.ALL
+    assert "merge" not in train.wanted_stages(micro(finished.parent), ["all"])
 
 
 QWEN_TEMPLATE = (  # that of Qwen2.5 Instruct in short: a system message comes by itself
@@ -342,6 +342,15 @@ def test_dpo_starts_at_ln_2_and_logs_what_to_watch(finished):
     assert {"utility", "diversity"} == folder.figures("dpo")["round 2"]["before"].keys()
 
 
+def test_a_list_that_may_not_be_shown_whole_is_rejected(finished):
+    pairs = [x for n in (1, 2) for x in read_json(finished / f"dpo/round{n}/pairs.json")]
+    unfit = [(x["interests"], x["rejected"]["unfit"]) for x in pairs if "unfit" in x["rejected"]]
+    assert len(unfit) > 3  # the policy of this run has hardly learned anything
+    for interests, starters in unfit:
+        assert starters and len(roles.filter_starters(starters, interests)[0]) < 3
+    assert all(len(roles.filter_starters(x["chosen"], x["interests"])[0]) == 3 for x in pairs)
+
+
 def test_what_the_matcher_could_not_say_is_no_label(finished, tmp_path, monkeypatch):
     """An unknown summary is no positive, no negative, and in no AUC; -1 stands for it on disk."""
     shutil.copytree(finished, tmp_path / "tiny")
@@ -364,18 +373,88 @@ def test_what_the_matcher_could_not_say_is_no_label(finished, tmp_path, monkeypa
     expected = ib.per_user_auc(scores[answered], revisits[row][answered] == 1)
     assert revisits.auc([row], [scores]) == pytest.approx(expected)
 
-    def watched(user, sessions, positive, mask, *rest):
-        seen.append((int(positive.sum()), int(mask.sum())))
-        return rows(user, sessions, positive, mask, *rest)
+    def watched(user, sessions, positive, mask, ids, cross_user):
+        if cross_user:  # in training, not on the left-out fold
+            seen.append((int(positive.sum()), int(mask.sum())))
+        return rows(user, sessions, positive, mask, ids, cross_user)
 
     monkeypatch.setattr(ib, "contrastive_rows", watched)
     one_cut = {r[0]: r for r in revisits.rows(run.ids("train"))}  # an epoch takes one cut a user
-    train_rows = list(one_cut.values())
-    rid.fit_scorer(run, revisits, train_rows, revisits.rows(run.ids("valid")))
-    towers = run.config.rid.towers
+    train_rows, towers = list(one_cut.values()), run.config.rid.towers
+    folds = {user: i % towers for i, user in enumerate(one_cut)}
+    assert len(one_cut) >= towers
+    rid.fit_scorer(run, revisits, train_rows, folds)
     flat = np.concatenate([revisits[r] for r in train_rows])
-    assert sum(a for a, _ in seen) == towers * (flat == 1).sum()
-    assert sum(b for _, b in seen) == towers * (flat >= 0).sum() < towers * len(flat)
+    others = towers - 1  # a tower leaves its fold out
+    assert sum(a for a, _ in seen) == others * (flat == 1).sum()
+    assert sum(b for _, b in seen) == others * (flat >= 0).sum() < others * len(flat)
+
+
+def test_no_tower_stops_before_its_least_epochs(finished, tmp_path, monkeypatch):
+    """The left-out loss is best at the first epoch, as that of an untrained network may be."""
+    shutil.copytree(finished, tmp_path / "tiny")
+    run = Run(micro(tmp_path, "rid.epochs=9", "rid.patience=1"))
+    monkeypatch.setattr(rid, "LEAST_EPOCHS", 4)
+    revisits, kept, losses = match.Revisits(run), [], itertools.count()
+    known = revisits.rows(run.ids("train", "valid"))
+    users = list(dict.fromkeys(user for user, _ in known))
+    monkeypatch.setattr(rid, "held_out_loss", lambda *a: float(next(losses)))
+    whole = rid.Best.offer
+
+    def offer(best, value):
+        whole(best, value)
+        kept.append(value == best.value)
+
+    monkeypatch.setattr(rid.Best, "offer", offer)
+    start = len((run.folder / "metrics.jsonl").read_text().splitlines())
+    rid.fit_scorer(run, revisits, known, {user: i % 5 for i, user in enumerate(users)})
+    rows = (run.folder / "metrics.jsonl").read_text().splitlines()[start:]
+    # Three epochs are not offered; the fourth stays, and two more are waited through.
+    assert [json.loads(row)["epoch"] for row in rows] == [*range(6)] * 5
+    assert kept == [True, False, False] * 5
+
+
+def test_who_trained_towers_is_scored_by_the_one_that_has_not_seen_them(finished):
+    run = Run(micro(finished.parent))
+    distiller = rid.Distiller.load(run)
+    known = {*run.ids("train", "valid")}
+    assert distiller.folds and {*distiller.folds} <= known
+    assert {*distiller.folds.values()} <= {*range(run.config.rid.towers)}
+    for user, towers in [*[(u, [f]) for u, f in distiller.folds.items()][:3],
+                         *[(u, range(run.config.rid.towers)) for u in run.ids("judge")[:2]]]:
+        histories, profiles = rid.histories_of(run, [(user, -1)])
+        inputs = rid.scorer_inputs(histories, profiles)
+        pairs = [distiller.scorer.towers[t](**inputs) for t in towers]
+        expected = sum((h @ u[..., None])[0, :, 0] for u, h in pairs) / len(pairs)
+        (scores,) = rid.score_rows(run, distiller, [(user, -1)])
+        inputs = ib.gate_inputs(expected.detach().numpy(), histories[0])
+        odds = inputs @ distiller.odds[:-1] + distiller.odds[-1]
+        assert scores == pytest.approx(1 / (1 + np.exp(-odds)), abs=1e-6)
+
+
+def test_rules_and_scorer_know_the_same_chores(finished):
+    """RID's labels know no revisit of a chore; its inputs and its rivals agree."""
+    said = ["translate this letter", "chess openings", "translate this letter", "rare stamps"]
+    history = ib.make_history(said, [4.0, 3.0, 2.0, 1.0], lambda x: torch.eye(len(x)))
+    assert history.texts == ["chess openings", "translate this letter", "rare stamps"]
+    assert rid.chores(history).tolist() == [False, True, False]
+    assert rid.statistics(history)[:, -1].tolist() == [0, 1, 0]
+    for rule in rid.RULES.values():
+        assert rule(history)[1] > rule(history)[0]  # without the filter
+        assert np.argmin(rid.rule_scores(history, rule)) == 1
+    figures = Run(micro(finished.parent)).folder.figures("rid")
+    assert {"auc", "auc_recency", "auc_frequency", "auc_logistic", "auc_trees"} <= figures.keys()
+    assert {"groups", "one threshold", "top 1", "top 4"} <= figures["gate"].keys()
+
+
+def test_a_history_up_to_now_has_been_away_since_its_last_session(finished):
+    """At the end of the log as at a cut: who has not come back is not somebody who just left."""
+    run = Run(micro(finished.parent))
+    away = {user.user_id: (run.now - user.sessions[-1].timestamp).total_seconds() / 86400
+            for user in run.users.values() if all(s.timestamp for s in user.sessions)}
+    assert max(away.values()) > 5
+    for user_id, days in away.items():
+        assert run.histories[user_id][-1].days_ago.min().item() == pytest.approx(days, abs=1e-3)
 
 
 def test_interests_are_distilled_again_from_what_rid_saved(finished):
@@ -388,7 +467,7 @@ def test_interests_are_distilled_again_from_what_rid_saved(finished):
     again = {
         user_id: [history.texts[i] for i in distiller.keep(history, scores)]
         for user_id, history, scores in zip(
-            kept, histories, distiller.scores(histories, profiles), strict=True
+            kept, histories, distiller.scores(histories, profiles, [*kept]), strict=True
         )
     }
     assert again == kept != {}
@@ -400,6 +479,19 @@ def test_a_user_without_history_gets_popular_starters(finished):
     shown = {y for row in run.impressions for y in row.starters}
     for profile in (None, {"region": "CN"}, {"region": "US", "age": "55+"}):
         assert len({*popular(profile)}) == k and {*popular(profile)} <= shown
+
+
+def test_what_was_written_for_one_person_is_popular_with_nobody_else(finished):
+    run = Run(micro(finished.parent))
+    train, secret = run.ids("train"), "What comes next in Ms K10 v. Braun?"
+    row = next(row for row in run.impressions if row.user_id == train[0])
+    mine = row.model_copy(update={"starters": [secret], "clicked": [0]})
+    for people, known in ((1, False), (4, False), (5, True)):  # lists, 50 of each person
+        run.impressions = Run(micro(finished.parent)).impressions + [
+            mine.model_copy(update={"user_id": user}) for user in train[:people]] * 50
+        assert (secret in PopularStarters(run)(None)) == known
+    run.impressions = [mine] * 50
+    assert PopularStarters(run)(None) == []
 
 
 def test_logs_too_thin_for_a_ranker_are_named(finished):

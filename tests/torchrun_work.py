@@ -30,16 +30,18 @@ def main() -> None:
         for module in (writer_module, players_module):
             module.fit_to_show = lambda text, *_: [text[:40], text[40:80], "Chess?"]
         states = sit.draw_states(run, [0, 1], 7, random.Random(0))
-        lists = writer.sample(writer.policy(None), [s.interests for s in states], 2, 5)
+        inputs = [s.interests for s in states]
+        lists = writer.sample(writer.policy(None), inputs, 2, 5)
         taught = sit.taught_lists(run, players, states, 2, "test")
         both = [policy + teacher for policy, teacher in zip(lists, taught, strict=True)]
         scorer = ranker.load_ranker(run, "train")
-        pairs, counts = dpo.mine(run, dpo.search(run, scorer, share(states), share(both)))
+        searched = dpo.search(run, scorer, share(states), share(both))
+        pairs, counts = dpo.mine(run, searched, share(lists))
         rows = [
             (writer.prompt(s.interests), [llm.encode_completion(writer.tokenizer, y) for y in full])
             for s, full in zip(states, taught, strict=True)
         ]
-        model, figures = sit.instruct(run, writer, rows)
+        model, figures = sit.instruct(run, writer, rows, run.config.sit, "sit")
         llm.save_adapter(model, Path(out) / f"sit{count}")
         mined = read_json(Path(finished) / "dpo" / "round1" / "pairs.json")
         figures |= dpo.align(run, writer, model, model, mined, "round 1", run.config.dpo)

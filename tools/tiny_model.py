@@ -30,8 +30,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import llm
 from config import GeneratorConfig
-from encoder import packaged_minilm
 from files import atomic_path, progress, script, write_json
+from llm.encoder import packaged_minilm
 
 TASK = GeneratorConfig()  # the prompt, list size and sampling that runs have by default
 CHATML = (

@@ -7,8 +7,8 @@
 import argparse
 
 from config import DialoguesConfig, WorldConfig, load_config
-from encoder import Encoder
 from files import script
+from llm.encoder import Encoder
 from world import dialogues, people
 
 

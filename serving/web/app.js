@@ -66,6 +66,7 @@ async function call(path, { body, ...options } = {}) {
     if (error.name === "AbortError") throw error;
     throw new Error("The server cannot be reached. Is it running?");
   });
+  if (options.method === "DELETE" && reply.status === 404) return reply; // nothing was held
   if (!reply.ok) throw new Error(await reason(reply));
   return reply;
 }
@@ -103,11 +104,12 @@ function clearList() {
   $("chat").replaceChildren(element("p", "quiet", "Tap a starter: it becomes the first message."));
 }
 
-function choosePerson(user, profile = null) {
+function choosePerson(user, name = "", profile = null) {
   clearList();
   state.stream?.abort(); // the server stops the work, too
   state.compare?.abort();
   Object.assign(state, { user, profile });
+  $("starters-title").textContent = name ? `Starters for ${name}` : "Starters";
   for (const id of ["interests", "columns", "gate-text", "status"]) $(id).replaceChildren();
   $("refresh").disabled = $("compare").disabled = !user;
 }
@@ -160,9 +162,11 @@ function addStarter(starter) {
 function why({ text, interest, source, utility }) {
   const summary = element("summary", "", "Why this?");
   summary.ariaLabel = `Why this? ${text}`;
-  const because = interest === null
-    ? element("p", "", "There is no history to start from: popular with similar people.")
-    : element("p", "", "Because you asked about ", words("q", "", interest), ".");
+  const because = interest !== null
+    ? element("p", "", "Because you asked about ", words("q", "", interest), ".")
+    : element("p", "", source === "cold start"
+      ? "There is no history to start from: popular with similar people."
+      : "Written for the kept interests; it names none of them.");
   const origin = element("p", "", `Source: ${source}. Utility: ${utility.toFixed(2)} of 1.`);
   return element("details", "why", summary, because, origin);
 }
@@ -228,10 +232,13 @@ function showExample() {
   $("example-profile").textContent = facts.join(", ");
   const rows = sessions.map((session) => words("li", "", session.summary ?? "(messages)"));
   $("history-list").replaceChildren(...rows.reverse());
+  $("use-example").disabled = false;
+  if (state.user) choosePerson(null); // nobody's starters stand beside another person
 }
 
 async function useExample() {
-  choosePerson(state.examples[$("example").selectedIndex].user_id);
+  const { user_id } = state.examples[$("example").selectedIndex];
+  choosePerson(user_id, user_id);
   showStarters(); // not awaited: another person may be chosen meanwhile
 }
 
@@ -241,33 +248,38 @@ function parseHistory(text) {
 }
 
 function parseProfile(text) {
-  const lines = [...text.matchAll(/^([^:：\n]+)[:：](.+)$/gm)];
-  const facts = lines.map(([, name, value]) => [name.trim(), value.trim()]);
+  const facts = text.split("\n").flatMap((line, i) => {
+    if (!line.trim()) return [];
+    const [, name, value] = line.match(/^\s*([^:：]*[^:：\s])\s*[:：]\s*(.*\S)/) ?? [];
+    if (!name) throw new Error(`Profile, line ${i + 1}: write it as “name: value”.`);
+    return [[name, value]];
+  });
   return facts.length ? Object.fromEntries(facts) : null;
 }
 
 // Not crypto.randomUUID: browsers offer that to https and localhost only.
 const randomName = () => `web-${crypto.getRandomValues(new Uint32Array(4)).join("-")}`;
 
-// A pasted history is a new person; the one before is forgotten while its name is still known.
+// A pasted history is a new person; the one before is forgotten while its name is still known. The
+// browser keeps the name, not the tab: a closed tab would leave a history that nobody can delete.
 async function useOwnHistory() {
-  await forgetLast();
-  const user = randomName();
   const sessions = parseHistory($("lines").value);
   const profile = parseProfile($("profile").value);
-  sessionStorage.setItem("user", user); // before the server knows it: always ours to delete
+  await forgetLast();
+  const user = randomName();
+  localStorage.setItem("user", user); // before the server knows it: always ours to delete
   $("forget").hidden = false;
   const path = `/v1/users/${user}/sessions`;
   if (sessions.length) await call(path, { method: "PUT", body: { sessions, profile } });
-  choosePerson(user, sessions.length ? null : profile);
+  choosePerson(user, "the pasted history", sessions.length ? null : profile);
   showStarters();
 }
 
 async function forgetLast() {
   $("forgotten").textContent = "";
-  const user = sessionStorage.getItem("user");
+  const user = localStorage.getItem("user");
   if (user) await call(`/v1/users/${encodeURIComponent(user)}`, { method: "DELETE" });
-  sessionStorage.removeItem("user");
+  localStorage.removeItem("user");
   if (user === state.user) choosePerson(null);
 }
 
@@ -348,5 +360,10 @@ on("own-form", "submit", useOwnHistory);
 on("forget", "click", forgetMe);
 on("compare", "click", compare);
 on("ab-refresh", "click", showRates);
-$("forget").hidden = !sessionStorage.getItem("user");
+const offerToForget = () => ($("forget").hidden = !localStorage.getItem("user"));
+window.addEventListener("storage", ({ oldValue }) => { // in another tab of this browser
+  offerToForget();
+  if (oldValue && oldValue === state.user) choosePerson(null);
+});
+offerToForget();
 Promise.all([loadExamples(), loadModel(), showRates()]).catch(showProblem);
