@@ -80,13 +80,13 @@ class Ask:
     n: int  # starters wanted; there may be fewer, and there may be more
     shown: Sequence[tuple[str, int, bool]] = ()  # (starter, slot, tapped) of lists shown before
     avoid: Sequence[str] = ()  # not to be written
-    again: Sequence[str] = ()  # to be written where there is nothing else
     method: str = "IceBreaker"
     draw: int = 0  # another number: other random numbers
     # Called with each good starter of a list as it is decoded; they come first in the answer.
     emit: Callable[[Starter], None] | None = None
     # Called with the interests and the gate's line before anything is decoded.
     begin: Callable[[list[Interest], float | None], None] | None = None
+    again: Sequence[str] = ()  # to be written where there is nothing else
 
 
 @dataclass
