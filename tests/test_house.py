@@ -21,7 +21,7 @@ from files import ROOT
 LAYERS = """
     files
     config
-    icebreaker garm data
+    icebreaker garm qualeqs data
     encoder
     run
     llm
@@ -40,7 +40,7 @@ OUTSIDE = ("tests", "benchmarks")  # import from every room; no room imports fro
 LIGHT = {"tools/tiny_model.py", "tools/importers.py"}
 OF_LIGHT = {"files", "config", "data", "encoder", "llm", "roles", "tools"}
 # One paper each, to be read beside it.
-BOOKS = {"icebreaker.py", "garm.py"}
+BOOKS = {"icebreaker.py", "garm.py", "qualeqs.py"}
 # Data, no settings of a run.
 NO_CONFIG = {"paper.yaml"}
 
