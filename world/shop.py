@@ -314,6 +314,8 @@ class Shop:
             cannot, cannots = self._pick(impossible["cannot"][part])
             slots |= {"cannot": cannot, "cannots": cannots,
                       "magic": self._pick(impossible["magic"][part])}
+        if kind == "usage" and slots["usage"] in context.turns[-1][0]:
+            return None  # nothing new
         forms = (good.get(form_kind) or bad[form_kind])[part]
         fitting = [form for form in forms if set(re.findall(r"{(\w+)}", form)) <= slots.keys()]
         return _upper(self._pick(fitting).format(**slots)) if fitting else None

@@ -5,9 +5,9 @@
     truth.chats("s17", [...])   # (P(somebody goes on chatting), expected messages): ChatUV, ChatPV
 
 Departure: it stands in for the live shoppers of QualEQS (section 4.2.2, appendix F). Any text is
-judged, whoever wrote it, by its words alone. A click depends on what is wanted and on what attracts;
-whether the chat goes on after it, on what is wanted only: clicks do not tell what is useful. It
-knows nothing of the quality judge. Only what evaluates may read it.
+judged, whoever wrote it, by its words alone. A click depends on what is wanted and on what
+attracts; whether the chat goes on after it, on what is wanted only: clicks do not tell what is
+useful. It knows nothing of the quality judge. Only what evaluates may read it.
 
 Legend: K suggestions of a context.
 """
