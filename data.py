@@ -199,6 +199,17 @@ class Policy(Record):
         return f"{self.section}.{self.name}"
 
 
+class QualityCase(Record):
+    """An annotated suggestion, shown to an LLM that judges others."""
+
+    query: Sentence  # the shopper's
+    suggestion: Sentence
+    answerable: bool
+    factual: bool
+    informative: bool
+    why: Text = ""
+
+
 def _refuse_constant(name: str):
     raise ValueError(f"{name} is no number in JSON")
 
@@ -315,6 +326,11 @@ def read_dialogues(path: str | Path) -> list[Dialogue]:
 def read_catalogue(path: str | Path) -> list[Product]:
     """Products of a file in its order; raises DataError that lists every bad line."""
     return _read(path, Product)
+
+
+def read_quality_cases(path: str | Path) -> list[QualityCase]:
+    """Good and bad cases of a file; raises DataError that lists every bad line."""
+    return _read(path, QualityCase)
 
 
 def read_policies(path: str | Path) -> list[Policy]:

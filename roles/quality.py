@@ -231,6 +231,20 @@ class Rules:
         return [[self._judge(text, subject) for text in suggestions]
                 for dialogue, suggestions in rows for subject in [self._subject(dialogue)]]
 
+    def excerpt(self, dialogue: Dialogue, suggestions: list[str]) -> dict:
+        """What the shop has of the goods that these texts name, and its policies: for an LLM."""
+        named = [self._subject(dialogue).mention, *map(self.catalogue.mention, suggestions)]
+        categories = {c: None for mention in named for c in sorted(self._categories(mention))}
+        goods = {}
+        for category in [*categories][:4]:
+            products = [self.catalogue.products[i] for i in self.catalogue.of_category[category]]
+            prices = sorted(p.price for p in products if p.price is not None)
+            goods[category] = {
+                "products": len(products), "brands": sorted({p.brand for p in products if p.brand}),
+                "prices": [*prices[:1], *prices[-1:], self.currency],
+                "attributes": sorted({name for p in products for name in p.attributes})}
+        return {"goods": goods, "policies": [f"{p.name}: {p.text}" for p in self.policies[:60]]}
+
     def _subject(self, dialogue: Dialogue) -> Subject:
         mention, categories = Mention([], [], [], set()), set()
         for turn in dialogue.turns:

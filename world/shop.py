@@ -84,7 +84,8 @@ class Case(NamedTuple):
     dialogue: data.Dialogue
     suggestion: str
     kind: str
-    quality: tuple
+    quality: tuple  # (answerable, factual, informative), None where it is undefined
+    part: str  # "log" or "held_out" forms
 
 
 def load_truth(folder: str | Path) -> Truth:
@@ -360,7 +361,7 @@ class Shop:
             text = None if fault(context.turns[-1][0]) else self.suggestion(kind, context, part)
             if text:
                 row = self._dialogue(f"case{i}", context, START)
-                result.append(Case(row, text, kind, KINDS[kind].quality))
+                result.append(Case(row, text, kind, KINDS[kind].quality, part))
         return result
 
     # ----------------------------------------------------------------------------- the benchmark
