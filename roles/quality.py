@@ -139,7 +139,7 @@ class Catalogue:
             self.names[tuple(stems(product.name))].append(i)
             for word in self._words(product):
                 self.bag[word].add(i)
-        # Groups such as a department name no goods: "for the office kitchen" asks for no kettle.
+        # Groups such as a department name no goods: "lamps for a kitchen" is about lamps.
         for category in {p.category[0]: None for p in self.products}:
             for part in re.split(r"&|,|/|\band\b", category):
                 if phrase := tuple(stems(part)):

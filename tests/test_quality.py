@@ -55,7 +55,7 @@ CASES = [  # suggestion, marks, what the source or the reason names
     ("Which kettles hold 1.5 l?", (1, 1, 1), "product k1"),
     ("Can I return it?", (1, 1, 1), "policy returns.window"),
     ("Which toasters go with it?", (1, 1, 1), "product t1"),
-    ("Which kettles suit a small flat for two students?", (1, 1, 1), ""),
+    ("Which kettles are best for a small flat?", (1, 1, 1), ""),
     ("What is your budget?", (0, 1, 1), "assistant"),
     ("Would you like to see kettles?", (0, 1, 1), "assistant"),
     ("What is your neighbour's phone number?", (0, 1, 1), "privacy"),
@@ -86,9 +86,8 @@ def test_each_rule_by_example(judge, suggestion, marks, named):
 
 def test_a_policy_that_was_told_is_a_repetition(judge):
     asked = talk("Can I return a kettle?", "Within 30 days.")
-    marks = [v[:3] for v in judge.quality([(asked, ["How do I send it back?", "Is delivery free?"])])
-             [0]]
-    assert marks == [(1, 1, 0), (1, 1, 1)]
+    [verdicts] = judge.quality([(asked, ["How do I send it back?", "Is delivery free?"])])
+    assert [v[:3] for v in verdicts] == [(1, 1, 0), (1, 1, 1)]
 
 
 def test_small_talk_leads_to_any_goods(judge):

@@ -99,8 +99,8 @@ def fault(query: str) -> str | None:
     if len(words) < 3:
         return "fragment"
     # No vowel in a word of four letters or more: no language of the shop has such words.
-    odd = [word for word in words if len(word) > 3 and not re.search("[aeiouyäöü]|[A-Z]{2}",
-                                                                    word, re.IGNORECASE)]
+    odd = [word for word in words
+           if len(word) > 3 and not re.search("[aeiouyäöüAEIOUYÄÖÜ]|[A-Z]{2}", word)]
     return "garbled" if len(odd) * 4 >= len(words) else None
 
 
