@@ -78,6 +78,11 @@ class DialoguesConfig(Section):  # the simulated conversations: world/dialogues.
     seed: int = 7
 
 
+class ShopConfig(Section):  # the simulated shop: world/shop.py
+    contexts: Count = 4000  # of log and test set together; 16949: as many as the paper's
+    seed: int = 7
+
+
 class EncoderConfig(Section):
     name: str = ""  # any sentence-transformers model; empty: the packaged all-MiniLM-L6-v2
     batch_size: Count = 64
@@ -287,6 +292,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     world: WorldConfig = WorldConfig()
     dialogues: DialoguesConfig = DialoguesConfig()
+    shop: ShopConfig = ShopConfig()
     encoder: EncoderConfig = EncoderConfig()
     roles: RolesConfig = RolesConfig()
     endpoint: EndpointConfig = EndpointConfig()
