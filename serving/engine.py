@@ -252,10 +252,11 @@ class Engine:
     def _case(self, ask: Ask, gone: Callable, history: ib.History, scores: list[float]) -> Case:
         """What the gate keeps of a history, and what the generator is told of it."""
         kept = self.distiller.keep(history, scores) if scores else []
-        best = sorted(range(len(scores)), key=lambda j: -scores[j])  # the page shows what was near
+        fit = self.distiller.fit(history)
+        best = sorted(fit, key=lambda j: -scores[j])  # the page shows what was near
         shown = (kept + [j for j in best if j not in kept])[: max(12, len(kept))]
         # PE, as the paper's, hears of everything, the latest first.
-        told = list(range(len(scores)))[::-1] if ask.method == "PE" else kept
+        told = fit[::-1] if ask.method == "PE" else kept
         state = UserState(ask.user.user_id, [history.texts[j] for j in told],
                           history.embeddings[told], self.run.taste(ask.shown))
         interests = [Interest(history.texts[j], scores[j], j in kept) for j in shown]

@@ -97,12 +97,15 @@ class Distiller:
         """tau_g(u): the gate's line for a user of this activity."""
         return self.thresholds[ib.activity_group(history.sessions_per_week, self.edges)]
 
-    def keep(self, history: ib.History, scores) -> list[int]:
-        """Indices of the trigger interests T_u, best first, near-duplicates collapsed (Eq. 4)."""
+    def fit(self, history: ib.History) -> list[int]:
+        """Indices of summaries that anybody may be reminded of."""
         # Distress never becomes a game: neither generator nor templates hear of it.
         reasons = unfit(history.texts, self.encode, history.embeddings)
-        fit = [i for i, reason in enumerate(reasons) if not reason]
-        r = self.settings
+        return [i for i, reason in enumerate(reasons) if not reason]
+
+    def keep(self, history: ib.History, scores) -> list[int]:
+        """Indices of the trigger interests T_u, best first, near-duplicates collapsed (Eq. 4)."""
+        fit, r = self.fit(history), self.settings
         texts = [history.texts[i] for i in fit]
         kept = ib.distil(
             [scores[i] for i in fit], self.threshold(history), r.min_keep, r.max_keep,
