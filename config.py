@@ -227,11 +227,14 @@ class FuseConfig(Section):  # garm: stages/fuse.py
     probe_steps: Count = 4
 
 
+ARM = r"^(rft|(gaussian|bradley_terry|dpo)(-[a-z_]+)*)$"
+
+
 class RlConfig(Section):  # garm: stages/rl.py
-    # RL with these reward models; RFT and DPO on the same rewards.
-    arms: list[Literal["gaussian", "bradley_terry", "rft", "dpo"]] = Field(
+    # RL with these reward models; RFT and DPO on the same rewards. Table 4: gaussian-log_perplexity
+    # is RL whose reward lacks that component, however many are named.
+    arms: list[Annotated[str, Field(pattern=ARM)]] = Field(
         ["gaussian", "bradley_terry", "rft", "dpo"], min_length=1)
-    without: list[str] = []  # components that are left out of the reward, as of Table 4
     steps: Count = 20  # batches of fresh rollouts
     batch_users: Count = 4  # contexts of a batch
     unsafe: Share = 0.1  # so many of the contexts are to be declined

@@ -41,12 +41,12 @@ def one_line(value):
     return " ".join(re.sub(r"[\x00-\x1f\x7f]", " ", value).split())
 
 
-def _label(key) -> str:
+def label(key) -> str:
     """A key of a row, safe and short enough for a message."""
     return one_line(str(key))[:40]  # a key may be whatever people typed
 
 
-def _stamp(value):
+def to_utc(value):
     """ISO 8601 text, with or without a zone, to naive UTC."""
     try:
         moment = value if isinstance(value, datetime) else datetime.fromisoformat(value)
@@ -58,7 +58,7 @@ def _stamp(value):
 Text = Annotated[str, BeforeValidator(one_line)]  # one line, encodable, perhaps empty
 # The length stands before the validator: else pydantic would count "items", not characters.
 Name = Annotated[str, Field(min_length=1, max_length=200), BeforeValidator(one_line)]
-Stamp = Annotated[datetime, BeforeValidator(_stamp)] | None
+Stamp = Annotated[datetime, BeforeValidator(to_utc)] | None
 Sentence = Annotated[str, Field(min_length=1), BeforeValidator(one_line)]
 Slot = Annotated[int, Field(ge=0)]  # place in a shown list, from 0
 
@@ -71,7 +71,7 @@ class Record(BaseModel, frozen=True, extra="ignore", strict=True):
         """Count the keys that no field takes in the reader's Counter, as `record.key`."""
         if info.context is not None and isinstance(value, dict):
             extra = value.keys() - cls.model_fields.keys()  # a typo of an optional key is one too
-            info.context.update(f"{cls.__name__.lower()}.{_label(key)}" for key in extra)
+            info.context.update(f"{cls.__name__.lower()}.{label(key)}" for key in extra)
         return value
 
 
@@ -187,7 +187,7 @@ class Faults(list):
 
 def _reason(fault: dict) -> str:
     """`field: reason` of one fault that pydantic reports."""
-    where = ".".join(map(_label, fault["loc"]))
+    where = ".".join(map(label, fault["loc"]))
     reason = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error" and re.match(r"[a-z_]+: ", reason):  # names its field itself
         return f"{where}.{reason}" if where else reason

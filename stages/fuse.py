@@ -34,12 +34,10 @@ from stages.rl import grpo
 
 
 def stage_fuse(run: Run, players: Players, key: str) -> dict:
-    """Weights for every reward model that RL or DPO learns from."""
-    arms, figures = run.config.rl.arms, {}
-    # RFT needs none: it goes by the reward model alone.
-    kinds = [k for k in ("gaussian", "bradley_terry")
-             if k in arms or (k == "gaussian" and "dpo" in arms)]
-    for kind in kinds:
+    """Weights for every reward model from which RL or DPO can learn."""
+    figures = {}
+    # The paired model scores no answer alone, and PURM's is there to be compared.
+    for kind in (k for k in ("gaussian", "bradley_terry") if k in run.config.reward.kinds):
         folder, kind_key = f"fuse/{kind}", digest(key, kind)
         if not run.folder.is_done(folder, kind_key):
             trace = fuse_kind(run, players, kind)

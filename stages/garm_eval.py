@@ -26,13 +26,16 @@ from stages.dialogues import Context, chosen, read_contexts
 from stages.metrics import markdown_table
 from stages.reward import load_reward
 
-NAMES = {"gaussian": "RL-GaRM", "bradley_terry": "RL-BTRM", "rft": "RFT-BTRM", "dpo": "DPO-GaRM"}
+# In the order of the paper's table.
+NAMES = {"rft": "RFT-BTRM", "bradley_terry": "RL-BTRM", "gaussian": "RL-GaRM", "dpo": "DPO-GaRM"}
 
 
 def policies(run: Run) -> dict[str, Path | None]:
-    """Name as in Table 1 -> adapter, of what this run has trained; PE is the prompted base."""
-    # In the order of the paper's table.
-    trained = {NAMES[arm]: run.adapter(arm) for arm in NAMES if arm in run.config.rl.arms}
+    """Name as in Tables 1 and 4 -> adapter, of what this run has trained; PE is the bare base."""
+    trained = {}  # an arm lacks the components that its name says (config.ARM)
+    for arm in sorted(run.config.rl.arms, key=lambda arm: [*NAMES].index(arm.split("-")[0])):
+        kind, *without = arm.split("-")
+        trained[" w/o ".join([NAMES[kind], *without])] = run.adapter(arm)
     return {"PE": None, "SFT": run.adapter("sft"), **trained}
 
 

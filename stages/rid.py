@@ -35,11 +35,10 @@ from sklearn.preprocessing import StandardScaler
 from torch.optim.swa_utils import AveragedModel
 
 import icebreaker as ib
-import roles
 from config import RidConfig
 from files import UserError, digest, progress, read_json, write_json, write_tensors
 from roles.players import Players
-from roles.text import Encode, is_functional, unfit
+from roles.text import Encode, is_functional, key_phrases, names_subject, unfit
 from run import Run
 from stages.match import Revisits
 from stages.steps import Best, load_weights
@@ -349,10 +348,10 @@ def rule_scores(history: ib.History, rule) -> np.ndarray:
 def names_one_of(text: str, interest: str) -> bool:
     """Whether a text names a subject of an interest; of a Chinese phrase what it begins with, as
     Chinese says the particular before the general: Rome's history is not Venice's."""
-    chinese = [p for p in roles.key_phrases(interest) if re.match("[㐀-鿿]{2}", p)]
+    chinese = [p for p in key_phrases(interest) if re.match("[㐀-鿿]{2}", p)]
     if chinese:
         return any(phrase[:2] in text for phrase in chinese)
-    return roles.names_subject(text, [interest])
+    return names_subject(text, [interest])
 
 
 def may_be_duplicates(texts: list[str]) -> Callable[[int, int], bool]:
@@ -360,7 +359,7 @@ def may_be_duplicates(texts: list[str]) -> Callable[[int, int], bool]:
 
     def alike(i: int, j: int) -> bool:
         a, b = texts[i], texts[j]
-        bare = not roles.key_phrases(a) or not roles.key_phrases(b)
+        bare = not key_phrases(a) or not key_phrases(b)
         return bare or names_one_of(a, b) or names_one_of(b, a)
 
     return alike

@@ -1,6 +1,6 @@
 """Stage `rl`: GRPO on the composite reward, and RFT and DPO beside it (paper 003, 3.6.4).
 
-    python train.py --config configs/garm.yaml --stage rl rl.beta=0.1 'rl.without=[log_perplexity]'
+    python train.py --config configs/garm.yaml --stage rl 'rl.arms=[gaussian-log_perplexity]'
 
 Of each context G answers are sampled; each earns the weighted sum of its components (composite.py,
 weights of stage `fuse`), is compared with its group, and moves the policy by Eq. (11). The prompt
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +48,7 @@ def stage_rl(run: Run, players: Players, key: str) -> dict:
     for arm in run.config.rl.arms:
         folder, arm_key = f"rl/{arm}", digest(key, arm)
         if not run.folder.is_done(folder, arm_key):
-            train = {"rft": train_rft, "dpo": train_dpo}.get(arm, train_grpo)
+            train = {"rft": train_rft, "dpo": train_dpo}.get(arm.split("-")[0], train_grpo)
             result = train(run, players, suggester, arm)
             run.encoder.save()
             run.folder.mark_done(folder, arm_key, **result)
@@ -56,15 +57,16 @@ def stage_rl(run: Run, players: Players, key: str) -> dict:
     return figures
 
 
-def train_grpo(run: Run, players: Players, suggester: Suggester, kind: str) -> dict:
-    """RL with the reward model of this kind; writes rl/<kind>/{adapter,steps.jsonl}."""
+def train_grpo(run: Run, players: Players, suggester: Suggester, arm: str) -> dict:
+    """RL with the reward model that the arm names; writes rl/<arm>/{adapter,steps.jsonl}."""
+    kind, *without = arm.split("-")
     model = suggester.policy(run.adapter("sft"), trainable=True)
     composite = Composite(players, suggester, load_reward(run, suggester, kind, model))
-    weights = fused_weights(run, kind)
+    weights = fused_weights(run, kind, without)
     # A line a step: what each component does, as it is and weighted.
-    log = grpo(run, suggester, model, composite, weights, run.config.rl.steps, kind)
-    llm.save_adapter(model, run.adapter(kind))
-    with atomic_path(run.folder / "rl" / kind / "steps.jsonl") as temporary:
+    log = grpo(run, suggester, model, composite, weights, run.config.rl.steps, arm)
+    llm.save_adapter(model, run.adapter(arm))
+    with atomic_path(run.folder / "rl" / arm / "steps.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
     return {
         "first_reward": log[0]["reward"], "last_reward": log[-1]["reward"],
@@ -73,11 +75,10 @@ def train_grpo(run: Run, players: Players, suggester: Suggester, kind: str) -> d
     }
 
 
-def fused_weights(run: Run, kind: str) -> Tensor:
-    """Weights (J,) of the components that stage `fuse` has found for this reward model."""
-    without = run.config.rl.without
+def fused_weights(run: Run, kind: str, without: Sequence[str] = ()) -> Tensor:
+    """Weights (J,) that stage `fuse` has found for this reward model; 0 of those left out."""
     if unknown := set(without) - set(COMPONENTS):
-        raise UserError(f"rl.without: no component {min(unknown)}; known: {', '.join(COMPONENTS)}")
+        raise UserError(f"rl.arms: no component {min(unknown)}; known: {', '.join(COMPONENTS)}")
     weights = read_json(run.folder / "fuse" / kind / "trace.json")["weights"]
     return torch.tensor([0.0 if name in without else weights[name] for name in COMPONENTS])
 
@@ -246,7 +247,8 @@ def train_dpo(run: Run, players: Players, suggester: Suggester, arm: str) -> dic
     settings, contexts = run.config.rl, drawn_contexts(run)
     model = suggester.policy(run.adapter("sft"), trainable=True)
     composite = Composite(players, suggester, load_reward(run, suggester, "gaussian", model))
-    weights, pairs, size = fused_weights(run, "gaussian"), [], settings.batch_users
+    weights, pairs = fused_weights(run, "gaussian", arm.split("-")[1:]), []
+    size = settings.batch_users
     rollouts = suggester.rollouts(model, [c.turns for c in contexts], settings.group,
                                   run.seed("dpo"), temperature=settings.temperature)
     for start in progress(range(0, len(contexts), size), "dpo rewards"):

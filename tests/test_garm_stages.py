@@ -150,7 +150,7 @@ def test_every_stage_runs_and_is_then_done(whole, model_folder, capsys):
             assert line["weighted"][name] == pytest.approx(value * weights[name], abs=1e-5)
         assert line["reward"] == pytest.approx(sum(line["weighted"].values()), abs=1e-4)
     answers = [json.loads(row) for row in (run.folder / "eval" / "answers.jsonl").open()]
-    names = ["PE", "SFT", "RL-GaRM", "RL-BTRM", "RFT-BTRM", "DPO-GaRM"]
+    names = ["PE", "SFT", "RFT-BTRM", "RL-BTRM", "RL-GaRM", "DPO-GaRM"]
     assert list(garm_eval.policies(run)) == names and list(answers[0]["answers"]) == names
     adapters = {digest for path, digest in weights_in(whole).items() if "adapter" in path}
     assert len(adapters) == 9  # teacher, SFT, three reward models, four arms: none is another
@@ -506,12 +506,25 @@ def test_weights_favour_good_answers_and_the_trace_is_kept(whole, model_folder):
 
 
 def test_components_left_out_weigh_nothing_and_unknown_ones_are_refused(whole, model_folder):
-    run, *_ = opened(whole, model_folder, "rl.without=[log_perplexity,reward]")
-    weights = dict(zip(COMPONENTS, rl.fused_weights(run, "gaussian").tolist(), strict=True))
+    run, *_ = opened(whole, model_folder)
+    left_out = ["log_perplexity", "reward"]
+    weights = rl.fused_weights(run, "gaussian", left_out).tolist()
+    weights = dict(zip(COMPONENTS, weights, strict=True))
     assert weights["log_perplexity"] == weights["reward"] == 0 and weights["format"] != 0
-    run, *_ = opened(whole, model_folder, "rl.without=[ppl]")
-    with pytest.raises(UserError, match="rl.without: no component ppl; known: format"):
-        rl.fused_weights(run, "gaussian")
+    with pytest.raises(UserError, match="rl.arms: no component ppl; known: format"):
+        rl.fused_weights(run, "gaussian", ["ppl"])
+
+
+def test_an_arm_that_is_added_trains_alone(whole, model_folder, tmp_path, monkeypatch):
+    shutil.copytree(whole, tmp_path / "copy")
+    saved, save = [], llm.save_adapter
+    monkeypatch.setattr(llm, "save_adapter", lambda m, f: saved.append(f.parent.name) or save(m, f))
+    root, arms = tmp_path / "copy", "gaussian,bradley_terry,rft,dpo,gaussian-log_perplexity"
+    config = small(root, model_folder, f"rl.arms=[{arms}]", f"data.dialogues={whole}/log.jsonl")
+    train.run_stages(config, ["rl"])
+    assert saved == ["gaussian-log_perplexity"]
+    names = list(garm_eval.policies(Run(config, describe=False)))
+    assert names[-2:] == ["RL-GaRM w/o log_perplexity", "DPO-GaRM"]
 
 
 def test_a_malformed_answer_earns_no_more_than_the_worst_list():

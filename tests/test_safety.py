@@ -6,13 +6,13 @@
 import pytest
 import torch
 import yaml
-from encoder import Encoder
 
 import icebreaker as ib
 import llm
 import roles
 from config import RidConfig
 from files import ROOT
+from llm.encoder import Encoder
 from roles.text import unfit
 from stages.rid import Distiller
 

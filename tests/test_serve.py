@@ -579,6 +579,7 @@ def test_readiness_tells_of_the_store(tmp_path, monkeypatch):
 
 def test_a_damaged_store_is_told_by_requests_streams_and_readiness(tmp_path):
     with running(tmp_path) as server:
+        server.engine.pool = 2
         put(server, "u1", *(f"trains {i} " + "x" * 900 for i in range(200)))
         wait_for(lambda: server.engine.asked and not server.desk.jobs)
         server.store.db.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
