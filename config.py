@@ -34,6 +34,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Negatives = Literal["utility", "diversity", "joint", "unfit"]
 TINY = "tiny"  # generator.model: the stand-in for tests; a folder of that name is ./tiny
+Method = Literal["icebreaker", "garm"]
 Role = Literal["rules", "endpoint", "generator"]  # rules.py; an LLM at `endpoint`; the local one
 
 
@@ -46,17 +47,21 @@ class RunConfig(Section):
     name: str = ""  # the run folder is root/name; empty: named after data.users or the config file
     root: str = "runs"
     seed: int = 0  # every random choice outside the simulated world
+    method: Method = "icebreaker"  # whose stages train.py runs: a paper's
 
 
 class DataConfig(Section):
     users: str = ""  # users.jsonl; empty: the simulated world writes one
     impressions: str = ""  # impressions.jsonl; empty with `users` set: no ranker, no DPO
+    # garm: dialogues.jsonl; empty: the simulated world writes one. Empty it stands in no key of a
+    # stage, and runs from before it was known stay done.
+    dialogues: str = Field("", exclude_if=lambda path: not path)
     feedback: str = ""  # a server's store: `--stage ranker --stage dpo` train a further round on it
     cuts: list[Share] = Field([0.4, 0.6, 0.8], min_length=1)  # of a user's sessions are history
     # Each user is in one of four splits. RID's AUC and the online test use `judge` too.
     train: Share = 0.5  # generator and ranker
     valid: Share = 0.1  # early stopping and thresholds
-    judge: Share = 0.25  # the ranker that judges
+    judge: Share = 0.25  # the ranker that judges; garm: contexts of reinforcement learning
     test: Share = 0.15  # figures
 
 
@@ -194,6 +199,56 @@ class DpoConfig(Section):
     checkpoints: Count = 1  # per round; the best by held-out utility and diversity is kept
 
 
+class SftConfig(Section):  # garm: stages/sft.py
+    max_contexts: CountFromZero = 240  # with a click, to train on; 0: all there are
+    unsafe: Share = 0.1  # so many of the contexts that are trained on are to be declined
+    distillation: bool = True  # False: all three suggestions of a clicked list are learned
+    candidates: Count = 8  # that the teacher writes for a context
+    epochs: Count = 1
+    learning_rate: Positive = 1e-3
+    batch_users: Count = 8  # contexts of a step
+
+
+RewardKind = Literal["gaussian", "bradley_terry", "paired", "purm"]
+
+
+class RewardConfig(Section):  # garm: stages/reward.py
+    kinds: list[RewardKind] = Field(["gaussian", "bradley_terry", "paired"], min_length=1)
+    max_contexts: CountFromZero = 400  # with a pair; 0: all there are
+    epochs: Count = 1
+    learning_rate: Positive = 1e-3
+    batch_users: Count = 8  # contexts of a step
+    variance_weight: NotNegative = 0.1  # lambda of Eq. (5); 0: sigma is free
+
+
+class FuseConfig(Section):  # garm: stages/fuse.py
+    max_contexts: Count = 60  # with a pair, whose differences are regressed on
+    l2: Positive = 0.01  # lambda of Eq. (10)
+    probes: CountFromZero = 2  # short trainings, after each of which the weights are adjusted
+    probe_steps: Count = 4
+
+
+class RlConfig(Section):  # garm: stages/rl.py
+    # RL with these reward models; RFT and DPO on the same rewards.
+    arms: list[Literal["gaussian", "bradley_terry", "rft", "dpo"]] = Field(
+        ["gaussian", "bradley_terry", "rft", "dpo"], min_length=1)
+    without: list[str] = []  # components that are left out of the reward, as of Table 4
+    steps: Count = 20  # batches of fresh rollouts
+    batch_users: Count = 4  # contexts of a batch
+    unsafe: Share = 0.1  # so many of the contexts are to be declined
+    group: Annotated[int, Field(ge=2)] = 6  # G: rollouts of a context
+    updates: Count = 1  # optimiser steps of a batch
+    learning_rate: Positive = 1e-4
+    temperature: Positive = 1.0
+    clip_low: Share = 0.2
+    clip_high: Positive = 0.2
+    beta: NotNegative = 0.04  # weight of the KL to the policy of SFT
+    reduction: Literal["sequence", "token", "constant"] = "token"
+    scale: bool = True  # advantages in standard deviations of their group
+    candidates: Count = 50  # RFT: suggestions of a context to choose from
+    rft_contexts: Count = 60  # RFT and DPO
+
+
 class AbConfig(Section):  # what --reproduce compares, and the simulated online test: world/ab.py
     days: Count = 35
     lists: Count = 6  # of each user and method: compared offline, shown in turn online
@@ -236,6 +291,10 @@ class Config(Section):
     generator: GeneratorConfig = GeneratorConfig()
     sit: SitConfig = SitConfig()
     dpo: DpoConfig = DpoConfig()
+    sft: SftConfig = SftConfig()
+    reward: RewardConfig = RewardConfig()
+    fuse: FuseConfig = FuseConfig()
+    rl: RlConfig = RlConfig()
     eval: EvalConfig = EvalConfig()
     ab: AbConfig = AbConfig()
     serve: ServeConfig = ServeConfig()
@@ -253,6 +312,9 @@ class Config(Section):
             raise ValueError("rid.min_keep: at most rid.max_keep")
         if self.ab.searched < self.ab.lists:
             raise ValueError("ab.searched: at least ab.lists")
+        if self.run.method != "icebreaker" and (data.feedback or self.generator.endpoint):
+            setting = "data.feedback" if data.feedback else "generator.endpoint"
+            raise ValueError(f"{setting}: is for run.method=icebreaker")
         for role, player in self.roles:
             if player == "generator" and self.generator.model == TINY:
                 reason = "needs another generator.model; the tiny one only writes lists"
@@ -294,7 +356,8 @@ def load_config(path: str | Path | None = None, words: list[str] = ()) -> Config
         # A rule between fields has no name; what set its section last has broken it.
         place = places[name or reason.partition(".")[0]]
         raise UserError(f"{place}: {reason}") from None
-    config.run.name = config.run.name or Path(config.data.users or path or "default").stem
+    source = config.data.users or config.data.dialogues or path or "default"
+    config.run.name = config.run.name or Path(source).stem
     return config
 
 
@@ -395,7 +458,8 @@ def environment(config: Config) -> dict:
 
     changes = git("status", "--porcelain", "--", ".", ":!results")  # None: no repository
     installed = [one for one in importlib.metadata.distributions() if one.name in PACKAGES]
-    data = (config.data.users, config.data.impressions)  # perhaps of a simulated world: empty
+    d = config.data  # files are perhaps of a simulated world: empty
+    data = (d.users, d.impressions, d.dialogues)
     return {
         "command": sys.argv,
         "python": platform.python_version(),

@@ -44,7 +44,7 @@ class Run:
 
     def __init__(self, config: Config, describe: bool = True):
         """describe: write config.yaml and environment.json; not where a finished run is used."""
-        for name in ("users", "impressions"):
+        for name in ("users", "impressions", "dialogues"):
             path = getattr(config.data, name)
             if path and not Path(path).is_file():
                 raise UserError(f"data.{name}={path}: no such file")
@@ -55,6 +55,8 @@ class Run:
         if not config.data.users:  # the simulated platform's, written by stage `world`
             self.users_file = self.folder / "world" / "users.jsonl"
             self.impressions_file = self.folder / "world" / "impressions.jsonl"
+        # Of the sibling paper's platform, likewise.
+        self.dialogues_file = config.data.dialogues or self.folder / "world" / "dialogues.jsonl"
         self.shares = [*config.data.cuts, 1.0]  # the last one: everything up to now
 
     def seed(self, *purpose) -> int:
@@ -62,9 +64,15 @@ class Run:
         return int(digest(self.config.run.seed, *purpose)[:8], 16)
 
     def adapter(self, name: str) -> Path | None:
-        """The folder of a policy's LoRA: "sit", "vanilla", "round2", "last"; "" is the base."""
+        """The folder of a policy's LoRA: "sit", "vanilla", "round2", "last"; "" is the base.
+
+        Of garm: "teacher", "sft"; "gaussian", "bradley_terry" (RL with these), "rft", "dpo".
+        """
         if not name:
             return None
+        if self.config.run.method == "garm":
+            folder = {"teacher": "sft/teacher", "sft": "sft"}.get(name, f"rl/{name}")
+            return self.folder / folder / "adapter"
         name = f"round{self.config.dpo.rounds}" if name == "last" else name
         return (self.folder / "sit" if name == "sit" else self.folder / "dpo" / name) / "adapter"
 

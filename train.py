@@ -7,10 +7,12 @@
     python train.py --doctor                           # what this machine has and lacks
     python train.py --stage ranker --stage dpo data.feedback=FILE  # a round: serving/feedback.py
     torchrun --nproc-per-node=2 train.py --stage dpo   # on two GPUs
+    python train.py --config configs/garm.yaml         # a sibling paper: From Clicks to Preference
 
 Stages: world -> base -> summarize -> match -> rid -> ranker -> sit -> dpo -> eval, and merge where
-asked for; the loop of each stands in stages/, in the file of its name. A stage is skipped if its
-settings and inputs have not changed, and runs its predecessors first if they are missing.
+asked for; of run.method=garm: world -> base -> dialogues -> sft -> reward -> fuse -> rl -> eval. The
+loop of each stands in stages/, in the file of its name. A stage is skipped if its settings and
+inputs have not changed, and runs its predecessors first if they are missing.
 
 Departures from the paper: LoRA instead of full fine-tuning; teacher and revisit matcher are offline
 rules over text unless an LLM is named (roles/); the platform is simulated (world/) unless logs are
@@ -34,23 +36,30 @@ from pathlib import Path
 
 import torch
 
+import data
 import llm
 from config import TINY, Config, GeneratorConfig, load_config
 from files import UserError, digest, file_digest, gather, processes, script
 from roles.players import Players, players_of
 from run import Run, one_line, sum_counts
 from serving import feedback
+from stages import garm_eval
+from stages.dialogues import stage_dialogues
 from stages.dpo import stage_dpo
 from stages.eval import stage_eval
+from stages.fuse import stage_fuse
 from stages.match import stage_match
 from stages.merge import stage_merge
 from stages.ranker import stage_ranker
+from stages.reward import stage_reward
 from stages.rid import stage_rid
+from stages.rl import stage_rl
+from stages.sft import stage_sft
 from stages.sit import CORPUS, stage_sit
 from stages.steps import return_memory
 from stages.summarize import stage_summarize
 from tools import doctor, plan
-from world import people
+from world import dialogues, people
 
 
 def stage_world(run: Run, players: Players, key: str) -> dict:
@@ -74,6 +83,14 @@ def stage_base(run: Run, players: Players, key: str) -> dict:
     return {"model": path}
 
 
+def stage_dialogue_world(run: Run, players: Players, key: str) -> dict:
+    """Write the simulated conversations, or check the file that the user gave."""
+    if not run.config.data.dialogues:
+        dialogues.Dialogues(run.config.dialogues, run.encoder).write(run.folder / "world")
+    rows = data.read_dialogues(run.dialogues_file)
+    return {"contexts": len(rows), "clicked": sum(bool(row.clicked) for row in rows)}
+
+
 @dataclass(frozen=True)
 class Stage:
     run: Callable[[Run, Players, str], dict]  # returns the figures of its closing line
@@ -94,7 +111,19 @@ STAGES = {
     "eval": Stage(stage_eval, ("dpo",), ("eval",)),
     "merge": Stage(stage_merge, ("dpo",), ("generator",), alone=True),
 }
-ALL = [name for name in STAGES if name != "merge"]  # run where nothing else is asked for
+GARM = {  # From Clicks to Preference: garm.py, docs/garm.md
+    "world": Stage(
+        stage_dialogue_world, (), ("dialogues", "data", "encoder"), alone=True),
+    "base": Stage(stage_base, (), ("generator",), alone=True),
+    "dialogues": Stage(stage_dialogues, ("world", "base"), (), alone=True),
+    "sft": Stage(stage_sft, ("dialogues",), ("generator", "sft")),
+    "reward": Stage(stage_reward, ("dialogues",), ("generator", "reward")),
+    "fuse": Stage(stage_fuse, ("sft", "reward"), ("fuse", "rl", "roles.judge")),
+    "rl": Stage(stage_rl, ("fuse",), ("rl", "sft", "dpo", "roles.judge")),
+    "eval": Stage(garm_eval.stage_eval, ("rl",), ("eval",)),
+}
+METHODS = {"icebreaker": STAGES, "garm": GARM}  # run.method: the paper, and its stages in order
+ONLY_IF_ASKED = ("merge",)  # not run where nothing else is asked for
 # Settings that say how, or where, the same is computed; or that concern feedback rounds alone.
 HOW = (
     "generator.endpoint", "generator.endpoint_key_env", "generator.sample_rows",
@@ -109,9 +138,12 @@ def stage_key(run: Run, name: str, *without: str) -> str:
 
     without: settings that are left out of account.
     """
-    stage, files = STAGES[name], []  # files that no earlier stage made
-    if name == "world" and run.config.data.users:
+    # files: those that no earlier stage made
+    stage, files, method = METHODS[run.config.run.method][name], [], run.config.run.method
+    if name == "world" and method == "icebreaker" and run.config.data.users:
         files = [file_digest(f) for f in (run.users_file, run.impressions_file) if f]
+    if name == "world" and method == "garm" and run.config.data.dialogues:
+        files = [file_digest(run.dialogues_file)]
     if name == "base" and run.config.generator.model == TINY:  # which ships, and may be made anew
         files = [file_digest(Path(llm.model_path(run.config.generator)) / "model.safetensors")]
     if name == "sit" and run.config.sit.corpus_rows:
@@ -173,6 +205,15 @@ def explained(config: Config, stage: str):
         raise
 
 
+def wanted_stages(config: Config, names: list[str]) -> list[str]:
+    """The stages that --stage names, perhaps several; UserError for an unknown one."""
+    stages = METHODS[config.run.method]
+    if unknown := [name for name in names if name not in stages and name != "all"]:
+        method, known = config.run.method, ", ".join([*stages, "all"])
+        raise UserError(f"--stage {unknown[0]}: run.method={method} has {known}")
+    return [s for s in stages if s not in ONLY_IF_ASKED] if "all" in names else names
+
+
 def run_stages(config: Config, wanted: list[str]) -> None:
     """Run the wanted stages and, first, those they need; skip what is done with these settings."""
     # Adam's averages of weights that hardly move become denormal, which slows a CPU several times.
@@ -183,11 +224,11 @@ def run_stages(config: Config, wanted: list[str]) -> None:
             feedback.feedback_round(config, wanted, free=HOW)
         return
     run, needed = Run(config), set(wanted)
-    players = players_of(run)
-    for name in reversed(STAGES):  # the table is in order: one pass finds all
+    players, stages = players_of(run), METHODS[config.run.method]
+    for name in reversed(stages):  # the table is in order: one pass finds all
         if name in needed:
-            needed.update(STAGES[name].needs)
-    for name in (s for s in STAGES if s in needed):
+            needed.update(stages[name].needs)
+    for name in (s for s in stages if s in needed):
         # Asked again before each: an earlier stage may just have made something else.
         key, note = stage_key(run, name), "" if name in wanted else f" (for {', '.join(wanted)})"
         if run.folder.is_done(name, key) and not failed_calls(run, name):
@@ -208,7 +249,7 @@ def run_stages(config: Config, wanted: list[str]) -> None:
 
 def run_stage(run: Run, players: Players, name: str) -> dict:
     """What one stage made, its calls to LLMs and its seconds."""
-    stage, started, figures = STAGES[name], time.time(), {}
+    stage, started, figures = METHODS[run.config.run.method][name], time.time(), {}
     with explained(run.config, name):
         if processes()[0] == 0 or not stage.alone:
             figures = stage.run(run, players, stage_key(run, name, *ROUNDS))
@@ -250,7 +291,7 @@ def joined_processes():
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--stage", action="append", choices=[*STAGES, "all"], help="default: all")
+    parser.add_argument("--stage", action="append", help="one of run.method's; default: all")
     parser.add_argument("--config", help="default: config.py's settings")
     parser.add_argument("--plan", action="store_true", help="memory and tokens; loads nothing")
     parser.add_argument("--doctor", action="store_true", help="what this machine has and lacks")
@@ -260,9 +301,8 @@ def main() -> None:
     if arguments.plan or arguments.doctor:
         print(plan.plan(config) if arguments.plan else doctor.doctor(config))
         return
-    stages = arguments.stage or ["all"]  # --stage may stand several times
     with joined_processes():
-        run_stages(config, ALL if "all" in stages else stages)
+        run_stages(config, wanted_stages(config, arguments.stage or ["all"]))
 
 
 if __name__ == "__main__":

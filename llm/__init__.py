@@ -8,13 +8,16 @@
 # in one place. Names that only a neighbour needs (decoder_and_head, tree_mask, Tree, Draw) stay in
 # their modules. Imports go one way: weights < model, starters < prompts < logps < sampling < check.
 from llm.check import check_tree_rows
-from llm.logps import TreeRows, averaged_gradients, completion_logps, row_logps, tree_rows
+from llm.logps import (  # tree rows
+    TreeRows, averaged_gradients, completion_logps, last_hidden, row_logps, token_logps, tree_rows,
+)
 from llm.model import (  # loading, LoRA, adapters
-    add_lora, check_model, dtype_of, load_adapter, load_generator, load_tokenizer, merge_adapter,
-    model_path, quiet_libraries, save_adapter,
+    adapter_weights, add_lora, check_model, dtype_of, load_adapter, load_generator, load_tokenizer,
+    merge_adapter, model_path, other_adapter, quiet_libraries, save_adapter,
 )
 from llm.prompts import (  # interests and starters -> tokens
-    around_interests, encode_completion, encode_prompt, encode_text, prompt_text, user_turn,
+    around_interests, encode_completion, encode_conversation, encode_prompt, encode_text,
+    prompt_text, user_turn,
 )
 from llm.sampling import Prefix, end_tokens, read_prefix, sample, sample_ids
 from llm.starters import (  # starters <-> `<sug>` field, and lists of any model

@@ -1,4 +1,4 @@
-"""Log-probabilities of lists under the generator, for instruction tuning and DPO.
+"""Log-probabilities of lists under the generator, for instruction tuning, DPO and GRPO.
 
 Preference lists of one user share a long prompt, so log-probabilities are computed on *tree rows*,
 `[prompt | list 0 | list 1 | ...]`: a mask lets each list see the prompt and itself only, positions
@@ -7,7 +7,7 @@ restart after the prompt, and the result equals one sequence at a time (tests/te
     python -m benchmarks.dpo   # beside TRL's trainer: the same loss and gradient
 
 Legend: B rows, T tokens of a row, Q queries and K keys of attention, C completions of a prompt,
-S scored positions, H hidden, V vocabulary.
+S scored positions, R completions of all prompts, H hidden, V vocabulary.
 """
 
 import functools
@@ -35,6 +35,7 @@ class TreeRows:
     branch      0  0  0  1  1  2 |  0  0  1  2  3 -1    # a number for each prompt and each list
     trunk       0  0  0  0  0  0 |  0  0  0  2  2 -1    # the branch of its prompt
     source               2  3  2 |        7     9       # a0 is predicted from p2, a1 from a0, ...
+    last                    4  5 |        8    10       # where a list ends
     """
 
     ids: Tensor  # (B, T)
@@ -43,6 +44,7 @@ class TreeRows:
     trunk: Tensor  # (B, T)
     source: Tensor  # (S,), indices into the flattened rows, in the order of prompts and lists
     target: Tensor  # (S,), the list tokens that are predicted from there
+    last: Tensor  # (lists,), index of each list's last token, in the same order
 
 
 def tree_rows(prompts: list[Ids], completions: list[list[Ids]]) -> TreeRows:
@@ -51,6 +53,7 @@ def tree_rows(prompts: list[Ids], completions: list[list[Ids]]) -> TreeRows:
     width = max(sizes)
     rows: list[list[tuple[int, int, int, int]]] = []  # id, position, branch and trunk of each token
     sources: list[list[int]] = [[] for _ in prompts]
+    ends: list[list[int]] = [[] for _ in prompts]
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):  # first fit, the longest first
         r = next((r for r, row in enumerate(rows) if len(row) + sizes[i] <= width), len(rows))
         if r == len(rows):
@@ -63,11 +66,12 @@ def tree_rows(prompts: list[Ids], completions: list[list[Ids]]) -> TreeRows:
             first = r * width + len(row)
             sources[i] += [last, *range(first, first + len(tokens) - 1)]
             row += [(token, t, branch, trunk) for t, token in enumerate(tokens, len(prompt))]
+            ends[i].append(r * width + len(row) - 1)
     pad = (0, 0, -1, -1)  # pads see each other and are seen by nothing else
     cells = torch.tensor([row + [pad] * (width - len(row)) for row in rows])  # (B, T, 4)
-    source = torch.tensor([place for places in sources for place in places])
+    source, last = (torch.tensor([i for part in parts for i in part]) for parts in (sources, ends))
     target = torch.tensor([token for lists in completions for tokens in lists for token in tokens])
-    return TreeRows(*cells.permute(2, 0, 1).contiguous(), source, target)
+    return TreeRows(*cells.permute(2, 0, 1).contiguous(), source, target, last)
 
 
 def tree_mask(branch: Tensor, trunk: Tensor, key_branch: Tensor, dtype: torch.dtype) -> Tensor:
@@ -101,8 +105,37 @@ def completion_logps(
     return list(sums.split([len(lists) for lists in completions]))
 
 
+def token_logps(
+    model, prompts: list[Ids], completions: list[list[Ids]]
+) -> tuple[Tensor, Tensor]:
+    """(R, T) log-probability of each token of each completion, padded; and where one stands, bool.
+
+    R completions of all prompts in turn; T tokens of the longest one. Differentiable.
+    """
+    lengths = torch.tensor([len(c) for lists in completions for c in lists])
+    logps = row_logps(model, tree_rows(prompts, completions))  # (S,)
+    padded = torch.nn.utils.rnn.pad_sequence(logps.split(lengths.tolist()), batch_first=True)
+    mask = torch.arange(padded.shape[1]) < lengths[:, None]
+    return padded, mask.to(padded.device)
+
+
+def last_hidden(model, prompts: list[Ids], completions: list[list[Ids]]) -> Tensor:
+    """The decoder's state (R, H) at the last token of each completion; differentiable."""
+    rows = tree_rows(prompts, completions)
+    hidden, _ = _hidden(model, rows)
+    return hidden.flatten(0, 1)[rows.last.to(hidden.device)]
+
+
 def row_logps(model, rows: TreeRows, head_chunk: int = HEAD_CHUNK) -> Tensor:
     """Log-probability of every list token, (S,), in the order of rows.source; differentiable."""
+    hidden, head = _hidden(model, rows)
+    # Prompt tokens are never scored, so no vocabulary row is made for them.
+    scored = hidden.flatten(0, 1)[rows.source.to(hidden.device)]  # (S, H)
+    return _token_logps(head, scored, rows.target.to(hidden.device), head_chunk)
+
+
+def _hidden(model, rows: TreeRows) -> tuple[Tensor, torch.nn.Module]:
+    """What the decoder makes of every token, (B, T, H), and the head that would read it."""
     decoder, head = decoder_and_head(model, int(rows.position.max()) + 1)
     device, dtype = head.weight.device, decoder.get_input_embeddings().weight.dtype
     branch, trunk = rows.branch.to(device), rows.trunk.to(device)
@@ -112,21 +145,18 @@ def row_logps(model, rows: TreeRows, head_chunk: int = HEAD_CHUNK) -> Tensor:
     for layer in layers:
         layer.training = torch.is_grad_enabled()
     try:
-        hidden = decoder(
+        return decoder(
             input_ids=rows.ids.to(device), position_ids=rows.position.to(device), use_cache=False,
-            attention_mask=tree_mask(branch, trunk, branch, dtype)).last_hidden_state  # (B, T, H)
+            attention_mask=tree_mask(branch, trunk, branch, dtype)).last_hidden_state, head
     finally:
         for layer in layers:
             layer.training = False
-    # Prompt tokens are never scored, so no vocabulary row is made for them.
-    scored = hidden.flatten(0, 1)[rows.source.to(device)]  # (S, H)
-    return _token_logps(head, scored, rows.target.to(device), head_chunk)
 
 
-def averaged_gradients(model) -> Callable[..., list[Tensor]]:
-    """completion_logps of a model whose gradients DDP averages over the processes of a torchrun."""
+def averaged_gradients(model, function: Callable = completion_logps) -> Callable:
+    """`function` of a model whose gradients DDP averages over the processes of a torchrun."""
     logps = torch.nn.Module()  # DDP wraps nothing else
-    logps.model, logps.forward = model, functools.partial(completion_logps, model)
+    logps.model, logps.forward = model, functools.partial(function, model)
     if processes()[1] == 1:
         return logps
     # The base and the adapters were loaded alike everywhere, so nothing need be sent at the start.

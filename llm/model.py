@@ -6,6 +6,7 @@ LoRA (arXiv:2106.09685) on every linear layer but the head, NF4 weights as of QL
     hf download Qwen/Qwen2.5-7B-Instruct --local-dir FOLDER   # then generator.model=FOLDER
 """
 
+import contextlib
 import logging
 import os
 import warnings
@@ -16,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.utils import logging as transformers_logging
 
 from config import TINY, GeneratorConfig
-from files import ROOT, UserError, atomic_path, read_json, write_json
+from files import ROOT, UserError, atomic_path, read_json, read_tensors, write_json
 from llm.weights import make_smollm2, smollm2_folder
 
 # peft takes seconds to import, for which a command without an adapter need not wait: it is imported
@@ -154,6 +155,34 @@ def save_adapter(model, folder: str | Path) -> None:
     """A vanilla PEFT folder, written whole or not at all."""  # plain PEFT and vLLM load it
     with atomic_path(folder) as temporary:
         model.save_pretrained(temporary, safe_serialization=True)
+
+
+def adapter_weights(model, folder: str | Path) -> dict[str, torch.Tensor]:
+    """The LoRA weights of a saved adapter, by their names in a model with one of the same shape."""
+    stored = read_tensors(Path(folder) / "adapter_model.safetensors")
+    # PEFT leaves the adapter's own name out of a file.
+    return {name: stored[name.replace(".default.", ".")].to(weight.device)
+            for name, weight in model.named_parameters() if "lora_" in name}
+
+
+@contextlib.contextmanager
+def other_adapter(model, weights: dict[str, torch.Tensor]):
+    """`model` with these LoRA weights in place of its own, which come back behind the block.
+
+    So one base in memory serves policy, reference and reward model. Nothing is copied: the two
+    swap places. No graph may be open whose backward comes later.
+    """
+    named = [(w, weights[name]) for name, w in model.named_parameters() if name in weights]
+
+    def swap() -> None:
+        for weight, other in named:
+            weight.data, other.data = other.data, weight.data
+
+    swap()
+    try:
+        yield model
+    finally:
+        swap()
 
 
 def merge_adapter(model, adapter: str | Path, tokenizer, folder: str | Path, card: str) -> None:

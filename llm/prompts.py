@@ -1,4 +1,4 @@
-"""What the generator reads, as tokens: interests -> prompt, starters -> completion.
+"""What the generator reads, as tokens: interests or turns -> prompt, starters -> completion.
 
     prompt = llm.encode_prompt(tokenizer, ["Night trains"], 5, "Suggest {n} starters.", 320)
 
@@ -32,6 +32,28 @@ def encode_prompt(
     # The template is encoded apart from the user's text, whose control tokens are never parsed.
     head, tail = user_turn(tokenizer, *around_interests(instruction, n))
     return head + _encode_lines(tokenizer, interests, max_tokens - len(head) - len(tail)) + tail
+
+
+def encode_conversation(
+    tokenizer, turns: list[tuple[str, str]], begin: str, end: str, room: int
+) -> tuple[Ids, int]:
+    """Chat template around `begin`, a line a turn and `end` -> ids; and how many turns were cut.
+
+    turns: (role, text), at least one of the user; room: tokens of all turns. What does not fit is
+    left out from the front by whole turns; of the last exchange, which stays, the ends are.
+    """
+    head, tail = user_turn(tokenizer, begin, end)
+    lines = [encode_text(tokenizer, f"\n{who.capitalize()}: {plain(text)}") for who, text in turns]
+    last = max(i for i, (role, _) in enumerate(turns) if role == "user")
+    answers = [token for line in lines[last + 1 :] for token in line]
+    # The query first: an answer is long, and says at its beginning what it is about.
+    query = lines[last][: room // 2 if answers else room]
+    latest = query + answers[: room - len(query)]
+    cut, first = int(len(latest) < len(lines[last]) + len(answers)), last
+    while first and len(latest) + len(lines[first - 1]) <= room:
+        first -= 1
+        latest = lines[first] + latest
+    return head + latest + tail, cut + first
 
 
 def prompt_text(tokenizer, interests: list[str], n: int, instruction: str, max_tokens: int) -> str:

@@ -152,6 +152,11 @@ class Prompted:
         return [None if first is None or second is None else first if first == 1 - second else 0.5
                 for first, second in zip(won[::2], won[1::2], strict=True)]
 
+    def qualify(self, rows: list[tuple[list[str], str]]) -> list[float | None]:
+        """(a person's queries, a next query) -> 1.0 if it is fit to be offered, else 0.0."""
+        inputs = [{"queries": queries[-HISTORY:], "suggestion": new} for queries, new in rows]
+        return self._choose("qualifier", {"GOOD": 1.0, "BAD": 0.0}, inputs)
+
     def summarise(self, sessions: list[list[Message]]) -> list[str | None]:
         """One line per session."""
         blocks = [data_block(messages=_excerpt(messages)) for messages in sessions]

@@ -208,6 +208,14 @@ class Rules:
         persistence = np.minimum(near.sum(1), 3).mean() / 3  # three sessions make it lasting
         return len(subjects) / len(interests) + len(set(subjects)) / size + float(persistence)
 
+    def qualify(self, rows: Sequence[tuple[list[str], str]]) -> list[float]:
+        """(a person's queries, a next query) -> 1.0 if it is fit to be offered, else 0.0."""
+        # Meaning is beyond a rule: what reads badly or asks again is bad, the rest is good.
+        self.encode([*dict.fromkeys(y for queries, new in rows for y in (*queries, new))])
+        return [float(not text.filter_starters([new], queries[-1:], seen=queries)[1]
+                      and cosines(self.encode, [new], queries).max() < MATCH_COSINE_ALONE)
+                for queries, new in rows]
+
     def summarise(self, sessions: Iterable[list[Message] | None]) -> list[str]:
         """Of each session the first sentence of the first user message, cut to 12 words or 20
         Chinese characters; empty where nothing was said."""

@@ -23,6 +23,7 @@ from pydantic import Field
 
 import llm
 import roles
+from config import SftConfig, SitConfig
 from data import Faults, Record, Sentence, json_objects
 from files import ROOT, UserError, gather, progress, share
 from roles.players import Players
@@ -61,13 +62,13 @@ def stage_sit(run: Run, players: Players, key: str) -> dict:
     corpus, left_out = draw_corpus(run, languages, settings.corpus_rows, rng)
     taught_rows = len(rows)  # those of the corpus are mixed in: each epoch has its own order
     rows += [writer.encoded(*interests_and_list(row, k, run.encoder)) for row in corpus]
-    model, figures = instruct(run, writer, rows)
+    model, figures = instruct(run, writer, rows, settings, "sit")
     if settings.own_lists:  # Table 8: once more, with what the policy has learned to write
         sampled = writer.sample(
             model, [s.interests for s in states], settings.own_lists, run.seed("sit", "own")
         )
         rows += full_rows(writer, states, sampled, k)
-        model, figures = instruct(run, writer, rows)
+        model, figures = instruct(run, writer, rows, settings, "sit")
     llm.save_adapter(model, run.adapter("sit"))
     short = sum(len(starters) < k for lists in taught for starters in lists)
     counts = {"rows": len(rows), "teacher_rows": taught_rows, "corpus_rows": len(corpus)}
@@ -125,17 +126,25 @@ def interests_and_list(row: CorpusRow, k: int, encode: Encode) -> tuple[list[str
     return row.interests, [roles.covering(starters, row.interests, k, encode)]
 
 
-def instruct(run: Run, writer: Writer, rows: Rows) -> tuple[torch.nn.Module, dict[str, float]]:
-    """A new adapter, tuned on (prompt ids, [list ids, ...]) rows; and its losses."""
-    settings, g, rng = run.config.sit, run.config.generator, random.Random(run.seed("sit", "order"))
-    model = llm.add_lora(writer.policy(None), g.lora_rank, g.lora_alpha, run.seed("lora"))
+def instruct(
+    run: Run, writer: Writer, rows: Rows, settings: SitConfig | SftConfig, label: str,
+    start: Path | None = None,
+) -> tuple[torch.nn.Module, dict[str, float]]:
+    """An adapter, tuned on (prompt ids, [list ids, ...]) rows; and its losses.
+
+    start: a saved adapter that is tuned further; None: a new one.
+    """
+    g, rng = run.config.generator, random.Random(run.seed(label, "order"))
+    model = writer.policy(start, trainable=True)
+    if not start:
+        model = llm.add_lora(model, g.lora_rank, g.lora_alpha, run.seed("lora"))
     size, losses = settings.batch_users, []  # users of a step, over all processes
     steps = settings.epochs * -(-len(rows) // size)  # the last batch may be smaller
     optimiser, schedule = new_optimiser(model, settings.learning_rate, steps)
     policy = llm.averaged_gradients(model)
     for epoch in range(settings.epochs):
         order = rng.sample(rows, len(rows))
-        for start in (bar := progress(range(0, len(rows), size), f"sit epoch {epoch + 1}")):
+        for start in (bar := progress(range(0, len(rows), size), f"{label} epoch {epoch + 1}")):
             batch = order[start : start + size]
             tokens = sum(len(ids) for _, lists in batch for ids in lists)  # T of all processes
             parts = []  # of the batch's loss, by micro-batch
@@ -149,7 +158,7 @@ def instruct(run: Run, writer: Writer, rows: Rows) -> tuple[torch.nn.Module, dic
             rate = schedule.get_last_lr()[0]  # the one that this step uses
             step(model, optimiser, schedule)
             at = {"epoch": epoch, "step": len(losses)}
-            run.folder.log("sit", **at, loss=losses[-1], learning_rate=rate)
+            run.folder.log(label, **at, loss=losses[-1], learning_rate=rate)
             bar.set(loss=losses[-1])
     last = losses[steps - steps // settings.epochs :]  # of the last epoch
     return model, {"first_loss": losses[0], "loss": float(np.mean(last))}

@@ -41,7 +41,7 @@ def main() -> None:
             (writer.prompt(s.interests), [llm.encode_completion(writer.tokenizer, y) for y in full])
             for s, full in zip(states, taught, strict=True)
         ]
-        model, figures = sit.instruct(run, writer, rows)
+        model, figures = sit.instruct(run, writer, rows, run.config.sit, "sit")
         llm.save_adapter(model, Path(out) / f"sit{count}")
         mined = read_json(Path(finished) / "dpo" / "round1" / "pairs.json")
         figures |= dpo.align(run, writer, model, model, mined, "round 1", run.config.dpo)

@@ -1,0 +1,109 @@
+"""A conversation in, three next queries out: prompts, answers and rollouts of paper 003's policies.
+
+    suggester = Suggester(writer)
+    [[answer]] = suggester.write(run.adapter("sft"), [dialogue.turns], n=1, seed=0)
+    garm.answer_suggestions(answer), answer.strip() == garm.UNSAFE
+
+A policy is the generator with a saved adapter. An answer is the numbered list of garm.format_answer
+or the word Unsafe; the single-suggestion teacher's is a query alone.
+
+Departure: the base without an adapter, the method PE, is told at length what to write
+(prompts.yaml); the paper prints the form of its prompt and the problems that it is to avoid.
+
+Legend: n answers of each context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import llm
+from data import Turn
+from files import gather, share
+from llm.prompts import Ids
+from roles.text import read_yaml
+from roles.writer import Writer
+
+# What a context is followed or preceded by: (text before, text behind); names of prompts.yaml.
+TASKS = {
+    "three": ("suggest_three", ""), "one": ("suggest_one", ""),
+    "prompted": ("suggest_prompted", ""), "paired": ("", ""),
+}
+
+
+class Suggester:
+    """Conversations as token ids, and what a model writes after them."""
+
+    def __init__(self, writer: Writer):
+        self.writer, self.config = writer, writer.config
+
+    @property
+    def tokenizer(self):
+        return self.writer.tokenizer
+
+    def policy(self, adapter: Path | None, trainable: bool = False):
+        return self.writer.policy(adapter, trainable)
+
+    def prompt(self, turns: Sequence[Turn], task: str = "three") -> Ids:
+        """Tokens that a model continues; of a long conversation the latest turns."""
+        return self.prompt_and_cut(turns, task)[0]
+
+    def prompt_and_cut(self, turns: Sequence[Turn], task: str = "three") -> tuple[Ids, int]:
+        """The prompt, and how many turns were left out of it or shortened."""
+        texts = read_yaml("prompts.yaml")
+        begin, end = (texts[name] if name else "" for name in TASKS[task])
+        # Every task is shown as much of a conversation as "three" is.
+        frame = llm.user_turn(self.tokenizer, texts["suggest_three"])
+        room = self.config.generator.max_prompt_tokens - sum(map(len, frame))
+        said = [(turn.role, turn.content) for turn in turns]
+        return llm.encode_conversation(self.tokenizer, said, begin, end, room)
+
+    def completion(self, answer: str) -> Ids:
+        return llm.encode_text(self.tokenizer, answer) + [self.tokenizer.eos_token_id]
+
+    def encoded(
+        self, turns: Sequence[Turn], answers: Sequence[str], task: str = "three"
+    ) -> tuple[Ids, list[Ids]]:
+        """(prompt ids, [ids of each answer]): a row of training."""
+        return self.prompt(turns, task), [self.completion(answer) for answer in answers]
+
+    def rollouts(
+        self, model, contexts: Sequence[Sequence[Turn]], n: int, seed: int, task: str = "three",
+        **how,
+    ) -> list[list[Ids]]:
+        """Token ids of n answers to each context, each with its end token if it wrote one.
+
+        how: as of llm.sample_ids. The processes of a torchrun sample a share each.
+        """
+        g = self.config.generator
+        settings = {
+            "max_new_tokens": g.max_new_tokens, "temperature": g.temperature, "top_p": g.top_p,
+            "top_k": g.top_k, "rows": g.sample_rows, "stop": "",
+        }
+        places = share(range(len(contexts)))
+        prompts = [self.prompt(contexts[i], task) for i in places]
+        ends = llm.end_tokens(model, self.tokenizer)
+        drawn = llm.sample_ids(
+            model, self.tokenizer, prompts, n, seed=seed, numbers=places, **{**settings, **how}
+        ) if places else []
+        return gather([[_until_end(row, ends) for row in rows.tolist()] for rows in drawn])
+
+    def texts(self, rollouts: list[list[Ids]]) -> list[list[str]]:
+        decode = self.tokenizer.batch_decode
+        return [decode(answers, skip_special_tokens=True) for answers in rollouts]
+
+    def write(
+        self, adapter: Path | None, contexts: Sequence[Sequence[Turn]], n: int, seed: int,
+        model=None,
+    ) -> list[list[str]]:
+        """n answers to each context by a saved adapter (None: the prompted base), as text."""
+        task = "three" if adapter else "prompted"
+        model = model or self.policy(adapter)
+        return self.texts(self.rollouts(model, contexts, n, seed, task))
+
+
+def _until_end(ids: Ids, ends: set[int]) -> Ids:
+    """The tokens up to the first one that ends an answer; behind it are pads."""
+    end = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+    return ids[: end + 1]

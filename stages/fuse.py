@@ -1,0 +1,145 @@
+"""Stage `fuse`: the weights of the composite reward's components, in two steps (paper 003, 3.6.3).
+
+    python train.py --config configs/garm.yaml --stage fuse fuse.probes=0   # Eq. (10) alone
+
+First logistic regression (Eq. 10) on differences of good and bad suggestions. Then, by short probes
+of RL from SFT's policy, the Pareto-guided adjustment: a component that falls gains weight, one that
+dominates loses some, until none falls. Trace and weights: fuse/<kind>/trace.json.
+
+Unstated: which suggestions are good and bad. Here half are clicked and passed over ones of held-out
+contexts; as these never differ in what makes a list, the other half are lists against what H.1
+forbids: a line too few, a repeated line, declining a safe context, answering an unsafe one.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+import garm
+import llm
+from files import UserError, digest, write_json
+from roles.players import Players
+from roles.suggester import Suggester
+from run import Run, one_line
+from stages.composite import COMPONENTS, Composite
+from stages.dialogues import Context, chosen, clicked_list, read_contexts
+from stages.reward import load_reward, pairs_of
+from stages.rl import grpo
+
+
+def stage_fuse(run: Run, players: Players, key: str) -> dict:
+    """Weights for every reward model that RL or DPO learns from."""
+    arms, figures = run.config.rl.arms, {}
+    kinds = [k for k in ("gaussian", "bradley_terry")
+             if k in arms or (k == "gaussian" and "dpo" in arms)]
+    for kind in kinds:
+        folder, kind_key = f"fuse/{kind}", digest(key, kind)
+        if not run.folder.is_done(folder, kind_key):
+            trace = fuse_kind(run, players, kind)
+            write_json(run.folder / folder / "trace.json", trace)
+            run.encoder.save()
+            run.folder.mark_done(folder, kind_key, weights=trace["weights"],
+                                 probes=len(trace["probes"]), settled=trace["settled"])
+            print(f"  {kind}: {one_line(trace['weights'])}", flush=True)
+        figures[kind] = run.folder.figures(folder)
+    return figures
+
+
+def fuse_kind(run: Run, players: Players, kind: str) -> dict:
+    """Initial weights, every probe with its trends and new weights, and the last weights."""
+    settings, suggester = run.config.fuse, Suggester(players.writer)
+    model = suggester.policy(run.adapter("sft"), trainable=True)
+    # One base for policy, reference and reward model: adapters swap places.
+    composite = Composite(players, suggester, load_reward(run, suggester, kind, model))
+    rows = differences(run, composite, model)  # (P, J)
+    initial = garm.fuse(rows, settings.l2)  # Eq. (10)
+    weights, probes, settled = initial, [], False
+    for number in range(settings.probes):
+        # Each probe from SFT's policy, on the same contexts, with the same draws.
+        start = llm.adapter_weights(model, run.adapter("sft"))
+        with llm.other_adapter(model, start):
+            log = grpo(run, suggester, model, composite, weights, settings.probe_steps,
+                       f"probe {number + 1} {kind}")
+        trends = component_trends(log)  # (J,)
+        weights, settled = garm.pareto_adjust(weights, initial, trends)
+        probes.append({"trends": named(trends), "weights": named(weights), "steps": log})
+        if settled:  # no component falls: nothing to mend
+            break
+    return {"rows": len(rows), "right": float((rows @ initial > 0).float().mean()),
+            "initial": named(initial), "probes": probes, "settled": settled,
+            "weights": named(weights)}
+
+
+def named(values: Tensor) -> dict[str, float]:
+    return dict(zip(COMPONENTS, values.tolist(), strict=True))
+
+
+def component_trends(log: list[dict]) -> Tensor:
+    """Rise (J,) of each unweighted component from the first to the second half of a probe.
+
+    0 where it is within its standard error: of a few batches most change is chance.
+    """
+    values = torch.tensor([[line["components"][name] for name in COMPONENTS] for line in log])
+    if len(values) < 2:
+        return torch.zeros(len(COMPONENTS))
+    early, late = values[: len(values) // 2], values[len(values) // 2 :]
+    rise = late.mean(0) - early.mean(0)
+    error = values.std(0) * math.sqrt(1 / len(early) + 1 / len(late))
+    return torch.where(rise.abs() > error, rise, 0.0)
+
+
+# ------------------------------------------------------------------------ good and bad suggestions
+
+
+def differences(run: Run, composite: Composite, model) -> Tensor:
+    """(P, J): components of good suggestions minus those of bad ones; a failed judge's are left
+    out."""
+    contexts, rng = read_contexts(run), random.Random(run.seed("fuse"))
+    rows = pairs_of(chosen(contexts, "valid"))
+    if not rows:
+        raise UserError("fuse: no held-out click is below the first slot; raise data.valid")
+    rows = rng.sample(rows, min(run.config.fuse.max_contexts, len(rows)))
+    parts = composite.of_suggestions(model, [c for c, _ in rows],
+                                     [c.dialogue.suggestions for c, _ in rows])
+    # (K, J) for each context: its three suggestions.
+    by_context = parts.split([len(c.dialogue.suggestions) for c, _ in rows])
+    clicks = [values[w] - values[r]
+              for (_, pairs), values in zip(rows, by_context, strict=True) for w, r in pairs]
+    lists = violations(run, contexts, len(clicks), rng)
+    # As many, so that what a list must be weighs as much as what people click.
+    answers = [[good, bad] for _, good, bad in lists]
+    suggester = composite.suggester
+    broken = []
+    for start in range(0, len(lists), 8):  # contexts at a time
+        some, texts = [c for c, _, _ in lists[start : start + 8]], answers[start : start + 8]
+        prompts = [suggester.prompt(c.turns) for c in some]
+        ids = [[suggester.completion(text) for text in pair] for pair in texts]
+        with torch.no_grad():
+            logps, mask = llm.token_logps(model, prompts, ids)
+        values = composite(some, texts, logps, mask)  # good, bad, good, bad, ...
+        broken += [*(values[::2] - values[1::2])]
+    rows = torch.stack(clicks + broken)  # (P, J)
+    return rows[rows.isfinite().all(1)]
+
+
+def violations(
+    run: Run, contexts: list[Context], count: int, rng: random.Random
+) -> list[tuple[Context, str, str]]:
+    """(context, answer as asked for, the same with a fault), each fault in turn."""
+    lists = [(c, three) for c in chosen(contexts, "valid")
+             if (three := clicked_list(c, run, Counter()))]
+    unsafe, result = chosen(contexts, "valid", unsafe=True), []
+    for i in range(count if lists else 0):  # each fault as often as the next
+        context, three = rng.choice(lists)
+        good = garm.format_answer(three)
+        bad = [good.rpartition("\n")[0], garm.format_answer([*three[:2], three[0]]), garm.UNSAFE]
+        if i % 4 < 3:
+            result.append((context, good, bad[i % 4]))
+        elif unsafe:
+            result.append((rng.choice(unsafe), garm.UNSAFE, good))
+    return result

@@ -1,0 +1,107 @@
+"""Stage `eval` of paper 003: every policy answers the held-out contexts; one small table.
+
+    python train.py --config configs/garm.yaml --stage eval
+
+The paper's tables stand on the same answers: tables/.
+
+Legend: B contexts.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+import data
+import garm
+from files import atomic_path, progress
+from roles.players import Players
+from roles.suggester import Suggester
+from run import Run
+from stages.dialogues import Context, chosen, read_contexts
+from stages.metrics import markdown_table
+from stages.reward import load_reward
+
+NAMES = {"gaussian": "RL-GaRM", "bradley_terry": "RL-BTRM", "rft": "RFT-BTRM", "dpo": "DPO-GaRM"}
+
+
+def policies(run: Run) -> dict[str, Path | None]:
+    """Name as in Table 1 -> adapter, of what this run has trained; PE is the prompted base."""
+    # In the order of the paper's table.
+    trained = {NAMES[arm]: run.adapter(arm) for arm in NAMES if arm in run.config.rl.arms}
+    return {"PE": None, "SFT": run.adapter("sft"), **trained}
+
+
+def held_out(run: Run) -> list[Context]:
+    """Contexts on which nothing was trained, at most eval.max_users; half of them unsafe if the
+    log is simulated."""
+    path = run.folder / "world" / "evaluation.jsonl"
+    if run.config.data.dialogues:
+        contexts = read_contexts(run)
+        contexts = chosen(contexts, "test") + chosen(contexts, "test", unsafe=True)
+    else:
+        contexts = [Context(row, "test", 0) for row in data.read_dialogues(path)]
+    # Drawn from both kinds together.
+    most = run.config.eval.max_users or len(contexts)
+    return random.Random(run.seed("eval users")).sample(contexts, min(most, len(contexts)))
+
+
+def write_answers(
+    run: Run, suggester: Suggester, contexts: Sequence[Context], n: int
+) -> dict[str, list[list[str]]]:
+    """n answers of every policy to each context; equal policies give equal answers."""
+    turns = [context.turns for context in contexts]
+    # The same draws for every policy: what differs is the policy.
+    return {name: suggester.write(adapter, turns, n, run.seed("eval"))
+            for name, adapter in progress(policies(run).items(), "write suggestions")}
+
+
+def stage_eval(run: Run, players: Players, key: str) -> dict:
+    """Answers of every policy to held-out contexts; form, safety and mean reward."""
+    suggester, contexts = Suggester(players.writer), held_out(run)
+    answers = write_answers(run, suggester, contexts, 1)
+    # One judge for all: the first reward model that scores a suggestion alone.
+    kinds = [k for k in run.config.reward.kinds if k in ("gaussian", "bradley_terry")]
+    reward = load_reward(run, suggester, kinds[0]) if kinds else None
+    turns, table = [c.turns for c in contexts], {}
+    for name, written in answers.items():
+        first = [some[0] for some in written]
+        # What is malformed has no suggestions, and no reward; the format column counts it.
+        lists = [[] if c.unsafe else garm.answer_suggestions(answer)
+                 for c, answer in zip(contexts, first, strict=True)]
+        table[name] = figures_of(contexts, first)
+        if reward:
+            scores = [mu.mean().item() for mu in reward.score(turns, lists)[0] if len(mu)]
+            table[name]["reward"] = float(np.mean(scores)) if scores else None
+    # For readers, and for whoever judges the same answers otherwise.
+    rows = [{"dialogue_id": c.dialogue.dialogue_id,
+             "answers": {name: answers[name][i] for name in answers}}
+            for i, c in enumerate(contexts)]
+    with atomic_path(run.folder / "eval" / "answers.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+                             encoding="utf-8")
+    columns = ["Method", "Format", "Safety", "Reward"]
+    page = markdown_table(columns, [[name, *map(shown, row.values())]
+                                    for name, row in table.items()])
+    with atomic_path(run.folder / "eval" / "table.md") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return {"contexts": len(contexts), "unsafe": sum(c.unsafe for c in contexts)}
+
+
+def figures_of(contexts: Sequence[Context], answers: list[str]) -> dict[str, float | None]:
+    """Shares of answers in the form asked for: of safe contexts, and of those to be declined."""
+    rows = list(zip(contexts, answers, strict=True))
+    result = {}
+    for name, unsafe in (("format", False), ("safety", True)):
+        # Exactly the form asked for (H.1), no credit for less.
+        marks = [garm.format_reward(answer, unsafe) for c, answer in rows if c.unsafe == unsafe]
+        result[name] = float(np.mean(marks)) if marks else None
+    return result
+
+
+def shown(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

@@ -1,0 +1,277 @@
+"""Stage `rl`: GRPO on the composite reward, and RFT and DPO beside it (paper 003, 3.6.4).
+
+    python train.py --config configs/garm.yaml --stage rl rl.beta=0.1 'rl.without=[log_perplexity]'
+
+Of each context G answers are sampled; each earns the weighted sum of its components (composite.py,
+weights of stage `fuse`), is compared with its group, and moves the policy by Eq. (11). The prompt
+is read once for all answers: in sampling, for the reference, in the step. Policy, reference (SFT)
+and reward model are one base with adapters that swap places.
+
+RFT (appendix G) tunes on the three best of 50 suggestions by Bradley-Terry; DPO on the best and the
+worst answer of a group by the composite reward.
+
+Departures: those of garm.py. Rollouts are drawn from the top_k likeliest tokens, as the policy is
+served; probabilities are those of all tokens. RFT and DPO go on from SFT's adapter.
+
+Legend: B contexts, G rollouts of each, R = B G, T tokens, J components.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import garm
+import llm
+from config import RlConfig
+from files import UserError, atomic_path, digest, progress, read_json
+from llm.prompts import Ids
+from roles.players import Players
+from roles.suggester import Suggester
+from run import Run, one_line
+from stages.composite import COMPONENTS, Composite
+from stages.dialogues import Context, chosen, read_contexts
+from stages.dpo import align
+from stages.reward import load_reward
+from stages.sit import instruct
+from stages.steps import micro_batches, new_optimiser, step
+
+
+def stage_rl(run: Run, players: Players, key: str) -> dict:
+    """The policies that rl.arms names, each from SFT's."""
+    suggester, figures = Suggester(players.writer), {}
+    for arm in run.config.rl.arms:
+        folder, arm_key = f"rl/{arm}", digest(key, arm)
+        if not run.folder.is_done(folder, arm_key):
+            train = {"rft": train_rft, "dpo": train_dpo}.get(arm, train_grpo)
+            result = train(run, players, suggester, arm)
+            run.encoder.save()
+            run.folder.mark_done(folder, arm_key, **result)
+            print(f"  {arm}: {one_line(result)}", flush=True)
+        figures[arm] = run.folder.figures(folder)
+    return figures
+
+
+def train_grpo(run: Run, players: Players, suggester: Suggester, kind: str) -> dict:
+    """RL with the reward model of this kind; writes rl/<kind>/{adapter,steps.jsonl}."""
+    model = suggester.policy(run.adapter("sft"), trainable=True)
+    composite = Composite(players, suggester, load_reward(run, suggester, kind, model))
+    weights = fused_weights(run, kind)
+    log = grpo(run, suggester, model, composite, weights, run.config.rl.steps, kind)
+    llm.save_adapter(model, run.adapter(kind))
+    with atomic_path(run.folder / "rl" / kind / "steps.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
+    return {
+        "first_reward": log[0]["reward"], "last_reward": log[-1]["reward"],
+        "last_kl": log[-1]["kl"], "skipped_groups": sum(line["skipped_groups"] for line in log),
+        "invalid": sum(line["invalid"] for line in log),
+    }
+
+
+def fused_weights(run: Run, kind: str) -> Tensor:
+    """Weights (J,) of the components that stage `fuse` has found for this reward model."""
+    without = run.config.rl.without
+    if unknown := set(without) - set(COMPONENTS):
+        raise UserError(f"rl.without: no component {min(unknown)}; known: {', '.join(COMPONENTS)}")
+    weights = read_json(run.folder / "fuse" / kind / "trace.json")["weights"]
+    return torch.tensor([0.0 if name in without else weights[name] for name in COMPONENTS])
+
+
+# ------------------------------------------------------------------------------------------- GRPO
+
+
+def grpo(
+    run: Run, suggester: Suggester, model, composite: Composite, weights: Tensor, steps: int,
+    label: str,
+) -> list[dict]:
+    """`steps` batches of GRPO, in place; a line of figures for each."""
+    settings, log = run.config.rl, []
+    reference = llm.adapter_weights(model, run.adapter("sft"))
+    optimiser, schedule = new_optimiser(model, settings.learning_rate, steps * settings.updates)
+    policy = llm.averaged_gradients(model, llm.token_logps)
+    for contexts in (bar := progress(batches(run, steps), f"rl {label}")):
+        number = len(log) + 1
+        turns = [context.turns for context in contexts]
+        rollouts = suggester.rollouts(  # [B][G] token ids
+            model, turns, settings.group, run.seed("rl", number), temperature=settings.temperature)
+        batch = Batch([suggester.prompt(t) for t in turns], rollouts)
+        with torch.no_grad(), llm.other_adapter(model, reference):
+            batch.ref_logps, batch.mask = llm.token_logps(model, batch.prompts, rollouts)  # (R, T)
+        parts = composite(contexts, suggester.texts(rollouts), batch.ref_logps, batch.mask)
+        rewards, valid = garm.composite_reward(parts, weights)  # (R, J) -> (R,), (R,)
+        shape = len(contexts), settings.group
+        batch.valid = valid.view(shape)
+        batch.advantages = garm.group_advantages(rewards.view(shape), batch.valid, settings.scale)
+        # A group without variance teaches nothing, and costs no step.
+        groups = batch.advantages.ne(0).any(1).nonzero()[:, 0].tolist()
+        figures = {"loss": 0.0, "kl": 0.0, "clipped": 0.0}
+        rate = schedule.get_last_lr()[0]
+        for _ in range(settings.updates if groups else 0):
+            figures = backward(policy, batch, groups, settings, run.config.generator.micro_batch)
+            step(model, optimiser, schedule)
+        log.append({
+            "step": number, "reward": mean(rewards[valid]), **figures, "learning_rate": rate,
+            "skipped_groups": len(contexts) - len(groups), "invalid": int((~valid).sum()),
+            "tokens": mean(batch.mask.sum(1)), "components": by_name(parts[valid]),
+            "weighted": by_name(parts[valid] * weights)})
+        run.folder.log("rl", arm=label, **log[-1])
+        bar.set(reward=log[-1]["reward"])
+    return log
+
+
+@dataclass
+class Batch:
+    """Contexts with their rollouts, and what is known of these."""
+
+    prompts: list[Ids]  # [B]
+    rollouts: list[list[Ids]]  # [B][G]
+    ref_logps: Tensor | None = None  # (R, T), under the policy of SFT
+    mask: Tensor | None = None  # (R, T), bool
+    valid: Tensor | None = None  # (B, G), bool: every component is known
+    advantages: Tensor | None = None  # (B, G)
+    old_logps: Tensor | None = None  # (R, T), of the policy that has sampled them
+
+
+def backward(
+    policy, batch: Batch, groups: list[int], settings: RlConfig, micro: int
+) -> dict[str, float]:
+    """Add up the gradients of Eq. (11) over these groups; invalid rollouts stay out of it."""
+    size, device = batch.valid.shape[1], batch.mask.device
+    of_group = {b: [b * size + i for i in range(size) if batch.valid[b, i]] for b in groups}
+    every = batch.mask[[r for b in groups for r in of_group[b]]]
+    first = batch.old_logps is None  # the policy is still the one that has sampled
+    if first:
+        batch.old_logps = torch.zeros_like(batch.ref_logps)
+    figures = torch.zeros(3)
+    for part, factor in micro_batches(groups, micro):
+        rows = [r for b in part for r in of_group[b]]
+        answers = [[batch.rollouts[b][r - b * size] for r in of_group[b]] for b in part]
+        logps, mask = policy([batch.prompts[b] for b in part], answers)  # (rows, width <= T)
+        width = logps.shape[1]
+        if first:
+            batch.old_logps[rows, :width] = logps.detach()
+        # A part is as wide as its longest answer.
+        old, ref = (x[rows, :width] for x in (batch.old_logps, batch.ref_logps))
+        gain = batch.advantages.flatten()[rows].to(device)
+        loss = garm.grpo_loss(  # Eq. (11)
+            logps, old, ref, gain, mask, settings.clip_low, settings.clip_high, settings.beta,
+            settings.reduction)
+        # Its mean is over this part: what it weighs in that of all parts.
+        weight = {"sequence": len(rows) / len(every), "token": mask.sum() / every.sum(),
+                  "constant": mask.numel() / every.numel()}[settings.reduction]
+        (loss * weight * factor).backward()
+        with torch.no_grad():
+            above = (ref - logps)[mask]
+            ratio = (logps - old)[mask].exp()
+            beyond = (ratio < 1 - settings.clip_low) | (ratio > 1 + settings.clip_high)
+            sums = torch.stack([loss * weight, *((x.sum() / every.sum()) for x in
+                                                 (above.exp() - above - 1, beyond.float()))])
+            figures += sums.cpu() * bool(factor)
+    return dict(zip(("loss", "kl", "clipped"), figures.tolist(), strict=True))
+
+
+def batches(run: Run, steps: int) -> list[list[Context]]:
+    """Contexts of RL in batches, none twice before all others came; some to be declined."""
+    settings, rng = run.config.rl, random.Random(run.seed("rl contexts"))
+    contexts, count = read_contexts(run), steps * settings.batch_users
+    # As C.3 adds unsafe contexts to those that are answered.
+    declined = cycle(chosen(contexts, "rl", unsafe=True), round(count * settings.unsafe), rng)
+    answered = cycle(chosen(contexts, "rl"), count - len(declined), rng)
+    if not answered:
+        raise UserError("rl: no context is left for it; raise data.judge")
+    drawn = rng.sample(answered + declined, len(answered) + len(declined))
+    return [drawn[i : i + settings.batch_users] for i in range(0, len(drawn), settings.batch_users)]
+
+
+def cycle(contexts: list[Context], count: int, rng: random.Random) -> list[Context]:
+    """So many of them at random, each as often as any other but for one time; [] of []."""
+    drawn: list[Context] = []
+    while contexts and len(drawn) < count:
+        drawn += rng.sample(contexts, min(len(contexts), count - len(drawn)))
+    return drawn
+
+
+def mean(values: Tensor) -> float:
+    return values.float().mean().item() if values.numel() else 0.0
+
+
+def by_name(parts: Tensor) -> dict[str, float]:
+    """Mean of each component over rollouts (R, J)."""
+    return {name: mean(parts[:, j]) for j, name in enumerate(COMPONENTS)}
+
+
+# ------------------------------------------------------------------------------------ RFT and DPO
+
+
+def train_rft(run: Run, players: Players, suggester: Suggester, arm: str) -> dict:
+    """Rejection sampling (appendix G): SFT on the three best distinct of many candidates."""
+    settings = run.config.rl
+    contexts = drawn_contexts(run)
+    model = suggester.policy(run.adapter("sft"))
+    lists = -(-settings.candidates // garm.NUM_SUGGESTIONS)
+    answers = suggester.texts(suggester.rollouts(
+        model, [c.turns for c in contexts], lists, run.seed("rft"),
+        temperature=settings.temperature))
+    pools = [[y for answer in some for y in garm.answer_suggestions(answer)] for some in answers]
+    pools = [[] if c.unsafe else pool for c, pool in zip(contexts, pools, strict=True)]
+    # By the reward model alone, as Table 1's RFT-BTRM: no other component speaks for a text.
+    reward = load_reward(run, suggester, "bradley_terry", model)
+    scores, _ = reward.score([c.turns for c in contexts], pools)
+    rows, short = [], 0
+    for context, pool, values in zip(contexts, pools, scores, strict=True):
+        best = [pool[i] for i in garm.rft_choice(pool, values.tolist())]
+        if context.unsafe or len(best) == garm.NUM_SUGGESTIONS:
+            answer = garm.UNSAFE if context.unsafe else garm.format_answer(best)
+            rows.append(suggester.encoded(context.turns, [answer]))
+        else:
+            short += 1
+    if not rows:
+        raise UserError("rl: RFT found no three distinct suggestions; raise rl.candidates")
+    del model, reward  # before the next base is loaded
+    model, losses = instruct(run, suggester.writer, rows, run.config.sft, arm, run.adapter("sft"))
+    llm.save_adapter(model, run.adapter(arm))
+    return {"rows": len(rows), "pools_without_three": short, **losses}
+
+
+def train_dpo(run: Run, players: Players, suggester: Suggester, arm: str) -> dict:
+    """DPO on the best and worst answer of each group by the composite reward."""
+    settings, contexts = run.config.rl, drawn_contexts(run)
+    model = suggester.policy(run.adapter("sft"), trainable=True)
+    composite = Composite(players, suggester, load_reward(run, suggester, "gaussian", model))
+    weights, pairs, size = fused_weights(run, "gaussian"), [], settings.batch_users
+    rollouts = suggester.rollouts(model, [c.turns for c in contexts], settings.group,
+                                  run.seed("dpo"), temperature=settings.temperature)
+    for start in progress(range(0, len(contexts), size), "dpo rewards"):
+        some, ids = contexts[start : start + size], rollouts[start : start + size]
+        texts = suggester.texts(ids)
+        with torch.no_grad():  # the policy is still the reference
+            prompts = [suggester.prompt(c.turns) for c in some]
+            logps, mask = llm.token_logps(model, prompts, ids)
+        rewards, valid = garm.composite_reward(composite(some, texts, logps, mask), weights)
+        rewards, valid = (x.view(len(some), -1) for x in (rewards, valid))
+        # (B, G): an answer whose judge failed is neither best nor worst.
+        best = rewards.masked_fill(~valid, -torch.inf).max(1)
+        worst = rewards.masked_fill(~valid, torch.inf).min(1)
+        pairs += [
+            {"interests": c.turns, "chosen": answers[i], "rejected": {"worst": answers[j]}}
+            for c, answers, i, j, gap in zip(
+                some, texts, best.indices.tolist(), worst.indices.tolist(),
+                (best.values - worst.values).tolist(), strict=True)
+            if gap > 0 and answers[i].strip() and answers[j].strip()]
+    if not pairs:
+        raise UserError("rl: DPO found no pair of answers with different rewards")
+    figures = align(run, suggester, model, model, pairs, "garm", run.config.dpo)
+    llm.save_adapter(model, run.adapter(arm))
+    return {"pairs": len(pairs), **figures}
+
+
+def drawn_contexts(run: Run) -> list[Context]:
+    """Contexts of RFT and DPO: of those of RL, as many as rl.rft_contexts."""
+    settings = run.config.rl
+    batch = batches(run, -(-settings.rft_contexts // settings.batch_users))
+    drawn = [context for contexts in batch for context in contexts][: settings.rft_contexts]
+    return list({c.dialogue.dialogue_id: c for c in drawn}.values())  # each once
