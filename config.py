@@ -266,6 +266,8 @@ class EvalConfig(Section):
 class ServeConfig(Section):  # serve.py
     store: str = ""  # SQLite file of users, shown lists and taps; empty: serve.sqlite of the run
     key_env: str = "ICEBREAKER_KEY"  # the variable that holds the clients' key
+    # Where a proxy asks under another Host than browsers: the site's own, as https://chat.example.
+    origin: Annotated[str, Field(pattern=r"^(https?://[^/\s]+)?$")] = ""
     candidates: Count = 4  # lists sampled for an answer and searched; 1, as the paper deploys
     ahead: CountFromZero = 3  # lists kept ready for a user, beside the one that is shown
     batch: Count = 32  # requests decoded together

@@ -33,7 +33,7 @@ class DataError(UserError):
     """Bad lines of one file, one `file:line: field: reason` each."""
 
 
-def _one_line(value):
+def one_line(value):
     """Collapse space and control characters; drop lone surrogates, which nothing can encode."""
     if not isinstance(value, str):
         return value  # for the field to refuse
@@ -43,7 +43,7 @@ def _one_line(value):
 
 def _label(key) -> str:
     """A key of a row, safe and short enough for a message."""
-    return _one_line(str(key))[:40]  # a key may be whatever people typed
+    return one_line(str(key))[:40]  # a key may be whatever people typed
 
 
 def _stamp(value):
@@ -55,10 +55,11 @@ def _stamp(value):
         raise ValueError("neither an ISO 8601 time nor null") from None
 
 
-Text = Annotated[str, BeforeValidator(_one_line)]  # one line, encodable, perhaps empty
-Name = Annotated[Text, Field(min_length=1, max_length=200)]
+Text = Annotated[str, BeforeValidator(one_line)]  # one line, encodable, perhaps empty
+# The length stands before the validator: else pydantic would count "items", not characters.
+Name = Annotated[str, Field(min_length=1, max_length=200), BeforeValidator(one_line)]
 Stamp = Annotated[datetime, BeforeValidator(_stamp)] | None
-Sentence = Annotated[Text, Field(min_length=1)]
+Sentence = Annotated[str, Field(min_length=1), BeforeValidator(one_line)]
 Slot = Annotated[int, Field(ge=0)]  # place in a shown list, from 0
 
 

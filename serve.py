@@ -35,17 +35,17 @@ from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 
-import data
 from config import Config, load_config
 from files import ROOT, UserError, file_digest, script
-from serving.bodies import FIELDS, EventsBody, Fault, Reply, SessionsBody, StartersBody
+from serving.bodies import FIELDS, EventsBody, Fault, Id, Reply, SessionsBody, StartersBody
+from serving.connections import Seldom, descriptors, limited
 from serving.desk import Desk, precompute
 from serving.engine import Engine
 from serving.front import Front, busy, key_for
 from serving.queue import Full, log, where
 from serving.store import Store
 from serving.taps import BadEvent
-from serving.waiter import STORE_FAILED, Stream, Waiter, whole_stream
+from serving.waiter import STORE_FAILED, UNBUFFERED, Stream, Waiter, whole_stream
 
 STATUSES = (400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503, 504)  # beside 200 and 422
 # Looked up by name: no path is made of what a client sent.
@@ -120,7 +120,7 @@ async def starters(body: StartersBody, request: Request, desk: AppDesk):
     if isinstance(ready, dict):
         desk.metrics.first.observe(time.monotonic() - started)
         if body.stream:
-            return Response("".join(whole_stream(ready)), media_type="text/event-stream")
+            return Response("".join(whole_stream(ready)), 200, UNBUFFERED, "text/event-stream")
         return JSONResponse(ready)
     try:
         waiter = Waiter(desk, ready, request, body.stream)
@@ -136,7 +136,7 @@ def check_number(sessions: list, desk: Desk) -> None:
 
 
 @router.put("/v1/users/{user_id:path}/sessions", response_model=dict[str, str | int])
-def put_sessions(user_id: data.Name, body: SessionsBody, desk: AppDesk):
+def put_sessions(user_id: Id, body: SessionsBody, desk: AppDesk):
     """Append to a user's history; a session_id that is held is replaced. How many are held."""
     # No async, here and below: FastAPI takes a thread, which may wait for the disk.
     check_number(body.sessions, desk)
@@ -145,9 +145,11 @@ def put_sessions(user_id: data.Name, body: SessionsBody, desk: AppDesk):
 
 
 @router.delete("/v1/users/{user_id:path}", response_model=dict[str, dict[str, int]])
-def delete_user(user_id: data.Name, desk: AppDesk):
+def delete_user(user_id: Id, desk: AppDesk):
     """Remove everything of a user; how many rows by table."""
-    return JSONResponse({"removed": desk.delete(user_id)})
+    if not any((removed := desk.delete(user_id)).values()):  # an id that was mistyped, say
+        raise HTTPException(404, "nothing is held of this user")
+    return JSONResponse({"removed": removed})
 
 
 @router.post("/v1/events", response_model=dict[str, int])
@@ -231,9 +233,9 @@ def bound(host: str, port: int) -> socket.socket:
 def serve(app: FastAPI, sock: socket.socket) -> None:
     """Until SIGTERM or SIGINT; requests that are in flight then are finished."""
     grace = math.ceil(app.state.desk.settings.timeout) + 1  # seconds
-    app.state.server = uvicorn.Server(uvicorn.Config(  # front.py logs, without texts and addresses
-        app, ws="none", lifespan="on", log_config=None, access_log=False, proxy_headers=False,
-        server_header=False, timeout_graceful_shutdown=grace))
+    app.state.server = uvicorn.Server(limited(  # front.py logs, without texts and addresses
+        app, descriptors(), ws="none", lifespan="on", log_config=None, access_log=False,
+        proxy_headers=False, server_header=False, timeout_graceful_shutdown=grace))
     app.state.server.run(sockets=[sock])
 
 
@@ -252,6 +254,7 @@ def main() -> None:
     config.run.root, config.run.name = str(run.parent), run.name  # wherever it was moved to
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     log.setLevel(logging.INFO)  # a line a request; libraries say warnings alone
+    logging.getLogger().handlers[0].addFilter(Seldom())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when done
     # A core is left for HTTP: with all of them the engine's threads wait for each other.
     torch.set_num_threads(max(1, min(torch.get_num_threads(), os.cpu_count() - 1)))

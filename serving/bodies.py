@@ -5,14 +5,34 @@ Requests are strict and take no field that is not named here; replies are descri
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    field_validator,
+)
 
 import data
 from serving.engine import METHODS, Interest
 
 MAX_TEXT = 2000  # characters of a summary; a message may have 16 times as many
-Line = Annotated[data.Text, StringConstraints(max_length=MAX_TEXT)]
+# Of one line, as data.Text; the length stands first, so that an error speaks of characters.
+Line = Annotated[str, Field(max_length=MAX_TEXT), BeforeValidator(data.one_line)]
 Profile = Annotated[dict[data.Name, Line], Field(max_length=50)]
+
+
+def _plain(name: str) -> str:
+    # data.Name mends a log's ids; a client's would become somebody else's: "alice\0" is not alice.
+    # And a path with ".." is another one before it gets here.
+    if name != data.one_line(name) or "\ufffd" in name or {".", ".."} & {*name.split("/")}:
+        raise ValueError("an id without blanks at its ends, control characters, or '..' as a part")
+    return name
+
+
+Id = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_plain)]
 
 # ------------------------------------------------------------------------------------------ replies
 
@@ -57,20 +77,21 @@ class EventsBody(Body):
 
 
 class Message(data.Message):
-    content: Annotated[data.Text, StringConstraints(max_length=16 * MAX_TEXT)]
+    content: Annotated[str, Field(max_length=16 * MAX_TEXT), BeforeValidator(data.one_line)]
 
 
 class Session(data.Session):
+    session_id: Id
     summary: Line | None = None
     messages: Annotated[list[Message], Field(max_length=200)] | None = None
 
 
 class InlineSession(Session):
-    session_id: data.Name | None = None  # its place, where there is none
+    session_id: Id | None = None  # its place, where there is none
 
 
 class StartersBody(Body):
-    user_id: data.Name | None = None
+    user_id: Id | None = None
     sessions: list[InlineSession] | None = None  # at most serve.max_sessions, as below
     profile: Profile | None = None
     n: Annotated[int, Field(ge=1, le=10)] = 5  # starters; perhaps fewer are good
@@ -90,7 +111,7 @@ class StartersBody(Body):
 
 
 class SessionsBody(Body):
-    sessions: list[Session]
+    sessions: Annotated[list[Session], AfterValidator(data.each_once)]
     profile: Profile | None = None
 
 

@@ -27,6 +27,7 @@ from serving.desk import Desk
 from serving.queue import log, where
 
 MAX_BODY = 2**20  # bytes
+SHORTEST_KEY = 16  # characters
 OPEN = ("/livez", "/readyz")  # for whoever watches the process; they say nothing of a user
 POLICY = b"default-src 'self'; base-uri 'none'; frame-ancestors 'none'; form-action 'none'"
 HEADERS = [(b"content-security-policy", POLICY), (b"x-content-type-options", b"nosniff"),
@@ -48,6 +49,9 @@ def key_for(config: Config, host: str) -> str:
     if not key and not is_loopback(host):
         raise UserError(f"--host {host}: others can reach this address; put the key that clients "
                         f"must send in the variable {config.serve.key_env} (serve.key_env)")
+    if len(key) < SHORTEST_KEY and not is_loopback(host):  # else it can be guessed by trying
+        raise UserError(f"{config.serve.key_env}: a key of at least {SHORTEST_KEY} characters, as "
+                        "others can reach the server; openssl rand -hex 16 makes one")
     return key
 
 
@@ -59,6 +63,7 @@ class Front:
         self.local, self.key = is_loopback(host), key.encode()
         # Requests under way: asks beyond the queue are refused by it, this bounds all others.
         self.most = 4 * (self.settings.queue + self.settings.batch)
+        self.reading: dict[asyncio.Timeout, None] = {}  # bodies on their way, the oldest first
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
@@ -66,6 +71,8 @@ class Front:
                 await self.app(scope, receive, send)
             return
         started, status, request_id = time.perf_counter(), 499, uuid.uuid4().hex  # 499: left early
+        bare = scope["method"] == "HEAD"  # of whatever is there to GET, without the body
+        scope = scope | {"method": "GET"} if bare else scope
         scope.setdefault("state", {})["request_id"] = request_id
         headers = [*HEADERS, (b"x-request-id", request_id.encode())]
 
@@ -74,14 +81,17 @@ class Front:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message = message | {"headers": [*message["headers"], *headers]}
+            elif bare:
+                message = message | {"body": b""}
             await send(message)
 
-        self.desk.in_flight += 1
+        under_way = False
         try:
             self._check(scope)  # before the body is read
-            if self.desk.in_flight > self.most:
-                raise busy(self.desk)
             if body := await self._whole(scope, receive):
+                self.desk.in_flight += (under_way := True)
+                if self.desk.in_flight > self.most:
+                    raise busy(self.desk)
                 await self.app(scope, body, answer)
         except HTTPException as error:  # before a route was reached
             reply = JSONResponse({"detail": error.detail}, error.status_code, error.headers)
@@ -92,7 +102,7 @@ class Front:
                 reply = JSONResponse({"detail": "internal error; the server's log says where"}, 500)
                 await reply(scope, receive, answer)
         finally:
-            self.desk.in_flight -= 1
+            self.desk.in_flight -= under_way
             self._note(scope, status, time.perf_counter() - started)
 
     def _note(self, scope, status: int, seconds: float) -> None:
@@ -114,7 +124,7 @@ class Front:
         site, origin = headers.get(b"sec-fetch-site", "none"), headers.get(b"origin")
         visit = scope["method"] == "GET" and headers.get(b"sec-fetch-mode") == "navigate"  # a link
         host = headers.get(b"host", "").lower()
-        foreign = origin is not None and origin.lower().partition("://")[2] != host
+        foreign = origin is not None and not self._is_own(origin, host)
         if foreign or (site not in ("same-origin", "none") and not visit):
             raise HTTPException(403, "a page of another site may not use this server")
         if self.key and not self._has_key(headers):
@@ -125,10 +135,21 @@ class Front:
         here = self.local and not proxied and is_loopback((scope.get("server") or [""])[0])
         if not self.key and not (here and is_loopback(_name_of(host))):
             raise HTTPException(403, "Host: use 127.0.0.1 or localhost, or set a key")
+        # A route's pattern ends before a last line break: "alice\n" would be alice there.
+        if any(ord(c) < 32 for c in scope["path"]):
+            raise HTTPException(422, "the path holds a control character")
         kind = headers.get(b"content-type", "").partition(";")[0].strip().lower()
         # A form of another site can send any other type without asking first.
         if scope["method"] in ("POST", "PUT", "PATCH") and kind != "application/json":
             raise HTTPException(415, "Content-Type: application/json")
+        if headers.get(b"content-encoding", "identity").lower() != "identity":
+            raise HTTPException(415, "Content-Encoding: a body is read as it is sent, not unpacked")
+
+    def _is_own(self, origin: str, host: str) -> bool:
+        # A page of serve.origin, or of the address that was asked: ports may be left out there.
+        page = _address(origin)
+        asked = page and _address(f"{page[0]}://{host}")
+        return page is not None and page in (asked, _address(self.settings.origin))
 
     def _has_key(self, headers: dict[bytes, str]) -> bool:
         scheme, _, value = headers.get(b"authorization", "").partition(" ")
@@ -144,7 +165,11 @@ class Front:
         """The body, read within its limits, as a `receive`; None where the client has left."""
         text = bytearray()  # bytes would be copied for each part
         try:
-            async with asyncio.timeout(self.settings.timeout):
+            async with asyncio.timeout(self.settings.timeout) as limit:
+                if len(self.reading) >= self.most:  # not who comes is refused, but who dawdles
+                    self.reading.pop(oldest := next(iter(self.reading)))
+                    oldest.reschedule(0)
+                self.reading[limit] = None
                 async for part in Request(scope, receive).stream():
                     text += part
                     if len(text) > MAX_BODY:
@@ -153,6 +178,8 @@ class Front:
             raise HTTPException(408, "body: too slow (serve.timeout)") from None
         except ClientDisconnect:
             return None
+        finally:
+            self.reading.pop(limit, None)
         # Whole, as routes wait for the client to leave, which shows only behind the body.
         body = [{"type": "http.request", "body": bytes(text), "more_body": False}]
 
@@ -160,6 +187,15 @@ class Front:
             return body.pop() if body else await receive()
 
         return again
+
+
+def _address(origin: str) -> tuple[str, str, int] | None:
+    # (scheme, name, port) of "https://chat.example"; None: it has none, as "null".
+    with contextlib.suppress(ValueError):  # a port that is no number
+        parts = urlsplit(origin.lower())
+        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+        return (parts.scheme, parts.hostname, port) if parts.hostname and port else None
+    return None
 
 
 def _name_of(host: str) -> str | None:  # the header Host without a port

@@ -20,6 +20,7 @@ from serving.desk import Desk
 from serving.engine import Answer
 from serving.queue import Job
 
+UNBUFFERED = {"X-Accel-Buffering": "no"}  # or nginx keeps all events until the last
 STORE_FAILED = "the store cannot be used at the moment; try again"
 
 
@@ -114,7 +115,7 @@ class Waiter:
 
 class Stream(StreamingResponse):  # ends the waiter however the connection ends
     def __init__(self, waiter: Waiter):
-        super().__init__(waiter.events(), media_type="text/event-stream")
+        super().__init__(waiter.events(), media_type="text/event-stream", headers=UNBUFFERED)
         self.waiter = waiter
 
     async def __call__(self, scope, receive, send) -> None:

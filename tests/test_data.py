@@ -280,7 +280,7 @@ def test_timestamps_become_naive_utc_and_order_the_sessions(tmp_path):
     assert [s.session_id for s in read.sessions] == ["0", "1", "2"]
 
 
-names = st.text(min_size=1, max_size=9).filter(lambda text: data._one_line(text))
+names = st.text(min_size=1, max_size=9).filter(lambda text: data.one_line(text))
 stamp = st.none() | st.datetimes(timezones=st.none() | st.timezones()).map(datetime.isoformat)
 message = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": names})
 session = st.fixed_dictionaries(
@@ -293,13 +293,13 @@ user_rows = st.lists(
             "user_id": names,
             "profile": st.none() | st.dictionaries(names, st.text(max_size=5), max_size=2),
             "sessions": st.lists(
-                session, max_size=4, unique_by=lambda s: data._one_line(s["session_id"])
+                session, max_size=4, unique_by=lambda s: data.one_line(s["session_id"])
             ),
         }
     ),
     min_size=1,
     max_size=4,
-    unique_by=lambda row: data._one_line(row["user_id"]),
+    unique_by=lambda row: data.one_line(row["user_id"]),
 )
 impression_rows = st.lists(
     st.lists(names, min_size=1, max_size=5).flatmap(
