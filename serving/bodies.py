@@ -55,6 +55,25 @@ class Reply(BaseModel):
     starters: list[ShownStarter] = Field(description="fewer than n where no more are good")
 
 
+class ShownSuggestion(BaseModel):
+    slot: int  # from 0, best first
+    text: str
+    reward: float  # of the reward model
+    uncertainty: float  # one standard deviation of it; the order is by reward - uncertainty
+    source: Literal["policy"]
+
+
+class SuggestionsReply(BaseModel):
+    request_id: str
+    impression_id: str | None = Field(description="for /v1/events; null: nothing is kept of it")
+    model: str
+    method: str
+    cut: int = Field(description="turns that were left out or shortened, as the prompt is full")
+    declined: bool  # the conversation is unsafe to go on with
+    reason: str | None = Field(description="why it was declined")
+    suggestions: list[ShownSuggestion] = Field(description="fewer than n where no more are good")
+
+
 class Fault(BaseModel):
     detail: str
 
@@ -110,11 +129,34 @@ class StartersBody(Body):
             for i, s in enumerate(sessions, 1)])
 
 
+class Turn(data.Turn):
+    content: Annotated[str, Field(min_length=1, max_length=16 * MAX_TEXT),
+                       BeforeValidator(data.one_line)]
+
+
+class SuggestionsBody(Body):
+    turns: Annotated[list[Turn], Field(min_length=1, max_length=200)]
+    n: Annotated[int, Field(ge=1, le=10)] = 3  # next queries; perhaps fewer are good
+    user_id: Id | None = None  # whose events and deletion are to count; else nothing is kept
+    language: Literal["en", "zh", "other"] | None = None  # by script; None: as the last query
+    stream: bool = False
+
+    @field_validator("turns")
+    @classmethod
+    def _of_a_user(cls, turns):
+        if not any(turn.role == "user" for turn in turns):
+            raise ValueError("none of a user")
+        if turns[-1].role == "system":
+            raise ValueError("the last one is to be the user's or the assistant's")
+        return turns
+
+
 class SessionsBody(Body):
     sessions: Annotated[list[Session], AfterValidator(data.each_once)]
     profile: Profile | None = None
 
 
 # A name of a field is the project's, any other key is the client's.
-FIELDS = {name for model in (Event, EventsBody, Message, Session, StartersBody, SessionsBody)
+FIELDS = {name for model in (Event, EventsBody, Message, Session, StartersBody, SessionsBody,
+                                  Turn, SuggestionsBody)
           for name in model.model_fields} | {"body", "path"}
