@@ -108,6 +108,7 @@ class FakeEngine:
 
 def make_app(folder, engine=None, host="127.0.0.1", **settings):
     config = Config()
+    config.run.method = getattr(engine, "run_method", "icebreaker")
     for name, value in settings.items():
         assert hasattr(config.serve, name)
         setattr(config.serve, name, value)
