@@ -17,6 +17,7 @@ from pydantic import (
 
 import data
 from serving.engine import METHODS, Interest
+from serving.openwebui import ChatBody, ChatMessage, Part
 
 MAX_TEXT = 2000  # characters of a summary; a message may have 16 times as many
 # Of one line, as data.Text; the length stands first, so that an error speaks of characters.
@@ -158,5 +159,5 @@ class SessionsBody(Body):
 
 # A name of a field is the project's, any other key is the client's.
 FIELDS = {name for model in (Event, EventsBody, Message, Session, StartersBody, SessionsBody,
-                                  Turn, SuggestionsBody)
+                                  Turn, SuggestionsBody, ChatBody, ChatMessage, Part)
           for name in model.model_fields} | {"body", "path"}

@@ -137,7 +137,8 @@ class Front:
             raise HTTPException(403, "Host: use 127.0.0.1 or localhost, or set a key")
         # A route's pattern ends before a last line break: "alice\n" would be alice there.
         if any(ord(c) < 32 for c in scope["path"]):
-            raise HTTPException(422, "the path holds a control character")
+            fault = {"loc": ["path"], "msg": "holds a control character", "type": "value_error"}
+            raise HTTPException(422, [fault])  # in the shape of every 422
         kind = headers.get(b"content-type", "").partition(";")[0].strip().lower()
         # A form of another site can send any other type without asking first.
         if scope["method"] in ("POST", "PUT", "PATCH") and kind != "application/json":
