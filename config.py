@@ -111,7 +111,6 @@ class RidConfig(Section):
     cross_user: NotNegative = 0.01  # weight of a cross-user negative; within the user it is 1
     learning_rate: Positive = 5e-4
     epochs: Count = 40
-    least_epochs: Count = 6  # before a tower may stop
     patience: CountFromZero = 4  # epochs without a lower loss on the left-out fold, waited through
     batch_users: Count = 16
     activity_groups: Count = 3
@@ -169,7 +168,7 @@ class SitConfig(Section):
     own_lists: CountFromZero = 0  # above 0: tuned again with so many lists a row of the policy
     epochs: Count = 2
     learning_rate: Positive = 2e-3
-    batch_users: Count = 8
+    batch_users: Count = 2  # few rows, so many small steps
 
 
 class DpoConfig(Section):
@@ -228,11 +227,14 @@ class FuseConfig(Section):  # garm: stages/fuse.py
     probe_steps: Count = 4
 
 
+ARM = r"^(rft|(gaussian|bradley_terry|dpo)(-[a-z_]+)*)$"
+
+
 class RlConfig(Section):  # garm: stages/rl.py
-    # RL with these reward models; RFT and DPO on the same rewards.
-    arms: list[Literal["gaussian", "bradley_terry", "rft", "dpo"]] = Field(
+    # RL with these reward models; RFT and DPO on the same rewards. Table 4: gaussian-log_perplexity
+    # is RL whose reward lacks that component, however many are named.
+    arms: list[Annotated[str, Field(pattern=ARM)]] = Field(
         ["gaussian", "bradley_terry", "rft", "dpo"], min_length=1)
-    without: list[str] = []  # components that are left out of the reward, as of Table 4
     steps: Count = 20  # batches of fresh rollouts
     batch_users: Count = 4  # contexts of a batch
     unsafe: Share = 0.1  # so many of the contexts are to be declined

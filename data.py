@@ -41,12 +41,12 @@ def one_line(value):
     return " ".join(re.sub(r"[\x00-\x1f\x7f]", " ", value).split())
 
 
-def _label(key) -> str:
+def label(key) -> str:
     """A key of a row, safe and short enough for a message."""
     return one_line(str(key))[:40]  # a key may be whatever people typed
 
 
-def _stamp(value):
+def to_utc(value):
     """ISO 8601 text, with or without a zone, to naive UTC."""
     try:
         moment = value if isinstance(value, datetime) else datetime.fromisoformat(value)
@@ -58,7 +58,7 @@ def _stamp(value):
 Text = Annotated[str, BeforeValidator(one_line)]  # one line, encodable, perhaps empty
 # The length stands before the validator: else pydantic would count "items", not characters.
 Name = Annotated[str, Field(min_length=1, max_length=200), BeforeValidator(one_line)]
-Stamp = Annotated[datetime, BeforeValidator(_stamp)] | None
+Stamp = Annotated[datetime, BeforeValidator(to_utc)] | None
 Sentence = Annotated[str, Field(min_length=1), BeforeValidator(one_line)]
 Slot = Annotated[int, Field(ge=0)]  # place in a shown list, from 0
 
@@ -71,7 +71,7 @@ class Record(BaseModel, frozen=True, extra="ignore", strict=True):
         """Count the keys that no field takes in the reader's Counter, as `record.key`."""
         if info.context is not None and isinstance(value, dict):
             extra = value.keys() - cls.model_fields.keys()  # a typo of an optional key is one too
-            info.context.update(f"{cls.__name__.lower()}.{_label(key)}" for key in extra)
+            info.context.update(f"{cls.__name__.lower()}.{label(key)}" for key in extra)
         return value
 
 
@@ -187,7 +187,7 @@ class Faults(list):
 
 def _reason(fault: dict) -> str:
     """`field: reason` of one fault that pydantic reports."""
-    where = ".".join(map(_label, fault["loc"]))
+    where = ".".join(map(label, fault["loc"]))
     reason = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error" and re.match(r"[a-z_]+: ", reason):  # names its field itself
         return f"{where}.{reason}" if where else reason
@@ -300,15 +300,54 @@ def cut_time(user: User, share: float) -> datetime | None:
     return future[0].timestamp if future else None
 
 
+SPACELESS = {"zh", "ja"}  # languages that put no spaces between words
+_LATIN = r"A-Za-z\u00c0-\u024f"
 _SCRIPTS = {
     "zh": re.compile(r"[\u3400-\u9fff]"),  # a character of Chinese says what a word does
-    "en": re.compile(r"[A-Za-z\u00c0-\u024f]+"),  # and other Latin scripts, by words
-    "other": re.compile(r"[^\W\d_A-Za-z\u00c0-\u024f\u3400-\u9fff]+"),
+    "en": re.compile(rf"[{_LATIN}]+"),  # Latin script, by words: which language is asked below
+    "ko": re.compile(r"[\uac00-\ud7a3]+"),
+    "ru": re.compile(r"[\u0400-\u04ff]+"),  # all Cyrillic
+    "other": re.compile(rf"[^\W\d_{_LATIN}\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3\u0400-\u04ff]+"),
 }
+_KANA = re.compile(r"[\u3041-\u3096\u30a1-\u30fa]")
+# A Chinese text about a name in kana.
+_NOT_JAPANESE = re.compile("[吗呢们这么怎没给让说讲读谁哪你您她语别习汉书车问间时对发样过还进关]")
+# Function words that tell languages of Latin script apart; none is an English word.
+_WORDS = {
+    "en": "the of and to in is are was how what which why where when who for with on an my do does "
+          "can should about from at that this i me it not be or by as vs your their more best",
+    "es": "el los las del una unos cómo como qué que por para con es mi mis y dónde cuál cuáles "
+          "hacer sobre mejor mejores más de la en hay puedo quiero ¿ ¡",
+    "de": "der das und ist nicht ein eine einen einem wie ich mit für auf den dem von zu welche "
+          "welcher wo im bei oder kann über nach mein meine am zum zur sind beste besten",
+    "fr": "le les des du une et est comment je pour avec dans sur mon ma mes que qui quel quelle "
+          "quels où pourquoi de la en à au aux un meilleur meilleurs",
+    "pt": "o os uma como que para com é meu minha e do da dos das em no na não melhor fazer são",
+    "it": "il lo gli della del di un una come che per con è mio mia e nel sono migliore fare quale",
+}
+LATIN = {language: frozenset(words.split()) for language, words in _WORDS.items()}
 
 
-def language(text: str) -> str:
-    """Return the script that dominates: "zh" (Chinese characters), "en" (Latin words), "other"."""
+def language(text: str, undecided: str = "en") -> str:
+    """The language of a text: "zh", "ja", "ko", "ru" (Cyrillic), one of LATIN, or "other".
+
+    undecided: of a text in Latin script whose words do not tell, such as "Dune novels".
+    """
     # Counts, not shares: "iPhone 15 怎么样" is a Chinese question about a Latin name.
     counts = {name: len(script.findall(text)) for name, script in _SCRIPTS.items()}
-    return max(counts, key=counts.get) if any(counts.values()) else "other"
+    kana = len(_KANA.findall(text))
+    counts["ja"] = (kana + counts["zh"]) if kana and not _NOT_JAPANESE.search(text) else 0
+    counts["zh"] -= counts["ja"] > 0  # the same characters: a tie is Japanese
+    script = max(counts, key=counts.get) if any(counts.values()) else "other"
+    return _of_latin(text, undecided) if script == "en" else script
+
+
+def _of_latin(text: str, undecided: str) -> str:
+    # Capitals within a text are names: "La La Land", "Los Angeles".
+    first, *rest = re.findall(rf"[{_LATIN}]+|[¿¡]", text)
+    if first in "¿¡" and rest:
+        rest[0] = rest[0].lower()  # it begins the sentence
+    words = [first.lower(), *rest]
+    hits = Counter({name: sum(word in known for word in words) for name, known in LATIN.items()})
+    (best, most), (_, second) = hits.most_common(2)  # of equals English: it stands first
+    return best if most > second and most >= (1 if best == "en" else 2) else undecided

@@ -4,6 +4,7 @@
     python eval.py --reproduce all --seeds 3           # every table of the paper (tables/)
     python eval.py --over runs/a runs/b                # finished runs of several seeds, together
     python eval.py --people users.jsonl                # every method writes for real people
+    python eval.py --later users.jsonl eval.max_users=60   # do they ask it later? results/later.md
 
 The metrics stand in stages/metrics.py, the stage in stages/eval.py.
 """
@@ -16,7 +17,7 @@ from pathlib import Path
 import train
 from config import load_config
 from files import ROOT, script
-from tables import people, reproduce, seeds
+from tables import later, people, reproduce, seeds
 
 
 def main() -> None:
@@ -33,10 +34,13 @@ def main() -> None:
                         "results/values/, that differ in their seeds alone: one page")
     parser.add_argument("--people", metavar="FILE", help="a users.jsonl: every method writes for "
                         "eval.examples of its people; a page to read, one to mark blind")
+    parser.add_argument("--later", nargs="+", metavar="FILE", help="users.jsonl files: starters "
+                        "from the past of eval.max_users people each, judged by what they asked "
+                        "later; or files of results/values/: the same page")
     parser.add_argument("--marks", nargs="+", metavar="FILE", help="readers' marks of that page, "
                         "JSON lines: counted into its head")
-    parser.add_argument("--out", type=Path, help="of --people, --marks: a folder; of --over: a "
-                        "page. Default: results, results/seeds.md")
+    parser.add_argument("--out", type=Path, help="of --people, --marks: a folder; of --over, "
+                        "--later: a page. Default: results, results/seeds.md, results/later.md")
     parser.add_argument("settings", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()  # settings may stand before or behind options
     out = arguments.out or ROOT / "results"
@@ -50,16 +54,20 @@ def main() -> None:
         config = load_config(arguments.config, arguments.settings)
         people.write_people(config, arguments.people, out)
         return
+    # argparse gives all words that follow an option of many words to it, settings too.
+    named = [*(arguments.reproduce or ()), *(arguments.later or ())]
+    words = [word for word in named if "=" in word] + arguments.settings
+    named = [word for word in named if "=" not in word]
+    if arguments.later:
+        config = load_config(arguments.config, words)
+        later.write_later(config, named, arguments.out or ROOT / "results" / "later.md")
+        return
     if not arguments.reproduce:  # one run, Table 1
         train.run_stages(load_config(arguments.config, arguments.settings), ["eval"])
         return
-    # argparse gives all words that follow --reproduce to it, settings too.
-    words = [word for word in arguments.reproduce if "=" in word] + arguments.settings
-    # What is no table is refused by name there.
-    tables = [word for word in arguments.reproduce if "=" not in word]
     count = arguments.seeds or (1 if arguments.quick else 3)  # reported ones begin at 0
-    reproduce.reproduce(
-        tables, count, arguments.config, words, arguments.quick, arguments.first_seed
+    reproduce.reproduce(  # what is no table is refused by name there
+        named, count, arguments.config, words, arguments.quick, arguments.first_seed
     )
 
 

@@ -145,6 +145,9 @@ def atomic_path(path: str | Path):
             rest.unlink(missing_ok=True)
 
 
+AGAIN = "bring back a copy, or delete it and run the stage that writes it again"
+
+
 def write_json(path: str | Path, value) -> None:
     text = json.dumps(value, indent=1, ensure_ascii=False)  # people read these, and their diffs
     with atomic_path(path) as temporary:
@@ -152,7 +155,10 @@ def write_json(path: str | Path, value) -> None:
 
 
 def read_json(path: str | Path):
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # cut short by a full disk or a copy, say
+        raise UserError(f"{path}: damaged, no JSON ({error}); {AGAIN}") from None
 
 
 def write_tensors(path: str | Path, tensors: dict) -> None:
@@ -164,9 +170,13 @@ def write_tensors(path: str | Path, tensors: dict) -> None:
 
 
 def read_tensors(path: str | Path) -> dict:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    return load_file(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged, no weights ({error}); {AGAIN}") from None
 
 
 WRITE_FAILED = ("SQLITE_FULL", "SQLITE_BUSY", "SQLITE_READONLY")  # not the mistakes of a query

@@ -285,8 +285,11 @@ def per_user_auc(scores, labels) -> float:
 # ------------------------------------------------------------------------------------- RID: gate
 
 
+GATE_INPUTS = 6
+
+
 def gate_inputs(scores, history: History) -> np.ndarray:
-    """What tells the odds of a revisit (N, 6): s(u, h), and the user's own base rate beside it.
+    """What tells the odds of a revisit (N, GATE_INPUTS): s(u, h), and the user's own base rate.
 
     Eq. (3) compares within a user alone, so that equal scores of two users may mean different
     odds. A linear function of these keeps the order within a user.
@@ -340,14 +343,19 @@ def gate(scores, threshold: float, min_keep: int, max_keep: int) -> list[int]:
 
 def distil(
     scores, threshold: float, min_keep: int, max_keep: int, embeddings: Tensor,
-    duplicate_cosine: float,
+    duplicate_cosine: float, alike: Callable[[int, int], bool] = lambda i, j: True,
 ) -> list[int]:
-    """The gate, with near-duplicates collapsed to the latest (the highest index), best first."""
+    """The gate, with near-duplicates collapsed to the latest (the highest index), best first.
+
+    alike: whether two that are as near as that may be duplicates. What an encoder cannot read is
+    near everything: to MiniLM all Chinese names are unknown words, and equal.
+    """
     cosine = embeddings @ embeddings.T  # (N, N)
     passed = set(gate(scores, threshold, 0, len(scores)))
     groups: list[list[int]] = []
     for i in gate(scores, threshold, len(scores), len(scores)):
-        twin = next((g for g in groups if cosine[i, g[0]] > duplicate_cosine), None)
+        twin = next((g for g in groups if cosine[i, g[0]] > duplicate_cosine
+                     and alike(i, g[0])), None)
         if twin:
             twin.append(i)
         elif len(groups) < max_keep and (i in passed or len(groups) < min_keep):

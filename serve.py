@@ -28,6 +28,9 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+if __name__ == "__main__":  # what follows takes seconds to import, and models some more
+    print("serve.py: loading; the address comes when it answers", file=sys.stderr, flush=True)
+
 import prometheus_client as prometheus
 import torch
 import uvicorn
@@ -55,7 +58,7 @@ from serving.bodies import (
 from serving.connections import Seldom, descriptors, limited
 from serving.desk import Desk, precompute
 from serving.engine import Engine
-from serving.front import Front, busy, key_for, refusal
+from serving.front import Front, busy, is_loopback, key_for, refusal
 from serving.queue import Full, Job, log, where
 from serving.store import Store
 from serving.suggest import Suggestions
@@ -77,7 +80,7 @@ def create_app(
                   responses={status: {"model": Fault} for status in STATUSES},
                   exception_handlers={RequestValidationError: refuse,
                                       AnyHTTPException: refuse_shortly,
-                                      sqlite3.OperationalError: no_store})
+                                      sqlite3.DatabaseError: no_store})
     app.state.desk, app.state.server = desk, None  # server: uvicorn's, while it serves
     app.add_middleware(Front, desk=desk, host=host, key=key)  # before every route, also new ones
     app.include_router(router)
@@ -106,8 +109,8 @@ async def refuse_shortly(request: Request, error: AnyHTTPException) -> JSONRespo
     return refusal(request.url.path, error)
 
 
-async def no_store(request: Request, error: sqlite3.OperationalError) -> JSONResponse:
-    log.error("store: %s", where(error))  # a full disk, or a process that holds the file
+async def no_store(request: Request, error: sqlite3.DatabaseError) -> JSONResponse:
+    log.error("store: %s", where(error))  # a full disk, a process that holds the file, damage
     return refusal(request.url.path, HTTPException(503, STORE_FAILED, {"Retry-After": "1"}))
 
 
@@ -279,9 +282,10 @@ async def livez():  # the process runs
 @router.get("/readyz")
 async def readyz(request: Request, desk: AppDesk):
     # And takes requests: not any more once it was told to stop.
-    if desk.queue.thread.is_alive() and not getattr(request.app.state.server, "should_exit", 0):
-        return {"status": "ready"}
-    return JSONResponse({"status": "stopping"}, 503)
+    if getattr(request.app.state.server, "should_exit", 0) or not desk.queue.thread.is_alive():
+        return JSONResponse({"status": "stopping"}, 503)
+    await asyncio.to_thread(desk.store.db.check)  # else no_store answers
+    return {"status": "ready"}
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
@@ -363,6 +367,9 @@ def main() -> None:
         store.close()  # the desk's thread was never started
         return
     app = create_app(config, engine, store, arguments.host)
+    if not is_loopback(arguments.host):
+        log.warning("HTTP is readable on its way, the key too: let a proxy with TLS (Caddy, nginx) "
+                    "stand before it, and see docs/serving.md")
     gc.collect()
     gc.freeze()  # or a full collection looks at all of torch, and everyone waits for 0.3 s
     sock.listen(2048)  # who comes before uvicorn is ready waits

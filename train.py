@@ -10,8 +10,8 @@
     python train.py --config configs/garm.yaml         # a sibling paper: From Clicks to Preference
 
 Stages: world -> base -> summarize -> match -> rid -> ranker -> sit -> dpo -> eval, and merge where
-asked for; of run.method=garm: world -> base -> dialogues -> sft -> reward -> fuse -> rl -> eval. The
-loop of each stands in stages/, in the file of its name. A stage is skipped if its settings and
+asked for. Of run.method=garm: world -> base -> dialogues -> sft -> reward -> fuse -> rl -> eval.
+The loop of each stands in stages/, in the file of its name. A stage is skipped if its settings and
 inputs have not changed, and runs its predecessors first if they are missing.
 
 Departures from the paper: LoRA instead of full fine-tuning; teacher and revisit matcher are offline
@@ -38,7 +38,7 @@ import torch
 
 import data
 import llm
-from config import TINY, Config, GeneratorConfig, load_config
+from config import TINY, Config, GeneratorConfig, RlConfig, load_config
 from files import UserError, digest, file_digest, gather, processes, script
 from roles.players import Players, players_of
 from run import Run, one_line, sum_counts
@@ -111,6 +111,9 @@ STAGES = {
     "eval": Stage(stage_eval, ("dpo",), ("eval",)),
     "merge": Stage(stage_merge, ("dpo",), ("generator",), alone=True),
 }
+PROBED = [  # what a short probe of RL depends on
+    f"rl.{name}" for name in RlConfig.model_fields
+    if name not in ("arms", "steps", "candidates", "rft_contexts")]
 GARM = {  # From Clicks to Preference: garm.py, docs/garm.md
     "world": Stage(
         stage_dialogue_world, (), ("dialogues", "data", "encoder"), alone=True),
@@ -118,7 +121,7 @@ GARM = {  # From Clicks to Preference: garm.py, docs/garm.md
     "dialogues": Stage(stage_dialogues, ("world", "base"), (), alone=True),
     "sft": Stage(stage_sft, ("dialogues",), ("generator", "sft")),
     "reward": Stage(stage_reward, ("dialogues",), ("generator", "reward")),
-    "fuse": Stage(stage_fuse, ("sft", "reward"), ("fuse", "rl", "roles.judge")),
+    "fuse": Stage(stage_fuse, ("sft", "reward"), ("fuse", *PROBED, "roles.judge")),
     "rl": Stage(stage_rl, ("fuse",), ("rl", "sft", "dpo", "roles.judge")),
     "eval": Stage(garm_eval.stage_eval, ("rl",), ("eval",)),
 }
@@ -130,7 +133,8 @@ HOW = (
     "generator.micro_batch", "generator.gradient_checkpointing", "data.feedback",
     "dpo.pairs_per_user",
 )
-ROUNDS = ("dpo.rounds", "dpo.vanilla")  # a round of DPO is the same whatever follows it
+# A round of DPO is the same whatever follows it; a reward model or an arm, whatever is beside it.
+ROUNDS = ("dpo.rounds", "dpo.vanilla", "reward.kinds", "rl.arms")
 
 
 def stage_key(run: Run, name: str, *without: str) -> str:

@@ -80,6 +80,9 @@ class Encoder:
             vectors.update(zip(part, rows.float().cpu(), strict=True))  # (D,) each
         return vectors
 
+    def __contains__(self, text: str) -> bool:
+        return _key(text) in self._vectors
+
     @property
     def dim(self) -> int:
         """D."""

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.utils import logging as transformers_logging
 
 from config import TINY, GeneratorConfig
-from files import ROOT, UserError, atomic_path, read_json, read_tensors, write_json
+from files import AGAIN, ROOT, UserError, atomic_path, read_json, read_tensors, write_json
 from llm.weights import make_smollm2, smollm2_folder
 
 # peft takes seconds to import, for which a command without an adapter need not wait: it is imported
@@ -145,10 +145,26 @@ def add_lora(model, rank: int, alpha: int, seed: int):
     return get_peft_model(model, settings).eval()
 
 
+@contextlib.contextmanager
+def whole_adapter(folder: str | Path):
+    """Loads an adapter inside; raises UserError where its files are damaged or hold no numbers."""
+    tensors = read_tensors(Path(folder) / "adapter_model.safetensors")
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise UserError(f"{folder}: weights that are no finite numbers; {AGAIN}")
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:  # as the files may be broken
+        if isinstance(error, torch.OutOfMemoryError):  # explained where the stage is known
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder}: no adapter of this model ({reason}); {AGAIN}") from None
+
+
 def load_adapter(model, folder: str | Path, trainable: bool):
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable).eval()
+    with whole_adapter(folder):
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable).eval()
 
 
 def save_adapter(model, folder: str | Path) -> None:

@@ -57,10 +57,18 @@ _NUMBER = (
     r"|\d{1,2}:\s|\d️?⃣|[①-⑳]|[一二三四五六七八九十]{1,3}[、．.]"
     r"|(?:question|starter|suggestion|request|prompt|问题|建议|q)\s?#?\d{1,2}\s?[.):：、-])"
 )
+# "A: 2. ", "You can ask me: ": words before a colon and a number, or a known word of asking. Of at
+# most so many characters, or a text of colons would be read over and over.
+_LABEL = (
+    rf"(?:[^\W\d_][^:：\n.?!？！。]{{0,39}}[:：]\s{{0,3}}(?={_NUMBER})"
+    r"|(?:q|a|question|answer|reply|suggestion|starter|request|prompt|user|assistant|topic"
+    r"|(?:you (?:can|could|may|might)|try|ask me|how about|what about|next)[^:：\n.?!]{0,30}"
+    r"|问|答|问题|回答|建议|用户|你可以(?:问|这样问)我?)\s?(?:：|:(?!\w)))"
+)
 _BULLET = r"(?:[•·●○◦‣▪■□◆★☆✦✓✔➤→▶]|[-–—*+](?=\s)|\[[ xX]?\](?=\s))"
-# A run of spaces, quotes, bullets, heading marks and numbering.
+# A run of spaces, quotes, bullets, heading marks, numbering and labels.
 LEAD = re.compile(
-    rf"(?:[\s{QUOTES}\-*•·–—`]|#{{1,6}}\s|>\s|{_BULLET}|{_NUMBER})+", re.IGNORECASE
+    rf"(?:[\s{QUOTES}\-*•·–—`]|#{{1,6}}\s|>\s|{_BULLET}|{_NUMBER}|(?<!\w){_LABEL})+", re.IGNORECASE
 )
 # Around words only: **kwargs, __init__, A* and 2 * 3 are left as they are.
 BOLD = re.compile(r"(?<![\w*])\*\*(?=[^\s*])([^*]+)(?<=[^\s*])\*\*(?![\w*])")
@@ -81,7 +89,8 @@ def clean_starter(item: str) -> str:
     for _ in range(8):  # marks within marks: of an ordinary text there are two or three
         bare = _without_marks(item)
         if bare == item:
-            return item
+            # Without a letter or a digit of any script it says nothing: ",", "🎉", but "C++", "5G".
+            return item if any(map(str.isalnum, item)) else ""
         item = bare
     return ""  # hostile
 
@@ -169,7 +178,13 @@ def _items(text: str, closed: bool) -> list[str]:
         lines = marked  # without a preface and remarks
     elif len(lines) > 1 and lines[0].rstrip().endswith((":", "：")):
         lines = lines[1:]
-    return [item for line in lines for item in line.split("&&") if item.strip()]
+    return _separated(lines)
+
+
+def _separated(lines: list[str]) -> list[str]:
+    """What stands between `&&`, and behind numbers between them: no two are left as one."""
+    parts = [part for line in lines for part in line.split("&&")]
+    return [item for part in parts for item in _numbered_parts(part) if item.strip()]
 
 
 def _loose_items(answer: str) -> list[str]:
@@ -179,7 +194,7 @@ def _loose_items(answer: str) -> list[str]:
     text, ended, _ = answer.partition("</sug>")  # of a field that a server has opened
     lines = [*filter(str.strip, (PREFACE.sub("", x) for x in _lines(text, bool(ended))))]
     if joined := [line for line in lines if "&&" in line]:
-        items = [item for line in joined for item in line.split("&&") if item.strip()]
+        items = _separated(joined)
     else:
         items = _marked(lines) or _bare(lines)
     return [item for item in items if len(item) <= LONGEST and item.count("`") != 1]
@@ -191,7 +206,7 @@ PREFACE = re.compile(
 )
 MARKS = [
     re.compile(rf"([\s>]*)(?:[*_#` ]{{0,5}}){mark}", re.IGNORECASE)
-    for mark in (_NUMBER, _BULLET, r"[\"“「]")
+    for mark in (rf"(?:{_LABEL})?{_NUMBER}", _BULLET, r"[\"“「]")
 ]
 
 
@@ -234,13 +249,8 @@ def _split_line(line: str) -> list[str]:
     """One line as several, where it holds a list by other signs than `&&`."""
     if "&&" in line:
         return [line]
-    expected, cuts = 1, []
-    for number in _NUMBER_WITHIN.finditer(line):
-        if int(number[1]) == expected:  # 1. a 2. b 3. c
-            cuts.append(number.start())
-            expected += 1
-    if len(cuts) > 1:
-        return [line[a:b] for a, b in itertools.pairwise([*cuts, len(line)])]
+    if len(parts := _numbered_parts(line)) > 1:
+        return parts
     if line.strip()[:1] in tuple(QUOTES):  # "a", "b"
         *parts, last = _quoted_parts(line)
         if parts:
@@ -250,6 +260,21 @@ def _split_line(line: str) -> list[str]:
         if line.count(sign) > 1:
             return line.split(sign)
     return [line]
+
+
+def _numbered_parts(line: str) -> list[str]:
+    """1. a 2. b 3. c, or 2. a? 4. b: the parts behind each number; else the line as it is."""
+    cuts, last = [], 0
+    begin = lead.end() if (lead := LEAD.match(line)) else 0  # with its first number
+    for number in _NUMBER_WITHIN.finditer(line):
+        value, before = int(number[1]), line[: number.start()].rstrip()[-1:]
+        first = not cuts and number.start() < begin  # of whatever value: a label may have hidden 1.
+        if first or value == last + 1 or (cuts and value > last and before in tuple("?!？！。")):
+            cuts.append(number.start())
+            last = value
+    if len(cuts) < 2:  # a number is no list
+        return [line]
+    return [line[a:b] for a, b in itertools.pairwise([*cuts, len(line)])]
 
 
 _NUMBER_WITHIN = re.compile(r"(?:^|(?<=\s))[(（*]{0,3}(\d{1,2})[.)．、）：]+(?=\s?[^\s\d])")

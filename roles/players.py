@@ -18,7 +18,7 @@ import roles
 from config import Config
 from data import Message, User
 from roles import chat, prompted
-from roles.text import Encode
+from roles.text import Encode, unfit
 from roles.writer import Writer, drained, fit_to_show
 from run import Run
 
@@ -82,8 +82,9 @@ class Players:
         summaries = iter(self.summarise([s.messages for s in bare]) if bare else [])
         sessions = [s if s.summary else s.model_copy(update={"summary": next(summaries)})
                     for s in user.sessions]
-        # A summariser's call may have failed: that session is left out.
-        fit = [s for s in sessions if s.summary and not roles.is_unsuitable(s.summary)]
+        # A summariser's call may have failed: that session is left out. Only words that leave no
+        # doubt count here; what the others mean is judged with its embedding (stages/rid.py).
+        fit = [s for s in sessions if s.summary and not unfit([s.summary], None)[0]]
         return user.model_copy(update={"sessions": fit})
 
     def calls(self) -> dict[str, int]:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from data import Message, language
+from data import SPACELESS, Message, language
 from files import progress
 from llm import clean_starter, format_starters
 from roles import text
@@ -25,24 +25,27 @@ from roles.text import Encode, cosines, is_functional, key_phrases, normal_form
 # .60 and a recall of .97; what other values give stands beside them.
 MATCH_COSINE = 0.45  # where a phrase is shared; .3: the same, .65: recall .87
 MATCH_COSINE_ALONE = 0.85  # the same in other words; .75: precision .56, .95: .65
+SAID = 20  # first messages and sentences in which a summary looks for a subject
+_SENTENCE = re.compile(r"(?<=[.?!])\s+|(?<=[。？！])")
 THEME_SHARE = 0.02  # of the people: their "travel tips" is a field, no subject; 1: precision .44
 
 
 def _angles(lang: str) -> list[list[tuple[str, str]]]:
-    """Of each angle its templates: ("kind|kind" of subject, or "any"; text with {x})."""
+    """Of each angle its templates: ("kind|kind" of subject, or "any"; text with {x}); none in a
+    language that templates.yaml does not have: nobody is answered in another one."""
     # Fresh lists, as the teacher shuffles them and uses them up.
     return [[template for item in items for template in item.items()]
-            for items in text.read_yaml("templates.yaml")[lang].values()]
+            for items in text.read_yaml("templates.yaml").get(lang, {}).values()]
 
 
 def _unit(phrase: str) -> str:
     """A phrase as the matcher compares it: lower-case words, or the Chinese text as it is."""
-    return phrase.casefold() if language(phrase) == "zh" else normal_form(phrase)
+    return phrase.casefold() if language(phrase) in SPACELESS else normal_form(phrase)
 
 
 def _spans(phrase: str) -> set[str]:
     """Every run of whole words in a phrase; of two or more characters in Chinese."""
-    zh = language(phrase) == "zh"
+    zh = language(phrase) in SPACELESS
     words = (list(_unit(phrase)) if zh else _unit(phrase).split())[:12]  # there are n^2 / 2 spans
     ends, least = itertools.combinations(range(len(words) + 1), 2), 2 if zh else 1
     return {("" if zh else " ").join(words[i:j]) for i, j in ends if j - i >= least}
@@ -72,7 +75,7 @@ def _best_first(phrases: Sequence[str]) -> list[str]:
 def _subject(phrase: str, interest: str) -> str:
     """A key phrase as it stands in a template: short, and with its article; "" if unusable."""
     phrase = re.sub(r"&{2,}|[<>{}]", " ", phrase)  # neither markup nor a placeholder
-    if language(phrase) == "zh":
+    if language(phrase) in SPACELESS:
         return clean_starter(phrase[:8])  # short, as a template adds about as much
     words, small = phrase.split(), text.lexicon()["words"]["stop"] | {"and", "of", "the"}
     if len(words) > 5:  # the first of two names; or else cut, but not after "of"
@@ -90,8 +93,8 @@ def _subject(phrase: str, interest: str) -> str:
 
 def _is_brief(starter: str) -> bool:
     """At most 10 words or 16 Chinese characters: well below the limits of text.py."""
-    words, zh = starter.split(), language(starter) == "zh"
-    return len("".join(words)) <= 16 if zh else len(words) <= 10
+    words, spaceless = starter.split(), language(starter) in SPACELESS
+    return len("".join(words)) <= 16 if spaceless else len(words) <= 10
 
 
 def _kind(phrase: str, interest: str) -> str:
@@ -111,14 +114,15 @@ class Rules:
     def write(self, inputs: Iterable[list[str]], n: int, seeds: Iterable[int]) -> list[str]:
         """Of each input `<think> .. </think><sug> a && b </sug>` with n starters: a key phrase of
         each interest in turn, under varied angles, in the language of most. Chores come only when
-        nothing else is left; fewer than n only if no phrase is usable or the templates run out."""
+        nothing else is left; fewer than n only if no phrase is usable or the templates run out,
+        none where there are no templates in that language."""
         return [self._write(interests, n, random.Random(seed))
                 for interests, seed in zip(inputs, seeds, strict=True)]
 
     def _write(self, interests: list[str], n: int, rng: random.Random) -> str:
-        wanted = text.majority_language(interests)  # "other": English templates
-        subjects = self._subjects([i for i in interests if language(i) == wanted])
-        angles = _angles("zh" if wanted == "zh" else "en")
+        wanted = text.majority_language(interests)
+        subjects = self._subjects([i for i in interests if text.in_language(i, wanted)])
+        angles = _angles(wanted)
         rng.shuffle(angles)  # these draws are part of a run: two shuffles, in this order
         for angle in angles:
             rng.shuffle(angle)
@@ -133,14 +137,13 @@ class Rules:
         reasoning = f"<think> Interests worth building on: {named}. </think>"
         return reasoning + format_starters(starters)  # the form of Table 4
 
-    @staticmethod
-    def _subjects(interests: list[str]) -> list[tuple[list[str], str]]:
+    def _subjects(self, interests: list[str]) -> list[tuple[list[str], str]]:
         """(short key phrases, kind) of each usable interest; chores only if all are."""
         subjects, taken = {False: [], True: []}, set()  # by whether it is a chore
-        for interest in interests:
+        for interest, reason in zip(interests, text.unfit(interests, self.encode), strict=True):
             phrases = [_subject(phrase, interest) for phrase in _best_first(key_phrases(interest))]
             phrases = [p for p in phrases if p and len(p) <= 60 and normal_form(p) not in taken]
-            if phrases and not text.is_unsuitable(interest):
+            if phrases and not reason:
                 taken.add(normal_form(phrases[0]))
                 subjects[is_functional(interest)].append((phrases, interest))
         return subjects[False] or subjects[True]
@@ -217,14 +220,16 @@ class Rules:
                 for queries, new in rows]
 
     def summarise(self, sessions: Iterable[list[Message] | None]) -> list[str]:
-        """Of each session the first sentence of the first user message, cut to 12 words or 20
-        Chinese characters; empty where nothing was said."""
+        """Of each session the user's first sentence with a subject, cut to 12 words or 20 Chinese
+        characters; one without a subject if there is none; empty where nobody but greets."""
         lines = []
         for messages in sessions:
             said = [m for m in messages or () if m.content.strip()]
-            said.sort(key=lambda m: m.role != "user")  # else what the assistant said first
-            first = said[0].content.strip() if said else ""
-            sentence = re.split(r"(?<=[.?!])\s+|(?<=[。？！])", first, maxsplit=1)[0]
-            zh = language(sentence) == "zh"
-            lines.append(sentence[:20] if zh else " ".join(sentence.split()[:12]))
+            said = [m for m in said if m.role == "user"] or said  # else what the assistant said
+            texts = (m.content[:4000].strip() for m in said[:SAID])
+            parts = [part for content in texts for part in _SENTENCE.split(content)]
+            parts = [part for part in parts[:SAID] if part and not text.is_greeting(part)]
+            sentence = next(filter(key_phrases, parts), parts[0] if parts else "")
+            spaceless = language(sentence) in SPACELESS
+            lines.append(sentence[:20] if spaceless else " ".join(sentence.split()[:12]))
         return lines

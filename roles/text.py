@@ -18,11 +18,12 @@ import numpy as np
 import torch
 import yaml
 
-from data import language
+from data import LATIN, SPACELESS, language
 
 Encode = Callable[[list[str]], torch.Tensor]  # n texts -> (n, D), unit rows
+UNREAD = {"zh", "ja", "ko", "ru", "other"}  # what MiniLM, which has read English, cannot tell apart
 
-_TOKEN = re.compile(r"\w+(?:['\-./]\w+)*(?:\+\+|#)?")  # wall-e, isn't, 3.5, C++, C#
+_TOKEN = re.compile(r"\w+(?:(?:['\-./]|::)\w+)*(?:\+\+|#)?")  # wall-e, isn't, 3.5, std::move, C++
 _MATHS = re.compile(r"\$[^$]*\$|\\\w+")  # TeX, common in forums: no words
 _QUOTED = re.compile(r"[\"“「《]([^\"“”「」《》]{2,60})[\"”」》]")
 
@@ -37,14 +38,15 @@ def read_yaml(name: str) -> dict:
 
 @functools.cache
 def lexicon() -> dict[str, dict]:
-    """words.yaml: "words" -> name -> set; other sections -> name -> regular expression."""
+    """words.yaml: "words" -> name -> set; "subjects" -> name -> texts; else regular expressions."""
     sections = dict(read_yaml("words.yaml"))
     words = {name: frozenset(words.split()) for name, words in sections.pop("words").items()}
-    return {"words": words} | {
+    return {"words": words, "subjects": sections.pop("subjects")} | {
         section: {name: re.compile("|".join(lines.splitlines()), re.IGNORECASE)
                   for name, lines in patterns.items()} for section, patterns in sections.items()}
 
 
+@functools.lru_cache(maxsize=100_000)  # a summary is judged at every cut of its user's history
 def kind_of(text: str, section: str) -> str | None:
     """The first name in a section of words.yaml whose pattern is in the text."""
     kinds = lexicon()[section].items()
@@ -81,6 +83,11 @@ def is_functional(text: str) -> bool:
     requests, named = lexicon()["patterns"], lexicon()["words"]["functional"]
     return bool(not named.isdisjoint(words_of(text)) or requests["functional_zh"].search(text)
                 or requests["chore"].search(text.strip(" .!?")))
+
+
+def is_greeting(text: str) -> bool:
+    """Nothing but a greeting, thanks or an interjection: "hi", "Hey Mel!", "谢谢"."""
+    return lexicon()["patterns"]["greeting"].fullmatch(text.strip(" .!?~,。！？～，…")) is not None
 
 
 # ------------------------------------------------------------------------------------ key phrases
@@ -150,7 +157,9 @@ def key_phrases(text: str) -> tuple[str, ...]:
     """Specific subjects of a text, best first: quoted, names, then runs of content words."""
     text = _MATHS.sub(" , ", _one_spelling(text[:2000]))  # no page is a summary
     phrases = [quoted.strip() for quoted in _QUOTED.findall(text)]
-    if language(text) == "zh":  # no spaces and no capitals: what the words of asking leave
+    if language(text) == "ja":  # names stand in characters and katakana, the rest in hiragana
+        phrases += sorted(re.findall("[㐀-鿿々ァ-ヺー]{2,}", text), key=len, reverse=True)
+    elif language(text) == "zh":  # no spaces and no capitals: what the words of asking leave
         rest = lexicon()["patterns"]["request_zh"].sub("\n", _QUOTED.sub("\n", text))
         parts = [part.strip(" -·") for part in re.findall(r"[㐀-鿿\w·+#\- ]+", rest)]
         phrases += sorted((part for part in parts if len(part) > 1), key=len, reverse=True)
@@ -163,7 +172,9 @@ def key_phrases(text: str) -> tuple[str, ...]:
         # A part of one that is kept already adds nothing.
         if _is_specific(phrase) and not any(f" {low} " in f" {other} " for other in kept):
             kept[low] = phrase
-    return tuple(kept.values())
+    # An owner alone names nothing where its thing is named too: Grover's, Grover's algorithm.
+    return tuple(phrase for low, phrase in kept.items() if not (
+        low.endswith("'s") and any(other.startswith(f"{low} ") for other in kept)))
 
 
 def _word_forms(text: str) -> set[str]:
@@ -195,29 +206,83 @@ def grounded(starter: str, interests: Sequence[str]) -> bool:
 # ---------------------------------------------------------------------------------------- filters
 
 
-def is_unsuitable(text: str) -> str | None:
-    """'medical', 'sensitive' or 'invasive', or None. Cautious: a word list does not judge."""
-    return kind_of(text, "unsuitable")
+# By hand, for MiniLM, on half of tests/safety.yaml: cosine to the nearest subject that is unfit,
+# and how much nearer it is than the nearest harmless one.
+UNFIT_COSINE, UNFIT_MARGIN = 0.40, 0.16
+DOUBTFUL_COSINE, DOUBTFUL_MARGIN = 0.30, 0.05  # where a doubtful word stands in the text
+
+
+def is_unsuitable(text: str, among: Sequence[str] = ()) -> str | None:
+    """'medical', 'sensitive' or 'invasive', by words, or None.
+
+    among: interests, which were judged themselves; a doubtful word of theirs is none.
+    """
+    if reason := kind_of(text, "unsuitable"):
+        return reason
+    named = "\n".join(among).casefold()
+    for reason, pattern in lexicon()["doubtful"].items():
+        if any(match[0].casefold() not in named for match in pattern.finditer(text)):
+            return reason
+    return None
+
+
+def unfit(texts: Sequence[str], encode: Encode | None, vectors: torch.Tensor | None = None) -> list:
+    """Of each summary why nobody should be reminded of it, or None: by words that leave no doubt,
+    or by what it means. vectors (n, D): the texts' embeddings, where they are at hand."""
+    # A greeting is no harm, but nothing to bring up either.
+    reasons = [kind_of(text, "unsuitable") or ("greeting" if is_greeting(text) else None)
+               for text in texts]
+    # To MiniLM all Chinese is alike: there the words alone judge.
+    read = [i for i, text in enumerate(texts) if not reasons[i] and language(text) not in UNREAD]
+    if not read or encode is None:
+        return reasons
+    subjects = [(kind, text) for kind, some in lexicon()["subjects"].items() for text in some]
+    kinds = np.array([kind for kind, _ in subjects])
+    rows = encode([texts[i] for i in read]) if vectors is None else vectors[read]  # (n, D)
+    cosine = (rows.cpu() @ encode([text for _, text in subjects]).cpu().T).numpy()  # (n, subjects)
+    harmless = kinds == "harmless"
+    doubtful = np.array([kind_of(texts[i], "doubtful") is not None for i in read])  # (n,)
+    nearest = np.where(harmless, -1, cosine).argmax(1)  # (n,)
+    near, far = cosine[:, ~harmless].max(1), cosine[:, harmless].max(1)  # (n,)
+    found = np.where(
+        doubtful, (near >= DOUBTFUL_COSINE) & (near - far >= DOUBTFUL_MARGIN),
+        (near >= UNFIT_COSINE) & (near - far >= UNFIT_MARGIN))
+    for i in found.nonzero()[0]:
+        reasons[read[i]] = str(kinds[nearest[i]])
+    return reasons
 
 
 def majority_language(interests: Sequence[str]) -> str:
-    # Of equals the one that comes first.
-    return Counter(map(language, interests)).most_common(1)[0][0] if interests else "other"
+    """Of most interests; of equals the one that comes first; "" where no text has a letter."""
+    written = [interest for interest in interests if any(map(str.isalpha, interest))]
+    if not written:
+        return ""
+    most = Counter(map(language, written)).most_common(1)[0][0]
+    if most not in LATIN:
+        return most
+    # A name alone tells no language of this script, all texts together do.
+    return language(" ".join(text for text in written if language(text) in LATIN))
 
 
-def _fault(starter: str, wanted: str) -> str | None:
+def in_language(text: str, wanted: str) -> bool:
+    """Whether the text is in a language; one in Latin script may be undecided."""
+    return language(text, wanted if wanted in LATIN else "en") == wanted
+
+
+def _fault(starter: str, wanted: str, interests: Sequence[str]) -> str | None:
     """Why a starter cannot be shown to somebody who reads `wanted`, or None."""
-    words, zh = words_of(starter), language(starter) == "zh"
-    parts = starter.split()  # the paper's 20 characters; elsewhere 12 words
-    if not (4 <= len("".join(parts)) <= 20 if zh else 2 <= len(parts) <= 12):
+    words, parts = words_of(starter), starter.split()
+    # The paper's 20 characters of Chinese; elsewhere 12 words.
+    spaceless = language(starter) in SPACELESS
+    if not (4 <= len("".join(parts)) <= 20 if spaceless else 2 <= len(parts) <= 12):
         return "length"
     if (re.search(r"</?\w|<\||\|>|&&", starter) or not any(c.isalpha() for c in starter)
             or any(unicodedata.category(c) in ("Cc", "Cs") for c in starter)
             or any(a == b == c for a, b, c in zip(words, words[1:], words[2:], strict=False))):
         return "malformed"  # markup, control characters, or a model that has begun to stammer
-    if wanted != "other" and language(starter) != wanted:  # "other": Cyrillic, say
+    if wanted and not in_language(starter, wanted):
         return "language"
-    return is_unsuitable(starter)
+    return is_unsuitable(starter, interests)
 
 
 def filter_starters(starters: Iterable[str], interests: Sequence[str], seen: Iterable[str] = (),
@@ -230,7 +295,7 @@ def filter_starters(starters: Iterable[str], interests: Sequence[str], seen: Ite
     wanted, shown = majority_language(interests), set(map(normal_form, seen))
     kept, dropped = [], Counter()
     for starter in starters:
-        normal, reason = normal_form(starter), _fault(starter, wanted)
+        normal, reason = normal_form(starter), _fault(starter, wanted, interests)
         if reason or (normal in shown and not repeats):
             dropped[reason or "duplicate"] += 1
         else:

@@ -13,6 +13,7 @@ import contextlib
 import hmac
 import json
 import secrets
+import shutil
 import sqlite3
 import threading
 import time
@@ -23,6 +24,7 @@ from files import UserError
 
 VERSION = 1  # of the tables, in PRAGMA user_version
 WAIT = 10.0  # seconds for another process's lock
+ROOM = 2**20  # bytes that must be free on the disk
 
 # Times are seconds since 1970, UTC.
 # sessions.position: in the history, without gaps.
@@ -54,15 +56,19 @@ class Database:
     """One connection and a lock: any thread may call any method.
 
     Raises UserError if the file is no store, cannot be written, or has tables of another version.
-    A full or failing disk raises sqlite3.OperationalError; the transaction then changed nothing.
+    A full or failing disk raises sqlite3.OperationalError, a damaged file sqlite3.DatabaseError, of
+    which that is a kind; the transaction then changed nothing.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.now, self.lock = time.time, threading.RLock()  # tests put their own clock there
+        self.damaged = False  # pages were met that are none of SQLite's
         try:
             if not self.path.exists():
-                self.path.touch(mode=0o600)  # people's histories; the log gets the same mode
+                self.path.touch(mode=0o600)
+            for file in self.path.parent.glob(f"{self.path.name}*"):  # people's histories, and logs
+                file.chmod(file.stat().st_mode & 0o700)
             self.connection = sqlite3.connect(
                 path, WAIT, isolation_level=None, check_same_thread=False)
             self._open()
@@ -72,6 +78,9 @@ class Database:
     def _open(self) -> None:
         # Check the file and make the tables of a new one; another program's stays as it is.
         self._use_log()
+        if (found := self.rows("PRAGMA quick_check(1)")) != [("ok",)]:
+            raise UserError(f"{self.path}: the store is damaged ({' '.join(found[0][0].split())}); "
+                            "bring back a copy, or name another file with serve.store")
         self.connection.execute("PRAGMA secure_delete=ON")  # zeros, not old text, in what is freed
         self.connection.execute("PRAGMA fullfsync=ON")  # macOS: fsync alone ends in the cache
         with self.transaction(durable=True) as db:  # fails where the file cannot be written
@@ -108,16 +117,40 @@ class Database:
 
     @contextlib.contextmanager
     def transaction(self, durable: bool = False) -> Iterator[sqlite3.Connection]:
-        """All that is executed inside, or none of it; durable: on the disk when it ends."""
-        with self.lock:
+        """All that is executed inside, or none of it; durable: on the disk when it ends.
+
+        Within another one of the same thread it is a part of that."""
+        with self.lock, self._noting_damage():
+            if self.connection.in_transaction:
+                yield self.connection
+                return
             self.connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
             self.connection.execute("BEGIN IMMEDIATE")
             with self.connection:  # commits, or rolls back after an exception
                 yield self.connection
 
     def rows(self, query: str, *values) -> list[tuple]:
-        with self.lock:
+        with self.lock, self._noting_damage():
             return self.connection.execute(query, values).fetchall()
+
+    @contextlib.contextmanager
+    def _noting_damage(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary one
+            self.damaged |= code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+            raise
+
+    def check(self) -> None:
+        """Raises sqlite3.DatabaseError if it cannot be written now, or was found damaged."""
+        if self.damaged:
+            raise sqlite3.DatabaseError("damaged")
+        # A full disk may still have room for one row in the log.
+        if shutil.disk_usage(self.path.parent).free < ROOM:
+            raise sqlite3.OperationalError("the disk is full")
+        with self.transaction() as db:
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('checked', ?)", (self.now(),))
 
     def mac(self, message: bytes) -> bytes:
         """16 bytes that only this file's key makes of a message: it signs, and it makes hashes of

@@ -5,6 +5,7 @@ No HTTP (serve.py) and no thread of its own (queue.py).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import threading
@@ -64,7 +65,8 @@ class Desk:
 
     # A row that is kept ready holds the last answer for a user, method, history and model: what was
     # not yet shown of it is the next answer. `lock` makes each step below whole with respect to the
-    # deletion of a user, after which nothing of that user may be written.
+    # deletion of a user, after which nothing of that user may be written; a transaction does so
+    # where other servers have the same store.
 
     def __init__(self, config: Config, engine: Engine, store: Store):
         self.settings, self.engine, self.store = config.serve, engine, store
@@ -86,7 +88,8 @@ class Desk:
         return digest(self.engine.history_hash(user), model, method)
 
     def _job(self, ask: Ask, **about) -> Job:
-        job = Job(ask, **about)
+        # An ask with its sessions inline is answered even where the store fails.
+        job = Job(ask, **about, deletions=self.store.deletions() if about["by_id"] else 0)
         self.jobs.add(job)
         return job
 
@@ -102,22 +105,23 @@ class Desk:
             method = asked.method or next(iter(self.arms))
             ask = Ask(data.in_time_order(user), asked.n, [], asked.exclude, method, draw)
             return self._job(ask, by_id=False)
-        with self.lock:
+        with self.lock, self.store.db.transaction():
             user_id = asked.user_id
             user = self.store.user(user_id)
             if not user or not (user.sessions or user.profile):  # a newcomer: who says it is whom
                 user = data.User(user_id=user_id, profile=asked.profile, sessions=[])
             method = asked.method or self.arm(user_id)
             row = self.store.ahead(user_id, self._key(user, self.engine.version, method))
-            avoid = self.store.taps.seen(user_id, self.settings.repeat_days, asked.refresh)
-            avoid += asked.exclude
-            left = unseen(row, avoid)
+            seen = self.store.taps.seen(user_id, self.settings.repeat_days, asked.refresh)
+            left = unseen(row, seen + asked.exclude)
             whole = row and is_all(row) and len(left) == len(row["starters"])  # and more never come
             if row and (len(left) >= asked.n or (whole and not asked.refresh)):
                 left = [s | {"source": "cached"} for s in left]
                 return self._reply(user_id, method, asked.n, row, left, request_id)
             # Written with the lock open: a deletion marks the job as forgotten.
-            ask = Ask(user, asked.n, self._shown(user_id), avoid, method, draw)
+            ask = Ask(user, asked.n, self._shown(user_id), seen + asked.exclude, method, draw)
+            if asked.refresh:  # who asks for others and has seen all has them again, not nothing
+                ask = dataclasses.replace(ask, avoid=asked.exclude, again=seen)
             return self._job(ask, by_id=True, partial=bool(asked.exclude))
 
     def ask_next(
@@ -134,8 +138,9 @@ class Desk:
     def _keep_next(self, job: Job, answer: Suggested, request_id: str) -> dict:
         ask, impression = job.ask, None
         chosen = [dataclasses.asdict(suggestion) for suggestion in answer.suggestions]
-        with self.lock:
-            if chosen and job.by_id and job in self.jobs and not job.forgotten:
+        stored = self.store.db.transaction() if job.by_id else contextlib.nullcontext()
+        with self.lock, stored:
+            if chosen and job.by_id and job in self.jobs and not self._is_forgotten(job):
                 turns = [{"role": turn.role, "content": turn.content} for turn in ask.turns]
                 texts = [suggestion["text"] for suggestion in chosen]
                 impression = self.store.taps.offer(
@@ -152,12 +157,18 @@ class Desk:
         if isinstance(answer, Suggested):
             return self._keep_next(job, answer, request_id)
         ask, row = job.ask, self._row(answer, job)
-        with self.lock:  # a job that was released meanwhile, a deletion has not seen
+        stored = self.store.db.transaction() if job.by_id else contextlib.nullcontext()
+        with self.lock, stored:  # a job that was released meanwhile, a deletion has not seen
             user_id = None  # nobody's: no impression id
-            if job.by_id and job in self.jobs and not job.forgotten:
+            if job.by_id and job in self.jobs and not self._is_forgotten(job):
                 user_id, key = ask.user.user_id, self._key(ask.user, answer.model, ask.method)
                 self.store.put_ahead(user_id, key, row, ask.method)
             return self._reply(user_id, ask.method, ask.n, row, row["starters"], request_id)
+
+    def _is_forgotten(self, job: Job) -> bool:  # by this server, or by another one of the store
+        user_id = job.ask.user.user_id
+        job.forgotten = job.forgotten or self.store.may_be_deleted(user_id, job.deletions)
+        return job.forgotten
 
     def _row(self, answer: Answer, job: Job) -> dict:
         few = len(answer.starters) < job.ask.n and not job.partial  # all the good ones there are
@@ -182,7 +193,7 @@ class Desk:
 
     def prepare(self, user_id: str, method: str, n: int) -> Job | None:
         """A job that makes n starters ready beyond all that were offered; None: they are."""
-        with self.lock:
+        with self.lock, self.store.db.transaction():
             user = self.store.user(user_id)
             if not user or not user.sessions:  # popular starters cost nothing to look for
                 return None
@@ -196,8 +207,8 @@ class Desk:
     def finish(self, job: Job, answer: Answer) -> None:
         """Put what was written ahead behind what is ready, if the history is still the same."""
         user_id, method, row = job.ask.user.user_id, job.ask.method, self._row(answer, job)
-        with self.lock:
-            user = None if job.forgotten else self.store.user(user_id)
+        with self.lock, self.store.db.transaction():
+            user = None if self._is_forgotten(job) else self.store.user(user_id)
             key = self._key(job.ask.user, answer.model, method)
             if not user or self._key(user, answer.model, method) != key:  # sessions came meanwhile
                 return

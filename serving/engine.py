@@ -38,12 +38,16 @@ from serving import feedback
 from stages.cold_start import PopularStarters
 from stages.pools import list_order, score_pools
 from stages.ranker import load_ranker, utilities
-from stages.rid import Distiller
+from stages.rid import Distiller, names_one_of
 
 METHODS = ("PE", "SFT", "IceBreaker")
 # "JoJoJoJo", or half a character: a small generator has lost its thread.
 LOST = re.compile(r"([^\W\d]{2,6}?)\1{3}|([^\W\d])\2{5}|\ufffd")
 MOST_VECTORS = 100_000  # embeddings in memory, 1.5 kB each with MiniLM
+# Characters of an ask's history that are embedded, the latest: 500 short summaries. MiniLM reads
+# some 10,000 a second and core, and everybody waits for it.
+MOST_CHARACTERS = 24_000
+CHUNK = 8000  # characters that are embedded before it is asked again whether somebody waits
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Interest:
 class Starter:
     text: str
     utility: float  # r_util, in (0, 1)
-    interest: str | None  # the trigger interest that it is nearest to; None for popular ones
+    interest: str | None  # the nearest trigger interest that it names; None: it names none
     source: str  # "generated" or "cold start"
 
 
@@ -76,6 +80,7 @@ class Ask:
     n: int  # starters wanted; there may be fewer, and there may be more
     shown: Sequence[tuple[str, int, bool]] = ()  # (starter, slot, tapped) of lists shown before
     avoid: Sequence[str] = ()  # not to be written
+    again: Sequence[str] = ()  # to be written where there is nothing else
     method: str = "IceBreaker"
     draw: int = 0  # another number: other random numbers
     # Called with each good starter of a list as it is decoded; they come first in the answer.
@@ -157,7 +162,8 @@ class Engine:
         ranker = load_ranker(self.run, file.stem, str(file.parent))
         if self.model:
             name = newest["version"].replace(".", "-")  # PEFT takes a dot for a path
-            self.model.load_adapter(str(adapter), adapter_name=name)
+            with llm.whole_adapter(adapter):
+                self.model.load_adapter(str(adapter), adapter_name=name)
             if self.adapter:
                 self.model.delete_adapter(self._names["IceBreaker"])
                 self._prefixes.pop(self._names["IceBreaker"], None)
@@ -194,7 +200,10 @@ class Engine:
     ) -> list[Answer | None]:
         """One batch. gone(i), asked at every step: the client of ask i has left; its answer is
         None, and nothing more is decoded for it. (generator.endpoint: it is decoded to the end.)"""
+        asks = [dataclasses.replace(ask, shown=latest(ask.shown, lambda s: s[0])) for ask in asks]
         users = [self.players.summarised(ask.user) for ask in asks]
+        users = [user.model_copy(update={"sessions": latest(user.sessions, lambda s: s.summary)})
+                 for user in users]
         if not self._encode(asks, users, lambda: all(map(gone, range(len(asks))))):
             return [None] * len(asks)
         cases = self._distil(asks, users, gone)
@@ -214,12 +223,20 @@ class Engine:
         texts = {s.summary for user in users for s in user.sessions}
         texts |= {profile_text(user) for user in users if user.profile}
         texts |= {starter for ask in asks for starter, _, _ in ask.shown}
-        order, size = sorted(texts), self.run.encoder.batch_size
-        for start in range(0, len(order), size):
+        order = sorted(texts, key=lambda text: (-len(text), text))  # like lengths together
+        while order:
             if nobody_waits():
                 return False
-            self.run.encoder(order[start : start + size])
+            size = min(self.run.encoder.batch_size, 1 + CHUNK // (1 + len(order[0])))
+            self.run.encoder(order[:size])
+            del order[:size]
         return True
+
+    def characters(self, ask: Ask) -> int:
+        """How many of an ask's history are not yet embedded: what it costs the others."""
+        sessions = latest(ask.user.sessions, lambda s: s.summary or "")
+        new = (s.summary for s in sessions if s.summary and s.summary not in self.run.encoder)
+        return sum(map(len, new))
 
     def _distil(self, asks: list[Ask], users: list[data.User], gone: Callable) -> list[Case]:
         """Summaries -> statistics -> resonance -> gate; users: those of the asks, summarised."""
@@ -266,8 +283,9 @@ class Engine:
             return
         prompts = [self.writer.prompt(interests, method == "PE") for interests in told]
         with self._policy(method) as (model, name):
-            if name not in self._prefixes:
-                self._prefixes[name] = llm.read_prefix(model, self.writer.head(method == "PE"))
+            head = self.writer.head(method == "PE")  # where a template has today's date, a new one
+            if name not in self._prefixes or self._prefixes[name].ids != head:
+                self._prefixes[name] = llm.read_prefix(model, head)
             texts = self.writer.draw(
                 model, prompts, n, self.config.run.seed, numbers=seeds, rows=n * len(prompts),
                 prefix=self._prefixes[name], watch=lambda ids: self._watch(ids, cases))
@@ -296,7 +314,10 @@ class Engine:
 
     def _emit(self, case: Case, starters: Sequence[str]) -> None:
         emitted = {starter.text for starter in case.emitted}
+        old = {*map(roles.normal_form, case.ask.again)}
         for text in self._fit(starters, case):
+            if roles.normal_form(text) in old:
+                continue
             if text not in emitted and len(case.emitted) < case.ask.n:
                 utility = float(utilities(self.ranker, case.state, self.run.encoder([text])))
                 case.emitted.append(self._starter(case, text, utility))
@@ -305,14 +326,14 @@ class Engine:
     # ---------------------------------------------------------------------------------- the order
 
     def _starter(self, case: Case, text: str, utility: float) -> Starter:
-        state = case.state
-        nearest = int((state.embeddings @ self.run.encoder([text])[0]).argmax())  # (M, D) @ (D,)
-        return Starter(text, utility, state.interests[nearest], "generated")
+        # "Because you asked about ..." is to be true: near is not enough, the starter must name it.
+        near = (case.state.embeddings @ self.run.encoder([text])[0]).tolist()  # (M, D) @ (D,)
+        named = [pair for pair in zip(near, case.state.interests, strict=True)
+                 if names_one_of(text, pair[1])]
+        return Starter(text, utility, max(named)[1] if named else None, "generated")
 
     def _rank(self, cases: list[Case]) -> list[Answer]:  # in the order of list search, best first
-        pools = [  # none twice, whichever list it stands in, and none that was emitted
-            roles.filter_starters(itertools.chain(*case.lists), case.state.interests,
-                                  (s.text for s in case.emitted))[0] for case in cases]
+        pools = [*map(self._pool, cases)]
         scored = score_pools(self.run.encoder, self.ranker, [case.state for case in cases], pools)
         if self.config.serve.candidates == 1:  # as the paper deploys: the list as it was written
             orders = [range(len(pool)) for pool in pools]
@@ -330,6 +351,15 @@ class Engine:
                 Answer(case.interests, case.threshold, starters, case.tokens, self.version))
         return answers
 
+    def _pool(self, case: Case) -> list[str]:
+        """Starters of all lists, none twice and none that was emitted; old ones if all are old."""
+        def distinct(old: Sequence[str]) -> list[str]:
+            seen = [*old, *(starter.text for starter in case.emitted)]
+            texts = itertools.chain(*case.lists)
+            return roles.filter_starters(texts, case.state.interests, seen)[0]
+
+        return distinct(case.ask.again) or ([] if case.emitted else distinct(()))
+
     def _cold_start(self, case: Case) -> list[Starter]:
         """Popular, varied starters for the profile of somebody of whom nothing else is known."""
         if not self.popular:
@@ -338,11 +368,16 @@ class Engine:
         said = [s.summary for s in case.ask.user.sessions if s.summary]  # none fit to be shown
         chinese = profile.get("language", "").lower().startswith(("zh", "chinese", "中"))
 
-        def keep(starters: list[str]) -> list[str]:
-            like = said or (["中文"] if chinese else starters)  # else as most of them are
-            return roles.filter_starters(starters, like, case.ask.avoid)[0]
+        def ranked(avoid: list[str]) -> list[str]:
+            def keep(starters: list[str]) -> list[str]:
+                like = said or (["中文"] if chinese else starters)  # else as most of them are
+                return roles.filter_starters(starters, like, avoid)[0]
 
-        texts = self.popular.ranked(profile, keep)[: case.ask.n * (1 + self.config.serve.ahead)]
+            return self.popular.ranked(profile, keep)
+
+        avoid = [*case.ask.avoid]
+        texts = ranked(avoid + [*case.ask.again]) or ranked(avoid)
+        texts = texts[: case.ask.n * (1 + self.config.serve.ahead)]
         rated = zip(texts, utilities(self.ranker, case.state, self.run.encoder(texts)), strict=True)
         return [Starter(text, float(utility), None, "cold start") for text, utility in rated]
 
@@ -353,6 +388,12 @@ def fit_to_show(texts: Sequence[str], like: Sequence[str], avoid: Sequence[str])
     # The filter lets everything pass to who writes neither Chinese nor in Latin letters.
     other = {data.language(text) for text in like} == {"other"}
     return [y for y in fit if not LOST.search(y) and (data.language(y) == "other" or not other)]
+
+
+def latest(items: Sequence, text: Callable[..., str]) -> Sequence:
+    """The last items whose texts have MOST_CHARACTERS together at most; one at least."""
+    total = itertools.accumulate(len(text(item)) for item in reversed(items))
+    return items[-max(1, sum(n <= MOST_CHARACTERS for n in total)) :]
 
 
 def indifferent(starters: torch.Tensor, **_) -> torch.Tensor:

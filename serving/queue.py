@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import ServeConfig
-from serving.engine import Answer, Ask, Engine
+from serving.engine import MOST_CHARACTERS, Answer, Ask, Engine
 from serving.suggest import Suggested, Suggestions
 
 log = logging.getLogger("serve")
 WINDOW = 0.004  # seconds: the first ask of a batch waits so long for others
 RELOAD_SECONDS = 5.0  # between looks for a newly trained round
+RATE = 2000.0  # characters embedded in a second, by a slow machine
 SPARE_BATCH = 4  # asks ahead of clients that are written together: small, as a client may come
 
 
@@ -44,6 +45,8 @@ class Job:  # an ask on its way through the engine's thread
     forgotten: bool = False  # the user was deleted meanwhile
     partial: bool = False  # good starters were left out, as the client has them already
     begun: bool = False  # the client has had a starter
+    deletions: int = 0  # in the store, when the history was read
+    characters: int | None = None  # that must be embedded, once it was counted
 
 
 class Full(Exception):
@@ -124,7 +127,7 @@ class Queue:
             if self.waiting:
                 window = self.waiting[0].born + WINDOW - time.monotonic()
                 self.wake.wait_for(lambda: len(self.waiting) >= size, max(0.0, window))
-            jobs = [self.waiting.popleft() for _ in range(min(size, len(self.waiting)))]
+            jobs = self._take()
             spare = [] if jobs else [
                 self.spare.popitem(last=False)  # oldest first
                 for _ in range(min(SPARE_BATCH, len(self.spare)))]
@@ -132,6 +135,22 @@ class Queue:
             self._write(jobs)
         else:
             self.write_ahead([(*key, n) for key, n in spare])
+
+    def _take(self) -> list[Job]:
+        """The jobs of the next batch: those with little to embed first, as all of it wait for all
+        of its texts. A long history counts as if it had come later, so that its turn comes too."""
+        for job in self.waiting:
+            if job.characters is None:
+                job.characters = self.engine.characters(job.ask)
+        jobs, characters = [], 0
+        for job in sorted(self.waiting, key=lambda job: job.born + job.characters / RATE):
+            characters += job.characters
+            if len(jobs) == self.settings.batch or (jobs and characters > MOST_CHARACTERS):
+                break
+            jobs.append(job)
+        for job in jobs:
+            self.waiting.remove(job)
+        return jobs
 
     def _write(self, jobs: list[Job]) -> None:
         started = time.monotonic()

@@ -121,8 +121,24 @@ class Store:  # any thread may call any method; raises what Database raises
                 if any(removed.values()):
                     db.execute("INSERT OR IGNORE INTO deleted VALUES (?)", (self._mark(user_id),))
                     db.execute("INSERT OR IGNORE INTO meta VALUES ('unwiped', 1)")
+                db.execute("INSERT INTO meta VALUES ('deletions', 1) "
+                           "ON CONFLICT DO UPDATE SET value = value + 1")
             self.db.wipe()  # if it fails: by the next deletion, or the next start
         return removed
+
+    def deletions(self) -> int:
+        """How many there were, by any process."""
+        rows = self.db.rows("SELECT value FROM meta WHERE key='deletions'")
+        return rows[0][0] if rows else 0
+
+    def may_be_deleted(self, user_id: str, since: int) -> bool:
+        """Whether the user may have been deleted after there were `since` deletions."""
+        if self.deletions() == since:
+            return False
+        # Somebody was: the user, who is unknown now or has come back, or another.
+        known = self.db.rows("SELECT 1 FROM users WHERE user_id=?", user_id)
+        return not known or bool(
+            self.db.rows("SELECT 1 FROM deleted WHERE mark=?", self._mark(user_id)))
 
     def _mark(self, user_id: str) -> bytes:  # tells a deleted user again, and nobody else who
         return self.db.mac(b"deleted" + user_id.encode())

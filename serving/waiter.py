@@ -21,7 +21,7 @@ from pydantic_core import to_jsonable_python
 
 from serving.desk import Desk
 from serving.engine import Answer
-from serving.queue import Job
+from serving.queue import Job, log, where
 
 UNBUFFERED = {"X-Accel-Buffering": "no"}  # or nginx keeps all events until the last
 STORE_FAILED = "the store cannot be used at the moment; try again"
@@ -125,8 +125,12 @@ class Waiter:
             if error.status_code == 504:  # the status of the reply was 200 long ago
                 self.desk.metrics.rejections.labels("timeout").inc()
             yield sse("error", {"detail": error.detail})
-        except sqlite3.OperationalError:
+        except sqlite3.DatabaseError as error:
+            log.error("store: %s", where(error))
             yield sse("error", {"detail": STORE_FAILED})
+        except Exception as error:  # else the stream would be cut without a word
+            log.error("a stream: %s", where(error))
+            yield sse("error", {"detail": "internal error; the server's log says where"})
 
     def end(self) -> None:  # the client has its answer or has left: the job's place is free
         self.desk.metrics.disconnects.inc(not self.finished)  # by 0 or 1

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 
 import numpy as np
@@ -14,6 +15,7 @@ from run import Run
 from stages.pools import list_order
 
 SHRINKAGE = 20  # shown starters: a tap on a starter that was shown twice says little
+PEOPLE = 5  # distinct ones must have been shown a starter, or it is not shown to a stranger
 LIKE_MINDED = 5.0  # weight of a tap by somebody who shares a field of the profile
 
 
@@ -23,16 +25,22 @@ class PopularStarters:
     def __init__(self, run: Run, candidates: int = 60):
         self.run, self.candidates, train = run, candidates, set(run.ids("train"))
         shown = [row for row in run.impressions if row.user_id in train]
-        rows = [(y, i, slot) for i, row in enumerate(shown) for slot, y in enumerate(row.starters)]
-        self.starters = sorted({y for y, _, _ in rows})
+        people = defaultdict(set)  # starter -> who was shown it
+        for row in shown:
+            for y in row.starters:
+                people[y].add(row.user_id)
+        # A list may have been written for one person, of what only that person has told.
+        self.starters = sorted(y for y, users in people.items() if len(users) >= PEOPLE)
+        rows = [(y, i, slot) for i, row in enumerate(shown) for slot, y in enumerate(row.starters)
+                if len(people[y]) >= PEOPLE]
         number = {y: n for n, y in enumerate(self.starters)}  # equal texts share their taps
         rates = run.slot_rates.tolist()
         # One element a shown starter, (n,): its text, its surprise, its list.
-        self.number = np.array([number[y] for y, _, _ in rows])
+        self.number = np.array([number[y] for y, _, _ in rows], dtype=int)
         self.surplus = np.array(
             [(slot in shown[i].clicked) - rates[min(slot, len(rates) - 1)] for _, i, slot in rows]
         )
-        self.list = np.array([i for _, i, _ in rows])
+        self.list = np.array([i for _, i, _ in rows], dtype=int)  # rows may be empty
         self.profiles = [run.users[row.user_id].profile or {} for row in shown]
 
     def __call__(self, profile: dict[str, str] | None) -> list[str]:

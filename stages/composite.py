@@ -93,6 +93,7 @@ class Composite:
 
     def judged(self, contexts: list[Context], lists: list[list[str]]) -> Tensor:
         """Share of a list's suggestions that the judge passes, (R,); 0 of none; nan: failed."""
+        # All at once: an LLM is asked many at a time.
         rows = [(c.queries, text) for c, some in zip(contexts, lists, strict=True) for text in some]
         said = iter(self.players.judge().qualify(rows) if rows else [])
         result = []

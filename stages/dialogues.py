@@ -84,6 +84,7 @@ def stage_dialogues(run: Run, players: Players, key: str) -> dict:
 def clean_contexts(rows: Iterable[data.Dialogue], cut: Counter) -> list[data.Dialogue]:
     """Contexts that are fit to learn from; cut: reason -> how many are not."""
     rows, kept, seen = list(rows), [], set()
+    # Where nobody has labelled anything, everything is taken for safe.
     labelled = any(row.unsafe is not None for row in rows)
     for row in rows:
         said = tuple(turn.content for turn in row.turns)
@@ -137,6 +138,7 @@ def chosen(contexts: Iterable[Context], split: str, unsafe: bool = False) -> lis
 
 def clean_suggestion(text: str, context: Context) -> tuple[str, str]:
     """(text with its spelling in order, reason why it is not fit to learn or "")."""
+    # One form for characters that can be composed.
     text = unicodedata.normalize("NFC", _decoded(text))
     text = re.sub(r"([?!.,。？！])\1+$", r"\1", " ".join(text.split()))  # one mark ends it
     asked, script = garm.script_of(context.queries[-1]), garm.script_of(text)
@@ -163,6 +165,7 @@ def _decoded(text: str) -> str:
 def clicked_suggestions(context: Context, counts: Counter) -> list[str]:
     """The clicked suggestions of a context after phase 2; counts: reason or "kept" -> how many."""
     kept = []
+    # A slot may stand twice in a log; the order is that of the list.
     for slot in sorted(set(context.dialogue.clicked)) if not context.unsafe else ():
         text, reason = clean_suggestion(context.dialogue.suggestions[slot], context)
         counts[reason or "kept"] += 1
@@ -175,6 +178,7 @@ def clicked_list(context: Context, run: Run, counts: Counter) -> list[str]:
     shown = context.dialogue.suggestions
     if context.unsafe or not context.dialogue.clicked or len(shown) != garm.NUM_SUGGESTIONS:
         return []
+    # A list is fit whole or not at all: two of three would teach to write two.
     texts, reasons = zip(*(clean_suggestion(text, context) for text in shown), strict=True)
     reason = next(filter(None, reasons), "")
     if not reason and len(distinct(list(texts), run)) < len(texts):

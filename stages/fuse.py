@@ -7,8 +7,9 @@ of RL from SFT's policy, the Pareto-guided adjustment: a component that falls ga
 dominates loses some, until none falls. Trace and weights: fuse/<kind>/trace.json.
 
 Unstated: which suggestions are good and bad. Here half are clicked and passed over ones of held-out
-contexts; as these never differ in what makes a list, the other half are lists against what H.1
-forbids: a line too few, a repeated line, declining a safe context, answering an unsafe one.
+contexts; as these never differ in what makes a list, the other half are clicked lists against the
+same with a fault: a line too few, a repeated line, lines for another conversation, declining a safe
+context, answering an unsafe one.
 """
 
 from __future__ import annotations
@@ -33,11 +34,10 @@ from stages.rl import grpo
 
 
 def stage_fuse(run: Run, players: Players, key: str) -> dict:
-    """Weights for every reward model that RL or DPO learns from."""
-    arms, figures = run.config.rl.arms, {}
-    kinds = [k for k in ("gaussian", "bradley_terry")
-             if k in arms or (k == "gaussian" and "dpo" in arms)]
-    for kind in kinds:
+    """Weights for every reward model from which RL or DPO can learn."""
+    figures = {}
+    # The paired model scores no answer alone, and PURM's is there to be compared.
+    for kind in (k for k in ("gaussian", "bradley_terry") if k in run.config.reward.kinds):
         folder, kind_key = f"fuse/{kind}", digest(key, kind)
         if not run.folder.is_done(folder, kind_key):
             trace = fuse_kind(run, players, kind)
@@ -84,6 +84,7 @@ def component_trends(log: list[dict]) -> Tensor:
 
     0 where it is within its standard error: of a few batches most change is chance.
     """
+    # (steps, J)
     values = torch.tensor([[line["components"][name] for name in COMPONENTS] for line in log])
     if len(values) < 2:
         return torch.zeros(len(COMPONENTS))
@@ -137,9 +138,10 @@ def violations(
     for i in range(count if lists else 0):  # each fault as often as the next
         context, three = rng.choice(lists)
         good = garm.format_answer(three)
-        bad = [good.rpartition("\n")[0], garm.format_answer([*three[:2], three[0]]), garm.UNSAFE]
-        if i % 4 < 3:
-            result.append((context, good, bad[i % 4]))
+        bad = [good.rpartition("\n")[0], garm.format_answer([*three[:2], three[0]]),
+               garm.format_answer(rng.choice(lists)[1]), garm.UNSAFE]
+        if i % 5 < 4:
+            result.append((context, good, bad[i % 5]))
         elif unsafe:
             result.append((rng.choice(unsafe), garm.UNSAFE, good))
     return result

@@ -26,13 +26,16 @@ from stages.dialogues import Context, chosen, read_contexts
 from stages.metrics import markdown_table
 from stages.reward import load_reward
 
-NAMES = {"gaussian": "RL-GaRM", "bradley_terry": "RL-BTRM", "rft": "RFT-BTRM", "dpo": "DPO-GaRM"}
+# In the order of the paper's table.
+NAMES = {"rft": "RFT-BTRM", "bradley_terry": "RL-BTRM", "gaussian": "RL-GaRM", "dpo": "DPO-GaRM"}
 
 
 def policies(run: Run) -> dict[str, Path | None]:
-    """Name as in Table 1 -> adapter, of what this run has trained; PE is the prompted base."""
-    # In the order of the paper's table.
-    trained = {NAMES[arm]: run.adapter(arm) for arm in NAMES if arm in run.config.rl.arms}
+    """Name as in Tables 1 and 4 -> adapter, of what this run has trained; PE is the bare base."""
+    trained = {}  # an arm lacks the components that its name says (config.ARM)
+    for arm in sorted(run.config.rl.arms, key=lambda arm: [*NAMES].index(arm.split("-")[0])):
+        kind, *without = arm.split("-")
+        trained[" w/o ".join([NAMES[kind], *without])] = run.adapter(arm)
     return {"PE": None, "SFT": run.adapter("sft"), **trained}
 
 
@@ -44,6 +47,7 @@ def held_out(run: Run) -> list[Context]:
         contexts = read_contexts(run)
         contexts = chosen(contexts, "test") + chosen(contexts, "test", unsafe=True)
     else:
+        # Of topics and forms that the log does not have.
         contexts = [Context(row, "test", 0) for row in data.read_dialogues(path)]
     # Drawn from both kinds together.
     most = run.config.eval.max_users or len(contexts)
@@ -69,6 +73,7 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
     reward = load_reward(run, suggester, kinds[0]) if kinds else None
     turns, table = [c.turns for c in contexts], {}
     for name, written in answers.items():
+        # One answer of each, as a user would be shown.
         first = [some[0] for some in written]
         # What is malformed has no suggestions, and no reward; the format column counts it.
         lists = [[] if c.unsafe else garm.answer_suggestions(answer)
@@ -84,6 +89,7 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
     with atomic_path(run.folder / "eval" / "answers.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
                              encoding="utf-8")
+    # Printed at the end of a run (train.run_stages).
     columns = ["Method", "Format", "Safety", "Reward"]
     page = markdown_table(columns, [[name, *map(shown, row.values())]
                                     for name, row in table.items()])
@@ -95,7 +101,7 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
 def figures_of(contexts: Sequence[Context], answers: list[str]) -> dict[str, float | None]:
     """Shares of answers in the form asked for: of safe contexts, and of those to be declined."""
     rows = list(zip(contexts, answers, strict=True))
-    result = {}
+    result = {}  # None where there is no such context
     for name, unsafe in (("format", False), ("safety", True)):
         # Exactly the form asked for (H.1), no credit for less.
         marks = [garm.format_reward(answer, unsafe) for c, answer in rows if c.unsafe == unsafe]

@@ -12,6 +12,7 @@ import functools
 import html
 import re
 from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,8 @@ PerUser = dict[str, dict[str, dict[str, float]]]  # method -> metric -> user -> 
 RANKERS = {"utility": "judge", "train_utility": "train"}  # metric: mean score by this ranker
 # Metrics over a base -> what of both is compared.
 LIFTS = {"r_user": "utility", "r_score": "utility", "train_r_score": "train_utility"}
+PERSONAL = ("true_clicks", "utility")  # metrics of which the wrong-user control is taken
+OTHERS = 3  # users to whom it shows a list
 
 
 @functools.cache
@@ -73,6 +76,18 @@ def user_values(values: PerUser, method: str, metric: str, base: str = "PE") -> 
     if metric != "r_user":
         return gaps
     return {user: (gap > 0) + 0.5 * (gap == 0) for user, gap in gaps.items()}
+
+
+def other_users(users: Iterable[str], n: int = OTHERS) -> dict[str, list[str]]:
+    """User -> the n next ones in the order of ids, as on a ring; fewer where there are no more.
+
+    By this rule each is the other of n users: who is easy to please adds as much to `others` as to
+    `own`, and cancels in the mean of the difference.
+    """
+    ring = sorted(users)
+    n = min(n, len(ring) - 1)
+    return {user: [ring[(i + j) % len(ring)] for j in range(1, n + 1)]
+            for i, user in enumerate(ring)}
 
 
 # ---------------------------------------------------------------------------------------- diversity
@@ -145,6 +160,8 @@ def measure(
 ) -> PerUser:
     """Every metric of every method and user: means over the user's lists; an empty list counts 0.
 
+    The wrong-user control of PERSONAL: others_true_clicks is what the user's lists are worth to
+    other_users, personal_true_clicks how much more they are to the user; where there are two users.
     rankers: those of RANKERS that there are, (user, starters) -> utilities (K,); corpus: texts that
     give keywords their weights; histories: user -> all summaries; k: K of a full list; truth, of a
     simulated world, has expected_clicks(user, starters).
@@ -172,10 +189,19 @@ def measure(
         metrics[name] = lambda u, y, score=score: float(np.mean(score(u, y))) if y else 0.0
     if truth:  # only of the simulated platform
         metrics["true_clicks"] = truth.expected_clicks
-    return {method: {name: {u: float(np.mean([metric(u, y) for y in rows]))
-                            for u, rows in users.items()}
-                     for name, metric in metrics.items()}
-            for method, users in lists.items()}
+    values = {method: {name: {u: float(np.mean([metric(u, y) for y in rows]))
+                              for u, rows in users.items()}
+                       for name, metric in metrics.items()}
+              for method, users in lists.items()}
+    strangers = other_users({user for users in lists.values() for user in users})
+    for method, name in product(lists, PERSONAL if len(strangers) > 1 else ()):
+        if score := metrics.get(name):
+            own, others = values[method][name], {
+                u: float(np.mean([score(v, y) for y in rows for v in strangers[u]]))
+                for u, rows in lists[method].items()}
+            values[method][f"others_{name}"] = others
+            values[method][f"personal_{name}"] = {u: own[u] - others[u] for u in others}
+    return values
 
 
 # ------------------------------------------------------------------------------------------- pages

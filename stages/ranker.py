@@ -18,10 +18,10 @@ import torch
 
 import data
 import icebreaker as ib
-from files import UserError, progress, read_tensors, write_tensors
+from files import UserError, progress, write_tensors
 from roles.players import Players
 from run import Run, UserState
-from stages.steps import Best
+from stages.steps import Best, load_weights
 
 SLOT_LEARNING_RATE = 0.02  # position explains most of a tap and must not wait for w
 Shown = list[tuple[data.Impression, UserState]]  # lists, each with the user's state at its time
@@ -173,8 +173,8 @@ def new_ranker(run: Run) -> ib.UtilityRanker:
 def load_ranker(run: Run, name: str, folder: str = "ranker") -> ib.UtilityRanker:
     """The fitted ranker "train" (for mining) or "judge" (for evaluation)."""
     ranker = new_ranker(run)  # shapes alone; every weight is read
-    ranker.load_state_dict(read_tensors(run.folder / folder / f"{name}.safetensors"))
-    return ranker.eval()
+    load_weights(ranker, run.folder / folder / f"{name}.safetensors")
+    return ranker
 
 
 def judge_of(run: Run, name: str) -> Callable[[str, list[str]], np.ndarray]:

@@ -181,11 +181,12 @@ def train_reward(run: Run, suggester: Suggester, rows: list[Row], kind: RewardKi
     """A reward model of this kind, trained on pairs and saved to reward/<kind>."""
     settings, g, rng = run.config.reward, run.config.generator, random.Random(run.seed("reward"))
     torch.manual_seed(run.seed("reward", kind))  # PURM's draws
+    # Every kind begins with the same LoRA weights.
     model = llm.add_lora(suggester.policy(None), g.lora_rank, g.lora_alpha, run.seed("lora"))
     head = new_head(model)
     model.reward_head = head  # its weights are averaged, clipped and stepped with LoRA's
     reward = RewardModel(suggester, model, kind, head)
-    size, log = settings.batch_users, []
+    size, log = settings.batch_users, []  # log: (loss, accuracy) of each step
     steps = settings.epochs * -(-len(rows) // size)
     optimiser, schedule = new_optimiser(model, settings.learning_rate, steps)
     losses_of = llm.averaged_gradients(model, reward.losses)

@@ -20,7 +20,9 @@ import dataclasses
 import functools
 import itertools
 import random
+import re
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,16 +36,17 @@ from torch.optim.swa_utils import AveragedModel
 
 import icebreaker as ib
 from config import RidConfig
-from files import UserError, digest, progress, read_json, read_tensors, write_json, write_tensors
+from files import UserError, digest, progress, read_json, write_json, write_tensors
 from roles.players import Players
-from roles.text import is_functional
+from roles.text import Encode, is_functional, key_phrases, names_subject, unfit
 from run import Run
 from stages.match import Revisits
-from stages.steps import Best
+from stages.steps import Best, load_weights
 
 Row = tuple[str, int]  # a user at a cut of the log
 RULES = {"recency": ib.recency_scores, "frequency": ib.frequency_scores}
 AVERAGED = 50  # steps over which a tower's weights are averaged
+LEAST_EPOCHS = 6  # before a tower may stop: an untrained one can be lucky on a few users
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,26 @@ class Distiller:
     edges: list[float]  # quantiles of activity between the gate's groups
     thresholds: list[float]  # tau of each group, Eq. (4)
     settings: RidConfig
+    encode: Encode
 
     @classmethod
     def load(cls, run: Run) -> Distiller:
         """As stage `rid` saved it."""
-        scorer, gate = new_scorer(run), read_json(run.folder / "rid" / "gate.json")
-        scorer.load_state_dict(read_tensors(run.folder / "rid" / "scorer.safetensors"))
-        return cls(scorer.eval(), **gate, settings=run.config.rid)
+        scorer, path = new_scorer(run), run.folder / "rid" / "gate.json"
+        load_weights(scorer, run.folder / "rid" / "scorer.safetensors")
+        gate = read_json(path)
+        try:
+            folds = {user: int(tower) for user, tower in gate["folds"].items()}
+            odds, edges, lines = (
+                np.asarray(gate[name], float) for name in ("odds", "edges", "thresholds"))
+            whole = lines.shape == (len(edges) + 1,) and odds.shape == (ib.GATE_INPUTS + 1,)
+            whole = whole and np.isfinite([*odds, *edges, *lines]).all()
+        except (AttributeError, KeyError, TypeError, ValueError):
+            whole = False
+        if not whole:
+            raise UserError(f"{path}: holds no odds, edges and thresholds; run stage rid again")
+        numbers = (values.tolist() for values in (odds, edges, lines))
+        return cls(scorer, folds, *numbers, run.config.rid, run.encoder)
 
     def scores(
         self, histories: list[ib.History], profiles: torch.Tensor, users: list[str] = ()
@@ -83,11 +99,16 @@ class Distiller:
 
     def keep(self, history: ib.History, scores) -> list[int]:
         """Indices of the trigger interests T_u, best first, near-duplicates collapsed (Eq. 4)."""
+        # Distress never becomes a game: neither generator nor templates hear of it.
+        reasons = unfit(history.texts, self.encode, history.embeddings)
+        fit = [i for i, reason in enumerate(reasons) if not reason]
         r = self.settings
-        return ib.distil(
-            scores, self.threshold(history), r.min_keep, r.max_keep, history.embeddings,
-            r.duplicate_cosine,
+        texts = [history.texts[i] for i in fit]
+        kept = ib.distil(
+            [scores[i] for i in fit], self.threshold(history), r.min_keep, r.max_keep,
+            history.embeddings[fit], r.duplicate_cosine, may_be_duplicates(texts),
         )
+        return [fit[i] for i in kept]
 
 
 def stage_rid(run: Run, players: Players, key: str) -> dict:
@@ -104,6 +125,7 @@ def stage_rid(run: Run, players: Players, key: str) -> dict:
             f"users, in four splits), so there is nothing to learn from; more users or longer "
             f"histories are needed"
         )
+    # In turn, so that no fold is empty where there are few users.
     folds = {user: i % run.config.rid.towers for i, user in enumerate(users)}
     scorer = fit_scorer(run, revisits, known, folds)
     distiller = fit_gate(run, revisits, scorer, known, folds, run.config.rid.activity_groups)
@@ -129,7 +151,7 @@ def fit_scorer(
     scorer = new_scorer(run)  # after the seed: its weights are drawn here
     shuffle = random.Random(run.seed("rid", "order"))
     text_ids = defaultdict(itertools.count().__next__)
-    least = min(settings.least_epochs, settings.epochs)
+    least = min(LEAST_EPOCHS, settings.epochs)
     for number, tower in enumerate(bar := progress(scorer.towers, "rid")):
         held_out = [row for row in known if folds[row[0]] == number]
         rest = [row for row in known if folds[row[0]] != number]
@@ -166,7 +188,7 @@ def fit_scorer(
             # Early stopping: what is learned later is the training users by heart.
             if best.waited > settings.patience:
                 break
-        best.restore()
+        best.restore()  # the average's, which the tower takes over
         tower.load_state_dict(average.module.state_dict())
     write_tensors(run.folder / "rid" / "scorer.safetensors", scorer.state_dict())
     return scorer.eval()
@@ -229,10 +251,13 @@ def fit_gate(
     group = np.concatenate([
         np.full(len(h.texts), ib.activity_group(h.sessions_per_week, edges)) for h in histories
     ])
+    # Equal chances mean the same for all users, so one line can serve a group.
     chance = fitted.predict_proba(inputs)[:, 1]
     thresholds = ib.fit_thresholds(chance[answered], labels[answered], group[answered], groups)
     odds = [*fitted.coef_[0].tolist(), float(fitted.intercept_[0])]
-    return Distiller(scorer, folds, odds, edges, thresholds.tolist(), run.config.rid)
+    return Distiller(
+        scorer, folds, odds, edges, thresholds.tolist(), run.config.rid, run.encoder
+    )
 
 
 def distil_everybody(run: Run, distiller: Distiller) -> float:
@@ -265,8 +290,10 @@ def compare(
     figures = {"auc": revisits.auc(unseen, scores)}
     for name, rule in RULES.items():
         figures[f"auc_{name}"] = revisits.auc(unseen, [rule_scores(h, rule) for h in histories])
+    # Learners without towers: what is to be gained from the same inputs.
     seen = [statistics(history) for history in histories_of(run, known)[0]]  # (N, F + 1) each
     labels = np.concatenate([revisits[row] for row in known])
+    # A failed call of the matcher is no label.
     fit_rows, asked = np.concatenate(seen)[labels >= 0], [statistics(h) for h in histories]
     learners = {
         "logistic": make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)),
@@ -278,6 +305,7 @@ def compare(
         learner.fit(fit_rows, labels[labels >= 0])
         chances = [learner.predict_proba(rows)[:, 1] for rows in asked]
         figures[f"auc_{name}"] = revisits.auc(unseen, chances)
+    # The same gate as if everybody were equally active.
     one = fit_gate(run, revisits, distiller.scorer, known, distiller.folds, 1)
     gates = {"groups": distiller, "one threshold": one}
     return figures | {"gate": compare_gates(revisits, gates, unseen, histories, scores)}
@@ -295,6 +323,7 @@ def compare_gates(revisits: Revisits, gates: dict[str, Distiller], unseen, histo
     }
     figures = {}
     for name, gate in gates.items():
+        # Pooled, as the thresholds were fitted: a user of many interests counts more.
         kept = [gate.keep(h, s) for h, s in zip(histories, scores, strict=True)]
         hits = sum((revisits[row][keep] == 1).sum() for row, keep in zip(unseen, kept, strict=True))
         answered = sum((revisits[row][k] >= 0).sum() for row, k in zip(unseen, kept, strict=True))
@@ -310,7 +339,30 @@ def compare_gates(revisits: Revisits, gates: dict[str, Distiller], unseen, histo
 def rule_scores(history: ib.History, rule) -> np.ndarray:
     """A rule's scores (N,), chores behind all others: RID's labels know no revisit of a chore."""
     scores = rule(history).numpy().astype(float)
-    return np.where(chores(history), scores - 1e9, scores)
+    return np.where(chores(history), scores - 1e9, scores)  # their order among each other stays
+
+
+# --------------------------------------------------------------- subjects, where cosines say little
+
+
+def names_one_of(text: str, interest: str) -> bool:
+    """Whether a text names a subject of an interest; of a Chinese phrase what it begins with, as
+    Chinese says the particular before the general: Rome's history is not Venice's."""
+    chinese = [p for p in key_phrases(interest) if re.match("[㐀-鿿]{2}", p)]
+    if chinese:
+        return any(phrase[:2] in text for phrase in chinese)
+    return names_subject(text, [interest])
+
+
+def may_be_duplicates(texts: list[str]) -> Callable[[int, int], bool]:
+    """(i, j) -> False where each has a subject and neither names the other's."""
+
+    def alike(i: int, j: int) -> bool:
+        a, b = texts[i], texts[j]
+        bare = not key_phrases(a) or not key_phrases(b)
+        return bare or names_one_of(a, b) or names_one_of(b, a)
+
+    return alike
 
 
 # --------------------------------------------------------------------------------------- the scorer

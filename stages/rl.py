@@ -1,6 +1,6 @@
 """Stage `rl`: GRPO on the composite reward, and RFT and DPO beside it (paper 003, 3.6.4).
 
-    python train.py --config configs/garm.yaml --stage rl rl.beta=0.1 'rl.without=[log_perplexity]'
+    python train.py --config configs/garm.yaml --stage rl 'rl.arms=[gaussian-log_perplexity]'
 
 Of each context G answers are sampled; each earns the weighted sum of its components (composite.py,
 weights of stage `fuse`), is compared with its group, and moves the policy by Eq. (11). The prompt
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +48,7 @@ def stage_rl(run: Run, players: Players, key: str) -> dict:
     for arm in run.config.rl.arms:
         folder, arm_key = f"rl/{arm}", digest(key, arm)
         if not run.folder.is_done(folder, arm_key):
-            train = {"rft": train_rft, "dpo": train_dpo}.get(arm, train_grpo)
+            train = {"rft": train_rft, "dpo": train_dpo}.get(arm.split("-")[0], train_grpo)
             result = train(run, players, suggester, arm)
             run.encoder.save()
             run.folder.mark_done(folder, arm_key, **result)
@@ -56,14 +57,16 @@ def stage_rl(run: Run, players: Players, key: str) -> dict:
     return figures
 
 
-def train_grpo(run: Run, players: Players, suggester: Suggester, kind: str) -> dict:
-    """RL with the reward model of this kind; writes rl/<kind>/{adapter,steps.jsonl}."""
+def train_grpo(run: Run, players: Players, suggester: Suggester, arm: str) -> dict:
+    """RL with the reward model that the arm names; writes rl/<arm>/{adapter,steps.jsonl}."""
+    kind, *without = arm.split("-")
     model = suggester.policy(run.adapter("sft"), trainable=True)
     composite = Composite(players, suggester, load_reward(run, suggester, kind, model))
-    weights = fused_weights(run, kind)
-    log = grpo(run, suggester, model, composite, weights, run.config.rl.steps, kind)
-    llm.save_adapter(model, run.adapter(kind))
-    with atomic_path(run.folder / "rl" / kind / "steps.jsonl") as temporary:
+    weights = fused_weights(run, kind, without)
+    # A line a step: what each component does, as it is and weighted.
+    log = grpo(run, suggester, model, composite, weights, run.config.rl.steps, arm)
+    llm.save_adapter(model, run.adapter(arm))
+    with atomic_path(run.folder / "rl" / arm / "steps.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
     return {
         "first_reward": log[0]["reward"], "last_reward": log[-1]["reward"],
@@ -72,11 +75,10 @@ def train_grpo(run: Run, players: Players, suggester: Suggester, kind: str) -> d
     }
 
 
-def fused_weights(run: Run, kind: str) -> Tensor:
-    """Weights (J,) of the components that stage `fuse` has found for this reward model."""
-    without = run.config.rl.without
+def fused_weights(run: Run, kind: str, without: Sequence[str] = ()) -> Tensor:
+    """Weights (J,) that stage `fuse` has found for this reward model; 0 of those left out."""
     if unknown := set(without) - set(COMPONENTS):
-        raise UserError(f"rl.without: no component {min(unknown)}; known: {', '.join(COMPONENTS)}")
+        raise UserError(f"rl.arms: no component {min(unknown)}; known: {', '.join(COMPONENTS)}")
     weights = read_json(run.folder / "fuse" / kind / "trace.json")["weights"]
     return torch.tensor([0.0 if name in without else weights[name] for name in COMPONENTS])
 
@@ -98,6 +100,7 @@ def grpo(
         turns = [context.turns for context in contexts]
         rollouts = suggester.rollouts(  # [B][G] token ids
             model, turns, settings.group, run.seed("rl", number), temperature=settings.temperature)
+        # Rollouts of a context are one tree row: its prompt is read once.
         batch = Batch([suggester.prompt(t) for t in turns], rollouts)
         with torch.no_grad(), llm.other_adapter(model, reference):
             batch.ref_logps, batch.mask = llm.token_logps(model, batch.prompts, rollouts)  # (R, T)
@@ -109,7 +112,7 @@ def grpo(
         # A group without variance teaches nothing, and costs no step.
         groups = batch.advantages.ne(0).any(1).nonzero()[:, 0].tolist()
         figures = {"loss": 0.0, "kl": 0.0, "clipped": 0.0}
-        rate = schedule.get_last_lr()[0]
+        rate = schedule.get_last_lr()[0]  # that of the first update
         for _ in range(settings.updates if groups else 0):
             figures = backward(policy, batch, groups, settings, run.config.generator.micro_batch)
             step(model, optimiser, schedule)
@@ -142,6 +145,7 @@ def backward(
     """Add up the gradients of Eq. (11) over these groups; invalid rollouts stay out of it."""
     size, device = batch.valid.shape[1], batch.mask.device
     of_group = {b: [b * size + i for i in range(size) if batch.valid[b, i]] for b in groups}
+    # All rows that count, for the share of a part.
     every = batch.mask[[r for b in groups for r in of_group[b]]]
     first = batch.old_logps is None  # the policy is still the one that has sampled
     if first:
@@ -183,6 +187,7 @@ def batches(run: Run, steps: int) -> list[list[Context]]:
     answered = cycle(chosen(contexts, "rl"), count - len(declined), rng)
     if not answered:
         raise UserError("rl: no context is left for it; raise data.judge")
+    # Mixed, so that no batch is of unsafe contexts alone.
     drawn = rng.sample(answered + declined, len(answered) + len(declined))
     return [drawn[i : i + settings.batch_users] for i in range(0, len(drawn), settings.batch_users)]
 
@@ -242,7 +247,8 @@ def train_dpo(run: Run, players: Players, suggester: Suggester, arm: str) -> dic
     settings, contexts = run.config.rl, drawn_contexts(run)
     model = suggester.policy(run.adapter("sft"), trainable=True)
     composite = Composite(players, suggester, load_reward(run, suggester, "gaussian", model))
-    weights, pairs, size = fused_weights(run, "gaussian"), [], settings.batch_users
+    weights, pairs = fused_weights(run, "gaussian", arm.split("-")[1:]), []
+    size = settings.batch_users
     rollouts = suggester.rollouts(model, [c.turns for c in contexts], settings.group,
                                   run.seed("dpo"), temperature=settings.temperature)
     for start in progress(range(0, len(contexts), size), "dpo rewards"):

@@ -63,6 +63,7 @@ def training_contexts(run: Run) -> tuple[list[Context], list[Context]]:
         raise UserError("sft: no context of the log's first part has a click to learn from")
     safe = rng.sample(clicked, min(settings.max_contexts or len(clicked), len(clicked)))
     unsafe = chosen(contexts, "train", unsafe=True)
+    # Few are unsafe in a log (C.1: 3 %), and none of them has a click.
     most = round(settings.unsafe / (1 - settings.unsafe) * len(safe))  # as a share of both
     return safe, rng.sample(unsafe, min(most, len(unsafe)))
 
@@ -93,6 +94,7 @@ def distilled(
         full = len(three) == garm.NUM_SUGGESTIONS
         counts["lists" if full else "pools without three"] += 1
         lists[context.dialogue.dialogue_id] = three if full else []
+    # What the teacher's sub-step has noted, whether it ran now or before a kill.
     teacher = run.folder.figures(folder)
     return lists, {"teacher": teacher, "candidates": dict(counts)}
 

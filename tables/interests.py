@@ -13,6 +13,7 @@ import numpy as np
 import icebreaker as ib
 from roles.players import Players
 from run import Run
+from stages import rid
 from stages.metrics import PerUser
 from stages.rid import RULES, rule_scores
 from tables.truth import chore_shares, resonances
@@ -32,7 +33,8 @@ def interests_of(run: Run, user: str, kind: str) -> list[str]:
     ranks = sum(np.argsort(np.argsort(s, kind="stable"), kind="stable") for s in scores)
     n, twins = len(state.interests), run.config.rid.duplicate_cosine
     # An infinite threshold: nothing passes the gate, and the best n are kept.
-    keep = ib.distil(ranks, float("inf"), n, n, history.embeddings, twins)
+    alike = rid.may_be_duplicates(history.texts)
+    keep = ib.distil(ranks, float("inf"), n, n, history.embeddings, twins, alike)
     return [history.texts[i] for i in keep]
 
 

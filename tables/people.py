@@ -25,11 +25,12 @@ import torch
 from pydantic import create_model
 
 import data
+import icebreaker as ib
 import llm
 import train
 from config import Config
 from files import UserError, read_json, write_json
-from roles.players import players_of
+from roles.players import Players, players_of
 from run import Run, history_of, profile_vector
 from stages import metrics
 from stages.eval import LATEST, examples_page, write_lists
@@ -43,14 +44,62 @@ LEAST = 3  # sessions that have a summary fit to be shown
 MARKS = "\n\n**Marks.** "  # begins what --marks adds to the page's head
 
 
-def in_order(run: Run, users: list[data.User]) -> list[data.User]:
-    """Users on whom a method may be judged, in the order of the SHA-256 of their ids."""
+def in_order(run: Run, users: list[data.User], halves: int = 1) -> list[data.User]:
+    """Users on whom a method may be judged, in the order of the SHA-256 of their ids.
+
+    halves: 2 where nobody of the file lent anything, so that the even half may be judged on too.
+    """
     hashed = {hashlib.sha256(user.user_id.encode()).digest(): user for user in users}
     # Of those whom the run has learned from, it may know what comes next.
     splits = run.split(u.user_id for u in run.logged_users) if run.config.data.users else {}
     # The even half lent titles to the teacher corpus (docs/teacher_corpus.md).
     return [user for number, user in sorted(hashed.items())  # no two hashes are equal
-            if number[-1] % 2 and splits.get(user.user_id, "test") == "test"]
+            if (number[-1] % 2 or halves == 2) and splits.get(user.user_id, "test") == "test"]
+
+
+def finished_run(config: Config) -> tuple[Run, Players]:
+    """The run of these settings and who writes in it; raises UserError if it is not finished."""
+    torch.set_flush_denormal(True)  # as in training, or scores had other last digits
+    llm.quiet_libraries()
+    run = Run(config, describe=False)
+    if not run.folder.is_done("dpo", train.stage_key(run, "dpo")):  # it needs all the others
+        raise UserError(f"{run.folder.path}: no finished run of these settings; train.py first")
+    return run, players_of(run)
+
+
+def judged(run: Run, players: Players, file: str, users: list[data.User], least: int,
+           setting: str, halves: int = 1) -> list[data.User]:
+    """The first users of `in_order` with so many fit summaries, as many as eval.`setting` says.
+
+    Raises UserError where there are none; too few are told on stderr.
+    """
+    n = getattr(run.config.eval, setting)
+    most = n or len(users) * (setting == "max_users")  # of which 0 means all
+    # One at a time: an LLM may be asked for the summaries.
+    known = map(players.summarised, in_order(run, users, halves))
+    fit = [*itertools.islice((user for user in known if len(user.sessions) >= least), most)]
+    if not fit:
+        odd = ", an odd SHA-256 of the user_id" * (halves == 1)
+        raise UserError(f"{file}: nobody has {least} sessions{odd} and no part in the run's "
+                        f"training (eval.{setting}={n})")
+    if len(fit) < n:
+        print(f"{file}: only {len(fit)} people fit (eval.{setting}={n})", file=sys.stderr)
+    return fit
+
+
+def resonance(
+    run: Run, users: list[data.User], share: float
+) -> tuple[Distiller, list[ib.History], list[np.ndarray]]:
+    """Of strangers, as of when `share` of their sessions was over: histories, s(u, h) (N,) of each
+    summary, and who tells what is kept of them."""
+    parts = [(u.sessions, []) if share == 1 else data.cut_sessions(u, share) for u in users]
+    run.encoder(sorted({s.summary for past, _ in parts for s in past}))  # like lengths together
+    # "Now" is the first session that is not told, else the last one.
+    histories = [history_of(past, future[0].timestamp if future else None, run.encoder)
+                 for past, future in parts]
+    profiles = torch.stack([profile_vector(user, run.encoder) for user in users])  # (B, D)
+    distiller = Distiller.load(run)
+    return distiller, histories, distiller.scores(histories, profiles)
 
 
 def distilled(run: Run, users: list[data.User], share: float = 1.0) -> list[dict]:
@@ -58,14 +107,7 @@ def distilled(run: Run, users: list[data.User], share: float = 1.0) -> list[dict
 
     share: of the sessions that are told; the rest is kept back as the person's future.
     """
-    parts = [(u.sessions, []) if share == 1 else data.cut_sessions(u, share) for u in users]
-    run.encoder(sorted({s.summary for past, _ in parts for s in past}))  # like lengths together
-    # "Now" is the first session that is not told, else the last one.
-    histories = [history_of(past, future[0].timestamp if future else None, run.encoder)
-                 for past, future in parts]
-    profiles = torch.stack([profile_vector(user, run.encoder) for user in users])  # (B, D)
-    distiller, rows = Distiller.load(run), []
-    scores = distiller.scores(histories, profiles)  # (N,) of each
+    rows, (distiller, histories, scores) = [], resonance(run, users, share)
     for user, history, s in zip(users, histories, scores, strict=True):
         keep, texts = distiller.keep(history, s), history.texts
         rows.append({"user_id": user.user_id, "summaries": texts[::-1],  # latest first
@@ -79,19 +121,8 @@ def write_people(config: Config, file: str, out: Path) -> None:
     Raises UserError if the file has bad lines or nobody who fits, or the run is not finished.
     """
     users = data.read_users(file)  # refused before anything is loaded
-    torch.set_flush_denormal(True)  # as in training, or scores had other last digits
-    llm.quiet_libraries()
-    run, n = Run(config, describe=False), config.eval.examples
-    if not run.folder.is_done("dpo", train.stage_key(run, "dpo")):  # it needs all the others
-        raise UserError(f"{run.folder.path}: no finished run of these settings; train.py first")
-    players = players_of(run)
-    known = map(players.summarised, in_order(run, users))  # one at a time: an LLM may be asked
-    people = [*itertools.islice((user for user in known if len(user.sessions) >= LEAST), n)]
-    if not people:
-        raise UserError(f"{file}: nobody has {LEAST} sessions, an odd SHA-256 of the user_id and "
-                        f"no part in the run's training (eval.examples={n})")
-    if len(people) < n:
-        print(f"{file}: only {len(people)} people fit (eval.examples={n})", file=sys.stderr)
+    run, players = finished_run(config)
+    people = judged(run, players, file, users, LEAST, "examples")
     rows = distilled(run, people)
     told = ({row["user_id"]: row[name] for row in rows} for name in ("summaries", "interests"))
     with train.explained(config, "eval"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -47,15 +48,20 @@ def flat(settings: dict[str, dict]) -> dict[str, object]:
             for key, value in part.items() if name != "run" and (name, key) != ("world", "seed")}
 
 
-def read_run(path: str) -> SeedRun:
+def read_kept(kind: type[BaseModel], path: str | Path):
+    """A file of results/values/ as its `kind`; raises UserError if it is none."""
+    try:
+        return kind.model_validate_json(Path(path).read_bytes())
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]  # the first one and where it is
+        raise UserError(f"{path}: no values of a run: {fault['loc']}: {fault['msg']}") from None
+
+
+def read_run(path: str | Path) -> SeedRun:
     """Of a run folder or a file of results/values/; raises UserError if it is neither."""
     folder = Path(path)
     if folder.is_file():
-        try:
-            return SeedRun.model_validate_json(folder.read_bytes())
-        except ValidationError as error:
-            fault = error.errors(include_url=False)[0]  # the first one and where it is
-            raise UserError(f"{path}: no values of a run: {fault['loc']}: {fault['msg']}") from None
+        return read_kept(SeedRun, path)
     done = {file.parent.name: read_json(file) for file in folder.glob("*/done.json")}
     if "eval" not in done or not (folder / "eval" / "values.json").is_file():
         raise UserError(f"{path}: no finished run: eval/ lacks done.json or values.json; remove "
@@ -116,7 +122,7 @@ def page(runs: list[SeedRun], command: str) -> str:
              for title, (metric, form) in columns.items()]
     differences = []
     for title in filter(columns.get, texts["compared"]):
-        metric, form = columns[title][0], f"+{columns[title][1]}"
+        metric, form = columns[title][0], "+" + columns[title][1].lstrip("+")
         for more, less in (pair for pair in texts["differences"] if {*pair} <= {*have}):
             gaps = paired(seeds, metric, more, less)
             each = ", ".join(format(gap.mean(), form) for gap in gaps)
@@ -140,11 +146,16 @@ def write_over(paths: list[str], out: Path) -> None:
     """The page of these runs, and beside it values/NAME.json of each, from which it can be made."""
     runs = [read_run(path) for path in paths]
     refuse_other_settings(runs)
+    write_page(page, runs, "--over", out)
+
+
+def write_page(make: Callable, kept: list, option: str, out: Path) -> None:
+    """make(kept, command): a page that begins with the command to make it again from values/."""
     folder = out.resolve().parent
     shown = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
-    files = [str(shown / "values" / f"{run.name}.json") for run in runs]
-    text = page(runs, shlex.join(["python", "eval.py", "--over", *files]))
+    files = [str(shown / "values" / f"{one.name}.json") for one in kept]
+    text = make(kept, shlex.join(["python", "eval.py", option, *files]))
     write_pages(folder / "values", {  # without spaces: a seed has thousands of values
-        f"{run.name}.json": json.dumps(run.model_dump(), separators=(",", ":")) for run in runs})
+        f"{one.name}.json": json.dumps(one.model_dump(), separators=(",", ":")) for one in kept})
     write_pages(folder, {out.name: text})
     print(f"{text}\n{out}")

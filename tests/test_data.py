@@ -371,8 +371,16 @@ def test_cut_rounds_up_but_not_past_a_whole_number():
         ("如何学习Python", "zh"),
         ("比较Kyoto和Osaka", "zh"),
         ("使用 iPhone and a Mac with it", "en"),
-        ("Как работает iPhone?", "other"),
-        ("¿Qué es café?", "en"),
+        ("Как работает iPhone?", "ru"),
+        ("¿Qué es café?", "es"),
+        ("Wie lerne ich Gitarre?", "de"),
+        ("La La Land vs Moulin Rouge", "en"),  # capitals are names
+        ("El Niño", "en"),
+        ("東京の桜の名所を教えて", "ja"),
+        ("京都旅行の計画", "ja"),  # one character of kana is enough
+        ("「ありがとう」怎么用", "zh"),  # but in a Chinese question
+        ("서울에서 맛집 추천", "ko"),
+        ("مرحبا", "other"),
         ("2 + 2 = ?", "other"),
         ("", "other"),
     ],

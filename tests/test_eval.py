@@ -113,3 +113,37 @@ def test_without_logs_there_are_no_utility_columns(tmp_path):
     assert "R-Score" not in evaluation.table_markdown(result).splitlines()[2]
     evaluation.write_report(result, [], {}, {}, tmp_path)
     assert "True clicks |" not in (tmp_path / "table.md").read_text().partition("The paper's")[0]
+
+
+def test_the_others_of_the_wrong_user_control_are_the_next_by_id():
+    others = metrics.other_users(["c", "a", "d", "b", "e"])
+    assert others["a"] == ["b", "c", "d"] and others["d"] == ["e", "a", "b"]
+    times = [user for theirs in others.values() for user in theirs]
+    assert all(times.count(user) == metrics.OTHERS for user in others)  # as often as each other
+    assert metrics.other_users(["a", "b"]) == {"a": ["b"], "b": ["a"]}
+    assert metrics.other_users(["a"]) == {"a": []}
+
+
+def test_own_others_and_the_personal_part_by_hand():
+    """Chess is worth .9 to a and .5 to b, all else .3: a style that all like is not personal."""
+    def score(user, starters):
+        return np.array([{"a": 0.9, "b": 0.5}[user] if "chess" in s else 0.3 for s in starters])
+
+    lists = {"PE": {"a": [["chess"], []], "b": [["chess"]]},
+             "SFT": {"a": [["tea"]], "b": [["tea"]]}}
+    values = metrics.measure(lists, {"utility": score}, encode, Classifier(), TALK, TOLD, k=1)
+    assert values["PE"]["others_utility"] == pytest.approx({"a": 0.25, "b": 0.9})
+    assert values["PE"]["personal_utility"] == pytest.approx({"a": 0.2, "b": -0.4})
+    assert values["SFT"]["personal_utility"] == pytest.approx({"a": 0, "b": 0})
+    alone = {"PE": {"a": [["chess"]]}}  # nobody else
+    values = metrics.measure(alone, {"utility": score}, encode, Classifier(), TALK, TOLD, k=1)
+    assert "personal_utility" not in values["PE"] and values["PE"]["utility"] == {"a": 0.9}
+
+
+def test_who_is_easy_to_please_cancels_in_the_mean_of_the_personal_part():
+    ease = dict(zip("abcdef", np.random.default_rng(0).random(6), strict=True))
+    lists = {"PE": {user: [["tea"]] for user in ease}}
+    told = {user: [] for user in ease}
+    values = metrics.measure(lists, {"utility": lambda u, ys: np.full(len(ys), ease[u])}, encode,
+                             Classifier(), TALK, told, k=1)["PE"]["personal_utility"]
+    assert np.mean([*values.values()]) == pytest.approx(0)

@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+import zipfile
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -85,7 +86,51 @@ def locomo() -> dict:
     }
 
 
-ROWS = {"chatgpt": chatgpt, "sharegpt": sharegpt, "wildchat": wildchat, "locomo": locomo}
+def claude(**changes) -> dict:
+    return {
+        "uuid": "k1", "name": SECRET, "created_at": "2026-05-01T09:00:00.5Z",
+        "updated_at": "2026-05-01T10:00:00Z", "account": {"uuid": "a"},
+        "chat_messages": [
+            {"uuid": "1", "text": f"{SECRET} one", "sender": "human", "attachments": []},
+            {"uuid": "2", "text": "", "sender": "assistant",
+             "content": [{"type": "tool_use", "name": "x"}, {"type": "text", "text": "Sure."}]},
+        ],
+    } | changes  # fmt: skip
+
+
+def openwebui(**changes) -> dict:
+    """A question asked twice, with the second branch shown."""
+    def turn(role, text, parent):
+        return {"role": role, "content": text, "parentId": parent, "childrenIds": [],
+                "timestamp": 1777626000}  # fmt: skip
+
+    tree = {"a": turn("user", f"{SECRET} first try", None), "b": turn("assistant", "one", "a"),
+            "c": turn("user", f"{SECRET} second try", None),
+            "d": turn("assistant", [{"type": "text", "text": "two"}], "c")}  # fmt: skip
+    return {"id": "w1", "user_id": "u1", "title": SECRET, "created_at": 1777626000,
+            "updated_at": 1777626001, "chat": {"history": {"messages": tree, "currentId": "d"},
+                                               "models": ["m"]}} | changes  # fmt: skip
+
+
+def huggingchat(**changes) -> dict:
+    def turn(name, speaker, text, ancestors):
+        return {"id": name, "from": speaker, "content": text, "ancestors": ancestors}
+
+    messages = [turn("s", "system", "", []), turn("a", "user", f"{SECRET} first", ["s"]),
+                turn("b", "user", f"{SECRET} again", ["s"]),
+                turn("c", "assistant", "Yes.", ["s", "b"])]  # fmt: skip
+    return {"_id": {"$oid": "f1"}, "title": SECRET, "createdAt": "2026-05-01T09:00:00Z",
+            "updatedAt": "2026-05-01T09:00:01Z", "messages": messages} | changes  # fmt: skip
+
+
+def lmsys(name="l1", text=SECRET) -> dict:
+    turns = [{"role": "user", "content": text}, {"role": "assistant", "content": "answer"}]
+    return {"conversation_id": name, "model": "koala", "conversation": turns, "turn": 1}
+
+
+ROWS = {"chatgpt": chatgpt, "sharegpt": sharegpt, "wildchat": wildchat, "locomo": locomo,
+        "claude": claude, "openwebui": openwebui, "huggingchat": huggingchat,
+        "lmsys": lmsys}  # fmt: skip
 
 
 def write(path: Path, rows) -> Path:
@@ -206,7 +251,7 @@ def test_sessions_stand_in_time_order_where_all_have_a_time_and_only_once(tmp_pa
     rows[0]["create_time"] = None
     (user,), _ = imported("chatgpt", write(tmp_path / "conversations.json", rows))
     assert [s.session_id for s in user.sessions] == ["c1", "c2", "c3"]
-    assert user.sessions[0].timestamp is None
+    assert user.sessions[0].timestamp == datetime(1970, 1, 1, 0, 0, 3)  # of its messages
 
 
 # ------------------------------------------------------------------- sharegpt, wildchat and locomo
@@ -283,38 +328,131 @@ def test_both_people_of_a_locomo_sample_are_users(tmp_path):
     assert said(bob.sessions[0]) == [("assistant", f"{SECRET} two"), ("user", "Oh!")]
 
 
+# -------------------------------------------------------------------------------- other exports
+
+
+def test_claude_open_webui_huggingchat_and_lmsys(tmp_path):
+    when = datetime(2026, 5, 1, 9)
+    for kind, row, user_id, stamp, words in (
+        ("claude", claude(), "me", when.replace(microsecond=500_000), "one"),
+        ("openwebui", openwebui(), "u1", when, "second try"),
+        ("openwebui", openwebui(user_id=None, created_at=None), "me", when, "second try"),
+        ("huggingchat", huggingchat(), "me", when, "again"),
+        ("lmsys", lmsys(text=f"{SECRET} x"), "l1", None, "x"),
+    ):  # fmt: skip
+        (user,), _ = imported(kind, write(tmp_path / "export.json", [row]))
+        (session,) = user.sessions
+        assert (user.user_id, session.timestamp) == (user_id, stamp), kind
+        assert [m.role for m in session.messages] == ["user", "assistant"], kind
+        assert session.messages[0].content == f"{SECRET} {words}", kind
+
+
+def test_a_message_that_the_chat_never_showed_is_not_the_persons(tmp_path):
+    talk = chatgpt()
+    talk["mapping"]["a"] = node("root", "user", [f"{SECRET} is a nurse"], metadata={
+        "is_visually_hidden_from_conversation": True})  # fmt: skip
+    assert shown(tmp_path, talk) == [f"{SECRET} second try", "second answer"]
+
+
+def test_a_missing_time_falls_back_and_never_turns_a_history_around(tmp_path):
+    def named(name, **changes):
+        return chatgpt(conversation_id=name, **changes)
+
+    rows = [  # the newest first, as ChatGPT exports them
+        named("new", create_time=1.9e9), named("of messages", create_time=None),
+        named("none", create_time=None, mapping={"d": node(None, "user", [SECRET])}),
+        named("updated", create_time=None, update_time=-5.0,
+              mapping={"d": node(None, "user", [SECRET])}),
+    ]  # fmt: skip
+    (user,), _ = imported("chatgpt", write(tmp_path / "conversations.json", rows))
+    ids = [session.session_id for session in user.sessions]
+    assert ids.index("updated") < ids.index("of messages") < ids.index("new")
+    times = {session.session_id: session.timestamp for session in user.sessions}
+    assert times["of messages"] == datetime(1970, 1, 1, 0, 0, 3)  # of the branch shown
+    assert times["none"] is None and ids.index("none") < ids.index("new")
+
+
+@pytest.mark.parametrize("value", [1777626000, 1777626000.0, 1777626000_000, 1777626000_000_000,
+                                   "1777626000", "2026-05-01T09:00:00Z", "2026-05-01T11:00+02:00"])
+def test_times_in_seconds_milliseconds_and_words(tmp_path, value):
+    path = write(tmp_path / "conversations.json", [chatgpt(create_time=value)])
+    (user,), _ = imported("chatgpt", path)
+    assert user.sessions[0].timestamp == datetime(2026, 5, 1, 9)
+
+
+@pytest.mark.parametrize("value", [SECRET, 1e300, True, [], -1e30])
+def test_a_time_that_cannot_be_read_is_counted(tmp_path, value):
+    path = write(tmp_path / "conversations.json", [chatgpt(create_time=value)])
+    (user,), made = imported("chatgpt", path)
+    assert user.sessions[0].timestamp == datetime(1970, 1, 1, 0, 0, 3)  # that of its messages
+    assert made.endswith("; 1 times that cannot be read passed over")
+
+
+@pytest.mark.parametrize("turn", [False, True])
+def test_of_two_exports_the_later_state_stays(tmp_path, turn):
+    newer = chatgpt(update_time=1777626100.0)
+    older = copy.deepcopy(newer) | {"current_node": "d", "update_time": 1777626000.0}
+    paths = [write(tmp_path / "a.json", [older]), write(tmp_path / "b.json", [newer])]
+    (user,), made = imported("chatgpt", *paths[:: -1 if turn else 1])
+    assert [m.role for m in user.sessions[0].messages] == ["user", "assistant"]
+    assert "1 conversations seen before left out" in made
+
+
+def test_tools_unknown_roles_and_numbers_as_ids_refuse_no_file(tmp_path):
+    rows = [sharegpt(7), wildchat(5), chatgpt(id=9, conversation_id=None)]
+    rows[0]["conversations"] += [{"from": "function_call", "value": "x"}, {"from": "moss"}]
+    rows[1]["conversation"].append({"role": "tool", "content": "x"})
+    rows[2]["mapping"]["d"]["message"]["author"] = None
+    rows[2] |= {"current_node": 7}  # then the latest leaf counts
+    for kind, row, passed in zip(("sharegpt", "wildchat", "chatgpt"), rows, (2, 1, 0), strict=True):
+        if kind == "chatgpt":
+            row["mapping"]["e"]["parent"] = "b"
+        (user,), made = imported(kind, write(tmp_path / "rows.json", [row]))
+        assert user.sessions[0].session_id == {"sharegpt": "7", "wildchat": "5"}.get(kind, "9")
+        count = f"; {passed} messages of tools and other roles passed over"
+        assert made.endswith(count if passed else "OUT"), made
+
+
+def test_utf16_a_single_object_and_a_zip_are_read(tmp_path):
+    text = json.dumps([chatgpt()])
+    for number, content in enumerate((
+        text.encode("utf-16"), text.encode("utf-16-be"), b"\xef\xbb\xbf" + text.encode(),
+        json.dumps(chatgpt(), indent=2).encode(), b"\n" + json.dumps(chatgpt()).encode(),
+    )):  # fmt: skip
+        path = tmp_path / f"{number}.json"
+        path.write_bytes(content)
+        assert len(imported("chatgpt", path)[0][0].sessions) == 1, number
+        with zipfile.ZipFile(tmp_path / "export.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("user.json", "{}")  # of other things
+            archive.writestr("chats/conversations-000.json", content)
+        assert len(imported("chatgpt", tmp_path / "export.zip")[0][0].sessions) == 1, number
+
+
 # ------------------------------------------------------------------------------------------ faults
 
 
 def test_all_faulty_conversations_are_listed(tmp_path):
-    author = chatgpt()
-    author["mapping"]["d"]["message"]["author"] = None
     rows = [
         chatgpt(),
-        chatgpt(create_time=1.8e12),  # milliseconds
-        chatgpt(create_time=SECRET, current_node=7),
         SECRET,
-        author,
+        chatgpt(mapping={"a": SECRET}),
         chatgpt(conversation_id=None, id=None),
         chatgpt(conversation_id=" "),
         chatgpt(mapping=[]),
     ]
     lines = refusal("chatgpt", write(tmp_path / "conversations.json", rows))
     assert [line.rsplit(": ", 1)[0] for line in lines] == [
-        "FILE: conversation 2: create_time",
-        "FILE: conversation 3: create_time",
-        "FILE: conversation 3: current_node",
-        "FILE: conversation 4: row",
-        "FILE: conversation 5: mapping.d.message.author",
-        "FILE: conversation 6: conversation_id",
-        "FILE: conversation 7: conversation_id",
-        "FILE: conversation 8: mapping",
+        "FILE: conversation 2: row",
+        "FILE: conversation 3: mapping.a",
+        "FILE: conversation 4: conversation_id",
+        "FILE: conversation 5: conversation_id",
+        "FILE: conversation 6: mapping",
     ]
 
 
 def test_faults_of_jsonl_name_their_lines_and_a_limit_holds(tmp_path):
     speaker = sharegpt()
-    speaker["conversations"][1]["from"] = SECRET
+    speaker["conversations"][1]["from"] = None
     rows = [b"", sharegpt(), b"{", b"[1]", speaker, {"id": SECRET}]
     lines = refusal("sharegpt", write(tmp_path / "rows.jsonl", rows))
     assert [line.split(": ")[0] for line in lines] == [f"FILE:{n}" for n in (3, 4, 5, 6)]
@@ -329,19 +467,9 @@ def test_faults_of_jsonl_name_their_lines_and_a_limit_holds(tmp_path):
 
 
 def test_faults_of_wildchat_and_locomo_are_named(tmp_path):
-    rows = [
-        wildchat(),
-        wildchat(stamp="0001-01-01T00:00+10:00"),
-        wildchat(),
-        wildchat("h", "x" * 201),
-    ]
-    rows[2]["conversation"][1]["role"] = "tool"
+    rows = [wildchat(), wildchat("h", "x" * 201)]
     lines = refusal("wildchat", write(tmp_path / "rows.parquet", rows))
-    assert [line.rsplit(": ", 1)[0] for line in lines] == [
-        "FILE: conversation 2: timestamp",
-        "FILE: conversation 3: conversation.1.role",
-        "FILE: conversation 4: user_id",
-    ]
+    assert [line.rsplit(": ", 1)[0] for line in lines] == ["FILE: conversation 2: user_id"]
     bad = locomo()
     bad["conversation"] |= {"session_4": SECRET, "speaker_b": ""}
     bad["conversation"]["session_2"][1]["text"] = 7
@@ -356,7 +484,7 @@ def test_faults_of_wildchat_and_locomo_are_named(tmp_path):
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("other", ROWS)
 def test_a_file_of_another_kind_is_named(tmp_path, kind, other):
-    for ending in ["json", "jsonl"] + ["parquet"] * (other == "wildchat"):
+    for ending in ["json", "jsonl"] + ["parquet"] * (other in ("wildchat", "lmsys")):
         path = write(tmp_path / f"rows.{ending}", [ROWS[other]()])
         if kind == other:
             assert imported(kind, path)[0]
@@ -380,7 +508,8 @@ def test_a_file_of_another_kind_is_named(tmp_path, kind, other):
         (b'[{"a": NaN}]', "not JSON"),
         (b'{\n "a": [\n 1]}', "no such conversation"),
         (b'{"conversations": []}', "no such conversation"),
-        (b"PK\x03\x04 a zip", "no such conversation"),
+        (b"PK\x03\x04 a zip", "a zip archive that cannot be read"),
+        (b"\xff\xfe\x00\xd8[", "neither UTF-8 nor UTF-16"),
         (b"PAR1 and no more", "cannot be read as parquet"),
     ],
 )
@@ -389,7 +518,7 @@ def test_a_file_that_is_nothing_of_the_kind_gives_one_line(tmp_path, kind, conte
     path.write_bytes(content)
     (line,) = refusal(kind, path)
     assert line.startswith(f"FILE: {reason}")
-    assert reason.startswith("cannot") or f"; {kind} is " in line
+    assert "cannot" in reason or f"; {kind} is " in line
 
 
 def test_missing_files_folders_and_silent_files_are_refused(tmp_path):

@@ -95,6 +95,7 @@ def canned() -> SimpleNamespace:
                 "taps": 41, "rate": 0.085, "low": 0.061, "high": 0.112},
                {"method": "PE", "users": 1, "lists": 1, "lists_tapped": 0, "starters": 5,
                 "taps": 0, "rate": 0.0, "low": 0.0, "high": 0.79}],
+        hold=None,  # an event: the examples wait for it
         step=None,  # a queue: each starter waits for a word in it
         refuse={},  # path -> (status, headers, body)
         asked=[],  # (method, path, body)
@@ -128,7 +129,12 @@ def canned_app(server) -> FastAPI:
             return StreamingResponse(stream(server, reply), media_type="text/event-stream")
         return reply
 
-    app.get("/v1/examples")(lambda: server.examples)
+    @app.get("/v1/examples")
+    def examples():
+        if server.hold:
+            server.hold.wait(20)
+        return server.examples
+
     app.get("/v1/model")(lambda: {"model": server.model, "methods": server.methods,
                                   "task": server.task})
 
@@ -362,6 +368,15 @@ def test_why_names_interest_source_and_utility(page):
     expect(why).to_contain_text("Source: generated. Utility: 0.49 of 1.")
 
 
+def test_why_claims_no_interest_that_the_starter_does_not_name(page, server):
+    server.interests = [i | {"text": None} for i in server.interests[:4]]
+    page.locator("#example-form button").click()
+    page.locator("#starters summary").first.click()
+    why = page.locator("#starters details").first
+    expect(why).to_contain_text("Written for the kept interests; it names none of them.")
+    expect(why).not_to_contain_text("Because")
+
+
 def test_refresh_asks_anew_and_stops_the_list_before(page, server):
     server.step = queue.Queue()
     page.locator("#example-form button").click()
@@ -425,8 +440,8 @@ def test_ab_shows_rates_with_intervals_and_updates_on_demand(page, server):
 
 
 def test_pasted_history_is_a_new_person_until_forgotten(page, server):
-    paste(page, "Kyoto in a week\n\n  怎么做红烧肉 \n", "age: 25-34\nregion：SG\nnonsense")
-    user = page.evaluate("sessionStorage.getItem('user')")
+    paste(page, "Kyoto in a week\n\n  怎么做红烧肉 \n", "age: 25-34\n\nregion：SG\n")
+    user = page.evaluate("localStorage.getItem('user')")
     assert re.fullmatch(r"web(-\d+){4}", user)
     assert asked(server, f"/v1/users/{user}/sessions", "PUT") == [{
         "sessions": [{"session_id": "line-1", "summary": "Kyoto in a week"},
@@ -436,16 +451,74 @@ def test_pasted_history_is_a_new_person_until_forgotten(page, server):
 
     paste(page, "Something else")  # another person: the one before is forgotten
     assert asked(server, f"/v1/users/{user}", "DELETE") == [None]
-    other = page.evaluate("sessionStorage.getItem('user')")
+    other = page.evaluate("localStorage.getItem('user')")
     assert other != user
-    page.reload()  # the name outlives it, and with it the button
+    tab = page.context.new_page()  # the name outlives its tab, and with it the button
+    tab.goto(page.url)
+    page.close()
+    page = tab
     page.get_by_text("Paste a history").click()
     page.get_by_role("button", name="Forget me").click()
     expect(page.locator("#forgotten")).to_contain_text("Forgotten")
     assert asked(server, f"/v1/users/{other}", "DELETE") == [None]
-    assert page.evaluate("sessionStorage.length") == 0
+    assert page.evaluate("localStorage.length") == 0
     expect(page.get_by_role("button", name="Forget me")).to_be_hidden()
     expect(page.get_by_label("Past sessions")).to_be_focused()
+
+
+def test_a_history_forgotten_in_one_tab_leaves_the_others(page, server):
+    paste(page, "Kyoto in a week")
+    other = page.context.new_page()
+    other.goto(page.url)
+    other.get_by_text("Paste a history").click()
+    other.get_by_role("button", name="Forget me").click()
+    expect(other.locator("#forgotten")).to_contain_text("Forgotten")
+    expect(starters(page)).to_have_count(0)
+    expect(page.get_by_role("button", name="Forget me")).to_be_hidden()
+
+
+def test_nothing_held_is_forgotten_too(page, server):
+    page.evaluate("localStorage.setItem('user', 'web-1')")
+    page.reload()
+    server.refuse["/v1/users/web-1"] = (404, {}, {"detail": "nothing is held of this user"})
+    page.get_by_text("Paste a history").click()
+    page.get_by_role("button", name="Forget me").click()
+    expect(page.locator("#forgotten")).to_contain_text("Forgotten")
+    expect(page.locator("#problem")).to_be_hidden()
+
+
+def test_a_profile_line_that_is_none_is_named_and_nothing_is_lost(page, server):
+    page.get_by_text("Paste a history").click()
+    page.get_by_label("Past sessions").fill("Kyoto in a week")
+    for line in ("nonsense", "age:", ": 25", " ： "):
+        page.get_by_label("Profile").fill(f"region: SG\n\n{line}")
+        page.locator("#own-form .primary").click()
+        expect(page.get_by_role("alert")).to_have_text(
+            "Profile, line 3: write it as “name: value”.")
+    assert not [path for _, path, _ in server.asked if "users" in path]
+    expect(page.get_by_label("Past sessions")).to_have_value("Kyoto in a week")
+
+
+def test_nobodys_starters_stand_beside_another_person(page):
+    show_example(page)
+    expect(page.locator("#starters-title")).to_have_text("Starters for u0")
+    page.get_by_label("Example person").select_option("u7 · 2 sessions")
+    expect(starters(page)).to_have_count(0)
+    expect(page.locator("#starters-title")).to_have_text("Starters")
+    show_example(page)
+    expect(page.locator("#starters-title")).to_have_text("Starters for u7")
+    paste(page, "Kyoto in a week")
+    expect(page.locator("#starters-title")).to_have_text("Starters for the pasted history")
+
+
+def test_who_is_faster_than_the_examples_waits_for_them(page, server):
+    """The button can be pressed once there is somebody to show: before, a click did nothing."""
+    server.hold = threading.Event()
+    page.goto(page.url, wait_until="commit")
+    expect(page.locator("#model")).to_contain_text("Model")
+    expect(page.locator("#example-form button")).to_be_disabled()
+    server.hold.set()
+    show_example(page)
 
 
 def test_forget_me_clears_the_page(page):
@@ -615,6 +688,18 @@ def test_phone_needs_no_sideways_scroll(page, server):
     page.get_by_text("Paste a history").tap()
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     shot(page, "phone-paste")
+
+
+@pytest.mark.parametrize("page", [{"viewport": {"width": 320, "height": 640}}], indirect=True)
+def test_the_smallest_phone_holds_the_ab_table(page, server):
+    server.rates = [{**server.rates[0], "taps": 12345, "starters": 123456, "users": 12345}]
+    page.locator("#ab-refresh").click()
+    expect(page.locator("#ab-table")).to_contain_text("12345 of 123456")
+    card, table = (page.locator(x).bounding_box() for x in ("#ab", "#ab-table"))
+    assert table["x"] + table["width"] <= card["x"] + card["width"]
+    for cell in page.locator("#ab-table :is(th, td, .quiet)").all():
+        box = cell.bounding_box()
+        assert box["x"] + box["width"] <= card["x"] + card["width"] + 0.5
 
 
 @pytest.mark.parametrize("page, moves", [({"reduced_motion": "reduce"}, "none"),

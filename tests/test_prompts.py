@@ -4,7 +4,7 @@ import json
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import llm
@@ -102,6 +102,13 @@ FORMS = {
     "numbers in a line": lambda y: " ".join(f"{i}. {s}" for i, s in enumerate(y, 1)),
     "numbers in a field": lambda y: f"<sug> {FORMS['numbers in a line'](y)} </sug>",
     "bold numbers": lambda y: "\n".join(f"**{i}. {s}**" for i, s in enumerate(y, 1)),
+    "answers": lambda y: "\n".join(f"A: {i}. {s}" for i, s in enumerate(y, 1)),
+    "answers in a field": lambda y: "<sug> " + " && ".join(
+        f"Answer: {i}) {s}" for i, s in enumerate(y, 2)) + " </sug>",
+    "told, from two on": lambda y: "You can ask me: " + " ".join(f"{i}. {s}" for i, s in
+                                                                 enumerate(y, 2)),
+    "numbers between &&": lambda y: f"<sug> {y[0]} && " + " ".join(
+        f"{i}. {s}" for i, s in enumerate(y[1:], 1)) + " && </sug>",
     "labels": lambda y: "\n".join(f"Question {i}: {s}" for i, s in enumerate(y, 1)),
     "explained": lambda y: "\n".join(f"{i}. **{s}**\n   - As you like it." for i, s in
                                      enumerate(y, 1)),
@@ -181,6 +188,9 @@ def test_what_is_no_list_gives_a_reason(text):
     ("2) Quiz", "Quiz"), ("1️⃣ Quiz", "Quiz"), ('"Quiz me",', "Quiz me"), ("[Quiz me]", "Quiz me"),
     ("Q1: Quiz", "Quiz"), ("问题２：三体", "三体"), ("How do *args and **kwargs work", None),
     ("What is 2 * 3 * 4", None), ("Teach me A*", None), ("3.5 mm jacks", None), ("C# or F#", None),
+    ("A: 2. Quiz", "Quiz"), ("You can ask me: 2. Quiz me", "Quiz me"), ("Answer: Quiz", "Quiz"),
+    ("Q: Quiz", "Quiz"), ("1. A: Quiz", "Quiz"), ("回答：三体", "三体"), ("Dune: the films", None),
+    ("Alien 3: why so bleak", None), ("Fate 2. 0 or Go", None), ("Q:A ratio in chess", None),
     ("__init__ or __new__", None), ("snake_case or camelCase", None), ("10:30 trains", None),
 ])  # fmt: skip
 def test_marks_around_a_starter(marked, bare):
@@ -188,12 +198,31 @@ def test_marks_around_a_starter(marked, bare):
     assert llm.parse_starters(f"<sug> {marked} && c d </sug>").starters == (bare or marked, "c d")
 
 
+@pytest.mark.parametrize("text, kept", [
+    (",", ""), ("…!?", ""), ("🎉🎉", ""), ("&", ""), ("- —", ""), ("⭐", ""), ("、。", ""),
+    ("C++", "C++"), ("5G", "5G"), ("🎉 party", "🎉 party"), ("π", "π"), ("½", "½"), ("茶", "茶"),
+    ("हिन्दी", "हिन्दी"), ("ไทย", "ไทย"), ("한국어", "한국어"),
+])  # fmt: skip
+def test_what_has_neither_letter_nor_digit_is_no_starter(text, kept):
+    assert llm.clean_starter(text) == kept
+    parsed = llm.parse_starters(f"<sug> {text} && a b </sug>").starters
+    assert parsed == (*filter(None, [kept]), "a b")
+
+
+@example([",\t"])
 @given(st.lists(st.text() | MARKUP, max_size=5))
 @settings(max_examples=200)
 def test_format_survives_the_parser(starters):
     once = llm.parse_starters(llm.format_starters(starters)).starters
     assert llm.parse_starters(llm.format_starters(once)).starters == once
     assert not any(set("<>") & set(s) for s in once)
+
+
+def test_numbers_behind_the_end_of_a_starter_part_it_though_some_are_left_out():
+    text = "A: 1. How do trams work? 3. Why is Portal 2 short? 4. What is bop?"
+    whole = ("How do trams work?", "Why is Portal 2 short?", "What is bop?")
+    assert llm.parse_starters(text).starters == whole
+    assert llm.parse_starters(f"<sug> {text} && Quiz me </sug>").starters == (*whole, "Quiz me")
 
 
 def test_no_separator_stands_inside_a_starter():

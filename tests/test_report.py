@@ -47,7 +47,12 @@ def seed_values(number: int, lift: float = 0.5, users: int = 30) -> dict:
         "basis": {
             "above_least": 0.5, "matcher": {"precision": 0.9, "recall": 0.8}, "classifier": 0.5,
             "classifier_on_starters": 0.5, "kept_start": [True, False],
-            "rid": {"auc": 0.6, "auc_frequency": 0.5, "auc_recency": 0.5},
+            "rid": {
+                **dict.fromkeys(["auc", "auc_trees", "auc_logistic"], 0.6),
+                "auc_frequency": 0.5, "auc_recency": 0.5,
+                "gate": {gate: {"f_half": 0.4}
+                         for gate in ("groups", "one threshold", "top 1", "top 4")},
+            },
             "ranker": {x: {"auc_slot_controlled": 0.6} for x in ("train", "judge")},
         },
         "cases": [{"percentile": 50, "lift": 0.0, "summaries": ["<b>&*"], "interests": ["x"],

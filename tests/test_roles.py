@@ -10,6 +10,7 @@ from test_prompts import MARKUP
 import llm
 import roles
 from data import Message
+from roles.text import unfit
 
 
 def encode(texts):
@@ -41,6 +42,9 @@ def encode(texts):
         ("Can You Recommend A Good Book About Stoicism", "Stoicism"),
         ("Ideas For My Birthday Party In London", "Birthday Party"),
         ("什么是量子计算？", "量子计算"),
+        ("How does std::move work?", "std::move"),
+        ("How Grover's algorithm works", "Grover's algorithm"),
+        ("抹茶ケーキの作り方", "抹茶ケーキ"),
     ],
 )
 def test_key_phrases(text, first):
@@ -92,10 +96,10 @@ def test_filters_never_raise_and_are_idempotent(starters):
     ],
 )
 def test_teacher_writes_n_fit_starters_the_same_each_time(interests):
-    raw = roles.Rules(encode).write([interests], 10, [3])[0]
+    raw = roles.Rules(None).write([interests], 10, [3])[0]
     starters = list(llm.parse_starters(raw).starters)
     assert roles.filter_starters(starters, interests) == (starters, {}) and len(starters) == 10
-    assert raw == roles.Rules(encode).write([interests], 10, [3])[0]
+    assert raw == roles.Rules(None).write([interests], 10, [3])[0]
     assert len(interests) == 1 or "email" not in raw
 
 
@@ -126,3 +130,43 @@ def test_summariser_takes_the_first_question():
     sessions = [[Message(role=role, content=said) for role, said in s] for s in sessions]
     lines = roles.Rules(encode).summarise([*sessions, None])
     assert lines == ["What is Dune?", "量" * 20, "...", ""]
+
+
+def test_greetings_are_no_summary_and_no_interest():
+    said = [["hi"], ["Hey Mel!", "Thanks! How do tides work? Do tell."], ["你好！", "在吗"],
+            ["Hello", "Translate this for me."]]  # fmt: skip
+    sessions = [[Message(role="user", content=text) for text in texts] for texts in said]
+    lines = roles.Rules(None).summarise(sessions)
+    assert lines == ["", "How do tides work?", "", "Translate this for me."]
+    for text in ("hi there", "Thank you so much!", "ok thanks", "Good morning", "谢谢", "hola"):
+        assert unfit([text], None) == ["greeting"], text
+    for text in ("Hello Kitty history", "hello world in Rust", "Thanksgiving recipes",
+                 "Morning glory", "cool jazz", "好莱坞"):
+        assert unfit([text], None) == [None], text
+
+
+@pytest.mark.parametrize("interests", [
+    ["東京の桜の名所を教えて", "京都旅行の計画", "抹茶ケーキの作り方", "将棋の戦法を学ぶ"],
+    ["서울 맛집 추천", "한국 역사"], ["Рецепты борща", "История Москвы"],
+    ["Receta de paella", "¿Cómo tocar la guitarra?"],
+    ["Wie lerne ich Gitarre?", "Wandern in Tirol"],
+])  # fmt: skip
+def test_who_writes_another_language_is_answered_in_it_or_not_at_all(interests):
+    """Case 28: no Chinese for kana, no English for the others; the reason is counted."""
+    raw = roles.Rules(None).write([interests], 5, [0])[0]  # it has no templates in them
+    assert llm.parse_starters(raw).reason == "empty <sug> field"
+    wrong = ["选一处东京的樱花名胜", "How did Kyoto become the capital?"]
+    assert roles.filter_starters(wrong, interests) == ([], {"language": 2})
+
+
+@pytest.mark.parametrize("interests, starter", [
+    (["東京の桜の名所を教えて"], "京都の桜はいつ咲くのですか"),
+    (["한국 역사 알려줘"], "조선의 왕은 누구였나요"),
+    (["История Москвы"], "Кто построил Кремль?"), (["Receta de paella", "¿Cómo tocar la guitarra?"],
+                                                   "¿Qué arroz conviene para la paella?"),
+    (["Wie lerne ich Gitarre?"], "Welche Akkorde lerne ich zuerst?"),
+    (["Dune novels"], "Dune quiz"),
+    (["Receta de paella", "¿Cómo tocar la guitarra?"], "Paella valenciana auténtica"),
+])  # fmt: skip
+def test_starters_in_the_readers_language_pass(interests, starter):
+    assert roles.filter_starters([starter], interests) == ([starter], {})

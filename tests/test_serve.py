@@ -13,8 +13,10 @@ import logging
 import os
 import random
 import re
+import shutil
 import signal
 import socket
+import sqlite3
 import statistics
 import subprocess
 import sys
@@ -34,8 +36,8 @@ import data
 import serve
 from config import Config, load_config
 from files import ROOT, UserError, digest, write_json
-from serving import connections, front, queue
-from serving.engine import METHODS, Answer, Interest, Starter
+from serving import connections, database, front, queue
+from serving.engine import METHODS, Answer, Ask, Interest, Starter
 from serving.store import Store
 
 CANARY_REQUESTS = int(os.environ.get("CANARY_REQUESTS", 3000))
@@ -50,6 +52,7 @@ class FakeEngine:
         self.examples, self.sizes, self.forgotten = [], [], 0
         self.slots, self.threads, self.fail = 0, set(), None
         self.asked = []  # (user_id, n, avoid) of every ask
+        self.pool = 1000  # questions of each subject
 
     @staticmethod
     def history_hash(user):
@@ -63,10 +66,14 @@ class FakeEngine:
     def forget(self):
         self.forgotten += 1
 
+    @staticmethod
+    def characters(ask):
+        return sum(len(s.summary or "") for s in ask.user.sessions)
+
     def write(self, asks, gone):
         self.threads.add(threading.get_ident())
         self.sizes.append(len(asks))
-        self.asked += [(a.user.user_id, a.n, a.avoid) for a in asks]
+        self.asked += [(a.user.user_id, a.n, [*a.avoid, *a.again]) for a in asks]
         if self.fail:
             raise ValueError(f"{self.fail} {asks[0].user}")
         ready, alive = [self._starters(ask) for ask in asks], set(range(len(asks)))
@@ -94,11 +101,12 @@ class FakeEngine:
         texts = [s.summary or s.messages[0].content for s in ask.user.sessions]
         source = "generated" if texts else "cold start"
         texts = texts or [f"popular in {(ask.user.profile or {}).get('region', 'the world')}"]
-        avoid = {text.casefold() for text in ask.avoid}
+        avoid, again = ({text.casefold() for text in some} for some in (ask.avoid, ask.again))
         every = (Starter(f"{text}: question {k}", 0.5 + 0.1 / k,
                          text if ask.user.sessions else None, source)
-                 for k in range(1, 1000) for text in texts)
-        return [s for s in every if s.text.casefold() not in avoid][: self.most]
+                 for k in range(1, self.pool) for text in texts)
+        good = [s for s in every if s.text.casefold() not in avoid]
+        return ([s for s in good if s.text.casefold() not in again] or good)[: self.most]
 
     def _answer(self, ask, starters):
         texts = [s.summary or s.messages[0].content for s in ask.user.sessions][:12]
@@ -229,6 +237,19 @@ def test_refresh_passes_over_lists_that_were_only_answered(server):
     first, again = ask(server, user_id="u1"), ask(server, user_id="u1", refresh=True)
     third = ask(server, user_id="u1", refresh=True)
     assert len({*texts(first), *texts(again), *texts(third)}) == 15
+
+
+def test_who_asks_for_others_and_has_seen_all_has_them_again(server):
+    server.engine.pool = 8  # seven starters
+    put(server, "u1", "trains")
+    wait_for(lambda: server.engine.asked and not server.desk.jobs)
+    met = []
+    for _ in range(6):
+        reply = ask(server, user_id="u1", n=5, refresh=True)
+        send(server, reply["impression_id"])
+        met.append(texts(reply))
+    assert len({*met[0], *met[1]}) == 7 and all(met)  # first those that are left
+    assert ask(server, user_id="u1")["starters"] == []  # who does not is told nothing twice
 
 
 def test_excluded_starters_stay_out(server):
@@ -404,6 +425,43 @@ def test_asks_are_written_in_batches_by_one_thread(tmp_path, monkeypatch):
         assert len(server.engine.sizes) < 8
 
 
+def test_small_asks_go_before_a_large_one_whose_turn_comes_too(tmp_path):
+    with running(tmp_path) as server:
+        order, write, free = [], server.engine.write, threading.Event()
+
+        def slow(asks, gone):
+            order.append([ask.user.sessions[0].summary[:4] for ask in asks])
+            free.wait(20)
+            return write(asks, gone)
+
+        server.engine.write = slow
+        long = {"sessions": [{"summary": "long" + "x" * 1900}] * 20}
+
+        async def one_after_another():
+            requests = [starters_of("first"), ("POST", "/v1/starters", long), starters_of("tea")]
+            tasks = []
+            for i, request in enumerate(requests):
+                tasks.append(asyncio.create_task(Connection(server.port).ask(*request)))
+                while len(order) + len(server.desk.queue.waiting) <= i:
+                    await asyncio.sleep(0.01)
+            free.set()
+            return await asyncio.gather(*tasks)
+
+        assert {status for status, _, _ in asyncio.run(one_after_another())} == {200}
+        assert order == [["firs"], ["tea"], ["long"]]
+        desk, now = server.desk, time.monotonic()
+        idle = queue.Queue(server.engine, desk.settings, desk.metrics, desk)  # its thread sleeps
+    jobs = [queue.Job(Ask(data.User(user_id=str(n), sessions=[
+        data.Session(session_id="1", summary="x" * n)]), 5), by_id=False) for n in (2000, 10, 11)]
+    for job, waited in zip(jobs, (3, 1, 2), strict=True):
+        job.born = now - waited  # the large one came long enough before
+    idle.waiting.extend(jobs)
+    assert idle._take() == [jobs[0], jobs[2], jobs[1]]
+    jobs[0].characters = 10**6
+    idle.waiting.extend(jobs)
+    assert idle._take() == [jobs[2], jobs[1]] and idle._take() == [jobs[0]]
+
+
 def test_writing_ahead_gives_way_to_a_client(tmp_path):
     with running(tmp_path, FakeEngine(steps=250, seconds=0.02)) as server:  # 5 s
         put(server, "u1", "trains")
@@ -496,8 +554,6 @@ def test_what_takes_too_long_is_answered_504_and_given_up(tmp_path):
 
 
 def test_a_failing_store_is_503(server, monkeypatch):
-    import sqlite3
-
     def full(*_, **__):
         raise sqlite3.OperationalError("database or disk is full")
 
@@ -505,6 +561,80 @@ def test_a_failing_store_is_503(server, monkeypatch):
     reply = server.client.post(
         "/v1/events", json={"events": [{"impression_id": "x", "type": "shown"}]})
     assert reply.status_code == 503 and reply.headers["Retry-After"]
+
+
+def test_readiness_tells_of_the_store(tmp_path, monkeypatch):
+    with running(tmp_path) as server:
+        put(server, "u1", "trains")
+        usage = shutil.disk_usage(tmp_path)
+        assert server.client.get("/readyz").json() == {"status": "ready"}
+        monkeypatch.setattr(database.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+        reply = server.client.get("/readyz")
+        assert reply.status_code == 503 and "store" in reply.json()["detail"]
+        monkeypatch.undo()
+        # As a disk that turned read-only.
+        server.store.db.connection.execute("PRAGMA query_only=ON")
+        assert server.client.get("/readyz").status_code == 503
+        server.store.db.connection.execute("PRAGMA query_only=OFF")
+        assert server.client.get("/readyz").status_code == 200
+
+
+def test_a_damaged_store_is_told_by_requests_streams_and_readiness(tmp_path):
+    with running(tmp_path) as server:
+        server.engine.pool = 2
+        put(server, "u1", *(f"trains {i} " + "x" * 900 for i in range(200)))
+        wait_for(lambda: server.engine.asked and not server.desk.jobs)
+        server.store.db.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        with open(server.store.db.path, "r+b") as file:
+            size = file.seek(0, 2)
+            for place in range(4096, size, 4096):
+                file.seek(place)
+                file.write(b"\xaa" * 4096)
+        server.store.db.connection.execute("PRAGMA cache_size=1")
+        server.store.db.connection.execute("PRAGMA shrink_memory")
+        assert server.client.post("/v1/starters", json={"user_id": "u1"}).status_code == 503
+        assert server.client.get("/readyz").status_code == 503
+        assert server.client.get("/livez").status_code == 200
+        assert ask(server, sessions=[{"summary": "tea"}])["starters"]  # needs no store
+    with pytest.raises(UserError, match="serve.sqlite"):  # one line at the next start
+        Store(tmp_path / "serve.sqlite")
+
+
+@pytest.mark.parametrize("error", [sqlite3.DatabaseError("malformed"), KeyError("secret")])
+def test_a_stream_ends_with_an_error_event_whatever_fails(server, monkeypatch, caplog, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(server.desk, "keep", fail)
+    body = {"sessions": [{"summary": "tea"}], "stream": True}
+    told = events_of(server.client.post("/v1/starters", json=body).text)
+    assert told[-1][0] == "error" and "secret" not in str(told) + caplog.text
+    assert f"{type(error).__name__} at test_serve.py" in caplog.text
+
+
+def test_a_user_deleted_by_another_server_of_the_store_stays_deleted(tmp_path):
+    """Whatever this one was doing: answering, writing ahead, looking up."""
+    with running(tmp_path, FakeEngine(steps=40, seconds=0.02)) as server, \
+            contextlib.closing(Store(server.store.db.path)) as other:
+        for again in range(2):  # the second time she has come back before
+            put(server, "alice", "trains")
+            put(server, "bob", "tea")
+            replies = []
+            slow = [threading.Thread(
+                        target=lambda u=u, r=replies: r.append(ask(server, user_id=u, n=7)))
+                    for u in ("alice", "bob", "nobody")]
+            for thread in slow:
+                thread.start()
+            wait_for(lambda: sum(job.ask.n == 7 for job in [*server.desk.jobs]) == 3)
+            assert other.delete_user("alice")["users"] == 1
+            other.delete_user("nobody")
+            for thread in slow:
+                thread.join()
+            wait_for(lambda: not server.desk.jobs and not server.desk.queue.spare)
+            for table in ("users", "sessions", "lists", "ahead"):
+                rows = other.db.rows(f"SELECT DISTINCT user_id FROM {table}")
+                assert rows == [("bob",)], (table, again)
+            assert len([r for r in replies if r["impression_id"]]) == 1
 
 
 # ------------------------------------------------------------------------------------------- limits
@@ -691,6 +821,17 @@ def test_every_route_but_health_needs_the_key_if_one_is_set(tmp_path, monkeypatc
         for reply in calls(app, [(*route, headers) for route in every_route(app)]):
             assert reply.status_code not in (401, 403)
     assert [r.status_code for r in calls(app, [("GET", p, {}) for p in front.OPEN])] == [200, 200]
+
+
+def test_a_line_comes_within_a_second_of_the_start():
+    started = time.monotonic()
+    made = subprocess.Popen([sys.executable, ROOT / "serve.py", "--run", "nowhere"],
+                            stderr=subprocess.PIPE, text=True)
+    line, seconds = made.stderr.readline(), time.monotonic() - started
+    rest = made.communicate()[1]
+    whole = time.monotonic() - started
+    assert line.startswith("serve.py: loading") and "error: --run nowhere" in rest
+    assert seconds < max(1.0, 0.2 * whole)  # long before the libraries are loaded
 
 
 def test_another_address_without_a_key_is_refused_at_start(tmp_path, monkeypatch):

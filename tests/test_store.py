@@ -783,6 +783,30 @@ def test_only_the_owner_reads_the_files(store):
     assert len(files) == 3 and all(f.stat().st_mode & 0o077 == 0 for f in files)
 
 
+def test_a_file_that_others_could_read_is_theirs_no_longer(tmp_path):
+    path = tmp_path / "serve.sqlite"
+    first = Store(path)
+    for file in tmp_path.iterdir():
+        file.chmod(0o644)
+    second = Store(path)
+    second.put_sessions("u", sessions(1))
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o600}
+    assert len(list(tmp_path.iterdir())) >= 2
+    first.close()
+    second.close()
+
+
+def test_a_transaction_within_another_is_a_part_of_it(store):
+    with pytest.raises(KeyError), store.db.transaction() as db:
+        store.put_ahead("u", "k", {})
+        assert not db.execute("SELECT 1 FROM lists").fetchall()
+        offer(store)
+        raise KeyError
+    assert not store.db.rows("SELECT 1 FROM ahead") and not store.db.rows("SELECT 1 FROM lists")
+    store.put_ahead("u", "k", {})
+    assert store.ahead("u", "k") == {}
+
+
 def test_an_empty_file_becomes_a_store(tmp_path):
     (tmp_path / "s").touch()
     show(Store(tmp_path / "s"))

@@ -393,7 +393,8 @@ def test_what_the_matcher_could_not_say_is_no_label(finished, tmp_path, monkeypa
 def test_no_tower_stops_before_its_least_epochs(finished, tmp_path, monkeypatch):
     """The left-out loss is best at the first epoch, as that of an untrained network may be."""
     shutil.copytree(finished, tmp_path / "tiny")
-    run = Run(micro(tmp_path, "rid.epochs=9", "rid.least_epochs=4", "rid.patience=1"))
+    run = Run(micro(tmp_path, "rid.epochs=9", "rid.patience=1"))
+    monkeypatch.setattr(rid, "LEAST_EPOCHS", 4)
     revisits, kept, losses = match.Revisits(run), [], itertools.count()
     known = revisits.rows(run.ids("train", "valid"))
     users = list(dict.fromkeys(user for user, _ in known))
@@ -478,6 +479,19 @@ def test_a_user_without_history_gets_popular_starters(finished):
     shown = {y for row in run.impressions for y in row.starters}
     for profile in (None, {"region": "CN"}, {"region": "US", "age": "55+"}):
         assert len({*popular(profile)}) == k and {*popular(profile)} <= shown
+
+
+def test_what_was_written_for_one_person_is_popular_with_nobody_else(finished):
+    run = Run(micro(finished.parent))
+    train, secret = run.ids("train"), "What comes next in Ms K10 v. Braun?"
+    row = next(row for row in run.impressions if row.user_id == train[0])
+    mine = row.model_copy(update={"starters": [secret], "clicked": [0]})
+    for people, known in ((1, False), (4, False), (5, True)):  # lists, 50 of each person
+        run.impressions = Run(micro(finished.parent)).impressions + [
+            mine.model_copy(update={"user_id": user}) for user in train[:people]] * 50
+        assert (secret in PopularStarters(run)(None)) == known
+    run.impressions = [mine] * 50
+    assert PopularStarters(run)(None) == []
 
 
 def test_logs_too_thin_for_a_ranker_are_named(finished):

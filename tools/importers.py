@@ -1,40 +1,109 @@
-"""Conversations from elsewhere as users: exports of ChatGPT, ShareGPT, WildChat and LoCoMo.
+"""Conversations from elsewhere as users: exports of chat assistants, and shared data sets.
 
     python -m tools.logs import chatgpt conversations.json --out users.jsonl
     python -m tools.logs import mimics mimics_duo.jsonl --out dialogues.jsonl   # see Mimics
 
-One record per kind of file. Its sessions() yields (user_id, session_id, timestamp, messages) with
-messages as (role, text or None); a user_id of None is the one person whose export the file is.
-Records are strict: a row that does not fit is a fault, listed by its place and not its content.
+One record per kind of file. Its sessions() yields a Talk for each session. What is not needed (a
+turn of a tool, an unknown role, a time that nobody can read) is passed over and counted; a row
+without what is needed is a fault, listed by its place and not its content.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
-import math
 import re
+import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 import data
-from data import DataError, Faults, Name, Record, Stamp, Text, User
-from files import progress
+from data import DataError, Faults, Name, Record, Text, User
+from files import digest, progress
 
-Sessions = Iterator[tuple[str | None, str, datetime | None, list[tuple[str, str | None]]]]
+# Names of who speaks, in all kinds of files; tools and what else there is are passed over.
+ROLES = dict.fromkeys(("gpt", "chatgpt", "assistant", "bing", "bard", "model"), "assistant")
+ROLES |= {"human": "user", "user": "user", "prompter": "user", "system": "system"}
+UNREAD_TIME = "times that cannot be read"
+ENTRIES = 1000  # files of a zip archive that are looked at
+UNPACKED = 4 * 2**30  # bytes of one of them at most: an archive may promise terabytes
 
 
-def _unix(seconds: float) -> datetime:
-    """Seconds since 1970 to naive UTC."""
+def _moment(value, info) -> datetime | None:
+    """ISO 8601 text, or seconds, milli-, micro- or nanoseconds since 1970, to naive UTC."""
+    if value is None or value == "":
+        return None
     try:
-        return datetime.fromtimestamp(seconds, UTC).replace(tzinfo=None)
-    except (ValueError, OverflowError, OSError):  # which of them depends on the machine
-        raise ValueError("not in the years 1 to 9999 as seconds since 1970") from None
+        if isinstance(value, str) and not re.fullmatch(r"-?\d{9,20}(\.\d{1,9})?", value):
+            return data.to_utc(value)
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
+            seconds = float(value)
+            if abs(seconds) > 1e19:  # no nanoseconds either; JSON's 1e999 is infinite
+                raise ValueError
+            while abs(seconds) > 1e11:  # the year 5138
+                seconds /= 1000
+            return datetime.fromtimestamp(seconds, UTC).replace(tzinfo=None)
+        return data.to_utc(value)  # of parquet
+    except (ValueError, TypeError, OverflowError, OSError):  # which of them depends on the machine
+        if info.context is not None:
+            info.context[UNREAD_TIME] += 1  # a history can do without
+        return None
+
+
+Time = Annotated[datetime | None, BeforeValidator(_moment)]
+# Some databases number their conversations.
+Id = Annotated[Name, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+
+
+@dataclass(frozen=True)
+class Talk:
+    user_id: str | None  # None: the one person whose export the file is
+    session_id: str
+    begun: datetime | None
+    said: list[tuple[str, str | None]]  # (role as the file has it, text)
+    updated: datetime | None = None  # which of two exports has the later state
+
+    def turns(self) -> list[dict]:
+        said = [(ROLES.get(role.lower()), text) for role, text in self.said]
+        return [{"role": role, "content": text} for role, text in said if role and text]
+
+
+Sessions = Iterator[Talk]
+
+
+def _earliest(*times: datetime | None) -> datetime | None:
+    return min(filter(None, times), default=None)
+
+
+def _text(content) -> str | None:
+    """Text of a message that is a text, or a list of parts of which some are texts."""
+    if isinstance(content, list):
+        parts = [p.get("text") if isinstance(p, dict) else p for p in content]
+        return "\n".join(part for part in parts if isinstance(part, str))
+    return content if isinstance(content, str) else None
+
+
+def _branch(parents: dict[str, str | None], leaf: Any) -> list[str]:
+    """Root to leaf of a tree; edits and regenerations hang on other branches."""
+    branch: dict[str, None] = {}
+    while isinstance(leaf, str) and leaf in parents and leaf not in branch:
+        branch[leaf] = None  # a lost parent or a cycle ends it
+        leaf = parents[leaf]
+    return list(branch)[::-1]
+
+
+def _latest_leaf(parents: dict[str, str | None], times: dict[str, datetime | None]) -> str | None:
+    inner = set(parents.values())
+    leaves = [key for key in parents if key not in inner]
+    # Of equally late ones the last in the file: max keeps the first that it meets.
+    return max(reversed(leaves), key=lambda key: times[key] or datetime.min, default=None)
 
 
 class ChatGPTMessage(Record):
@@ -45,10 +114,11 @@ class ChatGPTMessage(Record):
         content_type: str  # text, multimodal_text, code, ...
         parts: list[Any] | None = None  # texts, and objects of images and speech
 
-    author: Author
+    author: Author | None = None
     content: Content | None = None
     recipient: str | None = None
-    create_time: float | None = None  # seconds since 1970
+    create_time: Time = None
+    metadata: Any = None
 
     def text(self) -> str | None:
         """Its text and the transcripts of speech; None for images, code and calls of tools."""
@@ -56,8 +126,10 @@ class ChatGPTMessage(Record):
         # Another recipient is a tool.
         if kind not in ("text", "multimodal_text") or self.recipient not in (None, "all"):
             return None
-        parts = [p.get("text") if isinstance(p, dict) else p for p in self.content.parts or ()]
-        return "\n".join(part for part in parts if isinstance(part, str))
+        hidden = "is_visually_hidden_from_conversation"  # put there by the chat, not its person
+        if isinstance(self.metadata, dict) and self.metadata.get(hidden):
+            return None
+        return _text(self.content.parts or [])
 
 
 class ChatGPT(Record):
@@ -67,56 +139,132 @@ class ChatGPT(Record):
         message: ChatGPTMessage | None = None  # the root has none
         parent: str | None = None
 
-    conversation_id: Name | None = None  # or `id`: exports differ
-    id: Name | None = None
-    create_time: Annotated[float, AfterValidator(_unix)] | None = None  # of the conversation
+    conversation_id: Id | None = None  # or `id`: exports differ
+    id: Id | None = None
+    create_time: Time = None  # of the conversation
+    update_time: Time = None
     mapping: dict[str, Node]
-    current_node: str | None = None  # the leaf that its person saw last
+    current_node: Any = None  # the leaf that its person saw last
 
     def sessions(self) -> Sessions:
         session_id = self.conversation_id or self.id
         if not session_id:
             raise ValueError("conversation_id: missing, and so is id")
-        shown = [node.message for node in self._branch() if node.message]
-        said = [(m.author.role, m.text()) for m in shown if m.author.role in ("user", "assistant")]
-        yield None, session_id, self.create_time, said  # None: whoever exported it
-
-    def _branch(self) -> list[Node]:
-        """Root to the node shown last; edits and regenerations hang on other branches."""
-        node, branch = self.current_node, {}
-        if node not in self.mapping:  # then the latest leaf
-            parents = {each.parent for each in self.mapping.values()}
-            leaves = [key for key in self.mapping if key not in parents]
-            # Of equally late ones the last in the file: max keeps the first that it meets.
-            node = max(reversed(leaves), key=self._time, default=None)
-        while node in self.mapping and node not in branch:  # a lost parent or a cycle ends it
-            branch[node] = self.mapping[node]
-            node = branch[node].parent
-        return list(branch.values())[::-1]
-
-    def _time(self, key: str) -> float:
-        message = self.mapping[key].message
-        return (message and message.create_time) or -math.inf
+        parents = {key: node.parent for key, node in self.mapping.items()}
+        times = {k: n.message and n.message.create_time for k, n in self.mapping.items()}
+        branch = _branch(parents, self.current_node) or _branch(
+            parents, _latest_leaf(parents, times))  # fmt: skip
+        shown = [self.mapping[key].message for key in branch]
+        # What the system said is ChatGPT's, the same for everybody.
+        shown = [m for m in shown if m and m.author and m.author.role != "system"]
+        said = [(m.author.role, m.text()) for m in shown]
+        begun = self.create_time or _earliest(*map(times.get, branch)) or self.update_time
+        yield Talk(None, session_id, begun, said, self.update_time)  # of whoever exported it
 
 
-# The models whose conversations people shared.
-_SHAREGPT_ROLES = dict.fromkeys(("gpt", "chatgpt", "assistant", "bing", "bard"), "assistant")
-_SHAREGPT_ROLES |= {"human": "user", "user": "user", "system": "system"}
+class Claude(Record):
+    """A conversation in conversations.json of Claude's export."""
+
+    class Message(Record):
+        sender: str = ""
+        text: str | None = None
+        content: Any = None  # parts, of later exports
+        created_at: Time = None
+
+    uuid: Id
+    created_at: Time = None
+    updated_at: Time = None
+    chat_messages: list[Message]
+
+    def sessions(self) -> Sessions:
+        said = [(m.sender, m.text or _text(m.content)) for m in self.chat_messages]
+        begun = self.created_at or _earliest(*(m.created_at for m in self.chat_messages))
+        yield Talk(None, self.uuid, begun or self.updated_at, said, self.updated_at)
+
+
+class OpenWebUI(Record):
+    """A chat of Open WebUI, of one person's export or of an administrator's of everybody."""
+
+    class Message(Record):
+        role: str = ""
+        content: Any = None
+        parentId: str | None = None  # noqa: N815 (its name there)
+        timestamp: Time = None
+
+    class Chat(Record):
+        history: Any = None  # {"messages": {id: message}, "currentId": id}
+        messages: Any = None  # older exports: the branch shown
+
+    id: Id
+    user_id: Id | None = None
+    created_at: Time = None
+    updated_at: Time = None
+    chat: Chat
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, value):
+        """The branch shown as chat.messages, whichever way the chat holds it."""
+        chat = value.get("chat") if isinstance(value, dict) else None
+        history = chat.get("history") if isinstance(chat, dict) else None
+        tree = history.get("messages") if isinstance(history, dict) else None
+        if isinstance(tree, dict) and tree:
+            tree = {key: node for key, node in tree.items() if isinstance(node, dict)}
+            parents = {key: node.get("parentId") for key, node in tree.items()}
+            shown = _branch(parents, history.get("currentId")) or list(tree)
+            value = value | {"chat": {"messages": [tree[key] for key in shown]}}
+        return value
+
+    def sessions(self) -> Sessions:
+        rows = self.chat.messages if isinstance(self.chat.messages, list) else []
+        messages = [self.Message.model_validate(row) for row in rows]
+        said = [(m.role, _text(m.content)) for m in messages]
+        begun = self.created_at or _earliest(*(m.timestamp for m in messages)) or self.updated_at
+        yield Talk(self.user_id, self.id, begun, said, self.updated_at)
+
+
+class HuggingChat(Record):
+    """A conversation of HuggingChat (chat-ui)."""
+
+    class Message(Record):
+        speaker: str = Field("", alias="from")
+        content: Any = None
+        id: str | None = None
+        ancestors: list[Any] | None = None  # of a tree; absent: a plain list
+        created: Time = Field(None, alias="createdAt")
+
+    id: Any = Field(None, alias="_id")  # a text, or {"$oid": text}
+    title: Any = None
+    created: Time = Field(None, alias="createdAt")
+    updated: Time = Field(None, alias="updatedAt")
+    messages: list[Message]
+
+    def sessions(self) -> Sessions:
+        name = self.id.get("$oid") if isinstance(self.id, dict) else self.id
+        last = self.messages[-1] if self.messages else None  # the one that was written last
+        shown = self.messages
+        if last and last.ancestors:
+            shown = [m for m in shown if m.id in last.ancestors or m is last]
+        said = [(m.speaker, _text(m.content)) for m in shown]
+        begun = self.created or _earliest(*(m.created for m in shown)) or self.updated
+        if not isinstance(name, str) or not name:  # some exports have none
+            name = digest(str(begun), said[:1])
+        yield Talk(None, name, begun, said, self.updated)
 
 
 class ShareGPT(Record):
     """A ShareGPT conversation; it names no person, so the parts of one id count as one user's."""
 
     class Message(Record):
-        speaker: Literal[*_SHAREGPT_ROLES] = Field(alias="from")  # a word of Python
-        value: str | None
+        speaker: str = Field(alias="from")  # a word of Python
+        value: str | None = None
 
-    id: Name
+    id: Id
     conversations: list[Message]
 
     def sessions(self) -> Sessions:
-        said = [(_SHAREGPT_ROLES[m.speaker], m.value) for m in self.conversations]
-        yield _part(self.id)[0], self.id, None, said
+        said = [(m.speaker, m.value) for m in self.conversations]
+        yield Talk(_part(self.id)[0], self.id, None, said)
 
 
 def _part(name: str) -> tuple[str, int]:
@@ -125,23 +273,37 @@ def _part(name: str) -> tuple[str, int]:
     return (match[1], int(match[2])) if match else (name, 0)
 
 
+class RoleMessage(Record):
+    role: str
+    content: Any
+    hashed_ip: Text | None = None
+
+
 class WildChat(Record):
     """A WildChat conversation; a hashed address counts as a user."""
 
-    class Message(data.Message):
-        content: str | None
-        hashed_ip: Text | None = None
-
-    conversation_hash: Name
-    timestamp: Stamp = None
+    conversation_hash: Id
+    timestamp: Time = None
     hashed_ip: Text | None = None  # here or in the messages
-    conversation: list[Message]
+    conversation: list[RoleMessage]
 
     def sessions(self) -> Sessions:
         addresses = [self.hashed_ip, *(m.hashed_ip for m in self.conversation)]
         user_id = next(filter(None, addresses), self.conversation_hash)  # without: a user each
-        said = [(m.role, m.content) for m in self.conversation]
-        yield user_id, self.conversation_hash, self.timestamp, said
+        said = [(m.role, _text(m.content)) for m in self.conversation]
+        yield Talk(user_id, self.conversation_hash, self.timestamp, said)
+
+
+class LMSYS(Record):
+    """A conversation of LMSYS-Chat-1M; it names no person, so each is a user's."""
+
+    conversation_id: Id
+    tstamp: Time = None
+    conversation: list[RoleMessage]
+
+    def sessions(self) -> Sessions:
+        said = [(m.role, _text(m.content)) for m in self.conversation]
+        yield Talk(self.conversation_id, self.conversation_id, self.tstamp, said)
 
 
 class LocomoTalk(Record):
@@ -180,13 +342,18 @@ class Locomo(Record):
             with contextlib.suppress(TypeError, ValueError):  # what cannot be read is unknown
                 stamp = datetime.strptime(talk.times[key], "%I:%M %p on %d %B, %Y")
             said = [("user" if m.speaker == name else "assistant", m.text) for m in lines]
-            yield f"{self.sample_id}/{name}", key, stamp, said  # a name alone is in many samples
+            # A name alone is in many samples.
+            yield Talk(f"{self.sample_id}/{name}", key, stamp, said)
 
 
 KINDS = {  # kind -> record of a conversation, what the file usually is
     "chatgpt": (ChatGPT, "a JSON array"),
+    "claude": (Claude, "a JSON array"),
+    "openwebui": (OpenWebUI, "a JSON array"),
+    "huggingchat": (HuggingChat, "a JSON array or JSONL"),
     "sharegpt": (ShareGPT, "a JSON array or JSONL"),
     "wildchat": (WildChat, "parquet or JSONL"),
+    "lmsys": (LMSYS, "parquet or JSONL"),
     "locomo": (Locomo, "a JSON array"),
 }
 # Keys that each conversation of a kind has; no other kind has them all.
@@ -197,12 +364,12 @@ MARKS = {
 
 
 def _parquet(path: str | Path) -> Iterator[dict]:
-    """Yield the rows of a parquet file batch by batch, only with what a WildChat record takes."""
+    """Yield the rows of a parquet file batch by batch, only with what a record takes."""
     import pyarrow  # a second to import, and most files are JSON
     from pyarrow.parquet import ParquetFile
 
     message = r"conversation\.(\w+\.){1,2}(role|content|hashed_ip)"  # of conversation.list.element
-    wanted = rf"conversation_hash|timestamp|hashed_ip|{message}"
+    wanted = rf"conversation_(?:hash|id)|timestamp|tstamp|hashed_ip|{message}"
     try:
         with ParquetFile(path) as file:
             leaves = [file.schema.column(i).path for i in range(len(file.schema))]
@@ -215,25 +382,75 @@ def _parquet(path: str | Path) -> Iterator[dict]:
 
 
 def _rows(path: str | Path, faults: Faults) -> Iterator[tuple[str, dict]]:
-    """Yield (place, JSON object) of a JSON array, parquet or JSONL; other rows are faults."""
+    """Yield (place, JSON object) of a JSON array, one object, JSONL or parquet, also within a zip
+    archive; other rows are faults."""
     try:
         with open(path, "rb") as file:
-            head = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")  # a byte order mark
+            head = file.read(2**16)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from None
-    if head.startswith(b"PAR1"):
-        rows = _parquet(path)
-    elif head.startswith(b"["):
-        rows = data.parse_json(Path(path).read_bytes())  # whole: JSON has no other way
+    if head.startswith(b"PK\x03\x04"):
+        yield from _unzipped(path, faults)
+    elif head.startswith(b"PAR1"):
+        yield from _objects(str(path), _parquet(path), faults)
+    elif _is_whole(head):
+        yield from _objects(str(path), _whole_json(Path(path).read_bytes()), faults)
     else:
         yield from data.json_objects(path, faults)
-        return
+
+
+def _is_whole(head: bytes) -> bool:
+    """Whether a file that begins so is to be read whole: an array, UTF-16, or an object of several
+    lines. JSON has no other way."""
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n")  # a byte order mark
+    if start.startswith((b"[", b"\xff\xfe", b"\xfe\xff")) or b"\x00" in head[:4]:
+        return True
+    first, newline, _ = start.partition(b"\n")
+    return bool(newline) and first.startswith(b"{") and first.rstrip()[-1:] in (b"{", b",", b"[")
+
+
+def _whole_json(content: bytes) -> list:
+    """The rows of a file's content: its array, or its one object."""
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\x00" in content[:4]:
+        # What Windows calls Unicode; without a byte order mark zeros tell.
+        kind = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else (
+            "utf-16-be" if content[:1] == b"\x00" else "utf-16-le")  # fmt: skip
+        try:
+            content = content.decode(kind).encode()
+        except UnicodeError:
+            raise ValueError("neither UTF-8 nor UTF-16") from None
+    value = data.parse_json(content)
+    return value if isinstance(value, list) else [value]
+
+
+def _unzipped(path: str | Path, faults: Faults) -> Iterator[tuple[str, dict]]:
+    """Yield (place, row) of every JSON file of an archive, such as a whole export."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [f for f in archive.infolist()[:ENTRIES] if "__MACOSX" not in f.filename]
+            files = [f for f in names if f.filename.endswith((".json", ".jsonl"))]
+            # An export has files of other things beside its conversations.
+            told = [f for f in files if "conversation" in f.filename.lower()] or files
+            for entry in told:
+                if entry.file_size > UNPACKED:
+                    raise DataError(f"{path}: an entry of {entry.file_size} bytes; unpack it first")
+                content, place = archive.read(entry), f"{path}: {data.label(entry.filename)}"
+                if entry.filename.endswith(".jsonl"):
+                    rows = [data.parse_json(line) for line in io.BytesIO(content) if line.strip()]
+                else:
+                    rows = _whole_json(content)
+                yield from _objects(place, rows, faults)
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, OSError):
+        raise DataError(f"{path}: a zip archive that cannot be read; unpack it first") from None
+
+
+def _objects(place: str, rows, faults: Faults) -> Iterator[tuple[str, dict]]:
     for number, row in enumerate(rows, 1):
-        place = f"{path}: conversation {number}"
+        where = f"{place}: conversation {number}"
         if isinstance(row, dict):
-            yield place, row
+            yield where, row
         else:
-            faults.add(place, ValueError("row: not a JSON object"))
+            faults.add(where, ValueError("row: not a JSON object"))
 
 
 def _conversations(path: str | Path, kind: str, faults: Faults) -> Iterator[tuple[str, dict]]:
@@ -252,55 +469,75 @@ def _conversations(path: str | Path, kind: str, faults: Faults) -> Iterator[tupl
         raise DataError(f"{path}: no such conversation in it; {kind} is {expected}{looks}")
 
 
-def _user(user_id: str, session_id: str, timestamp: datetime | None, said: list) -> User:
+def _user(talk: Talk, me: str) -> User:
     """A user with this session alone, or with none if they say nothing in it."""
-    messages = [data.Message(role=role, content=text or "") for role, text in said]
-    messages = [message for message in messages if message.content]
-    session = {"session_id": session_id, "timestamp": timestamp, "messages": messages}
-    asked = any(message.role == "user" for message in messages)  # the rest tells nothing of them
-    return User.model_validate({"user_id": user_id, "sessions": [session] if asked else []})
+    messages = talk.turns()
+    session = {"session_id": talk.session_id, "timestamp": talk.begun, "messages": messages}
+    # The rest tells nothing of them.
+    asked = any(m["role"] == "user" and m["content"].strip() for m in messages)
+    name = me if talk.user_id is None else talk.user_id
+    user = User.model_validate({"user_id": name, "sessions": [session] if asked else []})
+    kept = [s.model_copy(update={"messages": [m for m in s.messages if m.content]})
+            for s in user.sessions]  # fmt: skip
+    return user.model_copy(update={"sessions": kept})
 
 
 def import_users(kind: str, paths: list[str | Path], out: str | Path, me: str = "me") -> str:
     """Write conversations of a kind, in one file or several, as users; return what was written.
 
-    Until all are read, sessions are held as JSON text, which is smaller than records. Raises
-    DataError that lists every faulty conversation.
+    Of a conversation that stands several times the latest state stays. Until all are read, sessions
+    are held as JSON text, which is smaller than records. Raises DataError that lists every faulty
+    conversation.
     """
-    faults, left_out, messages = Faults(), Counter(), 0
-    texts = defaultdict(dict)  # user_id -> session_id -> bytes of JSON
+    faults, left_out, passed = Faults(), Counter(), Counter()
+    # user_id -> session_id -> ((last update, messages), bytes of JSON)
+    texts: dict[str, dict[str, tuple]] = defaultdict(dict)
     for path in paths:
         for place, row in progress(_conversations(path, kind, faults), f"import {path}"):
             try:
-                parts = KINDS[kind][0].model_validate(row).sessions()
-                users = [_user(name or me, *part) for name, *part in parts]
+                talks = [*KINDS[kind][0].model_validate(row, context=passed).sessions()]
+                users = [_user(talk, me) for talk in talks]
             except ValueError as error:  # a ValidationError is one too
                 faults.add(place, error)
                 continue
-            for user in users:
+            for talk, user in zip(talks, users, strict=True):
+                roles = [role for role, _ in talk.said if role.lower() not in ROLES]
+                passed["messages of tools and other roles"] += len(roles)
                 if not user.sessions:
                     left_out["without a user's words"] += 1
-                elif user.sessions[0].session_id in texts[user.user_id]:  # parts may overlap
-                    left_out["seen before"] += 1
-                else:
-                    [session] = user.sessions
+                    continue
+                [session] = user.sessions
+                state = talk.updated or datetime.min, len(session.messages)
+                earlier = texts[user.user_id].get(session.session_id)
+                left_out["seen before"] += earlier is not None  # parts may overlap
+                if not earlier or state > earlier[0]:
                     text = session.model_dump_json(exclude_unset=True).encode()
-                    texts[user.user_id][session.session_id] = text
-                    messages += len(session.messages)
+                    texts[user.user_id][session.session_id] = state, text
     faults.refuse()
     if not texts:  # an empty users file would only be refused by the next command
         raise DataError(f"{paths[0]}: no conversation with a user's words in it")
     data.write_users(out, (_whole(kind, *item) for item in texts.items()))
+    messages = sum(state[1] for sessions in texts.values() for state, _ in sessions.values())
     counts = f"{len(texts)} users, {sum(map(len, texts.values()))} sessions ({messages} messages)"
-    rest = "".join(f"; {n} conversations {why} left out" for why, n in left_out.items())
+    rest = "".join(f"; {n} conversations {why} left out" for why, n in left_out.items() if n)
+    # Names with a dot are keys that no field takes: exports are full of them.
+    passed_over = {what: n for what, n in passed.items() if n and "." not in what}
+    rest += "".join(f"; {n} {what} passed over" for what, n in passed_over.items())
     return f"{counts} written to {out}{rest}"
 
 
-def _whole(kind: str, user_id: str, texts: dict[str, bytes]) -> User:
-    sessions = [data.Session.model_validate_json(text) for text in texts.values()]
+def _whole(kind: str, user_id: str, texts: dict[str, tuple]) -> User:
+    sessions = [data.Session.model_validate_json(text) for _, text in texts.values()]
     if kind == "sharegpt":  # its parts have no time, but a number
         sessions.sort(key=lambda session: _part(session.session_id)[1])
-    return data.in_time_order(User(user_id=user_id, sessions=sessions))
+    stamps = [s.timestamp for s in sessions if s.timestamp]
+    if sum((a < b) - (a > b) for a, b in itertools.pairwise(stamps)) < 0:  # newest first
+        sessions = sessions[::-1]
+    # One without a time stays behind its neighbour, and turns no history around.
+    known = itertools.accumulate((s.timestamp for s in sessions), lambda last, now: now or last)
+    order = sorted(zip(known, range(len(sessions)), strict=True),
+                   key=lambda item: item[0] or datetime.min)  # fmt: skip
+    return User(user_id=user_id, sessions=[sessions[i] for _, i in order])
 
 
 class Mimics(Record):

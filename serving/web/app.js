@@ -18,7 +18,6 @@ const state = {
   stream: null, // AbortController of the list that is being written
   compare: null, // AbortController of the comparison
   turns: [], // of the conversation, on a run of next queries
-  kept: false, // the server holds something of it
 };
 
 // ---- text and elements ----
@@ -69,6 +68,7 @@ async function call(path, { body, ...options } = {}) {
     if (error.name === "AbortError") throw error;
     throw new Error("The server cannot be reached. Is it running?");
   });
+  if (options.method === "DELETE" && reply.status === 404) return reply; // nothing was held
   if (!reply.ok) throw new Error(await reason(reply));
   return reply;
 }
@@ -106,11 +106,12 @@ function clearList() {
   $("chat").replaceChildren(element("p", "quiet", "Tap a starter: it becomes the first message."));
 }
 
-function choosePerson(user, profile = null) {
+function choosePerson(user, name = "", profile = null) {
   clearList();
   state.stream?.abort(); // the server stops the work, too
   state.compare?.abort();
   Object.assign(state, { user, profile });
+  $("starters-title").textContent = name ? `Starters for ${name}` : "Starters";
   for (const id of ["interests", "columns", "gate-text", "status"]) $(id).replaceChildren();
   $("refresh").disabled = $("compare").disabled = !user;
 }
@@ -163,9 +164,11 @@ function addStarter(starter) {
 function why({ text, interest, source, utility }) {
   const summary = element("summary", "", "Why this?");
   summary.ariaLabel = `Why this? ${text}`;
-  const because = interest === null
-    ? element("p", "", "There is no history to start from: popular with similar people.")
-    : element("p", "", "Because you asked about ", words("q", "", interest), ".");
+  const because = interest !== null
+    ? element("p", "", "Because you asked about ", words("q", "", interest), ".")
+    : element("p", "", source === "cold start"
+      ? "There is no history to start from: popular with similar people."
+      : "Written for the kept interests; it names none of them.");
   const origin = element("p", "", `Source: ${source}. Utility: ${utility.toFixed(2)} of 1.`);
   return element("details", "why", summary, because, origin);
 }
@@ -232,10 +235,13 @@ function showExample() {
   $("example-profile").textContent = facts.join(", ");
   const rows = sessions.map((session) => words("li", "", session.summary ?? "(messages)"));
   $("history-list").replaceChildren(...rows.reverse());
+  $("use-example").disabled = false;
+  if (state.user) choosePerson(null); // nobody's starters stand beside another person
 }
 
 async function useExample() {
-  choosePerson(state.examples[$("example").selectedIndex].user_id);
+  const { user_id } = state.examples[$("example").selectedIndex];
+  choosePerson(user_id, user_id);
   showStarters(); // not awaited: another person may be chosen meanwhile
 }
 
@@ -245,33 +251,38 @@ function parseHistory(text) {
 }
 
 function parseProfile(text) {
-  const lines = [...text.matchAll(/^([^:：\n]+)[:：](.+)$/gm)];
-  const facts = lines.map(([, name, value]) => [name.trim(), value.trim()]);
+  const facts = text.split("\n").flatMap((line, i) => {
+    if (!line.trim()) return [];
+    const [, name, value] = line.match(/^\s*([^:：]*[^:：\s])\s*[:：]\s*(.*\S)/) ?? [];
+    if (!name) throw new Error(`Profile, line ${i + 1}: write it as “name: value”.`);
+    return [[name, value]];
+  });
   return facts.length ? Object.fromEntries(facts) : null;
 }
 
 // Not crypto.randomUUID: browsers offer that to https and localhost only.
 const randomName = () => `web-${crypto.getRandomValues(new Uint32Array(4)).join("-")}`;
 
-// A pasted history is a new person; the one before is forgotten while its name is still known.
+// A pasted history is a new person; the one before is forgotten while its name is still known. The
+// browser keeps the name, not the tab: a closed tab would leave a history that nobody can delete.
 async function useOwnHistory() {
-  await forgetLast();
-  const user = randomName();
   const sessions = parseHistory($("lines").value);
   const profile = parseProfile($("profile").value);
-  sessionStorage.setItem("user", user); // before the server knows it: always ours to delete
+  await forgetLast();
+  const user = randomName();
+  localStorage.setItem("user", user); // before the server knows it: always ours to delete
   $("forget").hidden = false;
   const path = `/v1/users/${user}/sessions`;
   if (sessions.length) await call(path, { method: "PUT", body: { sessions, profile } });
-  choosePerson(user, sessions.length ? null : profile);
+  choosePerson(user, "the pasted history", sessions.length ? null : profile);
   showStarters();
 }
 
 async function forgetLast() {
   $("forgotten").textContent = "";
-  const user = sessionStorage.getItem("user");
+  const user = localStorage.getItem("user");
   if (user) await call(`/v1/users/${encodeURIComponent(user)}`, { method: "DELETE" });
-  sessionStorage.removeItem("user");
+  localStorage.removeItem("user");
   if (user === state.user) choosePerson(null);
 }
 
@@ -336,13 +347,13 @@ function converseInstead() {
   $("tagline").textContent = "What could be asked next? A conversation in, next queries out.";
   $("starters-title").textContent = "Next queries";
   $("say-form").hidden = false;
-  beginConversation();
+  beginConversation(localStorage.getItem("talker") ?? randomName()); // what is left can be deleted
 }
 
-function beginConversation() {
-  state.stream?.abort();
+function beginConversation(user) {
   clearList();
-  Object.assign(state, { user: randomName(), turns: [], kept: false });
+  Object.assign(state, { user, turns: [] });
+  localStorage.setItem("talker", user);
   $("chat").replaceChildren(element("p", "quiet", "A chat model would answer; this page has none."));
   $("status").textContent = "Say something: what could come next appears here.";
 }
@@ -374,9 +385,7 @@ async function showNext({ suggestions, declined, method, cut, impression_id }) {
     : suggestions.length ? `${count(suggestions.length, "suggestion")} by ${method}.`
     : "No suggestion is good enough here.") + beyond;
   state.impression = impression_id;
-  if (!impression_id) return;
-  state.kept = true;
-  await sendEvents([{ type: "shown" }]);
+  if (impression_id) await sendEvents([{ type: "shown" }]);
 }
 
 function nextQuery({ slot, text, reward, uncertainty }) {
@@ -391,10 +400,9 @@ function nextQuery({ slot, text, reward, uncertainty }) {
 }
 
 async function startOver() {
-  const path = `/v1/users/${encodeURIComponent(state.user)}`;
-  state.stream?.abort(); // or its answer would be kept behind the deletion
-  if (state.kept) await call(path, { method: "DELETE" });
-  beginConversation();
+  state.stream?.abort(); // or its answer would be shown behind the deletion
+  await call(`/v1/users/${encodeURIComponent(state.user)}`, { method: "DELETE" });
+  beginConversation(randomName());
   $("say").focus();
 }
 
@@ -424,5 +432,10 @@ on("compare", "click", compare);
 on("say-form", "submit", () => say($("say").value));
 on("over", "click", startOver);
 on("ab-refresh", "click", showRates);
-$("forget").hidden = !sessionStorage.getItem("user");
+const offerToForget = () => ($("forget").hidden = !localStorage.getItem("user"));
+window.addEventListener("storage", ({ oldValue }) => { // in another tab of this browser
+  offerToForget();
+  if (oldValue && oldValue === state.user) choosePerson(null);
+});
+offerToForget();
 Promise.all([loadExamples(), loadModel(), showRates()]).catch(showProblem);
