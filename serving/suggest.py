@@ -154,13 +154,15 @@ def fit_suggestions(ask: Ask, answers: Sequence[str]) -> list[str]:
 
 
 def last_turns(turns: Sequence[data.Turn], room: int) -> list[data.Turn]:
-    """The end of a conversation from a user's turn on: all of it that `room` tokens can hold."""
-    # So that of a long one neither all is encoded nor all is kept.
-    most, kept, length = CHARACTERS * room, [], 0
-    for turn in reversed(turns):
-        if length > most and any(one.role == "user" for one in kept):
+    """Of a conversation all that a prompt with `room` tokens for it can hold."""
+    # So that of a long one neither all is encoded nor all is kept. In the order in which
+    # llm.encode_conversation gives them room: the last query, what follows it, what went before.
+    last = max(i for i, turn in enumerate(turns) if turn.role == "user")
+    kept, length, most = {}, 0, CHARACTERS * room
+    for i in (*range(last, len(turns)), *range(last)[::-1]):
+        if length > most:
             break
-        content = turn.content[:most]  # what is cut here is too long for the prompt, and counted
-        kept.append(turn.model_copy(update={"content": content}))
+        content = turns[i].content[:most]  # shortened there once more, and counted there
+        kept[i] = turns[i].model_copy(update={"content": content})
         length += len(content)
-    return kept[::-1]
+    return [kept[i] for i in sorted(kept)]

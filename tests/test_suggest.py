@@ -25,7 +25,7 @@ import serve
 from config import RunFolder, load_config
 from files import ROOT, UserError, write_tensors
 from run import Run
-from serving import openwebui, suggest
+from serving import bodies, openwebui, suggest
 from serving.engine import Ask
 from serving.suggest import Suggested, Suggestion, Suggestions
 from tools import logs
@@ -484,6 +484,19 @@ def test_the_same_conversation_gets_the_same_answer_in_any_batch(engine):
     assert engine.write([one, other], lambda i: i == 0)[0] is None  # its client has left
 
 
+def test_the_engine_answers_through_the_server(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "run_method", "garm", raising=False)
+    monkeypatch.setattr(engine.writer, "draw", lambda model, prompts, n, seed, **how:
+                        [[garm.format_answer(TEXTS)] * n] * len(prompts))
+    with running(tmp_path, engine) as server:
+        reply = ask(server, user_id="u1", turns=TEA * 40)
+        bodies.SuggestionsReply.model_validate(reply)
+        assert texts(reply) == TEXTS and reply["cut"] > 70  # all alike: in the order of the policy
+        assert reply["suggestions"][0]["reward"] == 0.25
+        assert reply["suggestions"][0]["uncertainty"] == pytest.approx(1.0, abs=1e-3)
+        assert content(chat(server, **follow_up())) == {"follow_ups": TEXTS}
+
+
 def test_turns_beyond_the_prompt_are_counted(engine):
     said = ["Tell me about Banff", "A park in Alberta. " * 20] * 6
     told = []
@@ -497,6 +510,12 @@ def test_last_turns_keep_the_last_query_whatever_follows():
     turns = turns_of("q" * 50, "a" * 50, "last?") + [data.Turn(role="assistant", content="b" * 500)]
     kept = suggest.last_turns(turns, 10)
     assert [turn.content for turn in kept] == ["last?", "b" * 160]
+    kept = suggest.last_turns(turns + turns[-1:], 10)  # of what follows, the beginning
+    assert [turn.content for turn in kept] == ["last?", "b" * 160]
+    kept = suggest.last_turns(turns[:3], 5)
+    assert [turn.content for turn in kept] == ["q" * 50, "a" * 50, "last?"]
+    kept = suggest.last_turns(turns[:3], 3)
+    assert [turn.content for turn in kept] == ["a" * 48, "last?"]
     assert suggest.last_turns(turns[:3], 10) == turns[:3]
 
 
