@@ -24,6 +24,7 @@ from pydantic import BaseModel, Field
 import data
 
 MODEL = "icebreaker-suggestions"
+# No version and no time in it: Open WebUI remembers this list, and its users' choice of a model.
 MODELS = {"object": "list", "data": [
     {"id": MODEL, "object": "model", "created": 0, "owned_by": "icebreaker"}]}
 PATHS = ("/v1/chat/completions", "/v1/models")  # whose clients read OpenAI's errors
@@ -41,7 +42,7 @@ class Part(BaseModel):
 
 class ChatMessage(BaseModel):
     role: str
-    content: str | list[Part] | None = None
+    content: str | list[Part] | None = None  # parts: where there are pictures too
 
     @property
     def text(self) -> str:
@@ -71,6 +72,7 @@ def read_task(prompt: str) -> tuple[str | None, list[data.Turn]]:
     pairs = zip(parts[::2], map(data.one_line, parts[1::2]), strict=True)
     turns = [data.Turn(role=role.lower(), content=text) for role, text in pairs
              if text and role in ("USER", "ASSISTANT")]
+    # The first key: examples of an answer follow it.
     found = TASK.search(task)
     return found and found[1], turns
 
@@ -94,5 +96,6 @@ def completion(content: dict, request_id: str, stream: bool) -> Response:
 
 
 def fault(status: int, message: str) -> dict:
+    # No param and no code: the message names the field, as everywhere here.
     kind = "server_error" if status >= 500 else "invalid_request_error"
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}

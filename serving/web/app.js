@@ -213,11 +213,12 @@ function interestRow({ text, score, kept }, threshold) {
 
 // ---- person ----
 
-async function loadModel() {
+async function loadRun() {
   const { model, methods, task } = await callJson("/v1/model");
-  if (task === "suggestions") converseInstead();
   state.methods = methods;
   $("model").textContent = `Model ${model}`;
+  if (task === "suggestions") converseInstead();
+  else await loadExamples();
 }
 
 async function loadExamples() {
@@ -438,4 +439,4 @@ window.addEventListener("storage", ({ oldValue }) => { // in another tab of this
   if (oldValue && oldValue === state.user) choosePerson(null);
 });
 offerToForget();
-Promise.all([loadExamples(), loadModel(), showRates()]).catch(showProblem);
+Promise.all([loadRun(), showRates()]).catch(showProblem);
