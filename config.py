@@ -78,6 +78,11 @@ class DialoguesConfig(Section):  # the simulated conversations: world/dialogues.
     seed: int = 7
 
 
+class ShopConfig(Section):  # the simulated shop: world/shop.py
+    contexts: Count = 4000  # of log and test set together; 16949: as many as the paper's
+    seed: int = 7
+
+
 class EncoderConfig(Section):
     name: str = ""  # any sentence-transformers model; empty: the packaged all-MiniLM-L6-v2
     batch_size: Count = 64
@@ -114,7 +119,7 @@ class RidConfig(Section):
     patience: CountFromZero = 4  # epochs without a lower loss on the left-out fold, waited through
     batch_users: Count = 16
     activity_groups: Count = 3
-    min_keep: Count = 1  # a teacher and a generator write several starters about one interest
+    min_keep: Count = 3  # with fewer, five starters say the same thing again
     max_keep: Count = 6
     # Trigger interests nearer than this collapse to the latest.
     duplicate_cosine: Annotated[float, Field(gt=0, le=1)] = 0.9
@@ -287,6 +292,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     world: WorldConfig = WorldConfig()
     dialogues: DialoguesConfig = DialoguesConfig()
+    shop: ShopConfig = ShopConfig()
     encoder: EncoderConfig = EncoderConfig()
     roles: RolesConfig = RolesConfig()
     endpoint: EndpointConfig = EndpointConfig()

@@ -1,4 +1,4 @@
-"""Records of users, shown lists and dialogues: JSONL in and out, splits by user, cuts by time.
+"""Records of users, shown lists, dialogues and a shop: read and written, splits, cuts by time.
 
 `python -m tools.logs check users.jsonl` says what a file holds, or all that is wrong with it.
 
@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
+import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 from pydantic_core import ValidationError
 
@@ -130,6 +131,7 @@ class Dialogue(Record):
     dialogue_id: Name
     user_id: Name | None = None
     timestamp: Stamp = None
+    profile: dict[Text, Text] | None = None  # of its user, such as the country
     intent: Name | None = None  # a name of the log's own, such as "web search"
     turns: Annotated[list[Turn], Field(min_length=1)]
     suggestions: list[Sentence]  # by slot; empty where none was shown, as for unsafe contexts
@@ -147,6 +149,66 @@ class Dialogue(Record):
         if self.click_shares is not None and len(self.click_shares) != len(self.suggestions):
             raise ValueError("click_shares: not one for each suggestion")
         return self
+
+
+def _told(value):
+    """A dict without what is null: an attribute of unknown value is none."""
+    told = isinstance(value, dict)
+    return {key: v for key, v in value.items() if v is not None} if told else value
+
+
+class Product(Record):
+    """A row of a shop's catalogue; product_id and categories are taken for id and category."""
+
+    id: Name
+    name: Name
+    # One name or several, the narrowest first: [headphones, audio].
+    category: Annotated[list[Name], Field(min_length=1),
+                        BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+    brand: Name | None = None
+    price: Annotated[float, Field(ge=0)] | None = None
+    currency: Name | None = None
+    # A unit ends the name: {"battery_mah": 5000, "waterproof": true, "material": "steel"}.
+    attributes: Annotated[dict[Name, bool | int | float | Text | list[Text]],
+                          BeforeValidator(_told)] = {}
+    stock: Annotated[int, Field(ge=0)] | bool | None = None  # None: not told
+    description: Text | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _other_names(cls, value):
+        names = {"product_id": "id", "categories": "category"}
+        if not isinstance(value, dict) or any(name in value for name in names.values()):
+            return value
+        return {names.get(key, key): v for key, v in value.items()}
+
+    @property
+    def in_stock(self) -> bool:
+        return self.stock is None or self.stock > 0  # False is 0
+
+
+class Policy(Record):
+    """What a shop promises about one thing, such as how long an order may be returned."""
+
+    section: Name  # returns, shipping, payment, privacy, ...
+    name: Name
+    text: Sentence
+    keywords: list[Name] = []  # what else people call it
+
+    @property
+    def id(self) -> str:
+        return f"{self.section}.{self.name}"
+
+
+class QualityCase(Record):
+    """An annotated suggestion, shown to an LLM that judges others."""
+
+    query: Sentence  # the shopper's
+    suggestion: Sentence
+    answerable: bool
+    factual: bool
+    informative: bool
+    why: Text = ""
 
 
 def _refuse_constant(name: str):
@@ -219,7 +281,8 @@ def json_objects(path: str | Path, faults: Faults) -> Iterator[tuple[str, dict]]
 def _read(path: str | Path, record: type[Record]) -> list:
     """Read each row as a `record`."""
     rows, faults, extra, seen = [], Faults(), Counter(), set()
-    key = {User: "user_id", Dialogue: "dialogue_id"}.get(record)  # an impression has none
+    # An impression has none.
+    key = {User: "user_id", Dialogue: "dialogue_id", Product: "id"}.get(record)
     for place, value in json_objects(path, faults):
         try:
             row = record.model_validate(value, context=extra)
@@ -261,6 +324,69 @@ def read_dialogues(path: str | Path) -> list[Dialogue]:
     return _read(path, Dialogue)
 
 
+def read_catalogue(path: str | Path) -> list[Product]:
+    """Products of a file in its order; raises DataError that lists every bad line."""
+    return _read(path, Product)
+
+
+def read_quality_cases(path: str | Path) -> list[QualityCase]:
+    """Good and bad cases of a file; raises DataError that lists every bad line."""
+    return _read(path, QualityCase)
+
+
+def read_policies(path: str | Path) -> list[Policy]:
+    """A shop's policies from YAML; raises DataError with the line of every fault.
+
+    {section: {name: text}}, or {text, keywords: [..]} in place of a text.
+    """
+    # Nodes, not values: they know their lines, and YAML takes `no` or `14` for no text.
+    rows, faults = [], Faults()
+    try:
+        with open(path, encoding="utf-8") as file:
+            root = yaml.compose(file, yaml.SafeLoader)
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
+        reason = getattr(error, "problem", None) or "not readable"
+        raise DataError(f"{path}:{line}: line: not YAML ({reason})") from None
+    for section, entries in _pairs(root, path, "file", faults):
+        for name, entry in _pairs(entries, path, section.value, faults):
+            place = f"{path}:{entry.start_mark.line + 1}"
+            fields = {"section": section.value, "name": name.value} | _fields(entry)
+            try:
+                rows.append(Policy.model_validate(fields))
+            except ValueError as error:
+                where = label(f"{section.value}.{name.value}")
+                faults.add(f"{place}: {where}", error)
+    faults.refuse()  # a mapping has an entry, so there are rows or faults
+    return rows
+
+
+def _pairs(node, path: str | Path, name: str, faults: Faults) -> list:
+    """(key, value) nodes of a mapping whose keys are words, each once; else a fault."""
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    keys = [key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode)]
+    if not pairs or len(set(keys)) < len(pairs):
+        line = node.start_mark.line + 1 if node else 1
+        reason = "wants a mapping of names, each once"
+        faults.append(f"{path}:{line}: {label(name)}: {reason}")
+        return []
+    return pairs
+
+
+def _fields(entry) -> dict:
+    """A policy's fields from its YAML node, every scalar as the text that stands there."""
+    if isinstance(entry, yaml.ScalarNode):
+        return {"text": entry.value}
+    if not isinstance(entry, yaml.MappingNode):
+        return {}  # a list, say: the field `text` is missing
+    return {key.value: value.value if isinstance(value, yaml.ScalarNode)
+            else [item.value for item in value.value] if isinstance(value, yaml.SequenceNode)
+            else None  # for the field to refuse
+            for key, value in entry.value if isinstance(key, yaml.ScalarNode)}
+
+
 def write_users(path: str | Path, rows: Iterable[Record]) -> None:
     """Write records as JSONL, only with the fields that were given: they read back equal."""
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
@@ -268,7 +394,7 @@ def write_users(path: str | Path, rows: Iterable[Record]) -> None:
             file.write(row.model_dump_json(exclude_unset=True) + "\n")
 
 
-write_impressions = write_dialogues = write_users
+write_impressions = write_dialogues = write_catalogue = write_users
 
 
 def split_users(user_ids: Iterable[str], shares: dict[str, float], seed: int) -> dict[str, str]:

@@ -12,7 +12,9 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import sqlite3
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, replace
@@ -67,6 +69,7 @@ class Endpoint:
         identity = {"model": settings.model, "max_tokens": settings.max_tokens} | self.more
         self.identity = ", ".join(f"{name} {value}" for name, value in identity.items())
         self.absent = f"check endpoint.model={settings.model}"  # what to do after status 404
+        self.without: set[str] = set()  # what the server has refused to hear of
         self.patience = max(12, 3 * settings.concurrency)  # calls in a row that tell nothing new
         no_key = {"Authorization": "Bearer none"}  # nor that of OPENAI_CUSTOM_HEADERS
         self.client = openai.OpenAI(base_url=url, api_key=key, timeout=settings.timeout,
@@ -80,32 +83,55 @@ class Endpoint:
             yield from pool.imap_unordered(lambda i: (i, *self._answer(requests[i])), numbers)
 
     def _answer(self, request: Request) -> tuple[str, str]:
-        """(text, failure); of a completion nothing is certain but that it was JSON."""
+        """(text, failure); what the server refuses to hear of is left out from then on."""
+        while True:
+            without = frozenset(self.without)  # other threads add to it
+            text, failure, refused = self._try(request, without)
+            if not refused or refused in without:
+                return text, failure
+            if refused not in self.without:
+                self.without.add(refused)
+                print(f"{self.name}: refuses {refused}; asked without it", file=sys.stderr)
+
+    def _fields(self, request: Request, without: frozenset[str]) -> dict:
+        """Of a chat completion, but for what the server refuses."""
         turns = {"system": request.system, "user": request.user}
+        if "the system role" in without:
+            turns = {"user": f"{request.system}\n\n{request.user}".strip()}
+        fields = {"seed": request.sample, "temperature": request.temperature} | self.more
+        # Models that reason count their thoughts too, and know the limit by this name alone.
+        limit = "max_completion_tokens" if "max_tokens" in without else "max_tokens"
+        fields[limit] = self.settings.max_tokens
+        fields = {name: value for name, value in fields.items() if name not in without}
+        messages = [{"role": role, "content": text} for role, text in turns.items() if text]
+        return {"model": self.settings.model, "messages": messages, "extra_body": fields}
+
+    def _try(self, request: Request, without: frozenset[str]) -> tuple[str, str, str]:
+        """(text, failure, what the server refuses to hear of) of one call; of a completion nothing
+        is certain but that it was JSON."""
         try:
-            completion = self.client.chat.completions.create(
-                model=self.settings.model, seed=request.sample, temperature=request.temperature,
-                messages=[{"role": role, "content": text} for role, text in turns.items() if text],
-                max_tokens=self.settings.max_tokens, extra_body=self.more)
+            completion = self.client.chat.completions.create(**self._fields(request, without))
             if not completion.choices:  # some servers put an error into a 200
-                return "", "empty"
+                return "", "empty", ""
             message, end = completion.choices[0].message, completion.choices[0].finish_reason
-            text, refusal = message.content, message.refusal
+            text, refusal = _plain_text(message.content), message.refusal
         except openai.APITimeoutError:  # a kind of connection error there
-            return "", "time-out"
+            return "", "time-out", ""
         except openai.APIConnectionError:
-            return "", "connection"
+            return "", "connection", ""
         except openai.APIStatusError as error:
-            return "", self._failure(error)
+            refused = _refused(error)
+            failure = self._failure(error)
+            return "", f"{failure} ({refused})" if refused else failure, refused
         except (openai.APIError, ValueError, RecursionError,  # no JSON, or
                 AttributeError, TypeError, LookupError):  # other JSON than a completion
-            return "", "malformed"
+            return "", "malformed", ""
         if end == "content_filter" or refusal:
-            return "", "refused"
+            return "", "refused", ""
         if self.whole and end == "length":
-            return "", "cut short"
+            return "", "cut short", ""
         empty = not isinstance(text, str) or (self.whole and not text.strip())
-        return ("", "empty") if empty else (encodable(text), "")
+        return ("", "empty", "") if empty else (encodable(text), "", "")
 
     def _failure(self, error: openai.APIStatusError) -> str:
         """The reason of one call. Raises UserError where every other call would fail like it."""
@@ -120,6 +146,33 @@ class Endpoint:
         else:  # other prompts may be answered: this one was too long, or not to somebody's liking
             return "refused" if error.code == "content_filter" else "bad request"
         raise UserError(f"{self.name}: status {status}: {advice}") from None  # its body may echo
+
+
+def _plain_text(content):
+    """A message's content; where it is a list of parts, the text of those that are texts."""
+    if not isinstance(content, list):
+        return content
+    parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    return "".join(part["text"] for part in parts)
+
+
+_PARAMETER = re.compile(r"\b(max_completion_tokens|max_tokens|temperature|seed|top_p|top_k)\b")
+_SYSTEM = re.compile(r"\bsystem\b.{0,40}\b(?:role|message|prompt|instruction)|roles must alternate"
+                     r"|\brole\b.{0,40}\bsystem\b|developer instruction", re.IGNORECASE)
+
+
+def _refused(error: openai.APIStatusError) -> str:
+    """Which field a status 400 or 422 objects to; "" for none, or for a prompt that is too long."""
+    body = error.body if isinstance(error.body, dict) else {"message": error.body}
+    detail = body.get("detail")  # FastAPI's: a text, or a list with `loc`; its `input` is an echo
+    rows = [row for row in detail if isinstance(row, dict)] if isinstance(detail, list) else []
+    told = [body.get("param"), body.get("message"), detail if isinstance(detail, str) else None]
+    told += [row.get(name) for row in rows for name in ("loc", "msg")]
+    said = " ".join(str(part)[:1000] for part in told if part)
+    if error.status_code not in (400, 422) or re.search("context length|too (?:long|large)", said):
+        return ""
+    named = _PARAMETER.search(said)  # what `param` names stands first
+    return named[1] if named else "the system role" if _SYSTEM.search(said) else ""
 
 
 def _is_address(base_url: str) -> bool:

@@ -9,15 +9,16 @@ choose offline rules over text (rules.py) instead; both have the same methods (p
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 import roles
 from config import Config
-from data import Message, User
-from roles import chat, prompted
+from data import Message, Policy, Product, QualityCase, User
+from roles import chat, prompted, quality
 from roles.text import Encode, unfit
 from roles.writer import Writer, drained, fit_to_show
 from run import Run
@@ -70,6 +71,13 @@ class Players:
     def judge(self) -> roles.Rules | prompted.Prompted:
         """Which of two lists of interests says more about a user: an object with `compare`."""
         return self._player("judge")  # of RID's interests, in Table 6
+
+    def quality(self, products: list[Product], policies: list[Policy],
+                cases: list[QualityCase] = ()) -> Callable:
+        """The judge of suggestions for a shop: (context, suggestions) rows -> verdicts."""
+        shop, judge = quality.Rules(products, policies), self._player("judge")
+        rules = isinstance(judge, roles.Rules)
+        return shop.quality if rules else partial(judge.quality, shop=shop, cases=cases)
 
     def summarise(self, sessions: list[list[Message]]) -> list[str | None]:
         """A line for each session's messages; None where there is none."""

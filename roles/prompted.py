@@ -16,7 +16,8 @@ from collections.abc import Callable
 import numpy as np
 
 import llm
-from data import Message
+from data import Dialogue, Message, QualityCase
+from roles import quality
 from roles.chat import Chat, Request, encodable
 from roles.text import Encode, cosines, is_functional, lexicon, read_yaml, same_text
 
@@ -24,6 +25,7 @@ from roles.text import Encode, cosines, is_functional, lexicon, read_yaml, same_
 CANDIDATES = 3
 FLOOR = 0.3  # cosine; of what rules.py takes for a match by a shared phrase none lies lower
 HISTORY = 100  # latest summaries that the judge sees
+RETRIES = 3  # of a call that judges quality; QualEQS, appendix E
 ROOM = 4000  # characters of a session that the summariser sees: about 1,000 tokens
 
 
@@ -73,6 +75,17 @@ def read_line(text: str) -> str:
                 break  # a refusal is no summary
             return line[:200].rstrip()
     raise ValueError("no line")
+
+
+_MARKS = re.compile(r"\W*(\d+)\W+(yes|no)\W+(yes|no)\W+(yes|no)\W*$", re.IGNORECASE)
+
+
+def read_marks(text: str) -> list[tuple[float, ...]]:
+    """The marks of suggestions 1, 2, ... from lines such as `1 yes yes no`."""
+    found = [match for line in _answer_part(text).splitlines() if (match := _MARKS.match(line))]
+    if not found or [int(match[1]) for match in found] != [*range(1, len(found) + 1)]:
+        raise ValueError("no marks")
+    return [tuple(float(word.lower() == "yes") for word in match.groups()[1:]) for match in found]
 
 
 # ------------------------------------------------------------------------------------------ roles
@@ -161,6 +174,38 @@ class Prompted:
         """One line per session."""
         blocks = [data_block(messages=_excerpt(messages)) for messages in sessions]
         return self._ask("summariser", read_line, blocks)
+
+    def quality(self, rows: list[tuple[Dialogue, list[str]]], shop: quality.Rules,
+                cases: list[QualityCase] = ()) -> list[list[quality.Verdict]]:
+        """As quality.Rules.quality; nan where a call failed, RETRIES repetitions included.
+
+        shop: tells the LLM about goods and policies; cases: shown after those of prompts.yaml.
+        """
+        prompts = read_yaml("prompts.yaml")
+        shown = [QualityCase.model_validate(case) for case in prompts["quality_cases"]]
+        examples = "\n".join(json.dumps(case.model_dump(), ensure_ascii=False)
+                             for case in [*shown, *cases])
+        system = f"{prompts['quality']}\n\nExamples:\n{examples}\n\n{prompts['data']}"
+        blocks = [data_block(
+            conversation=[{"role": turn.role, "text": turn.content} for turn in dialogue.turns],
+            shop=shop.excerpt(dialogue, suggestions),
+            suggestions={str(i): text for i, text in enumerate(suggestions, 1)},
+        ) for dialogue, suggestions in rows]
+        marks = {i: [] for i, (_, suggestions) in enumerate(rows) if not suggestions}
+        for attempt in range(1 + RETRIES):
+            todo = [i for i in range(len(rows)) if i not in marks]
+            # Where nothing is drawn at random, the same question would get the same answer.
+            temperature = self.chat.backend.temperature if attempt else 0.0
+            said = self.chat.ask([Request(system, blocks[i], attempt, temperature)
+                                  for i in todo], read_marks) if todo else []
+            marks |= {i: answer for i, answer in zip(todo, said, strict=True)
+                      if answer and len(answer) == len(rows[i][1])}
+        # The rule says what answers a suggestion; the LLM, whether it is a good one.
+        rules = shop.quality(rows)
+        return [[quality.Verdict(*mark, source=rule.source) for mark, rule
+                 in zip(marks[i], rules[i], strict=True)] if i in marks
+                else [quality.FAILED] * len(suggestions)
+                for i, (_, suggestions) in enumerate(rows)]
 
 
 def _excerpt(messages: list[Message]) -> list[dict[str, str]]:

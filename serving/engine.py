@@ -80,13 +80,13 @@ class Ask:
     n: int  # starters wanted; there may be fewer, and there may be more
     shown: Sequence[tuple[str, int, bool]] = ()  # (starter, slot, tapped) of lists shown before
     avoid: Sequence[str] = ()  # not to be written
-    again: Sequence[str] = ()  # to be written where there is nothing else
     method: str = "IceBreaker"
     draw: int = 0  # another number: other random numbers
     # Called with each good starter of a list as it is decoded; they come first in the answer.
     emit: Callable[[Starter], None] | None = None
     # Called with the interests and the gate's line before anything is decoded.
     begin: Callable[[list[Interest], float | None], None] | None = None
+    again: Sequence[str] = ()  # to be written where there is nothing else
     # Of serving/suggest.py: a conversation, the script that is wanted (None: that of its last
     # query), and how many earlier turns were left out; begin is called with all that were cut.
     turns: Sequence[data.Turn] = ()
@@ -257,10 +257,11 @@ class Engine:
     def _case(self, ask: Ask, gone: Callable, history: ib.History, scores: list[float]) -> Case:
         """What the gate keeps of a history, and what the generator is told of it."""
         kept = self.distiller.keep(history, scores) if scores else []
-        best = sorted(range(len(scores)), key=lambda j: -scores[j])  # the page shows what was near
+        fit = self.distiller.fit(history)
+        best = sorted(fit, key=lambda j: -scores[j])  # the page shows what was near
         shown = (kept + [j for j in best if j not in kept])[: max(12, len(kept))]
         # PE, as the paper's, hears of everything, the latest first.
-        told = list(range(len(scores)))[::-1] if ask.method == "PE" else kept
+        told = fit[::-1] if ask.method == "PE" else kept
         state = UserState(ask.user.user_id, [history.texts[j] for j in told],
                           history.embeddings[told], self.run.taste(ask.shown))
         interests = [Interest(history.texts[j], scores[j], j in kept) for j in shown]

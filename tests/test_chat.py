@@ -381,6 +381,65 @@ def test_what_is_sent(serve, tmp_path):
                     {**common, "messages": turns[1:], "seed": 0, "temperature": 0.0}]
 
 
+def objection(field, body):
+    """What real servers answer to a field that they do not take, or None."""
+    def error(message, param=None, status=400):
+        return status, {}, json.dumps({"error": {"message": message, "param": param}}).encode()
+
+    sent = field in body if field != "system" else body["messages"][0]["role"] == "system"
+    if not sent or (field == "temperature" and body[field] == 1):
+        return None
+    return {
+        "max_tokens": error("Unsupported parameter: 'max_tokens' is not supported with this model. "
+                            "Use 'max_completion_tokens' instead.", "max_tokens"),
+        "temperature": error("Unsupported value: only the default (1) is.", "temperature"),
+        "seed": (422, {}, json.dumps({"detail": [{
+            "type": "extra_forbidden", "loc": ["body", "seed"], "input": "temperature",
+            "msg": "Extra inputs are not permitted"}]}).encode()),
+        "top_k": (400, {}, b'{"object": "error", "message": "unknown field top_k"}'),
+        "system": (400, {}, b'{"object": "error", "message": "System role not supported"}'),
+    }[field]  # fmt: skip
+
+
+FIELDS = ["max_tokens", "temperature", "seed", "top_k", "system"]
+
+
+@pytest.mark.parametrize("fields", [*([field] for field in FIELDS), FIELDS])
+def test_what_a_server_does_not_take_is_asked_without(serve, tmp_path, fields, capsys):
+    """Case 18: once refused, left out for good; the system text is in the user's turn then."""
+    server = serve(lambda body: next(filter(None, (objection(f, body) for f in fields)), "7"))
+    asked = client(server.url, tmp_path)
+    asked.backend.more = {"top_k": 5}
+    requests = [Request("s", f"u{i}", i, 0.2) for i in range(12)]
+    assert asked.ask(requests, number) == [7] * 12 and asked.counts["answered"] == 12
+    assert len(server.bodies) <= 12 + 2 * len(fields)  # two calls were in flight
+    last = server.bodies[-1]
+    assert not any(objection(field, last) for field in fields)
+    assert last.get("max_completion_tokens", last.get("max_tokens")) == 1024
+    assert "s" in last["messages"][0]["content"] and last["messages"][-1]["role"] == "user"
+    assert capsys.readouterr().err.count("asked without it") == len(fields)
+
+
+def test_what_no_server_can_do_without_is_named(serve, tmp_path):
+    refusal = b'{"error": {"message": "temperature: not today", "param": "temperature"}}'
+    server = serve(lambda _: (400, {}, refusal))
+    asked = client(server.url, tmp_path)
+    assert asked.ask([Request("s", "u")], number) == [None]
+    assert asked.counts["bad request (temperature)"] == 1 and len(server.bodies) == 2
+    # One prompt that is too long leaves the limit to the others.
+    long = b'{"message": "max_tokens is too large: 900. The maximum context length is 512"}'
+    asked = client(serve(lambda _: (400, {}, long)).url, tmp_path)
+    assert asked.ask([Request("s", "u2")], number) == [None]
+    assert asked.counts["bad request"] == 1 and not asked.backend.without
+
+
+def test_content_may_come_in_parts(serve, tmp_path):
+    parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "9"}]},
+             {"type": "text", "text": "1"}, {"type": "text", "text": "2"}]  # fmt: skip
+    asked = client(serve(lambda _: completion(parts)).url, tmp_path)
+    assert asked.ask([Request("s", "u")], number) == [12]
+
+
 def test_no_more_calls_in_flight_than_set(serve, tmp_path):
     server = serve(lambda _: time.sleep(0.05) or "1")
     client(server.url, tmp_path, concurrency=4).ask([Request("s", str(i)) for i in range(40)], int)

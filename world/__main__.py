@@ -2,20 +2,21 @@
 
     python -m world people --users 500 --seed 7 --out DIR
     python -m world dialogues --contexts 4000 --seed 7 --out DIR
+    python -m world shop --contexts 4000 --seed 7 --out DIR
 """
 
 import argparse
 
-from config import DialoguesConfig, WorldConfig, load_config
+from config import DialoguesConfig, ShopConfig, WorldConfig, load_config
 from files import script
 from llm.encoder import Encoder
-from world import dialogues, people
+from world import dialogues, people, shop
 
 
 def main() -> None:
     defaults = load_config()  # those of a training run, so that seeds agree
     parser = argparse.ArgumentParser(prog="python -m world", description=__doc__.split("\n")[0])
-    platforms = parser.add_subparsers(dest="platform", required=True)  # to be joined by a shop
+    platforms = parser.add_subparsers(dest="platform", required=True)
     for platform, (section, size, _) in PLATFORMS.items():
         default, command = getattr(defaults, section), platforms.add_parser(platform)
         command.add_argument(f"--{size}", dest="size", type=int, default=getattr(default, size))
@@ -46,9 +47,18 @@ def write_dialogues(settings: DialoguesConfig, out: str) -> str:
             f"without a click; {len(made.evaluation)} contexts to evaluate on")
 
 
+def write_shop(settings: ShopConfig, out: str) -> str:
+    made = shop.Shop(settings)
+    made.write(out)
+    clicked = sum(bool(row.clicked) for row in made.log)
+    return (f"{len(made.products)} products, {len(made.policies)} policies; {len(made.log)} "
+            f"contexts, {clicked} of them clicked; {len(made.test)} to evaluate on")
+
+
 PLATFORMS = {  # name -> section of the config, its setting of the size, what writes it
     "people": ("world", "users", write_people),
     "dialogues": ("dialogues", "contexts", write_dialogues),
+    "shop": ("shop", "contexts", write_shop),
 }
 
 

@@ -39,13 +39,13 @@ COMMON = frozenset("about what which when where there this that with from your m
                    "would have does explain tell know show give some main points".split())
 
 
-def _words(text: str) -> list[str]:
+def words_of(text: str) -> list[str]:
     return re.findall(r"\w+(?:[-']\w+)*", text.lower())
 
 
-def _stems(text: str) -> set[str]:
+def stems(text: str) -> set[str]:
     """Content words, cut to five letters: "feeding" and "feed it" hardly differ then."""
-    return {word[:5] for word in _words(text) if len(word) > 3 and word not in COMMON}
+    return {word[:5] for word in words_of(text) if len(word) > 3 and word not in COMMON}
 
 
 def _ramp(values: np.ndarray, ends: tuple[float, float]) -> np.ndarray:
@@ -55,7 +55,7 @@ def _ramp(values: np.ndarray, ends: tuple[float, float]) -> np.ndarray:
 
 def fitness(text: str) -> float:
     """In [0, 1]: how far a text can be used at all, whatever it is about (appendix A, H.1)."""
-    words = _words(text)
+    words = words_of(text)
     if not words or len(text) > MOST_CHARACTERS or data.language(text) != "en":
         return 0.0
     foreign = sum(word in FOREIGN for word in words)
@@ -86,7 +86,7 @@ class Tastes:
 
         Near-synonyms differ on purpose: "specific" is liked and "concrete" is not (Table 10).
         """
-        words = _words(text)
+        words = words_of(text)
         level, drift = self.openings.get(words[0] if words else "", (0.0, 0.0))
         result = level + drift * week + sum(self.words.get(word, 0.0) for word in set(words))
         if words[:2] == ["make", "it"] and len(words) <= 5:
@@ -117,8 +117,8 @@ class Truth:
         weights = np.array([need["weight"] for need in needs])
         # What lies nearer to an earlier question than to any need asks the same again.
         repeats = cosines[:, m:-1].max(1) >= np.maximum(nearest.max(1), NEAR[1])
-        stems = set().union(*map(_stems, [*known[:m], hidden["topic"]]))
-        lexical = np.array([1.0 if _stems(s) & stems else 0.4 for s in suggestions])
+        content = set().union(*map(stems, [*known[:m], hidden["topic"]]))
+        lexical = np.array([1.0 if stems(s) & content else 0.4 for s in suggestions])
         served = _ramp(nearest, NEAR) * weights * (lexical * ~repeats)[:, None]
         return served, _ramp(cosines[:, -1], TOPICAL) * ~repeats
 
@@ -134,7 +134,7 @@ class Truth:
         values, met = [], set()
         for suggestion, by_need, near in zip(suggestions, served, topical, strict=True):
             need, value = int(by_need.argmax()), max(by_need.max(), TOPIC_USE * near)
-            key = need if by_need[need] >= TOPIC_USE else frozenset(_words(suggestion))
+            key = need if by_need[need] >= TOPIC_USE else frozenset(words_of(suggestion))
             values.append(value * fitness(suggestion) * (0.2 if key in met else 1.0))
             met.add(key)
         return np.array(values)
@@ -146,7 +146,7 @@ class Truth:
         week = hidden["week"] if week is None else week
         useful, result = self.usefulness(dialogue_id, suggestions), []
         for slot, (suggestion, use) in enumerate(zip(suggestions, useful, strict=True)):
-            opening = (_words(suggestion) or [""])[0]
+            opening = (words_of(suggestion) or [""])[0]
             logit = (-3.3 + 2.6 * use  # what helps is clicked most ...
                      + 1.1 * self.tastes.liking(suggestion, week)  # ... and so is what is liked
                      - 0.5 * (opening in openings)  # three that begin alike look like one

@@ -1,0 +1,479 @@
+"""Is a suggestion for a shop's assistant answerable, true and informative? The judge by rule.
+
+    judge = Rules(data.read_catalogue("catalogue.jsonl"), data.read_policies("policies.yaml"))
+    [[verdict]] = judge.quality([(dialogue, ["Which kettles have a keep-warm function?"])])
+    verdict.reward, verdict.source    # 1.0, "product p17: Brenwick Aria 300, 39 EUR, keep_warm"
+
+QualEQS, section 3.3 and appendix C: answerability (who speaks, scope, privacy), factuality (against
+the catalogue: prices, features, brands) and information gain (a new constraint, no vague budget, no
+repetition). Departure: rules over catalogue and policies, where the paper prompts a 30B model;
+prompted.py has that form, with the same method. What a rule does not know counts as false: a
+suggestion that nothing in the shop answers is worth less than one too few.
+"""
+
+import functools
+import itertools
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from data import Dialogue, Policy, Product
+from roles import text as texts
+
+COVERED = 0.65  # of a question's words, by weight, that policies must have to answer it
+UNKNOWN = 0.7  # weight of a word that none has; of one in n policies it is 1 / n
+CLOSE = 0.02  # relative: "24 hours" of an attribute
+
+
+class Verdict(NamedTuple):
+    """0 or 1 each, nan where a call failed; what answers it, and why not."""
+
+    answerable: float
+    factual: float
+    informative: float
+    source: str = ""  # product, attribute or policy; empty where nothing answers it
+    reason: str = ""  # of the first 0
+
+    @property
+    def reward(self) -> float:
+        return self.answerable * self.factual * self.informative  # Eq. (4)
+
+
+FAILED = Verdict(*[float("nan")] * 3, reason="the judge's call failed")
+
+
+# ------------------------------------------------------------------------------------------ words
+
+
+@functools.cache
+def _lexicon() -> dict[str, dict]:
+    """quality.yaml: patterns, units and currencies as regular expressions, words as stems."""
+    sections = texts.read_yaml("quality.yaml")
+    compiled = {name: {key: re.compile("|".join(lines.splitlines()), re.IGNORECASE)
+                       for key, lines in sections[name].items()} for name in ("patterns",)}
+    words = {key: {stem(word) for word in lines.split()}
+             for key, lines in sections["words"].items()}
+    words["stop"] = {stem(word) for word in texts.lexicon()["words"]["stop"]} - {"case"}
+    return sections | compiled | {"words": words}
+
+
+_ENDINGS = ("ations", "ation", "ments", "ment", "ings", "ing", "ers", "er", "ies", "ed", "es", "s",
+            "e", "y")
+
+
+@functools.lru_cache(maxsize=50_000)
+def stem(word: str) -> str:
+    """A rough stem: cancelling, cancellation -> cancel; batteries, battery -> batter."""
+    word = word.casefold()
+    if word in ("mice", "mouse"):
+        return "mouse"
+    for least in (3, 4):  # two endings at most: deliver-y, deliv-er
+        ending = next((e for e in _ENDINGS if word.endswith(e) and not (
+            e == "s" and word.endswith("ss"))), "")
+        if len(word) - len(ending) >= least:
+            word = word.removesuffix(ending)
+    return re.sub(r"([^aeiou])\1$", r"\1", word)[:7]  # runn -> run
+
+
+_TOKEN = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
+
+
+def tokens(text: str) -> list[str]:
+    return _TOKEN.findall(text)
+
+
+def stems(text: str) -> list[str]:
+    return [stem(word) for word in tokens(text)]
+
+
+def content(text: str) -> list[str]:
+    """Stems of words that say what is wanted: no stop words, none of shopping in general."""
+    words = _lexicon()["words"]
+    return [s for s in stems(text) if s not in words["stop"] | words["shop"] and len(s) > 1
+            and not s.isdigit()]
+
+
+def _spans(words: list[str], most: int) -> Iterable[tuple[int, int]]:
+    """(start, end) of runs of up to `most` words, long ones first."""
+    for n in range(min(most, len(words)), 0, -1):
+        for i in range(len(words) - n + 1):
+            yield i, i + n
+
+
+# ------------------------------------------------------------------------------------ the catalogue
+
+
+class Bound(NamedTuple):
+    """A number that a suggestion asks for."""
+
+    low: float
+    high: float
+    unit: str  # ending of an attribute's name, or "price"
+
+    def holds(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+
+class Mention(NamedTuple):
+    """What a text names of the catalogue."""
+
+    categories: list[str]
+    products: list[int]
+    brands: list[str]
+    words: set[str]  # the stems that do so
+
+
+class Catalogue:
+    """Products by number, and which of them a word, a brand or a category stands for."""
+
+    def __init__(self, products: list[Product]):
+        self.products = [p for p in products if p.in_stock]
+        self.bag, self.of_category, self.of_brand = defaultdict(set), defaultdict(set), {}
+        self.names, phrases = defaultdict(list), defaultdict(set)  # phrases: stems -> categories
+        for i, product in enumerate(self.products):
+            for category in product.category:
+                self.of_category[category].add(i)
+            if product.brand:
+                self.of_brand.setdefault(tuple(stems(product.brand)), set()).add(i)
+            self.names[tuple(stems(product.name))].append(i)
+            for word in self._words(product):
+                self.bag[word].add(i)
+        # Groups such as a department name no goods: "lamps for a kitchen" is about lamps.
+        for category in {p.category[0]: None for p in self.products}:
+            for part in re.split(r"&|,|/|\band\b", category):
+                if phrase := tuple(stems(part)):
+                    phrases[phrase].add(category)
+        heads = Counter(phrase[-1:] for phrase in {*phrases})
+        for phrase in [*phrases]:  # "speakers" for portable speakers, where there are no others
+            if len(phrase) > 1 and heads[phrase[-1:]] == 1:
+                phrases[phrase[-1:]] |= phrases[phrase]
+        self.phrases = dict(phrases)
+        self.numbers = defaultdict(dict)  # attribute -> product -> value
+        for i, product in enumerate(self.products):
+            for name, value in product.attributes.items():
+                if not isinstance(value, bool) and isinstance(value, int | float):
+                    self.numbers[name][i] = value
+        self.longest = max(map(len, [*self.names, *self.phrases, *self.of_brand]), default=1)
+
+    @staticmethod
+    def _words(product: Product) -> set[str]:
+        said = [product.name, product.brand or "", product.description or "", *product.category]
+        for name, value in product.attributes.items():
+            if value is not False:  # what it lacks does not describe it
+                said.append(name.replace("_", " "))
+            said += value if isinstance(value, list) else [value] * isinstance(value, str)
+        return {word for text in said for word in stems(text)}
+
+    def mention(self, text: str) -> Mention:
+        """Names of products and brands in a text, the longest first, and its first category."""
+        # A second one narrows the first: a sofa bed, a bench for shoes.
+        words, found, used, categories = stems(text), Mention([], [], [], set()), set(), {}
+        stop = _lexicon()["words"]["stop"]
+        for i, j in _spans(words, self.longest):
+            span = tuple(words[i:j])
+            if used & {*range(i, j)} or (j - i == 1 and span[0] in stop):
+                continue
+            if span in self.names:
+                found.products.extend(self.names[span])
+            elif span in self.of_brand:
+                found.brands.append(span)
+            elif span in self.phrases:
+                categories[i] = span
+            else:
+                continue
+            used |= {*range(i, j)}
+            found.words.update(span if i not in categories else ())
+        if categories:
+            first = categories[min(categories)]
+            found.categories.extend(sorted(self.phrases[first]))
+            found.words.update(first)
+        return found
+
+    def known(self, word: str, among: set[int]) -> set[int]:
+        """Which of these products a word describes; a longer or shorter form of it will do."""
+        found = self.bag.get(word, set()) & among
+        if not found and len(word) >= 4:
+            for other, products in self.bag.items():
+                if len(other) >= 4 and (other.startswith(word) or word.startswith(other)):
+                    found = found | (products & among)
+        return found
+
+
+# --------------------------------------------------------------------------------------- the judge
+
+
+class Subject(NamedTuple):
+    """What a conversation is about so far."""
+
+    mention: Mention  # of the latest turn that names something
+    categories: set[str]  # of all turns
+    said: set[str]  # stems of the shopper's turns
+    last: set[str]  # of the latest of them
+    policy: str  # that answers the latest of them, or ""
+
+
+class Rules:
+    """Judges suggestions against a shop's catalogue and policies."""
+
+    def __init__(self, products: list[Product], policies: list[Policy]):
+        self.catalogue, self.policies = Catalogue(products), policies
+        self.policy_words = [set(content(" ".join([p.section, p.name, *p.keywords])))
+                             for p in policies]
+        self.policy_texts = [set(content(p.text)) | words
+                             for p, words in zip(policies, self.policy_words, strict=True)]
+        self.rarity = Counter(itertools.chain.from_iterable(self.policy_texts))
+        currencies = Counter(p.currency for p in products if p.currency)
+        self.currency = currencies.most_common(1)[0][0] if currencies else ""
+
+    def quality(self, rows: Iterable[tuple[Dialogue, list[str]]]) -> list[list[Verdict]]:
+        """A verdict on each suggestion of each (context, suggestions)."""
+        return [[self._judge(text, subject) for text in suggestions]
+                for dialogue, suggestions in rows for subject in [self._subject(dialogue)]]
+
+    def excerpt(self, dialogue: Dialogue, suggestions: list[str]) -> dict:
+        """What the shop has of the goods that these texts name, and its policies: for an LLM."""
+        named = [self._subject(dialogue).mention, *map(self.catalogue.mention, suggestions)]
+        categories = {c: None for mention in named for c in sorted(self._categories(mention))}
+        goods = {}
+        for category in [*categories][:4]:
+            products = [self.catalogue.products[i] for i in self.catalogue.of_category[category]]
+            prices = sorted(p.price for p in products if p.price is not None)
+            goods[category] = {
+                "products": len(products), "brands": sorted({p.brand for p in products if p.brand}),
+                "prices": [*prices[:1], *prices[-1:], self.currency],
+                "attributes": sorted({name for p in products for name in p.attributes})}
+        return {"goods": goods, "policies": [f"{p.name}: {p.text}" for p in self.policies[:60]]}
+
+    def _subject(self, dialogue: Dialogue) -> Subject:
+        mention, categories = Mention([], [], [], set()), set()
+        for turn in dialogue.turns:
+            found = self.catalogue.mention(turn.content)
+            if found.categories or found.products:
+                mention = found if turn.role == "user" or not mention.products else mention
+                categories |= self._categories(found)
+        said = [turn.content for turn in dialogue.turns if turn.role == "user"]
+        latest = self.catalogue.mention(said[-1])
+        policy, _ = self._policy(said[-1], latest.words)
+        if not latest.categories and not latest.products and not policy:
+            categories = set()  # small talk: any subject will do next
+        return Subject(mention, categories, {*_asked(" ".join(said))}, {*stems(said[-1])}, policy)
+
+    def _categories(self, mention: Mention) -> set[str]:
+        named = {self.catalogue.products[i].category[0] for i in mention.products[:20]}
+        return named | {*mention.categories}
+
+    def _judge(self, text: str, subject: Subject) -> Verdict:
+        patterns = _lexicon()["patterns"]
+        for name in ("privacy", "assistant", "scope"):
+            if patterns[name].search(text):
+                return Verdict(0, 1, 1, reason=name)
+        if texts.is_unsuitable(text):
+            return Verdict(0, 1, 1, reason="unsuitable")
+        rest, usage = _usage(text, self.catalogue)
+        named = self.catalogue.mention(rest)
+        policy, covered = self._policy(text, named.words)
+        if policy and not (named.categories and covered < 1) and not self._bounds(text)[0]:
+            return self._by_policy(text, policy, subject)
+        if not (named.categories or named.products or named.brands) and not (
+            subject.mention.categories or subject.mention.products or subject.categories
+            or self._bounds(text)[0]
+        ):
+            return Verdict(0, 1, 1, reason="scope")
+        return self._by_catalogue(rest, usage, named, subject)
+
+    # -------------------------------------------------------------------------------- policies
+
+    def _policy(self, text: str, ignored: set[str]) -> tuple[str, float]:
+        """(id of the policy that answers a question, the share of its words that it has)."""
+        words = {w for w in content(text) if w not in ignored}
+        best, best_score = "", 0.0
+        # Rare words tell policies apart; one that no policy has may be about anything.
+        weight = {w: 1 / self.rarity[w] if self.rarity[w] else UNKNOWN for w in words}
+        share = sum(weight[w] for w in words if self.rarity[w]) / (sum(weight.values()) or 1)
+        for policy, names, all_words in zip(self.policies, self.policy_words, self.policy_texts,
+                                            strict=True):
+            covered = sum(weight[w] for w in words & all_words)
+            score = covered + sum(weight[w] for w in words & names)
+            if score > best_score and words & names:
+                best, best_score = policy.id, score
+        return (best, share) if share >= COVERED else ("", share)
+
+    def _by_policy(self, text: str, policy: str, subject: Subject) -> Verdict:
+        again = policy == subject.policy
+        answer = next(p.text for p in self.policies if p.id == policy)
+        return Verdict(1, 1, float(not again), f"policy {policy}: {answer}", "repetition" * again)
+
+    # ------------------------------------------------------------------------------- catalogue
+
+    def _bounds(self, text: str) -> tuple[list[Bound], str]:
+        """(numbers asked for, the text without them)."""
+        lexicon, bounds = _lexicon(), []
+        number = r"(\d[\d.,]*\d|\d)"
+        money = lexicon["currencies"].get(self.currency, re.escape(self.currency) or "€")
+        units = {"price": money} | lexicon["units"]
+        rest = text
+        for unit, said in units.items():
+            before = rf"(?:(?:{said})\s?{number})|" if unit == "price" else ""
+            pattern = re.compile(rf"(?<![\w.,])(?:{before}{number}[\s-]?(?:{said}))(?!\w)",
+                                 re.IGNORECASE)
+            for match in pattern.finditer(rest):
+                value = next(group for group in match.groups() if group)
+                bounds.append(self._bound(rest, match, _amount(value), unit))
+            rest = pattern.sub(" # ", rest)
+        return bounds, rest
+
+    @staticmethod
+    def _bound(text: str, match: re.Match, value: float, unit: str) -> Bound:
+        patterns = _lexicon()["patterns"]
+        before, after = text[max(0, match.start() - 40) : match.start()], text[match.end() :][:40]
+
+        def says(name: str, where: str) -> bool:
+            return bool(patterns[name].search(where))
+
+        # Directly before the number: a "maximum load of 120 kg" is no limit of it.
+        near = re.sub(r"(?:\bof)?\W*$", "", before)
+        ends = {name: patterns[name].pattern + "$" for name in ("at_least", "at_most")}
+        if re.search(ends["at_least"], near, re.IGNORECASE) or says("or_more", after):
+            return Bound(value, float("inf"), unit)
+        at_most = re.search(ends["at_most"], near, re.IGNORECASE) or says("or_less", after)
+        if at_most or unit == "price":
+            return Bound(0, value, unit)
+        return Bound(value * (1 - CLOSE), value * (1 + CLOSE), unit)
+
+    def _by_catalogue(self, text: str, usage: set[str], named: Mention,
+                      subject: Subject) -> Verdict:
+        catalogue, patterns = self.catalogue, _lexicon()["patterns"]
+        if patterns["impossible"].search(text):
+            return Verdict(1, 0, 1, reason="impossible feature")
+        about = named if named.categories or named.products else subject.mention
+        among = self._among(named, subject)
+        bounds, rest = self._bounds(text)
+        # What is asked of the products: each narrows them.
+        left, asked = among, set()
+        for brand in named.brands:
+            left = left & catalogue.of_brand[brand]
+            asked |= {*brand}
+        if not left:
+            return Verdict(1, 0, 1, reason="brand not sold here")
+        for chunk in self._chunks(rest, named.words):
+            known = [(word, products) for word, _ in chunk
+                     if (products := catalogue.known(word, among))]
+            asked |= {word for word, _ in chunk if word in _lexicon()["words"]["soft"]}
+            chunk = [pair for pair in chunk if pair[0] not in asked or pair[0] in dict(known)]
+            if not chunk:
+                continue
+            strange = [raw for word, raw in chunk if word not in dict(known)]
+            if any(raw[0].isupper() and not raw.isupper() for raw in strange):
+                return Verdict(1, 0, 1, reason="unknown name")
+            if not known and not {word for word, _ in chunk} <= subject.said:
+                one = named.products or (not named.categories and not named.brands)
+                who = re.match(r"(?i)(?:who|how many|what do|why|when|where)\b", text)
+                return (Verdict(0, 1, 1, reason="nothing tells") if one or who
+                        else Verdict(1, 0, 1, reason="unknown feature"))
+            for word, products in known:
+                left = left & products if left & products else left
+                asked.add(word)
+        for bound in bounds:
+            left = {i for i in left if self._holds(i, bound)}
+            asked.add(f"{bound}")
+        if not left:
+            return Verdict(1, 0, 1, reason="no such product")
+        reason = self._uninformative(text, named, subject, asked, usage)
+        return Verdict(1, 1, float(not reason), self._source(left, about, asked, bounds), reason)
+
+    def _among(self, named: Mention, subject: Subject) -> set[int]:
+        """Numbers of the products that a suggestion is about."""
+        catalogue = self.catalogue
+        if named.products:
+            return {*named.products}
+        for categories in (named.categories, subject.mention.categories,
+                           self._categories(subject.mention) if not named.brands else ()):
+            if categories:
+                return set().union(*(catalogue.of_category[c] for c in categories))
+        return {*range(len(catalogue.products))}
+
+    def _chunks(self, text: str, ignored: set[str]) -> list[list[tuple[str, str]]]:
+        """Runs of content words, as (stem, word): of "an active noise filter" one, of three."""
+        words = _lexicon()["words"]
+        dull = (words["stop"] | words["shop"] | words["attribute"]) - words["soft"]
+        pairs = [(stem(raw), raw) for raw in tokens(text)]
+        groups = itertools.groupby(pairs, lambda pair: pair[0] in words["between"] | ignored)
+        chunks = [[(word, raw) for word, raw in group
+                   if word not in dull and len(word) > 1 and not raw.isdigit()]
+                  for parts, group in groups if not parts]
+        return [chunk for chunk in chunks if chunk]
+
+    def _holds(self, i: int, bound: Bound) -> bool:
+        product = self.catalogue.products[i]
+        if bound.unit == "price":
+            return product.price is not None and bound.holds(product.price)
+        return any(bound.holds(values[i]) for name, values in self.catalogue.numbers.items()
+                   if i in values and name.rsplit("_", 1)[-1] == bound.unit)
+
+    def _uninformative(self, text: str, named: Mention, subject: Subject, asked: set[str],
+                       usage: set[str]) -> str:
+        """Why a suggestion leads no further, or ""."""
+        bounds = any("Bound" in word for word in asked)
+        if _lexicon()["patterns"]["vague"].search(text) and not bounds:
+            return "vague budget"
+        categories = self._categories(named)
+        if categories and subject.categories and not self._related(categories, subject.categories):
+            return "another subject"
+        complement = categories and not categories & self._categories(subject.mention)
+        attributes = {*_asked(text)} & (_lexicon()["words"]["attribute"] | {"price"})
+        new = (asked | usage | attributes) - subject.said
+        if new or complement:
+            return ""
+        return "repetition" if {*stems(text)} <= subject.last else "no new constraint"
+
+    def _related(self, categories: set[str], others: set[str]) -> bool:
+        """Whether some product is in one of these as well as in a group with one of the others."""
+
+        def groups(names: set[str]) -> set[str]:
+            return {group for name in names for i in self.catalogue.of_category[name]
+                    for group in self.catalogue.products[i].category}
+
+        return bool(groups(categories) & groups(others))
+
+    def _source(self, left: set[int], about: Mention, asked: set[str],
+                bounds: list[Bound]) -> str:
+        """The cheapest product that answers, and by which attributes."""
+        product = min((self.catalogue.products[i] for i in left), key=lambda p: p.price or 0)
+        units = {bound.unit for bound in bounds}
+        facts = [f"{name} {value}" for name, value in product.attributes.items()
+                 if asked & {*stems(name.replace("_", " ")), *stems(str(value))}
+                 or name.rsplit("_", 1)[-1] in units]
+        price = [] if product.price is None else [f"{product.price:g} {product.currency or ''}"]
+        return f"product {product.id}: " + ", ".join([product.name, *price, *facts])
+
+
+def _asked(text: str) -> list[str]:
+    """Stems, with one word for what something costs."""
+    price = _lexicon()["words"]["price"]
+    return ["price" if word in price else word for word in stems(text)]
+
+
+def _amount(text: str) -> float:
+    """1,299.00, 1.299,00, 1,299 and 4.90 as people write them."""
+    whole, mark, part = re.match(r"(.*?)(?:([.,])(\d{1,2}))?$", text).groups()
+    return float(re.sub("[.,]", "", whole) + (f".{part}" if mark else ""))
+
+
+# To the end of the clause, or to where another condition begins.
+_FOR = re.compile(r"(?i)\bfor (?:(?!\b(?:under|below|from|that|which)\b)[^,.?!])*")
+
+
+def _usage(text: str, catalogue: Catalogue) -> tuple[str, set[str]]:
+    """(the text without "for ..." where that says what for, the stems of it)."""
+    usage: set[str] = set()
+
+    def cut(match: re.Match) -> str:
+        before = catalogue.mention(text[: match.start()]).words
+        if re.search(r"\d", match[0]) or (catalogue.mention(match[0]).words and not before):
+            return match[0]  # "less than 40 euros", "I am looking for a kettle"
+        words = _lexicon()["words"]
+        usage.update({*stems(match[0])} - words["between"] - words["shop"])
+        return " "
+
+    return _FOR.sub(cut, text), usage
