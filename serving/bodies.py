@@ -18,6 +18,7 @@ from pydantic import (
 import data
 from serving.engine import METHODS, Interest
 from serving.openwebui import ChatBody, ChatMessage, Part
+from serving.suggest import LIKE
 
 MAX_TEXT = 2000  # characters of a summary; a message may have 16 times as many
 # Of one line, as data.Text; the length stands first, so that an error speaks of characters.
@@ -139,7 +140,7 @@ class SuggestionsBody(Body):
     turns: Annotated[list[Turn], Field(min_length=1, max_length=200)]
     n: Annotated[int, Field(ge=1, le=10)] = 3  # next queries; perhaps fewer are good
     user_id: Id | None = None  # whose events and deletion are to count; else nothing is kept
-    language: Literal["en", "zh", "other"] | None = None  # by script; None: as the last query
+    language: Literal[tuple(LIKE)] | None = None  # None: that of the last query
     stream: bool = False
 
     @field_validator("turns")

@@ -87,7 +87,7 @@ class Ask:
     # Called with the interests and the gate's line before anything is decoded.
     begin: Callable[[list[Interest], float | None], None] | None = None
     again: Sequence[str] = ()  # to be written where there is nothing else
-    # Of serving/suggest.py: a conversation, the script that is wanted (None: that of its last
+    # Of serving/suggest.py: a conversation, the language that is wanted (None: that of its last
     # query), and how many earlier turns were left out; begin is called with all that were cut.
     turns: Sequence[data.Turn] = ()
     language: str | None = None

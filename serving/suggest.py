@@ -36,8 +36,9 @@ from stages.reward import load_reward
 POLICIES = ("gaussian", "bradley_terry", "dpo", "rft")  # of stage rl; the first that is there
 REWARDS = ("gaussian", "purm", "bradley_terry")  # likewise; the last one's sigma is 0
 CHARACTERS = 16  # of a text that a token holds, at most
-# A text in each script: the wanted one is told by it.
-LIKE = {"en": "a", "zh": "字", "other": "я"}
+# A text in each language that data.language tells: the wanted one is named by it.
+LIKE = {"zh": "字", "ja": "かな", "ko": "글", "ru": "я", "other": "λ",
+        **{name: " ".join(sorted(words)) for name, words in data.LATIN.items()}}
 DECLINED = "unsafe: the policy declines to go on with this conversation"
 
 
@@ -148,8 +149,10 @@ def fit_suggestions(ask: Ask, answers: Sequence[str]) -> list[str]:
     texts = [y for answer in answers if not is_declined(answer)
              for y in llm.parse_starters(answer).starters]
     queries = [turn.content for turn in ask.turns if turn.role == "user"]
-    # As garm.language_reward; a query without letters ("2 + 2?") tells no language.
-    like = [query for query in queries if any(map(str.isalpha, query))][-1:]
+    # As garm.language_reward by the last query, but not by one without letters ("2 + 2?"). Earlier
+    # ones of its script help where a name alone ("Dune?") tells no language of that script.
+    written = [query for query in queries if any(map(str.isalpha, query))]
+    like = [query for query in written if garm.script_of(query) == garm.script_of(written[-1])]
     return fit_to_show(texts, [LIKE[ask.language]] if ask.language else like, queries)
 
 

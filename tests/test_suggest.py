@@ -177,7 +177,7 @@ def test_the_last_turn_is_the_users_or_the_assistants(server):
                   TEA[:1] * 201, [{"role": "user", "content": "secret " * 5000}]):
         fault = ask(server, 422, turns=turns)["detail"][0]
         assert fault["loc"][:2] == ["body", "turns"] and "secret" not in str(fault)
-    for body in ({"n": 0}, {"n": 11}, {"language": "fr"}, {"user_id": ""}, {"seed": 1}):
+    for body in ({"n": 0}, {"n": 11}, {"language": "xx"}, {"user_id": ""}, {"seed": 1}):
         fault = ask(server, 422, **body)["detail"][0]
         assert fault["loc"][0] == "body"
 
@@ -472,6 +472,17 @@ def test_what_may_not_be_shown_is_left_out_and_nothing_is_padded(engine, monkeyp
     assert [s.text for s in answer.suggestions] == [bad[3]]
     (answer,) = written(engine, monkeypatch, answers, an_ask("Oolong?", language="zh"))
     assert [s.text for s in answer.suggestions] == [bad[3]]
+    spanish = "¿Cómo se prepara el té oolong en casa?"
+    answers = [f"1. {spanish}\n2. {TEXTS[0]}"]
+    asked = "¿Qué es el té de los monjes?"
+    for one in (an_ask(asked, "Un té.", "Oolong"), an_ask(asked, "Un té.", "2 + 2?"),  # tell nothing
+                an_ask("Oolong?", language="es")):
+        (answer,) = written(engine, monkeypatch, answers, one)
+        assert [s.text for s in answer.suggestions] == [spanish]
+    (answer,) = written(engine, monkeypatch, answers, an_ask("2 + 2?"))
+    assert {s.text for s in answer.suggestions} == {spanish, TEXTS[0]}
+    assert {name: data.language(text) for name, text in suggest.LIKE.items()} == {
+        name: name for name in suggest.LIKE}
     (answer,) = written(engine, monkeypatch, ["prose alone"], an_ask("Tea?"))
     assert answer.suggestions == [] and not answer.declined
 
