@@ -475,7 +475,7 @@ def test_what_may_not_be_shown_is_left_out_and_nothing_is_padded(engine, monkeyp
     spanish = "¿Cómo se prepara el té oolong en casa?"
     answers = [f"1. {spanish}\n2. {TEXTS[0]}"]
     asked = "¿Qué es el té de los monjes?"
-    for one in (an_ask(asked, "Un té.", "Oolong"), an_ask(asked, "Un té.", "2 + 2?"),  # tell nothing
+    for one in (an_ask(asked, "Un té.", "Oolong"), an_ask(asked, "Un té.", "2 + 2?"),  # no words
                 an_ask("Oolong?", language="es")):
         (answer,) = written(engine, monkeypatch, answers, one)
         assert [s.text for s in answer.suggestions] == [spanish]
