@@ -121,7 +121,7 @@ class RidConfig(Section):
     patience: CountFromZero = 4  # epochs without a lower loss on the left-out fold, waited through
     batch_users: Count = 16
     activity_groups: Count = 3
-    min_keep: Count = 1  # a teacher and a generator write several starters about one interest
+    min_keep: Count = 3  # with fewer, five starters say the same thing again
     max_keep: Count = 6
     # Trigger interests nearer than this collapse to the latest.
     duplicate_cosine: Annotated[float, Field(gt=0, le=1)] = 0.9

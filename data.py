@@ -357,7 +357,7 @@ def read_policies(path: str | Path) -> list[Policy]:
             try:
                 rows.append(Policy.model_validate(fields))
             except ValueError as error:
-                where = _label(f"{section.value}.{name.value}")
+                where = label(f"{section.value}.{name.value}")
                 faults.add(f"{place}: {where}", error)
     faults.refuse()  # a mapping has an entry, so there are rows or faults
     return rows
@@ -370,7 +370,7 @@ def _pairs(node, path: str | Path, name: str, faults: Faults) -> list:
     if not pairs or len(set(keys)) < len(pairs):
         line = node.start_mark.line + 1 if node else 1
         reason = "wants a mapping of names, each once"
-        faults.append(f"{path}:{line}: {_label(name)}: {reason}")
+        faults.append(f"{path}:{line}: {label(name)}: {reason}")
         return []
     return pairs
 

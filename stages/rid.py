@@ -97,12 +97,15 @@ class Distiller:
         """tau_g(u): the gate's line for a user of this activity."""
         return self.thresholds[ib.activity_group(history.sessions_per_week, self.edges)]
 
-    def keep(self, history: ib.History, scores) -> list[int]:
-        """Indices of the trigger interests T_u, best first, near-duplicates collapsed (Eq. 4)."""
+    def fit(self, history: ib.History) -> list[int]:
+        """Indices of summaries that anybody may be reminded of."""
         # Distress never becomes a game: neither generator nor templates hear of it.
         reasons = unfit(history.texts, self.encode, history.embeddings)
-        fit = [i for i, reason in enumerate(reasons) if not reason]
-        r = self.settings
+        return [i for i, reason in enumerate(reasons) if not reason]
+
+    def keep(self, history: ib.History, scores) -> list[int]:
+        """Indices of the trigger interests T_u, best first, near-duplicates collapsed (Eq. 4)."""
+        fit, r = self.fit(history), self.settings
         texts = [history.texts[i] for i in fit]
         kept = ib.distil(
             [scores[i] for i in fit], self.threshold(history), r.min_keep, r.max_keep,
@@ -315,12 +318,15 @@ def compare_gates(revisits: Revisits, gates: dict[str, Distiller], unseen, histo
     """Precision and F_0.5 of "revisited", and the number kept, over all rows of unseen users: of
     each gate, and of the best k of everybody."""
     distiller = gates["groups"]
-    r = distiller.settings
-    gates = gates | {
-        f"top {k}": dataclasses.replace(
-            distiller, settings=r.model_copy(update={"min_keep": k, "max_keep": k}))
-        for k in (1, 2, 3, 4, 6)
-    }
+
+    def bounded(gate: Distiller, least: int, most: int) -> Distiller:
+        bounds = {"min_keep": least, "max_keep": most}
+        return dataclasses.replace(gate, settings=gate.settings.model_copy(update=bounds))
+
+    # Thresholds as if nothing else bound them, beside what is used, and the best k of everybody.
+    most = distiller.settings.max_keep
+    gates = {"default": distiller} | {name: bounded(gate, 1, most) for name, gate in gates.items()}
+    gates |= {f"top {k}": bounded(distiller, k, k) for k in (1, 2, 3, 4, 6)}
     figures = {}
     for name, gate in gates.items():
         # Pooled, as the thresholds were fitted: a user of many interests counts more.

@@ -106,6 +106,6 @@ def micro_batches(batch: list, size: int) -> Iterator[tuple[list, float]]:
 
 def return_memory() -> None:
     """Give back what has been freed; glibc keeps it, and the next peak comes on top."""
-    gc.collect()
+    gc.collect()  # models hold circles
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # other C libraries have none
         trim(0)

@@ -49,7 +49,7 @@ from stages import metrics
 from stages.cold_start import PopularStarters
 from stages.eval import write_lists
 from stages.metrics import Lists, PerUser
-from stages.rid import RULES, rule_scores
+from stages.rid import RULES, may_be_duplicates, rule_scores
 from stages.sit import CORPUS
 from tables import people, seeds
 
@@ -206,12 +206,14 @@ def rid_values(run: Run, ids: list[str], histories: list[ib.History], scores: li
         choice = {"RID and gate": kept, "every summary": [*range(len(labels))]}
         for name in RULES:  # as many, and near-duplicates collapsed alike
             choice[name] = ib.distil(ranked[name], np.inf, len(kept), len(kept),
-                                     history.embeddings, run.config.rid.duplicate_cosine)
+                                     history.embeddings, run.config.rid.duplicate_cosine,
+                                     may_be_duplicates(history.texts))
         for name, s in ranked.items():
             if labels.any() and not labels.all():
                 values["auc"].setdefault(name, {})[u] = ib.per_user_auc(s, labels)
         for name, places in choice.items():
-            values["precision"].setdefault(name, {})[u] = float(labels[places].mean())
+            values["precision"].setdefault(name, {})[u] = float(
+                labels[places].mean()) if places else 0.0  # nothing kept: none is right
     return {metric: methods for metric, methods in values.items() if methods}
 
 

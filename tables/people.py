@@ -18,6 +18,7 @@ import random
 import string
 import sys
 from collections import defaultdict
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -88,26 +89,29 @@ def judged(run: Run, players: Players, file: str, users: list[data.User], least:
 
 
 def resonance(
-    run: Run, users: list[data.User], share: float
+    run: Run, users: list[data.User], share: float, now: datetime | None = None
 ) -> tuple[Distiller, list[ib.History], list[np.ndarray]]:
     """Of strangers, as of when `share` of their sessions was over: histories, s(u, h) (N,) of each
     summary, and who tells what is kept of them."""
     parts = [(u.sessions, []) if share == 1 else data.cut_sessions(u, share) for u in users]
     run.encoder(sorted({s.summary for past, _ in parts for s in past}))  # like lengths together
-    # "Now" is the first session that is not told, else the last one.
-    histories = [history_of(past, future[0].timestamp if future else None, run.encoder)
+    # "Now" is the first session that is not told.
+    histories = [history_of(past, future[0].timestamp if future else now, run.encoder)
                  for past, future in parts]
     profiles = torch.stack([profile_vector(user, run.encoder) for user in users])  # (B, D)
     distiller = Distiller.load(run)
     return distiller, histories, distiller.scores(histories, profiles)
 
 
-def distilled(run: Run, users: list[data.User], share: float = 1.0) -> list[dict]:
+def distilled(
+    run: Run, users: list[data.User], share: float = 1.0, now: datetime | None = None
+) -> list[dict]:
     """A row for each of some strangers: summaries, trigger interests and their scores.
 
-    share: of the sessions that are told; the rest is kept back as the person's future.
+    share: of the sessions that are told; the rest is kept back as the person's future. now: where
+    nothing is; a person has been away until then.
     """
-    rows, (distiller, histories, scores) = [], resonance(run, users, share)
+    rows, (distiller, histories, scores) = [], resonance(run, users, share, now)
     for user, history, s in zip(users, histories, scores, strict=True):
         keep, texts = distiller.keep(history, s), history.texts
         rows.append({"user_id": user.user_id, "summaries": texts[::-1],  # latest first
@@ -123,7 +127,9 @@ def write_people(config: Config, file: str, out: Path) -> None:
     users = data.read_users(file)  # refused before anything is loaded
     run, players = finished_run(config)
     people = judged(run, players, file, users, LEAST, "examples")
-    rows = distilled(run, people)
+    # The end of the file, as a run's log has one.
+    now = max((s.timestamp for u in users for s in u.sessions if s.timestamp), default=None)
+    rows = distilled(run, people, now=now)
     told = ({row["user_id"]: row[name] for row in rows} for name in ("summaries", "interests"))
     with train.explained(config, "eval"):
         lists = write_lists(run, players.writer, *told, 1)

@@ -32,7 +32,7 @@ DULL = [f"{word} facts about {{x}}" for word in ("Some", "More", "All", "Key", "
 KINDS = {"en": LIVELY + DULL, "zh": ["考考我对{x}的了解", "{x}的未来会怎样？", "为{x}设计一张海报"]}
 # Two interests a user: with four, the subjects alone keep lists apart.
 SMALL = """world.users=60 world.impressions_per_user=30 world.starter_pool=200
-    rid.epochs=2 rid.towers=1 rid.min_keep=2 ranker.epochs=20 generator.list_size=3
+    rid.epochs=2 rid.towers=2 rid.min_keep=2 ranker.epochs=20 generator.list_size=3
     generator.max_new_tokens=40 sit.max_rows=120 sit.epochs=4 sit.learning_rate=3e-3
     dpo.max_users=30 dpo.rounds=1 dpo.samples=4 dpo.checkpoints=1 dpo.vanilla=false
     dpo.learning_rate=2e-4 dpo.teacher_lists=2

@@ -121,7 +121,7 @@ def test_a_stranger_has_the_interests_that_stage_rid_finds(finished, share, cut)
     run = Run(micro(finished.parent), describe=False)
     # Others have been seen by some towers, and are scored by the rest.
     ids = [u for u in run.ids("judge", "test") if run.histories[u][cut].texts][:12]
-    rows = people.distilled(run, [run.users[user_id] for user_id in ids], share)
+    rows = people.distilled(run, [run.users[user_id] for user_id in ids], share, run.now)
     stage = read_json(finished / "rid" / "triggers.json")
     for user_id, row in zip(ids, rows, strict=True):
         assert row["summaries"] == run.histories[user_id][cut].texts[::-1]

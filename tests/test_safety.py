@@ -64,6 +64,7 @@ def test_distress_reaches_neither_generator_nor_template(encode):
              "my mother died yesterday and I cannot cope"]  # fmt: skip
     history = ib.make_history(texts, None, encode)
     distiller = Distiller(None, {}, [], [], [0.0], RidConfig(min_keep=5, max_keep=9), encode)
+    assert distiller.fit(history) == [history.texts.index("Dune novels in order")]
     assert distiller.keep(history, [0.9] * 5) == [history.texts.index("Dune novels in order")]
     raw = roles.Rules(encode).write([texts], 5, [0])[0]
     assert all("Dune" in starter for starter in llm.parse_starters(raw).starters)
