@@ -116,7 +116,8 @@ def grpo(
         batch = Batch([suggester.prompt(t) for t in turns], rollouts)
         with torch.no_grad(), llm.other_adapter(model, reference):
             batch.ref_logps, batch.mask = llm.token_logps(model, batch.prompts, rollouts)  # (R, T)
-        names, parts = composite.components, composite(contexts, suggester.texts(rollouts), batch.ref_logps, batch.mask)
+        names, texts = composite.components, suggester.texts(rollouts)
+        parts = composite(contexts, texts, batch.ref_logps, batch.mask)
         rewards, valid = garm.composite_reward(parts, weights)  # (R, J) -> (R,), (R,)
         shape = len(contexts), settings.group
         batch.valid = valid.view(shape)
