@@ -82,7 +82,9 @@ def pooled(metric: str, of_user: dict[str, dict], draws: int = 0, seed: int = 0)
     n = len(counts)
     weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws)  # (draws, U)
     sums = np.vstack([np.ones(n), weights]) @ counts  # (1 + draws, C)
-    return POOLED[metric][1](sums / np.maximum(sums.sum(1, keepdims=True), 1))
+    total = sums.sum(1, keepdims=True)
+    # Of users without any count there is no share: nan, not 0.
+    return POOLED[metric][1](sums / np.where(total > 0, total, np.nan))
 
 
 def pooled_interval(
@@ -109,7 +111,7 @@ def pooled_interval(
     drawn = seeds_again(gaps, rng) if hierarchical else gaps().mean(0)
     now = sides(0)[:, :, 0]  # (sides, S), of the users as they are
     by_seed = now[0] - now[1] if less else now[0]
-    return (by_seed.mean(), *np.quantile(drawn, [0.025, 0.975])), by_seed, now.mean(1)
+    return (by_seed.mean(), *np.nanquantile(drawn, [0.025, 0.975])), by_seed, now.mean(1)
 
 
 # Each way to compare returns (difference, low, high), the difference of each seed, both sides.

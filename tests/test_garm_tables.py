@@ -143,6 +143,14 @@ def test_a_difference_of_shares_is_paired_by_context():
     assert interval == (0, 0, 0) and by_seed.tolist() == [0] and sides.tolist() == [0.5, 0.5]
 
 
+def test_draws_without_any_pair_say_nothing_and_who_has_none_on_one_side_is_drawn_on_both():
+    rare = {"a": {"right": 2, "wrong": 0}}  # a draw of two may be without a
+    often = {c: {"right": 1, "wrong": 1} for c in "ab"}
+    (value, low, high), *_ = claims.pooled_interval(
+        [{"pairs": {"rare": rare, "often": often}}], "accuracy", "rare", "often")
+    assert (value, low, high) == (0.5, 0.5, 0.5)  # never 0 - 1/2
+
+
 def test_verdicts_of_made_up_values_and_what_was_not_trained_is_left_out(seeds):
     tables = [*experiments.read("garm")["tables"], "figure4"]
     rows = {row["text"]: row for row in claims.judged(seeds, tables, "garm_claims", True)}
