@@ -86,10 +86,11 @@ def train_round(
         batches = round_batches(run, clicked, hard, number)
         log = grpo(run, suggester, model, quality, quality.weights, batches, folder,
                    number * run.config.rl.steps)
-        answers = run.config.rl.group * sum(map(len, batches))
         figures = save_policy(run.adapter(folder), model, log)
-        if figures["invalid"] == answers:  # it would pass for a training that changed nothing
-            raise UserError(f"roles.judge: none of the {answers} answers of {folder} was judged")
+        # It would pass for a training that changed nothing.
+        if figures["invalid"] and not any(line["components"]["format"] for line in log):
+            raise UserError(f"roles.judge: {folder}: no answer was judged, {figures['invalid']} calls "
+                            "failed")
         run.folder.mark_done(folder, round_key, **figures)
         print(f"  {folder}: {one_line(figures)}", flush=True)
     return run.folder.figures(folder)

@@ -19,6 +19,7 @@ from roles import chat, prompted
 from roles.players import Players, players_of
 from roles.rules import Rules
 from roles.suggester import Suggester
+from roles.writer import drained
 from run import Run
 from stages import mine, quality_eval, warm_start
 from stages.dialogues import Context
@@ -70,26 +71,28 @@ def _without_models(monkeypatch):
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
+    """A random model whose vocabulary is that of the log; beside it the shop's files."""
     folder = tmp_path_factory.mktemp("hub") / "random"
     texts = [text for row in log_of(20) for text in (row.turns[0].content, *row.suggestions)]
     tokenizer = tiny_model.train_tokenizer(texts * 3, 400)
     tokenizer.save_pretrained(folder)
     tiny(vocabulary=len(tokenizer), eos_token_id=tokenizer.eos_token_id).save_pretrained(folder)
+    data.write_dialogues(folder.parent / "log.jsonl", log_of(90))
+    data.write_catalogue(folder.parent / "catalogue.jsonl", [
+        data.Product(id=i, name=name, category=[category, GROUP[category]], brand=brand,
+                     price=price, currency="EUR", attributes=attributes, stock=2)
+        for i, name, category, brand, price, attributes in GOODS])
+    text = "returns:\n  window: Send it back within 30 days.\n"
+    (folder.parent / "policies.yaml").write_text(text)
     return folder
 
 
 def small(root: Path, model_folder, *words):
-    if not (root / "log.jsonl").is_file():
-        data.write_dialogues(root / "log.jsonl", log_of(90))
-        data.write_catalogue(root / "catalogue.jsonl", [
-            data.Product(id=i, name=name, category=[category, GROUP[category]], brand=brand,
-                         price=price, currency="EUR", attributes=attributes, stock=2)
-            for i, name, category, brand, price, attributes in GOODS])
-        (root / "policies.yaml").write_text("returns:\n  window: Send it back within 30 days.\n")
-    return load_config(None, [
-        *SMALL, f"run.root={root}", f"data.dialogues={root}/log.jsonl",
-        f"data.catalogue={root}/catalogue.jsonl", f"data.policies={root}/policies.yaml",
-        f"generator.model={model_folder}", *words])
+    files = [f"data.{name}={model_folder.parent}/{file}" for name, file in (
+        ("dialogues", "log.jsonl"), ("catalogue", "catalogue.jsonl"),
+        ("policies", "policies.yaml"))]
+    return load_config(None, [*SMALL, f"run.root={root}", f"generator.model={model_folder}",
+                              *files, *words])
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +157,6 @@ def test_every_stage_runs_and_is_then_done(whole, model_folder, capsys):
 def test_a_run_killed_four_times_ends_with_the_same_weights(
     whole, model_folder, tmp_path, monkeypatch
 ):
-    for name in ("log.jsonl", "catalogue.jsonl", "policies.yaml"):
-        shutil.copy(whole / name, tmp_path)
     config, save, saved, looked = small(tmp_path, model_folder), llm.save_adapter, [], []
     kills, scores = [1, 2, 3], mine.mined  # before GRPO, the first and the second round are saved
 
@@ -189,10 +190,7 @@ def test_a_further_round_and_an_ablation_train_alone(whole, model_folder, tmp_pa
     monkeypatch.setattr(llm, "save_adapter",
                         lambda m, f: saved.append(f"{f.parent.parent.name}/{f.parent.name}")
                         or save(m, f))
-    shop = [f"data.{name}={whole}/{file}" for name, file in (
-        ("dialogues", "log.jsonl"), ("catalogue", "catalogue.jsonl"),
-        ("policies", "policies.yaml"))]
-    config = small(root, model_folder, *shop, "quality.rounds=3",
+    config = small(root, model_folder, "quality.rounds=3",
                    "quality.ablations=[no_mix,no_warm_start,random,clicked]")
     train.run_stages(config, ["eval"])
     assert saved == ["sft/no_mix", "rl/no_warm_start", "mine/hard3",
@@ -283,7 +281,7 @@ def by_llm(monkeypatch, tmp_path, backend) -> chat.Chat:
     judge = chat.Chat(backend, tmp_path / "answers.sqlite")
     monkeypatch.setattr(Players, "_player", lambda self, role, everyone=(): (
         prompted.Prompted(judge, None) if role == "judge" else Rules(None)))
-    monkeypatch.setattr(Players, "calls", lambda self: dict(judge.counts))
+    monkeypatch.setattr(Players, "calls", lambda self: dict(drained([judge])))
     return judge
 
 
@@ -306,13 +304,13 @@ def test_training_goes_on_where_a_judge_fails_and_counts_it(
 ):
     root = copied(whole, tmp_path)
     shutil.rmtree(root / "q" / "rl"), shutil.rmtree(root / "q" / "mine")
-    judge = by_llm(monkeypatch, tmp_path, Varied(rate))
+    by_llm(monkeypatch, tmp_path, Varied(rate))
     config = small(root, model_folder, "quality.rounds=1")
     train.run_stages(config, ["mine"])
     run = Run(config, describe=False)
     figures = run.folder.figures("rl")
     assert "failed_calls" not in figures and figures["judge"]["answered"] > 0
-    assert rate < 0.1 or judge.counts["server error"] > 0
+    assert rate < 0.1 or figures["judge"]["server error"] > 0
     for path in run.folder.path.rglob("steps.jsonl"):
         for line in map(json.loads, path.open()):
             assert math.isfinite(line["reward"]) and math.isfinite(line["loss"])
@@ -325,33 +323,31 @@ def test_training_goes_on_where_a_judge_fails_and_counts_it(
 def test_a_judge_that_always_fails_ends_it_with_one_line(
     whole, model_folder, tmp_path, monkeypatch
 ):
-    root = copied(whole, tmp_path)
     by_llm(monkeypatch, tmp_path, Varied(1.0))
-    config = small(root, model_folder, "rl.steps=8")
+    config = small(copied(whole, tmp_path), model_folder, "rl.beta=0.5")
     with pytest.raises(UserError, match="scripted.*calls in a row gave no answer") as caught:
         train.run_stages(config, ["rl"])
     assert "\n" not in str(caught.value)
     # Where a server answers, but never so that it can be read, the client does not stop.
     monkeypatch.setattr(chat.Chat, "_count", lambda self, failure: None)
-    with pytest.raises(UserError, match="none of the 48 answers of rl/grpo was judged"):
+    with pytest.raises(UserError, match="rl/grpo: no answer was judged"):
         train.run_stages(config, ["rl"])
 
 
 def test_what_failed_is_masked_or_the_papers_zero(whole, model_folder, tmp_path, monkeypatch):
-    by_llm(monkeypatch, tmp_path, Varied(0.0))
+    by_llm(monkeypatch, tmp_path, Scripted(0.0, marks="yes yes yes"))
     for word, expected in (("false", None), ("true", 0.0)):
         run, players, _ = opened(whole, model_folder, f"quality.failed_as_zero={word}")
         quality, [context] = Quality(run, players), log_contexts(run)[0][:1]
-        judge, called = quality.judge, []
 
-        def fails_first(rows, judge=judge):
+        def fails_first(rows, judge=quality.judge):
             return [[v._replace(answerable=math.nan) for v in row] if i == 0 else row
                     for i, row in enumerate(judge(rows))]
 
         quality.judge = fails_first
         answers = [garm.format_answer(GOOD[i : i + 3]) for i in range(3)]
         rewards, valid = garm.composite_reward(quality([context], [answers]), quality.weights)
-        assert valid.tolist() == [expected is not None, True, True] and not called
+        assert valid.tolist() == [expected is not None, True, True]
         gains = garm.group_advantages(rewards.view(1, 3), valid.view(1, 3), False)
         assert (gains[0, 0] == 0) == (expected is None)
 
@@ -374,10 +370,10 @@ def test_bad_settings_are_one_clear_line(words, fault, model_folder, tmp_path):
 
 def test_a_log_without_a_click_is_refused_in_a_line(model_folder, tmp_path):
     rows = [row.model_copy(update={"clicked": []}) for row in log_of(30)]
-    small(tmp_path, model_folder)
-    data.write_dialogues(tmp_path / "log.jsonl", rows)
-    with pytest.raises(UserError, match="log.jsonl: no context with a click"):
-        train.run_stages(small(tmp_path, model_folder), ["sft"])
+    path = tmp_path / "silent.jsonl"
+    data.write_dialogues(path, rows)
+    with pytest.raises(UserError, match="silent.jsonl: no context with a click"):
+        train.run_stages(small(tmp_path, model_folder, f"data.dialogues={path}"), ["sft"])
 
 
 def test_general_rows_are_in_the_language_of_the_shop(whole, model_folder):
