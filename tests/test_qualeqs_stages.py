@@ -21,6 +21,8 @@ from roles.rules import Rules
 from roles.suggester import Suggester
 from roles.writer import drained
 from run import Run
+from serving.engine import Ask
+from serving.suggest import Suggestions
 from stages import mine, quality_eval, warm_start
 from stages.dialogues import Context
 from stages.quality import Quality, log_contexts
@@ -350,6 +352,20 @@ def test_what_failed_is_masked_or_the_papers_zero(whole, model_folder, tmp_path,
         assert valid.tolist() == [expected is not None, True, True]
         gains = garm.group_advantages(rewards.view(1, 3), valid.view(1, 3), False)
         assert (gains[0, 0] == 0) == (expected is None)
+
+
+# ------------------------------------------------------------------------------------ the served run
+
+
+def test_a_server_shows_only_what_the_shop_answers(whole, model_folder, monkeypatch):
+    engine = Suggestions(small(whole, model_folder))
+    assert engine.version.startswith("hard2-")  # the last round
+    monkeypatch.setattr(engine.writer, "draw", lambda model, prompts, n, seed, **how: [
+        [garm.format_answer([BAD[0], GOOD[0], BAD[-1]])] * n] * len(prompts))
+    ask = Ask(data.User(user_id="nobody", sessions=[]), 3, turns=talk("I need a kettle").turns)
+    (answer,) = engine.write([ask])
+    [shown] = answer.suggestions
+    assert shown.text == GOOD[0] and shown.source.startswith("product k1")
 
 
 # --------------------------------------------------------------------------------------- bad input
