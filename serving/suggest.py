@@ -77,7 +77,8 @@ class Suggestions:
         self.config, run = config, Run(config, describe=False)
         folder, wanted = run.folder, config.reward.kinds
         kinds = [kind for kind in REWARDS if kind in wanted and folder.has_run(f"reward/{kind}")]
-        trained, in_shop = [*filter(folder.has_run, policies(config))], config.run.method == "qualeqs"
+        trained = [*filter(folder.has_run, policies(config))]
+        in_shop = config.run.method == "qualeqs"
         if not trained or not (kinds or in_shop):
             raise UserError(f"{folder.path}: stage {'reward' if trained else 'sft'} has not run; "
                             f"python train.py --config {folder.path}/config.yaml first")

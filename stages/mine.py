@@ -89,8 +89,8 @@ def train_round(
         figures = save_policy(run.adapter(folder), model, log)
         # It would pass for a training that changed nothing.
         if figures["invalid"] and not any(line["components"]["format"] for line in log):
-            raise UserError(f"roles.judge: {folder}: no answer was judged, {figures['invalid']} calls "
-                            "failed")
+            failed = figures["invalid"]
+            raise UserError(f"roles.judge: {folder}: no answer was judged, {failed} calls failed")
         run.folder.mark_done(folder, round_key, **figures)
         print(f"  {folder}: {one_line(figures)}", flush=True)
     return run.folder.figures(folder)

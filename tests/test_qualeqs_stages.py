@@ -354,7 +354,7 @@ def test_what_failed_is_masked_or_the_papers_zero(whole, model_folder, tmp_path,
         assert (gains[0, 0] == 0) == (expected is None)
 
 
-# ------------------------------------------------------------------------------------ the served run
+# ----------------------------------------------------------------------------------- the served run
 
 
 def test_a_server_shows_only_what_the_shop_answers(whole, model_folder, monkeypatch):
