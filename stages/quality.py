@@ -52,7 +52,8 @@ class Quality:
         malformed = [[0.0] * 3] * garm.NUM_SUGGESTIONS
         marks = [[verdict[:3] for verdict in next(verdicts)] if some else malformed
                  for _, some in rows]
-        return *torch.tensor(marks).unbind(2), torch.tensor([float(bool(s)) for _, s in rows])
+        form = torch.tensor([float(bool(some)) for _, some in rows])
+        return *torch.tensor(marks, dtype=torch.float32).unbind(2), form
 
     def __call__(
         self, contexts: Sequence[Context], answers: list[list[str]], *reference: Tensor
