@@ -72,7 +72,7 @@ class Desk:
         self.settings, self.engine, self.store = config.serve, engine, store
         self.list_size, self.metrics = config.generator.list_size, make_metrics()
         # What the run is for: the routes of the other task answer 404.
-        self.task = "suggestions" if config.run.method == "garm" else "starters"
+        self.task = "starters" if config.run.method == "icebreaker" else "suggestions"
         self.room = config.generator.max_prompt_tokens  # of a conversation
         arms = config.serve.arms if self.task == "starters" else engine.methods
         self.arms = dict.fromkeys(arms, 1.0)  # method -> share, all alike

@@ -30,6 +30,8 @@ COMPONENTS = (*RULES, "log_perplexity", "judge", "reward", "confidence")  # conf
 
 
 class Composite:
+    components = COMPONENTS
+
     def __init__(self, players: Players, suggester: Suggester, reward: RewardModel):
         self.players, self.suggester, self.reward = players, suggester, reward
 

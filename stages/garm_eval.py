@@ -82,20 +82,24 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
         if reward:
             scores = [mu.mean().item() for mu in reward.score(turns, lists)[0] if len(mu)]
             table[name]["reward"] = float(np.mean(scores)) if scores else None
-    # For readers, and for whoever judges the same answers otherwise.
+    columns = ["Method", "Format", "Safety", "Reward"]
+    write_answers_and_table(run, contexts, answers, markdown_table(
+        columns, [[name, *map(shown, row.values())] for name, row in table.items()]))
+    return {"contexts": len(contexts), "unsafe": sum(c.unsafe for c in contexts)}
+
+
+def write_answers_and_table(
+    run: Run, contexts: Sequence[Context], answers: dict[str, list[list[str]]], page: str
+) -> None:
+    """eval/answers.jsonl, for readers and whoever judges the same answers otherwise; eval/table.md,
+    printed at the end of a run (train.run_stages)."""
     rows = [{"dialogue_id": c.dialogue.dialogue_id,
              "answers": {name: answers[name][i] for name in answers}}
             for i, c in enumerate(contexts)]
-    with atomic_path(run.folder / "eval" / "answers.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
-                             encoding="utf-8")
-    # Printed at the end of a run (train.run_stages).
-    columns = ["Method", "Format", "Safety", "Reward"]
-    page = markdown_table(columns, [[name, *map(shown, row.values())]
-                                    for name, row in table.items()])
-    with atomic_path(run.folder / "eval" / "table.md") as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return {"contexts": len(contexts), "unsafe": sum(c.unsafe for c in contexts)}
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    for name, text in (("answers.jsonl", lines), ("table.md", page)):
+        with atomic_path(run.folder / "eval" / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def figures_of(contexts: Sequence[Context], answers: list[str]) -> dict[str, float | None]:
