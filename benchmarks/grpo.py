@@ -235,12 +235,13 @@ def optimised(backward: Step, model) -> Step:
     return run
 
 
-def checked(model, w: Work, ours: str, peers: list[str]) -> tuple[dict[str, Step], str]:
-    """Whole steps of these sides, once they give one gradient and loss; by how much it differs."""
-    made = {name: SIDES[name](model, w) for name in (ours, *peers)}
-    notes = [same_step(made[ours], made[peer], model, model, loss_tolerance=1e-4)
-             for peer in peers]
-    return {name: optimised(run, model) for name, run in made.items()}, max(notes)
+def checked(model, w: Work, *sides: str) -> tuple[dict[str, Step], dict[str, str]]:
+    """Whole steps of these sides, ours first, once all give one gradient and loss; and by how much
+    the others' gradient differs."""
+    made = {name: SIDES[name](model, w) for name in sides}
+    notes = {peer: same_step(made[sides[0]], made[peer], model, model, loss_tolerance=1e-4)
+             for peer in sides[1:]}
+    return {name: optimised(run, model) for name, run in made.items()}, notes
 
 
 def main() -> None:
@@ -260,21 +261,22 @@ def main() -> None:
          "no gradient checkpointing"),
         ("ours again", {"trl again": ("TRL GRPOTrainer", None, None)}, "gradient checkpointing"),
     ):
-        steps, same = checked(model, work(*group), ours, list(peers))
+        steps, same = checked(model, work(*group), ours, *peers)
         times = seconds(steps, REPEATS)
         mine = peak_gb("benchmarks.grpo", ours, "grpo")
         rows += [
             Row(label, peer, times[ours], times[side], asked, mine,
-                peak_gb("benchmarks.grpo", side, "grpo"), memory, f"{same}; {note}")
+                peak_gb("benchmarks.grpo", side, "grpo"), memory, f"{same[side]}; {note}")
             for side, (peer, asked, memory) in peers.items()
         ]
     for name, (length, lists) in REWARD.items():
-        steps, same = checked(model, work(length, lists), "tree", ["padded"])
+        steps, same = checked(model, work(length, lists), "tree", "padded")
         times = seconds(steps)
+        memory = (peak_gb("benchmarks.grpo", side, name) for side in ("tree", "padded"))
         rows.append(Row(
             f"SmolLM2: reward-model step, 3 suggestions of a context of {length}",
-            "ForSequenceClassification, padded", times["tree"], times["padded"], 1.8,
-            *(peak_gb("benchmarks.grpo", side, name) for side in ("tree", "padded")), note=same))
+            "ForSequenceClassification, padded", times["tree"], times["padded"], 1.8, *memory,
+            note=same["padded"]))
     report("GRPO and reward-model steps", rows)
 
 
