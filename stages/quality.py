@@ -28,7 +28,7 @@ from stages.dialogues import Context, read_contexts
 
 class Quality:
     components = ("format", "answerable", "factual", "informative", "quality")
-    weights = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0])
+    weights = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0])  # (J,): the reward alone
 
     def __init__(self, run: Run, players: Players):
         """Raises DataError with every bad line of catalogue, policies and cases."""
@@ -49,10 +49,11 @@ class Quality:
                 for c, some in zip(contexts, answers, strict=True) for answer in some]
         # All at once: an LLM is asked many at a time.
         verdicts = iter(self.judge([row for row in rows if row[1]]))
-        malformed = [[0.0] * 3] * garm.NUM_SUGGESTIONS
+        malformed = [[0.0] * 3] * garm.NUM_SUGGESTIONS  # (K, 3); the judge need not be asked
         marks = [[verdict[:3] for verdict in next(verdicts)] if some else malformed
                  for _, some in rows]
-        form = torch.tensor([float(bool(some)) for _, some in rows])
+        form = torch.tensor([float(bool(some)) for _, some in rows])  # (R,)
+        # (R, K, 3) -> three of (R, K).
         return *torch.tensor(marks, dtype=torch.float32).unbind(2), form
 
     def __call__(
@@ -69,6 +70,7 @@ def log_contexts(run: Run) -> tuple[list[Context], list[Context]]:
     # The simulated shop has a test set apart; of one's own log the people of `data.test` are it.
     contexts = [c for c in read_contexts(run)
                 if not c.unsafe and (c.split != "test" or not run.config.data.dialogues)]
+    # Indices of both; what was shown without a click stands in none of the rewards.
     parts = qualeqs.split_clicked([c.dialogue.clicked for c in contexts])
     clicked, unclicked = ([contexts[i] for i in part] for part in parts)
     if not clicked:

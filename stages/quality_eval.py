@@ -56,7 +56,8 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
         # The same draws for every policy: equal policies give equal answers.
         answers[name] = Suggester(players.writer, task).write(
             run.adapter(folder), [c.turns for c in contexts], n, run.seed("eval"))
-    intents = [c.dialogue.intent or "unknown" for c in contexts]
+    intents = [c.dialogue.intent or "unknown" for c in contexts]  # a log need not tell them
+    # (B n, K) three times, and format (B n,): of each policy.
     scores = {name: quality.scores(contexts, some) for name, some in answers.items()}
     write_json(run.folder / "eval" / "values.json", {
         "intents": {c.dialogue.dialogue_id: intent
@@ -73,7 +74,7 @@ def page(scores: dict[str, tuple[Tensor, ...]], intents: Sequence[str], n: int) 
     rows = [[name, *(shown(one[column]) for column in COLUMNS)] for name, one in figures.items()]
     groups = [intent for intent in intents for _ in range(n)]  # of each answer
     by_intent = {name: qualeqs.figures_by(groups, *some) for name, some in scores.items()}
-    names = sorted({*intents})
+    names = sorted({*intents})  # columns
     cells = [[name, *(" / ".join(shown(by[intent][metric])
                                  for metric in ("strict_accuracy", "valid_rate"))
                       for intent in names)] for name, by in by_intent.items()]
@@ -87,6 +88,7 @@ def values_of(
     """Metric -> context -> its mean over n answers; without contexts of which nothing is judged."""
     result: dict[str, dict[str, float]] = {column: {} for column in COLUMNS}
     for i, context in enumerate(contexts):
+        # Answers of a context stand side by side.
         figures = qualeqs.quality_figures(*(x[i * n : (i + 1) * n] for x in scores))
         for column in COLUMNS:
             if figures[column] == figures[column]:  # else nan

@@ -103,7 +103,7 @@ def grpo(
     first: steps that went before, so that no two draw alike.
     """
     settings, log = run.config.rl, []
-    reference = llm.adapter_weights(model)
+    reference = llm.adapter_weights(model)  # LoRA alone: the base is the same
     optimiser, schedule = new_optimiser(
         model, settings.learning_rate, len(drawn) * settings.updates)
     policy = llm.averaged_gradients(model, llm.token_logps)

@@ -31,7 +31,7 @@ from stages.sit import Rows, instruct, interests_and_list, read_corpus
 
 def stage_warm_start(run: Run, players: Players, key: str) -> dict:
     """SFT on the mixture; and, if it is asked for, on the shop's rows alone (Table 2)."""
-    ratios = {"mixed": run.config.quality.mix}
+    ratios = {"mixed": run.config.quality.mix}  # of a policy: general rows to one of the shop
     if "no_mix" in run.config.quality.ablations:
         ratios["no_mix"] = 0.0
     domain, languages = domain_rows(run, players)
@@ -39,11 +39,12 @@ def stage_warm_start(run: Run, players: Players, key: str) -> dict:
     for name, ratio in ratios.items():
         folder, name_key = f"sft/{name}", digest(key, name)
         if not run.folder.is_done(folder, name_key):
+            # The same draw for every ratio: what differs is the share.
             generator = torch.Generator().manual_seed(run.seed("mixture"))
             drawn = qualeqs.mixture(len(domain), len(general), ratio, generator).tolist()
-            rows = [(domain + general)[i] for i in drawn]
+            rows = [(domain + general)[i] for i in drawn]  # each of the shop, some of the others
             model, losses = instruct(run, players.writer, rows, run.config.sft, folder)
-            llm.save_adapter(model, run.adapter(folder))
+            llm.save_adapter(model, run.adapter(folder))  # a killed stage goes on behind it
             result = {"rows": len(domain), "general_rows": len(rows) - len(domain), **losses}
             run.folder.mark_done(folder, name_key, **result)
             print(f"  {name}: {one_line(result)}", flush=True)
@@ -60,6 +61,7 @@ def domain_rows(run: Run, players: Players) -> tuple[Rows, str]:
              if (three := clicked_list(c, run, Counter()))]
     if not lists:
         raise UserError("sft: no clicked list of three is fit to learn")
+    # 0: all there are.
     drawn = rng.sample(lists, min(run.config.sft.max_contexts or len(lists), len(lists)))
     rows = [suggester.encoded(c.turns, [garm.format_answer(three)]) for c, three in drawn]
     return rows, majority_language([c.queries[-1] for c, _ in drawn])
@@ -70,5 +72,6 @@ def general_rows(run: Run, players: Players, language: str) -> Rows:
     if not run.config.quality.mix:
         return []
     k = run.config.generator.list_size
+    # In the shop's language: others would teach to answer in them.
     rows = [row for row in read_corpus() if row.language == language and len(row.starters) >= k]
     return [players.writer.encoded(*interests_and_list(row, k, run.encoder)) for row in rows]
