@@ -74,6 +74,7 @@ def log_contexts(run: Run) -> tuple[list[Context], list[Context]]:
     # The simulated shop has a test set apart; of one's own log the people of `data.test` are it.
     contexts = [c for c in read_contexts(run)
                 if not c.unsafe and (c.split != "test" or not run.config.data.dialogues)]
+    # A log has few of the first and many of the second.
     parts = qualeqs.split_clicked([c.dialogue.clicked for c in contexts])
     clicked, unclicked = ([contexts[i] for i in part] for part in parts)
     if not clicked:

@@ -103,6 +103,7 @@ def grpo(
     first: steps that went before, so that no two draw alike.
     """
     settings, log = run.config.rl, []
+    # A copy: the weights that are trained are the model's own.
     reference = llm.adapter_weights(model)
     optimiser, schedule = new_optimiser(
         model, settings.learning_rate, len(drawn) * settings.updates)
