@@ -17,7 +17,9 @@ import sys
 from benchmarks.common import Row, bits, gpu_marks, gpu_notes, gpu_rows, table
 from files import ROOT, read_json, write_json
 
-SCRIPTS = ("dpo", "sit", "sampling", "contrastive", "list_search", "list_quality", "precision")
+SCRIPTS = (
+    "dpo", "grpo", "sit", "sampling", "contrastive", "list_search", "list_quality", "precision"
+)
 RESULTS = ROOT / "results"
 
 

@@ -167,7 +167,7 @@ class Desk:
 
     def _is_forgotten(self, job: Job) -> bool:  # by this server, or by another one of the store
         user_id = job.ask.user.user_id
-        job.forgotten = job.forgotten or self.store.may_be_deleted(user_id, job.deletions)
+        job.forgotten = job.forgotten or self.store.was_deleted(user_id, job.deletions)
         return job.forgotten
 
     def _row(self, answer: Answer, job: Job) -> dict:
