@@ -82,6 +82,7 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
         if reward:
             scores = [mu.mean().item() for mu in reward.score(turns, lists)[0] if len(mu)]
             table[name]["reward"] = float(np.mean(scores)) if scores else None
+    # The reward last: some of the policies were trained on this very model.
     columns = ["Method", "Format", "Safety", "Reward"]
     write_answers_and_table(run, contexts, answers, markdown_table(
         columns, [[name, *map(shown, row.values())] for name, row in table.items()]))
@@ -96,6 +97,7 @@ def write_answers_and_table(
     rows = [{"dialogue_id": c.dialogue.dialogue_id,
              "answers": {name: answers[name][i] for name in answers}}
             for i, c in enumerate(contexts)]
+    # One line a context: whoever compares policies reads them side by side.
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     for name, text in (("answers.jsonl", lines), ("table.md", page)):
         with atomic_path(run.folder / "eval" / name) as temporary:

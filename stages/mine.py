@@ -38,6 +38,7 @@ def stage_rl(run: Run, players: Players, key: str) -> dict:
     ablation = "no_warm_start" in run.config.quality.ablations
     quality, figures = Quality(run, players), {}
     clicked, _ = log_contexts(run)
+    # Figure 4's round 0.
     for folder in (FIRST, *["rl/no_warm_start"] * ablation):
         start = WARM if folder == FIRST else ""
         figures[folder] = train_round(run, players, quality, key, folder, start, clicked, [], 0)
@@ -50,10 +51,10 @@ def stage_mine(run: Run, players: Players, key: str) -> dict:
     quality, (clicked, unclicked) = Quality(run, players), log_contexts(run)
     by_id = {c.dialogue.dialogue_id: c for c in unclicked}
     for kind in ("hard", *(name for name in ("random", "clicked") if name in settings.ablations)):
-        policy = FIRST
+        policy = FIRST  # every kind goes its own way from there
         for number in range(1, settings.rounds + 1):
             folder = f"mine/{kind}{number}"
-            some = probed(run, unclicked, number)
+            some = probed(run, unclicked, number)  # the same for all kinds
             if kind == "hard":
                 some = [by_id[name] for name in mined(run, players, quality, key, folder, policy,
                                                       some)]
@@ -81,8 +82,7 @@ def train_round(
     if not run.folder.is_done(folder, round_key):
         suggester = Suggester(players.writer, "three" if start else "prompted")
         model = suggester.policy(run.adapter(start), trainable=True)
-        if not start:
-            # Without a warm start LoRA begins at nothing.
+        if not start:  # LoRA that does nothing yet
             model = llm.add_lora(model, g.lora_rank, g.lora_alpha, run.seed("lora"))
         batches = round_batches(run, clicked, hard, number)
         log = grpo(run, suggester, model, quality, quality.weights, batches, folder,
@@ -107,6 +107,7 @@ def round_batches(
     names = qualeqs.round_contexts(
         *([c.dialogue.dialogue_id for c in some] for some in (clicked, hard)), limit,
         torch.Generator().manual_seed(seed))
+    # A log may have fewer contexts than a round has places.
     names += cycle(names, limit - len(names), random.Random(seed))
     return [[by_id[name] for name in names[i : i + settings.batch_users]]
             for i in range(0, limit, settings.batch_users)]

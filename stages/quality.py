@@ -28,11 +28,13 @@ from stages.dialogues import Context, read_contexts
 
 class Quality:
     components = ("format", "answerable", "factual", "informative", "quality")
-    weights = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0])  # (J,): the reward alone
+    # The factors are logged, and their product rewards: a sum would pay for two of three.
+    weights = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0])
 
     def __init__(self, run: Run, players: Players):
         """Raises DataError with every bad line of catalogue, policies and cases."""
         settings = run.config.quality
+        # None for the judge by rule, which knows no examples.
         cases = data.read_quality_cases(settings.cases) if settings.cases else []
         self.judge = players.quality(data.read_catalogue(run.catalogue_file),
                                      data.read_policies(run.policies_file), cases)
@@ -45,11 +47,13 @@ class Quality:
 
         nan: the judge's call failed; a malformed answer is 0 in all.
         """
+        # Strict: what is no list of three is nobody's to judge.
         rows = [(c.dialogue, garm.answer_suggestions(answer))
                 for c, some in zip(contexts, answers, strict=True) for answer in some]
         # All at once: an LLM is asked many at a time.
         verdicts = iter(self.judge([row for row in rows if row[1]]))
-        malformed = [[0.0] * 3] * garm.NUM_SUGGESTIONS  # (K, 3); the judge need not be asked
+        # As qualeqs.quality_figures counts it: as bad suggestions.
+        malformed = [[0.0] * 3] * garm.NUM_SUGGESTIONS
         marks = [[verdict[:3] for verdict in next(verdicts)] if some else malformed
                  for _, some in rows]
         form = torch.tensor([float(bool(some)) for _, some in rows])  # (R,)
@@ -62,6 +66,7 @@ class Quality:
         """Components (R, J); but for the reward they are there to be logged, and never nan."""
         *each, form = self.scores(contexts, answers)
         _, reward = qualeqs.set_reward(*each, form, self.failed_as_zero)  # Eq. (5), (R,)
+        # Of an answer that nobody judged 0 is no mark: GRPO's log leaves it out as invalid.
         return torch.stack([form, *(x.nanmean(1).nan_to_num(0.0) for x in each), reward], 1)
 
 
@@ -70,7 +75,7 @@ def log_contexts(run: Run) -> tuple[list[Context], list[Context]]:
     # The simulated shop has a test set apart; of one's own log the people of `data.test` are it.
     contexts = [c for c in read_contexts(run)
                 if not c.unsafe and (c.split != "test" or not run.config.data.dialogues)]
-    # Indices of both; what was shown without a click stands in none of the rewards.
+    # A log has few of the first and many of the second.
     parts = qualeqs.split_clicked([c.dialogue.clicked for c in contexts])
     clicked, unclicked = ([contexts[i] for i in part] for part in parts)
     if not clicked:

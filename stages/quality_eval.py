@@ -25,6 +25,7 @@ from stages.metrics import markdown_table
 from stages.mine import FIRST, WARM
 from stages.quality import Quality
 
+# Figures of qualeqs.quality_figures -> as in Table 1; the paper's table lacks the form.
 COLUMNS = {"strict_accuracy": "Strict", "valid_rate": "Valid", "answerable": "Answerable",
            "factual": "Factual", "informative": "Informative", "format": "Format"}
 
@@ -56,8 +57,9 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
         # The same draws for every policy: equal policies give equal answers.
         answers[name] = Suggester(players.writer, task).write(
             run.adapter(folder), [c.turns for c in contexts], n, run.seed("eval"))
-    intents = [c.dialogue.intent or "unknown" for c in contexts]  # a log need not tell them
-    # (B n, K) three times, and format (B n,): of each policy.
+    # Of one's own log names of its own, perhaps none.
+    intents = [c.dialogue.intent or "unknown" for c in contexts]
+    # All with one judge, who is told nothing of the policy.
     scores = {name: quality.scores(contexts, some) for name, some in answers.items()}
     write_json(run.folder / "eval" / "values.json", {
         "intents": {c.dialogue.dialogue_id: intent
@@ -70,6 +72,7 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
 
 def page(scores: dict[str, tuple[Tensor, ...]], intents: Sequence[str], n: int) -> str:
     """Table 1's columns of each policy, and strict accuracy and valid rate by intent (Figure 5)."""
+    # Over answers, not over contexts: a failed call takes one answer with it.
     figures = {name: qualeqs.quality_figures(*some) for name, some in scores.items()}
     rows = [[name, *(shown(one[column]) for column in COLUMNS)] for name, one in figures.items()]
     groups = [intent for intent in intents for _ in range(n)]  # of each answer

@@ -103,7 +103,8 @@ def grpo(
     first: steps that went before, so that no two draw alike.
     """
     settings, log = run.config.rl, []
-    reference = llm.adapter_weights(model)  # LoRA alone: the base is the same
+    # A copy: the weights that are trained are the model's own.
+    reference = llm.adapter_weights(model)
     optimiser, schedule = new_optimiser(
         model, settings.learning_rate, len(drawn) * settings.updates)
     policy = llm.averaged_gradients(model, llm.token_logps)

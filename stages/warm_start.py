@@ -31,15 +31,16 @@ from stages.sit import Rows, instruct, interests_and_list, read_corpus
 
 def stage_warm_start(run: Run, players: Players, key: str) -> dict:
     """SFT on the mixture; and, if it is asked for, on the shop's rows alone (Table 2)."""
-    ratios = {"mixed": run.config.quality.mix}  # of a policy: general rows to one of the shop
+    ratios = {"mixed": run.config.quality.mix}  # adapter -> general rows to a row of the shop
     if "no_mix" in run.config.quality.ablations:
         ratios["no_mix"] = 0.0
-    domain, languages = domain_rows(run, players)
-    general, figures = general_rows(run, players, languages), {}
+    # Language of the log: who reads it decides what general data is.
+    domain, language = domain_rows(run, players)
+    general, figures = general_rows(run, players, language), {}
     for name, ratio in ratios.items():
-        folder, name_key = f"sft/{name}", digest(key, name)
+        folder, name_key = f"sft/{name}", digest(key, name)  # a killed stage goes on behind it
         if not run.folder.is_done(folder, name_key):
-            # The same draw for every ratio: what differs is the share.
+            # The same draw for both, so that the shop's rows are the same.
             generator = torch.Generator().manual_seed(run.seed("mixture"))
             drawn = qualeqs.mixture(len(domain), len(general), ratio, generator).tolist()
             rows = [(domain + general)[i] for i in drawn]  # each of the shop, some of the others
@@ -61,7 +62,7 @@ def domain_rows(run: Run, players: Players) -> tuple[Rows, str]:
              if (three := clicked_list(c, run, Counter()))]
     if not lists:
         raise UserError("sft: no clicked list of three is fit to learn")
-    # 0: all there are.
+    # Before encoding, which of thousands of contexts would take minutes.
     drawn = rng.sample(lists, min(run.config.sft.max_contexts or len(lists), len(lists)))
     rows = [suggester.encoded(c.turns, [garm.format_answer(three)]) for c, three in drawn]
     return rows, majority_language([c.queries[-1] for c, _ in drawn])
@@ -70,8 +71,8 @@ def domain_rows(run: Run, players: Players) -> tuple[Rows, str]:
 def general_rows(run: Run, players: Players, language: str) -> Rows:
     """Rows of the teacher corpus in this language; none where the mixture has none."""
     if not run.config.quality.mix:
-        return []
+        return []  # and the corpus need not be embedded
     k = run.config.generator.list_size
-    # In the shop's language: others would teach to answer in them.
+    # Shorter lists would teach to stop early; nobody here reads other languages.
     rows = [row for row in read_corpus() if row.language == language and len(row.starters) >= k]
     return [players.writer.encoded(*interests_and_list(row, k, run.encoder)) for row in rows]
