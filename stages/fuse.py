@@ -57,7 +57,11 @@ def fuse_kind(run: Run, players: Players, kind: str) -> dict:
     # One base for policy, reference and reward model: adapters swap places.
     composite = Composite(players, suggester, load_reward(run, suggester, kind, model))
     rows = differences(run, composite, model)  # (P, J)
-    initial = garm.fuse(rows, settings.l2)  # Eq. (10)
+    fitted = garm.fuse(rows, settings.l2)  # Eq. (10)
+    # Departure: more of any component is better; a weight below 0 would reward its opposite.
+    initial = fitted.clamp_min(0)
+    if reversed_ := [name for name, weight in named(fitted).items() if weight < 0]:
+        print(f"  {kind}: without weight, as it would be below 0: {', '.join(reversed_)}")
     weights, probes, settled = initial, [], False
     for number in range(settings.probes):
         # Each probe from SFT's policy, on the same contexts, with the same draws.
@@ -71,8 +75,8 @@ def fuse_kind(run: Run, players: Players, kind: str) -> dict:
         if settled:  # no component falls: nothing to mend
             break
     return {"rows": len(rows), "right": float((rows @ initial > 0).float().mean()),
-            "initial": named(initial), "probes": probes, "settled": settled,
-            "weights": named(weights)}
+            "fitted": named(fitted), "initial": named(initial), "probes": probes,
+            "settled": settled, "weights": named(weights)}
 
 
 def named(values: Tensor) -> dict[str, float]:

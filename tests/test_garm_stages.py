@@ -494,6 +494,18 @@ def test_trends_within_their_error_are_none():
     assert trends[COMPONENTS.index("reward")] == 3 and trends[COMPONENTS.index("length")] == 0
 
 
+def test_a_component_that_bad_answers_have_more_of_gets_no_weight(
+    whole, model_folder, monkeypatch, capsys
+):
+    run, players, _ = opened(whole, model_folder, "fuse.probes=0")
+    rows = torch.tensor([[1.0, -0.5] + [0.0] * 7, [0.8, -0.1] + [0.0] * 7])  # less length is better
+    monkeypatch.setattr(fuse, "differences", lambda *_: rows)
+    trace = fuse.fuse_kind(run, players, "gaussian")
+    assert trace["fitted"]["length"] < 0 == trace["weights"]["length"]
+    assert trace["weights"]["format"] == trace["fitted"]["format"] > 0
+    assert "below 0: length" in capsys.readouterr().out
+
+
 def test_weights_favour_good_answers_and_the_trace_is_kept(whole, model_folder):
     run, _, _ = opened(whole, model_folder)
     for kind in ("gaussian", "bradley_terry"):
