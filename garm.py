@@ -204,7 +204,7 @@ def language_reward(suggestions: list[str], query: str) -> float:
     # Departure: by rule, the script stands for the language; English and French are one.
     asked = script_of(query)
     written = [script_of(text) for text in suggestions]
-    scores = [0.5 if None in (asked, own) else float(own == asked) for own in written]
+    scores = [0.5 if None in (asked, script) else float(script == asked) for script in written]
     return sum(scores) / len(scores) if scores else 0.0
 
 
