@@ -504,7 +504,8 @@ def test_components_are_listed_of_the_contexts_that_they_are_about():
     parts[:, COMPONENTS.index("length")] = torch.tensor([0.8, 0.4, 0.0])
     listed = rl.by_context(COMPONENTS, parts, torch.tensor([False, False, True]))
     assert listed["safety"] == -1 and listed["length"] == pytest.approx(0.6)
-    listed = rl.by_context(COMPONENTS, parts[:2], torch.tensor([False, False]))  # no unsafe context has come
+    # No unsafe context has come.
+    listed = rl.by_context(COMPONENTS, parts[:2], torch.tensor([False, False]))
     assert listed["safety"] is None and listed["length"] == pytest.approx(0.6)
 
 
