@@ -1,12 +1,13 @@
 """IceBreaker over HTTP: starters for a user, histories and taps in, and the page of web/.
 
     python serve.py --run runs/default                  # then open http://127.0.0.1:8000
+    python serve.py --run runs/garm                     # next queries inside a conversation
     python serve.py --run runs/default --precompute     # writes lists ahead for all, and exits
 
 A request passes, in this order, these files of serving/: front.py (key, origin, size, load), a
 route below, desk.py (is the answer in the store? else an ask), queue.py (the engine's one
-thread), engine.py (the models), desk.py again (what is kept of the answer). The API is described by
-/openapi.json, which /docs shows, and docs/serving.md has examples.
+thread), engine.py or suggest.py (the models), desk.py again (what is kept of the answer). The API
+is described by /openapi.json, which /docs shows, and docs/serving.md has examples.
 
 No text of a user is in a log, in an error or in a metric, and none becomes a path. Of an ask with
 its sessions inline nothing is kept. Retries are safe: PUT replaces, events count once.
@@ -37,16 +38,30 @@ import yaml
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.exceptions import HTTPException as AnyHTTPException
 
+import garm
 from config import Config, load_config
 from files import ROOT, UserError, file_digest, script
-from serving.bodies import FIELDS, EventsBody, Fault, Id, Reply, SessionsBody, StartersBody
+from serving import openwebui
+from serving.bodies import (
+    FIELDS,
+    EventsBody,
+    Fault,
+    Id,
+    Reply,
+    SessionsBody,
+    StartersBody,
+    SuggestionsBody,
+    SuggestionsReply,
+)
 from serving.connections import Seldom, descriptors, limited
 from serving.desk import Desk, precompute
 from serving.engine import Engine
-from serving.front import Front, busy, is_loopback, key_for
-from serving.queue import Full, log, where
+from serving.front import Front, busy, is_loopback, key_for, refusal
+from serving.queue import Full, Job, log, where
 from serving.store import Store
+from serving.suggest import Suggestions
 from serving.taps import BadEvent
 from serving.waiter import STORE_FAILED, UNBUFFERED, Stream, Waiter, whole_stream
 
@@ -55,13 +70,16 @@ STATUSES = (400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503, 504)  # besid
 PAGES = {path.name: path for path in (ROOT / "serving" / "web").iterdir() if path.is_file()}
 
 
-def create_app(config: Config, engine: Engine, store: Store, host: str = "127.0.0.1") -> FastAPI:
+def create_app(
+    config: Config, engine: Engine | Suggestions, store: Store, host: str = "127.0.0.1"
+) -> FastAPI:
     """The app that is served on `host`. Raises UserError where that needs a key and has none."""
     key, desk = key_for(config, host), Desk(config, engine, store)
     app = FastAPI(title="IceBreaker", version="1", docs_url=None, redoc_url=None,
                   redirect_slashes=False, lifespan=lifespan,
                   responses={status: {"model": Fault} for status in STATUSES},
                   exception_handlers={RequestValidationError: refuse,
+                                      AnyHTTPException: refuse_shortly,
                                       sqlite3.DatabaseError: no_store})
     app.state.desk, app.state.server = desk, None  # server: uvicorn's, while it serves
     app.add_middleware(Front, desk=desk, host=host, key=key)  # before every route, also new ones
@@ -81,12 +99,19 @@ async def refuse(request: Request, error: RequestValidationError) -> JSONRespons
     faults = [{"loc": [part if isinstance(part, int) or part in FIELDS else "*"
                        for part in fault["loc"]], "msg": fault["msg"], "type": fault["type"]}
               for fault in error.errors()[:20]]  # of a body with thousands of faults
+    if request.url.path in openwebui.PATHS:
+        place = ".".join(map(str, faults[0]["loc"][1:]))
+        return refusal(request.url.path, HTTPException(400, f"{place}: {faults[0]['msg']}"))
     return JSONResponse({"detail": faults}, 422)
+
+
+async def refuse_shortly(request: Request, error: AnyHTTPException) -> JSONResponse:
+    return refusal(request.url.path, error)
 
 
 async def no_store(request: Request, error: sqlite3.DatabaseError) -> JSONResponse:
     log.error("store: %s", where(error))  # a full disk, a process that holds the file, damage
-    return JSONResponse({"detail": STORE_FAILED}, 503, {"Retry-After": "1"})
+    return refusal(request.url.path, HTTPException(503, STORE_FAILED, {"Retry-After": "1"}))
 
 
 def invalid(reason: str, *place: str | int) -> RequestValidationError:
@@ -99,7 +124,7 @@ def invalid(reason: str, *place: str | int) -> RequestValidationError:
 router = APIRouter()
 # FastAPI cannot tell from the code that a route may answer with events.
 EVENTS = {200: {"content": {"text/event-stream": {"schema": {"type": "object", "properties": {
-    "event": {"enum": ["interests", "starter", "done", "error"]},
+    "event": {"enum": ["interests", "starter", "context", "suggestion", "done", "error"]},
     "data": {"type": "string", "contentMediaType": "application/json"}}}}}}}
 
 
@@ -110,7 +135,30 @@ async def _desk(request: Request) -> Desk:  # async, or it would take a thread
 AppDesk = Annotated[Desk, Depends(_desk)]
 
 
-@router.post("/v1/starters", response_model=Reply, responses=EVENTS)
+async def _starters(desk: AppDesk) -> None:
+    if desk.task != "starters":
+        raise HTTPException(404, "this run suggests next queries (POST /v1/suggestions); starters "
+                            "need a run of run.method=icebreaker")
+
+
+async def _suggestions(desk: AppDesk) -> None:
+    if desk.task != "suggestions":
+        raise HTTPException(404, "this run writes starters (POST /v1/starters); next queries need "
+                            "a run of run.method=garm")
+
+
+STARTERS, SUGGESTIONS = [Depends(_starters)], [Depends(_suggestions)]
+
+
+def waiter_of(desk: Desk, job: Job, request: Request, stream: bool = False) -> Waiter:
+    try:
+        return Waiter(desk, job, request, stream)
+    except Full:
+        desk.release(job)
+        raise busy(desk) from None
+
+
+@router.post("/v1/starters", response_model=Reply, responses=EVENTS, dependencies=STARTERS)
 async def starters(body: StartersBody, request: Request, desk: AppDesk):
     """Starters for a user by id, or for the sessions given. stream: server-sent events
     `interests`, `starter` each, `done` with the whole reply, or `error`."""
@@ -125,12 +173,50 @@ async def starters(body: StartersBody, request: Request, desk: AppDesk):
         if body.stream:
             return Response("".join(whole_stream(ready)), 200, UNBUFFERED, "text/event-stream")
         return JSONResponse(ready)
-    try:
-        waiter = Waiter(desk, ready, request, body.stream)
-    except Full:  # found only now, as what is in the store needs no place
-        desk.release(ready)
-        raise busy(desk) from None
+    # Whether there is room is asked only now, as what is in the store needs no place.
+    waiter = waiter_of(desk, ready, request, body.stream)
     return Stream(waiter) if body.stream else await waiter.reply()
+
+
+@router.post("/v1/suggestions", response_model=SuggestionsReply, responses=EVENTS,
+             dependencies=SUGGESTIONS)
+async def suggestions(body: SuggestionsBody, request: Request, desk: AppDesk):
+    """Next queries behind the turns of a conversation, or a declined answer. stream: server-sent
+    events `context`, `suggestion` each, `done` with the whole reply, or `error`."""
+    # In a thread: the store may wait for its disk.
+    job = await asyncio.to_thread(desk.ask_next, body.turns, body.n, body.user_id, body.language)
+    waiter = waiter_of(desk, job, request, body.stream)
+    return Stream(waiter) if body.stream else await waiter.reply()
+
+
+OPENAI = {status: {"model": openwebui.ChatFault} for status in STATUSES}
+
+
+@router.get("/v1/models", responses=OPENAI, dependencies=SUGGESTIONS)
+async def models():
+    return openwebui.MODELS
+
+
+@router.post("/v1/chat/completions", responses=OPENAI, dependencies=SUGGESTIONS)
+async def chat_completions(body: openwebui.ChatBody, request: Request, desk: AppDesk):
+    """Open WebUI's follow-up task, as of OpenAI's API; its title and tag tasks get empty answers.
+    """
+    if body.model != openwebui.MODEL:
+        raise HTTPException(404, f"model: this server has {openwebui.MODEL} alone")
+    task, turns = openwebui.read_task(body.messages[-1].text)
+    request_id = request.state.request_id
+    if task in openwebui.EMPTY:
+        return openwebui.completion(openwebui.EMPTY[task], request_id, body.stream)
+    if task != openwebui.FOLLOW_UPS or not any(turn.role == "user" for turn in turns):
+        raise HTTPException(400, "messages: this model answers Open WebUI's follow-up task alone: "
+                            'a prompt that asks for {"follow_ups": [...]}, then <chat_history> '
+                            "with a line USER: ... in it")
+    job = await asyncio.to_thread(desk.ask_next, turns, garm.NUM_SUGGESTIONS)  # nobody's
+    reply = await waiter_of(desk, job, request).whole()
+    if reply is None:
+        return Response(status_code=499)
+    texts = [suggestion["text"] for suggestion in reply["suggestions"]]
+    return openwebui.completion({openwebui.FOLLOW_UPS: texts}, request_id, body.stream)
 
 
 def check_number(sessions: list, desk: Desk) -> None:
@@ -138,7 +224,8 @@ def check_number(sessions: list, desk: Desk) -> None:
         raise invalid(f"more than {most} (serve.max_sessions)", "sessions")
 
 
-@router.put("/v1/users/{user_id:path}/sessions", response_model=dict[str, str | int])
+@router.put("/v1/users/{user_id:path}/sessions", response_model=dict[str, str | int],
+            dependencies=STARTERS)
 def put_sessions(user_id: Id, body: SessionsBody, desk: AppDesk):
     """Append to a user's history; a session_id that is held is replaced. How many are held."""
     # No async, here and below: FastAPI takes a thread, which may wait for the disk.
@@ -183,7 +270,8 @@ def ab(desk: AppDesk):
 
 @router.get("/v1/model")
 def model(desk: AppDesk):
-    return {"model": desk.engine.version, "methods": desk.engine.methods, "arms": list(desk.arms)}
+    return {"model": desk.engine.version, "task": desk.task, "methods": desk.engine.methods,
+            "arms": list(desk.arms)}
 
 
 @router.get("/livez")
@@ -266,9 +354,14 @@ def main() -> None:
     if not arguments.precompute:  # both before any model is loaded for nothing
         key_for(config, arguments.host)
         sock = bound(arguments.host, arguments.port)
+    if arguments.precompute and config.run.method == "garm":
+        raise UserError("--precompute: next queries follow what is said, and are not written ahead")
     store = Store(config.serve.store or run / "serve.sqlite", config.serve.max_sessions)
-    engine = Engine(config)
-    store.import_users(engine.run.users.values(), file_digest(engine.run.users_file))
+    if config.run.method == "garm":
+        engine = Suggestions(config)
+    else:
+        engine = Engine(config)
+        store.import_users(engine.run.users.values(), file_digest(engine.run.users_file))
     if arguments.precompute:
         print(precompute(Desk(config, engine, store)))
         store.close()  # the desk's thread was never started

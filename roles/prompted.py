@@ -156,14 +156,20 @@ class Prompted:
         labels[place] = np.where(cosine[place] >= FLOOR, -1, labels[place])
         return labels
 
-    def compare(self, rows: list[tuple[list[str], list[str], list[str]]]) -> list[float | None]:
+    def compare(
+        self, rows: list[tuple[list[str], list[str], list[str]]], role: str = "judge"
+    ) -> list[float | None]:
         """(history, a, b) -> 1.0 if a wins, 0.0 if b does, 0.5 for a tie or two opinions."""
         # Each pair in both orders: who is preferred by place alone ties; swapping swaps the answer.
         inputs = [{"history": history[-HISTORY:], "alpha": alpha, "beta": beta}
                   for history, a, b in rows for alpha, beta in ((a, b), (b, a))]
-        won = self._choose("judge", {"ALPHA": 1.0, "BETA": 0.0, "TIE": 0.5}, inputs)
+        won = self._choose(role, {"ALPHA": 1.0, "BETA": 0.0, "TIE": 0.5}, inputs)
         return [None if first is None or second is None else first if first == 1 - second else 0.5
                 for first, second in zip(won[::2], won[1::2], strict=True)]
+
+    def prefer(self, rows: list[tuple[list[str], list[str], list[str]]]) -> list[float | None]:
+        """(a person's queries, next queries a, b) -> as `compare`."""
+        return self.compare(rows, "suggestion_judge")
 
     def qualify(self, rows: list[tuple[list[str], str]]) -> list[float | None]:
         """(a person's queries, a next query) -> 1.0 if it is fit to be offered, else 0.0."""

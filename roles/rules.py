@@ -219,6 +219,21 @@ class Rules:
                       and cosines(self.encode, [new], queries).max() < MATCH_COSINE_ALONE)
                 for queries, new in rows]
 
+    def prefer(self, rows: Sequence[tuple[list[str], list[str], list[str]]]) -> list[float]:
+        """(a person's queries, next queries a, b) -> 1.0 if a is the better list, 0.0 if b, else
+        0.5: the one with more that is fit to be offered and not like what stands before it."""
+        fit = iter(self.qualify([(queries, y) for queries, a, b in rows for y in (*a, *b)]))
+        result = []
+        for _, *lists in rows:
+            counts = []
+            for some in lists:
+                good = [y for y in some if next(fit)]
+                # Of one meaning one counts.
+                near = cosines(self.encode, good, good) > MATCH_COSINE_ALONE if good else np.eye(0)
+                counts.append(int((~np.tril(near, -1).any(1)).sum()))
+            result.append(0.5 + 0.5 * float(np.sign(counts[0] - counts[1])))
+        return result
+
     def summarise(self, sessions: Iterable[list[Message] | None]) -> list[str]:
         """Of each session the user's first sentence with a subject, cut to 12 words or 20 Chinese
         characters; one without a subject if there is none; empty where nobody but greets."""

@@ -17,6 +17,8 @@ from pydantic import (
 
 import data
 from serving.engine import METHODS, Interest
+from serving.openwebui import ChatBody, ChatMessage, Part
+from serving.suggest import LIKE
 
 MAX_TEXT = 2000  # characters of a summary; a message may have 16 times as many
 # Of one line, as data.Text; the length stands first, so that an error speaks of characters.
@@ -53,6 +55,25 @@ class Reply(BaseModel):
     threshold: float | None  # of the gate
     interests: list[Interest] = Field(description="kept: the starters are written for these")
     starters: list[ShownStarter] = Field(description="fewer than n where no more are good")
+
+
+class ShownSuggestion(BaseModel):
+    slot: int  # from 0, best first
+    text: str
+    reward: float  # of the reward model
+    uncertainty: float  # one standard deviation of it; the order is by reward - uncertainty
+    source: Literal["policy"]
+
+
+class SuggestionsReply(BaseModel):
+    request_id: str
+    impression_id: str | None = Field(description="for /v1/events; null: nothing is kept of it")
+    model: str
+    method: str
+    cut: int = Field(description="turns that were left out or shortened, as the prompt is full")
+    declined: bool  # the conversation is unsafe to go on with
+    reason: str | None = Field(description="why it was declined")
+    suggestions: list[ShownSuggestion] = Field(description="fewer than n where no more are good")
 
 
 class Fault(BaseModel):
@@ -110,11 +131,34 @@ class StartersBody(Body):
             for i, s in enumerate(sessions, 1)])
 
 
+class Turn(data.Turn):
+    content: Annotated[str, Field(min_length=1, max_length=16 * MAX_TEXT),
+                       BeforeValidator(data.one_line)]
+
+
+class SuggestionsBody(Body):
+    turns: Annotated[list[Turn], Field(min_length=1, max_length=200)]
+    n: Annotated[int, Field(ge=1, le=10)] = 3  # next queries; perhaps fewer are good
+    user_id: Id | None = None  # whose events and deletion are to count; else nothing is kept
+    language: Literal[tuple(LIKE)] | None = None  # None: that of the last query
+    stream: bool = False
+
+    @field_validator("turns")
+    @classmethod
+    def _of_a_user(cls, turns):
+        if not any(turn.role == "user" for turn in turns):
+            raise ValueError("none of a user")
+        if turns[-1].role == "system":
+            raise ValueError("the last one is to be the user's or the assistant's")
+        return turns
+
+
 class SessionsBody(Body):
     sessions: Annotated[list[Session], AfterValidator(data.each_once)]
     profile: Profile | None = None
 
 
 # A name of a field is the project's, any other key is the client's.
-FIELDS = {name for model in (Event, EventsBody, Message, Session, StartersBody, SessionsBody)
+FIELDS = {name for model in (Event, EventsBody, Message, Session, StartersBody, SessionsBody,
+                                  Turn, SuggestionsBody, ChatBody, ChatMessage, Part)
           for name in model.model_fields} | {"body", "path"}

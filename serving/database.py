@@ -29,6 +29,7 @@ ROOM = 2**20  # bytes that must be free on the disk
 # Times are seconds since 1970, UTC.
 # sessions.position: in the history, without gaps.
 # appended: n sessions came while `after` was the user's latest list (0: none).
+# lists.interests: of next queries the turns instead.
 # lists.id: in the order of answers. lists.at: of the answer; shown: of its first event, or null.
 # ahead: what is kept ready, one row for each user and method.
 # deleted: keyed hashes of user ids, so that an import brings nobody back.

@@ -22,6 +22,7 @@ from serving.bodies import StartersBody
 from serving.engine import Answer, Ask, Engine
 from serving.queue import Job, Queue
 from serving.store import Store
+from serving.suggest import DECLINED, Suggested, last_turns
 
 MOST_AHEAD = 60  # starters kept ready for a user and method
 MOST_SHOWN = 100  # latest lists that tell a user's taste
@@ -70,7 +71,11 @@ class Desk:
     def __init__(self, config: Config, engine: Engine, store: Store):
         self.settings, self.engine, self.store = config.serve, engine, store
         self.list_size, self.metrics = config.generator.list_size, make_metrics()
-        self.arms = dict.fromkeys(config.serve.arms, 1.0)  # method -> share, all alike
+        # What the run is for: the routes of the other task answer 404.
+        self.task = "suggestions" if config.run.method == "garm" else "starters"
+        self.room = config.generator.max_prompt_tokens  # of a conversation
+        arms = config.serve.arms if self.task == "starters" else engine.methods
+        self.arms = dict.fromkeys(arms, 1.0)  # method -> share, all alike
         self.arms_seed = int(digest(config.run.seed, "arms"), 16)  # not that of the splits
         self.lock, self.jobs = threading.Lock(), set()
         self.in_flight = 0  # requests, counted by front.py
@@ -119,8 +124,38 @@ class Desk:
                 ask = dataclasses.replace(ask, avoid=asked.exclude, again=seen)
             return self._job(ask, by_id=True, partial=bool(asked.exclude))
 
-    def keep(self, job: Job, answer: Answer, request_id: str) -> dict:
+    def ask_next(
+        self, turns: list[data.Turn], n: int, user_id: str | None = None,
+        language: str | None = None,
+    ) -> Job:
+        """A job that suggests next queries, to be released in the end; user_id None: nobody's."""
+        user = data.User(user_id=user_id or "inline", sessions=[])
+        kept = last_turns(turns, self.room)
+        ask = Ask(user, n, method=next(iter(self.arms)), turns=kept, language=language,
+                  left_out=len(turns) - len(kept))
+        return self._job(ask, by_id=user_id is not None)
+
+    def _keep_next(self, job: Job, answer: Suggested, request_id: str) -> dict:
+        ask, impression = job.ask, None
+        chosen = [dataclasses.asdict(suggestion) for suggestion in answer.suggestions]
+        stored = self.store.db.transaction() if job.by_id else contextlib.nullcontext()
+        with self.lock, stored:
+            if chosen and job.by_id and job in self.jobs and not self._is_forgotten(job):
+                turns = [{"role": turn.role, "content": turn.content} for turn in ask.turns]
+                texts = [suggestion["text"] for suggestion in chosen]
+                impression = self.store.taps.offer(
+                    ask.user.user_id, turns, texts, ask.method, answer.model)
+        for suggestion in chosen:
+            self.metrics.starters.labels(suggestion["source"]).inc()
+        return {"request_id": request_id, "impression_id": impression, "model": answer.model,
+                "method": ask.method, "cut": answer.cut, "declined": answer.declined,
+                "reason": DECLINED if answer.declined else None,
+                "suggestions": [{"slot": i, **suggestion} for i, suggestion in enumerate(chosen)]}
+
+    def keep(self, job: Job, answer: Answer | Suggested, request_id: str) -> dict:
         """The reply of a written answer; what it does not show is kept ready."""
+        if isinstance(answer, Suggested):
+            return self._keep_next(job, answer, request_id)
         ask, row = job.ask, self._row(answer, job)
         stored = self.store.db.transaction() if job.by_id else contextlib.nullcontext()
         with self.lock, stored:  # a job that was released meanwhile, a deletion has not seen

@@ -87,6 +87,11 @@ class Ask:
     # Called with the interests and the gate's line before anything is decoded.
     begin: Callable[[list[Interest], float | None], None] | None = None
     again: Sequence[str] = ()  # to be written where there is nothing else
+    # Of serving/suggest.py: a conversation, the language that is wanted (None: that of its last
+    # query), and how many earlier turns were left out; begin is called with all that were cut.
+    turns: Sequence[data.Turn] = ()
+    language: str | None = None
+    left_out: int = 0
 
 
 @dataclass
@@ -289,10 +294,7 @@ class Engine:
             case.lists = [self._fit(llm.parse_starters(text).starters, case)[:k] for text in row]
 
     def _fit(self, starters: Sequence[str], case: Case) -> list[str]:
-        fit = roles.filter_starters(starters, case.state.interests, case.ask.avoid)[0]
-        # The filter lets everything pass to who writes neither Chinese nor in Latin letters.
-        other = {data.language(text) for text in case.state.interests} == {"other"}
-        return [y for y in fit if not LOST.search(y) and (data.language(y) == "other" or not other)]
+        return fit_to_show(starters, case.state.interests, case.ask.avoid)
 
     def _watch(self, tokens: torch.Tensor, cases: list[Case]) -> torch.Tensor:
         """After each step: emit what the first lists have completed; which samples to give up?
@@ -379,6 +381,14 @@ class Engine:
         texts = texts[: case.ask.n * (1 + self.config.serve.ahead)]
         rated = zip(texts, utilities(self.ranker, case.state, self.run.encoder(texts)), strict=True)
         return [Starter(text, float(utility), None, "cold start") for text, utility in rated]
+
+
+def fit_to_show(texts: Sequence[str], like: Sequence[str], avoid: Sequence[str]) -> list[str]:
+    """Those that may be shown to somebody who writes as `like`: none of `avoid`, none twice."""
+    fit = roles.filter_starters(texts, like, avoid)[0]
+    # The filter lets everything pass to who writes neither Chinese nor in Latin letters.
+    other = {data.language(text) for text in like} == {"other"}
+    return [y for y in fit if not LOST.search(y) and (data.language(y) == "other" or not other)]
 
 
 def latest(items: Sequence, text: Callable[..., str]) -> Sequence:

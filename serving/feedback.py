@@ -192,7 +192,8 @@ def read_store(path: str) -> list[dict]:
     """Every list that was shown, as JSON holds it; the store may be in use by a server."""
     try:
         with contextlib.closing(Store(path)) as store:
-            rows = [shown.model_dump(mode="json") for shown in store.taps.shown()]
+            rows = [shown.model_dump(mode="json", exclude={"turns"})
+                    for shown in store.taps.shown() if not shown.turns]
     except UserError as error:
         raise UserError(f"data.feedback: {error}; give the store of a server (serve.py)") from None
     if not rows:

@@ -23,6 +23,7 @@ from starlette.requests import ClientDisconnect
 
 from config import Config
 from files import UserError
+from serving import openwebui
 from serving.desk import Desk
 from serving.queue import log, where
 
@@ -94,13 +95,12 @@ class Front:
                     raise busy(self.desk)
                 await self.app(scope, body, answer)
         except HTTPException as error:  # before a route was reached
-            reply = JSONResponse({"detail": error.detail}, error.status_code, error.headers)
-            await reply(scope, receive, answer)
+            await refusal(scope["path"], error)(scope, receive, answer)
         except Exception as error:  # uvicorn would log its text
             log.error("%s: %s", request_id, where(error))
             if status == 499:  # nothing was sent yet
-                reply = JSONResponse({"detail": "internal error; the server's log says where"}, 500)
-                await reply(scope, receive, answer)
+                error = HTTPException(500, "internal error; the server's log says where")
+                await refusal(scope["path"], error)(scope, receive, answer)
         finally:
             self.desk.in_flight -= under_way
             self._note(scope, status, time.perf_counter() - started)
@@ -137,7 +137,8 @@ class Front:
             raise HTTPException(403, "Host: use 127.0.0.1 or localhost, or set a key")
         # A route's pattern ends before a last line break: "alice\n" would be alice there.
         if any(ord(c) < 32 for c in scope["path"]):
-            raise HTTPException(422, "the path holds a control character")
+            fault = {"loc": ["path"], "msg": "holds a control character", "type": "value_error"}
+            raise HTTPException(422, [fault])  # in the shape of every 422
         kind = headers.get(b"content-type", "").partition(";")[0].strip().lower()
         # A form of another site can send any other type without asking first.
         if scope["method"] in ("POST", "PUT", "PATCH") and kind != "application/json":
@@ -202,6 +203,14 @@ def _name_of(host: str) -> str | None:  # the header Host without a port
     with contextlib.suppress(ValueError):
         return urlsplit(f"//{host}").hostname
     return None
+
+
+def refusal(path: str, error) -> JSONResponse:  # error: an HTTPException
+    """The reply that tells an error, in the shape that the clients of this path read."""
+    content = {"detail": error.detail}
+    if path in openwebui.PATHS:
+        content = openwebui.fault(error.status_code, error.detail)
+    return JSONResponse(content, error.status_code, error.headers)
 
 
 def busy(desk: Desk) -> HTTPException:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from config import ServeConfig
 from serving.engine import MOST_CHARACTERS, Answer, Ask, Engine
+from serving.suggest import Suggested, Suggestions
 
 log = logging.getLogger("serve")
 WINDOW = 0.004  # seconds: the first ask of a batch waits so long for others
@@ -38,7 +39,7 @@ class Job:  # an ask on its way through the engine's thread
     ask: Ask
     by_id: bool  # of a user of the store; else nothing is kept of it
     # Called from the engine's thread; with a text if it could not be written.
-    tell: Callable[[Answer | str], None] = lambda item: None
+    tell: Callable[[Answer | Suggested | str], None] = lambda item: None
     born: float = dataclasses.field(default_factory=time.monotonic)
     gone: bool = False  # the client has left
     forgotten: bool = False  # the user was deleted meanwhile
@@ -58,7 +59,7 @@ class Queue:
     # The first ask of a client opens a window for others. Where no client waits, asks ahead of
     # clients ("spare" ones) are written, and given up when a client comes.
 
-    def __init__(self, engine: Engine, settings: ServeConfig, metrics, desk):
+    def __init__(self, engine: Engine | Suggestions, settings: ServeConfig, metrics, desk):
         self.engine, self.settings, self.metrics, self.desk = engine, settings, metrics, desk
         self.wake = threading.Condition()  # guards what follows
         self.waiting: deque[Job] = deque()

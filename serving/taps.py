@@ -42,6 +42,7 @@ class Shown(data.Impression):
     """A list that a user saw, as in a log; its timestamp is that of the answer, UTC."""
 
     interests: list[str]  # for which it was written
+    turns: list[data.Turn] = []  # or, of a server of next queries, behind which conversation
     method: str
     version: str  # of the model
 
@@ -51,9 +52,10 @@ class Taps:  # of a store's file; any thread may call any method
         self.db = db
 
     def offer(
-        self, user_id: str, interests: list[str], starters: list[str], method: str, version: str
+        self, user_id: str, interests: list[str] | list[dict], starters: list[str], method: str,
+        version: str,
     ) -> str:
-        """Remember what an answer offers; return its signed impression id."""
+        """Remember what an answer offers; return its signed impression id. interests: or turns."""
         content = (method, version, compact(interests), compact(starters))
         with self.db.transaction() as db:
             query = "SELECT token FROM lists WHERE user_id=? AND shown IS NULL AND"
@@ -137,11 +139,13 @@ class Taps:  # of a store's file; any thread may call any method
             FROM seen ORDER BY id
             """, *only)
         for user, at, interests, starters, taps, after, following, method, version in rows:
+            told = json.loads(interests)
+            turns = [data.Turn.model_construct(**t) for t in told if isinstance(t, dict)]
             yield Shown.model_construct(  # texts as they were offered, in every letter
                 user_id=user, timestamp=datetime.fromtimestamp(at, UTC).replace(tzinfo=None),
                 starters=json.loads(starters), clicked=sorted(json.loads(taps)),
                 sessions_after=after or (0 if following else None),  # 0 is known only afterwards
-                interests=json.loads(interests), method=method, version=version)
+                interests=[] if turns else told, turns=turns, method=method, version=version)
 
     def rates(self) -> list[dict]:
         """Taps per shown starter of each method, with a 95 % interval by users (`_interval`)."""

@@ -1,6 +1,7 @@
 """A client that waits for its answer: for the whole, or for a stream of events as it is written.
 
-Events (server-sent): `interests`, one `starter` each, `done` with the whole reply, or `error`.
+Events (server-sent): `interests`, one `starter` each, `done` with the whole reply, or `error`; of
+next queries `context` and one `suggestion` each in their place.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import json
 import sqlite3
 import time
 from collections import Counter
+from typing import NamedTuple
 
 from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic_core import to_jsonable_python
 
 from serving.desk import Desk
 from serving.engine import Answer
@@ -24,6 +27,19 @@ UNBUFFERED = {"X-Accel-Buffering": "no"}  # or nginx keeps all events until the 
 STORE_FAILED = "the store cannot be used at the moment; try again"
 
 
+class Names(NamedTuple):
+    """What the parts of a reply are called as events: its head, then one event an item."""
+
+    head: str
+    fields: tuple[str, ...]  # of the reply that the head tells, as Ask.begin is called with them
+    item: str
+    items: str  # field of the reply
+
+
+STARTERS = Names("interests", ("interests", "threshold"), "starter", "starters")
+NEXT = Names("context", ("cut",), "suggestion", "suggestions")
+
+
 class Waiter:
     """One client that waits for its job. Raises queue.Full."""
 
@@ -31,19 +47,19 @@ class Waiter:
         self.desk, self.job, self.request = desk, job, request
         self.inbox: asyncio.Queue = asyncio.Queue()  # (event, value) pairs, then an answer
         self.started, self.finished = time.monotonic(), False  # finished: it did not leave early
+        names = self.names = NEXT if job.ask.turns else STARTERS
         loop = asyncio.get_running_loop()
 
         def tell(item) -> None:  # called from the engine's thread, as are the next two
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(self.inbox.put_nowait, item)
 
-        def begin(interests, threshold) -> None:
-            shown = [dataclasses.asdict(interest) for interest in interests]
-            tell(("interests", {"threshold": threshold, "interests": shown}))
+        def begin(*head) -> None:
+            tell((names.head, dict(zip(names.fields, to_jsonable_python(head), strict=True))))
 
-        def emit(starter) -> None:
+        def emit(item) -> None:
             job.begun = True
-            tell(("starter", dataclasses.asdict(starter)))
+            tell((names.item, dataclasses.asdict(item)))
 
         job.tell = tell
         if stream:  # else the engine need not look at every step for starters that are whole
@@ -70,16 +86,21 @@ class Waiter:
         self.desk.metrics.first.observe(time.monotonic() - self.started)
 
     async def reply(self) -> Response:
+        reply = await self.whole()
+        return Response(status_code=499) if reply is None else JSONResponse(reply)
+
+    async def whole(self) -> dict | None:
+        """The reply; None: the client has left, and nobody reads one (499, for the log)."""
         # Behind the body, which was read, comes only that the client has left.
         left = asyncio.create_task(self.request.receive())
         heard = asyncio.create_task(self._next())
         try:
             await asyncio.wait({left, heard}, return_when="FIRST_COMPLETED")
             if not heard.done():
-                return Response(status_code=499)  # for the log: nobody reads it
+                return None
             reply = await self._kept(heard.result())
             self._note_first()
-            return JSONResponse(reply)
+            return reply
         finally:
             left.cancel()
             heard.cancel()
@@ -90,9 +111,9 @@ class Waiter:
         try:
             while isinstance(item := await self._next(), tuple):  # else the answer or an error
                 name, value = item
-                if name == "interests" and told[name]:  # written again, as its batch had failed
+                if name == self.names.head and told[name]:  # written again, as its batch had failed
                     continue
-                if name == "starter":
+                if name == self.names.item:
                     value = {"slot": told[name]} | value
                     if not told[name]:
                         self._note_first()
@@ -135,8 +156,8 @@ def sse(name: str, value: dict) -> str:
 
 def whole_stream(reply: dict, told: Counter[str] | None = None) -> list[str]:
     """The events of a reply, but for those that were told by name: the first ones."""
-    told = told or Counter()
-    head = [("interests", {key: reply[key] for key in ("threshold", "interests")})]
+    told, names = told or Counter(), NEXT if NEXT.items in reply else STARTERS
+    head = [(names.head, {key: reply[key] for key in names.fields})]
     # Those that were streamed come first in the reply, in the same order.
-    starters = [("starter", starter) for starter in reply["starters"][told["starter"] :]]
-    return [sse(*event) for event in (*head[told["interests"] :], *starters, ("done", reply))]
+    items = [(names.item, item) for item in reply[names.items][told[names.item] :]]
+    return [sse(*event) for event in (*head[told[names.head] :], *items, ("done", reply))]

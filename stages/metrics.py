@@ -56,13 +56,20 @@ def bootstrap(
         return np.array([row[rng.integers(len(row), size=(draws, len(row)))].mean(1)
                          for row in rows])
 
-    if hierarchical:  # other users each time that a seed is drawn
-        n, each = len(rows), np.arange(draws)
-        drawn = np.array([means()[rng.integers(n, size=draws), each] for _ in rows])  # (S, draws)
-    else:
-        drawn = means()
-    low, high = np.quantile(drawn.mean(0), [0.025, 0.975])  # of (draws,) means
+    drawn = seeds_again(means, rng) if hierarchical else means().mean(0)
+    low, high = np.quantile(drawn, [0.025, 0.975])
     return float(np.mean([row.mean() for row in rows])), float(low), float(high)
+
+
+def seeds_again(draw: Callable[[], np.ndarray], rng: np.random.Generator) -> np.ndarray:
+    """(draws,) means over as many seeds, drawn again, of what `draw` returns: (S, draws) with users
+    drawn again."""
+    parts = []
+    for _ in range(len(first := draw())):  # other users each time that a seed is drawn
+        drawn = draw() if parts else first
+        n, draws = drawn.shape
+        parts.append(drawn[rng.integers(n, size=draws), np.arange(draws)])
+    return np.mean(parts, 0)
 
 
 def user_values(values: PerUser, method: str, metric: str, base: str = "PE") -> dict[str, float]:

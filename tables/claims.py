@@ -6,7 +6,7 @@ A claim says that one side lies above another: it holds where the 95 % interval 
 lies above zero, does not hold where it lies below, and is undecided where it covers zero.
 Unstated in the paper: how its claims were tested; users are drawn again within each seed here.
 
-Legend: S seeds, U users of one seed, C topic categories.
+Legend: S seeds, U users of one seed, C categories of what is counted.
 """
 
 from __future__ import annotations
@@ -16,15 +16,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stages.metrics import bootstrap, markdown_table, user_values
+from stages.metrics import bootstrap, markdown_table, seeds_again, user_values
 from tables import experiments
 from world import ab
 
 Seeds = list[dict]  # report/values.json of each seed
 OURS = "–"  # in place of the paper's figures: a claim of our own
-POOLED: dict[str, Callable] = {  # of shares of topic categories (..., C), chores being one of them
-    "spread": lambda shares: np.exp(-(shares * np.log(np.maximum(shares, 1e-9))).sum(-1)),  # 1 to C
-    "head": lambda shares: shares.max(-1),
+# Metric -> (where values.json has the counts of each user, what is made of the shares (..., C) of
+# the categories, sorted by name, in their sum over users).
+POOLED: dict[str, tuple[str, Callable]] = {
+    # Topics, chores being one of them; 1 to C.
+    "spread": ("topics",
+               lambda shares: np.exp(-(shares * np.log(np.maximum(shares, 1e-9))).sum(-1))),
+    "head": ("topics", lambda shares: shares.max(-1)),
+    # Of reward models (garm_values.py): pairs that are "right" or "wrong"; and, of P pairs doubled
+    # by flipping, sums by bin of p and of the label: P each, so that all add up to the 2 P rows.
+    "accuracy": ("pairs", lambda shares: shares[..., 0]),
+    "ece": ("calibration", lambda shares: np.abs(
+        np.diff(shares.reshape(*shares.shape[:-1], 2, -1), axis=-2)).sum((-1, -2))),
 }
 
 
@@ -43,8 +52,8 @@ class Claim:
     base: str = "PE"  # of metrics.LIFTS
 
 
-def all_claims() -> list[Claim]:
-    return [Claim(**fields) for fields in experiments.read("claims")["claims"]]
+def all_claims(name: str = "claims") -> list[Claim]:
+    return [Claim(**fields) for fields in experiments.read(name)["claims"]]
 
 
 def per_seed(seeds: Seeds, method: str, metric: str, base: str = "PE") -> list[np.ndarray]:
@@ -61,59 +70,85 @@ def paired(
     return [np.array([a[u] - factor * b[u] for u in a if u in b]) for a, b in sides]
 
 
-def pooled(metric: str, topics: dict[str, dict], draws: int = 0, seed: int = 0) -> np.ndarray:
-    """(1 + draws,): a metric of POOLED of all users' topics, then of bootstrap samples of users.
+def pooled(metric: str, of_user: dict[str, dict], draws: int = 0, seed: int = 0) -> np.ndarray:
+    """(1 + draws,): a metric of POOLED of all users' counts, then of bootstrap samples of users.
 
-    topics: user -> category -> number of texts. Not a mean over users, so metrics.bootstrap does
-    not fit: the counts of the users drawn are added up first.
+    of_user: user -> category -> number. Not a mean over users, so metrics.bootstrap does not fit:
+    the counts of the users drawn are added up first.
     """
-    names = sorted({name for counts in topics.values() for name in counts})
-    counts = np.array([[topics[u].get(name, 0) for name in names] for u in sorted(topics)])  # (U,C)
+    names = sorted({name for counts in of_user.values() for name in counts})
+    users = sorted(of_user)
+    counts = np.array([[of_user[u].get(name, 0) for name in names] for u in users])  # (U, C)
     n = len(counts)
     weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws)  # (draws, U)
     sums = np.vstack([np.ones(n), weights]) @ counts  # (1 + draws, C)
-    return POOLED[metric](sums / np.maximum(sums.sum(1, keepdims=True), 1))
+    total = sums.sum(1, keepdims=True)
+    # Of users without any count there is no share: nan, not 0.
+    return POOLED[metric][1](sums / np.where(total > 0, total, np.nan))
+
+
+def pooled_interval(
+    seeds: Seeds, metric: str, more: str, less: str = "", hierarchical: bool = False
+) -> tuple:
+    """(value, low, high) of a metric of POOLED, of `more` or of its difference to `less`; the value
+    of each seed; the value of each side."""
+    count, key, rng = iter(range(10**6)), POOLED[metric][0], np.random.default_rng(0)
+    names = [m for m in (more, less) if m]
+    # Who has nothing on one side is drawn there too: sides stay pairs.
+    users = [dict.fromkeys([u for m in names for u in s[key][m]], {}) for s in seeds]
+    counts = [[every | s[key][m] for every, s in zip(users, seeds, strict=True)] for m in names]
+
+    def sides(draws: int = 2000) -> np.ndarray:  # (sides, S, 1 + draws)
+        # The seed's number draws the same users for both, hierarchically anew with each call.
+        start = next(count) * len(seeds)
+        return np.array([[pooled(metric, rows, draws, start + i) for i, rows in enumerate(side)]
+                         for side in counts])
+
+    def gaps() -> np.ndarray:  # (S, draws)
+        both = sides()[:, :, 1:]
+        return both[0] - both[1] if less else both[0]
+
+    drawn = seeds_again(gaps, rng) if hierarchical else gaps().mean(0)
+    now = sides(0)[:, :, 0]  # (sides, S), of the users as they are
+    by_seed = now[0] - now[1] if less else now[0]
+    return (by_seed.mean(), *np.nanquantile(drawn, [0.025, 0.975])), by_seed, now.mean(1)
 
 
 # Each way to compare returns (difference, low, high), the difference of each seed, both sides.
-def _by_users(seeds: Seeds, claim: Claim) -> tuple:
+def _by_users(seeds: Seeds, claim: Claim, hierarchical: bool) -> tuple:
     rows = paired(seeds, claim.metric, claim.more, claim.less, claim.factor, claim.base)
     # Of all users that a side has, those without the other too.
     sides = [np.mean([values.mean() for values in per_seed(seeds, m, claim.metric, claim.base)])
              for m in (claim.more, claim.less)]
-    return bootstrap(rows), [gaps.mean() for gaps in rows], sides
+    return bootstrap(rows, hierarchical=hierarchical), [gaps.mean() for gaps in rows], sides
 
 
-def _online(seeds: Seeds, claim: Claim) -> tuple:
+def _online(seeds: Seeds, claim: Claim, hierarchical: bool) -> tuple:
     arms, results = (claim.more, claim.less, claim.metric), [s["ab"] for s in seeds]
     value, interval = ab.beats(results, *arms)  # per mille
     sides = [ab.beats(results, arm, ab.CONTROL, claim.metric)[0] for arm in arms[:2]]
     return (value, *interval), [ab.beats([one], *arms)[0] for one in results], sides
 
 
-def _by_topics(seeds: Seeds, claim: Claim) -> tuple:
-    sides = np.array([  # (2, S, 1 + draws); the seed's number draws the same users for both
-        [pooled(claim.metric, s["topics"][m], 2000, i) for i, s in enumerate(seeds)]
-        for m in (claim.more, claim.less)])
-    gaps = sides[0] - sides[1]  # (S, 1 + draws), the first of the users as they are
-    interval = np.quantile(gaps.mean(0)[1:], [0.025, 0.975])
-    return (gaps.mean(0)[0], *interval), gaps[:, 0], sides[:, :, 0].mean(1)
+def _by_counts(seeds: Seeds, claim: Claim, hierarchical: bool) -> tuple:
+    return pooled_interval(seeds, claim.metric, claim.more, claim.less, hierarchical)
 
 
-def judged(seeds: Seeds, wanted: list[str]) -> list[dict]:
+def judged(
+    seeds: Seeds, wanted: list[str], name: str = "claims", hierarchical: bool = False
+) -> list[dict]:
     """Every claim of these tables with its difference, interval, verdict, and on how many seeds the
-    difference has the same sign."""
+    difference has the same sign. name: of the YAML file; hierarchical: as of metrics.bootstrap."""
     rows = []
-    for claim in (c for c in all_claims() if c.table in wanted):
+    for claim in (c for c in all_claims(name) if c.table in wanted):
+        key, compare = "values", _by_users
         if claim.metric in ab.METRICS:
-            compare = _online
+            key, compare = None, _online
         elif claim.metric in POOLED:
-            compare = _by_topics
-        elif all(m in s["values"] for s in seeds for m in (claim.more, claim.less)):
-            compare = _by_users
-        else:  # a method that was not trained, e.g. fewer rounds were asked for
-            continue
-        (value, low, high), by_seed, sides = compare(seeds, claim)
+            key, compare = POOLED[claim.metric][0], _by_counts
+        if key and not all(m in s[key] for s in seeds for m in (claim.more, claim.less)):
+            continue  # a method that was not trained, e.g. fewer rounds were asked for
+        (value, low, high), by_seed, sides = compare(seeds, claim, hierarchical)
         verdict = "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
         rows.append(vars(claim) | {
             "sides": [*map(float, sides)], "value": float(value),
@@ -138,9 +173,9 @@ def counted(rows: list[dict]) -> str:
     return "; ".join(parts)
 
 
-def claims_page(rows: list[dict], note: str) -> str:
-    """results/claims.md."""
-    texts, cells, reasons = experiments.read("claims"), [], {}  # why -> claims that it explains
+def claims_page(rows: list[dict], note: str, name: str = "claims") -> str:
+    """results/claims.md, or what another YAML file has as its page."""
+    texts, cells, reasons = experiments.read(name), [], {}  # why -> claims that it explains
     for row in rows:
         unit, form = texts["units"][row["metric"]]
         more, less = (format(side, form) for side in row["sides"])

@@ -9,6 +9,7 @@ reproduce.py calls both functions in processes of their own, after training.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -76,14 +77,22 @@ def measure_seed(config: Config, variants: list[Config]) -> None:
     torch.set_flush_denormal(True)  # as in training, or rankers would give other last digits
     llm.quiet_libraries()
     starters = [read_json(report_folder(c) / "starters.json") for c in (config, *variants)]
-    path, key, env = report_folder(config) / "values.json", None, environment(config)
-    if env["uncommitted_changes"] is False:  # else the commit does not tell which code measured
-        key = digest(env["commit"], env["versions"], config, [one["key"] for one in starters])
-        if path.is_file() and read_json(path).get("key") == key:
-            return
     main = starters[0]["lists"]
     written = {method: rows for one in starters for method, rows in one["lists"].items()}
-    write_json(path, {"key": key, **seed_values(Run(config), main, written)})
+    keep_values(config, starters, lambda: seed_values(Run(config), main, written))
+
+
+def keep_values(config: Config, written: list[dict], measure: Callable[[], dict]) -> None:
+    """Write values.json of a main run, unless this code has measured these lists before.
+
+    written: what write_starters has left in each run, with its key.
+    """
+    path, key, env = report_folder(config) / "values.json", None, environment(config)
+    if env["uncommitted_changes"] is False:  # else the commit does not tell which code measured
+        key = digest(env["commit"], env["versions"], config, [one["key"] for one in written])
+        if path.is_file() and read_json(path).get("key") == key:
+            return
+    write_json(path, {"key": key, **measure()})
 
 
 def seed_values(run: Run, main: Lists, written: Lists) -> dict:

@@ -42,30 +42,39 @@ FULL_SIZE = ROOT / "configs" / "smollm2.yaml"  # of it, too, the whole goes to r
 Tasks = dict[str, tuple[Callable, list[str]]]
 
 
-def seed_config(words: list[str], path: str | None, seed: int, variant: str = MAIN) -> Config:
-    """The settings of one run; its folder is named after them, seed and variant."""
+def seed_config(
+    words: list[str], path: str | None, seed: int, variant: str = MAIN, changes: list[str] = (),
+    world: str = "world",
+) -> Config:
+    """The settings of one run; its folder is named after them, seed and variant.
+
+    changes: the variant's settings; world: the section of the simulated platform.
+    """
     # The name tells another file's settings; where the default's change, stages run anew.
     given = [*words, digest(load_config(path))] if path else words
     name = "-".join(["reproduce", digest(given)[:6], f"seed{seed}", *variant.split()])
     # Other people and other trainings with each seed.
-    changes = [f"world.seed={seed}", f"run.seed={seed}", f"run.name={name}"]
-    if variant:  # the SFT+DPO baseline is the main run's
-        changes += ["dpo.vanilla=false", *experiments.read()["variants"][variant]]
-    return load_config(path, [*words, *changes])
+    seeds = [f"{world}.seed={seed}", f"run.seed={seed}", f"run.name={name}"]
+    return load_config(path, [*words, *seeds, *changes])
 
 
 def train_run(config: Config, variant: str, main: Config) -> None:
-    """Train a seed's run; a variant starts as hard links to the main one's files."""
+    """Train a seed's run and let its methods write."""
+    start_as_copy(config, main)
+    train.run_stages(config, ["dpo"])  # and what it needs, where that is not there
+    write_starters(config, variant)
+
+
+def start_as_copy(config: Config, main: Config) -> None:
+    """A variant starts as hard links to the main run's files; the main run as nothing."""
     folder = Path(config.run.root) / config.run.name
-    if variant and not folder.exists():
+    if config.run.name != main.run.name and not folder.exists():
         part = folder.with_name(f"{folder.name}.tmp")  # a killed copy must not look like a run
         shutil.rmtree(part, ignore_errors=True)
         others = shutil.ignore_patterns("metrics.jsonl", "report", "*.tmp")
         # Links will do: every file of a run is replaced whole, but for the log.
         shutil.copytree(folder.with_name(main.run.name), part, copy_function=os.link, ignore=others)
         part.rename(folder)  # whole or not at all
-    train.run_stages(config, ["dpo"])  # and what it needs, where that is not there
-    write_starters(config, variant)
 
 
 def reproduce(
@@ -80,30 +89,44 @@ def reproduce(
     words = [*experiments.read()["quick"] * quick, *words]  # the user's come last, and win
     variants = [MAIN, *(variant for name in names for variant in tables[name].variants)]
     numbers = list(range(first, first + seeds))
-    runs = [{v: seed_config(words, path, number, v) for v in variants} for number in numbers]
-    configs = [configs[MAIN] for configs in runs]
-    env, root = environment(configs[0]), Path(configs[0].run.root)  # one root for all seeds
-    tasks: Tasks = {}
-    for number, by_variant in zip(numbers, runs, strict=True):
-        tasks |= tasks_of(f"seed {number}", by_variant)
-    with clock(root / f"{configs[0].run.name.rpartition('-seed')[0]}-starts.json", env) as starts:
-        in_parallel(tasks, starts[-1])
-    values = [read_json(report_folder(config) / "values.json") for config in configs]
-    log = (report_folder(configs[0]).parent / "metrics.jsonl").read_text().splitlines()
-    about = {
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "seeds": numbers, "config": digest(configs[0]), "commit": starts[-1]["commit"],
-        "starts": starts, "processors": os.cpu_count(),
-    }
+    # The SFT+DPO baseline is the main run's.
+    changes = {v: ["dpo.vanilla=false", *experiments.read()["variants"][v]] for v in variants if v}
+    runs = {number: {v: seed_config(words, path, number, v, changes.get(v, ())) for v in variants}
+            for number in numbers}
+    values, about = measured(runs, train_run, measure_seed)
+    first_run = report_folder(runs[first][MAIN]).parent
+    log = (first_run / "metrics.jsonl").read_text().splitlines()
     # Only all of it, as it ships, is what the README speaks of.
-    out = root / ("quick" if quick else "partial") / "report"
+    out = first_run.parent / ("quick" if quick else "partial") / "report"
     out = ROOT / "results" if whole and (not path or Path(path).resolve() == FULL_SIZE) else out
     rows = report.write(values, names, [json.loads(line) for line in log], about, out)
     print((out / "reproduction.md").read_text(encoding="utf-8"))
     print(f"{claims.counted(rows)}: {out / 'claims.md'}")
 
 
-def tasks_of(seed: str, configs: dict[str, Config]) -> Tasks:
+def measured(
+    runs: dict[int, dict[str, Config]], train_run: Callable, measure_seed: Callable
+) -> tuple[list[dict], dict]:
+    """values.json of every seed, and how they came about; what is missing is trained and measured.
+
+    runs: seed -> variant -> settings; train_run(config, variant, main), measure_seed(main, others).
+    """
+    configs, tasks = [by_variant[MAIN] for by_variant in runs.values()], {}
+    env, root = environment(configs[0]), Path(configs[0].run.root)  # one root for all seeds
+    for number, by_variant in runs.items():
+        tasks |= tasks_of(f"seed {number}", by_variant, train_run, measure_seed)
+    with clock(root / f"{configs[0].run.name.rpartition('-seed')[0]}-starts.json", env) as starts:
+        in_parallel(tasks, starts[-1])
+    return [read_json(report_folder(config) / "values.json") for config in configs], {
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "seeds": [*runs], "config": digest(configs[0]), "commit": starts[-1]["commit"],
+        "starts": starts, "processors": os.cpu_count(),
+    }
+
+
+def tasks_of(
+    seed: str, configs: dict[str, Config], train_run: Callable, measure_seed: Callable
+) -> Tasks:
     """A seed's main run, its variants, and its measurement once all of them are there."""
     # As in_parallel prints them; the main run's is the seed's alone.
     names = {variant: f"{seed}, {variant}".removesuffix(", ") for variant in configs}

@@ -88,7 +88,7 @@ def canned() -> SimpleNamespace:
         interests=[{"text": t, "score": s, "kept": s in scores[:3]}
                    for t, s in zip(SUBJECTS, scores, strict=True)],
         texts=TEXTS, threshold=0.81, source="generated", model="round3-1a2b3c4d", lists=0,
-        methods=["PE", "SFT", "IceBreaker"],
+        methods=["PE", "SFT", "IceBreaker"], task="starters",
         rates=[{"method": "IceBreaker", "users": 51, "lists": 140, "lists_tapped": 70,
                 "starters": 700, "taps": 93, "rate": 0.133, "low": 0.109, "high": 0.158},
                {"method": "SFT", "users": 49, "lists": 96, "lists_tapped": 40, "starters": 480,
@@ -135,7 +135,19 @@ def canned_app(server) -> FastAPI:
             server.hold.wait(20)
         return server.examples
 
-    app.get("/v1/model")(lambda: {"model": server.model, "methods": server.methods})
+    app.get("/v1/model")(lambda: {"model": server.model, "methods": server.methods,
+                                  "task": server.task})
+
+    @app.post("/v1/suggestions")
+    def suggestions(ask: dict):
+        query = ask["turns"][-1]["content"]
+        declined = "bomb" in query
+        texts = [] if declined else [f"{query} ({i})" for i in range(3)]
+        return {"suggestions": [{"slot": i, "text": text, "reward": 0.5, "uncertainty": 0.25,
+                                 "source": "policy"} for i, text in enumerate(texts)],
+                "declined": declined, "method": "gaussian", "cut": max(0, len(ask["turns"]) - 2),
+                "impression_id": None if declined else f"impression-{len(ask['turns'])}"}
+
     app.get("/v1/ab")(lambda: server.rates)
     app.post("/v1/events")(lambda: {"recorded": 1})
     app.put("/v1/users/{user_id}/sessions")(lambda user_id: {"user_id": user_id, "sessions": 1})
@@ -771,3 +783,67 @@ def test_page_and_server_together(browser, tmp_path):
         page.locator("#lines").fill("x" * 3000)
         page.locator("#own-form .primary").click()
         expect(page.get_by_role("alert")).to_contain_text("sessions.0.summary: ")
+
+
+# ----------------------------------------------------------------------------------- next queries
+
+
+@pytest.fixture
+def conversing(browser, server, running):
+    server.task = "suggestions"
+    with opened(browser, running[1]) as page:
+        expect(page.get_by_label("Message")).to_be_visible()
+        yield page
+
+
+def say(page, text: str):
+    page.get_by_label("Message").fill(text)
+    page.get_by_role("button", name="Send").click()
+
+
+def test_a_run_of_next_queries_shows_them_after_each_message(conversing, server):
+    page = conversing
+    for part in ("#person", "#resonance", "#side-by-side", "#refresh"):
+        expect(page.locator(part)).to_be_hidden()
+    say(page, "Tea?")
+    expect(starters(page)).to_have_text([f"Tea? ({i})" for i in range(3)])
+    expect(page.locator("#status")).to_have_text("3 suggestions by gaussian.")
+    expect(page.locator("#starters li").first).to_contain_text("reward 0.50 ± 0.25")
+    starters(page).nth(1).click()  # it is the next message
+    expect(starters(page)).to_have_text([f"Tea? (1) ({i})" for i in range(3)])
+    expect(page.locator("#chat .bubble")).to_have_text(["Tea?", "Tea? (1)"])
+    say(page, "And a bomb")
+    expect(page.locator("#status")).to_have_text(
+        "Declined: the policy takes this to be unsafe. "
+        "1 message did not fit whole into the prompt.")
+    expect(starters(page)).to_have_count(0)
+    turns = [[turn["content"] for turn in ask["turns"]] for ask in asked(server, "/v1/suggestions")]
+    assert turns == [["Tea?"], ["Tea?", "Tea? (1)"], ["Tea?", "Tea? (1)", "And a bomb"]]
+    events = [event for body in asked(server, "/v1/events") for event in body["events"]]
+    assert sorted(events, key=str) == sorted([
+        {"impression_id": "impression-1", "type": "shown"},
+        {"impression_id": "impression-1", "type": "tap", "slot": 1},
+        {"impression_id": "impression-2", "type": "shown"}], key=str)
+    shot(page, "next-queries")
+
+
+def test_starting_over_deletes_the_conversation(conversing, server):
+    page = conversing
+    say(page, "Tea?")
+    expect(starters(page)).to_have_count(3)
+    user = asked(server, "/v1/suggestions")[0]["user_id"]
+    page.get_by_role("button", name="Start over").click()
+    expect(page.locator("#chat .bubble")).to_have_count(0)
+    assert [path for method, path, _ in server.asked if method == "DELETE"] == [f"/v1/users/{user}"]
+    say(page, "Coffee?")
+    expect(starters(page)).to_have_count(3)
+    last = asked(server, "/v1/suggestions")[-1]
+    assert len(last["turns"]) == 1 and last["user_id"] != user
+
+
+def test_no_next_query_is_more_than_text(conversing):
+    page = conversing
+    for attack in ATTACKS:
+        say(page, attack)
+        expect(starters(page).first).to_have_text(f"{attack} (0)")
+    assert page.evaluate("window.__pwned") is None

@@ -116,6 +116,7 @@ class FakeEngine:
 
 def make_app(folder, engine=None, host="127.0.0.1", **settings):
     config = Config()
+    config.run.method = getattr(engine, "run_method", "icebreaker")
     for name, value in settings.items():
         assert hasattr(config.serve, name)
         setattr(config.serve, name, value)
@@ -291,7 +292,8 @@ def test_users_are_split_over_arms_and_a_method_can_be_named(tmp_path):
         fault = ask(server, 422, user_id="u0", method="IceBreaker")["detail"][0]
         assert fault["loc"] == ["body", "method"]
         assert server.client.get("/v1/model").json() == {
-            "model": "fake-1", "methods": ["PE", "SFT"], "arms": ["SFT", "IceBreaker"]}
+            "model": "fake-1", "task": "starters", "methods": ["PE", "SFT"],
+            "arms": ["SFT", "IceBreaker"]}
 
 
 def test_stream_says_the_same_as_the_whole_reply(tmp_path):
@@ -1311,7 +1313,7 @@ def test_no_request_that_the_document_suggests_fails(server, monkeypatch):
                                    suppress_health_check=list(hypothesis.HealthCheck))
     schema = schemathesis.openapi.from_url(f"{server.client.base_url}/openapi.json")
     operations = [result.ok() for result in schema.get_all_operations()]
-    assert len(operations) == 10
+    assert len(operations) == 13
     for operation in operations:
         for kind in kinds[: 1 if operation.method == "get" else 2]:  # there is no bad GET
             cases = operation.as_strategy(generation_mode=kind)

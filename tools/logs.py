@@ -4,11 +4,13 @@
     python -m tools.logs import chatgpt conversations.json --out users.jsonl  # or another of KINDS
     python -m tools.logs import mimics mimics_duo.jsonl --out dialogues.jsonl
     python -m tools.logs export trl runs/default --out pairs.jsonl            # for TRL's DPOTrainer
+    python -m tools.logs export dialogues runs/garm/serve.sqlite --out dialogues.jsonl
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ import data
 from config import load_config
 from data import Dialogue, Impression, User
 from files import UserError, atomic_path, read_json, script
+from serving.store import Store
 from tools.importers import KINDS, import_mimics, import_users
 
 
@@ -139,6 +142,20 @@ def export_trl(run: str | Path) -> Iterator[dict]:
             yield {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
+def export_dialogues(store: str | Path) -> list[Dialogue]:
+    """What a server of next queries has shown behind which turns, and what was tapped of it: for
+    data.dialogues, to train the next reward model. Raises UserError if it has shown nothing."""
+    if not Path(store).is_file():  # or it would be made
+        raise UserError(f"{store}: no such file; it is serve.sqlite in the folder of a served run")
+    with contextlib.closing(Store(store)) as held:
+        rows = [row for row in held.taps.shown() if row.turns]
+    if not rows:
+        raise UserError(f"{store}: no next query was shown yet; clients say so by POST /v1/events")
+    return [Dialogue(dialogue_id=f"served-{i}", user_id=row.user_id, timestamp=row.timestamp,
+                     turns=row.turns, suggestions=row.starters, clicked=row.clicked)
+            for i, row in enumerate(rows)]
+
+
 def _turn(role: str, content: str) -> list[dict]:
     return [{"role": role, "content": content}]
 
@@ -154,9 +171,9 @@ def main() -> None:
     importer.add_argument("file", nargs="+", help="one file or the parts of one data set")
     # An export of ChatGPT is of one person and names nobody.
     importer.add_argument("--user", default="me", help="user_id for a chatgpt export")
-    export = commands.add_parser("export", help="preference pairs of a run for another trainer")
-    export.add_argument("kind", choices=["trl"])
-    export.add_argument("run", help="folder of a finished run")
+    export = commands.add_parser("export", help="pairs of a run, or what a server has shown")
+    export.add_argument("kind", choices=["trl", "dialogues"])
+    export.add_argument("source", help="trl: folder of a finished run; dialogues: a server's store")
     for writer in (importer, export):
         writer.add_argument("--out", required=True)
     given = parser.parse_args()
@@ -171,9 +188,12 @@ def main() -> None:
             print(import_mimics(given.file, given.out))
         else:
             print(import_users(given.kind, given.file, given.out, given.user))
+    elif given.kind == "dialogues":
+        data.write_dialogues(given.out, rows := export_dialogues(given.source))
+        print(f"{len(rows)} contexts written to {given.out}")
     else:
         # A list: whatever is wrong with the run is said before a file is begun.
-        lines = [json.dumps(pair, ensure_ascii=False) + "\n" for pair in export_trl(given.run)]
+        lines = [json.dumps(pair, ensure_ascii=False) + "\n" for pair in export_trl(given.source)]
         with atomic_path(given.out) as temporary:
             temporary.write_text("".join(lines), encoding="utf-8")
         print(f"{len(lines)} pairs written to {given.out}")

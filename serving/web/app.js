@@ -1,4 +1,5 @@
-// The page of serve.py: choose a person, see interests and starters, tap, compare, watch the A/B.
+// The page of serve.py: choose a person, see interests and starters, tap, compare, watch the A/B; on
+// a run of next queries: say something, and see what could be asked next.
 //
 // Everything that came from a person or a model is put on the page as text (`textContent`), never
 // as HTML: a summary may hold anything. Bars get their length through a CSS variable, because the
@@ -16,6 +17,7 @@ const state = {
   early: [], // slots tapped before that
   stream: null, // AbortController of the list that is being written
   compare: null, // AbortController of the comparison
+  turns: [], // of the conversation, on a run of next queries
 };
 
 // ---- text and elements ----
@@ -211,10 +213,12 @@ function interestRow({ text, score, kept }, threshold) {
 
 // ---- person ----
 
-async function loadModel() {
-  const { model, methods } = await callJson("/v1/model");
+async function loadRun() {
+  const { model, methods, task } = await callJson("/v1/model");
   state.methods = methods;
   $("model").textContent = `Model ${model}`;
+  if (task === "suggestions") converseInstead();
+  else await loadExamples();
 }
 
 async function loadExamples() {
@@ -336,6 +340,73 @@ function rateRow({ method, rate, low, high, taps, starters, users }, top) {
   return element("tr", "", element("th", "", method), rates, element("td", "", counted));
 }
 
+// ---- next queries, where the run has no starters ----
+
+function converseInstead() {
+  for (const id of ["person", "resonance", "side-by-side", "refresh"]) $(id).hidden = true;
+  document.querySelector("main").className = "alone";
+  $("tagline").textContent = "What could be asked next? A conversation in, next queries out.";
+  $("starters-title").textContent = "Next queries";
+  $("say-form").hidden = false;
+  beginConversation(localStorage.getItem("talker") ?? randomName()); // what is left can be deleted
+}
+
+function beginConversation(user) {
+  clearList();
+  Object.assign(state, { user, turns: [] });
+  localStorage.setItem("talker", user);
+  $("chat").replaceChildren(element("p", "quiet", "A chat model would answer; this page has none."));
+  $("status").textContent = "Say something: what could come next appears here.";
+}
+
+async function say(text) {
+  if (!text.trim()) return;
+  state.turns = [...state.turns, { role: "user", content: text }].slice(-200);
+  $("chat").append(words("p", "bubble", text));
+  $("say").value = "";
+  state.stream?.abort(); // of the message before
+  const { signal } = (state.stream = new AbortController());
+  Object.assign(state, { impression: null });
+  $("starters").replaceChildren();
+  $("status").textContent = "Writing next queries …";
+  const body = { turns: state.turns, user_id: state.user };
+  try {
+    const reply = await callJson("/v1/suggestions", { method: "POST", body, signal });
+    if (!signal.aborted) await showNext(reply);
+  } catch (error) {
+    if (!signal.aborted) $("status").textContent = "";
+    throw error;
+  }
+}
+
+async function showNext({ suggestions, declined, method, cut, impression_id }) {
+  $("starters").replaceChildren(...suggestions.map(nextQuery));
+  const beyond = cut ? ` ${count(cut, "message")} did not fit whole into the prompt.` : "";
+  $("status").textContent = (declined ? "Declined: the policy takes this to be unsafe."
+    : suggestions.length ? `${count(suggestions.length, "suggestion")} by ${method}.`
+    : "No suggestion is good enough here.") + beyond;
+  state.impression = impression_id;
+  if (impression_id) await sendEvents([{ type: "shown" }]);
+}
+
+function nextQuery({ slot, text, reward, uncertainty }) {
+  const button = words("button", "tap", text);
+  button.addEventListener("click", () => {
+    showProblem(null);
+    sendEvents([{ type: "tap", slot }]).catch(showProblem);
+    say(text).catch(showProblem);
+  });
+  const rated = `reward ${reward.toFixed(2)} ± ${uncertainty.toFixed(2)}`;
+  return element("li", "", button, element("span", "quiet", rated));
+}
+
+async function startOver() {
+  state.stream?.abort(); // or its answer would be shown behind the deletion
+  await call(`/v1/users/${encodeURIComponent(state.user)}`, { method: "DELETE" });
+  beginConversation(randomName());
+  $("say").focus();
+}
+
 // One run at a time: a double click must not make two people of one history.
 function on(id, event, work) {
   let busy = false;
@@ -359,6 +430,8 @@ on("example-form", "submit", useExample);
 on("own-form", "submit", useOwnHistory);
 on("forget", "click", forgetMe);
 on("compare", "click", compare);
+on("say-form", "submit", () => say($("say").value));
+on("over", "click", startOver);
 on("ab-refresh", "click", showRates);
 const offerToForget = () => ($("forget").hidden = !localStorage.getItem("user"));
 window.addEventListener("storage", ({ oldValue }) => { // in another tab of this browser
@@ -366,4 +439,4 @@ window.addEventListener("storage", ({ oldValue }) => { // in another tab of this
   if (oldValue && oldValue === state.user) choosePerson(null);
 });
 offerToForget();
-Promise.all([loadExamples(), loadModel(), showRates()]).catch(showProblem);
+Promise.all([loadRun(), showRates()]).catch(showProblem);

@@ -1,0 +1,283 @@
+"""The tables, figures and claims of From Clicks to Preference (paper 003), over seeds.
+
+    python eval.py --reproduce garm --seeds 3              # results/garm.md and its two pictures
+    python eval.py --reproduce garm --quick                # small, into runs/quick/report
+    python eval.py --reproduce garm --seeds 1 --first-seed 100 rl.beta=0.1    # to choose a setting
+    python -m tables.garm results/values/garm-*.json       # the page again, no run needed
+
+Tables 1 to 4, Figures 4 and 6, appendix I. A seed's main run is trained once; what Tables 2 and 3
+add (garm.yaml: variants) starts as a copy of it. Everything goes on where it was stopped.
+
+Departures: no RL with the paired model, which scores no suggestion alone, and no Skywork reward.
+The judge is the offline rule unless roles.judge names an LLM; hidden usefulness stands beside it.
+
+Legend: S seeds, B contexts of one seed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import garm
+from files import ROOT, UserError, read_json, script
+from stages.metrics import markdown_table, write_pages
+from tables import experiments, figures
+from tables.claims import Seeds, claims_page, counted, judged, per_seed, pooled_interval
+from tables.experiments import MAIN
+from tables.garm_values import measure_seed, train_run, variants
+from tables.measure import report_folder
+from tables.report import in_all
+from tables.reproduce import measured, seed_config
+from tables.seeds import summary
+
+CONFIG = ROOT / "configs" / "garm.yaml"
+
+
+def reproduce(
+    seeds: int, path: str | None, words: list[str], quick: bool, first: int = 0
+) -> None:
+    """Train what is missing, measure, and write the report."""
+    texts, path = experiments.read("garm"), path or str(CONFIG)
+    whole = seeds >= 3 and not (first or words or quick) and Path(path).resolve() == CONFIG
+    words = [*texts["quick" if quick else "size"], *words]  # the user's come last, and win
+    changes = {MAIN: (), **({} if quick else {v: x.settings for v, x in variants().items()})}
+    runs = {number: {v: seed_config(words, path, number, v, changes[v], world="dialogues")
+                     for v in changes}
+            for number in range(first, first + seeds)}
+    config = runs[first][MAIN]
+    if config.run.method != "garm" or config.data.dialogues:
+        raise UserError("--reproduce garm: needs run.method=garm, and what only the simulated "
+                        "world can tell: no data.dialogues")
+    values, about = measured(runs, train_run, measure_seed)
+    out = report_folder(config).parent.parent / ("quick" if quick else "partial") / "report"
+    out = ROOT / "results" if whole else out
+    # Files of thousands of values: five digits are more than they bear.
+    values = json.loads(json.dumps(values), parse_float=lambda text: round(float(text), 5))
+    files = {f"garm-{number}.json": {"about": about, **one}
+             for number, one in zip(runs, values, strict=True)}
+    write_pages(out / "values", {  # without spaces: a seed has thousands of values
+        name: json.dumps(one, separators=(",", ":")) for name, one in files.items()})
+    write(values, about, out)
+
+
+def write(seeds: Seeds, about: dict, out: Path) -> None:
+    """garm.md and its pictures into `out`."""
+    rows = judged(seeds, [*experiments.read("garm")["tables"], "figure4"], "garm_claims",
+                  hierarchical=True)
+    pictures(seeds, out)
+    page = report(seeds, about, rows)
+    write_pages(out, {"garm.md": page})
+    print(f"{page}\n{counted(rows)}: {out / 'garm.md'}")
+
+
+def report(seeds: Seeds, about: dict, claims: list[dict]) -> str:
+    """garm.md."""
+    texts, made = experiments.read("garm"), []
+    below = {"2": [calibration_table(seeds), sigma_table(seeds)]}
+    for number, table in texts["tables"].items():
+        show = accuracy_table if number == "2" else policy_table
+        made += [f"## {table['title']}\n", show(seeds, table), *below.get(number, [])]
+    made += ["## Figure 4: accuracy by quarters of the confidence\n", confidence_table(seeds),
+             "## Figure 6: the closed form and Monte-Carlo draws\n", closed_form_table()]
+    minutes = ", ".join(f"{x['minutes']:.0f} ({x['commit']})" for x in about["starts"])
+    hours = sum(x["core_hours"] for x in about["starts"])
+    note = (f"`{about['command']}`: seeds {about['seeds']}, commit {about['commit']}, config "
+            f"{about['config']}. Minutes of its starts: {minutes}; {hours:.1f} core hours on "
+            f"{about['processors']} processors.")
+    files = " ".join(f"results/values/garm-{number}.json" for number in about["seeds"])
+    first = seeds[0]["values"]
+    contexts = len(first["what was shown"]["score"]) if "what was shown" in first else 0
+    return texts["page"].format(
+        note=note, files=files, tables="\n".join(made), contexts=contexts,
+        phrasings=phrasing_table(seeds), observations=observation_table(seeds),
+        counted=counted(claims), claims=claims_page(claims, "", "garm_claims"))
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+
+def cell(seeds: Seeds, method: str, metric: str, form: str) -> str:
+    """Mean and interval; – where the metric is not of this method."""
+    if any(not s["values"].get(method, {}).get(metric) for s in seeds):
+        return "–"
+    return summary(per_seed(seeds, method, metric), form)[0]
+
+
+def pooled_cell(seeds: Seeds, method: str, metric: str, key: str) -> str:
+    """A metric of claims.POOLED, e.g. the share of all pairs that are right; key: where it is."""
+    if any(not sum(sum(row.values()) for row in s[key].get(method, {}).values()) for s in seeds):
+        return "–"
+    value, low, high = pooled_interval(seeds, metric, method, hierarchical=True)[0]
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def policy_table(seeds: Seeds, table: dict) -> str:
+    """Tables 1, 3 and 4: good/same/bad against PE, and the other metrics of garm.yaml."""
+    columns, rows, have = experiments.read("garm")["columns"], [], in_all(seeds)
+    for method, paper in table["rows"].items():
+        if method not in have:  # its variant was not trained
+            continue
+        good, bad = (np.mean([x.mean() for x in per_seed(seeds, method, metric)]) * 100
+                     for metric in ("good", "bad"))
+        net = [100 * x for x in per_seed(seeds, method, "net")]
+        base, clicks = (np.mean([x.mean() for x in per_seed(seeds, m, "click_rate")])
+                        for m in ("PE", method))
+        rows.append([
+            method, f"{good:.0f}/{100 - good - bad:.0f}/{bad:.0f}", summary(net, "+.0f")[0],
+            *(cell(seeds, method, metric, form) for metric, (_, form) in columns.items()),
+            f"{100 * (clicks / base - 1):+.1f} %" if base else "–", paper])
+    return markdown_table(
+        ["", "good/same/bad, %", "net", *(title for title, _ in columns.values()), "CTR gain",
+         table["paper"]], rows)
+
+
+def accuracy_table(seeds: Seeds, table: dict) -> str:
+    """Table 2: share of pairs that a reward model orders as people did, by set."""
+    sets = experiments.read("garm")["sets"]
+    rows = [[name, *(pooled_cell(seeds, f"{name}, {part}", "accuracy", "pairs") for part in sets),
+             paper] for name, paper in table["rows"].items() if f"{name}, IID" in seeds[0]["pairs"]]
+    return markdown_table(["", *sets, table["paper"]], rows)
+
+
+def calibration_table(seeds: Seeds) -> str:
+    """ECE of the later weeks, pairs in both orders."""
+    names = experiments.read("garm")["tables"]["2"]["rows"]
+    rows = [[name, *(pooled_cell(seeds, f"{name}, {part}", "ece", "calibration")
+                     for part in ("W4", "W4-RFT")), "0.0302, 0.0886" if name == "GaRM" else "–"]
+            for name in names if f"{name}, W4" in seeds[0]["calibration"]]
+    return markdown_table(["ECE, pairs in both orders", "W4", "W4-RFT", "paper"], rows)
+
+
+def sigma_table(seeds: Seeds) -> str:
+    """Mean sigma, and the mean bound of Eq. (7), of the models that have one."""
+    names = experiments.read("garm")["tables"]["2"]["rows"]
+    papers = {"GaRM": "σ about 1; bound 0.331, 0.224", "PURM, without penalty": "σ about 15"}
+    rows = [[name, cell(seeds, f"{name}, IID", "sigma", ".3f"),
+             *(cell(seeds, f"{name}, {part}", "bound", ".4f") for part in ("W4", "W4-RFT")),
+             papers.get(name, "–")]
+            for name in names if f"{name}, IID" in in_all(seeds)]
+    return markdown_table(["", "mean σ, IID", "mean bound, W4", "W4-RFT", "paper"], rows)
+
+
+def confidence_table(seeds: Seeds) -> str:
+    """Figure 4 in figures; the gap of the mus alone tells what sigma adds to it."""
+    rows = [[title, *(pooled_cell(seeds, f"{field}, quarter {q}{part}", "accuracy", "pairs")
+                      for q in range(1, 5))]
+            for title, field, part in (("the bound (Eq. 7)", "bound", ""),
+                                       ("the same, W4-RFT", "bound", ", W4-RFT"),
+                                       ("the gap of the μ alone", "gap", ""))]
+    return markdown_table(["accuracy by quarters of", "lowest", "second", "third", "highest"], rows)
+
+
+def phrasing_table(seeds: Seeds) -> str:
+    kinds = [*experiments.read("garm")["phrasings"], "what was shown"]
+    return markdown_table(["phrasing", "score", "usefulness"], [
+        [kind, *(cell(seeds, kind, metric, ".3f") for metric in ("score", "usefulness"))]
+        for kind in kinds])
+
+
+def observation_table(seeds: Seeds) -> str:
+    """The three observations as differences of scores, paired by context."""
+    rows = []
+    for text, more, less in experiments.read("garm")["observations"]:
+        if {more, less} <= {*in_all(seeds)}:
+            gaps = [np.subtract(*(per_seed([s], kind, "score")[0] for kind in (more, less)))
+                    for s in seeds]
+            rows.append([text, *summary(gaps, "+.2f")])
+    return markdown_table(["observation", "difference", "above zero"], rows)
+
+
+# ----------------------------------------------------------------------------------------- figure 6
+
+
+def integral(mu: float, sigma: float) -> float:
+    """Eq. (4), the mean of sigmoid(z) over N(mu, sigma^2), by the trapezoid rule."""
+    z = np.linspace(-12, 12, 20_001)
+    density = np.exp(-z * z / 2) / np.sqrt(2 * np.pi)
+    return float(np.trapezoid(density / (1 + np.exp(-(mu + sigma * z))), z))
+
+
+def closed_form() -> list[dict]:
+    """For each pair of Gaussians of garm.yaml: Eq. (4), its closed form, and mean and deviation of
+    PURM's estimates by number of draws."""
+    settings, result = experiments.read("garm")["figure6"], []
+    for number, gaussians in enumerate(settings["gaussians"]):
+        four = [torch.tensor([value], dtype=torch.float64) for value in gaussians]
+        mu, sigma = gaussians[0] - gaussians[2], float(np.hypot(gaussians[1], gaussians[3]))
+        repeated = [value.repeat(settings["repeats"]) for value in four]
+        estimates = []
+        for draws in settings["draws"]:
+            generator = torch.Generator().manual_seed(number)
+            p, _ = garm.purm_monte_carlo(*repeated, draws, generator)  # (repeats,)
+            estimates.append((draws, p.mean().item(), p.std().item()))
+        result.append({"mu": mu, "sigma": sigma, "integral": integral(mu, sigma),
+                       "closed form": garm.preference_probability(*four).item(),
+                       "estimates": estimates})
+    return result
+
+
+def closed_form_table() -> str:
+    rows = []
+    for row in closed_form():
+        deviation = {draws: std for draws, _, std in row["estimates"]}
+        rows.append([f"{row['mu']:+.1f}, {row['sigma']:.2f}", f"{row['integral']:.4f}",
+                     f"{row['closed form'] - row['integral']:+.4f}",
+                     *(f"{deviation[draws]:.4f}" for draws in (1000, 2000))])
+    return markdown_table(["μ, σ of the difference", "p, Eq. (4)", "error of the closed form",
+                           "deviation of 1,000 draws", "of 2,000"], rows)
+
+
+# ----------------------------------------------------------------------------------------- pictures
+
+
+def confidence_panel(seeds: Seeds) -> figures.Panel:
+    series = {}
+    for label, part in (("IID and W1 to W4", ""), ("W4-RFT", ", W4-RFT")):
+        names = [f"bound, quarter {q}{part}" for q in range(1, 5)]
+        if all(pooled_cell(seeds, name, "accuracy", "pairs") != "–" for name in names):
+            y, low, high = zip(*(pooled_interval(seeds, "accuracy", name, hierarchical=True)[0]
+                                 for name in names), strict=True)
+            series[label] = {"x": [1, 2, 3, 4], "y": y, "low": low, "high": high}
+    return figures.Panel("share of pairs that are right", "quarter of the bound (Eq. 7)", series,
+                         level=0.5)
+
+
+def closed_form_panels() -> list[figures.Panel]:
+    panels = []
+    for row in closed_form():
+        draws, mean, std = (np.array(x) for x in zip(*row["estimates"], strict=True))
+        constant = {name: {"x": draws, "y": [row[name]] * len(draws)}
+                    for name in ("integral", "closed form")}
+        panels.append(figures.Panel(
+            "p", "draws", {"Monte Carlo, ± a deviation":
+                           {"x": draws, "y": mean, "low": mean - std, "high": mean + std},
+                           **constant},
+            title=f"μ {row['mu']:+.1f}, σ {row['sigma']:.2f}"))
+    return panels
+
+
+def pictures(seeds: Seeds, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    figures.lines([confidence_panel(seeds)], out / "garm_confidence.png",
+                  "Figure 4: GaRM's accuracy by its confidence; bands: 95 %")
+    figures.lines(closed_form_panels(), out / "garm_closed_form.png",
+                  "Figure 6: p(preferred > rejected) by the closed form and by draws")
+
+
+def main(paths: Sequence[str]) -> None:
+    if not paths:
+        raise UserError("python -m tables.garm FILE ...: values/garm-*.json of a reproduction")
+    seeds = [read_json(path) for path in paths]
+    if any({"about", "values", "pairs", "calibration"} - one.keys() for one in seeds):
+        raise UserError("these are no values of --reproduce garm")
+    write(seeds, seeds[0]["about"], Path(paths[0]).resolve().parent.parent)
+
+
+if __name__ == "__main__":
+    script(lambda: main(sys.argv[1:]))
