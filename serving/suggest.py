@@ -73,7 +73,9 @@ class Suggestions:
         self.config, run = config, Run(config, describe=False)
         folder, wanted = run.folder, config.reward.kinds
         kinds = [kind for kind in REWARDS if kind in wanted and folder.has_run(f"reward/{kind}")]
-        trained = [*filter(folder.has_run, [*(f"rl/{arm}" for arm in POLICIES), "sft"])]
+        # An arm that is no longer asked for may be of other settings.
+        arms = [f"rl/{arm}" for arm in POLICIES if arm in config.rl.arms]
+        trained = [*filter(folder.has_run, [*arms, "sft"])]
         if not trained or not kinds:
             raise UserError(f"{folder.path}: stage {'reward' if trained else 'sft'} has not run; "
                             f"python train.py --config {folder.path}/config.yaml first")
@@ -153,7 +155,9 @@ def fit_suggestions(ask: Ask, answers: Sequence[str]) -> list[str]:
     # ones of its script help where a name alone ("Dune?") tells no language of that script.
     written = [query for query in queries if any(map(str.isalpha, query))]
     like = [query for query in written if garm.script_of(query) == garm.script_of(written[-1])]
-    return fit_to_show(texts, [LIKE[ask.language]] if ask.language else like, queries)
+    # A talk about medicine goes on about medicine; what is to be declined, the policy declines.
+    return fit_to_show(
+        texts, [LIKE[ask.language]] if ask.language else like, queries, subjects=True)
 
 
 def last_turns(turns: Sequence[data.Turn], room: int) -> list[data.Turn]:

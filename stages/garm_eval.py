@@ -90,7 +90,7 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
                              encoding="utf-8")
     # Printed at the end of a run (train.run_stages).
-    columns = ["Method", "Format", "Safety", "Reward"]
+    columns = ["Method", "Format", "Safety", "Reward (trained on)"]
     page = markdown_table(columns, [[name, *map(shown, row.values())]
                                     for name, row in table.items()])
     with atomic_path(run.folder / "eval" / "table.md") as temporary:

@@ -350,6 +350,8 @@ def calibration(scores: Scores) -> dict[str, float]:
 
 def add_scores(result: dict, name: str, rows: list[Shown], scored: list[Scores]) -> None:
     """Accuracy, calibration, and mean sigma and bound of a reward model on a set of pairs."""
+    if not rows:  # a log that is no longer than the training part, or no RFT
+        return
     contexts = [row.name for row in rows]
     result["pairs"][name] = dict(zip(contexts, map(right_and_wrong, scored), strict=True))
     if ", W4" in name:  # with W4-RFT: the paper has it of these two
