@@ -104,17 +104,15 @@ def write_answers(config: Config, variant: str) -> None:
         policies = {variant: run.adapter(adapter)} if adapter else {}
     suggester, contexts = Suggester(players_of(run).writer), garm_eval.held_out(run)
 
-    def written(adapter, some: list[Context], n: int, seed: int) -> dict[str, list[str]]:
-        answers = suggester.write(adapter, [c.turns for c in some], n, seed)
+    def by_id(some: list[Context], answers: list[list[str]]) -> dict[str, list[str]]:
         return {c.dialogue.dialogue_id: rows for c, rows in zip(some, answers, strict=True)}
 
-    # The same draws for every policy: equal policies give equal answers.
-    answers = {name: written(adapter, contexts, config.eval.lists, run.seed("eval"))
-               for name, adapter in policies.items()}
-    shifted = {}
+    written = garm_eval.write_answers(run, suggester, contexts, config.eval.lists, policies)
+    answers, shifted = {name: by_id(contexts, rows) for name, rows in written.items()}, {}
     if variant == MAIN and "rft" in config.rl.arms:
         later = [row.context for row in logged_pairs(run)["W4"]]
-        shifted = written(run.adapter("rft"), later, 1, run.seed("shift"))
+        turns = [c.turns for c in later]
+        shifted = by_id(later, suggester.write(run.adapter("rft"), turns, 1, run.seed("shift")))
     write_json(path, {"key": key, "variant": variant, "answers": answers, "shifted": shifted})
 
 

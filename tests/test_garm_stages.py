@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 from collections import Counter
+from datetime import timedelta
 
 import pytest
 import torch
@@ -258,6 +259,22 @@ def test_the_last_four_weeks_of_a_longer_log_are_w1_to_w4():
     rows = [row.model_copy(update={"dialogue_id": str(i)}) for i, row in enumerate(rows)]
     assert list(weeks_of(rows).values()) == [0, 0, 0, 1, 2, 3, 4]
     assert set(weeks_of(rows[:5]).values()) == {0}  # three weeks: nothing is held back
+
+
+def test_weeks_are_those_of_the_whole_log(model_folder, tmp_path):
+    rows = log_of(60)
+    first = min(rows, key=lambda row: row.timestamp).timestamp
+    # A row that is cut, 17 days before all others: no whole weeks, so the others' weeks shift.
+    early = rows[0].model_copy(update={
+        "dialogue_id": "early", "timestamp": first - timedelta(days=17),
+        "turns": [data.Turn(role="user", content="...")]})
+    data.write_dialogues(tmp_path / "log.jsonl", [early, *rows])
+    train.run_stages(small(tmp_path, model_folder), ["dialogues"])
+    contexts = read_contexts(Run(small(tmp_path, model_folder), describe=False))
+    weeks = weeks_of([early, *rows])
+    assert {c.dialogue.dialogue_id: c.week for c in contexts} == {
+        c.dialogue.dialogue_id: weeks[c.dialogue.dialogue_id] for c in contexts}
+    assert weeks != weeks_of(rows) | {"early": 0} and len(contexts) == 60
 
 
 def test_a_long_conversation_is_cut_from_the_front(model_folder, tmp_path):
