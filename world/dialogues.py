@@ -3,9 +3,9 @@
     python -m world dialogues --contexts 4000 --seed 7 --out DIR
 
 It stands in for the private logs of "From Clicks to Preference" (section 4.1, appendix C). DIR
-holds dialogues.jsonl, all that a real log would hold; evaluation.jsonl, contexts with nothing shown,
-half of them unsafe; and apart from both truth/dialogues.json, the hidden state (dialogue_clicks.py),
-which only the evaluation may read.
+holds dialogues.jsonl, all that a real log would hold; evaluation.jsonl, contexts with nothing
+shown, half of them unsafe; and apart from both truth/dialogues.json, the hidden state
+(dialogue_clicks.py), which only the evaluation may read.
 
 Of the evaluation topics, unsafe acts and all that the user says are held out, and so are refusals.
 What else the assistant says is not: its answers, results and kinds of text have the log's forms,
@@ -83,8 +83,8 @@ def _shared(topic: str, question: str) -> bool:
 
 
 def _keywords(topic: str, phrase: str) -> str:
-    known = set(topic.lower().split())
-    rest = [w for w in phrase.lower().replace(",", "").split() if w not in STOP | known]
+    named = set(topic.lower().split())
+    rest = [w for w in phrase.lower().replace(",", "").split() if w not in STOP | named]
     return " ".join([re.sub("^(the|a) ", "", topic.lower()), *rest])
 
 
