@@ -34,7 +34,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Negatives = Literal["utility", "diversity", "joint", "unfit"]
 TINY = "tiny"  # generator.model: the stand-in for tests; a folder of that name is ./tiny
-Method = Literal["icebreaker", "garm"]
+Method = Literal["icebreaker", "garm", "qualeqs"]
 Role = Literal["rules", "endpoint", "generator"]  # rules.py; an LLM at `endpoint`; the local one
 
 
@@ -53,9 +53,11 @@ class RunConfig(Section):
 class DataConfig(Section):
     users: str = ""  # users.jsonl; empty: the simulated world writes one
     impressions: str = ""  # impressions.jsonl; empty with `users` set: no ranker, no DPO
-    # garm: dialogues.jsonl; empty: the simulated world writes one. Empty it stands in no key of a
-    # stage, and runs from before it was known stay done.
+    # garm, qualeqs: dialogues.jsonl; empty: the simulated world writes one. Empty it stands in no
+    # key of a stage, and runs from before it was known stay done.
     dialogues: str = Field("", exclude_if=lambda path: not path)
+    catalogue: str = Field("", exclude_if=lambda path: not path)  # qualeqs: a shop's
+    policies: str = Field("", exclude_if=lambda path: not path)  # catalogue.jsonl, policies.yaml
     feedback: str = ""  # a server's store: `--stage ranker --stage dpo` train a further round on it
     cuts: list[Share] = Field([0.4, 0.6, 0.8], min_length=1)  # of a user's sessions are history
     # Each user is in one of four splits. RID's AUC and the online test use `judge` too.
@@ -203,7 +205,7 @@ class DpoConfig(Section):
     checkpoints: Count = 1  # per round; the best by held-out utility and diversity is kept
 
 
-class SftConfig(Section):  # garm: stages/sft.py
+class SftConfig(Section):  # garm: stages/sft.py; qualeqs: stages/warm_start.py
     max_contexts: CountFromZero = 240  # with a click, to train on; 0: all there are
     unsafe: Share = 0.1  # so many of the contexts that are trained on are to be declined
     distillation: bool = True  # False: all three suggestions of a clicked list are learned
@@ -238,7 +240,7 @@ COMPONENTS = ("format", "length", "language", "diversity", "safety", "log_perple
               "reward", "confidence")
 
 
-class RlConfig(Section):  # garm: stages/rl.py
+class RlConfig(Section):  # garm: stages/rl.py; qualeqs: stages/mine.py
     # RL with these reward models; RFT and DPO on the same rewards. Table 4: gaussian-log_perplexity
     # is RL whose reward lacks that component, however many are named.
     arms: list[Annotated[str, Field(pattern=ARM)]] = Field(
@@ -257,6 +259,22 @@ class RlConfig(Section):  # garm: stages/rl.py
     scale: bool = True  # advantages in standard deviations of their group
     candidates: Count = 50  # RFT: suggestions of a context to choose from
     rft_contexts: Count = 60  # RFT and DPO
+
+
+Ablation = Literal["no_mix", "no_warm_start", "random", "clicked"]
+
+
+class QualityConfig(Section):  # qualeqs: stages/warm_start.py, stages/mine.py
+    cases: str = ""  # good and bad cases that an LLM as judge is shown too: data.QualityCase lines
+    failed_as_zero: bool = False  # the paper's "neutral" 0 where the judge's call failed; else nan
+    mix: NotNegative = 0.5  # rows of general instruction data to a row of the shop's clicks
+    rounds: CountFromZero = 3  # K of Algorithm 1, each of rl.steps batches
+    contexts: CountFromZero = 60  # unclicked ones that a round looks for hard ones among; 0: all
+    share: Share = 0.25  # of these at most are hard
+    floor: NotNegative = 0.0  # disagreement above which a context can be hard
+    # Beside all of it: SFT without general data; RL from the prompted base; rounds whose unclicked
+    # contexts are drawn at random; rounds on clicked contexts alone.
+    ablations: list[Ablation] = []
 
 
 class AbConfig(Section):  # what --reproduce compares, and the simulated online test: world/ab.py
@@ -308,6 +326,7 @@ class Config(Section):
     reward: RewardConfig = RewardConfig()
     fuse: FuseConfig = FuseConfig()
     rl: RlConfig = RlConfig()
+    quality: QualityConfig = QualityConfig()
     eval: EvalConfig = EvalConfig()
     ab: AbConfig = AbConfig()
     serve: ServeConfig = ServeConfig()
@@ -321,6 +340,9 @@ class Config(Section):
             raise ValueError("data.cuts: increasing shares between 0 and 1")
         if abs(data.train + data.valid + data.judge + data.test - 1) > 1e-6:
             raise ValueError("data.train, data.valid, data.judge, data.test: must add to 1")
+        shop = [bool(path) for path in (data.dialogues, data.catalogue, data.policies)]
+        if self.run.method == "qualeqs" and len({*shop}) > 1:
+            raise ValueError("data.dialogues, data.catalogue, data.policies: all three, or none")
         if self.rid.min_keep > self.rid.max_keep:
             raise ValueError("rid.min_keep: at most rid.max_keep")
         if self.ab.searched < self.ab.lists:

@@ -3,6 +3,7 @@
     python eval.py                                     # the same as train.py --stage eval
     python eval.py --reproduce all --seeds 3           # every table of the paper (tables/)
     python eval.py --reproduce garm --seeds 3          # those of From Clicks to Preference
+    python eval.py --reproduce qualeqs --seeds 3       # those of QualEQS
     python eval.py --over runs/a runs/b                # finished runs of several seeds, together
     python eval.py --people users.jsonl                # every method writes for real people
     python eval.py --later users.jsonl eval.max_users=60   # do they ask it later? results/later.md
@@ -18,14 +19,16 @@ from pathlib import Path
 import train
 from config import load_config
 from files import ROOT, script
-from tables import garm, later, people, reproduce, seeds
+from tables import garm, later, people, qualeqs, reproduce, seeds, siblings
+
+SIBLINGS = {paper.name: paper for paper in (garm.PAPER, qualeqs.PAPER)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", help="default: config.py's settings")
     parser.add_argument("--reproduce", nargs="+", metavar="TABLE", help="1 2 3 6 7 8 9 figure3 "
-                        "serving beyond beta, or all; or garm")
+                        "serving beyond beta, or all; or garm; or qualeqs")
     parser.add_argument("--seeds", type=int, help="seeds 0, 1, ... of --reproduce: three; one "
                         "with --quick")
     parser.add_argument("--first-seed", type=int, default=0, help="100 and above: to choose "
@@ -67,9 +70,9 @@ def main() -> None:
         train.run_stages(load_config(arguments.config, arguments.settings), ["eval"])
         return
     count = arguments.seeds or (1 if arguments.quick else 3)  # reported ones begin at 0
-    if named == ["garm"]:  # the sibling paper's, all of them
-        garm.reproduce(
-            count, arguments.config, words, arguments.quick, arguments.first_seed)
+    if len(named) == 1 and named[0] in SIBLINGS:  # all tables of a sibling paper
+        siblings.reproduce(SIBLINGS[named[0]], count, arguments.config, words, arguments.quick,
+                           arguments.first_seed)
         return
     reproduce.reproduce(  # what is no table is refused by name there
         named, count, arguments.config, words, arguments.quick, arguments.first_seed

@@ -44,7 +44,7 @@ class Run:
 
     def __init__(self, config: Config, describe: bool = True):
         """describe: write config.yaml and environment.json; not where a finished run is used."""
-        for name in ("users", "impressions", "dialogues"):
+        for name in ("users", "impressions", "dialogues", "catalogue", "policies"):
             path = getattr(config.data, name)
             if path and not Path(path).is_file():
                 raise UserError(f"data.{name}={path}: no such file")
@@ -55,8 +55,11 @@ class Run:
         if not config.data.users:  # the simulated platform's, written by stage `world`
             self.users_file = self.folder / "world" / "users.jsonl"
             self.impressions_file = self.folder / "world" / "impressions.jsonl"
-        # Of the sibling paper's platform, likewise.
-        self.dialogues_file = config.data.dialogues or self.folder / "world" / "dialogues.jsonl"
+        # Of the sibling papers' platforms, likewise.
+        world = self.folder / "world"
+        self.dialogues_file = config.data.dialogues or world / "dialogues.jsonl"
+        self.catalogue_file = config.data.catalogue or world / "catalogue.jsonl"
+        self.policies_file = config.data.policies or world / "policies.yaml"
         self.shares = [*config.data.cuts, 1.0]  # the last one: everything up to now
 
     def seed(self, *purpose) -> int:
@@ -66,13 +69,16 @@ class Run:
     def adapter(self, name: str) -> Path | None:
         """The folder of a policy's LoRA: "sit", "vanilla", "round2", "last"; "" is the base.
 
-        Of garm: "teacher", "sft"; "gaussian", "bradley_terry" (RL with these), "rft", "dpo".
+        Of garm: "teacher", "sft"; "gaussian", "bradley_terry" (RL with these), "rft", "dpo". Of
+        qualeqs the folder that it was trained in: "sft/mixed", "rl/grpo", "mine/hard1".
         """
         if not name:
             return None
         if self.config.run.method == "garm":
             folder = {"teacher": "sft/teacher", "sft": "sft"}.get(name, f"rl/{name}")
             return self.folder / folder / "adapter"
+        if self.config.run.method == "qualeqs":
+            return self.folder / name / "adapter"
         name = f"round{self.config.dpo.rounds}" if name == "last" else name
         return (self.folder / "sit" if name == "sit" else self.folder / "dpo" / name) / "adapter"
 

@@ -144,7 +144,7 @@ async def _starters(desk: AppDesk) -> None:
 async def _suggestions(desk: AppDesk) -> None:
     if desk.task != "suggestions":
         raise HTTPException(404, "this run writes starters (POST /v1/starters); next queries need "
-                            "a run of run.method=garm")
+                            "a run of run.method=garm or qualeqs")
 
 
 STARTERS, SUGGESTIONS = [Depends(_starters)], [Depends(_suggestions)]
@@ -354,10 +354,10 @@ def main() -> None:
     if not arguments.precompute:  # both before any model is loaded for nothing
         key_for(config, arguments.host)
         sock = bound(arguments.host, arguments.port)
-    if arguments.precompute and config.run.method == "garm":
+    if arguments.precompute and config.run.method != "icebreaker":
         raise UserError("--precompute: next queries follow what is said, and are not written ahead")
     store = Store(config.serve.store or run / "serve.sqlite", config.serve.max_sessions)
-    if config.run.method == "garm":
+    if config.run.method != "icebreaker":
         engine = Suggestions(config)
     else:
         engine = Engine(config)

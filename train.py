@@ -8,9 +8,11 @@
     python train.py --stage ranker --stage dpo data.feedback=FILE  # a round: serving/feedback.py
     torchrun --nproc-per-node=2 train.py --stage dpo   # on two GPUs
     python train.py --config configs/garm.yaml         # a sibling paper: From Clicks to Preference
+    python train.py --config configs/qualeqs.yaml      # the other: QualEQS, for a shop
 
 Stages: world -> base -> summarize -> match -> rid -> ranker -> sit -> dpo -> eval, and merge where
-asked for. Of run.method=garm: world -> base -> dialogues -> sft -> reward -> fuse -> rl -> eval.
+asked for. Of run.method=garm: world -> base -> dialogues -> sft -> reward -> fuse -> rl -> eval;
+of qualeqs: world -> base -> dialogues -> sft -> rl -> mine -> eval.
 The loop of each stands in stages/, in the file of its name. A stage is skipped if its settings and
 inputs have not changed, and runs its predecessors first if they are missing.
 
@@ -43,7 +45,7 @@ from files import UserError, digest, file_digest, gather, processes, script
 from roles.players import Players, players_of
 from run import Run, one_line, sum_counts
 from serving import feedback
-from stages import garm_eval
+from stages import garm_eval, mine, quality_eval
 from stages.dialogues import stage_dialogues
 from stages.dpo import stage_dpo
 from stages.eval import stage_eval
@@ -58,8 +60,9 @@ from stages.sft import stage_sft
 from stages.sit import CORPUS, stage_sit
 from stages.steps import return_memory
 from stages.summarize import stage_summarize
+from stages.warm_start import stage_warm_start
 from tools import doctor, plan
-from world import dialogues, people
+from world import dialogues, people, shop
 
 
 def stage_world(run: Run, players: Players, key: str) -> dict:
@@ -89,6 +92,17 @@ def stage_dialogue_world(run: Run, players: Players, key: str) -> dict:
         dialogues.Dialogues(run.config.dialogues, run.encoder).write(run.folder / "world")
     rows = data.read_dialogues(run.dialogues_file)
     return {"contexts": len(rows), "clicked": sum(bool(row.clicked) for row in rows)}
+
+
+def stage_shop(run: Run, players: Players, key: str) -> dict:
+    """Write the simulated shop and its log, or check the files that the user gave."""
+    if not run.config.data.dialogues:
+        shop.Shop(run.config.shop).write(run.folder / "world")
+    rows, cases = data.read_dialogues(run.dialogues_file), run.config.quality.cases
+    return {"contexts": len(rows), "clicked": sum(bool(row.clicked) for row in rows),
+            "products": len(data.read_catalogue(run.catalogue_file)),
+            "policies": len(data.read_policies(run.policies_file)),
+            "cases": len(data.read_quality_cases(cases)) if cases else 0}
 
 
 @dataclass(frozen=True)
@@ -125,7 +139,18 @@ GARM = {  # From Clicks to Preference: garm.py, docs/garm.md
     "rl": Stage(stage_rl, ("fuse",), ("rl", "sft", "dpo", "roles.judge")),
     "eval": Stage(garm_eval.stage_eval, ("rl",), ("eval",)),
 }
-METHODS = {"icebreaker": STAGES, "garm": GARM}  # run.method: the paper, and its stages in order
+QUALEQS = {  # Quality Over Clicks: qualeqs.py, docs/qualeqs.md
+    "world": Stage(stage_shop, (), ("shop", "data"), alone=True),
+    "base": GARM["base"], "dialogues": GARM["dialogues"],
+    "sft": Stage(stage_warm_start, ("dialogues",),
+                 ("generator", "sft", "quality.mix", "quality.ablations")),
+    "rl": Stage(mine.stage_rl, ("sft",), (
+        "rl", "roles.judge", "quality.cases", "quality.failed_as_zero", "quality.ablations")),
+    "mine": Stage(mine.stage_mine, ("rl",), ("quality",)),
+    "eval": Stage(quality_eval.stage_eval, ("mine",), ("eval",)),
+}
+# run.method: the paper, and its stages in order
+METHODS = {"icebreaker": STAGES, "garm": GARM, "qualeqs": QUALEQS}
 ONLY_IF_ASKED = ("merge",)  # not run where nothing else is asked for
 # Settings that say how, or where, the same is computed; or that concern feedback rounds alone.
 HOW = (
@@ -134,7 +159,8 @@ HOW = (
     "dpo.pairs_per_user",
 )
 # A round of DPO is the same whatever follows it; a reward model or an arm, whatever is beside it.
-ROUNDS = ("dpo.rounds", "dpo.vanilla", "reward.kinds", "rl.arms")
+ROUNDS = ("dpo.rounds", "dpo.vanilla", "reward.kinds", "rl.arms", "quality.rounds",
+          "quality.ablations")
 
 
 def stage_key(run: Run, name: str, *without: str) -> str:
@@ -146,8 +172,12 @@ def stage_key(run: Run, name: str, *without: str) -> str:
     stage, files, method = METHODS[run.config.run.method][name], [], run.config.run.method
     if name == "world" and method == "icebreaker" and run.config.data.users:
         files = [file_digest(f) for f in (run.users_file, run.impressions_file) if f]
-    if name == "world" and method == "garm" and run.config.data.dialogues:
-        files = [file_digest(run.dialogues_file)]
+    if name == "world" and method != "icebreaker" and run.config.data.dialogues:
+        files = [run.dialogues_file]
+        files += [run.catalogue_file, run.policies_file] * (method == "qualeqs")
+        files = [file_digest(file) for file in files]
+    if name == "rl" and method == "qualeqs" and run.config.quality.cases:
+        files = [file_digest(run.config.quality.cases)]
     if name == "base" and run.config.generator.model == TINY:  # which ships, and may be made anew
         files = [file_digest(Path(llm.model_path(run.config.generator)) / "model.safetensors")]
     if name == "sit" and run.config.sit.corpus_rows:

@@ -43,7 +43,12 @@ WORK = {SMOL: (128, [48] * 4), "1+3": (384, [64, 60, 68, 64]), "1+1": (128, [64,
 
 
 def policy(name: str = "1+3"):
-    model = llm.add_lora(smollm2() if name == SMOL else qwen(), rank=16, alpha=32, seed=0)
+    return with_lora(smollm2() if name == SMOL else qwen())
+
+
+def with_lora(base):
+    """LoRA on all linear layers that has moved away from the base, as after some training."""
+    model = llm.add_lora(base, rank=16, alpha=32, seed=0)
     for name, p in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.02)

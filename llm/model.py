@@ -173,8 +173,12 @@ def save_adapter(model, folder: str | Path) -> None:
         model.save_pretrained(temporary, safe_serialization=True)
 
 
-def adapter_weights(model, folder: str | Path) -> dict[str, torch.Tensor]:
-    """The LoRA weights of a saved adapter, by their names in a model with one of the same shape."""
+def adapter_weights(model, folder: str | Path | None = None) -> dict[str, torch.Tensor]:
+    """The LoRA weights of a saved adapter, by their names in a model with one of the same shape;
+    of no folder a copy of the model's own as they are now."""
+    if folder is None:
+        return {name: weight.detach().clone()
+                for name, weight in model.named_parameters() if "lora_" in name}
     stored = read_tensors(Path(folder) / "adapter_model.safetensors")
     # PEFT leaves the adapter's own name out of a file.
     return {name: stored[name.replace(".default.", ".")].to(weight.device)

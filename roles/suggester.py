@@ -1,4 +1,5 @@
-"""A conversation in, three next queries out: prompts, answers and rollouts of paper 003's policies.
+"""A conversation in, three next queries out: prompts, answers and rollouts of the siblings'
+policies.
 
     suggester = Suggester(writer)
     [[answer]] = suggester.write(run.adapter("sft"), [dialogue.turns], n=1, seed=0)
@@ -36,8 +37,9 @@ TASKS = {
 class Suggester:
     """Conversations as token ids, and what a model writes after them."""
 
-    def __init__(self, writer: Writer):
-        self.writer, self.config = writer, writer.config
+    def __init__(self, writer: Writer, task: str = "three"):
+        """task: of TASKS, what a policy is asked for where nothing else is said."""
+        self.writer, self.config, self.task = writer, writer.config, task
 
     @property
     def tokenizer(self):
@@ -46,14 +48,14 @@ class Suggester:
     def policy(self, adapter: Path | None, trainable: bool = False):
         return self.writer.policy(adapter, trainable)
 
-    def prompt(self, turns: Sequence[Turn], task: str = "three") -> Ids:
+    def prompt(self, turns: Sequence[Turn], task: str = "") -> Ids:
         """Tokens that a model continues; of a long conversation the latest turns."""
         return self.prompt_and_cut(turns, task)[0]
 
-    def prompt_and_cut(self, turns: Sequence[Turn], task: str = "three") -> tuple[Ids, int]:
+    def prompt_and_cut(self, turns: Sequence[Turn], task: str = "") -> tuple[Ids, int]:
         """The prompt, and how many turns were left out of it or shortened."""
         texts = read_yaml("prompts.yaml")
-        begin, end = (texts[name] if name else "" for name in TASKS[task])
+        begin, end = (texts[name] if name else "" for name in TASKS[task or self.task])
         # Every task is shown as much of a conversation as "three" is.
         frame = llm.user_turn(self.tokenizer, texts["suggest_three"])
         room = self.config.generator.max_prompt_tokens - sum(map(len, frame))
@@ -64,13 +66,13 @@ class Suggester:
         return llm.encode_text(self.tokenizer, answer) + [self.tokenizer.eos_token_id]
 
     def encoded(
-        self, turns: Sequence[Turn], answers: Sequence[str], task: str = "three"
+        self, turns: Sequence[Turn], answers: Sequence[str], task: str = ""
     ) -> tuple[Ids, list[Ids]]:
         """(prompt ids, [ids of each answer]): a row of training."""
         return self.prompt(turns, task), [self.completion(answer) for answer in answers]
 
     def rollouts(
-        self, model, contexts: Sequence[Sequence[Turn]], n: int, seed: int, task: str = "three",
+        self, model, contexts: Sequence[Sequence[Turn]], n: int, seed: int, task: str = "",
         **how,
     ) -> list[list[Ids]]:
         """Token ids of n answers to each context, each with its end token if it wrote one.
@@ -98,7 +100,7 @@ class Suggester:
         self, adapter: Path | None, contexts: Sequence[Sequence[Turn]], n: int, seed: int
     ) -> list[list[str]]:
         """n answers to each context by a saved adapter (None: the prompted base), as text."""
-        task = "three" if adapter else "prompted"
+        task = "" if adapter else "prompted"
         return self.texts(self.rollouts(self.policy(adapter), contexts, n, seed, task))
 
 

@@ -62,7 +62,7 @@ class ShownSuggestion(BaseModel):
     text: str
     reward: float  # of the reward model
     uncertainty: float  # one standard deviation of it; the order is by reward - uncertainty
-    source: Literal["policy"]
+    source: str  # "policy"; of a shop the product or policy that answers it
 
 
 class SuggestionsReply(BaseModel):

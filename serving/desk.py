@@ -72,7 +72,7 @@ class Desk:
         self.settings, self.engine, self.store = config.serve, engine, store
         self.list_size, self.metrics = config.generator.list_size, make_metrics()
         # What the run is for: the routes of the other task answer 404.
-        self.task = "suggestions" if config.run.method == "garm" else "starters"
+        self.task = "starters" if config.run.method == "icebreaker" else "suggestions"
         self.room = config.generator.max_prompt_tokens  # of a conversation
         arms = config.serve.arms if self.task == "starters" else engine.methods
         self.arms = dict.fromkeys(arms, 1.0)  # method -> share, all alike
@@ -167,7 +167,7 @@ class Desk:
 
     def _is_forgotten(self, job: Job) -> bool:  # by this server, or by another one of the store
         user_id = job.ask.user.user_id
-        job.forgotten = job.forgotten or self.store.may_be_deleted(user_id, job.deletions)
+        job.forgotten = job.forgotten or self.store.was_deleted(user_id, job.deletions)
         return job.forgotten
 
     def _row(self, answer: Answer, job: Job) -> dict:

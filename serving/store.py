@@ -123,6 +123,8 @@ class Store:  # any thread may call any method; raises what Database raises
                     db.execute("INSERT OR IGNORE INTO meta VALUES ('unwiped', 1)")
                 db.execute("INSERT INTO meta VALUES ('deletions', 1) "
                            "ON CONFLICT DO UPDATE SET value = value + 1")
+                db.execute("INSERT OR REPLACE INTO meta SELECT ?, value FROM meta "
+                           "WHERE key='deletions'", (self._last_deletion(user_id),))
             self.db.wipe()  # if it fails: by the next deletion, or the next start
         return removed
 
@@ -131,14 +133,13 @@ class Store:  # any thread may call any method; raises what Database raises
         rows = self.db.rows("SELECT value FROM meta WHERE key='deletions'")
         return rows[0][0] if rows else 0
 
-    def may_be_deleted(self, user_id: str, since: int) -> bool:
-        """Whether the user may have been deleted after there were `since` deletions."""
-        if self.deletions() == since:
-            return False
-        # Somebody was: the user, who is unknown now or has come back, or another.
-        known = self.db.rows("SELECT 1 FROM users WHERE user_id=?", user_id)
-        return not known or bool(
-            self.db.rows("SELECT 1 FROM deleted WHERE mark=?", self._mark(user_id)))
+    def was_deleted(self, user_id: str, since: int) -> bool:
+        """Whether the user was deleted after there were `since` deletions, whoever else was."""
+        query = "SELECT 1 FROM meta WHERE key=? AND value>?"
+        return bool(self.db.rows(query, self._last_deletion(user_id), since))
+
+    def _last_deletion(self, user_id: str) -> str:  # key of the number of a user's last deletion
+        return f"deletion {self._mark(user_id).hex()}"
 
     def _mark(self, user_id: str) -> bytes:  # tells a deleted user again, and nobody else who
         return self.db.mac(b"deleted" + user_id.encode())

@@ -1,4 +1,4 @@
-"""The path of a request inside a conversation: turns in, next queries out (paper 003).
+"""The path of a request inside a conversation: turns in, next queries out (papers 003 and 001).
 
     engine = Suggestions(load_config("runs/garm/config.yaml"))
     (answer,) = engine.write([Ask(user, n=3, turns=turns)])
@@ -6,7 +6,8 @@
 Prompt -> policy (`serve.candidates` answers sampled) -> parser -> filters -> reward model. Of the
 suggestions of all answers the n with the highest mu - sigma are shown, best first: a reward that
 the model is not sure of counts for less by one standard deviation. Where half of the answers or
-more are the word Unsafe, the conversation is declined.
+more are the word Unsafe, the conversation is declined. In a run of QualEQS the judge by rule stands
+in place of the reward model: only what catalogue or policies answer is shown, and what answers it.
 
 It stands where engine.py does in a run of IceBreaker, behind the same queue. Nothing of a
 conversation stays in memory.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,11 +29,13 @@ import garm
 import llm
 from config import Config
 from files import UserError, digest, file_digest
+from roles.quality import Rules
 from roles.suggester import Suggester, read_kindly
 from roles.writer import Writer
 from run import Run
 from serving.engine import Ask, fit_to_show, in_a_loop
-from stages.reward import load_reward
+from stages.mine import FIRST, WARM
+from stages.reward import RewardModel, load_reward
 
 POLICIES = ("gaussian", "bradley_terry", "dpo", "rft")  # of stage rl; the first that is there
 REWARDS = ("gaussian", "purm", "bradley_terry")  # likewise; the last one's sigma is 0
@@ -47,7 +51,7 @@ class Suggestion:
     text: str
     reward: float  # mu
     uncertainty: float  # sigma, in the unit of the reward
-    source: str  # "policy"
+    source: str  # "policy"; of a shop the product or policy that answers it
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Suggested:  # of a conversation what serving/engine.py's Answer is of a hi
 
 
 class Suggestions:
-    """Policy and reward model of a run, on one base. `write` is for one thread.
+    """Policy and reward model, or judge, of a run, on one base. `write` is for one thread.
 
     Raises UserError if the run lacks a stage.
     """
@@ -73,18 +77,22 @@ class Suggestions:
         self.config, run = config, Run(config, describe=False)
         folder, wanted = run.folder, config.reward.kinds
         kinds = [kind for kind in REWARDS if kind in wanted and folder.has_run(f"reward/{kind}")]
-        # An arm that is no longer asked for may be of other settings.
-        arms = [f"rl/{arm}" for arm in POLICIES if arm in config.rl.arms]
-        trained = [*filter(folder.has_run, [*arms, "sft"])]
-        if not trained or not kinds:
+        trained = [*filter(folder.has_run, policies(config))]
+        in_shop = config.run.method == "qualeqs"
+        if not trained or not (kinds or in_shop):
             raise UserError(f"{folder.path}: stage {'reward' if trained else 'sft'} has not run; "
                             f"python train.py --config {folder.path}/config.yaml first")
-        method = trained[0].removeprefix("rl/")
-        self.methods, adapter = (method,), run.adapter(method)
+        method, adapter = trained[0].rpartition("/")[2], folder / trained[0] / "adapter"
+        self.methods = (method,)
         self.writer = Writer(config, answers=Path(":memory:"))
         self.suggester = Suggester(self.writer)
         self.model = self.suggester.policy(adapter)
-        self.reward = load_reward(run, self.suggester, kinds[0], self.model)
+        if in_shop:
+            self.rate = partial(by_shop, Rules(data.read_catalogue(run.catalogue_file),
+                                               data.read_policies(run.policies_file)))
+        else:
+            self.rate = partial(
+                by_reward, load_reward(run, self.suggester, kinds[0], self.model))
         self.version = f"{method}-{file_digest(adapter / 'adapter_model.safetensors')[:8]}"
         # What loads or compiles at the first use, does so now.
         warm = data.Turn(role="user", content="warming up")
@@ -121,10 +129,8 @@ class Suggestions:
         declined = [2 * sum(map(is_declined, answers)) >= n for answers in texts]
         pools = [[] if declined[i] or gone(i) else fit_suggestions(ask, texts[i])
                  for i, ask in enumerate(asks)]
-        scores = self.reward.score([ask.turns for ask in asks], pools)
         result = []
-        for i, (ask, pool, mu, sigma) in enumerate(zip(asks, pools, *scores, strict=True)):
-            rated = map(Suggestion, pool, mu.tolist(), sigma.tolist(), ["policy"] * len(pool))
+        for i, (ask, rated) in enumerate(zip(asks, self.rate(asks, pools), strict=True)):
             best = sorted(rated, key=lambda s: s.uncertainty - s.reward)[: ask.n]
             left = gone(i)
             if ask.emit and not left:
@@ -140,6 +146,33 @@ class Suggestions:
         tokens[:] = [a + b for a, b in zip(tokens, alive, strict=True)]
         left = torch.tensor([*map(gone, range(len(ids)))], device=ids.device)  # (B,)
         return left[:, None] | in_a_loop(ids)
+
+
+def policies(config: Config) -> list[str]:
+    """Folders of the policies that a run may have trained, the one to be served first."""
+    if config.run.method == "qualeqs":
+        return [*(f"mine/hard{i}" for i in range(config.quality.rounds, 0, -1)), FIRST, WARM]
+    # An arm that is no longer asked for may be of other settings.
+    return [*(f"rl/{arm}" for arm in POLICIES if arm in config.rl.arms), "sft"]
+
+
+def by_reward(
+    reward: RewardModel, asks: list[Ask], pools: list[list[str]]
+) -> list[list[Suggestion]]:
+    """Each ask's suggestions with the reward model's mu and sigma."""
+    scores = reward.score([ask.turns for ask in asks], pools)
+    return [[*map(Suggestion, pool, mu.tolist(), sigma.tolist(), ["policy"] * len(pool))]
+            for pool, mu, sigma in zip(pools, *scores, strict=True)]
+
+
+def by_shop(judge: Rules, asks: list[Ask], pools: list[list[str]]) -> list[list[Suggestion]]:
+    """Of each ask's suggestions those that the shop can answer, are true and lead on."""
+    # An answer of no is what people who tap complain of: what no rule knows is left out too.
+    rows = [(data.Dialogue.model_construct(turns=ask.turns), pool)
+            for ask, pool in zip(asks, pools, strict=True)]
+    return [[Suggestion(text, 1.0, 0.0, verdict.source)
+             for text, verdict in zip(pool, verdicts, strict=True) if verdict.reward == 1]
+            for (_, pool), verdicts in zip(rows, judge.quality(rows), strict=True)]
 
 
 def is_declined(answer: str) -> bool:

@@ -34,6 +34,8 @@ SIZE = 8  # contexts that the reference reads together
 class Composite:
     """Components of answers, by the rules, a reference's log-probabilities and these players."""
 
+    components = COMPONENTS
+
     def __init__(self, players: Players, suggester: Suggester, reward: RewardModel):
         """players: who judges is theirs; reward: "gaussian" or "bradley_terry", on any model with
         LoRA, whose weights it swaps for its own while it scores."""

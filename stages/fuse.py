@@ -32,7 +32,7 @@ from run import Run, one_line
 from stages.composite import SIZE, Composite
 from stages.dialogues import Context, chosen, clicked_list, read_contexts
 from stages.reward import load_reward, pairs_of
-from stages.rl import grpo
+from stages.rl import batches, grpo
 
 
 def stage_fuse(run: Run, players: Players, key: str) -> dict:
@@ -71,7 +71,8 @@ def fuse_kind(run: Run, players: Players, kind: str) -> dict:
         # Each probe from SFT's policy, on the same contexts, with the same draws.
         start = llm.adapter_weights(model, run.adapter("sft"))
         with llm.other_adapter(model, start):
-            log = grpo(run, suggester, model, composite, weights, settings.probe_steps,
+            contexts = batches(run, settings.probe_steps)
+            log = grpo(run, suggester, model, composite, weights, contexts,
                        f"probe {number + 1} {kind}")
         trends = component_trends(log)  # (J,)
         weights, settled = garm.pareto_adjust(weights, initial, trends)

@@ -59,7 +59,7 @@ def write_answers(
     adapters: dict[str, Path | None],
 ) -> dict[str, list[list[str]]]:
     """n answers of each policy to each context; equal policies give equal answers."""
-    turns = [context.turns for context in contexts]
+    turns = [context.turns for context in contexts]  # all that a policy is told
     # The same draws for every policy: what differs is the policy.
     return {name: suggester.write(adapter, turns, n, run.seed("eval"))
             for name, adapter in progress(adapters.items(), "write suggestions")}
@@ -72,7 +72,7 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
     # One judge for all: the first reward model that scores a suggestion alone.
     kinds = [k for k in run.config.reward.kinds if k in ("gaussian", "bradley_terry")]
     reward = load_reward(run, suggester, kinds[0]) if kinds else None
-    turns, table = [c.turns for c in contexts], {}
+    turns, table = [c.turns for c in contexts], {}  # name -> figures
     for name, written in answers.items():
         # One answer of each, as a user would be shown.
         first = [some[0] for some in written]
@@ -83,20 +83,26 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
         if reward:
             scores = [mu.mean().item() for mu in reward.score(turns, lists)[0] if len(mu)]
             table[name]["reward"] = float(np.mean(scores)) if scores else None
-    # For readers, and for whoever judges the same answers otherwise.
+    # The reward last: some of the policies were trained on this very model.
+    columns = ["Method", "Format", "Safety", "Reward (trained on)"]
+    write_answers_and_table(run, contexts, answers, markdown_table(
+        columns, [[name, *map(shown, row.values())] for name, row in table.items()]))
+    return {"contexts": len(contexts), "unsafe": sum(c.unsafe for c in contexts)}
+
+
+def write_answers_and_table(
+    run: Run, contexts: Sequence[Context], answers: dict[str, list[list[str]]], page: str
+) -> None:
+    """eval/answers.jsonl, for readers and whoever judges the same answers otherwise; eval/table.md,
+    printed at the end of a run (train.run_stages)."""
     rows = [{"dialogue_id": c.dialogue.dialogue_id,
              "answers": {name: answers[name][i] for name in answers}}
             for i, c in enumerate(contexts)]
-    with atomic_path(run.folder / "eval" / "answers.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
-                             encoding="utf-8")
-    # Printed at the end of a run (train.run_stages).
-    columns = ["Method", "Format", "Safety", "Reward (trained on)"]
-    page = markdown_table(columns, [[name, *map(shown, row.values())]
-                                    for name, row in table.items()])
-    with atomic_path(run.folder / "eval" / "table.md") as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return {"contexts": len(contexts), "unsafe": sum(c.unsafe for c in contexts)}
+    # One line a context: whoever compares policies reads them side by side.
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    for name, text in (("answers.jsonl", lines), ("table.md", page)):
+        with atomic_path(run.folder / "eval" / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def figures_of(contexts: Sequence[Context], answers: list[str]) -> dict[str, float | None]:

@@ -22,6 +22,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -64,9 +65,15 @@ def train_grpo(run: Run, players: Players, suggester: Suggester, arm: str) -> di
     composite = Composite(players, suggester, load_reward(run, suggester, kind, model))
     weights = fused_weights(run, kind, without)
     # A line a step: what each component does, as it is and weighted.
-    log = grpo(run, suggester, model, composite, weights, run.config.rl.steps, arm)
-    llm.save_adapter(model, run.adapter(arm))
-    with atomic_path(run.folder / "rl" / arm / "steps.jsonl") as temporary:
+    contexts = batches(run, run.config.rl.steps)
+    log = grpo(run, suggester, model, composite, weights, contexts, arm)
+    return save_policy(run.adapter(arm), model, log)
+
+
+def save_policy(adapter: Path, model, log: list[dict]) -> dict:
+    """Write the adapter and, beside it, steps.jsonl; figures of its training."""
+    llm.save_adapter(model, adapter)
+    with atomic_path(adapter.with_name("steps.jsonl")) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
     return {
         "first_reward": log[0]["reward"], "last_reward": log[-1]["reward"],
@@ -85,16 +92,22 @@ def fused_weights(run: Run, kind: str, without: Sequence[str] = ()) -> Tensor:
 
 
 def grpo(
-    run: Run, suggester: Suggester, model, composite: Composite, weights: Tensor, steps: int,
-    label: str,
+    run: Run, suggester: Suggester, model, composite: Composite, weights: Tensor,
+    drawn: list[list[Context]], label: str, first: int = 0,
 ) -> list[dict]:
-    """`steps` batches of GRPO, in place; a line of figures for each."""
+    """GRPO on batches of contexts, in place; a line of figures for each.
+
+    The reference is the policy as it comes. composite: a Composite, or a Quality (quality.py);
+    first: steps that went before, so that no two draw alike.
+    """
     settings, log = run.config.rl, []
-    reference = llm.adapter_weights(model, run.adapter("sft"))
-    optimiser, schedule = new_optimiser(model, settings.learning_rate, steps * settings.updates)
+    # A copy: the weights that are trained are the model's own.
+    reference = llm.adapter_weights(model)
+    optimiser, schedule = new_optimiser(
+        model, settings.learning_rate, len(drawn) * settings.updates)
     policy = llm.averaged_gradients(model, llm.token_logps)
-    for contexts in (bar := progress(batches(run, steps), f"rl {label}")):
-        number = len(log) + 1
+    for contexts in (bar := progress(drawn, f"rl {label}")):
+        number = first + len(log) + 1
         turns = [context.turns for context in contexts]
         rollouts = suggester.rollouts(  # [B][G] token ids
             model, turns, settings.group, run.seed("rl", number), temperature=settings.temperature)
@@ -102,7 +115,8 @@ def grpo(
         batch = Batch([suggester.prompt(t) for t in turns], rollouts)
         with torch.no_grad(), llm.other_adapter(model, reference):
             batch.ref_logps, batch.mask = llm.token_logps(model, batch.prompts, rollouts)  # (R, T)
-        parts = composite(contexts, suggester.texts(rollouts), batch.ref_logps, batch.mask)
+        names, texts = composite.components, suggester.texts(rollouts)
+        parts = composite(contexts, texts, batch.ref_logps, batch.mask)
         rewards, valid = garm.composite_reward(parts, weights)  # (R, J) -> (R,), (R,)
         shape = len(contexts), settings.group
         batch.valid = valid.view(shape)
@@ -118,8 +132,8 @@ def grpo(
         log.append({
             "step": number, "reward": mean(rewards[valid]), **figures, "learning_rate": rate,
             "skipped_groups": len(contexts) - len(groups), "invalid": int((~valid).sum()),
-            "tokens": mean(batch.mask.sum(1)), "weighted": by_name(parts[valid] * weights),
-            "components": by_context(parts[valid], unsafe[valid])})
+            "tokens": mean(batch.mask.sum(1)), "weighted": by_name(names, parts[valid] * weights),
+            "components": by_context(names, parts[valid], unsafe[valid])})
         run.folder.log("rl", arm=label, **log[-1])
         bar.set(reward=log[-1]["reward"])
     return log
@@ -205,19 +219,21 @@ def mean(values: Tensor) -> float:
     return values.float().mean().item() if values.numel() else 0.0
 
 
-def by_name(parts: Tensor) -> dict[str, float]:
+def by_name(names: Sequence[str], parts: Tensor) -> dict[str, float]:
     """Mean of each component over rollouts (R, J)."""
-    return {name: mean(parts[:, j]) for j, name in enumerate(COMPONENTS)}
+    return {name: mean(parts[:, j]) for j, name in enumerate(names)}
 
 
-def by_context(parts: Tensor, unsafe: Tensor) -> dict[str, float | None]:
+def by_context(
+    names: Sequence[str], parts: Tensor, unsafe: Tensor
+) -> dict[str, float | None]:
     """The same over the rollouts that a component is about, unsafe (R,) bool; None of none.
 
     Safety is about those of unsafe contexts, the others about those of safe ones: a mean over both
     would tell how many of either have come.
     """
-    sides = {side: by_name(parts[unsafe == side]) for side in set(unsafe.tolist())}
-    return {name: sides.get(name == "safety", {}).get(name) for name in COMPONENTS}
+    sides = {side: by_name(names, parts[unsafe == side]) for side in set(unsafe.tolist())}
+    return {name: sides.get(name == "safety", {}).get(name) for name in names}
 
 
 # ------------------------------------------------------------------------------------ RFT and DPO

@@ -1,12 +1,10 @@
 """The tables, figures and claims of From Clicks to Preference (paper 003), over seeds.
 
     python eval.py --reproduce garm --seeds 3              # results/garm.md and its two pictures
-    python eval.py --reproduce garm --quick                # small, into runs/quick/report
-    python eval.py --reproduce garm --seeds 1 --first-seed 100 rl.beta=0.1    # to choose a setting
     python -m tables.garm results/values/garm-*.json       # the page again, no run needed
 
 Tables 1 to 4, Figures 4 and 6, appendix I. A seed's main run is trained once; what Tables 2 and 3
-add (garm.yaml: variants) starts as a copy of it. Everything goes on where it was stopped.
+add (garm.yaml: variants) starts as a copy of it (siblings.py).
 
 Departures: no RL with the paired model, which scores no suggestion alone, and no Skywork reward.
 The judge is the offline rule unless roles.judge names an LLM; hidden usefulness stands beside it.
@@ -16,54 +14,22 @@ Legend: S seeds, B contexts of one seed.
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import garm
-from files import ROOT, UserError, read_json, script
+from files import script
 from stages.metrics import markdown_table, write_pages
-from tables import experiments, figures
+from tables import experiments, figures, siblings
 from tables.claims import Seeds, claims_page, counted, judged, per_seed, pooled_interval
-from tables.experiments import MAIN
-from tables.garm_values import measure_seed, train_run, variants
-from tables.measure import report_folder
+from tables.garm_values import measure_seed, train_run
 from tables.report import in_all
-from tables.reproduce import measured, seed_config
 from tables.seeds import summary
-
-CONFIG = ROOT / "configs" / "garm.yaml"
-
-
-def reproduce(
-    seeds: int, path: str | None, words: list[str], quick: bool, first: int = 0
-) -> None:
-    """Train what is missing, measure, and write the report."""
-    texts, path = experiments.read("garm"), path or str(CONFIG)
-    whole = seeds >= 3 and not (first or words or quick) and Path(path).resolve() == CONFIG
-    words = [*texts["quick" if quick else "size"], *words]  # the user's come last, and win
-    changes = {MAIN: (), **({} if quick else {v: x.settings for v, x in variants().items()})}
-    runs = {number: {v: seed_config(words, path, number, v, changes[v], world="dialogues")
-                     for v in changes}
-            for number in range(first, first + seeds)}
-    config = runs[first][MAIN]
-    if config.run.method != "garm" or config.data.dialogues:
-        raise UserError("--reproduce garm: needs run.method=garm, and what only the simulated "
-                        "world can tell: no data.dialogues")
-    values, about = measured(runs, train_run, measure_seed)
-    out = report_folder(config).parent.parent / ("quick" if quick else "partial") / "report"
-    out = ROOT / "results" if whole else out
-    # Files of thousands of values: five digits are more than they bear.
-    values = json.loads(json.dumps(values), parse_float=lambda text: round(float(text), 5))
-    files = {f"garm-{number}.json": {"about": about, **one}
-             for number, one in zip(runs, values, strict=True)}
-    write_pages(out / "values", {  # without spaces: a seed has thousands of values
-        name: json.dumps(one, separators=(",", ":")) for name, one in files.items()})
-    write(values, about, out)
+from tables.siblings import Paper, again, origin
 
 
 def write(seeds: Seeds, about: dict, out: Path) -> None:
@@ -85,16 +51,10 @@ def report(seeds: Seeds, about: dict, claims: list[dict]) -> str:
         parts += [f"## {table['title']}\n", show(seeds, table), *below.get(number, [])]
     parts += ["## Figure 4: accuracy by quarters of the confidence\n", confidence_table(seeds),
              "## Figure 6: the closed form and Monte-Carlo draws\n", closed_form_table()]
-    minutes = ", ".join(f"{x['minutes']:.0f} ({x['commit']})" for x in about["starts"])
-    hours = sum(x["core_hours"] for x in about["starts"])
-    note = (f"`{about['command']}`: seeds {about['seeds']}, commit {about['commit']}, config "
-            f"{about['config']}. Minutes of its starts: {minutes}; {hours:.1f} core hours on "
-            f"{about['processors']} processors.")
-    files = " ".join(f"results/values/garm-{number}.json" for number in about["seeds"])
     first = seeds[0]["values"]
     contexts = len(first["what was shown"]["score"]) if "what was shown" in first else 0
     return texts["page"].format(
-        note=note, files=files, tables="\n".join(parts), contexts=contexts,
+        **origin(PAPER, about), tables="\n".join(parts), contexts=contexts,
         phrasings=phrasing_table(seeds), observations=observation_table(seeds),
         counted=counted(claims), claims=claims_page(claims, "", "garm_claims"))
 
@@ -270,13 +230,9 @@ def pictures(seeds: Seeds, out: Path) -> None:
                   "Figure 6: p(preferred > rejected) by the closed form and by draws")
 
 
-def main(paths: Sequence[str]) -> None:
-    if not paths:
-        raise UserError("python -m tables.garm FILE ...: values/garm-*.json of a reproduction")
-    seeds = [read_json(path) for path in paths]
-    if any({"about", "values", "pairs", "calibration"} - one.keys() for one in seeds):
-        raise UserError("these are no values of --reproduce garm")
-    write(seeds, seeds[0]["about"], Path(paths[0]).resolve().parent.parent)
+PAPER = Paper("garm", "dialogues", train_run, measure_seed, write,
+              ("values", "pairs", "calibration"))
+reproduce, main = partial(siblings.reproduce, PAPER), partial(again, PAPER)
 
 
 if __name__ == "__main__":

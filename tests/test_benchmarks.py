@@ -1,5 +1,6 @@
 """The comparisons compare the same work; `python -m benchmarks` measures it."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from sentence_transformers import SentenceTransformer
 import benchmarks.__main__
 import benchmarks.plan
 import icebreaker as ib
-from benchmarks import common, list_search
+import llm
+from benchmarks import common, grpo, list_search
 from benchmarks.contrastive import embed
 from files import ROOT
 from llm.encoder import packaged_minilm
@@ -50,6 +52,23 @@ def test_embed_reads_each_text_once_and_recomputation_changes_no_gradient():
         assert len(read) == (6 if recompute else 3)
         slopes.append(weight.grad.clone())
     assert torch.allclose(*slopes, rtol=1e-4, atol=1e-7)
+
+
+def test_steps_of_grpo_and_of_the_reward_model_are_one_with_their_peers():
+    """Loss and gradient (benchmarks.common.same_step), of lists of unequal length."""
+    model = grpo.policy(llm.load_generator(str(ROOT / "weights" / "tiny")))
+    work = grpo.work(20, [6, 3, 6, 2], 2048)
+    weights = [p.clone() for p in model.parameters()]
+    steps, _ = grpo.checked(model, work, "ours", "trl", "compact")
+    assert steps["ours"]() == pytest.approx(steps["trl"](), abs=1e-4) != 0
+    steps, _ = grpo.checked(model, work, "ours again", "trl again")
+    steps["ours again"]()
+    grpo.checked(model, grpo.work(20, [3, 5, 4], 2048), "tree", "padded")
+    kept = [p for name, p in model.named_parameters() if ".ref." not in name]
+    assert all(map(torch.equal, weights, kept))  # or the sides would not do the same work
+    other = dataclasses.replace(work, rewards=work.rewards[::-1])
+    with pytest.raises(AssertionError, match="not the same work"):
+        common.same_step(grpo.our_step(model, work), grpo.our_step(model, other), model, model)
 
 
 def test_candidates_take_turns_and_the_first_turn_is_not_measured():

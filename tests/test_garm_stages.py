@@ -55,7 +55,7 @@ class Words:
         pass
 
 
-def scripted(self, model, contexts, n, seed, task="three", **how):
+def scripted(self, model, contexts, n, seed, task="", **how):
     """In place of a policy that can write: answers by the seed, some malformed or declining."""
     result = []
     for place in range(len(contexts)):
@@ -63,7 +63,7 @@ def scripted(self, model, contexts, n, seed, task="three", **how):
         for _ in range(n):
             texts = [f"{rng.choice(['Draw', 'Show', 'Find'])} {subject} {rng.choice(VERBS)}"
                      for subject in rng.sample(SUBJECTS, 3)]
-            text = garm.format_answer(texts) if task == "three" else texts[0]
+            text = garm.format_answer(texts) if task in ("", "three") else texts[0]
             answers.append(self.completion(rng.choice([text] * 4 + ["no list", garm.UNSAFE])))
         result.append(answers)
     return result
@@ -407,7 +407,7 @@ def test_later_updates_of_a_batch_keep_the_sampling_policy(whole, model_folder, 
 
     monkeypatch.setattr(garm, "grpo_loss", watched)
     weights = torch.ones(len(COMPONENTS))
-    log = rl.grpo(run, suggester, model, composite, weights, 1, "test")
+    log = rl.grpo(run, suggester, model, composite, weights, rl.batches(run, 1), "test")
     parts = len(ratios) // 3
     assert max(ratios[:parts]) == 0 and min(ratios[parts:]) > 0 and log[0]["kl"] > 0
 
@@ -419,7 +419,8 @@ def test_groups_without_variance_cost_no_step_and_are_counted(whole, model_folde
     model = suggester.policy(run.adapter("sft"), trainable=True)
     before = [w.clone() for w in model.parameters()]
     composite = Composite(players, suggester, load_reward(run, suggester, "gaussian", model))
-    log = rl.grpo(run, suggester, model, composite, torch.ones(len(COMPONENTS)), 2, "test")
+    log = rl.grpo(run, suggester, model, composite, torch.ones(len(COMPONENTS)),
+                  rl.batches(run, 2), "test")
     assert [line["skipped_groups"] for line in log] == [2, 2]
     assert all(map(torch.equal, model.parameters(), before))
 
@@ -435,7 +436,8 @@ def test_a_judge_that_fails_is_counted_and_nothing_is_lost(whole, model_folder, 
     monkeypatch.setattr(Rules, "qualify", qualify)
     model = suggester.policy(run.adapter("sft"), trainable=True)
     composite = Composite(players, suggester, load_reward(run, suggester, "gaussian", model))
-    log = rl.grpo(run, suggester, model, composite, torch.ones(len(COMPONENTS)), 2, "test")
+    log = rl.grpo(run, suggester, model, composite, torch.ones(len(COMPONENTS)),
+                  rl.batches(run, 2), "test")
     assert calls and sum(line["invalid"] for line in log) > 0
     assert all(math.isfinite(line["reward"]) and math.isfinite(line["loss"]) for line in log)
     assert all(w.isfinite().all() for w in model.parameters())
@@ -518,9 +520,10 @@ def test_components_are_listed_of_the_contexts_that_they_are_about():
     parts = torch.zeros(3, len(COMPONENTS))
     parts[:, COMPONENTS.index("safety")] = torch.tensor([0.0, 0.0, -1.0])
     parts[:, COMPONENTS.index("length")] = torch.tensor([0.8, 0.4, 0.0])
-    listed = rl.by_context(parts, torch.tensor([False, False, True]))
+    listed = rl.by_context(COMPONENTS, parts, torch.tensor([False, False, True]))
     assert listed["safety"] == -1 and listed["length"] == pytest.approx(0.6)
-    listed = rl.by_context(parts[:2], torch.tensor([False, False]))  # no unsafe context has come
+    # No unsafe context has come.
+    listed = rl.by_context(COMPONENTS, parts[:2], torch.tensor([False, False]))
     assert listed["safety"] is None and listed["length"] == pytest.approx(0.6)
 
 

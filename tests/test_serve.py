@@ -614,11 +614,11 @@ def test_a_stream_ends_with_an_error_event_whatever_fails(server, monkeypatch, c
 
 def test_a_user_deleted_by_another_server_of_the_store_stays_deleted(tmp_path):
     """Whatever this one was doing: answering, writing ahead, looking up."""
-    with running(tmp_path, FakeEngine(steps=40, seconds=0.02)) as server, \
+    with running(tmp_path, FakeEngine(steps=40, seconds=0.05)) as server, \
             contextlib.closing(Store(server.store.db.path)) as other:
         for again in range(2):  # the second time she has come back before
             put(server, "alice", "trains")
-            put(server, "bob", "tea")
+            put(server, "bob", *["tea", "more tea"][: again + 1])  # what was ready is stale
             replies = []
             slow = [threading.Thread(
                         target=lambda u=u, r=replies: r.append(ask(server, user_id=u, n=7)))

@@ -1,0 +1,174 @@
+"""The tables, figures and claims of QualEQS (paper 001), over seeds.
+
+    python eval.py --reproduce qualeqs --seeds 3           # results/qualeqs.md
+    python -m tables.qualeqs results/values/qualeqs-*.json # the page again, no run needed
+
+Tables 1 and 2, Figures 3 to 5 in figures. Stage `eval` has judged every answer; here what only the
+simulated shop can tell comes beside it. How a reproduction runs: siblings.py.
+
+Departure: the judge that gives the figures is the run's own, which rewards too.
+
+Legend: S seeds, B contexts of one seed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+import qualeqs
+import train
+from config import Config
+from files import read_json, script
+from run import Run
+from stages.metrics import markdown_table, write_pages
+from tables import experiments
+from tables.claims import Seeds, claims_page, counted, judged, paired, per_seed
+from tables.garm import cell, pooled_cell
+from tables.garm_values import Values, shown
+from tables.measure import keep_values
+from tables.report import in_all
+from tables.reproduce import start_as_copy
+from tables.seeds import summary
+from tables.siblings import Paper, again, origin
+from world import shop
+from world.shop_clicks import Truth
+
+PLATFORM = "platform QA"
+
+# ------------------------------------------------------------------------------------------- values
+
+
+def train_run(config: Config, variant: str, main: Config) -> None:
+    """Train a seed's run, its ablations too; its stage `eval` answers and judges."""
+    start_as_copy(config, main)
+    train.run_stages(config, ["eval"])
+
+
+def measure_seed(config: Config, others: list[Config]) -> None:
+    """report/values.json of a seed's run."""
+    run = Run(config, describe=False)
+    keep_values(config, [{"key": train.stage_key(run, "eval")}], partial(seed_values, run))
+
+
+def seed_values(run: Run) -> dict:
+    """What values.json holds but its key: "values" of policies, "pairs": strict accuracy by intent,
+    and the number of rounds."""
+    judged_values = read_json(run.folder / "eval" / "values.json")
+    values, rounds = judged_values["values"], run.config.quality.rounds
+    # The one place where the hidden state meets what was trained.
+    truth = shop.load_truth(run.folder / "world")
+    lines = (run.folder / "eval" / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    for row in map(json.loads, lines):
+        for name, answers in row["answers"].items():
+            for metric, value in hidden(truth, row["dialogue_id"], answers).items():
+                values[name].setdefault(metric, {})[row["dialogue_id"]] = value
+    series = ["SFT-GRPO", *(f"QualEQS, round {i}" for i in range(1, rounds + 1))]
+    values["QualEQS"] = values[series[-1]]
+    if rounds > 1:
+        for title, more, less in (("first", *series[1::-1]), ("last", *series[:-3:-1])):
+            [gaps] = paired([{"values": values}], "strict_accuracy", more, less)
+            values[f"gain of the {title} round"] = {"strict_accuracy": dict(
+                zip(common(values, more, less), gaps.tolist(), strict=True))}
+    pairs: dict = {}
+    for context, value in values["QualEQS"]["strict_accuracy"].items():
+        intent = judged_values["intents"][context]
+        for group in (intent, "other intents")[: 1 + (intent != PLATFORM)]:
+            pairs.setdefault(group, {})[context] = {"right": value, "wrong": 1 - value}
+    return {"values": values, "pairs": pairs, "rounds": rounds}
+
+
+def common(values: Values, *methods: str) -> list[str]:
+    """Contexts that these have judged, in the order of the first."""
+    first, *rest = (values[method]["strict_accuracy"] for method in methods)
+    return [context for context in first if all(context in other for other in rest)]
+
+
+def hidden(truth: Truth, context: str, answers: list[str]) -> dict[str, float]:
+    """Usefulness, ChatUV and ChatPV of a context's answers, in the mean."""
+    lists = [*map(shown, answers)]
+    chats = np.mean([truth.chats(context, some) for some in lists], 0)
+    # Missing suggestions help nobody: always over three places.
+    useful = np.mean([truth.usefulness(context, some).sum() / 3 for some in lists])
+    return {"usefulness": float(useful), "chat_uv": float(chats[0]), "chat_pv": float(chats[1])}
+
+
+# --------------------------------------------------------------------------------------------- page
+
+
+def policy_table(seeds: Seeds, rows: dict[str, str], paper: str) -> str:
+    """The metrics of qualeqs.yaml for each policy that was trained, beside the paper's figures."""
+    columns, have = experiments.read("qualeqs")["columns"], in_all(seeds)
+    return markdown_table(["", *(title for title, _ in columns.values()), paper], [
+        [name, *(cell(seeds, name, metric, form) for metric, (_, form) in columns.items()), figures]
+        for name, figures in rows.items() if name in have])
+
+
+def policies(seeds: Seeds) -> list[str]:
+    """Those that have answered, each once."""
+    gains = ("QualEQS", "gain of the first round", "gain of the last round")
+    return [name for name in in_all(seeds) if name not in gains]
+
+
+def online_table(seeds: Seeds) -> str:
+    """Figure 3: growth of ChatUV and ChatPV over the control (Eq. 7), beside strict accuracy."""
+    texts, rows = experiments.read("qualeqs"), []
+    control = texts["control"]
+    for name in policies(seeds):
+        growth = []
+        for metric in texts["online"]:
+            ours, base = (np.mean([x.mean() for x in per_seed(seeds, m, metric)])
+                          for m in (name, control))
+            growth.append(f"{100 * qualeqs.growth_gap(ours, base):+.1f} %")  # Eq. (7)
+        rows.append([name, cell(seeds, name, "strict_accuracy", ".3f"), *growth])
+    return markdown_table(["", "strict", *texts["online"].values()], rows)
+
+
+def correlation(seeds: Seeds, metric: str) -> str:
+    """Pearson's r over policies of strict accuracy and a metric, each the mean over seeds."""
+    rows = [[np.mean([x.mean() for x in per_seed(seeds, name, one)]) for name in policies(seeds)]
+            for one in ("strict_accuracy", metric)]
+    if len(rows[0]) < 3 or min(map(np.std, rows)) == 0:
+        return "–"
+    return f"{np.corrcoef(rows)[0, 1]:+.2f}"
+
+
+def round_table(seeds: Seeds) -> str:
+    """Figure 4: strict accuracy and valid rate after each round, and what it has gained."""
+    names, rows = [f"QualEQS, round {i + 1}" for i in range(seeds[0]["rounds"])], []
+    for name, before in zip(["SFT-GRPO", *names], ["", "SFT-GRPO", *names], strict=False):
+        gap = before and paired(seeds, "strict_accuracy", name, before)
+        rows.append([name, cell(seeds, name, "strict_accuracy", ".3f"),
+                     cell(seeds, name, "valid_rate", ".3f"),
+                     summary(gap, "+.3f")[0] if before else "–"])
+    return markdown_table(["", "strict", "valid", "strict, gained"], rows)
+
+
+def write(seeds: Seeds, about: dict, out: Path) -> None:
+    """qualeqs.md into `out`."""
+    texts, tables = experiments.read("qualeqs"), []
+    wanted = [*texts["tables"], "figure3", "figure4", "figure5"]
+    rows = judged(seeds, wanted, "qualeqs_claims", hierarchical=True)
+    for table in texts["tables"].values():
+        tables += [f"## {table['title']}\n", policy_table(seeds, table["rows"], table["paper"])]
+    intents = [[name, pooled_cell(seeds, name, "accuracy", "pairs")]
+               for name in sorted(seeds[0]["pairs"])]
+    page = texts["page"].format(
+        **origin(PAPER, about), tables="\n".join(tables), control=texts["control"],
+        online=online_table(seeds), policies=len(policies(seeds)),
+        **{metric: correlation(seeds, metric) for metric in texts["online"]},
+        rounds=round_table(seeds), intents=markdown_table(["intent", "strict"], intents),
+        counted=counted(rows), claims=claims_page(rows, "", "qualeqs_claims"))
+    write_pages(out, {"qualeqs.md": page})
+    print(f"{page}\n{counted(rows)}: {out / 'qualeqs.md'}")
+
+
+PAPER = Paper("qualeqs", "shop", train_run, measure_seed, write, ("values", "pairs", "rounds"))
+
+
+if __name__ == "__main__":
+    script(lambda: again(PAPER, sys.argv[1:]))
