@@ -10,6 +10,7 @@ import json
 import re
 import threading
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import httpx
@@ -435,7 +436,8 @@ def written(engine, monkeypatch, answers, *asks, scores=None):
             pairs = [torch.tensor([scores[y] for y in some]).view(-1, 2) for some in lists]
             return [p[:, 0] for p in pairs], [p[:, 1] for p in pairs]
 
-        monkeypatch.setattr(engine, "reward", SimpleNamespace(score=score))
+        model = SimpleNamespace(score=score)  # in place of the reward model
+        monkeypatch.setattr(engine, "rate", partial(suggest.by_reward, model))
     return engine.write([*asks])
 
 
