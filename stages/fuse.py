@@ -64,8 +64,8 @@ def fuse_kind(run: Run, players: Players, kind: str) -> dict:
     fitted = garm.fuse(rows, settings.l2)  # Eq. (10)
     # Departure: more of any component is better; a weight below 0 would reward its opposite.
     initial = fitted.clamp_min(0)
-    if reversed_ := [name for name, weight in named(fitted).items() if weight < 0]:
-        print(f"  {kind}: without weight, as it would be below 0: {', '.join(reversed_)}")
+    if below := [name for name, weight in named(fitted).items() if weight < 0]:
+        print(f"  {kind}: without weight, as it would be below 0: {', '.join(below)}")
     weights, probes, settled = initial, [], False
     for number in range(settings.probes):
         # Each probe from SFT's policy, on the same contexts, with the same draws.
