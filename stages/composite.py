@@ -20,15 +20,15 @@ from torch import Tensor
 
 import garm
 import llm
+from config import COMPONENTS
 from files import gather, share
 from roles.players import Players
 from roles.suggester import Suggester
 from stages.dialogues import Context
 from stages.reward import RewardModel
 
-RULES = ("format", "length", "language", "diversity", "safety")
+RULES = COMPONENTS[:5]
 SIZE = 8  # contexts that the reference reads together
-COMPONENTS = (*RULES, "log_perplexity", "judge", "reward", "confidence")  # confidence: -sigma
 
 
 class Composite:
