@@ -75,7 +75,7 @@ def fuse_kind(run: Run, players: Players, kind: str) -> dict:
             log = grpo(run, suggester, model, composite, weights, contexts,
                        f"probe {number + 1} {kind}")
         trends = component_trends(log)  # (J,)
-        weights, settled = garm.pareto_adjust(weights, initial, trends)
+        weights, settled = garm.pareto_adjust(weights, initial, trends)  # section 3.6.3
         probes.append({"trends": named(trends), "weights": named(weights), "steps": log})
         if settled:  # no component falls: nothing to mend
             break
@@ -116,6 +116,7 @@ def differences(run: Run, composite: Composite, model) -> Tensor:
     """(P, J): components of good suggestions minus those of bad ones; a failed judge's are left
     out."""
     contexts, rng = read_contexts(run), random.Random(run.seed("fuse"))
+    # Neither policy nor reward model has learned from these people.
     rows = pairs_of(chosen(contexts, "valid"))
     if not rows:
         raise UserError("fuse: no held-out click is below the first slot; raise data.valid")
@@ -130,7 +131,7 @@ def differences(run: Run, composite: Composite, model) -> Tensor:
     # As many, so that what a list must be weighs as much as what people click.
     answers = [[good, bad] for _, good, bad in lists]
     suggester = composite.suggester
-    broken = []
+    broken = []  # differences of lists, (J,) each
     for start in range(0, len(lists), SIZE):  # contexts at a time
         part = slice(start, start + SIZE)
         some, texts = [c for c, _, _ in lists[part]], answers[part]
