@@ -300,7 +300,7 @@ class Varied(Scripted):
             yield (i, "", self.failure) if failed else (i, text, "")
 
 
-@pytest.mark.parametrize("rate", [0.018, 0.2])
+@pytest.mark.parametrize("rate", [0.018, 0.2, 0.5])
 def test_training_goes_on_where_a_judge_fails_and_counts_it(
     rate, whole, model_folder, tmp_path, monkeypatch, capsys
 ):
@@ -312,7 +312,7 @@ def test_training_goes_on_where_a_judge_fails_and_counts_it(
     run = Run(config, describe=False)
     figures = run.folder.figures("rl")
     assert "failed_calls" not in figures and figures["judge"]["answered"] > 0
-    assert rate < 0.1 or figures["judge"]["server error"] > 0
+    assert rate < 0.3 or figures["judge"]["server error"] > 0
     for path in run.folder.path.rglob("steps.jsonl"):
         for line in map(json.loads, path.open()):
             assert math.isfinite(line["reward"]) and math.isfinite(line["loss"])
