@@ -24,6 +24,7 @@ from test_serve import running as real_server
 
 from serving import front
 
+expect.set_options(timeout=30_000)  # milliseconds
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
 pytestmark = pytest.mark.skipif(
@@ -233,7 +234,7 @@ def opened(browser, url, **options):
     context = browser.new_context(**{"viewport": {"width": 1280, "height": 900},
                                      "reduced_motion": "reduce", **options})
     page = context.new_page()
-    page.set_default_timeout(15_000)
+    page.set_default_timeout(60_000)  # a machine may be busy
     trouble = []
     page.on("pageerror", lambda error: trouble.append(f"error: {error}"))
     page.on("dialog", lambda dialog: (trouble.append("dialog"), dialog.dismiss()))
