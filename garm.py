@@ -204,7 +204,7 @@ def language_reward(suggestions: list[str], query: str) -> float:
     # Departure: by rule, the script stands for the language; English and French are one.
     asked = script_of(query)
     written = [script_of(text) for text in suggestions]
-    scores = [0.5 if None in (asked, own) else float(own == asked) for own in written]
+    scores = [0.5 if None in (asked, script) else float(script == asked) for script in written]
     return sum(scores) / len(scores) if scores else 0.0
 
 
@@ -285,7 +285,8 @@ def pareto_adjust(
     initial (J,): of `fuse`; trends (J,): rise of each unweighted component over a training probe.
     One that falls by more than `tolerance` gets `rate` of the mean initial |weight| on top; one
     with over `dominance` of the gain loses `rate` of its own. Weights stay within `limit` mean
-    initial |weights| of the initial ones; how many probes there are at most is the caller's.
+    initial |weights| of the initial ones, none below 0 (more of any component is better); how many
+    probes there are at most is the caller's.
     """
     # Unstated, as it is by hand there: the numbers. A saturated component (format) need not rise.
     weights, initial, trends = _same_shape("pareto_adjust", weights, initial, trends)
@@ -297,7 +298,8 @@ def pareto_adjust(
     unit = initial.abs().mean()
     moved = torch.where(falls, weights + rate * unit, weights)
     moved = torch.where(dominates, weights * (1 - rate), moved)
-    return moved.clamp(initial - limit * unit, initial + limit * unit), False
+    lowest = (initial - limit * unit).clamp_min(0)
+    return moved.clamp(lowest, initial + limit * unit), False
 
 
 # ------------------------------------------------------------------------------------------- GRPO

@@ -46,15 +46,14 @@ def page(results: dict[str, dict]) -> str:
         "# Beside the peers\n",
         "```bash\npip install -r requirements-dev.txt && python -m benchmarks\n```\n",
         "CPU seconds of one thread, candidates in turn in one process, medians of five "
-        "(dpo, sampling: of three); peak memory of a process that does nothing else.\n",
+        "(dpo, grpo, sampling: of three); peak memory of a process that does nothing else.\n",
         *(
             ", ".join(f"{name} {value}" for name, value in json.loads(machine).items()) + ".\n"
             for machine in sorted(machines)
         ),
-        "DPO, SIT and sampling: SmolLM2-135M-Instruct where it is named, else random weights of "
-        "Qwen2.5-0.5B's width and 151,936 tokens, 4 layers; fp32, LoRA r16 on all linear layers "
-        "(sampling: none). Each script's first lines "
-        "say what its peer does.\n",
+        "DPO, GRPO, SIT and sampling: SmolLM2-135M-Instruct where it is named, else random weights "
+        "of Qwen2.5-0.5B's width and 151,936 tokens, 4 layers; fp32, LoRA r16 on all linear layers "
+        "(sampling: none). Each script's first lines say what its peer does.\n",
         table(rows),
         f"\nBelow what was asked: {'; '.join(r.work for r in rows if r.missed) or 'none'}.\n",
     ]

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import garm
 import llm
 from data import Turn
 from files import gather, share
@@ -103,6 +104,14 @@ class Suggester:
         task = "" if adapter else "prompted"
         model = model or self.policy(adapter)
         return self.texts(self.rollouts(model, contexts, n, seed, task))
+
+
+def read_kindly(answer: str) -> list[str]:
+    """The suggestions of an answer in whatever list it stands; [] of prose."""
+    # Behind a line's end: the last item is whole where the policy has ended its answer, and one
+    # that was cut short is judged as it stands, as garm.answer_suggestions does.
+    items = garm.answer_suggestions(answer) or llm.parse_starters(f"{answer}\n").starters
+    return list(items)
 
 
 def _until_end(ids: Ids, ends: set[int]) -> Ids:

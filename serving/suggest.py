@@ -30,7 +30,7 @@ import llm
 from config import Config
 from files import UserError, digest, file_digest
 from roles.quality import Rules
-from roles.suggester import Suggester
+from roles.suggester import Suggester, read_kindly
 from roles.writer import Writer
 from run import Run
 from serving.engine import Ask, fit_to_show, in_a_loop
@@ -181,7 +181,7 @@ def is_declined(answer: str) -> bool:
 def fit_suggestions(ask: Ask, answers: Sequence[str]) -> list[str]:
     """The suggestions of all answers that may be shown, none twice and none that was asked."""
     texts = [y for answer in answers if not is_declined(answer)
-             for y in llm.parse_starters(answer).starters]
+             for y in read_kindly(answer)]
     queries = [turn.content for turn in ask.turns if turn.role == "user"]
     # As garm.language_reward by the last query, but not by one without letters ("2 + 2?"). Earlier
     # ones of its script help where a name alone ("Dune?") tells no language of that script.

@@ -20,19 +20,25 @@ from torch import Tensor
 
 import garm
 import llm
+from files import gather, share
 from roles.players import Players
 from roles.suggester import Suggester
 from stages.dialogues import Context
 from stages.reward import RewardModel
 
 RULES = ("format", "length", "language", "diversity", "safety")
+SIZE = 8  # contexts that the reference reads together
 COMPONENTS = (*RULES, "log_perplexity", "judge", "reward", "confidence")  # confidence: -sigma
 
 
 class Composite:
+    """Components of answers, by the rules, a reference's log-probabilities and these players."""
+
     components = COMPONENTS
 
     def __init__(self, players: Players, suggester: Suggester, reward: RewardModel):
+        """players: who judges is theirs; reward: "gaussian" or "bradley_terry", on any model with
+        LoRA, whose weights it swaps for its own while it scores."""
         self.players, self.suggester, self.reward = players, suggester, reward
 
     def __call__(
@@ -63,13 +69,17 @@ class Composite:
         # As the first line of a list, which every suggestion can be.
         lines = [[llm.encode_text(self.suggester.tokenizer, f"1. {text}") for text in some]
                  for some in texts]
-        with torch.no_grad():
-            logps, mask = llm.token_logps(model, prompts, lines)  # (R, T)
+        likely = []
+        for start in range(0, len(contexts), SIZE):
+            part = slice(start, start + SIZE)
+            with torch.no_grad():
+                logps, mask = llm.token_logps(model, prompts[part], lines[part])  # (R, T)
+            likely.append(garm.log_perplexity_reward(logps, mask).cpu())
         none = torch.zeros(len(flat))  # form, diversity and safety are a list's
         return torch.stack([
             none, torch.tensor([garm.length_reward([text]) for _, text in flat]),
             torch.tensor([garm.language_reward([text], c.queries[-1]) for c, text in flat]),
-            none, none, garm.log_perplexity_reward(logps, mask).cpu(),
+            none, none, torch.cat(likely),
             self.judged([c for c, _ in flat], [[text] for _, text in flat]),
             # A certain model's sigma is 0: its column never differs, and gets no weight.
             torch.cat(mu), -torch.cat(sigma),
@@ -84,20 +94,19 @@ class Composite:
             runs[-1][1].append(i)
         # A text that several rollouts share is scored once.
         texts = [list(dict.fromkeys(y for i in places for y in lists[i])) for _, places in runs]
-        found = self.reward.score([context.turns for context, _ in runs], texts)
         result = []
-        for values in found:
+        for values in self.reward.score([context.turns for context, _ in runs], texts):
             of_text = [dict(zip(*pair, strict=True)) for pair in zip(texts, values, strict=True)]
-            result.append([torch.stack([known[y] for y in lists[i]]) if lists[i] else torch.zeros(0)
-                           for known, (_, places) in zip(of_text, runs, strict=True)
+            result.append([torch.stack([score[y] for y in lists[i]]) if lists[i] else torch.zeros(0)
+                           for score, (_, places) in zip(of_text, runs, strict=True)
                            for i in places])
         return result
 
     def judged(self, contexts: list[Context], lists: list[list[str]]) -> Tensor:
         """Share of a list's suggestions that the judge passes, (R,); 0 of none; nan: failed."""
-        # All at once: an LLM is asked many at a time.
+        # All at once: an LLM is asked many at a time; of several processes each asks for a share.
         rows = [(c.queries, text) for c, some in zip(contexts, lists, strict=True) for text in some]
-        said = iter(self.players.judge().qualify(rows) if rows else [])
+        said = iter(gather(self.players.judge().qualify(part) if (part := share(rows)) else []))
         result = []
         for some in lists:
             answers = [next(said) for _ in some]

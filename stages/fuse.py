@@ -57,7 +57,11 @@ def fuse_kind(run: Run, players: Players, kind: str) -> dict:
     # One base for policy, reference and reward model: adapters swap places.
     composite = Composite(players, suggester, load_reward(run, suggester, kind, model))
     rows = differences(run, composite, model)  # (P, J)
-    initial = garm.fuse(rows, settings.l2)  # Eq. (10)
+    fitted = garm.fuse(rows, settings.l2)  # Eq. (10)
+    # Departure: more of any component is better; a weight below 0 would reward its opposite.
+    initial = fitted.clamp_min(0)
+    if reversed_ := [name for name, weight in named(fitted).items() if weight < 0]:
+        print(f"  {kind}: without weight, as it would be below 0: {', '.join(reversed_)}")
     weights, probes, settled = initial, [], False
     for number in range(settings.probes):
         # Each probe from SFT's policy, on the same contexts, with the same draws.
@@ -72,8 +76,8 @@ def fuse_kind(run: Run, players: Players, kind: str) -> dict:
         if settled:  # no component falls: nothing to mend
             break
     return {"rows": len(rows), "right": float((rows @ initial > 0).float().mean()),
-            "initial": named(initial), "probes": probes, "settled": settled,
-            "weights": named(weights)}
+            "fitted": named(fitted), "initial": named(initial), "probes": probes,
+            "settled": settled, "weights": named(weights)}
 
 
 def named(values: Tensor) -> dict[str, float]:
@@ -83,16 +87,21 @@ def named(values: Tensor) -> dict[str, float]:
 def component_trends(log: list[dict]) -> Tensor:
     """Rise (J,) of each unweighted component from the first to the second half of a probe.
 
-    0 where it is within its standard error: of a few batches most change is chance.
+    0 within 2 standard errors, as most change of a few batches is chance; and where either half has
+    less than two batches with a context that the component is about.
     """
-    # (steps, J)
-    values = torch.tensor([[line["components"][name] for name in COMPONENTS] for line in log])
-    if len(values) < 2:
-        return torch.zeros(len(COMPONENTS))
-    early, late = values[: len(values) // 2], values[len(values) // 2 :]
-    rise = late.mean(0) - early.mean(0)
-    error = values.std(0) * math.sqrt(1 / len(early) + 1 / len(late))
-    return torch.where(rise.abs() > error, rise, 0.0)
+    half, trends = len(log) // 2, []
+    for name in COMPONENTS:
+        values = [[v for line in part if (v := line["components"][name]) is not None]
+                  for part in (log[:half], log[half:])]
+        if min(map(len, values)) < 2:
+            trends.append(0.0)
+            continue
+        early, late = (torch.tensor(part, dtype=torch.float64) for part in values)
+        rise = (late.mean() - early.mean()).item()
+        error = math.sqrt(early.var() / len(early) + late.var() / len(late))
+        trends.append(rise if abs(rise) > 2 * error else 0.0)
+    return torch.tensor(trends)
 
 
 # ------------------------------------------------------------------------ good and bad suggestions

@@ -58,7 +58,7 @@ def write_answers(
     run: Run, suggester: Suggester, contexts: Sequence[Context], n: int
 ) -> dict[str, list[list[str]]]:
     """n answers of every policy to each context; equal policies give equal answers."""
-    turns = [context.turns for context in contexts]
+    turns = [context.turns for context in contexts]  # all that a policy is told
     # The same draws for every policy: what differs is the policy.
     return {name: suggester.write(adapter, turns, n, run.seed("eval"))
             for name, adapter in progress(policies(run).items(), "write suggestions")}
@@ -71,7 +71,7 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
     # One judge for all: the first reward model that scores a suggestion alone.
     kinds = [k for k in run.config.reward.kinds if k in ("gaussian", "bradley_terry")]
     reward = load_reward(run, suggester, kinds[0]) if kinds else None
-    turns, table = [c.turns for c in contexts], {}
+    turns, table = [c.turns for c in contexts], {}  # name -> figures
     for name, written in answers.items():
         # One answer of each, as a user would be shown.
         first = [some[0] for some in written]

@@ -62,7 +62,7 @@ def stage_mine(run: Run, players: Players, key: str) -> dict:
                 some = some[: round(settings.share * len(some))] if kind == "random" else []
             figures[folder] = {"unclicked": len(some)} | train_round(
                 run, players, quality, key, folder, policy, clicked, some, number)
-            policy = folder
+            policy = folder  # the next round goes on from here
     return with_calls(figures, players)
 
 
@@ -103,7 +103,7 @@ def round_batches(
     """rl.steps batches: the hard contexts, then clicked ones at random; of few each again."""
     settings, seed = run.config.rl, run.seed("round", number)
     by_id = {c.dialogue.dialogue_id: c for c in (*hard, *clicked)}
-    limit = settings.steps * settings.batch_users
+    limit = settings.steps * settings.batch_users  # contexts of a round
     names = qualeqs.round_contexts(
         *([c.dialogue.dialogue_id for c in some] for some in (clicked, hard)), limit,
         torch.Generator().manual_seed(seed))
@@ -140,13 +140,14 @@ def mined(
         answers = suggester.texts(suggester.rollouts(
             model, [c.turns for c in contexts], g.group, run.seed(place),
             temperature=g.temperature))
+        # By the judge of training: what is hard for the policy is hard by its reward.
         *each, form = quality.scores(contexts, answers)  # (B G, K)
         r, _ = qualeqs.set_reward(*each, form, quality.failed_as_zero)
         # All candidates of a context: of one list alone Eq. (6) ranks nothing.
         r = r.view(len(contexts), -1)  # (B, G K)
         u = qualeqs.disagreement(r)  # Eq. (6), (B,)
         hard = qualeqs.mine_hard(u, settings.share, settings.floor).tolist()
-        rest = [i for i in range(len(contexts)) if i not in {*hard}]
+        rest = [i for i in range(len(contexts)) if i not in {*hard}]  # kept to be looked at
         rows = [{"dialogue_id": contexts[i].dialogue.dialogue_id, "hard": i in hard,
                  "disagreement": u[i].item(),
                  "rewards": [None if x != x else x for x in r[i].tolist()]}  # nan: failed

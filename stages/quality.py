@@ -56,7 +56,8 @@ class Quality:
         malformed = [[0.0] * 3] * garm.NUM_SUGGESTIONS
         marks = [[verdict[:3] for verdict in next(verdicts)] if some else malformed
                  for _, some in rows]
-        form = torch.tensor([float(bool(some)) for _, some in rows])
+        form = torch.tensor([float(bool(some)) for _, some in rows])  # (R,)
+        # (R, K, 3) -> three of (R, K).
         return *torch.tensor(marks, dtype=torch.float32).unbind(2), form
 
     def __call__(

@@ -77,7 +77,7 @@ def page(scores: dict[str, tuple[Tensor, ...]], intents: Sequence[str], n: int) 
     rows = [[name, *(shown(one[column]) for column in COLUMNS)] for name, one in figures.items()]
     groups = [intent for intent in intents for _ in range(n)]  # of each answer
     by_intent = {name: qualeqs.figures_by(groups, *some) for name, some in scores.items()}
-    names = sorted({*intents})
+    names = sorted({*intents})  # columns
     cells = [[name, *(" / ".join(shown(by[intent][metric])
                                  for metric in ("strict_accuracy", "valid_rate"))
                       for intent in names)] for name, by in by_intent.items()]

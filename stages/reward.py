@@ -27,7 +27,7 @@ import garm
 import llm
 from config import RewardKind
 from data import Turn
-from files import UserError, digest, progress, read_tensors, write_tensors
+from files import UserError, digest, gather, progress, read_tensors, write_tensors
 from roles.players import Players
 from roles.suggester import Suggester
 from roles.text import read_yaml
@@ -104,32 +104,26 @@ class RewardModel:
             for start in range(0, len(places), size):  # contexts at a time
                 part = places[start : start + size]
                 some = [texts[i] for i in part]
-                found = self.gaussians(self.model, [contexts[i] for i in part], some)
-                for values, result in zip(found, (mu, sigma), strict=True):
-                    split = values.cpu().split([len(x) for x in some])
-                    result[:] = [dict(zip(part, split, strict=True)).get(i, old)
-                                 for i, old in enumerate(result)]
+                both = self.gaussians(self.model, [contexts[i] for i in part], some)
+                for values, result in zip(both, (mu, sigma), strict=True):
+                    split = values.cpu().split([len(suggestions) for suggestions in some])
+                    for i, of_context in zip(part, split, strict=True):
+                        result[i] = of_context
         return mu, sigma
 
     @torch.no_grad()
     def preference(
         self, contexts: Sequence[Turns], pairs: list[list[tuple[str, str]]], size: int = 8
     ) -> list[Tensor]:
-        """p(first > second), (P,) for every context, of its pairs of suggestions."""
-        if self.kind == "paired":
-            result = []
-            with llm.other_adapter(self.model, self.weights):
-                for start in range(0, len(contexts), size):
-                    some = pairs[start : start + size]
-                    yes, no = self.answers(self.model, contexts[start : start + size], some)
-                    # Of the two words: hardly another is likely after training.
-                    result += (yes - no).sigmoid().cpu().split([len(x) for x in some])
-            return result
-        # first, second, first, second, ...: both of a pair share the context.
-        texts = [[text for pair in some for text in pair] for some in pairs]
-        mu, sigma = self.score(contexts, texts, size)
-        return [garm.preference_probability(m[::2], s[::2], m[1::2], s[1::2])
-                for m, s in zip(mu, sigma, strict=True)]
+        """The paired model's p(first > second), (P,) for every context, of its pairs."""
+        result = []
+        with llm.other_adapter(self.model, self.weights):
+            for start in range(0, len(contexts), size):
+                some = pairs[start : start + size]
+                yes, no = self.answers(self.model, contexts[start : start + size], some)
+                # Of the two words: hardly another is likely after training.
+                result += (yes - no).sigmoid().cpu().split([*map(len, some)])
+        return result
 
     def answers(self, model, contexts: Sequence[Turns], pairs: list[list[tuple[str, str]]]):
         """Log-probabilities (P,) of YES and of NO to all pairs in turn; differentiable."""
@@ -138,6 +132,8 @@ class RewardModel:
         asked = [[llm.encode_text(tokenizer, f"Query 1: {a}\nQuery 2: {b}{ask}") for a, b in some]
                  for some in pairs]
         words = [llm.encode_text(tokenizer, word) for word in (" YES", " NO")]
+        # The question stands behind the assistant's header, with which every prompt ends: so all
+        # pairs of a context, in either order, share one trunk. LoRA learns what is asked there.
         # A context is the trunk; each question stands twice behind it, once with either word.
         branches = [[ids + word for ids in some for word in words] for some in asked]
         logps, mask = llm.token_logps(model, prompts, branches)  # (2 P, T)
@@ -179,29 +175,34 @@ class RewardModel:
 
 def train_reward(run: Run, suggester: Suggester, rows: list[Row], kind: RewardKind) -> dict:
     """A reward model of this kind, trained on pairs and saved to reward/<kind>."""
-    settings, g, rng = run.config.reward, run.config.generator, random.Random(run.seed("reward"))
-    torch.manual_seed(run.seed("reward", kind))  # PURM's draws
+    settings, g = run.config.reward, run.config.generator
     # Every kind begins with the same LoRA weights.
     model = llm.add_lora(suggester.policy(None), g.lora_rank, g.lora_alpha, run.seed("lora"))
     head = new_head(model)
+    head.requires_grad_(kind != "paired")  # which never asks it: DDP would wait for its gradients
     model.reward_head = head  # its weights are averaged, clipped and stepped with LoRA's
+    torch.manual_seed(run.seed("reward", kind))  # PURM's draws; a new head draws too
+    flips = random.Random(run.seed("reward flips"))  # a share of a process: apart from the order
     reward = RewardModel(suggester, model, kind, head)
     size, log = settings.batch_users, []  # log: (loss, accuracy) of each step
     steps = settings.epochs * -(-len(rows) // size)
     optimiser, schedule = new_optimiser(model, settings.learning_rate, steps)
     losses_of = llm.averaged_gradients(model, reward.losses)
-    for _ in range(settings.epochs):
-        order = rng.sample(rows, len(rows))
+    for epoch in range(settings.epochs):
+        # The same in every process, and for every kind.
+        order = random.Random(run.seed("reward order", epoch)).sample(rows, len(rows))
         for start in (bar := progress(range(0, len(rows), size), f"reward {kind}")):
             batch, figures = order[start : start + size], []
             count = sum(len(pairs) for _, pairs in batch)
             for part, factor in micro_batches(batch, g.micro_batch):
-                losses, right = losses_of(part, rng)  # (P,) each
+                losses, right = losses_of(part, flips)  # (P,) each
                 (losses.sum() / count * factor).backward()
-                figures.append((losses.sum().item() / count, (right > 0.5).sum().item() / count))
+                weight = bool(factor) / count  # 0: a part computed for nothing
+                figures.append((losses.sum().item() * weight, (right > 0.5).sum().item() * weight))
             rate = schedule.get_last_lr()[0]
             step(model, optimiser, schedule)
-            loss, accuracy = np.sum(figures, axis=0).tolist()
+            # Over the parts of all processes.
+            loss, accuracy = np.sum(gather([np.sum(figures, axis=0).tolist()]), axis=0).tolist()
             log.append((loss, accuracy))
             run.folder.log("reward", kind=kind, step=len(log), loss=loss, accuracy=accuracy,
                            learning_rate=rate)

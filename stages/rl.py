@@ -30,7 +30,7 @@ from torch import Tensor
 import garm
 import llm
 from config import RlConfig
-from files import UserError, atomic_path, digest, progress, read_json
+from files import UserError, atomic_path, digest, gather, progress, read_json
 from llm.prompts import Ids
 from roles.players import Players
 from roles.suggester import Suggester
@@ -123,6 +123,7 @@ def grpo(
         shape = len(contexts), settings.group
         batch.valid = valid.view(shape)
         batch.advantages = garm.group_advantages(rewards.view(shape), batch.valid, settings.scale)
+        unsafe = torch.tensor([c.unsafe for c in contexts for _ in range(settings.group)])  # (R,)
         # A group without variance teaches nothing, and costs no step.
         groups = batch.advantages.ne(0).any(1).nonzero()[:, 0].tolist()
         figures = {"loss": 0.0, "kl": 0.0, "clipped": 0.0}
@@ -133,8 +134,8 @@ def grpo(
         log.append({
             "step": number, "reward": mean(rewards[valid]), **figures, "learning_rate": rate,
             "skipped_groups": len(contexts) - len(groups), "invalid": int((~valid).sum()),
-            "tokens": mean(batch.mask.sum(1)), "components": by_name(names, parts[valid]),
-            "weighted": by_name(names, parts[valid] * weights)})
+            "tokens": mean(batch.mask.sum(1)), "weighted": by_name(names, parts[valid] * weights),
+            "components": by_context(names, parts[valid], unsafe[valid])})
         run.folder.log("rl", arm=label, **log[-1])
         bar.set(reward=log[-1]["reward"])
     return log
@@ -189,6 +190,8 @@ def backward(
             sums = torch.stack([loss * weight, *((x.sum() / every.sum()) for x in
                                                  (above.exp() - above - 1, beyond.float()))])
             figures += sums.cpu() * bool(factor)
+    # Each process has seen its share.
+    figures = torch.tensor(gather([figures.tolist()])).sum(0)
     return dict(zip(("loss", "kl", "clipped"), figures.tolist(), strict=True))
 
 
@@ -221,6 +224,18 @@ def mean(values: Tensor) -> float:
 def by_name(names: Sequence[str], parts: Tensor) -> dict[str, float]:
     """Mean of each component over rollouts (R, J)."""
     return {name: mean(parts[:, j]) for j, name in enumerate(names)}
+
+
+def by_context(
+    names: Sequence[str], parts: Tensor, unsafe: Tensor
+) -> dict[str, float | None]:
+    """The same over the rollouts that a component is about, unsafe (R,) bool; None of none.
+
+    Safety is about those of unsafe contexts, the others about those of safe ones: a mean over both
+    would tell how many of either have come.
+    """
+    sides = {side: by_name(names, parts[unsafe == side]) for side in set(unsafe.tolist())}
+    return {name: sides.get(name == "safety", {}).get(name) for name in names}
 
 
 # ------------------------------------------------------------------------------------ RFT and DPO

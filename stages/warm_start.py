@@ -43,9 +43,9 @@ def stage_warm_start(run: Run, players: Players, key: str) -> dict:
             # The same draw for both, so that the shop's rows are the same.
             generator = torch.Generator().manual_seed(run.seed("mixture"))
             drawn = qualeqs.mixture(len(domain), len(general), ratio, generator).tolist()
-            rows = [(domain + general)[i] for i in drawn]
+            rows = [(domain + general)[i] for i in drawn]  # each of the shop, some of the others
             model, losses = instruct(run, players.writer, rows, run.config.sft, folder)
-            llm.save_adapter(model, run.adapter(folder))
+            llm.save_adapter(model, run.adapter(folder))  # a killed stage goes on behind it
             result = {"rows": len(domain), "general_rows": len(rows) - len(domain), **losses}
             run.folder.mark_done(folder, name_key, **result)
             print(f"  {name}: {one_line(result)}", flush=True)

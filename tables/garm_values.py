@@ -29,7 +29,7 @@ import train
 from config import Config
 from files import digest, read_json, write_json
 from roles.players import Players, players_of
-from roles.suggester import Suggester
+from roles.suggester import Suggester, read_kindly
 from run import Run
 from stages import garm_eval
 from stages.dialogues import Context, read_contexts
@@ -120,9 +120,7 @@ def write_answers(config: Config, variant: str) -> None:
 
 def shown(answer: str) -> list[str]:
     """What of an answer a product would show: at most three suggestions, in whatever list."""
-    # Behind a line's end: an answer that was cut short is judged as it stands.
-    items = garm.answer_suggestions(answer) or llm.parse_starters(f"{answer}\n").starters
-    return list(items[: garm.NUM_SUGGESTIONS])
+    return read_kindly(answer)[: garm.NUM_SUGGESTIONS]
 
 
 def measure_seed(config: Config, others: list[Config]) -> None:

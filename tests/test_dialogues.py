@@ -224,6 +224,14 @@ def test_held_out_forms_and_topics_stand_in_the_evaluation_only(quick):
     assert {quick.truth.dialogues[d.dialogue_id]["topic"] for d in quick.evaluation} <= held_out
     forms = quick.forms
     assert not any(act in log for act in forms["unsafe"]["held_out"])
+    # Nor what stands around an act: else to decline would be to know a frame.
+    for name in ("asks", "refusals"):
+        for form in forms["unsafe"][name]["held_out"]:
+            assert form.partition("{u}")[0] not in log
+        for row in (row for row in quick.evaluation if row.unsafe):
+            said = row.turns[-2 if name == "asks" else -1].content
+            assert any(said.startswith(form.partition("{u}")[0])
+                       for form in forms["unsafe"][name]["held_out"])
     for name in ("questions", "further", "requests"):
         for form in forms[name]["held_out"]:
             fixed = max(re.split(r"\{\w+\}", form), key=len).strip()

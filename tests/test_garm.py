@@ -376,11 +376,19 @@ def test_pareto_adjust_by_hand():
 
 
 def test_pareto_weights_stay_within_their_limit():
-    weights = initial = torch.tensor([1.0, -0.5, 3.0])
+    weights = initial = torch.tensor([1.0, 0.0, 3.5])
     for _ in range(40):
-        weights, settled = garm.pareto_adjust(weights, initial, torch.tensor([-1.0, -1.0, 2.0]))
-        assert not settled and ((weights - initial).abs() <= 3.001).all()  # 2 x the mean 1.5
-    assert weights.tolist() == pytest.approx([4.0, 2.5, 0.0], abs=1e-3)
+        weights, settled = garm.pareto_adjust(
+            weights, initial, torch.tensor([-1.0, -1.0, 2.0]), limit=1.0)
+        assert not settled and ((weights - initial).abs() <= 1.501).all()  # the mean is 1.5
+    assert weights.tolist() == pytest.approx([2.5, 1.5, 2.0], abs=1e-3)
+
+
+def test_no_pareto_weight_falls_below_zero():
+    low = torch.tensor([0.1, 0.0, 1.0])  # 0.1 - 2 x the mean is below 0
+    weights, _ = garm.pareto_adjust(
+        torch.tensor([-0.2, -0.1, 1.0]), low, torch.tensor([0.0, 0.0, -1.0]))
+    assert weights[:2].tolist() == [0.0, 0.0] and weights[2] > 1
 
 
 # ------------------------------------------------------------------------------------- advantages

@@ -144,10 +144,7 @@ def test_every_stage_runs_and_is_then_done(whole, model_folder, capsys):
     steps = (run.folder / "rl" / "gaussian" / "steps.jsonl").read_text().splitlines()
     assert len(steps) == 2
     for line in map(json.loads, steps):  # each component is logged as it is and weighted
-        weights = read_json(run.folder / "fuse" / "gaussian" / "trace.json")["weights"]
-        assert set(line["components"]) == set(COMPONENTS)
-        for name, value in line["components"].items():
-            assert line["weighted"][name] == pytest.approx(value * weights[name], abs=1e-5)
+        assert set(line["components"]) == set(line["weighted"]) == set(COMPONENTS)
         assert line["reward"] == pytest.approx(sum(line["weighted"].values()), abs=1e-4)
     answers = [json.loads(row) for row in (run.folder / "eval" / "answers.jsonl").open()]
     names = ["PE", "SFT", "RFT-BTRM", "RL-BTRM", "RL-GaRM", "DPO-GaRM"]
@@ -488,12 +485,40 @@ def test_losses_are_those_of_the_book(model_folder, tmp_path):
 # ------------------------------------------------------------------------------------------ fusion
 
 
-def test_trends_within_their_error_are_none():
+def test_trends_within_two_errors_are_none():
     parts = [{name: 0.0 for name in COMPONENTS} for _ in range(6)]
     for i, line in enumerate(parts):
         line["reward"], line["length"] = float(i), (-1.0) ** i  # it rises; it wavers
+        line["safety"] = float(i) if i in (0, 5) else None  # one batch with an unsafe context each
+    # From 1 to 2.5; variances 3 and .75, so the error is 1.12: beyond one, but not beyond two.
+    for line, value in zip(parts, (0.0, 0.0, 3.0, 2.0, 2.0, 3.5), strict=True):
+        line["judge"] = value
     trends = fuse.component_trends([{"components": line} for line in parts])
-    assert trends[COMPONENTS.index("reward")] == 3 and trends[COMPONENTS.index("length")] == 0
+    assert dict(zip(COMPONENTS, trends.tolist(), strict=True)) == {
+        **dict.fromkeys(COMPONENTS, 0.0), "reward": 3.0}
+
+
+def test_components_are_listed_of_the_contexts_that_they_are_about():
+    parts = torch.zeros(3, len(COMPONENTS))
+    parts[:, COMPONENTS.index("safety")] = torch.tensor([0.0, 0.0, -1.0])
+    parts[:, COMPONENTS.index("length")] = torch.tensor([0.8, 0.4, 0.0])
+    listed = rl.by_context(COMPONENTS, parts, torch.tensor([False, False, True]))
+    assert listed["safety"] == -1 and listed["length"] == pytest.approx(0.6)
+    # No unsafe context has come.
+    listed = rl.by_context(COMPONENTS, parts[:2], torch.tensor([False, False]))
+    assert listed["safety"] is None and listed["length"] == pytest.approx(0.6)
+
+
+def test_a_component_that_bad_answers_have_more_of_gets_no_weight(
+    whole, model_folder, monkeypatch, capsys
+):
+    run, players, _ = opened(whole, model_folder, "fuse.probes=0")
+    rows = torch.tensor([[1.0, -0.5] + [0.0] * 7, [0.8, -0.1] + [0.0] * 7])  # less length is better
+    monkeypatch.setattr(fuse, "differences", lambda *_: rows)
+    trace = fuse.fuse_kind(run, players, "gaussian")
+    assert trace["fitted"]["length"] < 0 == trace["weights"]["length"]
+    assert trace["weights"]["format"] == trace["fitted"]["format"] > 0
+    assert "below 0: length" in capsys.readouterr().out
 
 
 def test_weights_favour_good_answers_and_the_trace_is_kept(whole, model_folder):

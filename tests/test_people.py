@@ -102,7 +102,7 @@ def test_a_run_is_not_judged_on_those_it_has_learned_from(tmp_path):
 
 def test_sessions_without_a_fit_summary_do_not_count(finished, tmp_path, monkeypatch, capsys):
     messages = {"session_id": "m", "messages": [{"role": "user", "content": "What is a fugue?"}]}
-    chat, ill = person("p2", TITLES[:2]), person("p3", [*TITLES[:2], "Symptoms of cancer"])
+    chat, ill = person("p2", TITLES[:2]), person("p3", [*TITLES[:2], "I want to kill myself"])
     chat["sessions"].insert(0, messages)  # summarised, and then it does
     assert is_odd("p2") and is_odd("p3")
     file = write(tmp_path / "users.jsonl", [chat, ill])

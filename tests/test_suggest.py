@@ -451,6 +451,13 @@ def test_the_best_of_all_answers_by_reward_less_its_uncertainty(engine, monkeypa
     assert told == [0, *answer.suggestions] and not answer.declined
 
 
+def test_a_third_suggestion_without_a_full_stop_is_shown(engine, monkeypatch):
+    texts = ["Explain how oolong is rolled", "Compare oolong and green tea", "Show me a tea set"]
+    for answer in (garm.format_answer(texts), "\n".join(f"- {text}" for text in texts)):
+        (shown,) = written(engine, monkeypatch, [answer], an_ask("How is oolong made?"))
+        assert {s.text for s in shown.suggestions} == {*texts}
+
+
 def test_half_of_the_answers_decline(engine, monkeypatch):
     listed = garm.format_answer(TEXTS)
     for answers, declined in ((["Unsafe", " unsafe.\n", listed, listed], True),

@@ -3,9 +3,13 @@
     python -m world dialogues --contexts 4000 --seed 7 --out DIR
 
 It stands in for the private logs of "From Clicks to Preference" (section 4.1, appendix C). DIR
-holds dialogues.jsonl, all that a real log would hold; evaluation.jsonl, contexts of held-out forms
-and topics with nothing shown, half of them unsafe; and apart from both truth/dialogues.json, the
-hidden state (dialogue_clicks.py), which only the evaluation may read.
+holds dialogues.jsonl, all that a real log would hold; evaluation.jsonl, contexts with nothing
+shown, half of them unsafe; and apart from both truth/dialogues.json, the hidden state
+(dialogue_clicks.py), which only the evaluation may read.
+
+Of the evaluation topics, unsafe acts and all that the user says are held out, and so are refusals.
+What else the assistant says is not: its answers, results and kinds of text have the log's forms,
+and talks of three exchanges or more begin on a topic of the log.
 
 A person talks with an assistant about a topic in one to five exchanges, with one of the four
 intents. Then a prompted writer, who does not know what the person needs next, suggests three
@@ -163,8 +167,9 @@ class Dialogues:
         act = self._pick(self.forms["unsafe"][part]) if intent == "unsafe" else None
         turns, asked, following = self._talk(field, topic, intent, part)
         if act:  # after whatever innocent came before
-            ask = self._pick(self.forms["unsafe"]["asks"]).format(u=act)
-            turns[-1] = (ask, self._pick(self.forms["unsafe"]["refusals"]))
+            unsafe = self.forms["unsafe"]
+            ask = self._pick(unsafe["asks"][part]).format(u=act)
+            turns[-1] = (ask, self._pick(unsafe["refusals"][part]))
             following = []
         user = None if self.rng.random() < 0.05 else int(self.rng.integers(self.users))
         eager = self.rng.normal(0, 0.6) if user is None else self.eagerness[user]
