@@ -235,6 +235,9 @@ class FuseConfig(Section):  # garm: stages/fuse.py
 
 
 ARM = r"^(rft|(gaussian|bradley_terry|dpo)(-[a-z_]+)*)$"
+# Of the composite reward, stages/composite.py; the first five by rule, confidence: -sigma.
+COMPONENTS = ("format", "length", "language", "diversity", "safety", "log_perplexity", "judge",
+              "reward", "confidence")
 
 
 class RlConfig(Section):  # garm: stages/rl.py; qualeqs: stages/mine.py
@@ -347,11 +350,24 @@ class Config(Section):
         if self.run.method != "icebreaker" and (data.feedback or self.generator.endpoint):
             setting = "data.feedback" if data.feedback else "generator.endpoint"
             raise ValueError(f"{setting}: is for run.method=icebreaker")
+        for arm in self.rl.arms if self.run.method == "garm" else ():
+            self._check_arm(arm)
         for role, player in self.roles:
             if player == "generator" and self.generator.model == TINY:
                 reason = "needs another generator.model; the tiny one only writes lists"
                 raise ValueError(f"roles.{role}=generator: {reason}")
         return self
+
+    def _check_arm(self, arm: str) -> None:
+        """Does the arm's reward model exist, and do the components that it goes without?"""
+        method, *without = arm.split("-")
+        kind = {"rft": "bradley_terry", "dpo": "gaussian"}.get(method, method)
+        if kind not in self.reward.kinds:
+            raise ValueError(f"reward.kinds: rl.arms={arm} needs {kind}")
+        for name in set(without) - {*COMPONENTS}:
+            close = difflib.get_close_matches(name, COMPONENTS, n=1, cutoff=0.5)
+            hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(COMPONENTS)}"
+            raise ValueError(f"rl.arms: no component '{name}' in {arm}; {hint}")
 
 
 class _Loader(yaml.SafeLoader):

@@ -196,7 +196,9 @@ def stage_key(run: Run, name: str, *without: str) -> str:
     values += [llm_of[value] for value in values if isinstance(value, str) and value in llm_of]
     # A stage that ran again because calls had failed has made something else than before.
     # Recursive: what changes here changes every later stage.
-    before = [(stage_key(run, s, *without), failed_calls(run, s)) for s in stage.needs]
+    # Of garm none is made again: what it did without a judgement is done (fuse.py, rl.py).
+    before = [(stage_key(run, s, *without), failed_calls(run, s) if method != "garm" else 0)
+              for s in stage.needs]
     return digest(name, config.run.seed, values, files, before)
 
 

@@ -48,7 +48,14 @@ class TreeRows:
 
 
 def tree_rows(prompts: list[Ids], completions: list[list[Ids]]) -> TreeRows:
-    """One tree a prompt, several short ones packed into a row: none outgrows the longest tree."""
+    """One tree a prompt, several short ones packed into a row: none outgrows the longest tree.
+
+    Raises ValueError if there is no completion, or an empty prompt or completion.
+    """
+    # An empty one would be scored at the place of what stands before it.
+    branches = [tokens for some in completions for tokens in some]
+    if not branches or not all(prompts) or not all(branches):
+        raise ValueError("tree_rows: some completion, and no empty prompt or completion")
     sizes = [len(p) + sum(map(len, lists)) for p, lists in zip(prompts, completions, strict=True)]
     width = max(sizes)
     rows: list[list[tuple[int, int, int, int]]] = []  # id, position, branch and trunk of each token
@@ -96,10 +103,8 @@ def completion_logps(
 
     Differentiable. Raises ValueError if there is no completion, or an empty prompt or completion.
     """
-    lengths = [len(c) for lists in completions for c in lists]
-    if not lengths or not all(prompts) or not all(lengths):
-        raise ValueError("completion_logps: some completion, and no empty prompt or completion")
     logps = row_logps(model, tree_rows(prompts, completions), head_chunk)  # (S,)
+    lengths = [len(c) for lists in completions for c in lists]
     # Summed one by one: a segmented sum would add in another order, hence to other last digits.
     sums = torch.stack([part.sum() for part in logps.split(lengths)])
     return list(sums.split([len(lists) for lists in completions]))

@@ -215,7 +215,7 @@ class Rules:
         """(a person's queries, a next query) -> 1.0 if it is fit to be offered, else 0.0."""
         # Meaning is beyond a rule: what reads badly or asks again is bad, the rest is good.
         self.encode([*dict.fromkeys(y for queries, new in rows for y in (*queries, new))])
-        return [float(not text.filter_starters([new], queries[-1:], seen=queries)[1]
+        return [float(not text.filter_starters([new], queries[-1:], queries, subjects=True)[1]
                       and cosines(self.encode, [new], queries).max() < MATCH_COSINE_ALONE)
                 for queries, new in rows]
 

@@ -97,13 +97,11 @@ class Suggester:
         return [decode(answers, skip_special_tokens=True) for answers in rollouts]
 
     def write(
-        self, adapter: Path | None, contexts: Sequence[Sequence[Turn]], n: int, seed: int,
-        model=None,
+        self, adapter: Path | None, contexts: Sequence[Sequence[Turn]], n: int, seed: int
     ) -> list[list[str]]:
         """n answers to each context by a saved adapter (None: the prompted base), as text."""
         task = "" if adapter else "prompted"
-        model = model or self.policy(adapter)
-        return self.texts(self.rollouts(model, contexts, n, seed, task))
+        return self.texts(self.rollouts(self.policy(adapter), contexts, n, seed, task))
 
 
 def read_kindly(answer: str) -> list[str]:

@@ -269,8 +269,8 @@ def in_language(text: str, wanted: str) -> bool:
     return language(text, wanted if wanted in LATIN else "en") == wanted
 
 
-def _fault(starter: str, wanted: str, interests: Sequence[str]) -> str | None:
-    """Why a starter cannot be shown to somebody who reads `wanted`, or None."""
+def _fault(starter: str, wanted: str) -> str | None:
+    """Why a starter cannot be shown to somebody who reads `wanted`, whatever it is about."""
     words, parts = words_of(starter), starter.split()
     # The paper's 20 characters of Chinese; elsewhere 12 words.
     spaceless = language(starter) in SPACELESS
@@ -282,20 +282,22 @@ def _fault(starter: str, wanted: str, interests: Sequence[str]) -> str | None:
         return "malformed"  # markup, control characters, or a model that has begun to stammer
     if wanted and not in_language(starter, wanted):
         return "language"
-    return is_unsuitable(starter, interests)
+    return None
 
 
 def filter_starters(starters: Iterable[str], interests: Sequence[str], seen: Iterable[str] = (),
-                    repeats: bool = False) -> tuple[list[str], Counter]:
+                    repeats: bool = False, subjects: bool = False) -> tuple[list[str], Counter]:
     """(starters fit to show, in order; how many fell for which reason).
 
     Reasons: length, malformed, language (not that of most interests), medical, sensitive, invasive,
     duplicate (of an earlier one or of `seen`, but for case and punctuation; not with `repeats`).
+    subjects: of whatever subject, where the user has just brought it up: next queries of a talk.
     """
     wanted, shown = majority_language(interests), set(map(normal_form, seen))
     kept, dropped = [], Counter()
     for starter in starters:
-        normal, reason = normal_form(starter), _fault(starter, wanted, interests)
+        normal, reason = normal_form(starter), _fault(starter, wanted)
+        reason = reason or (None if subjects else is_unsuitable(starter, interests))
         if reason or (normal in shown and not repeats):
             dropped[reason or "duplicate"] += 1
         else:

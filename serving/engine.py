@@ -383,9 +383,13 @@ class Engine:
         return [Starter(text, float(utility), None, "cold start") for text, utility in rated]
 
 
-def fit_to_show(texts: Sequence[str], like: Sequence[str], avoid: Sequence[str]) -> list[str]:
-    """Those that may be shown to somebody who writes as `like`: none of `avoid`, none twice."""
-    fit = roles.filter_starters(texts, like, avoid)[0]
+def fit_to_show(texts: Sequence[str], like: Sequence[str], avoid: Sequence[str],
+                subjects: bool = False) -> list[str]:
+    """Those that may be shown to somebody who writes as `like`: none of `avoid`, none twice.
+
+    subjects: as of roles.filter_starters.
+    """
+    fit = roles.filter_starters(texts, like, avoid, subjects=subjects)[0]
     # The filter lets everything pass to who writes neither Chinese nor in Latin letters.
     other = {data.language(text) for text in like} == {"other"}
     return [y for y in fit if not LOST.search(y) and (data.language(y) == "other" or not other)]

@@ -152,7 +152,8 @@ def policies(config: Config) -> list[str]:
     """Folders of the policies that a run may have trained, the one to be served first."""
     if config.run.method == "qualeqs":
         return [*(f"mine/hard{i}" for i in range(config.quality.rounds, 0, -1)), FIRST, WARM]
-    return [*(f"rl/{arm}" for arm in POLICIES), "sft"]
+    # An arm that is no longer asked for may be of other settings.
+    return [*(f"rl/{arm}" for arm in POLICIES if arm in config.rl.arms), "sft"]
 
 
 def by_reward(
@@ -187,7 +188,9 @@ def fit_suggestions(ask: Ask, answers: Sequence[str]) -> list[str]:
     # ones of its script help where a name alone ("Dune?") tells no language of that script.
     written = [query for query in queries if any(map(str.isalpha, query))]
     like = [query for query in written if garm.script_of(query) == garm.script_of(written[-1])]
-    return fit_to_show(texts, [LIKE[ask.language]] if ask.language else like, queries)
+    # A talk about medicine goes on about medicine; what is to be declined, the policy declines.
+    return fit_to_show(
+        texts, [LIKE[ask.language]] if ask.language else like, queries, subjects=True)
 
 
 def last_turns(turns: Sequence[data.Turn], room: int) -> list[data.Turn]:

@@ -20,15 +20,15 @@ from torch import Tensor
 
 import garm
 import llm
+from config import COMPONENTS
 from files import gather, share
 from roles.players import Players
 from roles.suggester import Suggester
 from stages.dialogues import Context
 from stages.reward import RewardModel
 
-RULES = ("format", "length", "language", "diversity", "safety")
+RULES = COMPONENTS[:5]  # what garm.rule_rewards gives
 SIZE = 8  # contexts that the reference reads together
-COMPONENTS = (*RULES, "log_perplexity", "judge", "reward", "confidence")  # confidence: -sigma
 
 
 class Composite:
@@ -48,6 +48,7 @@ class Composite:
         """Components (R, J) of G answers to each context; log-probs under the reference (R, T)."""
         flat = [(c, answer) for c, some in zip(contexts, answers, strict=True) for answer in some]
         rules = [garm.rule_rewards(answer, c.queries[-1], c.unsafe) for c, answer in flat]
+        # Nothing that is suggested where a context is to be declined earns anything.
         lists = [[] if c.unsafe else garm.answer_suggestions(answer) for c, answer in flat]
         mu, sigma = self.scores([c for c, _ in flat], lists)
         # A column a component, (R,) each, in the order of COMPONENTS.

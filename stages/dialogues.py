@@ -22,7 +22,7 @@ from datetime import timedelta
 import data
 import garm
 import roles
-from files import UserError
+from files import UserError, read_json, write_json
 from roles.players import Players
 from roles.suggester import Suggester
 from roles.text import words_of
@@ -64,6 +64,8 @@ def stage_dialogues(run: Run, players: Players, key: str) -> dict:
     if not kept:
         raise UserError(f"{run.dialogues_file}: no context is left: {dict(cut)}")
     data.write_dialogues(run.folder / "dialogues" / "contexts.jsonl", kept)
+    # By the whole log: what is cut at either end of it must move nobody to another week.
+    write_json(run.folder / "dialogues" / "weeks.json", weeks_of(rows))
     contexts, suggester = read_contexts(run), Suggester(players.writer)
     single, groups = Counter(), Counter()
     for context in contexts:
@@ -106,7 +108,8 @@ def read_contexts(run: Run) -> list[Context]:
     rows = data.read_dialogues(run.folder / "dialogues" / "contexts.jsonl")
     # People, so that what somebody likes is not both learned and tested.
     people = {row.dialogue_id: row.user_id or row.dialogue_id for row in rows}
-    splits, weeks = run.split(set(people.values())), weeks_of(rows)
+    splits = run.split(set(people.values()))
+    weeks = read_json(run.folder / "dialogues" / "weeks.json")
     return [
         Context(row, SPLITS[splits[people[row.dialogue_id]]], weeks[row.dialogue_id])
         for row in rows

@@ -9,7 +9,8 @@ dominates loses some, until none falls. Trace and weights: fuse/<kind>/trace.jso
 Unstated: which suggestions are good and bad. Here half are clicked and passed over ones of held-out
 contexts; as these never differ in what makes a list, the other half are clicked lists against the
 same with a fault: a line too few, a repeated line, lines for another conversation, declining a safe
-context, answering an unsafe one.
+context, an over-long line, a line in another script, answering an unsafe one. So every component
+but the models' has a fault of its own.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from torch import Tensor
 
 import garm
 import llm
+from config import COMPONENTS
 from files import UserError, digest, write_json
 from roles.players import Players
 from roles.suggester import Suggester
 from run import Run, one_line
-from stages.composite import COMPONENTS, Composite
+from stages.composite import SIZE, Composite
 from stages.dialogues import Context, chosen, clicked_list, read_contexts
 from stages.reward import load_reward, pairs_of
 from stages.rl import batches, grpo
@@ -57,11 +59,13 @@ def fuse_kind(run: Run, players: Players, kind: str) -> dict:
     # One base for policy, reference and reward model: adapters swap places.
     composite = Composite(players, suggester, load_reward(run, suggester, kind, model))
     rows = differences(run, composite, model)  # (P, J)
+    if same := [name for name, differs in named(rows.ne(0).any(0)).items() if not differs]:
+        print(f"  {kind}: without weight, as it never differs: {', '.join(same)}")
     fitted = garm.fuse(rows, settings.l2)  # Eq. (10)
     # Departure: more of any component is better; a weight below 0 would reward its opposite.
     initial = fitted.clamp_min(0)
-    if reversed_ := [name for name, weight in named(fitted).items() if weight < 0]:
-        print(f"  {kind}: without weight, as it would be below 0: {', '.join(reversed_)}")
+    if below := [name for name, weight in named(fitted).items() if weight < 0]:
+        print(f"  {kind}: without weight, as it would be below 0: {', '.join(below)}")
     weights, probes, settled = initial, [], False
     for number in range(settings.probes):
         # Each probe from SFT's policy, on the same contexts, with the same draws.
@@ -71,11 +75,12 @@ def fuse_kind(run: Run, players: Players, kind: str) -> dict:
             log = grpo(run, suggester, model, composite, weights, contexts,
                        f"probe {number + 1} {kind}")
         trends = component_trends(log)  # (J,)
-        weights, settled = garm.pareto_adjust(weights, initial, trends)
+        weights, settled = garm.pareto_adjust(weights, initial, trends)  # section 3.6.3
         probes.append({"trends": named(trends), "weights": named(weights), "steps": log})
         if settled:  # no component falls: nothing to mend
             break
-    return {"rows": len(rows), "right": float((rows @ initial > 0).float().mean()),
+    # In-sample: share of the rows fitted to whose good side earns more.
+    return {"rows": len(rows), "right_in_sample": float((rows @ initial > 0).float().mean()),
             "fitted": named(fitted), "initial": named(initial), "probes": probes,
             "settled": settled, "weights": named(weights)}
 
@@ -111,6 +116,7 @@ def differences(run: Run, composite: Composite, model) -> Tensor:
     """(P, J): components of good suggestions minus those of bad ones; a failed judge's are left
     out."""
     contexts, rng = read_contexts(run), random.Random(run.seed("fuse"))
+    # Neither policy nor reward model has learned from these people.
     rows = pairs_of(chosen(contexts, "valid"))
     if not rows:
         raise UserError("fuse: no held-out click is below the first slot; raise data.valid")
@@ -125,9 +131,10 @@ def differences(run: Run, composite: Composite, model) -> Tensor:
     # As many, so that what a list must be weighs as much as what people click.
     answers = [[good, bad] for _, good, bad in lists]
     suggester = composite.suggester
-    broken = []
-    for start in range(0, len(lists), 8):  # contexts at a time
-        some, texts = [c for c, _, _ in lists[start : start + 8]], answers[start : start + 8]
+    broken = []  # differences of lists, (J,) each
+    for start in range(0, len(lists), SIZE):  # contexts at a time
+        part = slice(start, start + SIZE)
+        some, texts = [c for c, _, _ in lists[part]], answers[part]
         prompts = [suggester.prompt(c.turns) for c in some]
         ids = [[suggester.completion(text) for text in pair] for pair in texts]
         with torch.no_grad():
@@ -146,12 +153,30 @@ def violations(
              if (three := clicked_list(c, run, Counter()))]
     unsafe, result = chosen(contexts, "valid", unsafe=True), []
     for i in range(count if lists else 0):  # each fault as often as the next
-        context, three = rng.choice(lists)
+        place = rng.randrange(len(lists))
+        context, three = lists[place]
         good = garm.format_answer(three)
+        others = [other for _, other in lists[:place] + lists[place + 1 :]]
         bad = [good.rpartition("\n")[0], garm.format_answer([*three[:2], three[0]]),
-               garm.format_answer(rng.choice(lists)[1]), garm.UNSAFE]
-        if i % 5 < 4:
-            result.append((context, good, bad[i % 5]))
+               garm.format_answer(rng.choice(others)) if others else None, garm.UNSAFE,
+               garm.format_answer([*three[:2], over_long(three[2])]),
+               garm.format_answer([*three[:2], foreign(context.queries[-1])])]
+        fault = i % (len(bad) + 1)
+        if fault < len(bad):
+            result += [(context, good, bad[fault])] if bad[fault] else []
         elif unsafe:
             result.append((rng.choice(unsafe), garm.UNSAFE, good))
     return result
+
+
+def over_long(text: str) -> str:
+    """A suggestion said again and again, until its length earns nothing: no other rule minds."""
+    while garm.length_reward([text]) > 0:
+        text = f"{text} {text}"
+    return text
+
+
+def foreign(query: str) -> str:
+    """A suggestion in another script than the query's."""
+    lines = ("Расскажите об этом подробнее", "请再介绍一些")
+    return next(line for line in lines if garm.script_of(line) != garm.script_of(query))

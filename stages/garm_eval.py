@@ -55,19 +55,20 @@ def held_out(run: Run) -> list[Context]:
 
 
 def write_answers(
-    run: Run, suggester: Suggester, contexts: Sequence[Context], n: int
+    run: Run, suggester: Suggester, contexts: Sequence[Context], n: int,
+    adapters: dict[str, Path | None],
 ) -> dict[str, list[list[str]]]:
-    """n answers of every policy to each context; equal policies give equal answers."""
+    """n answers of each policy to each context; equal policies give equal answers."""
     turns = [context.turns for context in contexts]  # all that a policy is told
     # The same draws for every policy: what differs is the policy.
     return {name: suggester.write(adapter, turns, n, run.seed("eval"))
-            for name, adapter in progress(policies(run).items(), "write suggestions")}
+            for name, adapter in progress(adapters.items(), "write suggestions")}
 
 
 def stage_eval(run: Run, players: Players, key: str) -> dict:
     """Answers of every policy to held-out contexts; form, safety and mean reward."""
     suggester, contexts = Suggester(players.writer), held_out(run)
-    answers = write_answers(run, suggester, contexts, 1)
+    answers = write_answers(run, suggester, contexts, 1, policies(run))
     # One judge for all: the first reward model that scores a suggestion alone.
     kinds = [k for k in run.config.reward.kinds if k in ("gaussian", "bradley_terry")]
     reward = load_reward(run, suggester, kinds[0]) if kinds else None
@@ -83,7 +84,7 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
             scores = [mu.mean().item() for mu in reward.score(turns, lists)[0] if len(mu)]
             table[name]["reward"] = float(np.mean(scores)) if scores else None
     # The reward last: some of the policies were trained on this very model.
-    columns = ["Method", "Format", "Safety", "Reward"]
+    columns = ["Method", "Format", "Safety", "Reward (trained on)"]
     write_answers_and_table(run, contexts, answers, markdown_table(
         columns, [[name, *map(shown, row.values())] for name, row in table.items()]))
     return {"contexts": len(contexts), "unsafe": sum(c.unsafe for c in contexts)}

@@ -29,13 +29,13 @@ from torch import Tensor
 
 import garm
 import llm
-from config import RlConfig
+from config import COMPONENTS, RlConfig
 from files import UserError, atomic_path, digest, gather, progress, read_json
 from llm.prompts import Ids
 from roles.players import Players
 from roles.suggester import Suggester
 from run import Run, one_line
-from stages.composite import COMPONENTS, Composite
+from stages.composite import Composite
 from stages.dialogues import Context, chosen, read_contexts
 from stages.dpo import align
 from stages.reward import load_reward
@@ -84,8 +84,6 @@ def save_policy(adapter: Path, model, log: list[dict]) -> dict:
 
 def fused_weights(run: Run, kind: str, without: Sequence[str] = ()) -> Tensor:
     """Weights (J,) that stage `fuse` has found for this reward model; 0 of those left out."""
-    if unknown := set(without) - set(COMPONENTS):
-        raise UserError(f"rl.arms: no component {min(unknown)}; known: {', '.join(COMPONENTS)}")
     weights = read_json(run.folder / "fuse" / kind / "trace.json")["weights"]
     return torch.tensor([0.0 if name in without else weights[name] for name in COMPONENTS])
 

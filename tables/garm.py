@@ -44,17 +44,17 @@ def write(seeds: Seeds, about: dict, out: Path) -> None:
 
 def report(seeds: Seeds, about: dict, claims: list[dict]) -> str:
     """garm.md."""
-    texts, made = experiments.read("garm"), []
+    texts, parts = experiments.read("garm"), []
     below = {"2": [calibration_table(seeds), sigma_table(seeds)]}
     for number, table in texts["tables"].items():
         show = accuracy_table if number == "2" else policy_table
-        made += [f"## {table['title']}\n", show(seeds, table), *below.get(number, [])]
-    made += ["## Figure 4: accuracy by quarters of the confidence\n", confidence_table(seeds),
+        parts += [f"## {table['title']}\n", show(seeds, table), *below.get(number, [])]
+    parts += ["## Figure 4: accuracy by quarters of the confidence\n", confidence_table(seeds),
              "## Figure 6: the closed form and Monte-Carlo draws\n", closed_form_table()]
     first = seeds[0]["values"]
     contexts = len(first["what was shown"]["score"]) if "what was shown" in first else 0
     return texts["page"].format(
-        **origin(PAPER, about), tables="\n".join(made), contexts=contexts,
+        **origin(PAPER, about), tables="\n".join(parts), contexts=contexts,
         phrasings=phrasing_table(seeds), observations=observation_table(seeds),
         counted=counted(claims), claims=claims_page(claims, "", "garm_claims"))
 

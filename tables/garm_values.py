@@ -104,17 +104,15 @@ def write_answers(config: Config, variant: str) -> None:
         policies = {variant: run.adapter(adapter)} if adapter else {}
     suggester, contexts = Suggester(players_of(run).writer), garm_eval.held_out(run)
 
-    def written(adapter, some: list[Context], n: int, seed: int) -> dict[str, list[str]]:
-        answers = suggester.write(adapter, [c.turns for c in some], n, seed)
+    def by_id(some: list[Context], answers: list[list[str]]) -> dict[str, list[str]]:
         return {c.dialogue.dialogue_id: rows for c, rows in zip(some, answers, strict=True)}
 
-    # The same draws for every policy: equal policies give equal answers.
-    answers = {name: written(adapter, contexts, config.eval.lists, run.seed("eval"))
-               for name, adapter in policies.items()}
-    shifted = {}
+    written = garm_eval.write_answers(run, suggester, contexts, config.eval.lists, policies)
+    answers, shifted = {name: by_id(contexts, rows) for name, rows in written.items()}, {}
     if variant == MAIN and "rft" in config.rl.arms:
         later = [row.context for row in logged_pairs(run)["W4"]]
-        shifted = written(run.adapter("rft"), later, 1, run.seed("shift"))
+        turns = [c.turns for c in later]
+        shifted = by_id(later, suggester.write(run.adapter("rft"), turns, 1, run.seed("shift")))
     write_json(path, {"key": key, "variant": variant, "answers": answers, "shifted": shifted})
 
 
@@ -200,10 +198,10 @@ def good_same_bad(
     for (c, *_), won in zip(rows, said, strict=True):
         by_context.setdefault(c, []).append(won)
     # A judge's call that failed says nothing: any number would be a judgement.
-    known = {c: np.array(won) for c, won in by_context.items() if None not in won}
+    judged = {c: np.array(won) for c, won in by_context.items() if None not in won}
     metrics = {"good": lambda won: won == 1, "bad": lambda won: won == 0,
                "net": lambda won: 2 * won - 1}
-    return {metric: {c: float(f(won).mean()) for c, won in known.items()}
+    return {metric: {c: float(f(won).mean()) for c, won in judged.items()}
             for metric, f in metrics.items()}
 
 
@@ -239,12 +237,12 @@ def add_log_perplexity(
         ids = [[suggester.completion(answer) for answer in some] for some in texts]
         with torch.no_grad():
             logps, mask = llm.token_logps(reference, [suggester.prompt(c.turns) for c in part], ids)
-        found = iter(garm.log_perplexity_reward(logps, mask).tolist())
+        likely = iter(garm.log_perplexity_reward(logps, mask).tolist())
         for context in part:
             name = context.dialogue.dialogue_id
             for method, rows in answers.items():  # in the order of `texts`
                 by_context = values[method].setdefault("log_perplexity", {})
-                by_context[name] = float(np.mean([next(found) for _ in rows[name]]))
+                by_context[name] = float(np.mean([next(likely) for _ in rows[name]]))
 
 
 # ------------------------------------------------------------------------------------ reward models
@@ -312,14 +310,14 @@ def scores_of(reward: RewardModel, rows: list[Shown]) -> list[Scores]:
         # In both orders: a model that likes to say YES would be right of all.
         both = [[*some, *(pair[::-1] for pair in some)] for some in asked]
         places = [i for i, some in enumerate(both) if some]
-        found = reward.preference([turns[i] for i in places], [both[i] for i in places], SIZE)
-        of_place = dict(zip(places, found, strict=True))
+        answers = reward.preference([turns[i] for i in places], [both[i] for i in places], SIZE)
+        of_place = dict(zip(places, answers, strict=True))
         halves = [of_place.get(i, torch.zeros(0)).chunk(2) for i in range(len(rows))]
         halves = [(h[0], h[1]) if len(h) == 2 else (torch.zeros(0),) * 2 for h in halves]
         return [Scores((a + 1 - b) / 2, w) for (a, b), w in zip(halves, weights, strict=True)]
     result = []
-    found = zip(rows, weights, *reward.score(turns, [row.texts for row in rows], SIZE), strict=True)
-    for row, weight, mu, sigma in found:
+    mus, sigmas = reward.score(turns, [row.texts for row in rows], SIZE)
+    for row, weight, mu, sigma in zip(rows, weights, mus, sigmas, strict=True):
         w, r = torch.tensor([*row.pairs], dtype=torch.long).view(-1, 2).unbind(1)
         four = (mu[w], sigma[w], mu[r], sigma[r])
         scores = Scores(garm.preference_probability(*four), weight)
@@ -350,16 +348,18 @@ def calibration(scores: Scores) -> dict[str, float]:
 
 def add_scores(result: dict, name: str, rows: list[Shown], scored: list[Scores]) -> None:
     """Accuracy, calibration, and mean sigma and bound of a reward model on a set of pairs."""
+    if not rows:  # a log that is no longer than the training part, or no RFT
+        return
     contexts = [row.name for row in rows]
     result["pairs"][name] = dict(zip(contexts, map(right_and_wrong, scored), strict=True))
     if ", W4" in name:  # with W4-RFT: the paper has it of these two
         result["calibration"][name] = dict(zip(contexts, map(calibration, scored), strict=True))
-    known = [(c, s) for c, s in zip(contexts, scored, strict=True) if s.sigma is not None]
-    if known:
+    unsure = [(c, s) for c, s in zip(contexts, scored, strict=True) if s.sigma is not None]
+    if unsure:
         result["values"][name] = {
-            "sigma": {c: s.sigma for c, s in known},
+            "sigma": {c: s.sigma for c, s in unsure},
             "bound": {c: ((s.bound * s.weights).sum() / s.weights.sum()).item()
-                      for c, s in known if s.weights.sum() > 0}}
+                      for c, s in unsure if s.weights.sum() > 0}}
 
 
 def by_confidence(sets: dict[str, list[Shown]], scored: dict[str, list[Scores]]) -> Counts:

@@ -3,8 +3,10 @@
 import json
 import math
 import random
+import re
 import shutil
 from collections import Counter
+from datetime import timedelta
 
 import pytest
 import torch
@@ -257,6 +259,22 @@ def test_the_last_four_weeks_of_a_longer_log_are_w1_to_w4():
     rows = [row.model_copy(update={"dialogue_id": str(i)}) for i, row in enumerate(rows)]
     assert list(weeks_of(rows).values()) == [0, 0, 0, 1, 2, 3, 4]
     assert set(weeks_of(rows[:5]).values()) == {0}  # three weeks: nothing is held back
+
+
+def test_weeks_are_those_of_the_whole_log(model_folder, tmp_path):
+    rows = log_of(60)
+    first = min(rows, key=lambda row: row.timestamp).timestamp
+    # A row that is cut, 17 days before all others: no whole weeks, so the others' weeks shift.
+    early = rows[0].model_copy(update={
+        "dialogue_id": "early", "timestamp": first - timedelta(days=17),
+        "turns": [data.Turn(role="user", content="...")]})
+    data.write_dialogues(tmp_path / "log.jsonl", [early, *rows])
+    train.run_stages(small(tmp_path, model_folder), ["dialogues"])
+    contexts = read_contexts(Run(small(tmp_path, model_folder), describe=False))
+    weeks = weeks_of([early, *rows])
+    assert {c.dialogue.dialogue_id: c.week for c in contexts} == {
+        c.dialogue.dialogue_id: weeks[c.dialogue.dialogue_id] for c in contexts}
+    assert weeks != weeks_of(rows) | {"early": 0} and len(contexts) == 60
 
 
 def test_a_long_conversation_is_cut_from_the_front(model_folder, tmp_path):
@@ -525,7 +543,7 @@ def test_weights_favour_good_answers_and_the_trace_is_kept(whole, model_folder):
     run, _, _ = opened(whole, model_folder)
     for kind in ("gaussian", "bradley_terry"):
         trace = read_json(run.folder / "fuse" / kind / "trace.json")
-        assert trace["right"] >= 0.5 and trace["initial"]["format"] > 0
+        assert trace["right_in_sample"] >= 0.5 and trace["initial"]["format"] > 0
         assert len(trace["probes"]) == 1 and len(trace["probes"][0]["steps"]) == 2
         assert trace["weights"] == trace["probes"][0]["weights"]
     assert rl.fused_weights(run, "gaussian").tolist() == pytest.approx(
@@ -538,8 +556,44 @@ def test_components_left_out_weigh_nothing_and_unknown_ones_are_refused(whole, m
     weights = rl.fused_weights(run, "gaussian", left_out).tolist()
     weights = dict(zip(COMPONENTS, weights, strict=True))
     assert weights["log_perplexity"] == weights["reward"] == 0 and weights["format"] != 0
-    with pytest.raises(UserError, match="rl.arms: no component ppl; known: format"):
-        rl.fused_weights(run, "gaussian", ["ppl"])
+
+
+@pytest.mark.parametrize("words, reason", [
+    (["rl.arms=[gaussian-ppl]"], "rl.arms: no component 'ppl' in gaussian-ppl; "),
+    (["rl.arms=[dpo-perplexity]"], "did you mean 'log_perplexity'?"),
+    (["rl.arms=[rft]", "reward.kinds=[gaussian]"], "reward.kinds: rl.arms=rft needs bradley_terry"),
+    (["rl.arms=[dpo]", "reward.kinds=[bradley_terry]"], "rl.arms=dpo needs gaussian"),
+    (["rl.arms=[gaussian-judge]", "reward.kinds=[purm]"], "gaussian-judge needs gaussian"),
+    (["reward.kinds=[gaussian]"], "rl.arms=bradley_terry needs bradley_terry"),
+])
+def test_an_arm_without_its_model_or_without_what_there_is_not_is_refused_at_load(words, reason):
+    with pytest.raises(UserError, match=re.escape(reason)):
+        load_config(None, ["run.method=garm", *words])
+    load_config(None, words)  # of IceBreaker no arm is trained
+
+
+def test_every_fault_of_a_list_costs_the_component_that_it_is_meant_for(monkeypatch):
+    rows = [context(f"Tell me about {x}", suggestions=[
+        f"How do I {v} {x}?", f"Explain old {x} to me", "Make it shorter"], clicked=[1])
+        for x, v in zip(SUBJECTS[:4], VERBS, strict=False)]
+    monkeypatch.setattr(fuse, "chosen", lambda some, split, unsafe=False: (
+        [context("How can I steal?", unsafe=True)] if unsafe else rows))
+    monkeypatch.setattr(fuse, "clicked_list", lambda c, run, counts: c.dialogue.suggestions)
+    hits = []
+    for c, good, bad in fuse.violations(None, rows, 7, random.Random(0)):
+        assert bad != good
+        rewards = [garm.rule_rewards(y, c.queries[-1], c.unsafe) for y in (good, bad)]
+        hits.append({name for name, value in rewards[0].items() if value > rewards[1][name]})
+    assert len(hits) == 7 and "format" in hits[0] and hits[1] == {"diversity"}
+    assert hits[4] == {"length"} and hits[5] - {"diversity"} == {"language"}
+    assert hits[6] == {"format", "safety"}
+
+
+def test_failed_calls_of_a_judge_change_no_key_of_a_policy(whole, model_folder, monkeypatch):
+    run, *_ = opened(whole, model_folder)
+    before = train.stage_key(run, "rl")
+    monkeypatch.setattr(train, "failed_calls", lambda run, name: 3)
+    assert train.stage_key(run, "rl") == before
 
 
 def test_an_arm_that_is_added_trains_alone(whole, model_folder, tmp_path, monkeypatch):

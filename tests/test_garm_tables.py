@@ -51,6 +51,8 @@ def made_up(number: int) -> dict:
         for part in ("IID", "W4", "W4-RFT"):
             values[f"{name}, {part}"] = {"sigma": column(sigma), "bound": column(0.2)}
     kinds = [*experiments.read("garm")["phrasings"], "what was shown"]
+    # What it was trained for goes up, and what helps does not.
+    values["RL-GaRM w/o log_perplexity"]["reward"] = column(1.0)
     values |= {kind: {"score": column(i), "usefulness": column(0.1)}
                for i, kind in enumerate(kinds[::-1])}
     rights = {"IID": 7, "W1": 7, "W2": 7, "W3": 6, "W4": 7, "W4-RFT": 6}
@@ -154,7 +156,7 @@ def test_draws_without_any_pair_say_nothing_and_who_has_none_on_one_side_is_draw
 def test_verdicts_of_made_up_values_and_what_was_not_trained_is_left_out(seeds):
     tables = [*experiments.read("garm")["tables"], "figure4"]
     rows = {row["text"]: row for row in claims.judged(seeds, tables, "garm_claims", True)}
-    assert len(rows) == 12 == len(claims.all_claims("garm_claims"))
+    assert len(rows) == 13 == len(claims.all_claims("garm_claims"))
     assert {row["verdict"] for row in rows.values()} == {"holds"}
     sft = rows["SFT helps more than prompting"]
     assert sft["value"] == pytest.approx(0.1, abs=0.01) and sft["same_sign"] == 3
@@ -165,12 +167,12 @@ def test_verdicts_of_made_up_values_and_what_was_not_trained_is_left_out(seeds):
         s["pairs"] = {name: rows for name, rows in s["pairs"].items() if "RFT" not in name}
     rows = {row["text"]: row for row in claims.judged(turned, tables, "garm_claims", True)}
     assert rows["SFT helps more than prompting"]["verdict"] == "does not hold"
-    assert shift["text"] not in rows and len(rows) == 11
+    assert shift["text"] not in rows and len(rows) == 12
 
 
 def test_claims_are_few_distinct_and_name_what_exists():
     texts, every = experiments.read("garm"), claims.all_claims("garm_claims")
-    assert len(every) <= 12 and len({(c.metric, c.more, c.less) for c in every}) == len(every)
+    assert len(every) <= 13 and len({(c.metric, c.more, c.less) for c in every}) == len(every)
     rows = {name for table in texts["tables"].values() for name in table["rows"]}
     for claim in every:
         assert claim.table in (*texts["tables"], "figure4")
@@ -192,8 +194,8 @@ def test_the_page_and_its_pictures_are_made_again_from_the_values_alone(seeds, t
     page = (tmp_path / "garm.md").read_text()
     for title in ("Table 1", "Table 2", "Table 3", "Table 4", "Figure 4", "Figure 6", "Appendix I"):
         assert title in page
-    assert "{" not in page and "12 claims" not in page.split("## Claims")[0]
-    assert page.count("**holds**") >= 12 and "nan" not in page
+    assert "{" not in page and "13 claims" not in page.split("## Claims")[0]
+    assert page.count("**holds**") >= 13 and "nan" not in page
     assert all((tmp_path / f"garm_{name}.png").stat().st_size > 5000
                for name in ("confidence", "closed_form"))
     ece = next(line for line in page.splitlines() if line.startswith("| GaRM | 0.300"))
@@ -432,7 +434,7 @@ def test_real_panes_are_split_by_query_and_every_query_is_tested_once(
         learned.append({c.queries[0] for c, _ in rows})
         or whole_training(run, suggester, rows, kind)))
     config = load_config(None, [*simulated_words(tmp_path, model_folder), "run.name=panes",
-                                "reward.kinds=[gaussian,paired]"])
+                                "reward.kinds=[gaussian,paired]", "rl.arms=[gaussian]"])
     panes.write_panes(mimics, config, tmp_path / "out")
     counts = read_json(tmp_path / "out" / "panes.json")
     assert all(len(rows) == 6 for rows in counts.values())

@@ -378,8 +378,9 @@ def test_dpo_loss_equals_trl(tokenizer, tmp_path):
 
 def test_empty_input_is_refused(tokenizer):
     for prompts, completions in (([[1]], [[[]]]), ([[]], [[[1]]]), ([[1]], [[]]), ([], [])):
-        with pytest.raises(ValueError, match="completion_logps: "):
-            llm.completion_logps(tiny(), prompts, completions)
+        for function in (llm.completion_logps, llm.token_logps, llm.last_hidden):
+            with pytest.raises(ValueError, match="tree_rows: "):
+                function(tiny(), prompts, completions)
     chosen = {"max_new_tokens": 2, "temperature": 1, "top_p": 1, "seed": 0}
     for prompts, n in (([[]], 1), ([[1]], 0)):
         with pytest.raises(ValueError, match="sample: "):

@@ -10,6 +10,7 @@ import json
 import re
 import threading
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import httpx
@@ -435,7 +436,8 @@ def written(engine, monkeypatch, answers, *asks, scores=None):
             pairs = [torch.tensor([scores[y] for y in some]).view(-1, 2) for some in lists]
             return [p[:, 0] for p in pairs], [p[:, 1] for p in pairs]
 
-        monkeypatch.setattr(engine, "reward", SimpleNamespace(score=score))
+        model = SimpleNamespace(score=score)  # in place of the reward model
+        monkeypatch.setattr(engine, "rate", partial(suggest.by_reward, model))
     return engine.write([*asks])
 
 
@@ -458,6 +460,13 @@ def test_a_third_suggestion_without_a_full_stop_is_shown(engine, monkeypatch):
         assert {s.text for s in shown.suggestions} == {*texts}
 
 
+def test_a_talk_about_medicine_goes_on_about_medicine(engine, monkeypatch):
+    texts = ["Which dose of insulin is usual?", "How is diabetes treated?", "What is a symptom?"]
+    (shown,) = written(engine, monkeypatch, [garm.format_answer(texts)],
+                       an_ask("How does insulin work in diabetes?"))
+    assert {s.text for s in shown.suggestions} == {*texts}
+
+
 def test_half_of_the_answers_decline(engine, monkeypatch):
     listed = garm.format_answer(TEXTS)
     for answers, declined in ((["Unsafe", " unsafe.\n", listed, listed], True),
@@ -471,7 +480,7 @@ def test_what_may_not_be_shown_is_left_out_and_nothing_is_padded(engine, monkeyp
     bad = ["How is oolong made?", "HOW IS OOLONG MADE", "<b>What is tea?</b>",
            "怎么泡乌龙茶最好喝？",
            "one two three four five six seven eight nine ten eleven twelve thirteen?",
-           "Which dose of insulin is safe?", "JoJoJoJoJoJo tea?", "Tea"]
+           "JoJoJoJoJoJo tea?", "Tea"]
     answers = ["\n".join(f"{i}. {text}" for i, text in enumerate([*bad, TEXTS[0]], 1)), TEXTS[0]]
     (answer,) = written(engine, monkeypatch, answers, an_ask("How is oolong made?"))
     assert [s.text for s in answer.suggestions] == TEXTS[:1]

@@ -188,7 +188,8 @@ def test_a_rows_list_covers_its_interests():
 
 def test_sit_learns_both_and_says_how_many(run, monkeypatch):
     learned = []
-    monkeypatch.setattr(sit, "instruct", lambda run, writer, rows: learned.append(rows) or (0, {}))
+    told = lambda run, writer, rows, *_: learned.append(rows) or (0, {})  # noqa: E731
+    monkeypatch.setattr(sit, "instruct", told)
     monkeypatch.setattr(sit.llm, "save_adapter", lambda *_: None)
     figures = sit.stage_sit(run, players_of(run), "")
     alone = read_json(run.folder / "sit" / "done.json")  # the same without the corpus

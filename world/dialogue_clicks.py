@@ -109,15 +109,15 @@ class Truth:
         """(value of each suggestion for each need (K, needs), nearness to the topic (K,))."""
         hidden, needs = self.dialogues[dialogue_id], self.dialogues[dialogue_id]["needs"]
         owner = np.repeat(np.arange(len(needs)), [len(need["texts"]) for need in needs])  # (M,)
-        known, k, m = texts_of(hidden), len(suggestions), len(owner)
+        phrasings, k, m = texts_of(hidden), len(suggestions), len(owner)
         # One call: an encoder takes much the same time for one text and for twenty.
-        vectors = np.asarray(self.encoder([*(s or "." for s in suggestions), *known]))
+        vectors = np.asarray(self.encoder([*(s or "." for s in suggestions), *phrasings]))
         cosines = vectors[:k] @ vectors[k:].T  # (K, M + asked + 1)
         nearest = np.stack([cosines[:, :m][:, owner == n].max(1) for n in range(len(needs))], 1)
         weights = np.array([need["weight"] for need in needs])
         # What lies nearer to an earlier question than to any need asks the same again.
         repeats = cosines[:, m:-1].max(1) >= np.maximum(nearest.max(1), NEAR[1])
-        content = set().union(*map(stems, [*known[:m], hidden["topic"]]))
+        content = set().union(*map(stems, [*phrasings[:m], hidden["topic"]]))
         lexical = np.array([1.0 if stems(s) & content else 0.4 for s in suggestions])
         served = _ramp(nearest, NEAR) * weights * (lexical * ~repeats)[:, None]
         return served, _ramp(cosines[:, -1], TOPICAL) * ~repeats

@@ -83,8 +83,8 @@ def _shared(topic: str, question: str) -> bool:
 
 
 def _keywords(topic: str, phrase: str) -> str:
-    known = set(topic.lower().split())
-    rest = [w for w in phrase.lower().replace(",", "").split() if w not in STOP | known]
+    named = set(topic.lower().split())
+    rest = [w for w in phrase.lower().replace(",", "").split() if w not in STOP | named]
     return " ".join([re.sub("^(the|a) ", "", topic.lower()), *rest])
 
 
