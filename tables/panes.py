@@ -35,7 +35,6 @@ from stages.dialogues import Context
 from stages.metrics import escape, markdown_table, write_pages
 from stages.reward import load_reward, train_reward
 from tables.claims import pooled_interval
-from tables.garm import PAPER
 from tables.garm_values import SIZE, Counts, Shown, named, scores_of
 from tools.importers import import_mimics
 
@@ -176,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tables.panes",
                                      description=__doc__.split("\n")[0])
     parser.add_argument("file", type=Path, help="JSON lines as of MIMICS-Duo")
-    parser.add_argument("--config", default=str(PAPER.config))
+    parser.add_argument("--config", default=str(ROOT / "configs" / "garm.yaml"))
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="default: results")
     parser.add_argument("settings", nargs="*", metavar="section.key=value")
     given = parser.parse_intermixed_args()

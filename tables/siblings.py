@@ -37,18 +37,15 @@ class Paper:
     write: Callable[[Seeds, dict, Path], None]
     holds: tuple[str, ...]
 
-    @property
-    def config(self) -> Path:
-        return ROOT / "configs" / f"{self.name}.yaml"
-
 
 def reproduce(
     paper: Paper, seeds: int, path: str | None, words: list[str], quick: bool, first: int = 0
 ) -> None:
     """Train what is missing, measure, and write the report."""
     name, texts = paper.name, experiments.read(paper.name)
-    path = path or str(paper.config)
-    whole = seeds >= 3 and not (first or words or quick) and Path(path).resolve() == paper.config
+    shipped = ROOT / "configs" / f"{name}.yaml"
+    path = path or str(shipped)
+    whole = seeds >= 3 and not (first or words or quick) and Path(path).resolve() == shipped
     words = [*texts["quick" if quick else "size"], *words]  # the user's come last, and win
     variants = {} if quick else texts.get("variants", {})
     changes = {MAIN: (), **{variant: fields["settings"] for variant, fields in variants.items()}}

@@ -172,7 +172,8 @@ def test_tokens_are_those_of_full_rows():
     words = "sit.max_rows=10 sit.epochs=2 dpo.max_users=0 dpo.rounds=2".split()
     text = plan.plan(load_config(None, words))
     assert f"in all {10 * 2 * (320 + 192):,}" in text
-    assert f"in all {(1 + 2) * 2 * (320 + 4 * 192):,} a user" in text
+    lists = 1 + 4  # chosen; a rejected one of each kind
+    assert f"in all {(1 + 2) * 2 * (320 + lists * 192):,} a user" in text
 
 
 @pytest.mark.parametrize("model", ["someone/unheard-of", "./no/such/folder", "a" * 200])

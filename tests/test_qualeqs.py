@@ -239,8 +239,8 @@ def test_shapes_that_do_not_fit_are_refused():
 def test_the_map_of_the_docs_exists():
     """docs/qualeqs.md: each row names functions and tests that exist; no function is left out."""
     page = (ROOT / "docs" / "qualeqs.md").read_text(encoding="utf-8")
-    table = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith("| ")]
-    table = [cells for cells in table if len(cells) == 3][1:]
+    rows = page.partition("| paper | function | test |\n")[2].partition("\n\n")[0].splitlines()
+    table = [line.split("|")[1:-1] for line in rows if line.startswith("| ")]
     named = [set(re.findall(r"`(\w+)`", cell)) for row in table for cell in row[1:]]
     functions, tests = set().union(*named[::2]), set().union(*named[1::2])
     public = {

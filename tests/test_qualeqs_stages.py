@@ -300,7 +300,7 @@ class Varied(Scripted):
             yield (i, "", self.failure) if failed else (i, text, "")
 
 
-@pytest.mark.parametrize("rate", [0.018, 0.2])
+@pytest.mark.parametrize("rate", [0.018, 0.2, 0.5])
 def test_training_goes_on_where_a_judge_fails_and_counts_it(
     rate, whole, model_folder, tmp_path, monkeypatch, capsys
 ):
