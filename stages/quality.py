@@ -20,7 +20,7 @@ from torch import Tensor
 import data
 import garm
 import qualeqs
-from files import UserError
+from files import UserError, gather, share
 from roles.players import Players
 from run import Run
 from stages.dialogues import Context, read_contexts
@@ -50,12 +50,12 @@ class Quality:
         # Strict: what is no list of three is nobody's to judge.
         rows = [(c.dialogue, garm.answer_suggestions(answer))
                 for c, some in zip(contexts, answers, strict=True) for answer in some]
-        # All at once: an LLM is asked many at a time.
-        verdicts = iter(self.judge([row for row in rows if row[1]]))
+        # All at once: an LLM is asked many at a time; of several processes each asks for a share.
+        asked = share([row for row in rows if row[1]])
+        said = iter(gather([[verdict[:3] for verdict in some] for some in self.judge(asked)]))
         # As qualeqs.quality_figures counts it: as bad suggestions.
         malformed = [[0.0] * 3] * garm.NUM_SUGGESTIONS
-        marks = [[verdict[:3] for verdict in next(verdicts)] if some else malformed
-                 for _, some in rows]
+        marks = [next(said) if some else malformed for _, some in rows]
         form = torch.tensor([float(bool(some)) for _, some in rows])  # (R,)
         # (R, K, 3) -> three of (R, K).
         return *torch.tensor(marks, dtype=torch.float32).unbind(2), form

@@ -312,7 +312,9 @@ def test_training_goes_on_where_a_judge_fails_and_counts_it(
     run = Run(config, describe=False)
     figures = run.folder.figures("rl")
     assert "failed_calls" not in figures and figures["judge"]["answered"] > 0
-    assert rate < 0.3 or figures["judge"]["server error"] > 0
+    errors = figures["judge"].get("server error", 0)
+    errors += run.folder.figures("mine")["judge"].get("server error", 0)
+    assert rate < 0.1 or errors > 0
     for path in run.folder.path.rglob("steps.jsonl"):
         for line in map(json.loads, path.open()):
             assert math.isfinite(line["reward"]) and math.isfinite(line["loss"])
