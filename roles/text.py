@@ -226,6 +226,12 @@ def is_unsuitable(text: str, among: Sequence[str] = ()) -> str | None:
     return None
 
 
+def _is_grave(text: str) -> str | None:
+    """'sensitive' or 'invasive' by words that leave no doubt, or None."""
+    patterns = lexicon()["unsuitable"]
+    return next((kind for kind in ("sensitive", "invasive") if patterns[kind].search(text)), None)
+
+
 def unfit(texts: Sequence[str], encode: Encode | None, vectors: torch.Tensor | None = None) -> list:
     """Of each summary why nobody should be reminded of it, or None: by words that leave no doubt,
     or by what it means. vectors (n, D): the texts' embeddings, where they are at hand."""
@@ -291,13 +297,13 @@ def filter_starters(starters: Iterable[str], interests: Sequence[str], seen: Ite
 
     Reasons: length, malformed, language (not that of most interests), medical, sensitive, invasive,
     duplicate (of an earlier one or of `seen`, but for case and punctuation; not with `repeats`).
-    subjects: of whatever subject, where the user has just brought it up: next queries of a talk.
+    subjects: next queries of a talk, which may be medical as the talk is, and use doubtful words.
     """
     wanted, shown = majority_language(interests), set(map(normal_form, seen))
     kept, dropped = [], Counter()
     for starter in starters:
         normal, reason = normal_form(starter), _fault(starter, wanted)
-        reason = reason or (None if subjects else is_unsuitable(starter, interests))
+        reason = reason or (_is_grave(starter) if subjects else is_unsuitable(starter, interests))
         if reason or (normal in shown and not repeats):
             dropped[reason or "duplicate"] += 1
         else:

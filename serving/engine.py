@@ -256,8 +256,8 @@ class Engine:
 
     def _case(self, ask: Ask, gone: Callable, history: ib.History, scores: list[float]) -> Case:
         """What the gate keeps of a history, and what the generator is told of it."""
-        kept = self.distiller.keep(history, scores) if scores else []
         fit = self.distiller.fit(history)
+        kept = self.distiller.keep(history, scores, fit) if scores else []
         best = sorted(fit, key=lambda j: -scores[j])  # the page shows what was near
         shown = (kept + [j for j in best if j not in kept])[: max(12, len(kept))]
         # PE, as the paper's, hears of everything, the latest first.

@@ -103,9 +103,12 @@ class Distiller:
         reasons = unfit(history.texts, self.encode, history.embeddings)
         return [i for i, reason in enumerate(reasons) if not reason]
 
-    def keep(self, history: ib.History, scores) -> list[int]:
-        """Indices of the trigger interests T_u, best first, near-duplicates collapsed (Eq. 4)."""
-        fit, r = self.fit(history), self.settings
+    def keep(self, history: ib.History, scores, fit: list[int] | None = None) -> list[int]:
+        """Indices of the trigger interests T_u, best first, near-duplicates collapsed (Eq. 4).
+
+        fit: as `fit` gives it, where it is at hand.
+        """
+        fit, r = self.fit(history) if fit is None else fit, self.settings
         texts = [history.texts[i] for i in fit]
         kept = ib.distil(
             [scores[i] for i in fit], self.threshold(history), r.min_keep, r.max_keep,
@@ -327,10 +330,10 @@ def compare_gates(revisits: Revisits, gates: dict[str, Distiller], unseen, histo
     most = distiller.settings.max_keep
     gates = {"default": distiller} | {name: bounded(gate, 1, most) for name, gate in gates.items()}
     gates |= {f"top {k}": bounded(distiller, k, k) for k in (1, 2, 3, 4, 6)}
-    figures = {}
+    figures, rows = {}, [(h, s, distiller.fit(h)) for h, s in zip(histories, scores, strict=True)]
     for name, gate in gates.items():
         # Pooled, as the thresholds were fitted: a user of many interests counts more.
-        kept = [gate.keep(h, s) for h, s in zip(histories, scores, strict=True)]
+        kept = [gate.keep(*row) for row in rows]
         hits = sum((revisits[row][keep] == 1).sum() for row, keep in zip(unseen, kept, strict=True))
         answered = sum((revisits[row][k] >= 0).sum() for row, k in zip(unseen, kept, strict=True))
         positives = sum((revisits[row] == 1).sum() for row in unseen)

@@ -45,3 +45,9 @@ def finished(tmp_path_factory):
     root = tmp_path_factory.mktemp("whole")
     train.run_stages(micro(root), list(train.STAGES))
     return root / "tiny"
+
+
+def rows_of(table: str) -> dict[str, list[str]]:
+    """First cell of each row of a markdown table -> the others."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    return {first: rest for first, *rest in cells}

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import rows_of
 
 import garm
 import train
@@ -78,11 +79,6 @@ def seeds():
 
 
 # --------------------------------------------------------------------------------- tables and page
-
-
-def rows_of(table: str) -> dict[str, list[str]]:
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    return {first: rest for first, *rest in cells}
 
 
 def test_a_policy_is_counted_against_pe_and_its_clicks_are_a_gain(seeds):

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import rows_of
 
 from files import UserError, write_json
 from stages import quality_eval
@@ -45,11 +46,6 @@ def made_up(number: int) -> dict:
 @pytest.fixture(scope="module")
 def seeds():
     return [made_up(number) for number in range(3)]
-
-
-def rows_of(table: str) -> dict[str, list[str]]:
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    return {first: rest for first, *rest in cells}
 
 
 def test_claims_are_few_and_directional_and_can_fail(seeds):

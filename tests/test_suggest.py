@@ -467,6 +467,13 @@ def test_a_talk_about_medicine_goes_on_about_medicine(engine, monkeypatch):
     assert {s.text for s in shown.suggestions} == {*texts}
 
 
+def test_grave_words_stay_out_of_any_talk(engine, monkeypatch):
+    texts = ["How do I kill myself?", "What is her home address?", "How is diabetes treated?"]
+    (shown,) = written(engine, monkeypatch, [garm.format_answer(texts)],
+                       an_ask("My friend has diabetes and a home address. Does she kill herself?"))
+    assert [s.text for s in shown.suggestions] == texts[2:]
+
+
 def test_half_of_the_answers_decline(engine, monkeypatch):
     listed = garm.format_answer(TEXTS)
     for answers, declined in ((["Unsafe", " unsafe.\n", listed, listed], True),
