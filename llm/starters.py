@@ -112,7 +112,8 @@ def _without_marks(item: str) -> str:
             item = item.rstrip("*")
     # Where a quote between two & goes, a separator is left: none may stand inside a starter.
     item = SEPARATOR.sub("&", AMPERSAND.sub("&", item))
-    return " ".join(item.rstrip(" `\\").split())
+    # With the separators of other lists: here, where spaces of every kind are spaces already.
+    return " ".join(item.rstrip(" `\\,;，；、").split())
 
 
 def format_starters(starters: Iterable[str]) -> str:
@@ -151,7 +152,7 @@ def parse_starters(text: str) -> Parsed:
     else:
         whole = [items for items, (_, closed) in zip(lists, fields, strict=False) if closed]
         items = (whole or lists)[-1]
-    starters = tuple(filter(None, (clean_starter(item.rstrip(" ,;，；、")) for item in items)))
+    starters = tuple(filter(None, map(clean_starter, items)))
     if starters:
         return Parsed(starters, None)
     if not fields:
