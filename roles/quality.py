@@ -11,15 +11,15 @@ prompted.py has that form, with the same method. What a rule does not know count
 suggestion that nothing in the shop answers is worth less than one too few.
 """
 
-import functools
 import itertools
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from data import Dialogue, Policy, Product
 from roles import text as texts
+from roles.catalogue import Catalogue, Mention, content, lexicon, stem, stems, tokens
 
 COVERED = 0.65  # of a question's words, by weight, that policies must have to answer it
 UNKNOWN = 0.7  # weight of a word that none has; of one in n policies it is 1 / n
@@ -43,67 +43,6 @@ class Verdict(NamedTuple):
 FAILED = Verdict(*[float("nan")] * 3, reason="the judge's call failed")
 
 
-# ------------------------------------------------------------------------------------------ words
-
-
-@functools.cache
-def _lexicon() -> dict[str, dict]:
-    """quality.yaml: patterns, units and currencies as regular expressions, words as stems."""
-    sections = texts.read_yaml("quality.yaml")
-    compiled = {name: {key: re.compile("|".join(lines.splitlines()), re.IGNORECASE)
-                       for key, lines in sections[name].items()} for name in ("patterns",)}
-    words = {key: {stem(word) for word in lines.split()}
-             for key, lines in sections["words"].items()}
-    words["stop"] = {stem(word) for word in texts.lexicon()["words"]["stop"]} - {"case"}
-    return sections | compiled | {"words": words}
-
-
-_ENDINGS = ("ations", "ation", "ments", "ment", "ings", "ing", "ers", "er", "ies", "ed", "es", "s",
-            "e", "y")
-
-
-@functools.lru_cache(maxsize=50_000)
-def stem(word: str) -> str:
-    """A rough stem: cancelling, cancellation -> cancel; batteries, battery -> batter."""
-    word = word.casefold()
-    if word in ("mice", "mouse"):
-        return "mouse"
-    for least in (3, 4):  # two endings at most: deliver-y, deliv-er
-        ending = next((e for e in _ENDINGS if word.endswith(e) and not (
-            e == "s" and word.endswith("ss"))), "")
-        if len(word) - len(ending) >= least:
-            word = word.removesuffix(ending)
-    return re.sub(r"([^aeiou])\1$", r"\1", word)[:7]  # runn -> run
-
-
-_TOKEN = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
-
-
-def tokens(text: str) -> list[str]:
-    return _TOKEN.findall(text)
-
-
-def stems(text: str) -> list[str]:
-    return [stem(word) for word in tokens(text)]
-
-
-def content(text: str) -> list[str]:
-    """Stems of words that say what is wanted: no stop words, none of shopping in general."""
-    words = _lexicon()["words"]
-    return [s for s in stems(text) if s not in words["stop"] | words["shop"] and len(s) > 1
-            and not s.isdigit()]
-
-
-def _spans(words: list[str], most: int) -> Iterable[tuple[int, int]]:
-    """(start, end) of runs of up to `most` words, long ones first."""
-    for n in range(min(most, len(words)), 0, -1):
-        for i in range(len(words) - n + 1):
-            yield i, i + n
-
-
-# ------------------------------------------------------------------------------------ the catalogue
-
-
 class Bound(NamedTuple):
     """A number that a suggestion asks for."""
 
@@ -113,94 +52,6 @@ class Bound(NamedTuple):
 
     def holds(self, value: float) -> bool:
         return self.low <= value <= self.high
-
-
-class Mention(NamedTuple):
-    """What a text names of the catalogue."""
-
-    categories: list[str]
-    products: list[int]
-    brands: list[str]
-    words: set[str]  # the stems that do so
-
-
-class Catalogue:
-    """Products by number, and which of them a word, a brand or a category stands for."""
-
-    def __init__(self, products: list[Product]):
-        self.products = [p for p in products if p.in_stock]
-        self.bag, self.of_category, self.of_brand = defaultdict(set), defaultdict(set), {}
-        self.names, phrases = defaultdict(list), defaultdict(set)  # phrases: stems -> categories
-        for i, product in enumerate(self.products):
-            for category in product.category:
-                self.of_category[category].add(i)
-            if product.brand:
-                self.of_brand.setdefault(tuple(stems(product.brand)), set()).add(i)
-            self.names[tuple(stems(product.name))].append(i)
-            for word in self._words(product):
-                self.bag[word].add(i)
-        # Groups such as a department name no goods: "lamps for a kitchen" is about lamps.
-        for category in {p.category[0]: None for p in self.products}:
-            for part in re.split(r"&|,|/|\band\b", category):
-                if phrase := tuple(stems(part)):
-                    phrases[phrase].add(category)
-        heads = Counter(phrase[-1:] for phrase in {*phrases})
-        for phrase in [*phrases]:  # "speakers" for portable speakers, where there are no others
-            if len(phrase) > 1 and heads[phrase[-1:]] == 1:
-                phrases[phrase[-1:]] |= phrases[phrase]
-        self.phrases = dict(phrases)
-        self.numbers = defaultdict(dict)  # attribute -> product -> value
-        for i, product in enumerate(self.products):
-            for name, value in product.attributes.items():
-                if not isinstance(value, bool) and isinstance(value, int | float):
-                    self.numbers[name][i] = value
-        self.longest = max(map(len, [*self.names, *self.phrases, *self.of_brand]), default=1)
-
-    @staticmethod
-    def _words(product: Product) -> set[str]:
-        said = [product.name, product.brand or "", product.description or "", *product.category]
-        for name, value in product.attributes.items():
-            if value is not False:  # what it lacks does not describe it
-                said.append(name.replace("_", " "))
-            said += value if isinstance(value, list) else [value] * isinstance(value, str)
-        return {word for text in said for word in stems(text)}
-
-    def mention(self, text: str) -> Mention:
-        """Names of products and brands in a text, the longest first, and its first category."""
-        # A second one narrows the first: a sofa bed, a bench for shoes.
-        words, found, used, categories = stems(text), Mention([], [], [], set()), set(), {}
-        stop = _lexicon()["words"]["stop"]
-        for i, j in _spans(words, self.longest):
-            span = tuple(words[i:j])
-            if used & {*range(i, j)} or (j - i == 1 and span[0] in stop):
-                continue
-            if span in self.names:
-                found.products.extend(self.names[span])
-            elif span in self.of_brand:
-                found.brands.append(span)
-            elif span in self.phrases:
-                categories[i] = span
-            else:
-                continue
-            used |= {*range(i, j)}
-            found.words.update(span if i not in categories else ())
-        if categories:
-            first = categories[min(categories)]
-            found.categories.extend(sorted(self.phrases[first]))
-            found.words.update(first)
-        return found
-
-    def known(self, word: str, among: set[int]) -> set[int]:
-        """Which of these products a word describes; a longer or shorter form of it will do."""
-        found = self.bag.get(word, set()) & among
-        if not found and len(word) >= 4:
-            for other, products in self.bag.items():
-                if len(other) >= 4 and (other.startswith(word) or word.startswith(other)):
-                    found = found | (products & among)
-        return found
-
-
-# --------------------------------------------------------------------------------------- the judge
 
 
 class Subject(NamedTuple):
@@ -264,7 +115,7 @@ class Rules:
         return named | {*mention.categories}
 
     def _judge(self, text: str, subject: Subject) -> Verdict:
-        patterns = _lexicon()["patterns"]
+        patterns = lexicon()["patterns"]
         for name in ("privacy", "assistant", "scope"):
             if patterns[name].search(text):
                 return Verdict(0, 1, 1, reason=name)
@@ -308,10 +159,10 @@ class Rules:
 
     def _bounds(self, text: str) -> tuple[list[Bound], str]:
         """(numbers asked for, the text without them)."""
-        lexicon, bounds = _lexicon(), []
+        words, bounds = lexicon(), []
         number = r"(\d[\d.,]*\d|\d)"
-        money = lexicon["currencies"].get(self.currency, re.escape(self.currency) or "€")
-        units = {"price": money} | lexicon["units"]
+        money = words["currencies"].get(self.currency, re.escape(self.currency) or "€")
+        units = {"price": money} | words["units"]
         rest = text
         for unit, said in units.items():
             before = rf"(?:(?:{said})\s?{number})|" if unit == "price" else ""
@@ -325,7 +176,7 @@ class Rules:
 
     @staticmethod
     def _bound(text: str, match: re.Match, value: float, unit: str) -> Bound:
-        patterns = _lexicon()["patterns"]
+        patterns = lexicon()["patterns"]
         before, after = text[max(0, match.start() - 40) : match.start()], text[match.end() :][:40]
 
         def says(name: str, where: str) -> bool:
@@ -343,7 +194,7 @@ class Rules:
 
     def _by_catalogue(self, text: str, usage: set[str], named: Mention,
                       subject: Subject) -> Verdict:
-        catalogue, patterns = self.catalogue, _lexicon()["patterns"]
+        catalogue, patterns = self.catalogue, lexicon()["patterns"]
         if patterns["impossible"].search(text):
             return Verdict(1, 0, 1, reason="impossible feature")
         about = named if named.categories or named.products else subject.mention
@@ -359,7 +210,7 @@ class Rules:
         for chunk in self._chunks(rest, named.words):
             known = [(word, products) for word, _ in chunk
                      if (products := catalogue.known(word, among))]
-            asked |= {word for word, _ in chunk if word in _lexicon()["words"]["soft"]}
+            asked |= {word for word, _ in chunk if word in lexicon()["words"]["soft"]}
             chunk = [pair for pair in chunk if pair[0] not in asked or pair[0] in dict(known)]
             if not chunk:
                 continue
@@ -395,7 +246,7 @@ class Rules:
 
     def _chunks(self, text: str, ignored: set[str]) -> list[list[tuple[str, str]]]:
         """Runs of content words, as (stem, word): of "an active noise filter" one, of three."""
-        words = _lexicon()["words"]
+        words = lexicon()["words"]
         dull = (words["stop"] | words["shop"] | words["attribute"]) - words["soft"]
         pairs = [(stem(raw), raw) for raw in tokens(text)]
         groups = itertools.groupby(pairs, lambda pair: pair[0] in words["between"] | ignored)
@@ -415,13 +266,13 @@ class Rules:
                        usage: set[str]) -> str:
         """Why a suggestion leads no further, or ""."""
         bounds = any("Bound" in word for word in asked)
-        if _lexicon()["patterns"]["vague"].search(text) and not bounds:
+        if lexicon()["patterns"]["vague"].search(text) and not bounds:
             return "vague budget"
         categories = self._categories(named)
         if categories and subject.categories and not self._related(categories, subject.categories):
             return "another subject"
         complement = categories and not categories & self._categories(subject.mention)
-        attributes = {*_asked(text)} & (_lexicon()["words"]["attribute"] | {"price"})
+        attributes = {*_asked(text)} & (lexicon()["words"]["attribute"] | {"price"})
         new = (asked | usage | attributes) - subject.said
         if new or complement:
             return ""
@@ -450,7 +301,7 @@ class Rules:
 
 def _asked(text: str) -> list[str]:
     """Stems, with one word for what something costs."""
-    price = _lexicon()["words"]["price"]
+    price = lexicon()["words"]["price"]
     return ["price" if word in price else word for word in stems(text)]
 
 
@@ -472,7 +323,7 @@ def _usage(text: str, catalogue: Catalogue) -> tuple[str, set[str]]:
         before = catalogue.mention(text[: match.start()]).words
         if re.search(r"\d", match[0]) or (catalogue.mention(match[0]).words and not before):
             return match[0]  # "less than 40 euros", "I am looking for a kettle"
-        words = _lexicon()["words"]
+        words = lexicon()["words"]
         usage.update({*stems(match[0])} - words["between"] - words["shop"])
         return " "
 
