@@ -1,0 +1,389 @@
+"""What exports of chat assistants and shared data sets look like: one record per kind of file.
+
+    ChatGPT.model_validate(row).sessions()    # a Talk for each session
+
+What is not needed (a turn of a tool, an unknown role, a time that nobody can read) is passed over
+and counted in the context of the validation. importers.py reads the files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, model_validator
+
+import data
+from data import Name, Record, Text
+from files import digest
+
+# Names of who speaks, in all kinds of files; tools and what else there is are passed over.
+ROLES = dict.fromkeys(("gpt", "chatgpt", "assistant", "bing", "bard", "model"), "assistant")
+ROLES |= {"human": "user", "user": "user", "prompter": "user", "system": "system"}
+UNREAD_TIME = "times that cannot be read"
+
+
+def _moment(value, info) -> datetime | None:
+    """ISO 8601 text, or seconds, milli-, micro- or nanoseconds since 1970, to naive UTC."""
+    if value is None or value == "":
+        return None
+    try:
+        if isinstance(value, str) and not re.fullmatch(r"-?\d{9,20}(\.\d{1,9})?", value):
+            return data.to_utc(value)
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
+            seconds = float(value)
+            if abs(seconds) > 1e19:  # no nanoseconds either; JSON's 1e999 is infinite
+                raise ValueError
+            while abs(seconds) > 1e11:  # the year 5138
+                seconds /= 1000
+            return datetime.fromtimestamp(seconds, UTC).replace(tzinfo=None)
+        return data.to_utc(value)  # of parquet
+    except (ValueError, TypeError, OverflowError, OSError):  # which of them depends on the machine
+        if info.context is not None:
+            info.context[UNREAD_TIME] += 1  # a history can do without
+        return None
+
+
+Time = Annotated[datetime | None, BeforeValidator(_moment)]
+# Some databases number their conversations.
+Id = Annotated[Name, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+
+
+@dataclass(frozen=True)
+class Talk:
+    user_id: str | None  # None: the one person whose export the file is
+    session_id: str
+    begun: datetime | None
+    said: list[tuple[str, str | None]]  # (role as the file has it, text)
+    updated: datetime | None = None  # which of two exports has the later state
+
+    def turns(self) -> list[dict]:
+        said = [(ROLES.get(role.lower()), text) for role, text in self.said]
+        return [{"role": role, "content": text} for role, text in said if role and text]
+
+
+Sessions = Iterator[Talk]
+
+
+def _earliest(*times: datetime | None) -> datetime | None:
+    return min(filter(None, times), default=None)
+
+
+def _text(content) -> str | None:
+    """Text of a message that is a text, or a list of parts of which some are texts."""
+    if isinstance(content, list):
+        parts = [p.get("text") if isinstance(p, dict) else p for p in content]
+        return "\n".join(part for part in parts if isinstance(part, str))
+    return content if isinstance(content, str) else None
+
+
+def _branch(parents: dict[str, str | None], leaf: Any) -> list[str]:
+    """Root to leaf of a tree; edits and regenerations hang on other branches."""
+    branch: dict[str, None] = {}
+    while isinstance(leaf, str) and leaf in parents and leaf not in branch:
+        branch[leaf] = None  # a lost parent or a cycle ends it
+        leaf = parents[leaf]
+    return list(branch)[::-1]
+
+
+def _latest_leaf(parents: dict[str, str | None], times: dict[str, datetime | None]) -> str | None:
+    inner = set(parents.values())
+    leaves = [key for key in parents if key not in inner]
+    # Of equally late ones the last in the file: max keeps the first that it meets.
+    return max(reversed(leaves), key=lambda key: times[key] or datetime.min, default=None)
+
+
+class ChatGPTMessage(Record):
+    class Author(Record):
+        role: str  # user, assistant, system, tool
+
+    class Content(Record):
+        content_type: str  # text, multimodal_text, code, ...
+        parts: list[Any] | None = None  # texts, and objects of images and speech
+
+    author: Author | None = None
+    content: Content | None = None
+    recipient: str | None = None
+    create_time: Time = None
+    metadata: Any = None
+
+    def text(self) -> str | None:
+        """Its text and the transcripts of speech; None for images, code and calls of tools."""
+        kind = self.content and self.content.content_type
+        # Another recipient is a tool.
+        if kind not in ("text", "multimodal_text") or self.recipient not in (None, "all"):
+            return None
+        hidden = "is_visually_hidden_from_conversation"  # put there by the chat, not its person
+        if isinstance(self.metadata, dict) and self.metadata.get(hidden):
+            return None
+        return _text(self.content.parts or [])
+
+
+class ChatGPT(Record):
+    """A conversation in conversations.json of ChatGPT's export: a tree of messages."""
+
+    class Node(Record):
+        message: ChatGPTMessage | None = None  # the root has none
+        parent: str | None = None
+
+    conversation_id: Id | None = None  # or `id`: exports differ
+    id: Id | None = None
+    create_time: Time = None  # of the conversation
+    update_time: Time = None
+    mapping: dict[str, Node]
+    current_node: Any = None  # the leaf that its person saw last
+
+    def sessions(self) -> Sessions:
+        session_id = self.conversation_id or self.id
+        if not session_id:
+            raise ValueError("conversation_id: missing, and so is id")
+        parents = {key: node.parent for key, node in self.mapping.items()}
+        times = {k: n.message and n.message.create_time for k, n in self.mapping.items()}
+        branch = _branch(parents, self.current_node) or _branch(
+            parents, _latest_leaf(parents, times))  # fmt: skip
+        shown = [self.mapping[key].message for key in branch]
+        # What the system said is ChatGPT's, the same for everybody.
+        shown = [m for m in shown if m and m.author and m.author.role != "system"]
+        said = [(m.author.role, m.text()) for m in shown]
+        begun = self.create_time or _earliest(*map(times.get, branch)) or self.update_time
+        yield Talk(None, session_id, begun, said, self.update_time)  # of whoever exported it
+
+
+class Claude(Record):
+    """A conversation in conversations.json of Claude's export."""
+
+    class Message(Record):
+        sender: str = ""
+        text: str | None = None
+        content: Any = None  # parts, of later exports
+        created_at: Time = None
+
+    uuid: Id
+    created_at: Time = None
+    updated_at: Time = None
+    chat_messages: list[Message]
+
+    def sessions(self) -> Sessions:
+        said = [(m.sender, m.text or _text(m.content)) for m in self.chat_messages]
+        begun = self.created_at or _earliest(*(m.created_at for m in self.chat_messages))
+        yield Talk(None, self.uuid, begun or self.updated_at, said, self.updated_at)
+
+
+class OpenWebUI(Record):
+    """A chat of Open WebUI, of one person's export or of an administrator's of everybody."""
+
+    class Message(Record):
+        role: str = ""
+        content: Any = None
+        parentId: str | None = None  # noqa: N815 (its name there)
+        timestamp: Time = None
+
+    class Chat(Record):
+        history: Any = None  # {"messages": {id: message}, "currentId": id}
+        messages: Any = None  # older exports: the branch shown
+
+    id: Id
+    user_id: Id | None = None
+    created_at: Time = None
+    updated_at: Time = None
+    chat: Chat
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, value):
+        """The branch shown as chat.messages, whichever way the chat holds it."""
+        chat = value.get("chat") if isinstance(value, dict) else None
+        history = chat.get("history") if isinstance(chat, dict) else None
+        tree = history.get("messages") if isinstance(history, dict) else None
+        if isinstance(tree, dict) and tree:
+            tree = {key: node for key, node in tree.items() if isinstance(node, dict)}
+            parents = {key: node.get("parentId") for key, node in tree.items()}
+            shown = _branch(parents, history.get("currentId")) or list(tree)
+            value = value | {"chat": {"messages": [tree[key] for key in shown]}}
+        return value
+
+    def sessions(self) -> Sessions:
+        rows = self.chat.messages if isinstance(self.chat.messages, list) else []
+        messages = [self.Message.model_validate(row) for row in rows]
+        said = [(m.role, _text(m.content)) for m in messages]
+        begun = self.created_at or _earliest(*(m.timestamp for m in messages)) or self.updated_at
+        yield Talk(self.user_id, self.id, begun, said, self.updated_at)
+
+
+class HuggingChat(Record):
+    """A conversation of HuggingChat (chat-ui)."""
+
+    class Message(Record):
+        speaker: str = Field("", alias="from")
+        content: Any = None
+        id: str | None = None
+        ancestors: list[Any] | None = None  # of a tree; absent: a plain list
+        created: Time = Field(None, alias="createdAt")
+
+    id: Any = Field(None, alias="_id")  # a text, or {"$oid": text}
+    title: Any = None
+    created: Time = Field(None, alias="createdAt")
+    updated: Time = Field(None, alias="updatedAt")
+    messages: list[Message]
+
+    def sessions(self) -> Sessions:
+        name = self.id.get("$oid") if isinstance(self.id, dict) else self.id
+        last = self.messages[-1] if self.messages else None  # the one that was written last
+        shown = self.messages
+        if last and last.ancestors:
+            shown = [m for m in shown if m.id in last.ancestors or m is last]
+        said = [(m.speaker, _text(m.content)) for m in shown]
+        begun = self.created or _earliest(*(m.created for m in shown)) or self.updated
+        if not isinstance(name, str) or not name:  # some exports have none
+            name = digest(str(begun), said[:1])
+        yield Talk(None, name, begun, said, self.updated)
+
+
+class ShareGPT(Record):
+    """A ShareGPT conversation; it names no person, so the parts of one id count as one user's."""
+
+    class Message(Record):
+        speaker: str = Field(alias="from")  # a word of Python
+        value: str | None = None
+
+    id: Id
+    conversations: list[Message]
+
+    def sessions(self) -> Sessions:
+        said = [(m.speaker, m.value) for m in self.conversations]
+        yield Talk(part_number(self.id)[0], self.id, None, said)
+
+
+def part_number(name: str) -> tuple[str, int]:
+    """Split "abc_3" into ("abc", 3); a name without a number is part 0."""
+    match = re.fullmatch(r"(.+)_([0-9]{1,9})", name)
+    return (match[1], int(match[2])) if match else (name, 0)
+
+
+class RoleMessage(Record):
+    role: str
+    content: Any
+    hashed_ip: Text | None = None
+
+
+class WildChat(Record):
+    """A WildChat conversation; a hashed address counts as a user."""
+
+    conversation_hash: Id
+    timestamp: Time = None
+    hashed_ip: Text | None = None  # here or in the messages
+    conversation: list[RoleMessage]
+
+    def sessions(self) -> Sessions:
+        addresses = [self.hashed_ip, *(m.hashed_ip for m in self.conversation)]
+        user_id = next(filter(None, addresses), self.conversation_hash)  # without: a user each
+        said = [(m.role, _text(m.content)) for m in self.conversation]
+        yield Talk(user_id, self.conversation_hash, self.timestamp, said)
+
+
+class LMSYS(Record):
+    """A conversation of LMSYS-Chat-1M; it names no person, so each is a user's."""
+
+    conversation_id: Id
+    tstamp: Time = None
+    conversation: list[RoleMessage]
+
+    def sessions(self) -> Sessions:
+        said = [(m.role, _text(m.content)) for m in self.conversation]
+        yield Talk(self.conversation_id, self.conversation_id, self.tstamp, said)
+
+
+class LocomoTalk(Record):
+    class Message(Record):
+        speaker: Name
+        text: str | None
+
+    speaker_a: Name
+    speaker_b: Name
+    sessions: dict[str, list[Message]]
+    times: dict[str, Any]  # the same keys; a time that cannot be read is no fault
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, value):
+        """Gather the keys session_1, session_1_date_time, session_2, ... in numeric order."""
+        if not isinstance(value, dict):
+            return value
+        keys = [key for key in value if re.fullmatch(r"session_[0-9]{1,9}", key)]
+        keys.sort(key=lambda key: part_number(key)[1])  # session_10 comes after session_9
+        times = {key: value.get(f"{key}_date_time") for key in keys}
+        return value | {"sessions": {key: value[key] for key in keys}, "times": times}
+
+
+class Locomo(Record):
+    """A LoCoMo sample: two people over many sessions, each a user with the other as assistant."""
+
+    sample_id: Name
+    conversation: LocomoTalk
+
+    def sessions(self) -> Sessions:
+        talk = self.conversation
+        pairs = itertools.product((talk.speaker_a, talk.speaker_b), talk.sessions.items())
+        for name, (key, lines) in pairs:
+            stamp = None
+            with contextlib.suppress(TypeError, ValueError):  # what cannot be read is unknown
+                stamp = datetime.strptime(talk.times[key], "%I:%M %p on %d %B, %Y")
+            said = [("user" if m.speaker == name else "assistant", m.text) for m in lines]
+            # A name alone is in many samples.
+            yield Talk(f"{self.sample_id}/{name}", key, stamp, said)
+
+
+class Mimics(Record):
+    """A query of MIMICS-Duo with the clarification panes that a search engine showed for it.
+
+    Each pane becomes a context of its own: the query is the user's one turn, the pane's options
+    are the suggestions, `click_shares` their conditional click shares, aggregated over people, and
+    `clicked` the option with the largest share (several if they tie; none without engagement). The
+    pane's question, its impression level and the human labels are left out. Contexts of one query
+    share the first part of their id, "q12-", and the text of their turn: split by it.
+    """
+
+    class Pane(Record):
+        options: Annotated[list[data.Sentence], Field(min_length=1)]
+        option_cctr: list[Annotated[float, Field(ge=0, le=1)]]
+
+        @model_validator(mode="after")
+        def _fits(self):
+            if len(self.option_cctr) != len(self.options):
+                raise ValueError("option_cctr: not one for each option")
+            return self
+
+    query: data.Sentence
+    panes: Annotated[list[Pane], Field(min_length=1)]
+
+    def dialogues(self, number: int) -> Iterator[data.Dialogue]:
+        """A context for each pane; `number` of the query in its file, from 1."""
+        for place, pane in enumerate(self.panes, 1):
+            most = max(pane.option_cctr)  # 0: nobody engaged with it
+            best = [i for i, share in enumerate(pane.option_cctr) if share == most > 0]
+            yield data.Dialogue(
+                dialogue_id=f"q{number}-{place}", intent="web search", suggestions=pane.options,
+                turns=[data.Turn(role="user", content=self.query)],
+                clicked=best, click_shares=pane.option_cctr)
+
+
+KINDS = {  # kind -> record of a conversation, what the file usually is
+    "chatgpt": (ChatGPT, "a JSON array"),
+    "claude": (Claude, "a JSON array"),
+    "openwebui": (OpenWebUI, "a JSON array"),
+    "huggingchat": (HuggingChat, "a JSON array or JSONL"),
+    "sharegpt": (ShareGPT, "a JSON array or JSONL"),
+    "wildchat": (WildChat, "parquet or JSONL"),
+    "lmsys": (LMSYS, "parquet or JSONL"),
+    "locomo": (Locomo, "a JSON array"),
+}
+# Keys that each conversation of a kind has; no other kind has them all.
+MARKS = {
+    kind: {name for name, field in record.model_fields.items() if field.is_required()}
+    for kind, (record, _) in KINDS.items()
+}
