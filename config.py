@@ -179,8 +179,8 @@ class SitConfig(Section):
 
 
 class DpoConfig(Section):
-    rounds: Count = 2
-    max_users: CountFromZero = 20  # per round, drawn at random; 0: all there are
+    rounds: Count = 1
+    max_users: CountFromZero = 24  # per round, drawn at random; 0: all there are
     samples: Count = 4  # lists sampled per user and round
     teacher_lists: CountFromZero = 2  # lists of the teacher that join the pool
     beam: Count = 8
@@ -197,7 +197,7 @@ class DpoConfig(Section):
     beta: Positive = 0.1
     learning_rate: Positive = 1e-4
     passes: Count = 1  # over the accumulated pairs, per round
-    batch_users: Count = 8
+    batch_users: Count = 4
     reference: Literal["round", "sit"] = "round"  # the policy at the round's start, or after SIT
     sft_weight: NotNegative = 1.0  # of the chosen lists' mean logp per token, beside Eq. (6)
     pairs_per_user: Count = 2  # from data.feedback, so that no single user can steer a round
@@ -286,7 +286,7 @@ class AbConfig(Section):  # what --reproduce compares, and the simulated online 
 
 class EvalConfig(Section):
     max_users: CountFromZero = 30  # test users of the stage, drawn at random; 0: all there are
-    lists: Count = 2  # sampled per user and method by the stage; --reproduce writes ab.lists
+    lists: Count = 1  # sampled per user and method by the stage; --reproduce writes ab.lists
     bootstrap: Count = 1000
     examples: CountFromZero = 6  # users on the page of examples
 
