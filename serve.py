@@ -46,8 +46,8 @@ from files import ROOT, UserError, file_digest, script
 from serving import openwebui
 from serving.answers import Answers
 from serving.bodies import (
-    AnswerBody,
     FIELDS,
+    AnswerBody,
     EventsBody,
     Fault,
     Id,

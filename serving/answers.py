@@ -41,7 +41,7 @@ class Answering:
     """One answer: what waiter.Stream streams."""
 
     def __init__(self, answers: Answers, turns: list[data.Turn]):
-        self.answers, self.turns, self.ended = answers, turns, False
+        self.answers, self.turns = answers, turns
 
     def events(self) -> Iterator[str]:  # in threads, a step each; never raises
         try:
@@ -74,13 +74,12 @@ class Answering:
                 if isinstance(text, str) and text:
                     yield text[:room]
                     room -= len(text)
-                if self.ended or room <= 0:
+                if room <= 0:
                     return
                 if time.monotonic() > until:
                     raise openai.APITimeoutError(stream.response.request)
 
     def end(self) -> None:  # once: whole, failed, or its client has left
-        self.ended = True
         self.answers.places.release()
 
 
