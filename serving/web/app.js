@@ -210,12 +210,12 @@ async function send() {
   $("chat").append(words("p", "bubble", text));
   state.answer?.abort(); // of the message before
   const { signal } = (state.answer = new AbortController());
-  if (state.chat) await showAnswer(signal);
+  if (state.chat) await showAnswer(signal).catch(showProblem);
   else if (!$("chat").querySelector(".note")) {
     const note = "Nothing answers: this server has no chat model (endpoint.model).";
     $("chat").append(element("p", "note quiet", note));
   }
-  if (state.task === "suggestions") await showNext(signal);
+  if (state.task === "suggestions" && !signal.aborted) await showNext(signal);
 }
 
 async function showAnswer(signal) {
@@ -382,7 +382,7 @@ const offerToForget = () => ($("pasted").hidden = !localStorage.getItem("user"))
 // ---- next queries, where the run has no starters ----
 
 function converseInstead() {
-  for (const id of ["person", "reasons", "refresh", "change"]) $(id).hidden = true;
+  for (const id of ["person", "reasons", "others"]) $(id).hidden = true;
   document.querySelector("main").className = "alone";
   $("over").hidden = false;
   $("say").placeholder = "Say something";
