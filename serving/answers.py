@@ -41,7 +41,7 @@ class Answering:
     """One answer: what waiter.Stream streams."""
 
     def __init__(self, answers: Answers, turns: list[data.Turn]):
-        self.answers, self.turns = answers, turns
+        self.answers, self.turns, self.stream = answers, turns, None
 
     def events(self) -> Iterator[str]:  # in threads, a step each; never raises
         try:
@@ -55,7 +55,7 @@ class Answering:
         except openai.APIStatusError as error:  # its body may echo
             yield fault(f"status {error.status_code}")
         except openai.APIConnectionError:
-            yield fault("it cannot be reached")
+            yield fault("the connection failed")
         except Exception as error:  # other JSON than a completion, or none
             log.error("an answer: %s", where(error))
             yield fault("its answer cannot be read")
@@ -65,21 +65,22 @@ class Answering:
         until = time.monotonic() + settings.timeout  # in all: each part has a time-out of its own
         room = CHARACTERS * settings.max_tokens
         # No other fields: some servers refuse them. Not tried again: somebody is looking.
-        with client.with_options(max_retries=0).chat.completions.create(
+        self.stream = client.with_options(max_retries=0).chat.completions.create(
             model=settings.model, stream=True,
-            messages=[{"role": turn.role, "content": turn.content} for turn in self.turns],
-        ) as stream:
-            for chunk in stream:
-                text = chunk.choices[0].delta.content if chunk.choices else None
-                if isinstance(text, str) and text:
-                    yield text[:room]
-                    room -= len(text)
-                if room <= 0:
-                    return
-                if time.monotonic() > until:
-                    raise openai.APITimeoutError(stream.response.request)
+            messages=[{"role": turn.role, "content": turn.content} for turn in self.turns])
+        for chunk in self.stream:
+            text = chunk.choices[0].delta.content if chunk.choices else None
+            if isinstance(text, str) and text:
+                yield text[:room]
+                room -= len(text)
+            if room <= 0:
+                return
+            if time.monotonic() > until:
+                raise openai.APITimeoutError(self.stream.response.request)
 
-    def end(self) -> None:  # once: whole, failed, or its client has left
+    def end(self) -> None:  # once: whole, failed, or its client has left; no step is under way
+        if self.stream:
+            self.stream.close()  # or the model would write on
         self.answers.places.release()
 
 

@@ -29,7 +29,7 @@ def as_stream(*parts: bytes):
 
 
 def name_model(server, url: str, **settings):
-    settings = {"timeout": 5.0, "max_tokens": 100} | settings
+    settings = {"timeout": 60.0, "max_tokens": 100} | settings  # a machine may be busy
     server.app.state.answers = Answers(EndpointConfig(base_url=url, model="m", **settings))
 
 
@@ -70,7 +70,7 @@ def test_an_answer_comes_in_parts_and_nothing_of_it_is_kept(server, stub, caplog
     (as_stream(chunk([])), "its answer is empty"), (as_stream(b"data: {\n\n"), "cannot be read"),
     (as_stream(b'data: {"choices": [7]}\n\n'), "cannot be read"),
     ((200, {"Content-Type": "text/event-stream", "Content-Length": 999}, chunk("half")),
-     "cannot be read")])
+     "the connection failed")])
 def test_a_failure_is_told_in_one_line_without_what_the_model_sent(
     server, stub, caplog, reply, reason):  # noqa: F811
     model = stub(lambda body: reply)
@@ -85,7 +85,7 @@ def test_a_failure_is_told_in_one_line_without_what_the_model_sent(
 
 def test_no_server_is_told(server):
     name_model(server, "http://127.0.0.1:9/v1")
-    assert "cannot be reached" in answered(server).text
+    assert "the connection failed" in answered(server).text
 
 
 class Drip(BaseHTTPRequestHandler):
@@ -128,7 +128,7 @@ def test_an_endless_answer_is_ended(server, drip, limit, last):
     assert events[-1][0] == last
     if last == "done":
         assert len("".join(data["text"] for _, data in events[:-1])) == 4 * CHARACTERS
-    assert drip.left.wait(5)  # the endpoint is not left to write on
+    assert drip.left.wait(20)  # the endpoint is not left to write on
 
 
 def test_places_are_few_and_free_when_a_client_leaves(server, drip):
@@ -136,7 +136,7 @@ def test_places_are_few_and_free_when_a_client_leaves(server, drip):
     with server.client.stream("POST", "/v1/answers", json={"turns": TURNS}) as reply:
         next(reply.iter_text())
         assert answered(server, status=429).headers["Retry-After"]
-    assert drip.left.wait(5)
+    assert drip.left.wait(20)
     wait_for(lambda: server.app.state.answers.places.acquire(blocking=False))
 
 
