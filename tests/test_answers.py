@@ -132,7 +132,7 @@ def test_an_endless_answer_is_ended(server, drip, limit, last):
 
 
 def test_places_are_few_and_free_when_a_client_leaves(server, drip):
-    name_model(server, drip.url, concurrency=1)
+    name_model(server, drip.url, concurrency=1, max_tokens=100_000)
     with server.client.stream("POST", "/v1/answers", json={"turns": TURNS}) as reply:
         next(reply.iter_text())
         assert answered(server, status=429).headers["Retry-After"]
