@@ -44,8 +44,10 @@ import garm
 from config import Config, load_config
 from files import ROOT, UserError, file_digest, script
 from serving import openwebui
+from serving.answers import Answers
 from serving.bodies import (
     FIELDS,
+    AnswerBody,
     EventsBody,
     Fault,
     Id,
@@ -82,6 +84,7 @@ def create_app(
                                       AnyHTTPException: refuse_shortly,
                                       sqlite3.DatabaseError: no_store})
     app.state.desk, app.state.server = desk, None  # server: uvicorn's, while it serves
+    app.state.answers = Answers(config.endpoint) if config.endpoint.model else None
     app.add_middleware(Front, desk=desk, host=host, key=key)  # before every route, also new ones
     app.include_router(router)
     desk.queue.thread.start()  # last: before, only this thread uses the models
@@ -124,7 +127,7 @@ def invalid(reason: str, *place: str | int) -> RequestValidationError:
 router = APIRouter()
 # FastAPI cannot tell from the code that a route may answer with events.
 EVENTS = {200: {"content": {"text/event-stream": {"schema": {"type": "object", "properties": {
-    "event": {"enum": ["interests", "starter", "context", "suggestion", "done", "error"]},
+    "event": {"enum": ["interests", "starter", "context", "suggestion", "text", "done", "error"]},
     "data": {"type": "string", "contentMediaType": "application/json"}}}}}}}
 
 
@@ -187,6 +190,18 @@ async def suggestions(body: SuggestionsBody, request: Request, desk: AppDesk):
     job = await asyncio.to_thread(desk.ask_next, body.turns, body.n, body.user_id, body.language)
     waiter = waiter_of(desk, job, request, body.stream)
     return Stream(waiter) if body.stream else await waiter.reply()
+
+
+@router.post("/v1/answers", responses=EVENTS)
+async def answers(body: AnswerBody, request: Request, desk: AppDesk):
+    """The answer of the chat model at endpoint.model to a conversation, of which nothing is kept.
+    Server-sent events `text` each, then `done`, or `error`."""
+    if (chat := request.app.state.answers) is None:
+        raise HTTPException(404, "no chat model answers here: start with endpoint.base_url=... "
+                            "endpoint.model=...")
+    if not (answering := chat.begin(body.turns)):
+        raise busy(desk)
+    return Stream(answering)
 
 
 OPENAI = {status: {"model": openwebui.ChatFault} for status in STATUSES}
@@ -269,9 +284,11 @@ def ab(desk: AppDesk):
 
 
 @router.get("/v1/model")
-def model(desk: AppDesk):
+def model(request: Request, desk: AppDesk):
+    """What writes; chat: the model behind /v1/answers, null where there is none."""
+    chat = request.app.state.answers
     return {"model": desk.engine.version, "task": desk.task, "methods": desk.engine.methods,
-            "arms": list(desk.arms)}
+            "arms": list(desk.arms), "chat": chat and chat.settings.model}
 
 
 @router.get("/livez")

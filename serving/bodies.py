@@ -43,7 +43,7 @@ class ShownStarter(BaseModel):
     slot: int  # from 0, in the order in which to show them
     text: str
     utility: float  # r_util
-    interest: str | None = Field(description="because you asked about ...; null: cold start")
+    interest: str | None = Field(description="because you asked about ...; null: it names none")
     source: Literal["generated", "cached", "cold start"]  # cached: written ahead of the request
 
 
@@ -55,6 +55,7 @@ class Reply(BaseModel):
     threshold: float | None  # of the gate
     interests: list[Interest] = Field(description="kept: the starters are written for these")
     starters: list[ShownStarter] = Field(description="fewer than n where no more are good")
+    reason: str | None = Field(description="why there is not one starter")
 
 
 class ShownSuggestion(BaseModel):
@@ -136,12 +137,8 @@ class Turn(data.Turn):
                        BeforeValidator(data.one_line)]
 
 
-class SuggestionsBody(Body):
+class AnswerBody(Body):
     turns: Annotated[list[Turn], Field(min_length=1, max_length=200)]
-    n: Annotated[int, Field(ge=1, le=10)] = 3  # next queries; perhaps fewer are good
-    user_id: Id | None = None  # whose events and deletion are to count; else nothing is kept
-    language: Literal[tuple(LIKE)] | None = None  # None: that of the last query
-    stream: bool = False
 
     @field_validator("turns")
     @classmethod
@@ -151,6 +148,13 @@ class SuggestionsBody(Body):
         if turns[-1].role == "system":
             raise ValueError("the last one is to be the user's or the assistant's")
         return turns
+
+
+class SuggestionsBody(AnswerBody):
+    n: Annotated[int, Field(ge=1, le=10)] = 3  # next queries; perhaps fewer are good
+    user_id: Id | None = None  # whose events and deletion are to count; else nothing is kept
+    language: Literal[tuple(LIKE)] | None = None  # None: that of the last query
+    stream: bool = False
 
 
 class SessionsBody(Body):

@@ -172,7 +172,18 @@ class Desk:
 
     def _row(self, answer: Answer, job: Job) -> dict:
         few = len(answer.starters) < job.ask.n and not job.partial  # all the good ones there are
-        return dataclasses.asdict(answer) | {"all": few, "at": time.time()}
+        reason = None if answer.starters else self._why_none(answer, job.ask)
+        return dataclasses.asdict(answer) | {"all": few, "at": time.time(), "reason": reason}
+
+    def _why_none(self, answer: Answer, ask: Ask) -> str:
+        if not any(interest.kept for interest in answer.interests):
+            about = ("no past session is fit to be brought up" if ask.user.sessions
+                     else "nothing is known of this person yet")
+            return f"{about}, and there is no popular starter to show instead"
+        if ask.avoid:
+            return ("nothing new was good enough, and what was shown in the last "
+                    f"{self.settings.repeat_days:g} days is not repeated")
+        return "nothing that was written passed the checks (language, length, sense, safety)"
 
     def _reply(
         self, user_id: str | None, method: str, n: int, row: dict, left: list[dict], request_id: str
@@ -189,7 +200,8 @@ class Desk:
             self.metrics.starters.labels(starter["source"]).inc()
         return {"request_id": request_id, "impression_id": impression, "model": row["model"],
                 "method": method, "threshold": row["threshold"], "interests": row["interests"],
-                "starters": [{"slot": i, **starter} for i, starter in enumerate(chosen)]}
+                "starters": [{"slot": i, **starter} for i, starter in enumerate(chosen)],
+                "reason": None if chosen else row.get("reason")}  # none in a row of before
 
     def prepare(self, user_id: str, method: str, n: int) -> Job | None:
         """A job that makes n starters ready beyond all that were offered; None: they are."""

@@ -271,6 +271,28 @@ def test_fewer_good_starters_are_an_answer_and_not_asked_for_again(tmp_path):
         assert server.engine.asked[1][2]  # told what to avoid
 
 
+@pytest.mark.parametrize("most, asked, reason", [
+    (0, {"sessions": [{"summary": "trains"}]}, "nothing that was written passed the checks"),
+    (0, {"sessions": []}, "nothing is known of this person yet"),
+    (0, {"user_id": "u1"}, "nothing that was written passed"),
+    (12, {"user_id": "u1"}, "what was shown in the last 7 days is not repeated"),
+])
+def test_an_empty_list_has_its_reason(tmp_path, most, asked, reason):
+    with running(tmp_path, FakeEngine(most=most)) as server:
+        server.engine.pool = 2  # one starter
+        put(server, "u1", "trains")
+        first = ask(server, user_id="u1")
+        if most:
+            assert len(texts(first)) == 1 and first["reason"] is None
+            send(server, first["impression_id"])
+        for _ in range(2):  # written, then ready
+            reply = ask(server, **asked)
+            assert not texts(reply) and reply["impression_id"] is None and reason in reply["reason"]
+            assert events_of(server.client.post(
+                "/v1/starters", json={**asked, "stream": True}).text)[-1][1]["reason"] == (
+                    reply["reason"])
+
+
 def test_unknown_user_gets_popular_starters_for_the_profile(server):
     reply = ask(server, user_id="new", profile={"region": "Singapore"})
     assert sources(reply) == {"cold start"} and reply["threshold"] is None
@@ -293,7 +315,7 @@ def test_users_are_split_over_arms_and_a_method_can_be_named(tmp_path):
         assert fault["loc"] == ["body", "method"]
         assert server.client.get("/v1/model").json() == {
             "model": "fake-1", "task": "starters", "methods": ["PE", "SFT"],
-            "arms": ["SFT", "IceBreaker"]}
+            "arms": ["SFT", "IceBreaker"], "chat": None}
 
 
 def test_stream_says_the_same_as_the_whole_reply(tmp_path):
@@ -1313,7 +1335,7 @@ def test_no_request_that_the_document_suggests_fails(server, monkeypatch):
                                    suppress_health_check=list(hypothesis.HealthCheck))
     schema = schemathesis.openapi.from_url(f"{server.client.base_url}/openapi.json")
     operations = [result.ok() for result in schema.get_all_operations()]
-    assert len(operations) == 13
+    assert len(operations) == 14
     for operation in operations:
         for kind in kinds[: 1 if operation.method == "get" else 2]:  # there is no bad GET
             cases = operation.as_strategy(generation_mode=kind)
