@@ -691,7 +691,7 @@ def test_reading_a_label(text, value):
     ("<think>a</think>b <think>", None), ("I can't sleep: tips", "I can't sleep: tips"),
     ("I can't help with that.", None), ("I’m sorry, but I can’t do that", None), ("Sorry, I", None),
     ("I cannot assist with this", None), ('"I am sorry. No"', None), ("As an AI, I", None),
-    ("As an AI engineer, pay", "As an AI engineer, pay"), ("Sorry! lyrics", "Sorry! lyrics"),
+    ("As an AI engineer, pay", "As an AI engineer, pay"), ("Sorry! lyrics", "Sorry! lyrics"), ("I'm sorry,", None),
     ("很抱歉，我无法", None), ("对不起，", None), ("我无法提供", None), ("我不能帮你", None),
     ("作为一个AI语言模型", None), ("我无法入睡 怎么办", "我无法入睡 怎么办"), ("抱歉。", None),
     ("对不起 歌词", "对不起 歌词"),
