@@ -24,6 +24,7 @@ from run import Run, UserState
 from stages.steps import Best, load_weights
 
 SLOT_LEARNING_RATE = 0.02  # position explains most of a tap and must not wait for w
+SETTLED = 20_000  # rows from which averages over users are taken; rows held in memory at once
 Shown = list[tuple[data.Impression, UserState]]  # lists, each with the user's state at its time
 
 
@@ -96,30 +97,30 @@ def fit_ranker(run: Run, shown: Shown, label: str, path: Path) -> ib.UtilityRank
     )
     torch.manual_seed(run.seed("ranker", label))
     ranker = new_ranker(run)
+    settle(ranker, *fit)
     with torch.no_grad():  # begin at the mean: taps are rare, and a bias of 0 would say one half
-        ranker.head.bias.fill_(torch.logit(fit[0]["targets"].mean().clamp(0.001, 0.999)))
+        ranker.common.bias.fill_(torch.logit(fit[0]["targets"].mean().clamp(0.001, 0.999)))
+    fit, stop = ({**rows, "features": features(ranker, rows, states)} for rows, states in (fit, stop))
+    linear = [*ranker.common.parameters(), *ranker.personal.parameters()]
     optimiser = torch.optim.AdamW(
         [
-            {"params": ranker.head.parameters(), "weight_decay": 0.05},  # D is large, taps few
+            {"params": linear, "weight_decay": 0.05},  # D is large, taps few
             {"params": ranker.slot.parameters(), "lr": SLOT_LEARNING_RATE},
         ],
         settings.learning_rate,
         weight_decay=0.0,
     )
-    every, loss, best = torch.arange(len(stop[0]["list"])), torch.tensor(float("nan")), Best(ranker)
+    best = Best(ranker)
     for epoch in (bar := progress(range(settings.epochs), f"ranker {label}")):
-        ranker.train()
-        for index in torch.randperm(len(fit[0]["list"])).split(settings.batch_impressions * k):
-            if len(index) == 1:  # a remainder that batch norm cannot scale
-                continue
-            loss = ib.utility_loss(ranker_logits(ranker, *fit, index), fit[0]["targets"][index])
+        # Lists in random order, each with its starters together.
+        order = torch.randperm(int(fit["list"].max()) + 1)[fit["list"]].argsort(stable=True)
+        for index in order.split(settings.batch_impressions * k):
+            loss = fit_loss(ranker, {name: x[index] for name, x in fit.items()}, settings.in_list)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-        ranker.eval()  # batch norm by its averages
         with torch.no_grad():
-            logits = ranker_logits(ranker, *stop, every)
-            stop_loss = ib.utility_loss(logits, stop[0]["targets"]).item()
+            stop_loss = fit_loss(ranker, stop, settings.in_list).item()
         run.folder.log(
             "ranker", ranker=label, epoch=epoch, loss=loss.item(), held_out_loss=stop_loss
         )
@@ -130,6 +131,29 @@ def fit_ranker(run: Run, shown: Shown, label: str, path: Path) -> ib.UtilityRank
     best.restore()
     write_tensors(path, ranker.state_dict())
     return ranker.eval()
+
+
+def fit_loss(ranker: ib.UtilityRanker, rows: dict, in_list: float) -> torch.Tensor:
+    """How often a starter is tapped, and which one of its list: mean over rows, and by target."""
+    logits = ranker.logits(rows["features"], rows["starters"], rows["slots"])
+    loss = ib.utility_loss(logits, rows["targets"])
+    return loss + in_list * ib.in_list_loss(logits, rows["targets"], rows["list"])
+
+
+def settle(ranker: ib.UtilityRanker, rows: dict, states: dict) -> None:
+    """Fill the ranker's averages from at most SETTLED rows, each with some other row's user."""
+    users, starters = (torch.randperm(len(rows["list"]))[:SETTLED] for _ in range(2))
+    theirs = {name: values[rows["list"][users]] for name, values in states.items()}
+    ranker.settle(**theirs, starters=rows["starters"][starters])
+
+
+def features(ranker: ib.UtilityRanker, rows: dict, states: dict) -> torch.Tensor:
+    """What is personal of every row (B, F)."""
+    parts = torch.arange(len(rows["list"])).split(SETTLED)  # a state has M interests a row
+    return torch.cat([
+        ranker.features(**{name: x[rows["list"][part]] for name, x in states.items()},
+                        starters=rows["starters"][part])
+        for part in parts])
 
 
 def ranker_inputs(run: Run, shown: Shown) -> tuple[dict, dict]:
@@ -167,13 +191,16 @@ def ranker_logits(ranker, rows: dict, states: dict, index, with_slots: bool = Tr
 
 
 def new_ranker(run: Run) -> ib.UtilityRanker:
-    return ib.UtilityRanker(run.encoder.dim, run.config.generator.list_size)
+    return ib.UtilityRanker(
+        run.encoder.dim, run.config.generator.list_size, run.config.ranker.rank)
 
 
 def load_ranker(run: Run, name: str, folder: str = "ranker") -> ib.UtilityRanker:
     """The fitted ranker "train" (for mining) or "judge" (for evaluation)."""
     ranker = new_ranker(run)  # shapes alone; every weight is read
     load_weights(ranker, run.folder / folder / f"{name}.safetensors")
+    if name == "train":  # what judges goes by the whole utility
+        ranker.common_weight = run.config.ranker.common
     return ranker
 
 

@@ -176,7 +176,7 @@ def test_a_real_model_in_4_bit_runs_through_every_stage(finished, qwen, tmp_path
     train.run_stages(config, ["eval", "merge"])
     run = Run(config)
     writer, figures = players_of(run).writer, run.folder.figures("dpo")
-    for name in ("round 1", "round 2", "clicked against ignored"):
+    for name in ("round 1", "round 2", "tapped against ignored"):
         assert figures[name]["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
     base = AutoModelForCausalLM.from_pretrained(qwen)
     adapted = PeftModel.from_pretrained(base, run.adapter("last")).eval()
