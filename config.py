@@ -136,8 +136,9 @@ class RankerConfig(Section):
     depth_cap: Count = 5  # D; after: the sessions that followed
     rank: Count = 32  # of the bilinear form of user and starter
     in_list: NotNegative = 1.0  # weight of the loss against the starters of the same list
-    # Of what everybody likes in the utility that mines and searches; 0: what is personal alone.
-    common: float = Field(1.0, ge=0, le=1)
+    # Of what is personal in the utility that mines and searches: 0.5 as in Eq. (7), 1 without what
+    # everybody likes, 0 that alone.
+    personal: float = Field(0.5, ge=0, le=1)
 
 
 class GeneratorConfig(Section):

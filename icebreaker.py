@@ -390,12 +390,13 @@ class UtilityRanker(nn.Module):
     learned too were not tried: some hundred users are few.
     """
 
-    def __init__(self, embed_dim: int, num_slots: int, rank: int, common_weight: float = 1.0):
-        """common_weight: of what is the same for everybody; 0 leaves utility's personal residual.
-        """
+    # Of what is personal in the logits: 1/2 as in Eq. (7); 1 is utility less its mean over users,
+    # 0 that mean alone.
+    share = 0.5
+
+    def __init__(self, embed_dim: int, num_slots: int, rank: int):
         super().__init__()
         count = 11 + 2 * rank  # see `features`
-        self.common_weight = common_weight
         self.common = nn.Linear(embed_dim, 1)  # g(y)
         self.personal = nn.Linear(count, 1, bias=False)  # p(u, y)
         self.slot = nn.Embedding(num_slots, 1)
@@ -447,11 +448,12 @@ class UtilityRanker(nn.Module):
     def logits(self, features: Tensor, starters: Tensor, slots: Tensor | None = None) -> Tensor:
         """Of `features` (B, F), which training computes once -> (B,)."""
         usual = F.pad(starters, (0, 1), value=1.0) @ self.usual  # (B, F): of anybody
-        own = (features - usual) / self.scale.clamp_min(1e-3)
+        personal = (features - usual) / self.scale.clamp_min(1e-3)
         # Elements of a unit vector are small: 8 brings them to the scale of the rest.
         common = F.linear(8 * starters, self.common.weight).squeeze(1)
-        logits = self.common_weight * common + self.common.bias + self.personal(own).squeeze(1)
-        return logits if slots is None else logits + self.slot(slots).squeeze(1)  # Eq. (7)
+        parts = (1 - self.share) * common + self.share * self.personal(personal).squeeze(1)
+        logits = 2 * parts + self.common.bias  # Eq. (7)
+        return logits if slots is None else logits + self.slot(slots).squeeze(1)
 
 
 def _nearness(interests: Tensor, mask: Tensor, starters: Tensor, lines: Sequence[float]) -> list:

@@ -200,7 +200,7 @@ def load_ranker(run: Run, name: str, folder: str = "ranker") -> ib.UtilityRanker
     ranker = new_ranker(run)  # shapes alone; every weight is read
     load_weights(ranker, run.folder / folder / f"{name}.safetensors")
     if name == "train":  # what judges goes by the whole utility
-        ranker.common_weight = run.config.ranker.common
+        ranker.share = run.config.ranker.personal
     return ranker
 
 

@@ -401,7 +401,7 @@ def test_what_everybody_likes_is_no_part_of_what_is_personal():
         ranker.personal.weight[:, 0] = 1.0  # the nearest interest
         plain = ranker.features(*of, starters[pairs[1]])[:, 0]
         assert common_share(plain) > 0.5 and common_share(ranker(*of, starters[pairs[1]])) > 0.5
-        ranker.common_weight = 0.0
+        ranker.share = 1.0
         rest = ranker(*of, starters[pairs[1]])
         assert common_share(rest) < 0.05
         assert np.corrcoef(rest, plain)[0, 1] > 0.3  # the nearest still is, among equals
