@@ -378,6 +378,9 @@ def tap_taste(starters: Tensor, surprise: Tensor) -> Tensor:
     return total / math.sqrt(10 + len(surprise))
 
 
+FEATURES = 11  # personal ones of UtilityRanker, beside its bilinear form
+
+
 class UtilityRanker(nn.Module):
     """r_util(u, y) = sigmoid(w . f(u, y)), Eq. (7), as logits: linear in f, as it is written.
 
@@ -396,7 +399,7 @@ class UtilityRanker(nn.Module):
 
     def __init__(self, embed_dim: int, num_slots: int, rank: int):
         super().__init__()
-        count = 11 + 2 * rank  # see `features`
+        count = FEATURES + 2 * rank  # see `features`
         self.common = nn.Linear(embed_dim, 1)  # g(y)
         self.personal = nn.Linear(count, 1, bias=False)  # p(u, y)
         self.slot = nn.Embedding(num_slots, 1)
@@ -410,8 +413,8 @@ class UtilityRanker(nn.Module):
     def settle(self, interests: Tensor, mask: Tensor, taste: Tensor, starters: Tensor) -> None:
         """The whitened space of these starters, and the mean over users of what is personal.
 
-        Inputs as of `forward`: pairs of a user and a starter drawn independently. In a log a user is
-        shown what is near, and the mean given a starter would be that of the users who like it.
+        Inputs as of `forward`: pairs of a user and a starter drawn independently. A log shows
+        people what is near: its mean of a starter is that of users who like it.
         """
         self.mean.copy_(starters.mean(0))
         variance, axes = torch.linalg.eigh((starters - self.mean).T.cov(correction=0))
@@ -423,6 +426,9 @@ class UtilityRanker(nn.Module):
         ridge = 10 * torch.eye(one.shape[1])  # a starter stands for ten users in its mean
         self.usual.copy_(torch.linalg.solve(one.T @ one + ridge, one.T @ features))
         self.scale.copy_((features - one @ self.usual).std(0))
+        # Together the bilinear form's columns weigh as much as one other: some hundred users cannot
+        # tell so many weights apart.
+        self.scale[FEATURES:] *= self.basis.shape[1] ** 0.5
 
     def features(self, interests: Tensor, mask: Tensor, taste: Tensor, starters: Tensor) -> Tensor:
         """What is personal of users and starters, as of `forward`: (B, F)."""
@@ -490,6 +496,15 @@ def in_list_loss(logits: Tensor, targets: Tensor, lists: Tensor) -> Tensor:
     logits = logits.float() - logits.detach().max()
     total = logits.new_zeros(len(lists)).index_add(0, place, logits.exp()).clamp_min(1e-30)
     return -(targets * (logits - total.log()[place])).sum() / targets.sum().clamp_min(1e-6)
+
+
+def common_share(values: Tensor) -> float:
+    """How much of the variance over starters within a user is the same for all users, 0 to 1.
+
+    values (U, N): logits of U users for the same N starters.
+    """
+    within = values - values.mean(1, keepdim=True)
+    return float(within.mean(0).var(correction=0) / within.var(1, correction=0).mean())
 
 
 def slot_controlled_auc(scores, clicked, slots) -> float:

@@ -24,6 +24,7 @@ from run import Run, UserState
 from stages.steps import Best, load_weights
 
 SLOT_LEARNING_RATE = 0.02  # position explains most of a tap and must not wait for w
+SHARED = 100  # users and starters of which it is measured how much is common to all
 SETTLED = 20_000  # rows from which averages over users are taken; rows held in memory at once
 Shown = list[tuple[data.Impression, UserState]]  # lists, each with the user's state at its time
 
@@ -81,9 +82,28 @@ def fit_rankers(run: Run, lists: dict[str, Shown], folder: str) -> dict:
         figures[name] = {
             "lists": len(lists[name]),
             "auc_slot_controlled": ib.slot_controlled_auc(logits.numpy(), clicked, slots),
+            "auc_in_lists": auc_in_lists(logits.numpy(), clicked, rows["list"].numpy()),
+            "common_share": common_share(ranker, rows, states),
             "ece": ib.expected_calibration_error(shown.numpy(), rows["targets"].numpy()),
         }
     return figures
+
+
+def auc_in_lists(logits: np.ndarray, clicked: np.ndarray, lists: np.ndarray) -> float:
+    """Mean AUC within lists; nan where no list has both a tapped and an ignored starter."""
+    ends = np.flatnonzero(np.diff(lists)) + 1  # rows of a list stand together
+    parts = zip(np.split(logits, ends), np.split(clicked, ends), strict=True)
+    values = [ib.per_user_auc(scores, labels) for scores, labels in parts]
+    return float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")
+
+
+@torch.no_grad()
+def common_share(ranker: ib.UtilityRanker, rows: dict, states: dict) -> float:
+    """What part of a user's spread over SHARED starters is the same for all users."""
+    some = torch.linspace(0, len(rows["list"]) - 1, SHARED).long()  # rows: other users, starters
+    users = {name: x[rows["list"][some]].repeat_interleave(SHARED, 0) for name, x in states.items()}
+    logits = ranker(**users, starters=rows["starters"][some].repeat(SHARED, 1))
+    return ib.common_share(logits.view(SHARED, SHARED))
 
 
 def fit_ranker(run: Run, shown: Shown, label: str, path: Path) -> ib.UtilityRanker:
@@ -100,7 +120,7 @@ def fit_ranker(run: Run, shown: Shown, label: str, path: Path) -> ib.UtilityRank
     settle(ranker, *fit)
     with torch.no_grad():  # begin at the mean: taps are rare, and a bias of 0 would say one half
         ranker.common.bias.fill_(torch.logit(fit[0]["targets"].mean().clamp(0.001, 0.999)))
-    fit, stop = ({**rows, "features": features(ranker, rows, states)} for rows, states in (fit, stop))
+    fit, stop = (rows | {"features": features(ranker, rows, at)} for rows, at in (fit, stop))
     linear = [*ranker.common.parameters(), *ranker.personal.parameters()]
     optimiser = torch.optim.AdamW(
         [

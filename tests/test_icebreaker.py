@@ -380,6 +380,14 @@ def test_in_list_loss_is_cross_entropy_within_each_list():
     assert loss(logits, tapped * 0) == 0
 
 
+def test_common_share_is_1_of_a_style_and_low_of_a_taste():
+    style, taste = unit(1, 50).expand(40, 50), unit(40, 50, seed=1)
+    ease = torch.randn(40, 1)  # who is easy to please says nothing
+    assert ib.common_share(style + ease) == pytest.approx(1, abs=1e-5)
+    assert ib.common_share(taste + ease) < 0.1
+    assert 0.3 < ib.common_share(style + taste) < 0.7
+
+
 def test_what_everybody_likes_is_no_part_of_what_is_personal():
     """Starters near a common theme suit all users more: that must not count as personal."""
     torch.manual_seed(0)
@@ -392,9 +400,8 @@ def test_what_everybody_likes_is_no_part_of_what_is_personal():
     ranker = ib.UtilityRanker(16, 5, 8)
     ranker.settle(*of, starters[pairs[1]])
 
-    def common_share(values):  # of a user's spread over starters, how much is the same for all
-        values = values.reshape(60, 40) - values.reshape(60, 40).mean(1, keepdim=True)
-        return float(values.mean(0).var() / values.var(1).mean())
+    def common_share(values):
+        return ib.common_share(values.reshape(60, 40))
 
     with torch.no_grad():
         torch.nn.init.normal_(ranker.common.weight)
