@@ -24,6 +24,7 @@ from run import Run, UserState
 from stages.steps import Best, load_weights
 
 SLOT_LEARNING_RATE = 0.02  # position explains most of a tap and must not wait for w
+RANK = 32  # of the bilinear form of user and starter
 SHARED = 100  # users and starters of which it is measured how much is common to all
 SETTLED = 20_000  # rows from which averages over users are taken; rows held in memory at once
 Shown = list[tuple[data.Impression, UserState]]  # lists, each with the user's state at its time
@@ -211,8 +212,7 @@ def ranker_logits(ranker, rows: dict, states: dict, index, with_slots: bool = Tr
 
 
 def new_ranker(run: Run) -> ib.UtilityRanker:
-    return ib.UtilityRanker(
-        run.encoder.dim, run.config.generator.list_size, run.config.ranker.rank)
+    return ib.UtilityRanker(run.encoder.dim, run.config.generator.list_size, RANK)
 
 
 def load_ranker(run: Run, name: str, folder: str = "ranker") -> ib.UtilityRanker:
