@@ -134,6 +134,10 @@ class RankerConfig(Section):
     batch_impressions: Count = 200
     click_share: float = Field(0.5, ge=0, le=1)  # a in click * (a + (1 - a) * min(after, D) / D)
     depth_cap: Count = 5  # D; after: the sessions that followed
+    in_list: NotNegative = 1.0  # weight of the loss against the starters of the same list
+    # Share of what is personal in the utility that mines and searches: 0.5 as in Eq. (7), 1 without
+    # what everybody likes, 0 that alone.
+    personal: float = Field(0.67, ge=0, le=1)
 
 
 class GeneratorConfig(Section):

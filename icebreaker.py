@@ -378,24 +378,70 @@ def tap_taste(starters: Tensor, surprise: Tensor) -> Tensor:
     return total / math.sqrt(10 + len(surprise))
 
 
+FEATURES = 11  # personal ones of UtilityRanker, beside its bilinear form
+
+
 class UtilityRanker(nn.Module):
     """r_util(u, y) = sigmoid(w . f(u, y)), Eq. (7), as logits: linear in f, as it is written.
 
-    f: the starter, its cosines with the trigger interests, and the user vector, which is the taste
-    (tap_taste) against the starter. A logit per slot absorbs the position bias of logs; without
-    slots it is left out. Unstated: f. E_u of RID is not in it (untried). With some thousand taps a
-    hidden layer ranked unseen users no better, and products of statistics and starter worse.
+    f: the starter; and what is personal, less its mean over users, so that what everybody likes is
+    in the first part alone. Personal are the starter's cosines with the trigger interests, the
+    taste (tap_taste) against the starter, and both again in a whitened space of `rank` dimensions,
+    where what a text is about weighs as much as how it is put; there also dimension by dimension, a
+    bilinear form of low rank. A logit per slot absorbs the position bias of logs; without slots it
+    is left out. Unstated: f. E_u of RID is not in it (untried). Low-rank forms whose two sides are
+    learned too were not tried: some hundred users are few.
     """
 
-    MATCH = 6  # nearest interest, three soft counts of near ones, taste, tap rate
+    # Of what is personal in the logits: 1/2 as in Eq. (7); 1 is utility less its mean over users,
+    # 0 that mean alone.
+    share = 0.5
 
-    def __init__(self, embed_dim: int, num_slots: int):
+    def __init__(self, embed_dim: int, num_slots: int, rank: int):
         super().__init__()
-        self.norm = nn.BatchNorm1d(self.MATCH, affine=False)
-        self.head = nn.Linear(embed_dim + self.MATCH, 1)
+        count = FEATURES + 2 * rank  # see `features`
+        self.common = nn.Linear(embed_dim, 1)  # g(y)
+        self.personal = nn.Linear(count, 1, bias=False)  # p(u, y)
         self.slot = nn.Embedding(num_slots, 1)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.slot.weight)
+        for part in (self.common, self.personal, self.slot):
+            nn.init.zeros_(part.weight)
+        for name, shape in {"mean": (embed_dim,), "basis": (embed_dim, rank), "scale": (count,),
+                            "usual": (embed_dim + 1, count)}.items():  # `settle` fills them
+            self.register_buffer(name, torch.zeros(shape))
+
+    @torch.no_grad()
+    def settle(self, interests: Tensor, mask: Tensor, taste: Tensor, starters: Tensor) -> None:
+        """The whitened space of these starters, and the mean over users of what is personal.
+
+        Inputs as of `forward`: pairs of a user and a starter drawn independently. A log shows
+        people what is near: its mean of a starter is that of users who like it.
+        """
+        self.mean.copy_(starters.mean(0))
+        variance, axes = torch.linalg.eigh((starters - self.mean).T.cov(correction=0))
+        rank = min(self.basis.shape[1], int((variance > 1e-6 * variance[-1]).sum()))  # few starters
+        whitening = (axes / variance.clamp_min(1e-12).sqrt())[:, len(variance) - rank :]  # (D, R')
+        self.basis.copy_(F.pad(whitening, (0, self.basis.shape[1] - rank)))
+        features = self.features(interests, mask, taste, starters)  # (N, F)
+        one = F.pad(starters, (0, 1), value=1.0)  # (N, D + 1)
+        ridge = 10 * torch.eye(one.shape[1])  # a starter stands for ten users in its mean
+        self.usual.copy_(torch.linalg.solve(one.T @ one + ridge, one.T @ features))
+        self.scale.copy_((features - one @ self.usual).std(0))
+        # Together the bilinear form's columns weigh as much as one other: some hundred users cannot
+        # tell so many weights apart.
+        self.scale[FEATURES:] *= self.basis.shape[1] ** 0.5
+
+    def features(self, interests: Tensor, mask: Tensor, taste: Tensor, starters: Tensor) -> Tensor:
+        """What is personal of users and starters, as of `forward`: (B, F)."""
+        columns = _nearness(interests, mask, starters, (0.3, 0.45, 0.6))
+        columns += [(taste[:, :-1] * starters).sum(1), taste[:, -1]]
+        white = F.normalize((starters - self.mean) @ self.basis, dim=-1)  # (B, R)
+        theirs = F.normalize((interests - self.mean) @ self.basis, dim=-1)  # (B, M, R)
+        # Of sum s (y - mean), with the surprise s of each shown starter y.
+        tasted = (taste[:, :-1] - taste[:, -1:] * self.mean) @ self.basis  # (B, R)
+        columns += _nearness(theirs, mask, white, (0.2, 0.35, 0.5))
+        columns += [(tasted * white).sum(1)]
+        usual = (theirs * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
+        return torch.cat([torch.stack(columns, 1), usual * white, tasted * white], 1)
 
     def forward(
         self, interests: Tensor, mask: Tensor, taste: Tensor, starters: Tensor,
@@ -403,14 +449,24 @@ class UtilityRanker(nn.Module):
     ) -> Tensor:
         """interests (B, M, D) and mask (B, M), taste (B, D + 1), starters (B, D), slots (B,)
         -> logits (B,)."""
-        cosine = (interests @ starters[..., None]).squeeze(-1).masked_fill(~mask, -1.0)  # (B, M)
-        near = [torch.sigmoid((cosine - c) * 20).sum(1) for c in (0.3, 0.45, 0.6)]
-        liked = (taste[:, :-1] * starters).sum(1)
-        nearest = cosine.amax(1).clamp_min(0)
-        match = torch.stack([nearest, *near, liked, taste[:, -1]], 1)  # (B, MATCH)
+        return self.logits(self.features(interests, mask, taste, starters), starters, slots)
+
+    def logits(self, features: Tensor, starters: Tensor, slots: Tensor | None = None) -> Tensor:
+        """Of `features` (B, F), which training computes once -> (B,)."""
+        usual = F.pad(starters, (0, 1), value=1.0) @ self.usual  # (B, F): of anybody
+        personal = (features - usual) / self.scale.clamp_min(1e-3)
         # Elements of a unit vector are small: 8 brings them to the scale of the rest.
-        logits = self.head(torch.cat([8 * starters, self.norm(match)], 1)).squeeze(1)  # Eq. (7)
+        common = F.linear(8 * starters, self.common.weight).squeeze(1)
+        parts = (1 - self.share) * common + self.share * self.personal(personal).squeeze(1)
+        logits = 2 * parts + self.common.bias  # Eq. (7)
         return logits if slots is None else logits + self.slot(slots).squeeze(1)
+
+
+def _nearness(interests: Tensor, mask: Tensor, starters: Tensor, lines: Sequence[float]) -> list:
+    """The nearest interest's cosine, and how many lie above each line, softly: (B,) each."""
+    cosine = (interests @ starters[..., None]).squeeze(-1).masked_fill(~mask, -1.0)  # (B, M)
+    near = [torch.sigmoid((cosine - line) * 20).sum(1) for line in lines]
+    return [cosine.amax(1).clamp_min(0), *near]
 
 
 def utility_target(
@@ -428,6 +484,27 @@ def utility_target(
 def utility_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Soft-label cross-entropy, mean over rows."""
     return F.binary_cross_entropy_with_logits(logits, targets)
+
+
+def in_list_loss(logits: Tensor, targets: Tensor, lists: Tensor) -> Tensor:
+    """-log of a tapped starter's share of its list's exp(logits), mean by target; a scalar.
+
+    logits, targets, lists (the number of each row's list): (B,). Its negatives are the starters
+    that the same user saw beside it: how often a user taps at all adds nothing.
+    """
+    _, place = lists.unique(return_inverse=True)
+    logits = logits.float() - logits.detach().max()
+    total = logits.new_zeros(len(lists)).index_add(0, place, logits.exp()).clamp_min(1e-30)
+    return -(targets * (logits - total.log()[place])).sum() / targets.sum().clamp_min(1e-6)
+
+
+def common_share(values: Tensor) -> float:
+    """How much of the variance over starters within a user is the same for all users, 0 to 1.
+
+    values (U, N): logits of U users for the same N starters.
+    """
+    within = values - values.mean(1, keepdim=True)
+    return float(within.mean(0).var(correction=0) / within.var(1, correction=0).mean())
 
 
 def slot_controlled_auc(scores, clicked, slots) -> float:

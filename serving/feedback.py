@@ -311,7 +311,7 @@ def tapped_pairs(run: Run, lists: list[Shown]) -> list[dict]:
         and (not one.clicked or len(one.clicked) > expected)]  # taps that its slots do not explain
     pairs = defaultdict(list)
     for (user_id, _), pair in dpo.tapped_against_ignored(rows):
-        if {*pair["chosen"]} != {*pair["rejected"]["ignored 1"]}:  # else chance alone chose
+        if {*pair["chosen"]} != {*pair["rejected"]["ignored"]}:  # else chance alone chose
             pairs[user_id].append(pair)
     most = run.config.dpo.pairs_per_user
     return [pair for user_pairs in pairs.values() for pair in user_pairs[:most]]

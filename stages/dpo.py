@@ -5,8 +5,8 @@
 Section 2.3 of the paper: in each round the policy samples lists for users of a later slice of the
 log, list search (Algorithm 1) finds better ones in the pool of all starters, preference pairs are
 mined (Eq. 8), and DPO (Eq. 6) aligns the policy on all pairs so far. The baseline SFT+DPO learns
-from tapped against ignored lists. Under torchrun the processes share the users; each step sees the
-same global batch.
+from its own lists, ordered by likeness to what was tapped. Under torchrun the processes share the
+users; each step sees the same global batch.
 
 Departures: a term for the likelihood of the chosen lists beside Eq. (6), without which it falls
 with that of the rejected ones; of a round the checkpoint with the best held-out utility and
@@ -52,7 +52,7 @@ from roles.players import Players
 from roles.writer import Writer
 from run import Run, UserState, one_line, sum_counts
 from stages.pools import best_lists, score_pools
-from stages.ranker import load_ranker, shown_lists, utilities
+from stages.ranker import load_ranker, utilities
 from stages.sit import draw_states, taught_lists
 from stages.steps import Best, micro_batches, new_optimiser, return_memory, step
 
@@ -77,18 +77,22 @@ def stage_dpo(run: Run, players: Players, key: str) -> dict:
         adapter = run.adapter(f"round{number}")
         pairs = pairs + read_json(run.folder / folder / "pairs.json")
     if run.config.dpo.vanilla:
-        figures["clicked against ignored"] = align_on_clicks(run, players.writer, pairs, key)
+        figures["tapped against ignored"] = align_on_clicks(run, players.writer, pairs, key)
     return figures
+
+
+def round_states(run: Run, number: int) -> list[UserState]:
+    """Train users of a round, at its slice of the log: early, middle, then the latest."""
+    cut = min(number, len(run.config.data.cuts)) - 1
+    rng = random.Random(run.seed("users", number))
+    return draw_states(run, [cut], run.config.dpo.max_users, rng)
 
 
 def dpo_round(
     run: Run, players: Players, number: int, adapter: Path, earlier: list[dict]
 ) -> dict:
     """One round, from the policy in `adapter`; writes dpo/round<number>/{pairs.json,adapter}."""
-    cut = min(number, len(run.config.data.cuts)) - 1  # early, middle, latest slice of the log
-    rng = random.Random(run.seed("users", number))
-    states = draw_states(run, [cut], run.config.dpo.max_users, rng)
-    others = held_out_states(run)
+    states, others = round_states(run, number), held_out_states(run)
     model = players.writer.policy(adapter, trainable=True)  # goes on with the last round's LoRA
     figures, pairs = train_round(
         run, players, number, model, adapter, load_ranker(run, "train"), states, others, earlier
@@ -262,23 +266,20 @@ def is_unfit(starters: list[str], interests: list[str], k: int) -> bool:
 
 
 def tapped_against_ignored(
-    rows: Iterable[tuple[Hashable, list[str], list[str], bool]], width: int = 1
+    rows: Iterable[tuple[Hashable, list[str], list[str], bool]],
 ) -> list[tuple[Hashable, dict]]:
-    """(group, pairs) of tapped lists, each against up to `width` ignored ones of its group; every
-    list stands once.
+    """(group, pair) of tapped lists, each against an ignored one of its group; a list stands once.
 
     rows: (group, interests, starters, tapped) of shown lists, alike within a group.
     """
     groups: dict[Hashable, tuple[list, list]] = defaultdict(lambda: ([], []))
     for group, interests, starters, tapped in rows:
         groups[group][0 if tapped else 1].append((interests, starters))
-    pairs = []
-    for group, (tapped, ignored) in groups.items():
-        for i, (interests, chosen) in zip(range(0, len(ignored), width), tapped, strict=False):
-            some = enumerate([starters for _, starters in ignored[i : i + width]], 1)
-            rejected = {f"ignored {n}": starters for n, starters in some}
-            pairs.append((group, {"interests": interests, "chosen": chosen, "rejected": rejected}))
-    return pairs
+    return [
+        (group, {"interests": interests, "chosen": chosen, "rejected": {"ignored": rejected}})
+        for group, lists in groups.items()
+        for (interests, chosen), (_, rejected) in zip(*lists, strict=False)
+    ]
 
 
 # ------------------------------------------------------------------------------------------- align
@@ -436,35 +437,57 @@ def list_qualities(run: Run, ranker, states: list[UserState], lists) -> dict[str
 
 
 def align_on_clicks(run: Run, writer: Writer, pairs: list[dict], key: str) -> dict:
-    """The SFT+DPO baseline: vanilla DPO from SIT's policy, on tapped against ignored lists.
+    """The SFT+DPO baseline: vanilla DPO from SIT's policy, on its lists as taps order them.
 
-    Eq. (6) alone: with dpo.sft_weight it would learn to write like the retrieval.
+    pairs: IceBreaker's, of which there are to be as many; loss and settings are the same.
     """
-    settings = run.config.dpo.model_copy(update={"sft_weight": 0.0})
-    folder, key = "dpo/vanilla", digest(key, "vanilla", settings)
+    folder, key = "dpo/vanilla", digest(key, "vanilla", "own lists")
     if run.folder.is_done(folder, key):
         return run.folder.figures(folder)
+    model = writer.policy(run.adapter("sit"), trainable=True)
     # As many chosen lists as IceBreaker learned from, and about as many rejected ones to each:
     # their kinds are compared, not their number.
     width = round(float(np.mean([len(x["rejected"]) for x in pairs] or [1])))
-    clicked, rng = click_pairs(run, width), random.Random(run.seed("clicked"))
+    clicked, rng = click_pairs(run, writer, model, width), random.Random(run.seed("clicked"))
     if not clicked:
-        why = "no user of the logs has a tapped and an ignored list of the same interests"
+        why = "no train user with shown lists of whom SIT's policy wrote two full lists"
         shutil.rmtree(run.adapter("vanilla"), ignore_errors=True)  # of other logs
         run.folder.mark_done(folder, key, skipped=why)
         return run.folder.figures(folder)
     clicked = rng.sample(clicked, min(len(clicked), len(pairs)))
-    model = writer.policy(run.adapter("sit"), trainable=True)
-    figures = align(run, writer, model, model, clicked, "clicked against ignored", settings)
+    figures = align(run, writer, model, model, clicked, "tapped against ignored", run.config.dpo)
     llm.save_adapter(model, run.adapter("vanilla"))
     count = sum(len(x["rejected"]) for x in clicked)
     run.folder.mark_done(folder, key, pairs=count, **figures)
     return run.folder.figures(folder)
 
 
-def click_pairs(run: Run, width: int) -> list[dict]:
-    """Vanilla pairs: a user's tapped list against up to `width` ignored in the same state."""
-    shown = shown_lists(run, run.ids("train"))
-    # A state is a user at a cut: its lists were written for the same interests.
-    rows = ((id(s), s.interests, row.starters, bool(row.clicked)) for row, s in shown)
-    return [pair for _, pair in tapped_against_ignored(rows, width) if pair["interests"]]
+def click_pairs(run: Run, writer: Writer, model, width: int) -> list[dict]:
+    """Of the lists that SIT's policy writes for the people of the rounds, each one's most like what
+    was tapped against up to `width` that are most like what was passed over.
+
+    Departure: in the paper SFT's lists were served, and taps choose among them. Here the log has
+    another system's lists, which no policy would write (-450 nats): taps are carried over.
+    """
+    pairs, adapter = [], run.adapter("sit")
+    for number in range(1, run.config.dpo.rounds + 1):
+        states, first = round_states(run, number), number == 1  # whose lists round 1 has sampled
+        label = 1 if first else f"clicked {number}"
+        written = sample(run, writer, label, model, adapter, states, keep=first)
+        for state, lists in zip(states, written, strict=True):
+            pairs += [x for x in [pair_by_taps(run, state, lists, width)] if x]
+    return pairs
+
+
+def pair_by_taps(run: Run, state: UserState, written: list[list[str]], width: int) -> dict | None:
+    """The full list nearest to the user's taps, and up to `width` of the farthest; None: no two."""
+    k, taste = run.config.generator.list_size, run.states[state.user_id][-1].taste  # of all taps
+    # Full and without repeats: neither length nor fitness is the lesson.
+    full = [x for x in fit_lists(run, state, written) if len({*x}) == k]
+    full = [*{frozenset(x): x for x in full}.values()]
+    if len(full) < 2 or not taste.any():
+        return None  # nothing to choose between, or nothing was shown to this user
+    likeness = [float((run.encoder(x) @ taste[:-1]).mean()) for x in full]
+    order = [full[i] for i in np.argsort(likeness, kind="stable")]  # farthest first
+    rejected = {f"ignored {n}": x for n, x in enumerate(order[:-1][:width], 1)}
+    return {"interests": state.interests, "chosen": order[-1], "rejected": rejected}

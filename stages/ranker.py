@@ -24,6 +24,9 @@ from run import Run, UserState
 from stages.steps import Best, load_weights
 
 SLOT_LEARNING_RATE = 0.02  # position explains most of a tap and must not wait for w
+RANK = 32  # of the bilinear form of user and starter
+SHARED = 100  # users and starters of which it is measured how much is common to all
+SETTLED = 20_000  # rows from which averages over users are taken; rows held in memory at once
 Shown = list[tuple[data.Impression, UserState]]  # lists, each with the user's state at its time
 
 
@@ -80,9 +83,28 @@ def fit_rankers(run: Run, lists: dict[str, Shown], folder: str) -> dict:
         figures[name] = {
             "lists": len(lists[name]),
             "auc_slot_controlled": ib.slot_controlled_auc(logits.numpy(), clicked, slots),
+            "auc_in_lists": auc_in_lists(logits.numpy(), clicked, rows["list"].numpy()),
+            "common_share": common_share(ranker, rows, states),
             "ece": ib.expected_calibration_error(shown.numpy(), rows["targets"].numpy()),
         }
     return figures
+
+
+def auc_in_lists(logits: np.ndarray, clicked: np.ndarray, lists: np.ndarray) -> float:
+    """Mean AUC within lists; nan where no list has both a tapped and an ignored starter."""
+    ends = np.flatnonzero(np.diff(lists)) + 1  # rows of a list stand together
+    parts = zip(np.split(logits, ends), np.split(clicked, ends), strict=True)
+    values = [ib.per_user_auc(scores, labels) for scores, labels in parts]
+    return float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")
+
+
+@torch.no_grad()
+def common_share(ranker: ib.UtilityRanker, rows: dict, states: dict) -> float:
+    """What part of a user's spread over SHARED starters is the same for all users."""
+    some = torch.linspace(0, len(rows["list"]) - 1, SHARED).long()  # rows: other users, starters
+    users = {name: x[rows["list"][some]].repeat_interleave(SHARED, 0) for name, x in states.items()}
+    logits = ranker(**users, starters=rows["starters"][some].repeat(SHARED, 1))
+    return ib.common_share(logits.view(SHARED, SHARED))
 
 
 def fit_ranker(run: Run, shown: Shown, label: str, path: Path) -> ib.UtilityRanker:
@@ -96,30 +118,30 @@ def fit_ranker(run: Run, shown: Shown, label: str, path: Path) -> ib.UtilityRank
     )
     torch.manual_seed(run.seed("ranker", label))
     ranker = new_ranker(run)
+    settle(ranker, *fit)
     with torch.no_grad():  # begin at the mean: taps are rare, and a bias of 0 would say one half
-        ranker.head.bias.fill_(torch.logit(fit[0]["targets"].mean().clamp(0.001, 0.999)))
+        ranker.common.bias.fill_(torch.logit(fit[0]["targets"].mean().clamp(0.001, 0.999)))
+    fit, stop = (rows | {"features": features(ranker, rows, at)} for rows, at in (fit, stop))
+    linear = [*ranker.common.parameters(), *ranker.personal.parameters()]
     optimiser = torch.optim.AdamW(
         [
-            {"params": ranker.head.parameters(), "weight_decay": 0.05},  # D is large, taps few
+            {"params": linear, "weight_decay": 0.05},  # D is large, taps few
             {"params": ranker.slot.parameters(), "lr": SLOT_LEARNING_RATE},
         ],
         settings.learning_rate,
         weight_decay=0.0,
     )
-    every, loss, best = torch.arange(len(stop[0]["list"])), torch.tensor(float("nan")), Best(ranker)
+    best = Best(ranker)
     for epoch in (bar := progress(range(settings.epochs), f"ranker {label}")):
-        ranker.train()
-        for index in torch.randperm(len(fit[0]["list"])).split(settings.batch_impressions * k):
-            if len(index) == 1:  # a remainder that batch norm cannot scale
-                continue
-            loss = ib.utility_loss(ranker_logits(ranker, *fit, index), fit[0]["targets"][index])
+        # Lists in random order, each with its starters together.
+        order = torch.randperm(int(fit["list"].max()) + 1)[fit["list"]].argsort(stable=True)
+        for index in order.split(settings.batch_impressions * k):
+            loss = fit_loss(ranker, {name: x[index] for name, x in fit.items()}, settings.in_list)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-        ranker.eval()  # batch norm by its averages
         with torch.no_grad():
-            logits = ranker_logits(ranker, *stop, every)
-            stop_loss = ib.utility_loss(logits, stop[0]["targets"]).item()
+            stop_loss = fit_loss(ranker, stop, settings.in_list).item()
         run.folder.log(
             "ranker", ranker=label, epoch=epoch, loss=loss.item(), held_out_loss=stop_loss
         )
@@ -130,6 +152,29 @@ def fit_ranker(run: Run, shown: Shown, label: str, path: Path) -> ib.UtilityRank
     best.restore()
     write_tensors(path, ranker.state_dict())
     return ranker.eval()
+
+
+def fit_loss(ranker: ib.UtilityRanker, rows: dict, in_list: float) -> torch.Tensor:
+    """How often a starter is tapped, and which one of its list: mean over rows, and by target."""
+    logits = ranker.logits(rows["features"], rows["starters"], rows["slots"])
+    loss = ib.utility_loss(logits, rows["targets"])
+    return loss + in_list * ib.in_list_loss(logits, rows["targets"], rows["list"])
+
+
+def settle(ranker: ib.UtilityRanker, rows: dict, states: dict) -> None:
+    """Fill the ranker's averages from at most SETTLED rows, each with some other row's user."""
+    users, starters = (torch.randperm(len(rows["list"]))[:SETTLED] for _ in range(2))
+    theirs = {name: values[rows["list"][users]] for name, values in states.items()}
+    ranker.settle(**theirs, starters=rows["starters"][starters])
+
+
+def features(ranker: ib.UtilityRanker, rows: dict, states: dict) -> torch.Tensor:
+    """What is personal of every row (B, F)."""
+    parts = torch.arange(len(rows["list"])).split(SETTLED)  # a state has M interests a row
+    return torch.cat([
+        ranker.features(**{name: x[rows["list"][part]] for name, x in states.items()},
+                        starters=rows["starters"][part])
+        for part in parts])
 
 
 def ranker_inputs(run: Run, shown: Shown) -> tuple[dict, dict]:
@@ -167,13 +212,15 @@ def ranker_logits(ranker, rows: dict, states: dict, index, with_slots: bool = Tr
 
 
 def new_ranker(run: Run) -> ib.UtilityRanker:
-    return ib.UtilityRanker(run.encoder.dim, run.config.generator.list_size)
+    return ib.UtilityRanker(run.encoder.dim, run.config.generator.list_size, RANK)
 
 
 def load_ranker(run: Run, name: str, folder: str = "ranker") -> ib.UtilityRanker:
     """The fitted ranker "train" (for mining) or "judge" (for evaluation)."""
     ranker = new_ranker(run)  # shapes alone; every weight is read
     load_weights(ranker, run.folder / folder / f"{name}.safetensors")
+    if name == "train":  # what judges goes by the whole utility
+        ranker.share = run.config.ranker.personal
     return ranker
 
 

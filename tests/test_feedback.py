@@ -324,7 +324,7 @@ def test_pairs_are_of_one_user_one_prompt_and_beyond_what_slots_explain(finished
     run = run_of(finished)
     run.slot_rates = torch.tensor([0.7, 0.4, 0.1])  # 1.2 taps a list, whatever is in it
     good, bad = row(starters="xyz", clicked=[0, 2]), row(told="ba", starters="uvw")
-    pair = {"interests": ["a", "b"], "chosen": [*"xyz"], "rejected": {"ignored 1": [*"uvw"]}}
+    pair = {"interests": ["a", "b"], "chosen": [*"xyz"], "rejected": {"ignored": [*"uvw"]}}
     assert feedback.tapped_pairs(run, [good, bad]) == [pair]
     for other in (
         row(user="n2", starters="uvw"),

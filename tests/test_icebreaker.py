@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
@@ -16,7 +17,7 @@ import icebreaker as ib
 
 def unit(*shape, seed=0):
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-    return torch.nn.functional.normalize(x, dim=-1)
+    return F.normalize(x, dim=-1)
 
 
 # ------------------------------------------------------------------------------------------ losses
@@ -354,12 +355,63 @@ def test_utility_target_and_slot_logit():
         torch.tensor([0.0, 1, 1, 1]), torch.tensor([4.0, 0, 9, math.nan]), 0.5, 5
     )
     assert target.tolist() == pytest.approx([0, 0.5, 1, 0.75])
-    ranker = ib.UtilityRanker(8, 5).eval()
+    ranker = ib.UtilityRanker(8, 5, 4)
     with torch.no_grad():
         ranker.slot.weight[:, 0] = torch.arange(5.0)
         x = (unit(3, 2, 8), torch.ones(3, 2, dtype=torch.bool), unit(3, 9), unit(3, 8, seed=2))
         slots = torch.tensor([0, 2, 4])
         assert torch.allclose(ranker(*x, slots) - ranker(*x), slots.float(), atol=1e-6)
+
+
+def test_in_list_loss_is_cross_entropy_within_each_list():
+    logits, lists = torch.randn(3, 4), torch.arange(3)[:, None].expand(3, 4)
+    tapped = F.one_hot(torch.tensor([2, 0, 3]), 4).float()
+    mixed = torch.randperm(12)  # rows of a list need not stand together
+
+    def loss(values, targets=tapped):
+        return ib.in_list_loss(*(x.reshape(-1)[mixed] for x in (values, targets, lists)))
+
+    assert loss(logits) == pytest.approx(F.cross_entropy(logits, tapped.argmax(1)).item(), abs=1e-6)
+    # How easily a user taps is no matter; and a list without a tap says nothing.
+    assert loss(logits + torch.tensor([[9.0], [-5], [0]])) == pytest.approx(loss(logits).item())
+    tapped[1] = 0
+    assert loss(logits, tapped) == pytest.approx(
+        F.cross_entropy(logits[[0, 2]], torch.tensor([2, 3])).item(), abs=1e-6)
+    assert loss(logits, tapped * 0) == 0
+
+
+def test_common_share_is_1_of_a_style_and_low_of_a_taste():
+    style, taste = unit(1, 50).expand(40, 50), unit(40, 50, seed=1)
+    ease = torch.randn(40, 1)  # who is easy to please says nothing
+    assert ib.common_share(style + ease) == pytest.approx(1, abs=1e-5)
+    assert ib.common_share(taste + ease) < 0.1
+    assert 0.3 < ib.common_share(style + taste) < 0.7
+
+
+def test_what_everybody_likes_is_no_part_of_what_is_personal():
+    """Starters near a common theme suit all users more: that must not count as personal."""
+    torch.manual_seed(0)
+    theme = torch.eye(16)[0]
+    users = F.normalize(torch.randn(60, 3, 16) + 4 * theme, dim=-1)
+    starters = F.normalize(torch.randn(40, 16) + 8 * torch.rand(40, 1) * theme, dim=-1)
+    taste = torch.randn(60, 17)
+    pairs = torch.cartesian_prod(torch.arange(60), torch.arange(40)).T  # every user and starter
+    of = [users[pairs[0]], torch.ones(2400, 3, dtype=torch.bool), taste[pairs[0]]]
+    ranker = ib.UtilityRanker(16, 5, 8)
+    ranker.settle(*of, starters[pairs[1]])
+
+    def common_share(values):
+        return ib.common_share(values.reshape(60, 40))
+
+    with torch.no_grad():
+        torch.nn.init.normal_(ranker.common.weight)
+        ranker.personal.weight[:, 0] = 1.0  # the nearest interest
+        plain = ranker.features(*of, starters[pairs[1]])[:, 0]
+        assert common_share(plain) > 0.5 and common_share(ranker(*of, starters[pairs[1]])) > 0.5
+        ranker.share = 1.0
+        rest = ranker(*of, starters[pairs[1]])
+        assert common_share(rest) < 0.05
+        assert np.corrcoef(rest, plain)[0, 1] > 0.3  # the nearest still is, among equals
 
 
 def test_taste_points_to_what_was_tapped_and_away_from_what_was_not():

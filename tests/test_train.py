@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import random
 import re
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ import icebreaker as ib
 import llm
 import roles
 import train
-from files import ROOT, UserError, read_json, read_tensors
+from files import ROOT, UserError, read_json, read_tensors, write_tensors
 from roles.players import Players
 from roles.writer import Writer
 from run import Run
@@ -176,7 +177,7 @@ def test_a_real_model_in_4_bit_runs_through_every_stage(finished, qwen, tmp_path
     train.run_stages(config, ["eval", "merge"])
     run = Run(config)
     writer, figures = players_of(run).writer, run.folder.figures("dpo")
-    for name in ("round 1", "round 2", "clicked against ignored"):
+    for name in ("round 1", "round 2", "tapped against ignored"):
         assert figures[name]["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
     base = AutoModelForCausalLM.from_pretrained(qwen)
     adapted = PeftModel.from_pretrained(base, run.adapter("last")).eval()
@@ -509,15 +510,57 @@ def test_logs_too_thin_for_a_ranker_are_named(finished):
         ranker.stage_ranker(run, None, "")
 
 
-def test_logs_of_tapped_lists_alone_skip_the_baseline(finished, tmp_path):
+def test_logs_without_times_skip_the_baseline(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "tiny")
     run = Run(micro(tmp_path))
     assert "SFT+DPO" in evaluation.compared_methods(run)
-    run.impressions = [row for row in run.impressions if row.clicked]
+    run.impressions = [row.model_copy(update={"timestamp": None}) for row in run.impressions]
     figures = dpo.align_on_clicks(run, players_of(run).writer, [], key="of other logs")
-    assert "tapped and an ignored list" in figures["skipped"]
+    assert "no train user with shown lists" in figures["skipped"]
     assert "SFT+DPO" not in evaluation.compared_methods(run)
     assert not run.adapter("vanilla").exists()
+
+
+def test_the_clicked_baseline_learns_from_lists_of_its_own_policy(finished, monkeypatch):
+    """The retrieval's lists lie hundreds of nats from what a policy writes: nothing is learned."""
+    run, asked = Run(micro(finished.parent)), []
+    shown = sorted({y for row in run.impressions for y in row.starters})
+    k, rng = run.config.generator.list_size, random.Random(0)
+
+    def sample(run, writer, number, model, adapter, states, keep):
+        asked.append((number, adapter, keep))
+        return [[rng.sample(shown, k) for _ in range(4)] + [shown[:1] * k, shown[: k - 1]]
+                for _ in states]
+
+    monkeypatch.setattr(dpo, "sample", sample)
+    monkeypatch.setattr(dpo, "fit_lists", lambda run, state, lists: lists)
+    pairs = dpo.click_pairs(run, None, None, 2)
+    # Round 1 has sampled the same lists of the same policy already; others must not replace them.
+    assert asked == [(1, run.adapter("sit"), True), ("clicked 2", run.adapter("sit"), False)]
+    assert pairs and all([*x["rejected"]] == ["ignored 1", "ignored 2"] for x in pairs)
+    users = {tuple(state.interests): u for u in run.ids("train") for state in run.states[u]}
+    for pair in pairs:
+        taste = run.states[users[tuple(pair["interests"])]][-1].taste[:-1]
+        chosen, *rejected = [
+            (run.encoder(x) @ taste).mean() for x in (pair["chosen"], *pair["rejected"].values())]
+        assert all(len({*x}) == k for x in (pair["chosen"], *pair["rejected"].values()))
+        assert rejected == sorted(rejected) and chosen >= rejected[-1]
+
+
+def test_a_ranker_of_an_older_layout_is_refused_in_one_line(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "tiny")
+    run = Run(micro(tmp_path))
+    weights = read_tensors(run.folder / "ranker/train.safetensors")
+    older = {"head.weight": torch.zeros(1, 390), "slot.weight": weights["slot.weight"]}
+    write_tensors(run.folder / "ranker/train.safetensors", older)
+    with pytest.raises(UserError, match="train.safetensors: weights of another shape") as caught:
+        ranker.load_ranker(run, "train")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_mines_may_be_personal_and_what_judges_is_whole(finished):
+    run = Run(micro(finished.parent, "ranker.personal=1"))
+    assert [ranker.load_ranker(run, name).share for name in ("train", "judge")] == [1.0, 0.5]
 
 
 def test_a_prompt_without_room_and_a_model_that_is_not_there_are_named(finished, tmp_path):
