@@ -450,7 +450,7 @@ def align_on_clicks(run: Run, writer: Writer, pairs: list[dict], key: str) -> di
     width = round(float(np.mean([len(x["rejected"]) for x in pairs] or [1])))
     clicked, rng = click_pairs(run, writer, model, width), random.Random(run.seed("clicked"))
     if not clicked:
-        why = "no train user with shown lists of whom SIT's policy wrote two full lists"
+        why = "no train user with shown lists of whom SIT's policy wrote two lists of one length"
         shutil.rmtree(run.adapter("vanilla"), ignore_errors=True)  # of other logs
         run.folder.mark_done(folder, key, skipped=why)
         return run.folder.figures(folder)
@@ -480,14 +480,19 @@ def click_pairs(run: Run, writer: Writer, model, width: int) -> list[dict]:
 
 
 def pair_by_taps(run: Run, state: UserState, written: list[list[str]], width: int) -> dict | None:
-    """The full list nearest to the user's taps, and up to `width` of the farthest; None: no two."""
-    k, taste = run.config.generator.list_size, run.states[state.user_id][-1].taste  # of all taps
-    # Full and without repeats: neither length nor fitness is the lesson.
-    full = [x for x in fit_lists(run, state, written) if len({*x}) == k]
-    full = [*{frozenset(x): x for x in full}.values()]
-    if len(full) < 2 or not taste.any():
+    """The list nearest to the user's taps, and up to `width` of the farthest; None: no two.
+
+    Of lists of one length, the longest of which there are two: length is not the lesson.
+    """
+    taste = run.states[state.user_id][-1].taste  # of all taps
+    alike = defaultdict(dict)  # number of starters -> lists, no two of the same starters
+    for starters in fit_lists(run, state, written):
+        alike[len({*starters})][frozenset(starters)] = starters
+    lists = next((list(alike[n].values()) for n in sorted(alike, reverse=True)
+                  if n and len(alike[n]) > 1), [])
+    if not lists or not taste.any():
         return None  # nothing to choose between, or nothing was shown to this user
-    likeness = [float((run.encoder(x) @ taste[:-1]).mean()) for x in full]
-    order = [full[i] for i in np.argsort(likeness, kind="stable")]  # farthest first
+    likeness = [float((run.encoder(x) @ taste[:-1]).mean()) for x in lists]
+    order = [lists[i] for i in np.argsort(likeness, kind="stable")]  # farthest first
     rejected = {f"ignored {n}": x for n, x in enumerate(order[:-1][:width], 1)}
     return {"interests": state.interests, "chosen": order[-1], "rejected": rejected}
