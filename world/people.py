@@ -30,7 +30,7 @@ import yaml
 import data
 from config import WorldConfig
 from files import ROOT, UserError, read_json, write_json
-from world.click_model import Taxonomy, Truth, further_sessions, is_alive, question
+from world.click_model import Truth, further_sessions, is_alive, question
 
 VERSION = 2  # of the world: figures of another one cannot be compared
 START = datetime(2026, 1, 1)
