@@ -36,10 +36,10 @@ VERSION = 2  # of the world: figures of another one cannot be compared
 START = datetime(2026, 1, 1)
 LIST_SIZE = 5
 POPULAR = 60  # starters that the retrieval holds to be popular
-MEDIAN_SESSIONS, SPREAD = 10, 0.9  # begun unaided, of a user: lognormal, from 1 to 500
+MEDIAN_SESSIONS, SPREAD = 14, 0.8  # begun unaided, of a user: lognormal, from 1 to 500
 AGAIN_SHARE = 0.3  # of them: about the subject of an earlier one ...
 SAME_WORDS = 0.8  # ... of these word for word; chance adds some
-LATE = 0.3  # ... and one of the last six, else any
+LATE = 0.2  # ... and one of the last six, else any
 PASSING = 0.25  # of the others: about a topic that one comes upon
 FAVOURITE = 0.5  # of those within an interest: about a favourite, else any subject of its topic
 CHORES = (2.0, 8.0)  # beta distribution of a person's share of chores
@@ -273,7 +273,9 @@ class World:
         names = self.taxonomy.names[person["language"]]
         if life and rng.random() < AGAIN_SHARE:  # what was asked often, or lately
             late = life[-6:] if rng.random() < LATE else life
-            asked = _pick(rng, late)
+            # Of two that come to mind the one that was asked more often.
+            asked = max(_pick(rng, late), _pick(rng, late),
+                        key=lambda one: sum(one.subject == other.subject for other in life))
             if forms == "log" and rng.random() < SAME_WORDS:
                 return asked._replace(day=day)
             return self._session(person, day, asked.topic, asked.subject, forms, rng)
