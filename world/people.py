@@ -207,6 +207,7 @@ class World:
         """Three to nine topics of leisure and one or two chores, as in Truth.users."""
         rng, names, interests = self.rng, self.taxonomy.names[language], []
         chores = [*filter(self.taxonomy.functional, sorted(names))]
+        always = float(self.settings.days + NEXT_DAYS)
         leisure = [topic for topic in sorted(names) if topic not in chores]
         for topic in (*self._some(leisure, rng.integers(3, 10)),
                       *self._some(chores, rng.integers(1, 3))):
@@ -214,7 +215,7 @@ class World:
             best = rng.choice(len(subjects), min(len(subjects), rng.integers(2, 6)), replace=False)
             # Drawn apart: what is frequent need not resonate, which counting cannot find out.
             resonance = float(rng.uniform(0, 0.08) if chore else rng.beta(1.2, 1.2))
-            alive = [(0.0, float("inf"))] if chore else self._stretches(resonance)
+            alive = [(0.0, always)] if chore else self._stretches(resonance)
             interests.append({
                 "topic": topic, "subjects": [subjects[i] for i in best],
                 "frequency": float(rng.lognormal(0.0, 1.0)),  # relative: a weight
