@@ -147,8 +147,6 @@ class Truth:
         topic = self.taxonomy.understand(text).topic
         return self.taxonomy.category[topic] if topic else None
 
-    # Both click models ------------------------------------------------------------------------
-
     def click_probabilities(self, user_id: str, starters: list[str], day: float | None = None,
                             asked_since: frozenset[str] = frozenset()) -> np.ndarray:
         """Position-based model: P(tap) of each starter (K,).
