@@ -68,6 +68,8 @@ from world import dialogues, people, shop
 def stage_world(run: Run, players: Players, key: str) -> dict:
     """Write the simulated platform's logs, or check the files that the user gave."""
     if not run.config.data.users:
+        if run.folder.has_run("world"):
+            print(f"  world: written anew (version {people.VERSION}), and all that rests on it")
         people.World(run.config.world).write(run.folder / "world")
     return {
         "users": len(run.logged_users),
@@ -170,8 +172,9 @@ def stage_key(run: Run, name: str, *without: str) -> str:
     """
     # files: those that no earlier stage made
     stage, files, method = METHODS[run.config.run.method][name], [], run.config.run.method
-    if name == "world" and method == "icebreaker" and run.config.data.users:
-        files = [file_digest(f) for f in (run.users_file, run.impressions_file) if f]
+    if name == "world" and method == "icebreaker":  # another version: all is trained anew
+        given = (run.users_file, run.impressions_file) if run.config.data.users else ()
+        files = [file_digest(f) for f in given if f] or [f"world {people.VERSION}"]
     if name == "world" and method != "icebreaker" and run.config.data.dialogues:
         files = [run.dialogues_file]
         files += [run.catalogue_file, run.policies_file] * (method == "qualeqs")

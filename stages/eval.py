@@ -118,7 +118,8 @@ def evaluate(values: PerUser, draws: int = 1000, seed: int = 0) -> dict:
         by_user = by_user | {m: metrics.user_values(values, method, m) for m in lifts}
         methods[method] = figures = {m: float(np.mean([*v.values()])) for m, v in by_user.items()}
         # Users are the unit of every interval: lists of one user are no independent evidence.
-        for name in ("lexical", "true_clicks", "personal_true_clicks", "r_score"):
+        for name in ("lexical", "true_clicks", "personal_true_clicks", "cascade_clicks",
+                     "personal_cascade_clicks", "r_score"):
             if name in by_user:
                 _, *interval = metrics.bootstrap([[*by_user[name].values()]], draws, seed)
                 figures[f"{name}_interval"] = interval

@@ -31,7 +31,8 @@ PerUser = dict[str, dict[str, dict[str, float]]]  # method -> metric -> user -> 
 RANKERS = {"utility": "judge", "train_utility": "train"}  # metric: mean score by this ranker
 # Metrics over a base -> what of both is compared.
 LIFTS = {"r_user": "utility", "r_score": "utility", "train_r_score": "train_utility"}
-PERSONAL = ("true_clicks", "utility")  # metrics of which the wrong-user control is taken
+# Metrics of which the wrong-user control is taken.
+PERSONAL = ("true_clicks", "cascade_clicks", "utility")
 OTHERS = 3  # users to whom it shows a list
 
 
@@ -171,7 +172,7 @@ def measure(
     other_users, personal_true_clicks how much more they are to the user; where there are two users.
     rankers: those of RANKERS that there are, (user, starters) -> utilities (K,); corpus: texts that
     give keywords their weights; histories: user -> all summaries; k: K of a full list; truth, of a
-    simulated world, has expected_clicks(user, starters).
+    simulated world, has expected_clicks and cascade_clicks(user, starters).
     """
     count = KeywordCounter(corpus)
 
@@ -195,7 +196,7 @@ def measure(
     for name, score in rankers.items():  # none without logs of taps
         metrics[name] = lambda u, y, score=score: float(np.mean(score(u, y))) if y else 0.0
     if truth:  # only of the simulated platform
-        metrics["true_clicks"] = truth.expected_clicks
+        metrics |= {"true_clicks": truth.expected_clicks, "cascade_clicks": truth.cascade_clicks}
     values = {method: {name: {u: float(np.mean([metric(u, y) for y in rows]))
                               for u, rows in users.items()}
                        for name, metric in metrics.items()}

@@ -24,8 +24,7 @@ def platform():
 def arms(platform):
     """Lists drawn at random, and lists of what the hidden truth says will be tapped."""
     truth, users = platform
-    forms = people.World(SETTINGS).forms["starters"]
-    pool = people.Retrieval(truth.taxonomy, forms, np.random.default_rng(0), 400).pool
+    pool = people.World(SETTINGS).retrieval.pool
     best = {
         u.user_id: sorted(pool, key=lambda y, u=u: -truth.click_probabilities(u.user_id, [y])[0])
         for u in users

@@ -7,14 +7,13 @@ import re
 from collections import Counter
 
 import pytest
-import yaml
 from conftest import micro
 from test_roles import encode
 
 import llm
 import roles
 from data import DataError, language
-from files import ROOT, read_json
+from files import read_json
 from roles.players import players_of
 from roles.text import kind_of, lexicon, read_yaml
 from run import Run
@@ -82,20 +81,6 @@ def test_the_rule_teachers_forms_keep_the_rules_too(code, subject, least):
     assert roles.filter_starters(starters, [subject]) == (starters, {})  # length and all else
     kinds = {kind for kinds, _ in FORMS[code] for kind in kinds.split("|")} - {"any"}
     assert kinds <= lexicon()["kinds"].keys()  # a misspelt kind would never be written
-
-
-def test_no_form_is_one_of_the_simulated_platforms():
-    def plain(form):  # whatever the subjects are called
-        return roles.normal_form(re.sub(r"\{\w\}", "X", form))
-
-    world = yaml.safe_load((ROOT / "world" / "forms.yaml").read_text(encoding="utf-8"))
-    theirs = {
-        plain(form)
-        for part in ("summaries", "chores", "starters")
-        for forms in world[part].values()
-        for form in forms
-    }
-    assert theirs.isdisjoint(plain(form) for forms in FORMS.values() for _, form in forms)
 
 
 @pytest.mark.parametrize(

@@ -4,36 +4,67 @@
 
 It stands in for the paper's private logs (section 3.1). DIR holds users.jsonl, impressions.jsonl,
 all that a real log would hold, and apart from them truth/truth.json, the hidden state
-(click_model.py), which only the evaluation may read. Every number is a plausible choice, fitted to
-no result; REPEAT_SHARE and ONE_OFF_SHARE make repeats and revisits as many as in real logs.
-A user has interests (a topic and favourite subjects in it), each with a frequency and a resonance
-that are only weakly related (chores are frequent and resonate with nobody) and days on which it is
-alive, and likes some angles of a question more than others.
+(click_model.py), which only the evaluation may read. A life in this log:
+- A person has some topics of interest, popular ones rather than others: in each a few favourite
+  subjects, a frequency, a resonance that has little to do with it, and the days on which it is
+  alive. They have chores, too, which resonate with nobody, and like some angles of a question more.
+- Sessions that they begin unaided are about a chore, a passing subject, an interest that is alive,
+  or ask an earlier question again, word for word.
+- Between these the platform shows lists. A tap begins a session about what was tapped, and as many
+  follow as it resonates.
+- After the log's last day life goes on, in other words than before: that is hidden.
+The numbers are chosen so that the log looks like real ones (tests/test_world.py has the bands),
+before any method was run on it, and fitted to no result.
 """
 
-import functools
+from collections import Counter
+from collections.abc import Iterable
 from datetime import datetime, timedelta
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import yaml
 
 import data
 from config import WorldConfig
-from files import ROOT, read_json, write_json
-from world.click_model import Taxonomy, Truth, further_sessions, is_alive, question
+from files import ROOT, UserError, read_json, write_json
+from world.click_model import Truth, further_sessions, is_alive, question
 
+VERSION = 2  # of the world: figures of another one cannot be compared
 START = datetime(2026, 1, 1)
 LIST_SIZE = 5
-MEDIAN_SESSIONS = 12  # of a user: 6 in a forum, 150 in a search log; 1 to 500, heavy-tailed
-REPEAT_SHARE = 0.2  # of sessions that repeat an earlier summary on purpose; chance adds the rest
-ONE_OFF_SHARE = 0.3  # of sessions about a topic that is no interest of the user
+POPULAR = 60  # starters that the retrieval holds to be popular
+MEDIAN_SESSIONS, SPREAD = 14, 0.8  # begun unaided, of a user: lognormal, from 1 to 500
+AGAIN_SHARE = 0.3  # of them: about the subject of an earlier one ...
+SAME_WORDS = 0.8  # ... of these word for word; chance adds some
+LATE = 0.2  # ... and one of the last six, else any
+PASSING = 0.25  # of the others: about a topic that one comes upon
+FAVOURITE = 0.5  # of those within an interest: about a favourite, else any subject of its topic
+CHORES = (2.0, 8.0)  # beta distribution of a person's share of chores
+NEXT_SESSIONS, NEXT_DAYS = 20, 30  # how much of life after the log is kept: drawn sessions, days
+MEAN_SESSIONS = MEDIAN_SESSIONS * np.exp(SPREAD**2 / 2)
 CHINESE_SHARE = 0.04
 
 
+class Asked(NamedTuple):
+    """A session of a life."""
+
+    day: float
+    topic: str
+    subject: str  # by its English name
+    text: str
+
+
 def load_truth(folder: str | Path) -> Truth:
-    """The hidden state of a world that was written to this folder."""
-    return Truth(read_json(Path(folder) / "truth" / "truth.json"))
+    """The hidden state of a world that was written to this folder; UserError: another version's."""
+    path = Path(folder) / "truth" / "truth.json"
+    state = read_json(path)
+    if (version := state.get("version", 1)) != VERSION:
+        raise UserError(f"{path}: version {version} of the simulated platform, which is now "
+                        f"{VERSION}; train anew: python train.py, with this run's settings")
+    return Truth(state["users"])
 
 
 def retrieved_lists(settings: WorldConfig, users: list[data.User], n: int, seed: int) -> dict:
@@ -55,25 +86,38 @@ def _when(day: float) -> datetime:
     return START + timedelta(seconds=int(day * 86400))
 
 
+def _pick(rng: np.random.Generator, items: list):
+    return items[rng.integers(len(items))]  # many times as fast as rng.choice
+
+
 class Retrieval:
     """The deployed baseline: lists by topic of recent sessions, popularity and exploration."""
 
-    def __init__(self, taxonomy: Taxonomy, forms: dict, rng: np.random.Generator, size: int):
-        self.taxonomy, topics, pool = taxonomy, sorted(taxonomy.topics), set()
+    def __init__(self, truth: Truth, forms: dict, rng: np.random.Generator, size: int):
+        self.taxonomy, pool = truth.taxonomy, set()
+        names, topics = self.taxonomy.names, sorted(self.taxonomy.topics)
         for _ in range(size * 4):  # a bound: distinct questions may run out
-            topic = str(rng.choice(topics))
-            language = "zh" if topic in taxonomy.names["zh"] and rng.random() < 0.05 else "en"
-            names = list(taxonomy.names[language][topic].values())
-            form = str(rng.choice(forms[language]))
-            pool.add(form.format(x=rng.choice(names), y=rng.choice(names), t=topic))
+            topic = _pick(rng, topics)
+            language = "zh" if topic in names["zh"] and rng.random() < 0.05 else "en"
+            x, *others = rng.permutation([*names[language][topic].values()])
+            pool.add(_pick(rng, forms[language]).format(x=x, y=others[0] if others else x, t=topic))
             if len(pool) == size:
                 break
         self.pool = sorted(pool)  # a set's order differs from process to process
         self.by_topic: dict[str | None, list[str]] = {}
         for starter in self.pool:
-            self.by_topic.setdefault(taxonomy.understand(starter).topic, []).append(starter)
-        few = len(self.pool) <= 60  # all of a small pool is popular
-        self.popular = self.pool if few else list(rng.choice(self.pool, 60, replace=False))
+            self.by_topic.setdefault(self.taxonomy.understand(starter).topic, []).append(starter)
+        # Years of taps have told the platform what many people like, and how they like it asked.
+        fans, angles = Counter(), [*self.taxonomy.angles.values()]
+        for person in truth.users.values():
+            for interest in person["interests"]:
+                fans.update(dict.fromkeys(interest["subjects"], interest["resonance"]))
+
+        def appeal(starter: str) -> float:
+            meaning = self.taxonomy.understand(starter)
+            return sum(fans[s] for s in meaning.subjects) * np.exp(angles[meaning.angle]["liking"])
+
+        self.popular = sorted(self.pool, key=appeal)[-POPULAR:]
 
     def draw(self, recent: list[str], rng: np.random.Generator) -> list[str]:
         """One list; `recent`: topics of the user's sessions so far, latest last."""
@@ -86,7 +130,7 @@ class Retrieval:
                 source = self.by_topic.get(topic, self.pool)
             elif kind < 0.8:  # one in five, but four without a session to go by
                 source = self.popular
-            starter = str(source[rng.integers(len(source))])
+            starter = _pick(rng, source)
             if starter not in starters:
                 starters.append(starter)
         return starters
@@ -96,70 +140,86 @@ class World:
     """A platform's people, logs and hidden state; the same settings give the same bytes."""
 
     def __init__(self, settings: WorldConfig):
-        # Trap: one generator draws everything, so a draw moved or left out gives other people.
         self.settings, self.rng = settings, np.random.default_rng(settings.seed)
         forms = (ROOT / "world" / "forms.yaml").read_text(encoding="utf-8")
-        self.forms, self.truth, self.users = yaml.safe_load(forms), Truth({"users": {}}), []
-        self.taxonomy, robots, n = self.truth.taxonomy, [], settings.users
+        self.forms, self._truth, n = yaml.safe_load(forms), Truth({}), settings.users
+        self.taxonomy, robots = self._truth.taxonomy, []
+        # Of a shuffled order the first topics come ten times as often as the last.
+        order = self.rng.permutation(sorted(self.taxonomy.topics)).tolist()
+        self.rank = {topic: rank for rank, topic in enumerate(order)}
         if n >= 100:  # one user in a thousand, but at least one
             robots = self.rng.choice(n, max(1, n // 1000), replace=False).tolist()
-        for number in range(n):
-            user, self.truth.users[f"u{number}"] = self._person(f"u{number}", number in robots)
-            self.users.append(user)
+        self.passing = {  # language -> its topics, their shares
+            language: ([*topics], self._popularity(topics))
+            for language, topics in self.taxonomy.names.items()}
+        for i in range(n):
+            self._truth.users[f"u{i}"] = self._person(i in robots)
         self.retrieval = Retrieval(
-            self.taxonomy, self.forms["starters"], self.rng, settings.starter_pool)
+            self._truth, self.forms["starters"], self.rng, settings.starter_pool)
 
-    @functools.cached_property  # drawn last: who wants people or retrieval need not wait for it
+    @cached_property  # drawn last: who wants the retrieval alone need not wait for it
+    def _lives(self) -> list[tuple[data.User, list[data.Impression]]]:
+        # Each by a generator of its own. They complete the truth.
+        return [self._life(user_id, np.random.default_rng([self.settings.seed, i]))
+                for i, user_id in enumerate(self._truth.users)]
+
+    @property
+    def truth(self) -> Truth:
+        return self._lives and self._truth
+
+    @property
+    def users(self) -> list[data.User]:
+        return [user for user, _ in self._lives]
+
+    @property
     def impressions(self) -> list[data.Impression]:
-        return [shown for user in self.users for shown in self._shown(user)]
+        return [row for _, rows in self._lives for row in rows]
 
     def write(self, folder: str | Path) -> None:
         data.write_users(Path(folder) / "users.jsonl", self.users)
         data.write_impressions(Path(folder) / "impressions.jsonl", self.impressions)
-        write_json(Path(folder) / "truth" / "truth.json", {"users": self.truth.users})
+        write_json(Path(folder) / "truth" / "truth.json",
+                   {"version": VERSION, "users": self.truth.users})
 
-    def _person(self, user_id: str, robot: bool) -> tuple[data.User, dict]:
-        """A user as the log shows them, and their entry in Truth.users."""
-        rng, days, texts = self.rng, self.settings.days, []
+    def _person(self, robot: bool) -> dict:
+        """An entry in Truth.users; what is asked, and next, comes with the life."""
+        rng, likings = self.rng, [angle["liking"] for angle in self.taxonomy.angles.values()]
         language = "zh" if rng.random() < CHINESE_SHARE else "en"
-        interests = self._interests(language)
-        count = int(np.clip(np.exp(rng.normal(np.log(MEDIAN_SESSIONS), 0.9)), 1, 500))
-        count = max(count, 40) if robot else count
-        joined = rng.uniform(0, days * 0.3)
-        times = np.sort(rng.uniform(joined, days, count))  # in days, as all times here
-        untimed, sessions = rng.random() < 0.02, []  # some logs hold no times
-        for number, day in enumerate(times):
-            same = robot and texts and rng.random() < 0.98  # robots ask one thing all day
-            texts.append(texts[0] if same else self._summary(interests, day, texts, language))
-            when, name = None if untimed else _when(day), f"s{number}"
-            sessions.append(data.Session(session_id=name, timestamp=when, summary=texts[-1]))
-        profile, told = None, self.forms["profile"]
-        if rng.random() >= 0.1:  # one in ten tells nothing
-            profile = {"age": str(rng.choice(told["age"])),
-                       "region": "CN" if language == "zh" else str(rng.choice(told["region"]))}
-        likings = [angle["liking"] for angle in self.taxonomy.angles.values()]
-        return data.User(user_id=user_id, profile=profile, sessions=sessions), {
-            "interests": interests,
-            "angles": [float(liking + rng.normal(0, 0.5)) for liking in likings],  # logits
-            "robot": robot, "asked": sorted(set(map(question, texts))), "last_day": days,
+        return {
+            "language": language, "interests": self._interests(language),
+            "chores": float(rng.beta(*CHORES)),
+            # People differ as much as angles do.
+            "angles": [float(liking + rng.normal(0, np.std(likings))) for liking in likings],
+            "robot": robot, "asked": set(), "last_day": self.settings.days,
         }
+
+    def _popularity(self, topics: Iterable[str]) -> np.ndarray:
+        """Share of each of these topics in what people come upon."""
+        pull = np.array([1 / (12 + self.rank[topic]) for topic in topics])
+        return pull / pull.sum()
+
+    def _some(self, topics: list[str], count: int) -> list[str]:
+        """At most so many distinct topics, popular ones rather."""
+        return self.rng.choice(topics, min(len(topics), count), replace=False,
+                               p=self._popularity(topics)).tolist()
 
     def _interests(self, language: str) -> list[dict]:
         """Three to nine topics of leisure and one or two chores, as in Truth.users."""
         rng, names, interests = self.rng, self.taxonomy.names[language], []
         chores = [*filter(self.taxonomy.functional, sorted(names))]
+        always = float(self.settings.days + NEXT_DAYS)
         leisure = [topic for topic in sorted(names) if topic not in chores]
-        topics = list(rng.choice(leisure, min(len(leisure), rng.integers(3, 10)), replace=False))
-        topics += list(rng.choice(chores, min(len(chores), rng.integers(1, 3)), replace=False))
-        for topic in map(str, topics):
+        for topic in (*self._some(leisure, rng.integers(3, 10)),
+                      *self._some(chores, rng.integers(1, 3))):
             subjects, chore = list(names[topic]), topic in chores
-            best = rng.choice(len(subjects), min(len(subjects), rng.integers(2, 7)), replace=False)
+            best = rng.choice(len(subjects), min(len(subjects), rng.integers(2, 6)), replace=False)
             # Drawn apart: what is frequent need not resonate, which counting cannot find out.
             resonance = float(rng.uniform(0, 0.08) if chore else rng.beta(1.2, 1.2))
-            frequency = float(rng.lognormal(0.7 if chore else 0.0, 0.6))  # relative: a weight
-            alive = [(0.0, float(self.settings.days))] if chore else self._stretches(resonance)
-            interests.append({"topic": topic, "subjects": [subjects[i] for i in best],
-                              "frequency": frequency, "resonance": resonance, "alive": alive})
+            alive = [(0.0, always)] if chore else self._stretches(resonance)
+            interests.append({
+                "topic": topic, "subjects": [subjects[i] for i in best],
+                "frequency": float(rng.lognormal(0.0, 1.0)),  # relative: a weight
+                "resonance": resonance, "alive": alive})
         return interests
 
     def _stretches(self, resonance: float) -> list[tuple[float, float]]:
@@ -167,55 +227,106 @@ class World:
         # Some begin before the log; none for the first time in its last third.
         start, alive = self.rng.uniform(-20, self.settings.days * 0.7), []
         for _ in range(1 + self.rng.binomial(3, 0.15 + 0.8 * resonance)):
-            end = start + self.rng.exponential(6 + 30 * resonance)  # days
+            end = start + self.rng.exponential(10 + 40 * resonance)  # days
             alive.append((float(start), float(end)))
             start = end + self.rng.exponential(18)
         return alive
 
-    def _summary(self, interests: list[dict], day: float, earlier: list[str], language: str) -> str:
-        """Of a session: an earlier one again, a passing topic, or an interest that is alive."""
-        rng, names = self.rng, self.taxonomy.names[language]
-        if earlier and rng.random() < REPEAT_SHARE:  # rather a late one: mean 6 sessions back
-            return earlier[-1 - min(len(earlier) - 1, int(rng.exponential(6)))]
-        if rng.random() < ONE_OFF_SHARE:  # perhaps of a topic that is an interest after all
-            topic, favourites = str(rng.choice(sorted(names))), []
-        else:
-            # On a day when nothing is alive everything is, so that each session has a topic.
-            alive = [interest for interest in interests if is_alive(interest, day)] or interests
-            weights = np.array([interest["frequency"] for interest in alive])
-            interest = alive[rng.choice(len(alive), p=weights / weights.sum())]
-            topic, favourites = interest["topic"], interest["subjects"]
-        chore = self.taxonomy.functional(topic)  # said as a request, not as a question
-        forms = self.forms["chores" if chore else "summaries"][language]
-        x, y = map(str, rng.choice(list(names[topic].values()), 2))
-        if favourites and not chore:  # the object of a chore changes each time
-            share = 0.7 ** np.arange(len(favourites))  # favourites come best first
-            x = names[topic][favourites[rng.choice(len(favourites), p=share / share.sum())]]
-        chosen = [str(rng.choice(forms))]
-        if rng.random() < 0.004:  # somebody pastes half a page
-            chosen += [str(rng.choice(forms)) for _ in range(rng.integers(8, 24))]
-        text = ". ".join(form.format(x=x, y=y, t=topic) for form in chosen)[:900]
-        return text.lower() if rng.random() < 0.15 else text
+    def _life(
+        self, user_id: str, rng: np.random.Generator
+    ) -> tuple[data.User, list[data.Impression]]:
+        """A user and what they were shown, as the log has them."""
+        settings, person, rows = self.settings, self._truth.users[user_id], []
+        count = int(np.clip(np.exp(rng.normal(np.log(MEDIAN_SESSIONS), SPREAD)), 1, 500))
+        untimed = rng.random() < 0.02  # some logs hold no times
+        # As many lists as one comes back; a robot does not look at any.
+        lists = rng.poisson(settings.impressions_per_user * count / MEAN_SESSIONS)
+        if person["robot"] or untimed:
+            count, lists = max(count, 40 * person["robot"]), 0
+        joined, life = rng.uniform(0, settings.days * 0.3), []
+        events = [(float(day), kind) for kind, n in (("session", count), ("list", lists))
+                  for day in rng.uniform(joined, settings.days, n)]  # in days, as all times here
+        for day, kind in sorted(events):
+            if kind == "list":
+                rows.append(self._shown(user_id, day, life, rng))
+            elif person["robot"] and life and rng.random() < 0.98:  # one thing all day
+                life.append(life[0]._replace(day=day))
+            else:
+                life.append(self._unaided(person, day, life, "log", rng))
+        later = rng.uniform(0, NEXT_DAYS, NEXT_SESSIONS) + settings.days
+        person["next"] = [
+            self._unaided(person, day, life, "held_out", rng).text for day in np.sort(later)]
+        life.sort(key=lambda asked: asked.day)
+        person["asked"] = sorted(person["asked"].union(question(asked.text) for asked in life))
+        sessions = [
+            data.Session(session_id=f"s{i}", summary=asked.text,
+                         timestamp=None if untimed else _when(min(asked.day, settings.days)))
+            for i, asked in enumerate(life)]
+        profile, told = None, self.forms["profile"]
+        if rng.random() >= 0.1:  # one in ten tells nothing
+            chinese = person["language"] == "zh"
+            profile = {"age": str(rng.choice(told["age"])),
+                       "region": "CN" if chinese else str(rng.choice(told["region"]))}
+        return data.User(user_id=user_id, profile=profile, sessions=sessions), rows
 
-    def _shown(self, user: data.User) -> list[data.Impression]:
-        """What the retrieval showed to this user, what was tapped, and what followed."""
-        rng, understand, rows = self.rng, self.taxonomy.understand, []
-        sessions = [session for session in user.sessions if session.timestamp]
-        if not sessions:
-            return []
-        topics = [understand(session.summary).topic for session in sessions]
-        times = [(session.timestamp - START).total_seconds() / 86400 for session in sessions]
-        count = 1 + rng.poisson(self.settings.impressions_per_user - 1)
-        for day in np.sort(rng.uniform(times[0], self.settings.days, count)):
-            recent = [t for t, time in zip(topics, times, strict=True) if time < day and t]
-            starters = self.retrieval.draw(recent, rng)
-            chances = self.truth.click_probabilities(user.user_id, starters, day)  # (K,)
-            clicked = np.flatnonzero(rng.random(LIST_SIZE) < chances).tolist()
-            tapped = [understand(starters[slot]) for slot in clicked]
-            # Of several taps the one that resonates most decides how the visit goes on.
-            best = max((self.truth.match(user.user_id, m, day) for m in tapped), default=0.0)
-            after = int(rng.poisson(further_sessions(best))) if clicked else 0
-            after = None if rng.random() < 0.05 else after  # a real log lacks some
-            rows.append(data.Impression(user_id=user.user_id, timestamp=_when(day),
-                                        starters=starters, clicked=clicked, sessions_after=after))
-        return rows
+    def _unaided(self, person: dict, day: float, life: list[Asked], forms: str, rng) -> Asked:
+        """A session that nothing shown has led to."""
+        names = self.taxonomy.names[person["language"]]
+        if life and rng.random() < AGAIN_SHARE:  # what was asked often, or lately
+            late = life[-6:] if rng.random() < LATE else life
+            # Of two that come to mind the one that was asked more often.
+            asked = max(_pick(rng, late), _pick(rng, late),
+                        key=lambda one: sum(one.subject == other.subject for other in life))
+            if forms == "log" and rng.random() < SAME_WORDS:
+                return asked._replace(day=day)
+            return self._session(person, day, asked.topic, asked.subject, forms, rng)
+        chores, passing = rng.random(2) < (person["chores"], PASSING)
+        if passing and not chores:  # perhaps of a topic that is an interest after all
+            topics, shares = self.passing[person["language"]]
+            topic = topics[rng.choice(len(topics), p=shares)]
+        else:
+            some = [interest for interest in person["interests"]
+                    if chores == self.taxonomy.functional(interest["topic"])]
+            # On a day when nothing is alive everything is, so that each session has a topic.
+            some = [interest for interest in some if is_alive(interest, day)] or some
+            weights = np.array([interest["frequency"] for interest in some])
+            interest = some[rng.choice(len(some), p=weights / weights.sum())]
+            topic = interest["topic"]
+        subject = _pick(rng, [*names[topic]])
+        # The object of a chore changes each time.
+        if not passing and not chores and rng.random() < FAVOURITE:
+            share = 0.6 ** np.arange(len(interest["subjects"]))  # favourites come best first
+            subject = interest["subjects"][rng.choice(len(share), p=share / share.sum())]
+        return self._session(person, day, topic, subject, forms, rng)
+
+    def _session(self, person: dict, day, topic: str, subject: str, forms: str, rng) -> Asked:
+        """A session about a subject, in some words."""
+        kind = "chores" if self.taxonomy.functional(topic) else "summaries"
+        # A tapped starter may be about what has no name in the person's language.
+        language = person["language"] * (subject in self.taxonomy.names[person["language"]]
+                                         .get(topic, ())) or "en"
+        names, some = self.taxonomy.names[language][topic], self.forms[kind][forms][language]
+        chosen = [_pick(rng, some)]
+        if rng.random() < 0.004:  # somebody pastes half a page
+            chosen += [_pick(rng, some) for _ in range(rng.integers(8, 24))]
+        other = _pick(rng, [*names.values()])
+        text = ". ".join(form.format(x=names[subject], y=other, t=topic) for form in chosen)[:900]
+        return Asked(day, topic, subject, text.lower() if rng.random() < 0.15 else text)
+
+    def _shown(self, user_id: str, day: float, life: list[Asked], rng) -> data.Impression:
+        """A list of the retrieval, what was tapped, and what followed, which joins the life."""
+        truth, understand = self._truth, self.taxonomy.understand
+        starters = self.retrieval.draw([asked.topic for asked in life], rng)
+        chances = truth.click_probabilities(user_id, starters, day)  # (K,)
+        clicked, after = np.flatnonzero(rng.random(LIST_SIZE) < chances).tolist(), 0
+        for slot in clicked:
+            meaning = understand(starters[slot])
+            truth.users[user_id]["asked"].add(question(starters[slot]))
+            more = rng.poisson(further_sessions(truth.match(user_id, meaning, day)))
+            after += more
+            for n in range(1 + more):  # each a quarter of an hour after the other
+                life.append(self._session(truth.users[user_id], day + n / 96, meaning.topic,
+                                          min(meaning.subjects), "log", rng))
+        return data.Impression(
+            user_id=user_id, timestamp=_when(day), starters=starters, clicked=clicked,
+            sessions_after=None if rng.random() < 0.05 else after)  # a real log lacks some
