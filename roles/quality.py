@@ -43,6 +43,25 @@ class Verdict(NamedTuple):
 FAILED = Verdict(*[float("nan")] * 3, reason="the judge's call failed")
 
 
+def without_repeats(suggestions: list[str], verdicts: list[Verdict]) -> list[Verdict]:
+    """The verdicts; what asks again what a good one above it asks is not informative.
+
+    The same is asked in the same words, numbers apart, or where one policy answers both. Unstated:
+    by verdicts that know no neighbours, RL learns to ask one good question three times.
+    """
+    above: set = set()
+    result = []
+    for text, verdict in zip(suggestions, verdicts, strict=True):
+        asks = {frozenset(content(text)) or text.casefold()}
+        asks |= {verdict.source} if verdict.source.startswith("policy ") else set()
+        if verdict.reward == 1:  # nan is not: nobody judged it
+            if asks & above:
+                verdict = verdict._replace(informative=0.0, reason="repeats another")
+            above |= asks
+        result.append(verdict)
+    return result
+
+
 class Bound(NamedTuple):
     """A number that a suggestion asks for."""
 

@@ -29,7 +29,7 @@ import garm
 import llm
 from config import Config
 from files import UserError, digest, file_digest
-from roles.quality import Rules
+from roles.quality import Rules, without_repeats
 from roles.suggester import Suggester, read_kindly
 from roles.writer import Writer
 from run import Run
@@ -171,7 +171,8 @@ def by_shop(judge: Rules, asks: list[Ask], pools: list[list[str]]) -> list[list[
     rows = [(data.Dialogue.model_construct(turns=ask.turns), pool)
             for ask, pool in zip(asks, pools, strict=True)]
     return [[Suggestion(text, 1.0, 0.0, verdict.source)
-             for text, verdict in zip(pool, verdicts, strict=True) if verdict.reward == 1]
+             for text, verdict in zip(pool, without_repeats(pool, verdicts), strict=True)
+             if verdict.reward == 1]
             for (_, pool), verdicts in zip(rows, judge.quality(rows), strict=True)]
 
 

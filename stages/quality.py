@@ -22,6 +22,7 @@ import garm
 import qualeqs
 from files import UserError, gather, share
 from roles.players import Players
+from roles.quality import without_repeats
 from run import Run
 from stages.dialogues import Context, read_contexts
 
@@ -52,7 +53,8 @@ class Quality:
                 for c, some in zip(contexts, answers, strict=True) for answer in some]
         # All at once: an LLM is asked many at a time; of several processes each asks for a share.
         asked = share([row for row in rows if row[1]])
-        said = iter(gather([[verdict[:3] for verdict in some] for some in self.judge(asked)]))
+        verdicts = map(without_repeats, [texts for _, texts in asked], self.judge(asked))
+        said = iter(gather([[verdict[:3] for verdict in some] for some in verdicts]))
         # As qualeqs.quality_figures counts it: as bad suggestions.
         malformed = [[0.0] * 3] * garm.NUM_SUGGESTIONS
         marks = [next(said) if some else malformed for _, some in rows]

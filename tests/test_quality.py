@@ -163,6 +163,23 @@ def ask(tmp_path, judge, backend, n):
     return player, player.quality(rows(n), judge)
 
 
+
+@pytest.mark.parametrize("texts, informative", [
+    (["Can I return it?", "Can I return it?", "can I return it"], [1, 0, 0]),
+    (["Any kettles under €40?", "Any kettles under €45?", "Which kettles hold 1.5 l?"], [1, 0, 1]),
+    (["Can I return it?", "How do I send back an item?"], [1, 0]),  # one policy answers both
+    (["Can I return it?", "Is there a delivery fee?"], [1, 1]),
+    (["Ovo kettles", "Do you have Brenna kettles?"], [1, 1]),
+])  # fmt: skip
+def test_what_another_of_the_list_asks_adds_nothing(judge, texts, informative):
+    """Else three times one good question is the best list there is, and RL finds it."""
+    [verdicts] = judge.quality([(KETTLE, texts)])
+    marks = [verdict.informative for verdict in quality.without_repeats(texts, verdicts)]
+    assert marks == informative and {v.informative for v in verdicts} == {1}
+    failed = [quality.FAILED] * len(texts)
+    assert all(v.informative != v.informative for v in quality.without_repeats(texts, failed))
+
+
 @pytest.mark.parametrize("rate", [0.018, 0.2])
 def test_failed_calls_are_retried_three_times(tmp_path, judge, rate):
     backend = Scripted(rate)
