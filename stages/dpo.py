@@ -67,7 +67,7 @@ def stage_dpo(run: Run, players: Players, key: str) -> dict:
     adapter, pairs, figures = run.adapter("sit"), [], {}  # pairs accumulate over the rounds
     for number in range(1, run.config.dpo.rounds + 1):
         folder, round_key = f"dpo/round{number}", digest(key, number)  # whatever number of them
-        if not run.folder.is_done(folder, round_key):
+        if run.folder.begin(folder, round_key):
             result = dpo_round(run, players, number, adapter, pairs)
             run.encoder.save()  # a killed run does not encode the round's starters again
             run.folder.mark_done(folder, round_key, **result)
@@ -324,7 +324,8 @@ def align(
             if factor:  # 0: this process has no row, and only keeps step
                 measured.append(torch.stack([losses, chosen, rejected, *refs]).tolist())
         rate = schedule.get_last_lr()[0]
-        step(model, optimiser, schedule)
+        step(model, optimiser, schedule, f"dpo, {label}, step {number}",
+             (f"row {i} of pairs" for i in batch))
         log.append(dpo_figures([*itertools.chain(*gather([measured]))]))
         run.folder.log("dpo", round=label, step=number, **log[-1], learning_rate=rate)
         bar.set(loss=log[-1]["loss"])
@@ -442,7 +443,7 @@ def align_on_clicks(run: Run, writer: Writer, pairs: list[dict], key: str) -> di
     """
     settings = run.config.dpo.model_copy(update={"sft_weight": 0.0})
     folder, key = "dpo/vanilla", digest(key, "vanilla", settings)
-    if run.folder.is_done(folder, key):
+    if not run.folder.begin(folder, key):
         return run.folder.figures(folder)
     # As many chosen lists as IceBreaker learned from, and about as many rejected ones to each:
     # their kinds are compared, not their number.

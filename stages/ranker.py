@@ -21,7 +21,7 @@ import icebreaker as ib
 from files import UserError, progress, write_tensors
 from roles.players import Players
 from run import Run, UserState
-from stages.steps import Best, load_weights
+from stages.steps import Best, load_weights, refuse_nan
 
 SLOT_LEARNING_RATE = 0.02  # position explains most of a tap and must not wait for w
 Shown = list[tuple[data.Impression, UserState]]  # lists, each with the user's state at its time
@@ -115,6 +115,8 @@ def fit_ranker(run: Run, shown: Shown, label: str, path: Path) -> ib.UtilityRank
             loss = ib.utility_loss(ranker_logits(ranker, *fit, index), fit[0]["targets"][index])
             optimiser.zero_grad()
             loss.backward()
+            refuse_nan(loss, f"ranker, {label}, epoch {epoch}",
+                       (f"list {fit[0]['list'][i]}" for i in index))
             optimiser.step()
         ranker.eval()  # batch norm by its averages
         with torch.no_grad():

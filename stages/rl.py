@@ -48,7 +48,7 @@ def stage_rl(run: Run, players: Players, key: str) -> dict:
     suggester, figures = Suggester(players.writer), {}
     for arm in run.config.rl.arms:
         folder, arm_key = f"rl/{arm}", digest(key, arm)
-        if not run.folder.is_done(folder, arm_key):
+        if run.folder.begin(folder, arm_key):
             train = {"rft": train_rft, "dpo": train_dpo}.get(arm.split("-")[0], train_grpo)
             result = train(run, players, suggester, arm)
             run.encoder.save()
@@ -128,7 +128,8 @@ def grpo(
         rate = schedule.get_last_lr()[0]  # that of the first update
         for _ in range(settings.updates if groups else 0):
             figures = backward(policy, batch, groups, settings, run.config.generator.micro_batch)
-            step(model, optimiser, schedule)
+            step(model, optimiser, schedule, f"rl, {label}, step {number}",
+                 (context.dialogue.dialogue_id for context in contexts))
         log.append({
             "step": number, "reward": mean(rewards[valid]), **figures, "learning_rate": rate,
             "skipped_groups": len(contexts) - len(groups), "invalid": int((~valid).sum()),
