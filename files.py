@@ -198,6 +198,8 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, raised where the main thread is: what was being written is cleared away."""
 
 
+# Said of a write, whose error names no file.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 WRITE_FAILED = ("SQLITE_FULL", "SQLITE_BUSY", "SQLITE_READONLY")  # not the mistakes of a query
 
 
@@ -217,7 +219,7 @@ def script(main) -> None:
         sys.exit(143 if isinstance(error, Terminated) else 130)
     except (UserError, OSError, sqlite3.OperationalError) as error:
         message = str(error)
-        if getattr(error, "filename", None) or getattr(error, "errno", 0) == errno.ENOSPC:
+        if getattr(error, "filename", None) or getattr(error, "errno", 0) in NO_ROOM:
             message = f"{error.filename or 'writing'}: {error.strerror}"
         elif getattr(error, "sqlite_errorname", "") in WRITE_FAILED:  # answers, a server's store
             message = f"SQLite: {error}"

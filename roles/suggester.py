@@ -69,7 +69,10 @@ class Suggester:
         self, turns: Sequence[Turn], answers: Sequence[str], task: str = ""
     ) -> tuple[Ids, list[Ids]]:
         """(prompt ids, [ids of each answer]): a row of training."""
-        return self.prompt(turns, task), [self.completion(answer) for answer in answers]
+        prompt, cut = self.prompt_and_cut(turns, task)
+        if cut:
+            self.writer.cut.add(tuple(prompt))
+        return prompt, [self.completion(answer) for answer in answers]
 
     def rollouts(
         self, model, contexts: Sequence[Sequence[Turn]], n: int, seed: int, task: str = "",

@@ -56,6 +56,9 @@ def current(run: Run) -> dict | None:
     published = run.folder / "feedback" / "current.json"
     # Unless the run's own rounds of DPO were trained again since.
     if published.is_file() and (newest := read_json(published))["run"] == _run_key(run.folder):
+        for name in (newest["adapter"], newest["ranker"]):  # a run may be a stranger's
+            if not (run.folder / name).resolve().is_relative_to(run.folder.path.resolve()):
+                raise UserError(f"{published}: {name} leads out of the run")
         return newest
     return {"adapter": f"dpo/round{rounds}/adapter", "ranker": "ranker/train.safetensors",
             "version": f"round{rounds}-{_weights(adapter)[:8]}"}

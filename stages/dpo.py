@@ -334,7 +334,9 @@ def align(
             run.folder.log("dpo", round=label, step=number, held_out=value)
     if held_out:
         best.restore()
-    return closing_figures(log, label) | {"held_out": best.value if held_out else None}
+    return closing_figures(log, label) | {
+        "held_out": best.value if held_out else None,
+        "prompts_cut": writer.cut_prompts(prompt for prompt, _ in rows)}
 
 
 def columns(rows) -> tuple[list, list]:

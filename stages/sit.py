@@ -162,7 +162,8 @@ def instruct(
             run.folder.log(label, **at, loss=losses[-1], learning_rate=rate)
             bar.set(loss=losses[-1])
     last = losses[steps - steps // settings.epochs :]  # of the last epoch
-    return model, {"first_loss": losses[0], "loss": float(np.mean(last))}
+    cut = writer.cut_prompts(prompt for prompt, _ in rows)
+    return model, {"first_loss": losses[0], "loss": float(np.mean(last)), "prompts_cut": cut}
 
 
 def full_rows(
