@@ -31,6 +31,7 @@ from files import (
     ROOT,
     UserError,
     atomic_path,
+    digest,
     file_digest,
     meet,
     processes,
@@ -539,7 +540,9 @@ class RunFolder:
                      and path.name not in own and not path.name.endswith(".tmp")}
             record = self.record(stage) | {"files": files}
             record["log"] = [self.path.name, log.stat().st_size if log.is_file() else 0]
-            write_json(folder / "done.json", {"key": key, "record": record, **figures})
+            # As it is read again: JSON has no tuples.
+            done = json.loads(json.dumps({"key": key, "record": record, **figures}))
+            write_json(folder / "done.json", done | {"digest": digest(done)})
             begun.unlink(missing_ok=True)
         meet()
 
@@ -549,14 +552,21 @@ class RunFolder:
         return last.get("record", {})
 
     def _read(self, stage: str, name: str) -> dict | None:
+        path = self.path / stage / f"{name}.json"
         try:
-            return read_json(self.path / stage / f"{name}.json")
+            value = read_json(path)
         except FileNotFoundError:  # or another process has just withdrawn it
             return None
+        written = value.pop("digest", None) if isinstance(value, dict) else ""
+        if written is not None and written != digest(value):
+            raise UserError(f"{path}: has changed since it was written; {AGAIN}")
+        return value
 
     def figures(self, stage: str) -> dict:
         """What mark_done was given for this stage."""
-        done = read_json(self.path / stage / "done.json")
+        done = self._read(stage, "done")
+        if done is None:
+            raise UserError(f"{self.path}: stage {stage} has not run; python train.py first")
         return {k: v for k, v in done.items() if k not in ("key", "record")}
 
     def log(self, stage: str, **figures) -> None:

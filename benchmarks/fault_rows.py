@@ -451,9 +451,11 @@ def long_line(bench: Bench, row) -> None:
               and peak < 512 else f"2 GB line: {peak:.0f} MiB, {done.stdout}{done.stderr[-200:]}")
 
 
-PIECES = ["<sug>", "</sug>", "<think>", "</think>", "&&", " a b", "1. ", '"', "\x00", "三体?",
-          "\n- ", "**", "`", "_", "[", "]", "{", "\\", ",", ":", "&amp;", "＆", "２．", "[THINK]", "\n",
-          "? ", "What is chess?", "\u202e", "\ud800", "😀", "<|im_end|>", "https://a.b", "Sure! "]
+PIECES = [
+    "<sug>", "</sug>", "<think>", "</think>", "&&", " a b", "1. ", '"', "\x00", "三体?", "\n- ",
+    "**", "`", "_", "[", "]", "{", "\\", ",", ":", "&amp;", "＆", "２．", "[THINK]", "\n", "? ", "😀",
+    "What is chess?", "\u202e", "\ud800", "<|im_end|>", "https://a.b", "Sure! ",
+]
 
 
 def parser(bench: Bench, row) -> None:

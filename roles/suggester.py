@@ -16,7 +16,7 @@ Legend: n answers of each context.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import garm
@@ -73,6 +73,10 @@ class Suggester:
         if cut:
             self.writer.cut.add(tuple(prompt))
         return prompt, [self.completion(answer) for answer in answers]
+
+    def cut_prompts(self, prompts: Iterable[Ids]) -> int:
+        """How many of these prompts of `encoded` lack turns, for generator.max_prompt_tokens."""
+        return self.writer.cut_prompts(prompts)
 
     def rollouts(
         self, model, contexts: Sequence[Sequence[Turn]], n: int, seed: int, task: str = "",

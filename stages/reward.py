@@ -212,7 +212,8 @@ def train_reward(run: Run, suggester: Suggester, rows: list[Row], kind: RewardKi
     # Of the last pass: a model that has seen a pair before knows it.
     last = np.mean(log[-max(1, len(log) // settings.epochs) :], axis=0)
     cut = sum(suggester.prompt_and_cut(context.turns)[1] > 0 for context, _ in rows)
-    return {"prompts_cut": cut, "first_loss": log[0][0], "loss": float(last[0]), "train_accuracy": float(last[1])}
+    return {"first_loss": log[0][0], "loss": float(last[0]), "train_accuracy": float(last[1]),
+            "prompts_cut": cut}
 
 
 def new_head(model) -> torch.nn.Linear:

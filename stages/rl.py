@@ -134,7 +134,8 @@ def grpo(
                  (context.dialogue.dialogue_id for context in contexts))
         log.append({
             "step": number, "reward": mean(rewards[valid]), **figures, "learning_rate": rate,
-            "skipped_groups": len(contexts) - len(groups), "invalid": int((~valid).sum()), "prompts_cut": cut,
+            "skipped_groups": len(contexts) - len(groups), "invalid": int((~valid).sum()),
+            "prompts_cut": cut,
             "tokens": mean(batch.mask.sum(1)), "weighted": by_name(names, parts[valid] * weights),
             "components": by_context(names, parts[valid], unsafe[valid])})
         run.folder.log("rl", arm=label, **log[-1])
