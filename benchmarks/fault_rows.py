@@ -453,8 +453,8 @@ def long_line(bench: Bench, row) -> None:
 
 PIECES = [
     "<sug>", "</sug>", "<think>", "</think>", "&&", " a b", "1. ", '"', "\x00", "三体?", "\n- ",
-    "**", "`", "_", "[", "]", "{", "\\", ",", ":", "&amp;", "＆", "２．", "[THINK]", "\n", "? ", "😀",
-    "What is chess?", "\u202e", "\ud800", "<|im_end|>", "https://a.b", "Sure! ",
+    "**", "`", "_", "[", "]", "{", "\\", ",", ":", "&amp;", "＆", "２．", "[THINK]", "\n", "? ",
+    "😀", "What is chess?", "\u202e", "\ud800", "<|im_end|>", "https://a.b", "Sure! ",
 ]
 
 

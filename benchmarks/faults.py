@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # before torch: forks
@@ -125,7 +125,7 @@ def main() -> None:
             ROWS[name][1](bench, row)
             row.seconds = cpu() - before
             kept = read_json(KEPT) if KEPT.is_file() else {}
-            write_json(KEPT, kept | {name: asdict(row)})
+            write_json(KEPT, kept | {name: vars(row) | {"seen": dict(row.seen)}})
             PAGE.write_text(page(read_json(KEPT)), encoding="utf-8")
             print(f"{name}: {row.tries} tries, {dict(row.seen)}, {row.seconds:.0f} CPU s, "
                   f"{time.monotonic() - started:.0f} s", flush=True)
