@@ -28,7 +28,7 @@ from pydantic_core import ValidationError
 from files import UserError, atomic_path
 
 MOST_FAULTS = 20  # bad lines that are listed; the rest are counted
-MOST_BYTES = 2**26  # of a line: no history is so long, and memory stays flat whatever a file holds
+MOST_BYTES = 2**25  # of a line: no history is so long, and memory stays flat whatever a file holds
 
 
 class DataError(UserError):
