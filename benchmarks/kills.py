@@ -69,7 +69,7 @@ class System:
 
     @property
     def stages(self) -> list[str]:
-        return [*train.METHODS[self.method]]
+        return [name for name in train.METHODS[self.method] if name not in train.ONLY_IF_ASKED]
 
     @cached_property
     def model(self) -> Path:

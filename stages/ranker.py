@@ -115,7 +115,9 @@ def fit_ranker(run: Run, shown: Shown, label: str, path: Path) -> ib.UtilityRank
             loss = ib.utility_loss(ranker_logits(ranker, *fit, index), fit[0]["targets"][index])
             optimiser.zero_grad()
             loss.backward()
-            refuse_nan(loss, f"ranker, {label}, epoch {epoch}",
+            norm = torch.nn.utils.get_total_norm(
+                [w.grad for w in ranker.parameters() if w.grad is not None])
+            refuse_nan(norm, f"ranker, {label}, epoch {epoch}",
                        (f"list {fit[0]['list'][i]}" for i in index))
             optimiser.step()
         ranker.eval()  # batch norm by its averages
