@@ -6,6 +6,7 @@ which it counts. Every random choice has a seed.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import pickle
@@ -56,7 +57,6 @@ class Bench:
 
     def __init__(self, folder: Path, methods: list[str], tries: int):
         self.folder, self.methods, self.tries = folder, methods, tries
-        folder.chmod(0o755)  # for row `disk`, in which somebody else reads it
 
     @cached_property
     def systems(self) -> list[System]:
@@ -261,7 +261,7 @@ def damage(bench: Bench, system: System, row) -> None:
 
 
 def disk(bench: Bench, row) -> None:
-    """Writing fails in a stage: a full disk (a limit on files' size), a folder that is not ours."""
+    """Writing fails in a stage: by a limit on files' size, or in folders that are read-only."""
     for system in bench.systems:
         snapshots, trained = bench.whole[system.method], TRAINED[system.method]
         for number, name in enumerate(trained):
@@ -270,8 +270,8 @@ def disk(bench: Bench, row) -> None:
                 put(snapshots[name], system.run)
                 before = contents(system.run)
                 limit = seeded("disk", system.method, number).choice((1, 300, 3000))
-                spoil = limited(stage(system, name), limit) if kind == "full" else unprivileged(
-                    stage(system, name))
+                spoil = limited(stage(system, name), limit) if kind == "full" else read_only(
+                    system, stage(system, name))
                 ended = forked(system, spoil)
                 lines = [x for x in ended.said.splitlines() if "rror" in x]
                 fault, label = "", f"{system.method} {name}, {kind}"
@@ -300,15 +300,20 @@ def limited(work: Callable[[], None], most: int) -> Callable[[], None]:
     return inner
 
 
-def unprivileged(work: Callable[[], None]) -> Callable[[], None]:
-    """`work` by somebody who may read the run and not write it."""
+def read_only(system: System, work: Callable[[], None]) -> Callable[[], None]:
+    """`work` where no folder of the run may be written to, by root neither."""
 
     def inner():
-        if os.getuid() == 0:
-            os.setgroups([])
-            os.setgid(65534)
-            os.setuid(65534)
-        work()
+        folders = [folder for folder, *_ in os.walk(system.run)]
+        for folder in folders:
+            os.chmod(folder, 0o555)
+        none, version = (ctypes.c_uint32 * 6)(), (ctypes.c_uint32 * 2)(0x20080522, 0)
+        ctypes.CDLL(None).capset(version, none)  # root's right to write anyway
+        try:
+            work()
+        finally:
+            for folder in folders:
+                os.chmod(folder, 0o755)
 
     return inner
 
