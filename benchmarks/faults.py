@@ -57,8 +57,8 @@ ROWS: dict[str, tuple[str, Callable]] = {
                fault_rows.atomic),
     "sigterm": ("SIGTERM: code 143 within 30 s, nothing half left, resumed bit for bit",
                 fault_rows.sigterm),
-    "disk": ("full disk (a limit on files' size), read-only folders: one line, code 2, earlier artifacts "
-             "intact; goes on where there is room again", fault_rows.disk),
+    "disk": ("full disk (a limit on files' size), read-only folders: one line, code 2, earlier "
+             "artifacts intact; goes on where there is room again", fault_rows.disk),
     "settings": ("other data, base model, loss or beta: refused by the field's name, with the "
                  "commands to go on or to start anew; config.yaml stays", fault_rows.settings),
     "nan": ("NaN or infinite loss: stops before the optimiser's step, names step and examples",
