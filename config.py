@@ -534,12 +534,11 @@ class RunFolder:
         meet()
         if processes()[0] == 0:
             folder, log = self.path / stage, self.path / "metrics.jsonl"
-            begun, own = folder / "begun.json", ("done.json", "begun.json")
+            begun, own = folder / "begun.json", ["done.json", "begun.json"]
             # Without a simulated world's hidden state, which may be taken away: none needs it.
-            files = {str(path.relative_to(folder)): file_digest(path)
-                     for path in sorted(folder.rglob("*")) if path.is_file()
-                     and path.name not in own and not path.name.endswith(".tmp")
-                     and "truth" not in path.relative_to(folder).parts}
+            files = {name: file_digest(path) for path in sorted(folder.rglob("*"))
+                     if path.is_file() and (name := str(path.relative_to(folder))) not in own
+                     and not name.endswith(".tmp") and not name.startswith("truth/")}
             record = self.record(stage) | {"files": files}
             record["log"] = [self.path.name, log.stat().st_size if log.is_file() else 0]
             # As it is read again: JSON has no tuples.

@@ -46,6 +46,7 @@ from llm.starters import clean_starter, format_starters, parse_starters
 from roles.writer import fit_to_show
 
 METHODS = ("icebreaker", "garm", "qualeqs")
+OF_RUNS = ("resume", "atomic", "sigterm", "disk", "settings", "nan", "determinism")
 TRAINED = {  # stages in which something is trained
     "icebreaker": ("rid", "ranker", "sit", "dpo"), "garm": ("sft", "reward", "rl"),
     "qualeqs": ("sft", "rl", "mine"),

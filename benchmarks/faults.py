@@ -104,7 +104,9 @@ def page(kept: dict[str, dict]) -> str:
         cells = ["–", "not run", "–", "–"] if row is None else [
             f"{row['tries']:,}", ", ".join(f"{k} {n:,}" for k, n in row["seen"].items()),
             str(len(row["broken"])), f"{row['seconds']:.0f}"]
-        lines.append(f"| {name} | {promise} | " + " | ".join(cells) + " |")
+        some = row and name in fault_rows.OF_RUNS and row["methods"] != [*fault_rows.METHODS]
+        label = f"{name} ({', '.join(row['methods'])} alone)" if some else name
+        lines.append(f"| {label} | {promise} | " + " | ".join(cells) + " |")
     broken = [f"- {name}: {fault}" for name, row in kept.items() for fault in row["broken"]]
     return "\n".join([*lines, *(["\nBroken:\n", *broken] if broken else [])]) + "\n"
 
@@ -125,7 +127,8 @@ def main() -> None:
             ROWS[name][1](bench, row)
             row.seconds = cpu() - before
             kept = read_json(KEPT) if KEPT.is_file() else {}
-            write_json(KEPT, kept | {name: vars(row) | {"seen": dict(row.seen)}})
+            write_json(KEPT, kept | {name: vars(row) | {
+                "seen": dict(row.seen), "methods": arguments.methods}})
             PAGE.write_text(page(read_json(KEPT)), encoding="utf-8")
             print(f"{name}: {row.tries} tries, {dict(row.seen)}, {row.seconds:.0f} CPU s, "
                   f"{time.monotonic() - started:.0f} s", flush=True)

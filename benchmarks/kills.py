@@ -266,7 +266,8 @@ def contents(folder: Path) -> dict[str, object]:
             continue
         files[name] = path.read_bytes()
         if path.name == "done.json":
-            files[name] = without_times(json.loads(files[name]))
+            with contextlib.suppress(ValueError):  # a damaged one stays bytes
+                files[name] = without_times(json.loads(files[name]))
         elif name == "metrics.jsonl":
             files[name] = [without_times(json.loads(x)) for x in files[name].splitlines()]
     return files

@@ -229,7 +229,8 @@ def test_names_of_a_strangers_run_do_not_lead_out_of_it(tmp_path):
 
 def test_the_page_says_what_was_not_run():
     code = ("from benchmarks.faults import page; print(page({'nan': {'tries': 3, 'seen': {'a': 3},"
-            " 'broken': ['b'], 'seconds': 2.0}}))")
+            " 'broken': ['b'], 'seconds': 2.0, 'methods': ['garm']}}))")
     # In a process of its own: it sets how torch works before it is there.
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "| nan (garm alone) |" in done.stdout
     assert "| 3 | a 3 | 1 | 2 |" in done.stdout and done.stdout.count("| – | not run |") > 9
