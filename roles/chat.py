@@ -9,6 +9,7 @@ stays unknown. No prompt, answer or key appears in a log or an error.
 
 import contextlib
 import hashlib
+import importlib
 import itertools
 import json
 import os
@@ -23,7 +24,6 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import httpx
 import openai
 import torch
 
@@ -46,18 +46,20 @@ class Request:
 # Both yield (index of the request, text, failure) as answers come in; text or failure is "".
 
 
+# The HTTP library that openai stands on: httpx, or its successor under another name.
+_http = importlib.import_module(openai.DefaultHttpxClient.__base__.__module__.partition(".")[0])
 MOST_BYTES = 2**24  # of a reply: no list, no label is so long
 
 
-def bound(response: httpx.Response, seconds: float) -> None:
+def bound(response: _http.Response, seconds: float) -> None:
     """A reply's body ends within `seconds` and MOST_BYTES, however a server goes on."""
     if response.headers.get("content-encoding", "identity") != "identity":  # which nobody asked for
-        raise httpx.DecodingError("packed, of any length", request=response.request)
+        raise _http.DecodingError("packed, of any length", request=response.request)
     # The client's time-out is of a pause, which a byte now and then never is.
     response.stream = _BoundedStream(response.stream, time.monotonic() + seconds)
 
 
-class _BoundedStream(httpx.SyncByteStream):
+class _BoundedStream(_http.SyncByteStream):
     def __init__(self, stream, until: float):
         self.stream, self.until = stream, until
 
@@ -66,9 +68,9 @@ class _BoundedStream(httpx.SyncByteStream):
         for part in self.stream:
             size += len(part)
             if time.monotonic() > self.until:
-                raise httpx.ReadTimeout("too slow")
+                raise _http.ReadTimeout("too slow")
             if size > MOST_BYTES:
-                raise httpx.DecodingError("too long")
+                raise _http.DecodingError("too long")
             yield part
 
     def close(self) -> None:
