@@ -322,7 +322,7 @@ def read_only(system: System, work: Callable[[], None]) -> Callable[[], None]:
 CHANGES = {  # stage that is there or was begun -> a word that changes it
     "icebreaker": {"world": "world.users=41", "sit": "sit.learning_rate=2e-3",
                    "dpo": "dpo.beta=0.31", "base": "generator.model=elsewhere",
-                   "rid": "rid.temperature=0.2", "match": "run.seed=9"},
+                   "rid": "rid.temperature=0.33", "match": "run.seed=9"},
     "garm": {"sft": "sft.candidates=7", "reward": "reward.variance_weight=0.2",
              "rl": "rl.beta=0.11", "base": "generator.lora_rank=8"},
     "qualeqs": {"sft": "quality.mix=0.7", "rl": "rl.beta=0.11", "mine": "quality.share=0.4",

@@ -94,7 +94,7 @@ def step(model, optimiser, schedule, place: str = "", examples: Iterable = ()) -
 def refuse_nan(value: torch.Tensor, place: str, examples: Iterable) -> None:
     """Raise UserError, before the step is taken, where a loss or its gradient (of any shape: their
     norm) is no finite number."""
-    if not value.isfinite():
+    if not value.isfinite():  # weights that are no numbers either cannot be trained again
         named = list(examples)
         rest = f" and {len(named) - 20} more" if len(named) > 20 else ""
         raise UserError(
