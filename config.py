@@ -508,6 +508,8 @@ class RunFolder:
         it is withdrawn first: the record of files that are about to be replaced, and the lines of a
         killed attempt in the log. record: kept beside it until it is done, and then."""
         if self.is_done(stage, key):
+            if processes()[0] == 0:  # it was killed behind its last file
+                (self.path / stage / "begun.json").unlink(missing_ok=True)
             return False
         if processes()[0] == 0:
             self.withdraw(stage)
@@ -549,7 +551,7 @@ class RunFolder:
 
     def record(self, stage: str) -> dict:
         """What `begin` and mark_done have noted of a stage that is done or was begun."""
-        last = self._read(stage, "begun") or self._read(stage, "done") or {}
+        last = self._read(stage, "done") or self._read(stage, "begun") or {}
         return last.get("record", {})
 
     def _read(self, stage: str, name: str) -> dict | None:

@@ -93,6 +93,13 @@ def test_parts_that_are_done_keep_their_lines(folder):
     assert folder.begin("dpo/round2", "k") and log_of(folder) == ["dpo/round1"]
 
 
+def test_a_kill_behind_the_last_file_leaves_nothing_either(folder):
+    finished(folder, "sit", settings={"a": 1})
+    write_json(folder / "sit" / "begun.json", {"key": "k", "record": {"settings": {"a": 0}}})
+    assert folder.record("sit")["settings"] == {"a": 1} and not folder.begin("sit", "k")
+    assert not (folder / "sit" / "begun.json").exists()
+
+
 def test_leftovers_of_the_dead_are_cleared_away(folder, tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
