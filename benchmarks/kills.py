@@ -265,11 +265,11 @@ def contents(folder: Path) -> dict[str, object]:
         if not path.is_file() or name == "environment.json":
             continue
         files[name] = path.read_bytes()
-        if path.name == "done.json":
-            with contextlib.suppress(ValueError):  # a damaged one stays bytes
+        with contextlib.suppress(ValueError):  # what is damaged or torn stays bytes
+            if path.name == "done.json":
                 files[name] = without_times(json.loads(files[name]))
-        elif name == "metrics.jsonl":
-            files[name] = [without_times(json.loads(x)) for x in files[name].splitlines()]
+            elif name == "metrics.jsonl":
+                files[name] = [without_times(json.loads(x)) for x in files[name].splitlines()]
     return files
 
 
