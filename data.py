@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, BinaryIO, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
@@ -28,6 +28,7 @@ from pydantic_core import ValidationError
 from files import UserError, atomic_path
 
 MOST_FAULTS = 20  # bad lines that are listed; the rest are counted
+MOST_BYTES = 2**25  # of a line: no history is so long, and memory stays flat whatever a file holds
 
 
 class DataError(UserError):
@@ -263,10 +264,12 @@ def json_objects(path: str | Path, faults: Faults) -> Iterator[tuple[str, dict]]
     """
     try:
         with open(path, "rb") as file:  # bytes: one line that is no UTF-8 is one fault
-            for number, line in enumerate(file, 1):
-                if not line.strip():  # files joined by `cat` have empty lines
+            for number, line in enumerate(_lines(file), 1):
+                if len(line) <= MOST_BYTES and not line.strip():  # as `cat` joins files
                     continue
                 try:
+                    if len(line) > MOST_BYTES:
+                        raise ValueError(f"longer than {MOST_BYTES:,} bytes")
                     value = parse_json(line)
                     if not isinstance(value, dict):
                         raise ValueError("not a JSON object")
@@ -276,6 +279,14 @@ def json_objects(path: str | Path, faults: Faults) -> Iterator[tuple[str, dict]]
                     yield f"{path}:{number}", value
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from None
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """Lines of a file; of one that is too long no more than tells so, whatever its length."""
+    while line := file.readline(MOST_BYTES + 1):
+        yield line
+        while len(line) > MOST_BYTES and not line.endswith(b"\n"):
+            line = file.readline(MOST_BYTES + 1)  # the rest of it
 
 
 def _read(path: str | Path, record: type[Record]) -> list:

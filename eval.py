@@ -67,7 +67,9 @@ def main() -> None:
         later.write_later(config, named, arguments.out or ROOT / "results" / "later.md")
         return
     if not arguments.reproduce:  # one run, Table 1
-        train.run_stages(load_config(arguments.config, arguments.settings), ["eval"])
+        config = load_config(arguments.config, arguments.settings)
+        train.refuse_changes(config, ["eval"])
+        train.run_stages(config, ["eval"])
         return
     count = arguments.seeds or (1 if arguments.quick else 3)  # reported ones begin at 0
     if len(named) == 1 and named[0] in SIBLINGS:  # all tables of a sibling paper

@@ -10,7 +10,9 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
+import signal
 import sqlite3
 import sys
 import time
@@ -164,9 +166,22 @@ def read_json(path: str | Path):
 def write_tensors(path: str | Path, tensors: dict) -> None:
     from safetensors.torch import save_file  # it imports torch
 
-    with atomic_path(path) as temporary:
+    with atomic_path(path) as temporary, os_errors(temporary):
         # It refuses what is not contiguous, or has memory in common with another.
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
+
+
+@contextlib.contextmanager
+def os_errors(path: Path):
+    """What safetensors says of a full or a broken disk, as the OSError that it is."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        if code := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
+        raise
 
 
 def read_tensors(path: str | Path) -> dict:
@@ -179,19 +194,32 @@ def read_tensors(path: str | Path) -> dict:
         raise UserError(f"{path}: damaged, no weights ({error}); {AGAIN}") from None
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised where the main thread is: what was being written is cleared away."""
+
+
+# Said of a write, whose error names no file.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 WRITE_FAILED = ("SQLITE_FULL", "SQLITE_BUSY", "SQLITE_READONLY")  # not the mistakes of a query
 
 
 def script(main) -> None:
     """Run a script's main(): what the user can mend becomes one message on stderr, exit code 2."""
+
+    def terminate(number, frame):
+        signal.signal(number, signal.SIG_DFL)  # a second one ends what still hangs
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         main()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("stopped; run the same command again to resume", file=sys.stderr)
-        sys.exit(130)  # as a shell says of Ctrl-C
+        # As a shell says of SIGTERM and of Ctrl-C.
+        sys.exit(143 if isinstance(error, Terminated) else 130)
     except (UserError, OSError, sqlite3.OperationalError) as error:
         message = str(error)
-        if getattr(error, "filename", None) or getattr(error, "errno", 0) == errno.ENOSPC:
+        if getattr(error, "filename", None) or getattr(error, "errno", 0) in NO_ROOM:
             message = f"{error.filename or 'writing'}: {error.strerror}"
         elif getattr(error, "sqlite_errorname", "") in WRITE_FAILED:  # answers, a server's store
             message = f"SQLite: {error}"

@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import json
 import operator
 import os
 import resource
@@ -37,11 +38,12 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel
 
 import data
 import llm
 from config import TINY, Config, GeneratorConfig, RlConfig, load_config
-from files import UserError, digest, file_digest, gather, processes, script
+from files import UserError, digest, file_digest, gather, meet, processes, script
 from roles.players import Players, players_of
 from run import Run, one_line, sum_counts
 from serving import feedback
@@ -205,6 +207,43 @@ def stage_key(run: Run, name: str, *without: str) -> str:
     return digest(name, config.run.seed, values, files, before)
 
 
+def stage_inputs(run: Run, name: str) -> dict:
+    """Settings ("section.key") of a stage's own and digests of its data, by which it would differ;
+    not those of earlier stages, nor those that only add to what is there."""
+    config, method, values = run.config, run.config.run.method, {"run.seed": run.config.run.seed}
+    for setting in METHODS[method][name].settings:
+        value = operator.attrgetter(setting)(config)
+        if isinstance(value, BaseModel):
+            values |= {f"{setting}.{key}": inner for key, inner in value.model_dump().items()}
+        else:
+            values[setting] = value
+    for setting in ("users", "impressions", "dialogues", "catalogue", "policies"):
+        if name == "world" and (path := getattr(config.data, setting)):
+            values[f"data.{setting}, the content"] = file_digest(path)
+    return {key: value for key, value in values.items() if key not in (*HOW, *ROUNDS)}
+
+
+def refuse_changes(config: Config, named: list[str]) -> None:
+    """Raise UserError where a stage that is there or was begun had other settings, unless it is
+    done and named on the command line: nobody trains anew for hours by a word too many."""
+    run, stages = Run(config, describe=False), METHODS[config.run.method]
+    for name in stages if not config.data.feedback else ():
+        before = run.folder.record(name).get("settings", {})
+        now = json.loads(json.dumps(stage_inputs(run, name))) if before else {}
+        changed = [key for key in before if key in now and now[key] != before[key]]
+        begun = changed and not run.folder.has_run(name)
+        if not changed or (name in named and not begun):
+            continue
+        key = changed[0]
+        others = f" (and {', '.join(changed[1:4])})" if changed[1:] else ""
+        back = f"bring back {key}" if "," in key else f"{key}={json.dumps(before[key])}"
+        anew = f"rm -r {run.folder / name}" if begun else f"--stage {name}"
+        raise UserError(
+            f"{key}={json.dumps(now[key])}: stage {name} of {run.folder.path} was "
+            f"{'begun' if begun else 'trained'} with {json.dumps(before[key])}{others}; to go on "
+            f"with it: {back}; to train it anew: {anew}; to start another run: run.name=NAME")
+
+
 def failed_calls(run: Run, name: str) -> int:
     """Calls to LLMs in vain, as far as this stage has run: it is run again and asks for these."""
     return run.folder.figures(name).get("failed_calls", 0) if run.folder.has_run(name) else 0
@@ -264,20 +303,28 @@ def run_stages(config: Config, wanted: list[str]) -> None:
         return
     run, needed = Run(config), set(wanted)
     players, stages = players_of(run), METHODS[config.run.method]
+    for name in stages:  # one of other settings, or of an earlier stage that had others, is no part
+        if run.folder.has_run(name) and run.folder.key(name) != stage_key(run, name):
+            run.folder.withdraw(name)  # of what config.yaml describes, though nobody asks for it
     for name in reversed(stages):  # the table is in order: one pass finds all
         if name in needed:
             needed.update(stages[name].needs)
     for name in (s for s in stages if s in needed):
         # Asked again before each: an earlier stage may just have made something else.
         key, note = stage_key(run, name), "" if name in wanted else f" (for {', '.join(wanted)})"
-        if run.folder.is_done(name, key) and not failed_calls(run, name):
+        again = failed_calls(run, name)
+        meet()  # all have read it
+        if again:
+            run.folder.withdraw(name)
+            meet()
+        if not run.folder.begin(name, key, settings=stage_inputs(run, name)):
             print(f"{name}: already done with these settings, skipped")
             continue
         print(f"{name}: running{note}", flush=True)
         figures = run_stage(run, players, name)
+        run.folder.log(name, **figures)  # before: what is done has its line
         run.folder.mark_done(name, key, **figures)
         return_memory()
-        run.folder.log(name, **figures)
         print(f"{name}: {one_line(figures)}", flush=True)
     if "eval" in wanted:  # also where it was skipped: the table is what one came for
         print("\n" + (run.folder / "eval" / "table.md").read_text(encoding="utf-8"))
@@ -341,7 +388,9 @@ def main() -> None:
         print(plan.plan(config) if arguments.plan else doctor.doctor(config))
         return
     with joined_processes():
-        run_stages(config, wanted_stages(config, arguments.stage or ["all"]))
+        wanted = wanted_stages(config, arguments.stage or ["all"])
+        refuse_changes(config, arguments.stage or [])
+        run_stages(config, wanted)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     pip install -r requirements-dev.txt && python -m benchmarks
     python -m benchmarks sit contrastive        # these anew, the others as they were last measured
 
-All take about an hour of one core. Growth with the users: `python -m benchmarks.scaling`.
+All take about an hour of one core. Growth with the users: `python -m benchmarks.scaling`;
+faults and what is left of a run: `python -m benchmarks.faults`.
 """
 
 from __future__ import annotations

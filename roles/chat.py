@@ -9,12 +9,14 @@ stays unknown. No prompt, answer or key appears in a log or an error.
 
 import contextlib
 import hashlib
+import importlib
 import itertools
 import json
 import os
 import re
 import sqlite3
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, replace
@@ -42,6 +44,37 @@ class Request:
 
 # -------------------------------------------------------------------------------------- back-ends
 # Both yield (index of the request, text, failure) as answers come in; text or failure is "".
+
+
+# The HTTP library that openai stands on: httpx, or its successor under another name.
+_http = importlib.import_module(openai.DefaultHttpxClient.__base__.__module__.partition(".")[0])
+MOST_BYTES = 2**24  # of a reply: no list, no label is so long
+
+
+def bound(response: _http.Response, seconds: float) -> None:
+    """A reply's body ends within `seconds` and MOST_BYTES, however a server goes on."""
+    if response.headers.get("content-encoding", "identity") != "identity":  # which nobody asked for
+        raise _http.DecodingError("packed, of any length", request=response.request)
+    # The client's time-out is of a pause, which a byte now and then never is.
+    response.stream = _BoundedStream(response.stream, time.monotonic() + seconds)
+
+
+class _BoundedStream(_http.SyncByteStream):
+    def __init__(self, stream, until: float):
+        self.stream, self.until = stream, until
+
+    def __iter__(self):
+        size = 0
+        for part in self.stream:
+            size += len(part)
+            if time.monotonic() > self.until:
+                raise _http.ReadTimeout("too slow")
+            if size > MOST_BYTES:
+                raise _http.DecodingError("too long")
+            yield part
+
+    def close(self) -> None:
+        self.stream.close()
 
 
 class Endpoint:
@@ -72,8 +105,12 @@ class Endpoint:
         self.without: set[str] = set()  # what the server has refused to hear of
         self.patience = max(12, 3 * settings.concurrency)  # calls in a row that tell nothing new
         no_key = {"Authorization": "Bearer none"}  # nor that of OPENAI_CUSTOM_HEADERS
+        # No redirect: prompts and key go to the address that was named, and nowhere else.
+        http = openai.DefaultHttpxClient(
+            follow_redirects=False, headers={"Accept-Encoding": "identity"},
+            event_hooks={"response": [lambda reply: bound(reply, settings.timeout)]})
         self.client = openai.OpenAI(base_url=url, api_key=key, timeout=settings.timeout,
-                                    max_retries=settings.retries,
+                                    max_retries=settings.retries, http_client=http,
                                     default_headers=None if settings.key_env else no_key)
 
     def answers(self, requests: list[Request]) -> Iterator[tuple[int, str, str]]:
@@ -141,6 +178,8 @@ class Endpoint:
             advice = f"check the key in the variable that {setting} names: {variable}"
         elif status in (404, 405):
             advice = f"{self.absent}; {self.setting} ends in /v1"
+        elif status < 400:
+            advice = "it sends elsewhere, where no prompt goes unless that address is the setting"
         elif status >= 500 or status in (408, 409, 429):
             return "rate limit" if status == 429 else "server error"
         else:  # other prompts may be answered: this one was too long, or not to somebody's liking

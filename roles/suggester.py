@@ -16,7 +16,7 @@ Legend: n answers of each context.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import garm
@@ -69,7 +69,14 @@ class Suggester:
         self, turns: Sequence[Turn], answers: Sequence[str], task: str = ""
     ) -> tuple[Ids, list[Ids]]:
         """(prompt ids, [ids of each answer]): a row of training."""
-        return self.prompt(turns, task), [self.completion(answer) for answer in answers]
+        prompt, cut = self.prompt_and_cut(turns, task)
+        if cut:
+            self.writer.cut.add(tuple(prompt))
+        return prompt, [self.completion(answer) for answer in answers]
+
+    def cut_prompts(self, prompts: Iterable[Ids]) -> int:
+        """How many of these prompts of `encoded` lack turns, for generator.max_prompt_tokens."""
+        return self.writer.cut_prompts(prompts)
 
     def rollouts(
         self, model, contexts: Sequence[Sequence[Turn]], n: int, seed: int, task: str = "",

@@ -275,6 +275,12 @@ def in_language(text: str, wanted: str) -> bool:
     return language(text, wanted if wanted in LATIN else "en") == wanted
 
 
+# Markup, links (which a history can ask a model to write), letters that turn a line around.
+_NOT_PLAIN = re.compile(
+    r"</?\w|<\||\|>|&&|//\w|\bwww\.|\]\(|\b(?:https?|javascript|data|file|mailto):\S|"
+    r"\b(?:href|src|on\w+)=|[\u202a-\u202e\u2066-\u2069]", re.IGNORECASE)
+
+
 def _fault(starter: str, wanted: str) -> str | None:
     """Why a starter cannot be shown to somebody who reads `wanted`, whatever it is about."""
     words, parts = words_of(starter), starter.split()
@@ -282,7 +288,7 @@ def _fault(starter: str, wanted: str) -> str | None:
     spaceless = language(starter) in SPACELESS
     if not (4 <= len("".join(parts)) <= 20 if spaceless else 2 <= len(parts) <= 12):
         return "length"
-    if (re.search(r"</?\w|<\||\|>|&&", starter) or not any(c.isalpha() for c in starter)
+    if (_NOT_PLAIN.search(starter) or not any(c.isalpha() for c in starter)
             or any(unicodedata.category(c) in ("Cc", "Cs") for c in starter)
             or any(a == b == c for a, b, c in zip(words, words[1:], words[2:], strict=False))):
         return "malformed"  # markup, control characters, or a model that has begun to stammer

@@ -15,6 +15,7 @@ Legend: n lists of each input, K starters of a list.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -34,6 +35,7 @@ class Writer:
     def __init__(self, config: Config, answers: Path):
         """answers: SQLite file of what servers have said, so that nothing is asked twice."""
         self.config, self.answers = config, answers  # ":memory:" where nothing may be kept
+        self.cut: set[tuple[int, ...]] = set()  # prompts of training of which something is left out
         self._servers: dict[tuple[str, str], chat.Sampler] = {}  # by name there, and weights
         if config.generator.endpoint:  # asked in hours, refused now
             chat.Endpoint(self._endpoint(None), setting="generator.endpoint")
@@ -86,7 +88,16 @@ class Writer:
     ) -> tuple[list[int], list[list[int]]]:
         """(prompt ids, [ids of each list]): a row of training."""
         completions = [llm.encode_completion(self.tokenizer, starters) for starters in lists]
-        return self.prompt(interests), completions
+        prompt, (instruction, _) = self.prompt(interests), self._task(prompted=False)
+        k = self.config.generator.list_size
+        if prompt != llm.encode_prompt(self.tokenizer, interests, k, instruction, 2**30):
+            self.cut.add(tuple(prompt))
+        return prompt, completions
+
+    def cut_prompts(self, prompts: Iterable[list[int]]) -> int:
+        """How many of these lack interests or turns, for generator.max_prompt_tokens."""
+        # By what they are: a resumed stage counts as one that was never killed.
+        return sum(tuple(prompt) in self.cut for prompt in prompts)
 
     def draw(self, model, prompts: list[list[int]], n: int, seed: int, **how) -> list[list[str]]:
         """n completions of each prompt (token ids) as text; how: as of llm.sample."""

@@ -143,6 +143,8 @@ class Engine:
         ends = {i for text, i in tokenizer.get_vocab().items() if "&" in text or ">" in text}
         # Only these can complete a starter.
         self._ends = torch.tensor(sorted(ends - {*tokenizer.all_special_ids}))
+        for stage in ("rid", "ranker", "sit", "dpo"):  # a flipped bit loads as well as any other
+            self.run.folder.is_whole(stage)
         if self.model:  # what loads or compiles at the first use, does so now
             session = data.Session(session_id="1", summary="warming up")
             self.write([Ask(data.User(user_id="nobody", sessions=[session]), 1, method="SFT")])

@@ -56,6 +56,9 @@ def current(run: Run) -> dict | None:
     published = run.folder / "feedback" / "current.json"
     # Unless the run's own rounds of DPO were trained again since.
     if published.is_file() and (newest := read_json(published))["run"] == _run_key(run.folder):
+        for name in (newest["adapter"], newest["ranker"]):  # a run may be a stranger's
+            if not (run.folder / name).resolve().is_relative_to(run.folder.path.resolve()):
+                raise UserError(f"{published}: {name} leads out of the run")
         return newest
     return {"adapter": f"dpo/round{rounds}/adapter", "ranker": "ranker/train.safetensors",
             "version": f"round{rounds}-{_weights(adapter)[:8]}"}
@@ -131,12 +134,13 @@ def feedback_round(config: Config, wanted: list[str], free: Iterable[str]) -> No
     feedback_stage(new, "dpo", key)
     verdict, seconds = publish(new, check(new)), round(time.time() - started, 1)
     run.folder.log("feedback", round=number, accepted=verdict["accepted"], seconds=seconds)
+    run.folder.mark_done(new.folder, key)  # with the digests of what it has written
     print(f"{name}: {verdict['reason']} ({seconds} s; figures in {run.folder / new.folder})")
 
 
 def feedback_stage(new: Round, stage: str, key: str) -> None:
     folder, place = new.run.folder, f"{new.folder}/{stage}"
-    if folder.is_done(place, key):
+    if not folder.begin(place, key):
         print(f"{stage}: already done with this store and these settings, skipped")
         return
     print(f"{stage}: running", flush=True)

@@ -94,6 +94,8 @@ class Suggestions:
             self.rate = partial(
                 by_reward, load_reward(run, self.suggester, kinds[0], self.model))
         self.version = f"{method}-{file_digest(adapter / 'adapter_model.safetensors')[:8]}"
+        for stage in (trained[0], *(f"reward/{kind}" for kind in kinds[:1] if not in_shop)):
+            folder.is_whole(stage)
         # What loads or compiles at the first use, does so now.
         warm = data.Turn(role="user", content="warming up")
         self.write([Ask(data.User(user_id="nobody", sessions=[]), 1, turns=[warm])])

@@ -67,7 +67,7 @@ def stage_dpo(run: Run, players: Players, key: str) -> dict:
     adapter, pairs, figures = run.adapter("sit"), [], {}  # pairs accumulate over the rounds
     for number in range(1, run.config.dpo.rounds + 1):
         folder, round_key = f"dpo/round{number}", digest(key, number)  # whatever number of them
-        if not run.folder.is_done(folder, round_key):
+        if run.folder.begin(folder, round_key):
             result = dpo_round(run, players, number, adapter, pairs)
             run.encoder.save()  # a killed run does not encode the round's starters again
             run.folder.mark_done(folder, round_key, **result)
@@ -325,7 +325,8 @@ def align(
             if factor:  # 0: this process has no row, and only keeps step
                 measured.append(torch.stack([losses, chosen, rejected, *refs]).tolist())
         rate = schedule.get_last_lr()[0]
-        step(model, optimiser, schedule)
+        step(model, optimiser, schedule, f"dpo, {label}, step {number}",
+             (f"row {i} of pairs" for i in batch))
         log.append(dpo_figures([*itertools.chain(*gather([measured]))]))
         run.folder.log("dpo", round=label, step=number, **log[-1], learning_rate=rate)
         bar.set(loss=log[-1]["loss"])
@@ -334,7 +335,9 @@ def align(
             run.folder.log("dpo", round=label, step=number, held_out=value)
     if held_out:
         best.restore()
-    return closing_figures(log, label) | {"held_out": best.value if held_out else None}
+    return closing_figures(log, label) | {
+        "held_out": best.value if held_out else None,
+        "prompts_cut": writer.cut_prompts(prompt for prompt, _ in rows)}
 
 
 def columns(rows) -> tuple[list, list]:
@@ -442,7 +445,7 @@ def align_on_clicks(run: Run, writer: Writer, pairs: list[dict], key: str) -> di
     pairs: IceBreaker's, of which there are to be as many; loss and settings are the same.
     """
     folder, key = "dpo/vanilla", digest(key, "vanilla", "own lists")
-    if run.folder.is_done(folder, key):
+    if not run.folder.begin(folder, key):
         return run.folder.figures(folder)
     model = writer.policy(run.adapter("sit"), trainable=True)
     # As many chosen lists as IceBreaker learned from, and about as many rejected ones to each:

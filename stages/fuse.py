@@ -41,7 +41,7 @@ def stage_fuse(run: Run, players: Players, key: str) -> dict:
     # The paired model scores no answer alone, and PURM's is there to be compared.
     for kind in (k for k in ("gaussian", "bradley_terry") if k in run.config.reward.kinds):
         folder, kind_key = f"fuse/{kind}", digest(key, kind)
-        if not run.folder.is_done(folder, kind_key):
+        if run.folder.begin(folder, kind_key):
             trace = fuse_kind(run, players, kind)
             write_json(run.folder / folder / "trace.json", trace)
             run.encoder.save()

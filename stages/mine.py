@@ -79,7 +79,7 @@ def train_round(
 ) -> dict:
     """GRPO of one round from the policy `start` ("": the base); a finished one is left as it is."""
     round_key, g = digest(key, folder), run.config.generator
-    if not run.folder.is_done(folder, round_key):
+    if run.folder.begin(folder, round_key):
         suggester = Suggester(players.writer, "three" if start else "prompted")
         model = suggester.policy(run.adapter(start), trainable=True)
         if not start:  # LoRA that does nothing yet
@@ -134,7 +134,7 @@ def mined(
     path = run.folder / place / "contexts.json"
     if not contexts:
         return []
-    if not run.folder.is_done(place, mine_key):
+    if run.folder.begin(place, mine_key):
         suggester = Suggester(players.writer)
         model, g = suggester.policy(run.adapter(policy)), run.config.rl
         answers = suggester.texts(suggester.rollouts(

@@ -21,7 +21,7 @@ import icebreaker as ib
 from files import UserError, progress, write_tensors
 from roles.players import Players
 from run import Run, UserState
-from stages.steps import Best, load_weights
+from stages.steps import Best, load_weights, refuse_nan
 
 SLOT_LEARNING_RATE = 0.02  # position explains most of a tap and must not wait for w
 RANK = 32  # of the bilinear form of user and starter
@@ -139,6 +139,10 @@ def fit_ranker(run: Run, shown: Shown, label: str, path: Path) -> ib.UtilityRank
             loss = fit_loss(ranker, {name: x[index] for name, x in fit.items()}, settings.in_list)
             optimiser.zero_grad()
             loss.backward()
+            norm = torch.nn.utils.get_total_norm(
+                [w.grad for w in ranker.parameters() if w.grad is not None])
+            refuse_nan(norm, f"ranker, {label}, epoch {epoch}",
+                       (f"list {fit['list'][i]}" for i in index))
             optimiser.step()
         with torch.no_grad():
             stop_loss = fit_loss(ranker, stop, settings.in_list).item()

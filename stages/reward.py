@@ -48,7 +48,7 @@ def stage_reward(run: Run, players: Players, key: str) -> dict:
     rows = training_rows(run)
     for kind in run.config.reward.kinds:
         folder, kind_key = f"reward/{kind}", digest(key, kind)
-        if not run.folder.is_done(folder, kind_key):
+        if run.folder.begin(folder, kind_key):
             result = train_reward(run, suggester, rows, kind)
             run.folder.mark_done(folder, kind_key, **result)
             print(f"  {kind}: {one_line(result)}", flush=True)
@@ -200,7 +200,8 @@ def train_reward(run: Run, suggester: Suggester, rows: list[Row], kind: RewardKi
                 weight = bool(factor) / count  # 0: a part computed for nothing
                 figures.append((losses.sum().item() * weight, (right > 0.5).sum().item() * weight))
             rate = schedule.get_last_lr()[0]
-            step(model, optimiser, schedule)
+            step(model, optimiser, schedule, f"reward, {kind}, step {len(log) + 1}",
+                 (context.dialogue.dialogue_id for context, _ in batch))
             # Over the parts of all processes.
             loss, accuracy = np.sum(gather([np.sum(figures, axis=0).tolist()]), axis=0).tolist()
             log.append((loss, accuracy))
@@ -210,7 +211,9 @@ def train_reward(run: Run, suggester: Suggester, rows: list[Row], kind: RewardKi
     save_reward(run, model, head, kind)
     # Of the last pass: a model that has seen a pair before knows it.
     last = np.mean(log[-max(1, len(log) // settings.epochs) :], axis=0)
-    return {"first_loss": log[0][0], "loss": float(last[0]), "train_accuracy": float(last[1])}
+    cut = sum(suggester.prompt_and_cut(context.turns)[1] > 0 for context, _ in rows)
+    return {"first_loss": log[0][0], "loss": float(last[0]), "train_accuracy": float(last[1]),
+            "prompts_cut": cut}
 
 
 def new_head(model) -> torch.nn.Linear:

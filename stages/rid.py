@@ -41,7 +41,7 @@ from roles.players import Players
 from roles.text import Encode, is_functional, key_phrases, names_subject, unfit
 from run import Run
 from stages.match import Revisits
-from stages.steps import Best, load_weights
+from stages.steps import Best, load_weights, refuse_nan
 
 Row = tuple[str, int]  # a user at a cut of the log
 RULES = {"recency": ib.recency_scores, "frequency": ib.frequency_scores}
@@ -181,7 +181,9 @@ def fit_scorer(
                 loss = rows_loss(run, revisits, tower, rows, text_ids, settings.cross_user).mean()
                 optimiser.zero_grad()
                 loss.backward()  # Eq. (3)
-                torch.nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
+                norm = torch.nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
+                place = f"rid, tower {number + 1}, epoch {epoch}, step {len(losses)}"
+                refuse_nan(norm, place, (user_id for user_id, _ in rows))
                 optimiser.step()
                 average.update_parameters(tower)
                 losses.append(loss.item())

@@ -48,7 +48,7 @@ def stage_rl(run: Run, players: Players, key: str) -> dict:
     suggester, figures = Suggester(players.writer), {}
     for arm in run.config.rl.arms:
         folder, arm_key = f"rl/{arm}", digest(key, arm)
-        if not run.folder.is_done(folder, arm_key):
+        if run.folder.begin(folder, arm_key):
             train = {"rft": train_rft, "dpo": train_dpo}.get(arm.split("-")[0], train_grpo)
             result = train(run, players, suggester, arm)
             run.encoder.save()
@@ -79,6 +79,7 @@ def save_policy(adapter: Path, model, log: list[dict]) -> dict:
         "first_reward": log[0]["reward"], "last_reward": log[-1]["reward"],
         "last_kl": log[-1]["kl"], "skipped_groups": sum(line["skipped_groups"] for line in log),
         "invalid": sum(line["invalid"] for line in log),
+        "prompts_cut": sum(line["prompts_cut"] for line in log),
     }
 
 
@@ -109,6 +110,7 @@ def grpo(
     for contexts in (bar := progress(drawn, f"rl {label}")):
         number = first + len(log) + 1
         turns = [context.turns for context in contexts]
+        cut = sum(suggester.prompt_and_cut(t)[1] > 0 for t in turns)
         rollouts = suggester.rollouts(  # [B][G] token ids
             model, turns, settings.group, run.seed("rl", number), temperature=settings.temperature)
         # Rollouts of a context are one tree row: its prompt is read once.
@@ -128,10 +130,12 @@ def grpo(
         rate = schedule.get_last_lr()[0]  # that of the first update
         for _ in range(settings.updates if groups else 0):
             figures = backward(policy, batch, groups, settings, run.config.generator.micro_batch)
-            step(model, optimiser, schedule)
+            step(model, optimiser, schedule, f"rl, {label}, step {number}",
+                 (context.dialogue.dialogue_id for context in contexts))
         log.append({
             "step": number, "reward": mean(rewards[valid]), **figures, "learning_rate": rate,
             "skipped_groups": len(contexts) - len(groups), "invalid": int((~valid).sum()),
+            "prompts_cut": cut,
             "tokens": mean(batch.mask.sum(1)), "weighted": by_name(names, parts[valid] * weights),
             "components": by_context(names, parts[valid], unsafe[valid])})
         run.folder.log("rl", arm=label, **log[-1])

@@ -74,7 +74,7 @@ def distilled(
     """A list of three for each context, [] where the teacher wrote no three that differ."""
     settings = run.config.sft
     folder, teacher_key = "sft/teacher", digest(key, "teacher")
-    if not run.folder.is_done(folder, teacher_key):  # a killed stage goes on behind it
+    if run.folder.begin(folder, teacher_key):  # a killed stage goes on behind it
         rows = [suggester.encoded(c.turns, clicked_suggestions(c, Counter()), "one")
                 for c in contexts]
         # A context with several clicks is one row: its suggestions share the prompt.

@@ -143,9 +143,9 @@ def instruct(
     optimiser, schedule = new_optimiser(model, settings.learning_rate, steps)
     policy = llm.averaged_gradients(model)
     for epoch in range(settings.epochs):
-        order = rng.sample(rows, len(rows))
+        order = rng.sample(range(len(rows)), len(rows))
         for start in (bar := progress(range(0, len(rows), size), f"{label} epoch {epoch + 1}")):
-            batch = order[start : start + size]
+            batch = [rows[i] for i in order[start : start + size]]
             tokens = sum(len(ids) for _, lists in batch for ids in lists)  # T of all processes
             parts = []  # of the batch's loss, by micro-batch
             for part, factor in micro_batches(batch, g.micro_batch):
@@ -156,12 +156,14 @@ def instruct(
                 parts.append(loss.item())
             losses.append(float(np.mean(gather([sum(parts)]))))  # a mean per token
             rate = schedule.get_last_lr()[0]  # the one that this step uses
-            step(model, optimiser, schedule)
+            step(model, optimiser, schedule, f"{label}, step {len(losses)}",
+                 (f"row {i}" for i in order[start : start + size]))
             at = {"epoch": epoch, "step": len(losses)}
             run.folder.log(label, **at, loss=losses[-1], learning_rate=rate)
             bar.set(loss=losses[-1])
     last = losses[steps - steps // settings.epochs :]  # of the last epoch
-    return model, {"first_loss": losses[0], "loss": float(np.mean(last))}
+    cut = writer.cut_prompts(prompt for prompt, _ in rows)
+    return model, {"first_loss": losses[0], "loss": float(np.mean(last)), "prompts_cut": cut}
 
 
 def full_rows(

@@ -9,7 +9,7 @@ import ctypes
 import gc
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -78,13 +78,29 @@ def new_optimiser(model, learning_rate: float, steps: int):
     return optimiser, schedule
 
 
-def step(model, optimiser, schedule) -> None:
-    """One step along the gradients that backward() has added up, which are then dropped."""
+def step(model, optimiser, schedule, place: str = "", examples: Iterable = ()) -> None:
+    """One step along the gradients that backward() has added up, which are then dropped.
+
+    place: stage and step, and examples: names of its rows, for the UserError of refuse_nan.
+    """
     # One list far from all others must not undo what the rest of a batch has learned.
-    torch.nn.utils.clip_grad_norm_([w for w in model.parameters() if w.requires_grad], 1.0)
+    norm = torch.nn.utils.clip_grad_norm_([w for w in model.parameters() if w.requires_grad], 1.0)
+    refuse_nan(norm, place, examples)
     optimiser.step()
     schedule.step()  # after the optimiser, whose rate was that of before
     optimiser.zero_grad()  # sets them to None: frozen weights never hold any
+
+
+def refuse_nan(value: torch.Tensor, place: str, examples: Iterable) -> None:
+    """Raise UserError, before the step is taken, where a loss or its gradient (of any shape: their
+    norm) is no finite number."""
+    if not value.isfinite():  # weights that are no numbers either cannot be trained again
+        named = list(examples)
+        rest = f" and {len(named) - 20} more" if len(named) > 20 else ""
+        raise UserError(
+            f"{place}: loss or gradient is no finite number, and the step was not taken; its "
+            f"examples: {', '.join(map(str, named[:20]))}{rest}. Lower the learning rate, or leave "
+            "them out")
 
 
 def micro_batches(batch: list, size: int) -> Iterator[tuple[list, float]]:

@@ -39,7 +39,7 @@ def stage_warm_start(run: Run, players: Players, key: str) -> dict:
     general, figures = general_rows(run, players, language), {}
     for name, ratio in ratios.items():
         folder, name_key = f"sft/{name}", digest(key, name)  # a killed stage goes on behind it
-        if not run.folder.is_done(folder, name_key):
+        if run.folder.begin(folder, name_key):
             # The same draw for both, so that the shop's rows are the same.
             generator = torch.Generator().manual_seed(run.seed("mixture"))
             drawn = qualeqs.mixture(len(domain), len(general), ratio, generator).tolist()

@@ -119,7 +119,7 @@ def trained(config: Config, file: Path, half: list[Shown], other: list[Shown]) -
         raise UserError(f"{file}: no option of one half drew more clicks than one before it")
     key = digest(file_digest(file), config.reward, config.generator, config.run.seed)
     for kind in config.reward.kinds:
-        if not run.folder.is_done(f"reward/{kind}", key):  # a killed start goes on behind it
+        if run.folder.begin(f"reward/{kind}", key):  # a killed start goes on behind it
             run.folder.mark_done(f"reward/{kind}", key, **train_reward(run, suggester, rows, kind))
         scores = scores_of(load_reward(run, suggester, kind), half)
         result |= counted(named(kind), half, [(s.p - 0.5).tolist() for s in scores])

@@ -1,5 +1,6 @@
 import os
 
+import hypothesis
 import pytest
 import torch
 
@@ -10,6 +11,10 @@ from files import ROOT
 # The models of the tests are tiny: two threads gain nothing, and where other programs use the
 # machine they wait for each other at every operation.
 torch.set_num_threads(1)
+
+
+# `--hypothesis-profile=many`: benchmarks/faults.py.
+hypothesis.settings.register_profile("many", max_examples=2000, deadline=None)
 
 
 def pytest_collection_modifyitems(items):

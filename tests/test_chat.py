@@ -84,13 +84,16 @@ class Handler(BaseHTTPRequestHandler):
         if not isinstance(reply, tuple):
             reply = (200, {}, json.dumps(reply).encode())
         status, headers, payload = reply
-        headers = {"Content-Type": "application/json", "Content-Length": len(payload), **headers}
+        length = len(payload) if isinstance(payload, bytes) else 2**40
+        headers = {"Content-Type": "application/json", "Content-Length": length, **headers}
         with contextlib.suppress(OSError):  # the client gave up
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, str(value))
             self.end_headers()
-            self.wfile.write(payload)
+            for part in [payload] if isinstance(payload, bytes) else payload():
+                self.wfile.write(part)
+            payload = payload if isinstance(payload, bytes) else b""
             self.close_connection = len(payload) != int(headers["Content-Length"])
 
     def log_message(self, *_):
@@ -140,7 +143,21 @@ def slow(_):
     return "1"
 
 
+def drip():
+    for _ in range(100):  # no pause is long, and ten seconds are
+        time.sleep(0.1)
+        yield b" "
+
+
+def endless():
+    for _ in range(2**12):  # 4 GiB
+        yield b" " * 2**20
+
+
 FAILURES = {
+    "a slow drip": ("time-out", (200, {}, drip)),
+    "an endless body": ("connection", (200, {}, endless)),
+    "packed": ("connection", (200, {"Content-Encoding": "gzip"}, b"{}")),
     "429": ("rate limit", (429, {"Retry-After": "0.1"}, b"{}")),
     "429 for an hour": ("rate limit", (429, {"Retry-After": "3600"}, b"{}")),
     "500": ("server error", (500, {}, b"oops")),
@@ -470,6 +487,15 @@ def test_a_server_that_moved_is_not_asked_again(serve, tmp_path):
         sampler = chat.Sampler(settings, {}, tmp_path / "a.sqlite", "policy")
         assert sampler.sample(["a"], 1, [0]) == [["1"]]
     assert len(first.bodies) == 2 and not second.bodies
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_no_redirect_is_followed(serve, tmp_path, status):
+    other = serve(lambda _: "2")
+    server = serve(lambda _: (status, {"Location": f"{other.url}/chat/completions"}, b"{}"))
+    with pytest.raises(UserError, match="sends elsewhere"):
+        client(server.url, tmp_path).ask([Request("s", "u")], number)
+    assert server.bodies and not other.bodies
 
 
 def test_a_cached_text_that_can_no_longer_be_read_is_asked_for_again(serve, tmp_path):

@@ -12,6 +12,7 @@ from conftest import micro
 import data
 import llm
 import serving.engine
+from config import RunFolder
 from files import UserError, read_json, read_tensors, write_json, write_tensors
 from serving.engine import Ask, Engine, in_a_loop, latest
 from stages.pools import list_order
@@ -145,7 +146,17 @@ def test_starters_come_again_only_where_there_is_nothing_else(engine, scripted):
     assert answer.starters
 
 
+def flip(path):
+    """Loads as well as any other weights."""
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 1
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize("name, spoil, message", [
+    ("sit/adapter/adapter_model.safetensors", flip, "has changed since stage sit wrote it"),
+    ("rid/scorer.safetensors", flip, "has changed since stage rid wrote it"),
+    ("dpo/round2/adapter/adapter_model.safetensors", flip, "has changed since stage dpo"),
     ("rid/gate.json", lambda f: f.write_text('{"edges": [1'), "no JSON"),
     ("rid/gate.json", lambda f: f.write_text('{"edges": [1.0]}'), "holds no odds, edges"),
     ("rid/gate.json", lambda f: f.write_text('{"edges": [], "thresholds": [NaN]}'), "no odds"),
@@ -255,7 +266,7 @@ def test_a_batch_answers_each_ask_as_if_it_were_alone(engine):
     assert heard[0] == SUMMARIES[::-1] and len(heard[1]) <= engine.config.rid.max_keep
 
 
-def test_each_method_writes_with_its_own_policy(finished, tmp_path):
+def test_each_method_writes_with_its_own_policy(finished, tmp_path, monkeypatch):
     """What a list costs by a method's policy is what it costs by the saved adapter."""
     shutil.copytree(finished.parent, tmp_path / "runs")
     run = tmp_path / "runs" / "tiny"
@@ -264,6 +275,7 @@ def test_each_method_writes_with_its_own_policy(finished, tmp_path):
         weights = read_tensors(adapter / "adapter_model.safetensors")
         larger = {k: x * factor if "lora_B" in k else x for k, x in weights.items()}
         write_tensors(adapter / "adapter_model.safetensors", larger)
+    monkeypatch.setattr(RunFolder, "is_whole", lambda *_: True)  # weights that no stage wrote
     engine = Engine(micro(tmp_path / "runs"))
     (case,) = distilled(engine, Ask(person(*SUMMARIES), 3))
     prompt = engine.writer.prompt(case.state.interests)

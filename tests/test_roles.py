@@ -79,6 +79,23 @@ def test_filters_name_their_reasons():
     assert dropped == {"duplicate": 2, "length": 1, "malformed": 2, "language": 1, "medical": 1}
 
 
+@pytest.mark.parametrize("text", [
+    "Visit https://evil.example now", "See HTTP://a.b today", "[Click](x) to win",
+    "Try //a.b/c now", "www.evil.example offers", "javascript:alert(1) is fun",
+    "(a href='x') is fun", "Read \u202eelif",
+])
+def test_no_starter_leads_anywhere(text):
+    assert roles.filter_starters([text], ["Fun"])[1] == {"malformed": 1}
+
+
+@pytest.mark.parametrize("text", [
+    "What does // do in Python?", "Data: who owns it?", "JavaScript: where to begin?",
+    "Is source=code true?", "Compare arrays[0] (C and Rust)", "Online banks: which one?",
+])
+def test_plain_text_that_looks_a_little_like_one_stays(text):
+    assert roles.filter_starters([text], ["Fun"])[0] == [text]
+
+
 @given(st.lists(st.text() | MARKUP, max_size=6))
 def test_filters_never_raise_and_are_idempotent(starters):
     kept, dropped = roles.filter_starters(starters, ["Dune novels"])

@@ -325,7 +325,9 @@ def test_torchrun_writes_once_and_resumes(finished, qwen, tmp_path):
     shutil.copytree(finished, tmp_path / "tiny")
     (tmp_path / "tiny" / "metrics.jsonl").unlink()
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "train.py"]
-    command = [*launch, "--stage", "dpo", *words]
+    # Another generator than the finished run's: what it changes is named.
+    stages = [f"--stage={name}" for name in ("base", "ranker", "sit", "dpo")]
+    command = [*launch, *stages, *words]
     subprocess.run(command, cwd=ROOT, check=True)
     log = (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()
     steps = [(x["round"], x["step"]) for x in map(json.loads, log) if "margin" in x]
