@@ -73,7 +73,7 @@ ROWS: dict[str, tuple[str, Callable]] = {
     "strangers": ("strangers' artifacts: planted pickles never run; names that are paths, and "
                   "links, are refused", fault_rows.strangers),
     "truncation": ("what is cut or dropped is counted", fault_rows.tested(
-        "test_garm_stages.py test_prompts.py test_suggest.py test_llm.py test_writer_cuts.py",
+        "test_garm_stages.py test_prompts.py test_suggest.py test_llm.py",
         "cut or beyond_the_prompt or empty_input")),
     "llm": ("remote LLM: time-outs, resets, 429, 500, a slow drip, an endless body, wrong JSON, "
             "redirects", fault_rows.tested("test_chat.py", "not local and not reading")),
