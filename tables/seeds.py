@@ -1,7 +1,7 @@
 """Finished runs that differ in their seeds alone: means, differences, and whether targets are met.
 
-    python train.py world.seed=100 run.seed=100 run.name=mid-100      # and 101, 102
-    python eval.py --over runs/mid-100 runs/mid-101 runs/mid-102      # results/seeds.md
+    python train.py world.seed=0 run.seed=0 run.name=seed-0      # and 1, 2
+    python eval.py --over runs/seed-0 runs/seed-1 runs/seed-2      # results/seeds.md
     python eval.py --over results/values/mid-*.json                   # the same page, no run needed
 """
 
