@@ -52,7 +52,7 @@ def without_repeats(suggestions: list[str], verdicts: list[Verdict]) -> list[Ver
     above: set = set()
     result = []
     for text, verdict in zip(suggestions, verdicts, strict=True):
-        asks = {frozenset(content(text)) or text.casefold()}
+        asks = {frozenset(s for s in stems(text) if not s.isdigit()) - lexicon()["words"]["stop"]}
         asks |= {verdict.source} if verdict.source.startswith("policy ") else set()
         if verdict.reward == 1:  # nan is not: nobody judged it
             if asks & above:

@@ -224,10 +224,10 @@ def test_the_simulated_shop_is_what_a_run_without_files_learns_from(model_folder
 
 def test_the_mined_set_by_hand(whole, model_folder, tmp_path, monkeypatch):
     run, players, suggester = opened(copied(whole, tmp_path), model_folder, "quality.share=0.6")
-    good, bad = GOOD[0], BAD[0]
-    lists = {"a": [[good, good, good]] * 3, "b": [[good, bad, bad], [bad] * 3, [bad] * 3],
-             "c": [[bad] * 3] * 3, "d": [[good, good, bad], [good, bad, good], [bad, bad, good]],
-             "e": [[good] * 3, [good] * 3, None]}  # malformed: three bad ones
+    (one, two, three), bad = GOOD[:3], BAD[0]
+    lists = {"a": [[one, two, three]] * 3, "b": [[one, bad, bad], [bad] * 3, [bad] * 3],
+             "c": [[bad] * 3] * 3, "d": [[one, two, bad], [one, bad, two], [bad, bad, one]],
+             "e": [[one, two, three]] * 2 + [None]}  # malformed: three bad ones
     contexts = [Context(talk(f"I need a kettle for {name}").model_copy(
         update={"dialogue_id": name}), "train", 0) for name in lists]
     monkeypatch.setattr(Suggester, "rollouts", lambda self, model, contexts, n, seed, **how: [

@@ -119,7 +119,9 @@ def test_exported_pairs_train_in_trl_as_they_are(finished, tmp_path):
     assert trainer.train().training_loss == pytest.approx(0.693147, abs=1e-3)
 
 
-def test_a_full_gpu_names_the_next_setting(finished, monkeypatch):
+def test_a_full_gpu_names_the_next_setting(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path / "tiny")  # a stage that begins withdraws what was done
+
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -130,7 +132,7 @@ def test_a_full_gpu_names_the_next_setting(finished, monkeypatch):
         ("generator.micro_batch=2", "2 users at a time.*try generator.micro_batch=1"),
         ("sit.batch_users=1", "try generator.gradient_checkpointing=true"),
     ):
-        config = micro(finished.parent, "sit.learning_rate=1e-5", word)
+        config = micro(tmp_path, "sit.learning_rate=1e-5", word)
         with pytest.raises(UserError, match=f"sit: memory is full.*{advice}"):
             train.run_stages(config, ["sit"])
     assert all("; try " in train.out_of_memory(config, name) for name in train.STAGES)
@@ -177,8 +179,9 @@ def test_a_real_model_in_4_bit_runs_through_every_stage(finished, qwen, tmp_path
     train.run_stages(config, ["eval", "merge"])
     run = Run(config)
     writer, figures = players_of(run).writer, run.folder.figures("dpo")
-    for name in ("round 1", "round 2", "tapped against ignored"):
+    for name in ("round 1", "round 2"):
         assert figures[name]["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert "skipped" in figures["tapped against ignored"]  # random weights write no two lists
     base = AutoModelForCausalLM.from_pretrained(qwen)
     adapted = PeftModel.from_pretrained(base, run.adapter("last")).eval()
     merged = AutoModelForCausalLM.from_pretrained(run.folder / "merge" / "model").eval()
