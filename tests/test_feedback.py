@@ -30,8 +30,8 @@ from stages import dpo
 LIVELY = ["Quiz me on {x}", "Plan a weekend around {x}", "Write a poem about {x}"]
 DULL = [f"{word} facts about {{x}}" for word in ("Some", "More", "All", "Key", "Big", "Odd")]
 KINDS = {"en": LIVELY + DULL, "zh": ["考考我对{x}的了解", "{x}的未来会怎样？", "为{x}设计一张海报"]}
-# Two interests a user: with four, the subjects alone keep lists apart. As all tap alike here, what is
-# common to all counts in full.
+# Two interests a user: with four, the subjects alone keep lists apart. As all tap alike here, what
+# is common to all counts in full.
 SMALL = """world.users=60 world.impressions_per_user=30 world.starter_pool=200
     rid.epochs=2 rid.towers=2 rid.min_keep=2 ranker.epochs=20 ranker.personal=0.5
     generator.list_size=3 generator.max_new_tokens=40

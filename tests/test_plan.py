@@ -152,7 +152,7 @@ def test_7b_is_planned_in_a_second_without_its_weights():
 
 def test_settings_move_the_estimate_as_they_should():
     def peaks(*more):
-        words = ["generator.micro_batch=2", "sit.batch_users=8", "eval.lists=2", *more]
+        words = ["generator.micro_batch=2", "sit.batch_users=8", "dpo.rounds=2", *more]
         config = load_config(None, [*SEVEN, *words])
         stages = plan.stage_bytes(config, plan.find_shape(config), 2)
         return [terms["peak"] for terms in stages.values()]
