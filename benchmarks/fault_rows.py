@@ -320,7 +320,7 @@ def read_only(system: System, work: Callable[[], None]) -> Callable[[], None]:
 
 
 CHANGES = {  # stage that is there or was begun -> a word that changes it
-    "icebreaker": {"world": "world.users=41", "sit": "sit.learning_rate=2e-3",
+    "icebreaker": {"world": "world.users=61", "sit": "sit.learning_rate=2e-3",
                    "dpo": "dpo.beta=0.31", "base": "generator.model=elsewhere",
                    "rid": "rid.temperature=0.33", "match": "run.seed=9"},
     "garm": {"sft": "sft.candidates=7", "reward": "reward.variance_weight=0.2",

@@ -126,7 +126,7 @@ def test_what_everybody_taps_is_written_more(improved, tapped, capsys):
     run = improved / "tiny"
     before = lively_share(improved, "dpo/round1/adapter")
     after = lively_share(improved, "feedback/round1/adapter")
-    assert 0.15 < before < 0.6 and after > before + 0.1
+    assert 0.05 < before < 0.6 and after > before + 0.1
     verdict = read_json(run / "feedback" / "round1" / "verdict.json")
     now = read_json(run / "feedback" / "current.json")
     assert verdict["accepted"] and verdict["written"]["utility"]["low"] > 0
