@@ -390,6 +390,7 @@ def main() -> None:
     with joined_processes():
         wanted = wanted_stages(config, arguments.stage or ["all"])
         refuse_changes(config, arguments.stage or [])
+        meet()  # all have looked before the first replaces anything
         run_stages(config, wanted)
 
 
