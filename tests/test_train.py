@@ -329,14 +329,14 @@ def test_torchrun_writes_once_and_resumes(finished, qwen, tmp_path):
     (tmp_path / "tiny" / "metrics.jsonl").unlink()
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "train.py"]
     # Another generator than the finished run's: what it changes is named.
-    stages = [f"--stage={name}" for name in ("base", "ranker", "sit", "dpo")]
+    stages = [f"--stage={name}" for name in ("base", "ranker", "sit", "dpo", "merge")]
     command = [*launch, *stages, *words]
     subprocess.run(command, cwd=ROOT, check=True)
     log = (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()
     steps = [(x["round"], x["step"]) for x in map(json.loads, log) if "margin" in x]
     assert len(steps) == len({*steps}) > 2 and not list(tmp_path.rglob("*.tmp"))
     again = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    assert again.stdout.count("already done") == 8 and "running" not in again.stdout
+    assert again.stdout.count("already done") == 9 and "running" not in again.stdout
 
 
 def test_dpo_starts_at_ln_2_and_logs_what_to_watch(finished):
