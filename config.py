@@ -541,10 +541,12 @@ class RunFolder:
         if processes()[0] == 0:
             folder, log = self.path / stage, self.path / "metrics.jsonl"
             begun, own = folder / "begun.json", ["done.json", "begun.json"]
+            # sampled.json has its own key: what the next stage sampled, beside the policy.
             # Without a simulated world's hidden state, which may be taken away: none needs it.
             files = {name: file_digest(path) for path in sorted(folder.rglob("*"))
                      if path.is_file() and (name := str(path.relative_to(folder))) not in own
-                     and not name.endswith(".tmp") and not name.startswith("truth/")}
+                     and path.name != "sampled.json" and not name.endswith(".tmp")
+                     and not name.startswith("truth/")}
             record = self.record(stage) | {"files": files}
             record["log"] = [self.path.name, log.stat().st_size if log.is_file() else 0]
             # As it is read again: JSON has no tuples.
