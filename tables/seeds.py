@@ -2,7 +2,7 @@
 
     python train.py world.seed=0 run.seed=0 run.name=seed-0      # and 1, 2
     python eval.py --over runs/seed-0 runs/seed-1 runs/seed-2      # results/seeds.md
-    python eval.py --over results/values/mid-*.json                   # the same page, no run needed
+    python eval.py --over results/values/seed-*.json               # the same page, no run needed
 """
 
 from __future__ import annotations
