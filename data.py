@@ -480,11 +480,11 @@ def language(text: str, undecided: str = "en") -> str:
 
 
 def _of_latin(text: str, undecided: str) -> str:
-    # Capitals within a text are names: "La La Land", "Los Angeles".
-    first, *rest = re.findall(rf"[{_LATIN}]+|[¿¡]", text)
+    # Capitals within a text are names: "La La Land", "Los Angeles"; so is Monday.com.
+    first, *rest = re.findall(rf"[{_LATIN}]+(?:[./@][{_LATIN}]+)*|[¿¡]", text)
     if first in "¿¡" and rest:
         rest[0] = rest[0].lower()  # it begins the sentence
-    words = [first.lower(), *rest]
+    words = {first.lower(), *rest}  # a set: one word again and again is a name too
     hits = Counter({name: sum(word in known for word in words) for name, known in LATIN.items()})
     (best, most), (_, second) = hits.most_common(2)  # of equals English: it stands first
     return best if most > second and most >= (1 if best == "en" else 2) else undecided

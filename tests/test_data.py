@@ -375,6 +375,9 @@ def test_cut_rounds_up_but_not_past_a_whole_number():
         ("¿Qué es café?", "es"),
         ("Wie lerne ich Gitarre?", "de"),
         ("La La Land vs Moulin Rouge", "en"),  # capitals are names
+        ("Monday.com broke again scheduling: Monday.com", "en"),  # "com" is no word of it
+        ("tasks on und.das.de and info@como.per.it", "en"),
+        ("chords of una, una by una", "en"),  # one word again and again is a name
         ("El Niño", "en"),
         ("東京の桜の名所を教えて", "ja"),
         ("京都旅行の計画", "ja"),  # one character of kana is enough
