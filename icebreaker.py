@@ -274,6 +274,17 @@ def contrastive_loss(scores: Tensor, temperature: float, mask: Tensor | None = N
     return torch.logsumexp(logits, 1) - logits[:, 0]  # Eq. (3)
 
 
+def distillation_loss(scores: Tensor, taught: Tensor, mask: Tensor) -> Tensor:
+    """KL(teacher || student) of the softmax over each row's N items (Hinton et al. 2015): (B,).
+
+    scores and taught (B, N): logits of student and teacher; mask (B, N) bool, True = counts.
+    """
+    student, teacher = (
+        x.masked_fill(~mask, -1e4).log_softmax(1) for x in (scores.float(), taught.float())
+    )
+    return (teacher.exp() * (teacher - student)).sum(1)
+
+
 def per_user_auc(scores, labels) -> float:
     """Probability that a revisited summary (n,) outranks another one; ties count half."""
     scores, labels = np.asarray(scores), np.asarray(labels, bool)

@@ -7,7 +7,8 @@ what later sessions came back to (stage `match`), fit the activity-aware gate (E
 users, and distil everybody's trigger interests.
 
 Departures: one tower a fold of the users, trained on the others; their cosines are averaged. Who
-trained towers is scored by the one that has not seen them, as everybody else is by strangers. The
+trained towers is scored by the one that has not seen them, as everybody else is by strangers. A
+tower learns from boosted trees beside Eq. (3), since these rank better (rid.distillation). The
 gate's scores are odds of a revisit with the user's own base rate, its thresholds maximise F_0.5 of
 "revisited", as the paper leaves open how they are learned.
 
@@ -45,6 +46,11 @@ from stages.steps import Best, load_weights, refuse_nan
 
 Row = tuple[str, int]  # a user at a cut of the log
 RULES = {"recency": ib.recency_scores, "frequency": ib.frequency_scores}
+LEARNERS = {
+    "logistic": lambda: make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)),
+    "trees": lambda: HistGradientBoostingClassifier(
+        learning_rate=0.05, max_iter=150, max_leaf_nodes=15, min_samples_leaf=40, random_state=0),
+}
 AVERAGED = 50  # steps over which a tower's weights are averaged
 LEAST_EPOCHS = 6  # before a tower may stop: an untrained one can be lucky on a few users
 
@@ -151,7 +157,8 @@ def stage_rid(run: Run, players: Players, key: str) -> dict:
 def fit_scorer(
     run: Run, revisits: Revisits, known: list[Row], folds: dict[str, int]
 ) -> ib.ResonanceScorer:
-    """Minimise Eq. (3); of each tower the averaged weights with the least loss on its fold stay."""
+    """Minimise Eq. (3), and the distance to trees fitted on the same people; of each tower the
+    averaged weights with the least contrastive loss on its fold stay."""
     settings = run.config.rid
     torch.manual_seed(run.seed("rid"))
     scorer = new_scorer(run)  # after the seed: its weights are drawn here
@@ -161,6 +168,7 @@ def fit_scorer(
     for number, tower in enumerate(bar := progress(scorer.towers, "rid")):
         held_out = [row for row in known if folds[row[0]] == number]
         rest = [row for row in known if folds[row[0]] != number]
+        trees = fit_learner(run, revisits, rest, "trees")
         cuts = defaultdict(list)
         for user_id, cut in rest:
             cuts[user_id].append(cut)
@@ -178,9 +186,13 @@ def fit_scorer(
             losses = []
             for start in range(0, len(order), settings.batch_users):
                 rows = order[start : start + settings.batch_users]
-                loss = rows_loss(run, revisits, tower, rows, text_ids, settings.cross_user).mean()
+                inputs, *labels = training_batch(run, revisits, rows, text_ids)
+                scores, loss = contrast(tower, inputs, *labels, settings, settings.cross_user)
+                taught = ib.distillation_loss(  # the trees' ranking of each user's summaries
+                    scores / settings.temperature, log_odds(trees, inputs), inputs["mask"])
+                loss = torch.lerp(loss.mean(), taught.mean(), settings.distillation)  # Eq. (3)
                 optimiser.zero_grad()
-                loss.backward()  # Eq. (3)
+                loss.backward()
                 norm = torch.nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
                 place = f"rid, tower {number + 1}, epoch {epoch}, step {len(losses)}"
                 refuse_nan(norm, place, (user_id for user_id, _ in rows))
@@ -202,21 +214,23 @@ def fit_scorer(
     return scorer.eval()
 
 
-def rows_loss(run: Run, revisits: Revisits, tower, rows: list[Row], text_ids, cross_user: float):
-    """Eq. (3) of every (user, positive) of some rows: (P,)."""
-    inputs, labels, ids = training_batch(run, revisits, rows, text_ids)
+def contrast(tower, inputs: dict, labels, ids, settings: RidConfig, cross_user: float):
+    """Scores (B, N) of each user's summaries, Eq. (2), and Eq. (3) of every (user, positive) (P,)."""
     user, sessions = tower(**inputs)  # (B, H), (B, N, H)
     scores, weights = ib.contrastive_rows(
         user, sessions, labels == 1, labels >= 0, ids, cross_user
     )
-    return ib.contrastive_loss(scores, run.config.rid.temperature, weights)
+    loss = ib.contrastive_loss(scores, settings.temperature, weights)
+    return (sessions @ user[..., None]).squeeze(-1), loss
 
 
 @torch.no_grad()
 def held_out_loss(run: Run, revisits: Revisits, tower, rows: list[Row], text_ids) -> float:
     """Eq. (3) over all positives of left-out users, against their own other sessions."""
-    parts = (rows[start : start + 32] for start in range(0, len(rows), 32))
-    losses = [rows_loss(run, revisits, tower, part, text_ids, 0.0) for part in parts]  # (P,) each
+    losses = []
+    for start in range(0, len(rows), 32):
+        batch = training_batch(run, revisits, rows[start : start + 32], text_ids)
+        losses.append(contrast(tower, *batch, run.config.rid, 0.0)[1])  # (P,)
     return torch.cat(losses).mean().item()
 
 
@@ -299,24 +313,29 @@ def compare(
     for name, rule in RULES.items():
         figures[f"auc_{name}"] = revisits.auc(unseen, [rule_scores(h, rule) for h in histories])
     # Learners without towers: what is to be gained from the same inputs.
-    seen = [statistics(history) for history in histories_of(run, known)[0]]  # (N, F + 1) each
-    labels = np.concatenate([revisits[row] for row in known])
-    # A failed call of the matcher is no label.
-    fit_rows, asked = np.concatenate(seen)[labels >= 0], [statistics(h) for h in histories]
-    learners = {
-        "logistic": make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)),
-        "trees": HistGradientBoostingClassifier(
-            learning_rate=0.05, max_iter=150, max_leaf_nodes=15, min_samples_leaf=40, random_state=0
-        ),
-    }
-    for name, learner in learners.items():
-        learner.fit(fit_rows, labels[labels >= 0])
-        chances = [learner.predict_proba(rows)[:, 1] for rows in asked]
+    for name in LEARNERS:
+        learner = fit_learner(run, revisits, known, name)
+        chances = [learner.predict_proba(statistics(history))[:, 1] for history in histories]
         figures[f"auc_{name}"] = revisits.auc(unseen, chances)
     # The same gate as if everybody were equally active.
     one = fit_gate(run, revisits, distiller.scorer, known, distiller.folds, 1)
     gates = {"groups": distiller, "one threshold": one}
     return figures | {"gate": compare_gates(revisits, gates, unseen, histories, scores)}
+
+
+def fit_learner(run: Run, revisits: Revisits, rows: list[Row], name: str):
+    """One of LEARNERS on the statistics of these rows: which summaries are revisited?"""
+    inputs = np.concatenate([statistics(history) for history in histories_of(run, rows)[0]])
+    labels = np.concatenate([revisits[row] for row in rows])
+    answered = labels >= 0  # a failed call of the matcher is no label
+    return LEARNERS[name]().fit(inputs[answered], labels[answered])
+
+
+def log_odds(learner, inputs: dict) -> torch.Tensor:
+    """A learner's log-odds of a revisit (B, N) of scorer inputs; 0 of pads."""
+    odds, mask = torch.zeros(inputs["mask"].shape), inputs["mask"]
+    odds[mask] = torch.from_numpy(learner.decision_function(inputs["statistics"][mask])).float()
+    return odds
 
 
 def compare_gates(revisits: Revisits, gates: dict[str, Distiller], unseen, histories, scores):

@@ -51,6 +51,19 @@ def test_contrastive_loss_equals_sentence_transformers():
     )
 
 
+def test_distillation_loss_by_hand_and_zero_at_the_teacher():
+    scores, taught = torch.tensor([[0.0, 0.0, 7.0]]), torch.tensor([[math.log(3), 0.0, -5.0]])
+    mask = torch.tensor([[True, True, False]])  # the third is a pad
+    loss = ib.distillation_loss(scores, taught, mask)
+    expected = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    assert loss.tolist() == pytest.approx([expected], abs=1e-6)
+    assert loss.item() == pytest.approx(F.kl_div(
+        scores[:, :2].log_softmax(1), taught[:, :2].softmax(1), reduction="batchmean").item())
+    # Only what a row prefers counts: a constant changes nothing.
+    same = ib.distillation_loss(taught + 2, taught, mask)
+    assert same.tolist() == pytest.approx([0], abs=1e-6)
+
+
 def test_dpo_loss_by_hand_and_ln2_at_the_reference():
     loss = ib.dpo_loss(*(torch.tensor([x]) for x in (-10.0, -20.0, -12.0, -15.0)), beta=0.1)
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-0.7)), abs=1e-6)
