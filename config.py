@@ -121,14 +121,16 @@ class EndpointConfig(Section):  # an OpenAI-compatible server of chat completion
 
 
 class RidConfig(Section):
-    text_dim: Count = 32  # a text embedding is projected to this, to meet the statistics
+    text_dim: Count = 8  # a text embedding is projected to this, to meet the statistics
     hidden: Count = 64  # width of E_u, E_h and of the space they share, per tower
     # Scorers whose cosines are averaged, each trained without one fold of the users.
     towers: Annotated[int, Field(ge=2)] = 5
     dropout: float = Field(0.5, ge=0, lt=1)
     temperature: Positive = 0.2  # Eq. (3)
     cross_user: NotNegative = 0.01  # weight of a cross-user negative; within the user it is 1
-    learning_rate: Positive = 5e-4
+    # Share of the loss that is the distance to boosted trees on the same statistics; 0: Eq. (3).
+    distillation: float = Field(0.9, ge=0, le=1)
+    learning_rate: Positive = 1e-3
     epochs: Count = 40
     patience: CountFromZero = 4  # epochs without a lower loss on the left-out fold, waited through
     batch_users: Count = 16
@@ -201,7 +203,7 @@ class DpoConfig(Section):
     teacher_lists: CountFromZero = 2  # lists of the teacher that join the pool
     beam: Count = 8
     expand: Count = 8
-    weight: float = Field(0.2, ge=0, le=1)  # lambda: 0 diversity only, 1 utility only
+    weight: float = Field(0.5, ge=0, le=1)  # lambda: 0 diversity only, 1 utility only
     # A rejected list is lower by at least the margin (after min-max within the user), while the
     # other dimension differs by at most the tolerance.
     margin: NotNegative = 0.2
@@ -211,11 +213,11 @@ class DpoConfig(Section):
         ["utility", "diversity", "joint", "unfit"], min_length=1
     )
     beta: Positive = 0.1
-    learning_rate: Positive = 1e-4
-    passes: Count = 1  # over the accumulated pairs, per round
+    learning_rate: Positive = 2e-4
+    passes: Count = 2  # over the accumulated pairs, per round
     batch_users: Count = 4
     reference: Literal["round", "sit"] = "round"  # the policy at the round's start, or after SIT
-    sft_weight: NotNegative = 1.0  # of the chosen lists' mean logp per token, beside Eq. (6)
+    sft_weight: NotNegative = 5.0  # of the chosen lists' mean logp per token, beside Eq. (6)
     pairs_per_user: Count = 2  # from data.feedback, so that no single user can steer a round
     vanilla: bool = True  # the baseline SFT+DPO, of tapped against ignored lists, is trained too
     checkpoints: Count = 1  # per round; the best by held-out utility and diversity is kept

@@ -424,14 +424,14 @@ def list_quality(run: Run, ranker, states: list[UserState], lists) -> dict[str, 
 
 
 def list_qualities(run: Run, ranker, states: list[UserState], lists) -> dict[str, list[float]]:
-    """Utility and diversity of every list of every state in turn."""
+    """Utility and diversity of every list of every state in turn; utility is a mean over K slots,
+    of which an empty one is worth nothing: a shorter list is no better one."""
     run.encoder(sorted({y for user_lists in lists for starters in user_lists for y in starters}))
-    utility, diversity = [], []
+    utility, diversity, k = [], [], run.config.generator.list_size
     for state, user_lists in zip(states, lists, strict=True):
         for starters in user_lists:
             vectors = run.encoder(starters)  # (K, D)
-            mean = utilities(ranker, state, vectors).mean().item() if starters else 0.0
-            utility.append(mean)
+            utility.append(utilities(ranker, state, vectors).sum().item() / k if starters else 0.0)
             diversity.append(ib.list_diversity(vectors @ vectors.T).item())
     return {"utility": utility, "diversity": diversity}
 

@@ -26,7 +26,7 @@ from stages.rid import Distiller
 from world import people
 
 Written = dict[str, list[list[str]]]  # user -> lists of starters
-SWEEP = (0.1, 0.5)  # lambdas of choosing when serving, beside dpo.weight
+SWEEP = (0.2, 0.8)  # lambdas of choosing when serving, beside dpo.weight
 ORACLE_POOL = 200  # shown starters that the oracle may pick, beside what the methods wrote
 
 
