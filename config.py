@@ -121,7 +121,6 @@ class EndpointConfig(Section):  # an OpenAI-compatible server of chat completion
 
 
 class RidConfig(Section):
-    text_dim: Count = 8  # a text embedding is projected to this, to meet the statistics
     hidden: Count = 64  # width of E_u, E_h and of the space they share, per tower
     # Scorers whose cosines are averaged, each trained without one fold of the users.
     towers: Annotated[int, Field(ge=2)] = 5

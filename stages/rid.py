@@ -51,6 +51,7 @@ LEARNERS = {
     "trees": lambda: HistGradientBoostingClassifier(
         learning_rate=0.05, max_iter=150, max_leaf_nodes=15, min_samples_leaf=40, random_state=0),
 }
+TEXT_DIM = 8  # a text embedding is projected to this: revisits are told by statistics, not subjects
 AVERAGED = 50  # steps over which a tower's weights are averaged
 LEAST_EPOCHS = 6  # before a tower may stop: an untrained one can be lucky on a few users
 
@@ -168,7 +169,7 @@ def fit_scorer(
     for number, tower in enumerate(bar := progress(scorer.towers, "rid")):
         held_out = [row for row in known if folds[row[0]] == number]
         rest = [row for row in known if folds[row[0]] != number]
-        trees = fit_learner(run, revisits, rest, "trees")
+        trees = fit_learner(run, revisits, rest, "trees")  # as strange to the fold as the tower
         cuts = defaultdict(list)
         for user_id, cut in rest:
             cuts[user_id].append(cut)
@@ -188,9 +189,10 @@ def fit_scorer(
                 rows = order[start : start + settings.batch_users]
                 inputs, *labels = training_batch(run, revisits, rows, text_ids)
                 scores, loss = contrast(tower, inputs, *labels, settings, settings.cross_user)
-                taught = ib.distillation_loss(  # the trees' ranking of each user's summaries
+                # Trees see the order of 70 noisy statistics that towers overfit to.
+                taught = ib.distillation_loss(
                     scores / settings.temperature, log_odds(trees, inputs), inputs["mask"])
-                loss = torch.lerp(loss.mean(), taught.mean(), settings.distillation)  # Eq. (3)
+                loss = torch.lerp(loss.mean(), taught.mean(), settings.distillation)  # Eq. (3) + KL
                 optimiser.zero_grad()
                 loss.backward()
                 norm = torch.nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
@@ -215,13 +217,13 @@ def fit_scorer(
 
 
 def contrast(tower, inputs: dict, labels, ids, settings: RidConfig, cross_user: float):
-    """Scores (B, N) of each user's summaries, Eq. (2), and Eq. (3) of every (user, positive) (P,)."""
+    """Scores (B, N), Eq. (2), of each user's summaries; Eq. (3) of every (user, positive) (P,)."""
     user, sessions = tower(**inputs)  # (B, H), (B, N, H)
     scores, weights = ib.contrastive_rows(
         user, sessions, labels == 1, labels >= 0, ids, cross_user
     )
     loss = ib.contrastive_loss(scores, settings.temperature, weights)
-    return (sessions @ user[..., None]).squeeze(-1), loss
+    return (sessions @ user[..., None]).squeeze(-1), loss  # both vectors are unit: cosines
 
 
 @torch.no_grad()
@@ -400,7 +402,7 @@ def may_be_duplicates(texts: list[str]) -> Callable[[int, int], bool]:
 
 def new_scorer(run: Run) -> ib.ResonanceScorer:
     r, sizes = run.config.rid, (run.encoder.dim, len(ib.FEATURE_NAMES) + 1)  # D, F + 1
-    return ib.ResonanceScorer(r.towers, *sizes, r.text_dim, r.hidden, r.dropout)
+    return ib.ResonanceScorer(r.towers, *sizes, TEXT_DIM, r.hidden, r.dropout)
 
 
 def statistics(history: ib.History) -> torch.Tensor:
