@@ -302,7 +302,7 @@ class AbConfig(Section):  # what --reproduce compares, and the simulated online 
 
 
 class EvalConfig(Section):
-    max_users: CountFromZero = 30  # test users of the stage, drawn at random; 0: all there are
+    max_users: CountFromZero = 24  # test users of the stage, drawn at random; 0: all there are
     lists: Count = 1  # sampled per user and method by the stage; --reproduce writes ab.lists
     bootstrap: Count = 1000
     examples: CountFromZero = 6  # users on the page of examples

@@ -396,6 +396,18 @@ def test_what_the_matcher_could_not_say_is_no_label(finished, tmp_path, monkeypa
     assert sum(b for _, b in seen) == others * (flat >= 0).sum() < others * len(flat)
 
 
+def test_an_empty_slot_of_a_checkpoint_is_worth_nothing(finished):
+    """Else a policy that stops early, with its best starters, would be the better one."""
+    run = Run(micro(finished.parent))
+    judge, k = ranker.load_ranker(run, "judge"), run.config.generator.list_size
+    state = next(s for u in run.ids("valid") if (s := run.states[u][-1]).interests)
+    starters = ["Why do cats purr?", "Plan a week in Rome", "Which chess opening suits me?"][:k]
+    each = ranker.utilities(judge, state, run.encoder(starters))
+    figures = dpo.list_qualities(run, judge, [state], [[starters, starters[:1], []]])
+    assert figures["utility"] == pytest.approx([each.mean(), each[0] / k, 0], rel=1e-4)
+    assert k == len(starters) and figures["diversity"][1:] == [0, 0]
+
+
 def test_no_tower_stops_before_its_least_epochs(finished, tmp_path, monkeypatch):
     """The left-out loss is best at the first epoch, as that of an untrained network may be."""
     shutil.copytree(finished, tmp_path / "tiny")
