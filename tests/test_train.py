@@ -402,9 +402,9 @@ def test_an_empty_slot_of_a_checkpoint_is_worth_nothing(finished):
     judge, k = ranker.load_ranker(run, "judge"), run.config.generator.list_size
     state = next(s for u in run.ids("valid") if (s := run.states[u][-1]).interests)
     starters = ["Why do cats purr?", "Plan a week in Rome", "Which chess opening suits me?"][:k]
-    each = ranker.utilities(judge, state, run.encoder(starters))
+    each = ranker.utilities(judge, state, run.encoder(starters)).tolist()
     figures = dpo.list_qualities(run, judge, [state], [[starters, starters[:1], []]])
-    assert figures["utility"] == pytest.approx([each.mean(), each[0] / k, 0], rel=1e-4)
+    assert figures["utility"] == pytest.approx([sum(each) / k, each[0] / k, 0], rel=1e-4)
     assert k == len(starters) and figures["diversity"][1:] == [0, 0]
 
 
