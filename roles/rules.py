@@ -60,16 +60,11 @@ def _themes(histories: Iterable[Iterable[str]]) -> set[str]:
 
 
 def _best_first(phrases: Sequence[str]) -> list[str]:
-    """Phrases that read badly in a template come last: a lone participle, a long run of words, an
-    adjective or owner where a longer phrase says of what (Japanese ceramics, Grover's search)."""
-
-    def reads_badly(phrase: str) -> bool:
-        alone = " " not in phrase
-        return (len(phrase.split()) > 4 or (alone and phrase.islower() and phrase.endswith("ed"))
-                or (alone and re.search("(?:an|ese|ish|ch|'s)$", phrase) is not None
-                    and any(other.startswith(f"{phrase} ") for other in phrases)))
-
-    return sorted(phrases, key=reads_badly)
+    """Phrases that read badly in a template come last: a long run of words, an adjective or owner
+    where a longer phrase says of what (Japanese ceramics, Grover's search)."""
+    return sorted(phrases, key=lambda phrase: len(phrase.split()) > 4 or (
+        re.search(r"^\S+(?:an|ese|ish|ch|'s)$", phrase) is not None
+        and any(other.startswith(f"{phrase} ") for other in phrases)))
 
 
 def _subject(phrase: str, interest: str) -> str:

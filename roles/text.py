@@ -112,20 +112,24 @@ def _is_title(text: str) -> bool:
     return stops > 2 and not any(token.islower() and len(token) > 3 for token in later)
 
 
-def _runs(text: str) -> tuple[list[list[str]], list[list[str]]]:
-    """(capitalised names, content words between stop words) as runs of tokens, in order."""
-    words, names, contents = lexicon()["words"], [], []  # tokens in order; None ends a run
+def _names_and_classes(text: str) -> tuple[list[list[str]], list[str], str]:
+    """(capitalised names; tokens in order; the class of each, a letter of words.yaml, for a stop
+    word d, o, g (gerund) or -, for punctuation a full stop)."""
+    words, names, tokens, classes = lexicon()["words"], [], [], ""  # in names None ends a run
+    verbs = {m.start(m.lastindex) for m in lexicon()["patterns"]["verb"].finditer(text)}
     end, first, titled = 0, True, _is_title(text)  # first: this token begins a sentence
     for match in _TOKEN.finditer(text):
         token, gap = match[0], text[end : match.start()]
         low, end = token.casefold(), match.end()
         if gap.strip():  # punctuation ends both
             names.append(None)
-            contents.append(None)
+            tokens.append("")
+            classes += "."
             first = first or any(c in ".?!:;\n" for c in gap)
+        kind = kind_of(low, "classes")
         # Adverbs are as good as stop words: "quickly", but not "Emily" or "butterfly".
-        adverb = low.endswith("ly") and token == low and low not in words["ly_nouns"]
-        stop, number = low in words["stop"] or adverb, token.isdigit()
+        stop = low in words["stop"] or (low.endswith("ly") and token == low and kind != "N")
+        number = token.isdigit()
         marked = token[1:] != token[1:].lower() or (not number and any(map(str.isdigit, token)))
         within = names and names[-1] and low in words["inside"]  # Lord of the Rings
         inner = not titled and not first and len(token) > 1  # "A" and "I" tell nothing
@@ -135,18 +139,38 @@ def _runs(text: str) -> tuple[list[list[str]], list[list[str]]]:
             names.append(("?" if first and not marked else "") + token)
         else:
             names.append(token if within or (number and names and names[-1]) else None)
-        contents.append(None if stop else token)
+        tokens.append(token)
+        classes += ({"N": "g", "d": "d", "o": "o"}.get(kind, "-") if stop else
+                    "N" if marked or (inner and token[0].isupper()) else
+                    "V" if match.start() in verbs else kind or "N")
         first = False
     names = [run for run in _split(names) if run[0][0] != "?" or len(run) > 1]
-    return [[token.lstrip("?") for token in run] for run in names], _split(contents)
+    return [[token.lstrip("?") for token in run] for run in names], tokens, classes
+
+
+def _runs(text: str) -> list[list[list[str]]]:
+    """Names, noun phrases, and these with what they are of or about; as runs of tokens."""
+    names, tokens, classes = _names_and_classes(text)
+    # "using teabags" is of teabags, but "a leaking tap" is one; so are "beekeeping." and, though
+    # "learning" alone is a stop word, "machine learning".
+    classes = re.sub(r"(?<=d)G(?=[APNG])|G(?=\.|$)|(?<=[NA])g", "N", classes)
+    # Without a noun what else it says: "Frozen"; but no verb, as in "how to relax".
+    spans = [*re.finditer("(?!G)[APNG]*[NG]", classes)] or [*re.finditer("[APG]+", classes)]
+    phrases, whole = [], []
+    for span, after in itertools.zip_longest(spans, spans[1:]):
+        # Secrets alone are no subject, but what they are of, and the secrets of it.
+        of = after and re.fullmatch("od?", classes[span.end() : after.start()])
+        (whole if of else phrases).append(tokens[span.start() : (after if of else span).end()])
+    return [names, phrases, whole]
 
 
 def _split(tokens: list[str | None]) -> list[list[str]]:
-    """Runs between Nones, without the small words at their ends: "Lord of the" is Lord."""
-    small, runs = lexicon()["words"]["inside"] | lexicon()["words"]["stop"], []
+    """Runs between Nones, less small words at their ends: Lord of the, but not Google Translate."""
+    words, runs = lexicon()["words"], []
     for is_run, group in itertools.groupby(tokens, bool):
         run = list(group) if is_run else []
-        while run and run[-1].casefold() in small:
+        while run and (low := run[-1].casefold()) in words["stop"] | words["inside"] and (
+                run[-1] == low or len(run) == 1 or low in words["inside"] | words["openers"]):
             run.pop()
         runs += [run] if run else []
     return runs
@@ -154,7 +178,7 @@ def _split(tokens: list[str | None]) -> list[list[str]]:
 
 @functools.lru_cache(maxsize=100_000)  # a run asks for the same summaries again and again
 def key_phrases(text: str) -> tuple[str, ...]:
-    """Specific subjects of a text, best first: quoted, names, then runs of content words."""
+    """Specific subjects of a text, best first: quoted, names, then other noun phrases, whole."""
     text = _MATHS.sub(" , ", _one_spelling(text[:2000]))  # no page is a summary
     phrases = [quoted.strip() for quoted in _QUOTED.findall(text)]
     if language(text) == "ja":  # names stand in characters and katakana, the rest in hiragana
