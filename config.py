@@ -420,6 +420,8 @@ def load_config(path: str | Path | None = None, words: list[str] = ()) -> Config
             reason = f"{name}: {reason}"
         # A rule between fields has no name; what set its section last has broken it.
         place = places[name or reason.partition(".")[0]]
+        if fault["type"] == "extra_forbidden" and Path(place).name == "config.yaml":
+            reason += "; if a run's, another version of this code has made it: train it anew"
         raise UserError(f"{place}: {reason}") from None
     source = config.data.users or config.data.dialogues or path or "default"
     config.run.name = config.run.name or Path(source).stem

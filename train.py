@@ -43,7 +43,7 @@ from pydantic import BaseModel
 import data
 import llm
 from config import TINY, Config, GeneratorConfig, RlConfig, load_config
-from files import UserError, digest, file_digest, gather, meet, processes, script
+from files import ROOT, UserError, digest, file_digest, gather, meet, processes, script
 from roles.players import Players, players_of
 from run import Run, one_line, sum_counts
 from serving import feedback
@@ -162,6 +162,7 @@ HOW = (
     "generator.micro_batch", "generator.gradient_checkpointing", "data.feedback",
     "dpo.pairs_per_user",
 )
+WORDS = ROOT / "roles" / "words.yaml"  # by which the rules tell subjects and chores
 # A round of DPO is the same whatever follows it; a reward model or an arm, whatever is beside it.
 ROUNDS = ("dpo.rounds", "dpo.vanilla", "reward.kinds", "rl.arms", "quality.rounds",
           "quality.ablations")
@@ -187,6 +188,8 @@ def stage_key(run: Run, name: str, *without: str) -> str:
         files = [file_digest(Path(llm.model_path(run.config.generator)) / "model.safetensors")]
     if name == "sit" and run.config.sit.corpus_rows:
         files = [file_digest(CORPUS)]
+    if name == "match":  # what the rules take for a subject or a chore tells labels and interests
+        files = [file_digest(WORDS)]
     config = copy.deepcopy(run.config)  # from which settings are taken out
     for setting in (*HOW, *without):
         section, field = setting.split(".")
@@ -220,6 +223,8 @@ def stage_inputs(run: Run, name: str) -> dict:
     for setting in ("users", "impressions", "dialogues", "catalogue", "policies"):
         if name == "world" and (path := getattr(config.data, setting)):
             values[f"data.{setting}, the content"] = file_digest(path)
+    if name == "match":
+        values["roles/words.yaml, the content"] = file_digest(WORDS)
     return {key: value for key, value in values.items() if key not in (*HOW, *ROUNDS)}
 
 
@@ -230,17 +235,23 @@ def refuse_changes(config: Config, named: list[str]) -> None:
     for name in stages if not config.data.feedback else ():
         before = run.folder.record(name).get("settings", {})
         now = json.loads(json.dumps(stage_inputs(run, name))) if before else {}
-        changed = [key for key in before if key in now and now[key] != before[key]]
+        changed = [key for key in before | now if now.get(key, "") != before.get(key, "")]
         begun = changed and not run.folder.has_run(name)
         if not changed or (name in named and not begun):
             continue
         key = changed[0]
+        then, said = (json.dumps(settings.get(key, "")) for settings in (before, now))
         others = f" (and {', '.join(changed[1:4])})" if changed[1:] else ""
-        back = f"bring back {key}" if "," in key else f"{key}={json.dumps(before[key])}"
+        back = f"bring back {key}" if "," in key else f"{key}={then}"
         anew = f"rm -r {run.folder / name}" if begun else f"--stage {name}"
+        if not key.startswith("data.") and not before.keys() >= {key} <= now.keys():
+            raise UserError(
+                f"{key}: stage {name} of {run.folder.path} is of another version of this code, "
+                f"which {'knew' if key in before else 'did not know'} this setting; to train it "
+                f"anew: {anew}; to start another run: run.name=NAME")
         raise UserError(
-            f"{key}={json.dumps(now[key])}: stage {name} of {run.folder.path} was "
-            f"{'begun' if begun else 'trained'} with {json.dumps(before[key])}{others}; to go on "
+            f"{key}={said}: stage {name} of {run.folder.path} was "
+            f"{'begun' if begun else 'trained'} with {then}{others}; to go on "
             f"with it: {back}; to train it anew: {anew}; to start another run: run.name=NAME")
 
 

@@ -189,7 +189,7 @@ def fit_scorer(
                 rows = order[start : start + settings.batch_users]
                 inputs, *labels = training_batch(run, revisits, rows, text_ids)
                 scores, loss = contrast(tower, inputs, *labels, settings, settings.cross_user)
-                # Trees see the order of 70 noisy statistics that towers overfit to.
+                # Trees find what ranks in 72 noisy statistics; towers alone overfit to them.
                 taught = ib.distillation_loss(
                     scores / settings.temperature, log_odds(trees, inputs), inputs["mask"])
                 loss = torch.lerp(loss.mean(), taught.mean(), settings.distillation)  # Eq. (3) + KL

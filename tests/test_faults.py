@@ -139,6 +139,33 @@ def test_changed_settings_are_refused_by_name(folder, tmp_path):
     train.refuse_changes(of(tmp_path, "generator.micro_batch=1", "dpo.rounds=5"), [])
 
 
+def test_what_another_version_of_the_code_has_trained_is_refused(folder, tmp_path):
+    """Settings that are new or gone: no value of today's brings the stage back."""
+    run = Run(of(tmp_path), describe=False)
+    then = {stage: train.stage_inputs(run, stage) for stage in ("rid", "sit")}
+    then["rid"]["rid.forgotten"] = 3
+    del then["sit"]["sit.epochs"]
+    for stage, settings in then.items():
+        finished(folder, stage, settings=settings)
+        said = f"stage {stage} of .* is of another version of .*--stage {stage}"
+        with pytest.raises(UserError, match=said):
+            train.refuse_changes(of(tmp_path), ["rid"] if stage == "sit" else [])
+        train.refuse_changes(of(tmp_path), ["rid", "sit"])
+    config = tmp_path / "config.yaml"
+    config.write_text("rid:\n  forgotten: 3\n")
+    with pytest.raises(UserError, match="unknown setting 'rid.forgotten'.*another version"):
+        load_config(config)
+
+
+def test_other_words_of_the_rules_are_a_change(folder, tmp_path, monkeypatch):
+    finished(folder, "match", settings=train.stage_inputs(Run(of(tmp_path)), "match"))
+    train.refuse_changes(of(tmp_path), [])
+    monkeypatch.setattr(train, "WORDS", tmp_path / "words.yaml")
+    train.WORDS.write_text("words: {}\n")
+    with pytest.raises(UserError, match="words.yaml, the content.*stage match"):
+        train.refuse_changes(of(tmp_path), [])
+
+
 def test_other_content_of_the_same_file_is_a_change(tmp_path):
     users = tmp_path / "users.jsonl"
     users.write_text('{"user_id": "a", "sessions": []}\n')

@@ -396,6 +396,31 @@ def test_what_the_matcher_could_not_say_is_no_label(finished, tmp_path, monkeypa
     assert sum(b for _, b in seen) == others * (flat >= 0).sum() < others * len(flat)
 
 
+def test_a_tower_learns_from_trees_that_have_not_seen_its_fold(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path / "tiny")
+    revisits = match.Revisits(Run(micro(tmp_path)))
+    seen, fit = [], rid.fit_learner
+
+    def watched(run, revisits, rows, name):
+        seen.append((name, {user for user, _ in rows}))
+        return fit(run, revisits, rows, name)
+
+    monkeypatch.setattr(rid, "fit_learner", watched)
+    weights = []
+    for words in ((), ("rid.distillation=0",)):
+        run = Run(micro(tmp_path, "rid.epochs=1", *words))
+        known = revisits.rows(run.ids("train", "valid"))
+        users = list(dict.fromkeys(user for user, _ in known))
+        folds = {user: i % run.config.rid.towers for i, user in enumerate(users)}
+        weights.append(rid.fit_scorer(run, revisits, known, folds).state_dict())
+    towers = run.config.rid.towers
+    assert [name for name, _ in seen[:towers]] == ["trees"] * towers
+    for number, (_, fitted) in enumerate(seen[:towers]):
+        assert fitted == {user for user in users if folds[user] != number}
+    # And what they say is learned from.
+    assert any((weights[0][name] != weights[1][name]).any() for name in weights[0])
+
+
 def test_an_empty_slot_of_a_checkpoint_is_worth_nothing(finished):
     """Else a policy that stops early, with its best starters, would be the better one."""
     run = Run(micro(finished.parent))
