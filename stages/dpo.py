@@ -424,8 +424,8 @@ def list_quality(run: Run, ranker, states: list[UserState], lists) -> dict[str, 
 
 
 def list_qualities(run: Run, ranker, states: list[UserState], lists) -> dict[str, list[float]]:
-    """Utility and diversity of every list of every state in turn. Utility is a mean over K slots, of
-    which an empty one is worth nothing; diversity is that of the starters that are there."""
+    """Utility and diversity of every list of every state in turn. Utility is a mean over K slots,
+    of which an empty one is worth nothing; diversity is that of the starters that are there."""
     run.encoder(sorted({y for user_lists in lists for starters in user_lists for y in starters}))
     utility, diversity, k = [], [], run.config.generator.list_size
     for state, user_lists in zip(states, lists, strict=True):
