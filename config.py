@@ -1,4 +1,4 @@
-"""Settings, their reader, and the folder that a run describes itself in.
+"""Settings and their reader.
 
 Defaults live in the models below and nowhere else. A YAML file overrides them, `section.key=value`
 words on the command line override the file:
@@ -12,32 +12,13 @@ from.
 from __future__ import annotations
 
 import difflib
-import importlib.metadata
-import json
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from files import (
-    AGAIN,
-    ROOT,
-    UserError,
-    atomic_path,
-    digest,
-    file_digest,
-    meet,
-    processes,
-    read_json,
-    write_json,
-)
+from files import UserError
 
 Count = Annotated[int, Field(gt=0)]
 CountFromZero = Annotated[int, Field(ge=0)]
@@ -463,166 +444,3 @@ def _unknown(name: str) -> str:
     close = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(sorted(names))}"
     return f"unknown {kind} '{name}'; {hint}"
-
-
-class RunFolder:
-    """`runs/<name>/`: config.yaml, environment.json, metrics.jsonl and one folder per stage.
-
-    A stage is done when `<stage>/done.json`, its last file, holds the key that it was run with: a
-    digest of all that the stage depends on. Beside the key stand digests of the stage's files and
-    the length of the log by then, so that damage is found and a killed attempt leaves no line.
-    """
-
-    def __init__(self, config: Config, describe: bool = True):
-        # describe: say with which settings it ran; not where a finished run is used.
-        self.path = Path(config.run.root) / config.run.name
-        self.path.mkdir(parents=True, exist_ok=True)
-        if describe:
-            text = yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
-            with atomic_path(self.path / "config.yaml") as temporary:
-                temporary.write_text(text, encoding="utf-8")
-            write_json(self.path / "environment.json", environment(config))
-            if processes()[0] == 0:
-                clear_leftovers(self.path)
-
-    def __truediv__(self, name: str) -> Path:
-        return self.path / name
-
-    def has_run(self, stage: str) -> bool:
-        return (self.path / stage / "done.json").is_file()
-
-    def key(self, stage: str) -> str | None:
-        """With which key it has run, if it has."""
-        return (self._read(stage, "done") or {}).get("key")
-
-    def is_done(self, stage: str, key: str) -> bool:
-        """Did it run with this key, and is what it wrote still there? UserError if damaged."""
-        return self.key(stage) == key and self.is_whole(stage)
-
-    def is_whole(self, stage: str) -> bool:
-        """Are all files there that the stage has written? UserError if one has changed since."""
-        # A missing one is made again; what has changed may be the work of hours, or of somebody.
-        for name, written in self.record(stage).get("files", {}).items():
-            path = self.path / stage / name
-            if not path.is_file():
-                return False
-            if file_digest(path) != written:
-                raise UserError(f"{path}: has changed since stage {stage} wrote it; {AGAIN}")
-        return True
-
-    def begin(self, stage: str, key: str, **record) -> bool:
-        """Has the stage, or a part of one, to run with this key? Then what tells of another run of
-        it is withdrawn first: the record of files that are about to be replaced, and the lines of a
-        killed attempt in the log. record: kept beside it until it is done, and then."""
-        if self.is_done(stage, key):
-            if processes()[0] == 0:  # it was killed behind its last file
-                (self.path / stage / "begun.json").unlink(missing_ok=True)
-            return False
-        if processes()[0] == 0:
-            self.withdraw(stage)
-            self._cut_log()
-            if record:
-                write_json(self.path / stage / "begun.json", {"key": key, "record": record})
-        return True
-
-    def withdraw(self, stage: str) -> None:
-        if processes()[0] == 0:
-            (self.path / stage / "done.json").unlink(missing_ok=True)
-
-    def _cut_log(self) -> None:
-        """Leave in metrics.jsonl what stood there when a stage, or a part of one, was last done."""
-        log, here, length = self.path / "metrics.jsonl", self.path.name, 0
-        for done in self.path.rglob("done.json"):  # a variant starts as a copy, with its own log
-            folder, written = read_json(done).get("record", {}).get("log", (here, 2**60))
-            length = max(length, written) if folder == here else length
-        if log.is_file() and log.stat().st_size > length:
-            os.truncate(log, length)
-
-    def mark_done(self, stage: str, key: str, **figures) -> None:
-        """Say so on disk. All processes come here together: none asks `is_done` meanwhile."""
-        meet()
-        if processes()[0] == 0:
-            folder, log = self.path / stage, self.path / "metrics.jsonl"
-            begun, own = folder / "begun.json", ["done.json", "begun.json"]
-            # sampled.json has its own key: what the next stage sampled, beside the policy.
-            # Without a simulated world's hidden state, which may be taken away: none needs it.
-            files = {name: file_digest(path) for path in sorted(folder.rglob("*"))
-                     if path.is_file() and (name := str(path.relative_to(folder))) not in own
-                     and path.name != "sampled.json" and not name.endswith(".tmp")
-                     and not name.startswith("truth/")}
-            record = self.record(stage) | {"files": files}
-            record["log"] = [self.path.name, log.stat().st_size if log.is_file() else 0]
-            # As it is read again: JSON has no tuples.
-            done = json.loads(json.dumps({"key": key, "record": record, **figures}))
-            write_json(folder / "done.json", done | {"digest": digest(done)})
-            begun.unlink(missing_ok=True)
-        meet()
-
-    def record(self, stage: str) -> dict:
-        """What `begin` and mark_done have noted of a stage that is done or was begun."""
-        last = self._read(stage, "done") or self._read(stage, "begun") or {}
-        return last.get("record", {})
-
-    def _read(self, stage: str, name: str) -> dict | None:
-        path = self.path / stage / f"{name}.json"
-        try:
-            value = read_json(path)
-        except FileNotFoundError:  # or another process has just withdrawn it
-            return None
-        written = value.pop("digest", None) if isinstance(value, dict) else ""
-        if written is not None and written != digest(value):
-            raise UserError(f"{path}: has changed since it was written; {AGAIN}")
-        return value
-
-    def figures(self, stage: str) -> dict:
-        """What mark_done was given for this stage."""
-        done = self._read(stage, "done")
-        if done is None:
-            raise UserError(f"{self.path}: stage {stage} has not run; python train.py first")
-        return {k: v for k, v in done.items() if k not in ("key", "record")}
-
-    def log(self, stage: str, **figures) -> None:
-        """Append one line to metrics.jsonl."""
-        line = json.dumps({"time": round(time.time(), 1), "stage": stage, **figures})
-        if processes()[0] == 0:
-            with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(line + "\n")
-
-
-def clear_leftovers(folder: Path) -> None:
-    """Delete what killed processes of this machine were writing there (files.atomic_path)."""
-    for path in folder.rglob(".*.tmp"):
-        number = path.name.removesuffix(".tmp").removesuffix(".old").rpartition(".")[2]
-        if number.isdigit() and not Path("/proc", number).exists() and Path("/proc").exists():
-            shutil.rmtree(path, ignore_errors=True)  # does nothing to a file
-            path.unlink(missing_ok=True)
-
-
-PACKAGES = """torch transformers peft bitsandbytes sentence-transformers numpy scikit-learn
-    tokenizers pydantic""".split()
-
-
-def environment(config: Config) -> dict:
-    """What a figure of this run depends on besides the config: versions, commit, data, machine."""
-
-    def git(*words):
-        try:
-            done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
-        except OSError:  # no git on this machine
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    changes = git("status", "--porcelain", "--", ".", ":!results")  # None: no repository
-    installed = [one for one in importlib.metadata.distributions() if one.name in PACKAGES]
-    d = config.data  # files are perhaps of a simulated world: empty
-    data = (d.users, d.impressions, d.dialogues)
-    return {
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "machine": platform.platform(),
-        "processors": os.cpu_count(),
-        "versions": {package.name: package.version for package in installed},
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": None if changes is None else bool(changes),
-        "data": {path: file_digest(path) for path in data if Path(path).is_file()},
-    }

@@ -147,6 +147,15 @@ def atomic_path(path: str | Path):
             rest.unlink(missing_ok=True)
 
 
+def clear_leftovers(folder: Path) -> None:
+    """Delete what killed processes of this machine were writing there (atomic_path)."""
+    for path in folder.rglob(".*.tmp"):
+        number = path.name.removesuffix(".tmp").removesuffix(".old").rpartition(".")[2]
+        if number.isdigit() and not Path("/proc", number).exists() and Path("/proc").exists():
+            shutil.rmtree(path, ignore_errors=True)  # does nothing to a file
+            path.unlink(missing_ok=True)
+
+
 AGAIN = "bring back a copy, or delete it and run the stage that writes it again"
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import peft  # noqa: F401 - children find it loaded
 
-import config
+import run
 import train
 from config import Config
 from files import ROOT, script
@@ -107,7 +107,7 @@ class System:
         """In a child: what stands in for models."""
         Encoder.model = Words()
         # Names of packages and of the commit, which are in no comparison, cost as much as a stage.
-        config.environment = lambda _: {}
+        run.environment = lambda _: {}
         if self.method != "icebreaker":
             module = {"garm": garm, "qualeqs": qualeqs}[self.method]
             Suggester.rollouts = module.scripted

@@ -28,11 +28,11 @@ from pathlib import Path
 import numpy as np
 
 import llm
-from config import Config, RunFolder, load_config
+from config import Config, load_config
 from files import UserError, digest, file_digest, gather, processes, read_json, write_json
 from roles.players import Players
 from roles.writer import Writer
-from run import SPLITS, Run, UserState, one_line, shown_before
+from run import SPLITS, Run, RunFolder, UserState, one_line, shown_before
 from serving.store import Store
 from serving.taps import Shown
 from stages import dpo

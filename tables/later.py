@@ -40,11 +40,11 @@ from pydantic import BaseModel, Field, model_validator
 import data
 import icebreaker as ib
 import train
-from config import Config, environment
+from config import Config
 from files import UserError
 from roles.players import Players
 from roles.text import names_subject
-from run import Run
+from run import Run, environment
 from stages import metrics
 from stages.cold_start import PopularStarters
 from stages.eval import write_lists

@@ -17,10 +17,10 @@ import torch
 
 import llm
 import train
-from config import Config, environment
+from config import Config
 from files import digest, read_json, write_json
 from roles.players import Players, players_of
-from run import Run
+from run import Run, environment
 from stages import metrics
 from stages.cold_start import PopularStarters
 from stages.metrics import Lists, PerUser, TopicClassifier

@@ -31,8 +31,9 @@ from pathlib import Path
 import torch
 
 import train
-from config import Config, environment, load_config
+from config import Config, load_config
 from files import ROOT, UserError, digest, read_json, write_json
+from run import environment
 from tables import claims, experiments, report
 from tables.experiments import MAIN
 from tables.measure import measure_seed, report_folder, write_starters

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from config import Config, RunFolder, load_config
+from config import Config, load_config
 from files import (
     ROOT,
     UserError,
@@ -27,6 +27,7 @@ from files import (
     write_json,
     write_tensors,
 )
+from run import RunFolder
 
 SHIPPED = [p for p in sorted((ROOT / "configs").glob("*.yaml")) if p.name != "paper.yaml"]
 
@@ -278,7 +279,7 @@ def test_a_user_error_is_one_message_and_exit_code_2(capsys):
 
 def test_progress_writes_plain_lines_where_there_is_no_terminal(capsys, monkeypatch):
     clock = itertools.count(0, 15)  # seconds; one look a step
-    monkeypatch.setattr("config.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("files.time.monotonic", lambda: next(clock))
     steps = progress(iter("abcd"), "dpo round 1", total=4)
     for number, _ in enumerate(steps, 1):
         steps.set(loss=0.5 / number)

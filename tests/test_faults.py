@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 
 import data
 import train
-from config import RunFolder, load_config
+from config import load_config
 from files import ROOT, UserError, read_json, script, write_json, write_tensors
 from llm.model import save_adapter
-from run import Run
+from run import Run, RunFolder
 from serving import feedback
 from stages.steps import new_optimiser, step
 

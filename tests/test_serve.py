@@ -520,11 +520,15 @@ def test_a_new_round_is_taken_between_batches(tmp_path, monkeypatch):
     monkeypatch.setattr(queue, "RELOAD_SECONDS", 0.05)
     with running(tmp_path) as server:
         put(server, "u1", "trains")
-        assert ask(server, user_id="u1")["model"] == "fake-1"
+        # Else what is still to be written ahead is written by the new round, and lies ready.
+        wait_for(lambda: server.engine.asked and not server.desk.jobs)
+        first = ask(server, user_id="u1")
+        assert first["model"] == "fake-1" and sources(first) == {"cached"}
         server.engine.newer = "fake-2"
         wait_for(lambda: server.engine.version == "fake-2")
-        reply = ask(server, user_id="u1")
-        assert reply["model"] == "fake-2"  # no list of the round before
+        reply = ask(server, user_id="u1")  # more of the round before lie ready
+        assert reply["model"] == "fake-2" and sources(reply) == {"generated"}
+        assert len(server.engine.asked) == 2
 
 
 def test_a_failed_batch_is_answered_500_and_the_thread_lives_on(tmp_path, caplog):

@@ -23,9 +23,9 @@ import data
 import garm
 import llm
 import serve
-from config import RunFolder, load_config
+from config import load_config
 from files import ROOT, UserError, write_tensors
-from run import Run
+from run import Run, RunFolder
 from serving import bodies, openwebui, suggest
 from serving.engine import Ask
 from serving.suggest import Suggested, Suggestion, Suggestions
