@@ -25,6 +25,13 @@ UNREAD = {"zh", "ja", "ko", "ru", "other"}  # what MiniLM, which has read Englis
 
 _TOKEN = re.compile(r"\w+(?:(?:['\-./]|::)\w+)*(?:\+\+|#)?")  # wall-e, isn't, 3.5, std::move, C++
 _MATHS = re.compile(r"\$[^$]*\$|\\\w+")  # TeX, common in forums: no words
+_NOUNS = re.compile("|".join((  # in the classes of a text's words, which are letters of words.yaml
+    # "using teabags" is of teabags, but "a leaking tap" is one; so are "beekeeping." and, though
+    # "learning" alone is a stop word, "machine learning".
+    r"(?<=d)G(?=[APNG])", r"G(?=\.|$)", "(?<=[NA])g",
+    r"(?<=d)A(?=\.|$)",  # shaun of the dead
+    r"(?<![^Nd.])u(?:A(?=\.|$)|(?=[APNG]))",  # tennis us open, us politics
+    r"(?<![^.])[AFGPV](?=x)", r"(?<=x)[AFGPV](?=\.|$)")))  # frozen vs moana
 _QUOTED = re.compile(r"[\"“「《]([^\"“”「」《》]{2,60})[\"”」》]")
 
 
@@ -112,11 +119,18 @@ def _is_title(text: str) -> bool:
     return stops > 2 and not any(token.islower() and len(token) > 3 for token in later)
 
 
-def _names_and_classes(text: str) -> tuple[list[list[str]], list[str], str]:
+@functools.lru_cache(maxsize=100_000)
+def _class_of(word: str) -> str | None:
+    return kind_of.__wrapped__(word, "classes")  # the cache of kind_of is for summaries
+
+
+def _names_and_classes(text: str, by_place: bool) -> tuple[list[list[str]], list[str], str]:
     """(capitalised names; tokens in order; the class of each, a letter of words.yaml, for a stop
-    word d, o, g (gerund) or -, for punctuation a full stop)."""
+    word d, o, u, x, g (gerund) or -, for punctuation a full stop). by_place: verbs are told by
+    what stands around them too. In other languages than English all but stop words are nouns."""
     words, names, tokens, classes = lexicon()["words"], [], [], ""  # in names None ends a run
-    verbs = {m.start(m.lastindex) for m in lexicon()["patterns"]["verb"].finditer(text)}
+    english, pattern = language(text) == "en", lexicon()["patterns"]["verb"]
+    verbs = {m.start(m.lastindex) for m in pattern.finditer(text) if english and by_place}
     end, first, titled = 0, True, _is_title(text)  # first: this token begins a sentence
     for match in _TOKEN.finditer(text):
         token, gap = match[0], text[end : match.start()]
@@ -126,7 +140,7 @@ def _names_and_classes(text: str) -> tuple[list[list[str]], list[str], str]:
             tokens.append("")
             classes += "."
             first = first or any(c in ".?!:;\n" for c in gap)
-        kind = kind_of(low, "classes")
+        kind = _class_of(low) if english else None
         # Adverbs are as good as stop words: "quickly", but not "Emily" or "butterfly".
         stop = low in words["stop"] or (low.endswith("ly") and token == low and kind != "N")
         number = token.isdigit()
@@ -140,7 +154,7 @@ def _names_and_classes(text: str) -> tuple[list[list[str]], list[str], str]:
         else:
             names.append(token if within or (number and names and names[-1]) else None)
         tokens.append(token)
-        classes += ({"N": "g", "d": "d", "o": "o"}.get(kind, "-") if stop else
+        classes += ({"N": "g"}.get(kind, kind if kind in {*"doux"} else "-") if stop else
                     "N" if marked or (inner and token[0].isupper()) else
                     "V" if match.start() in verbs else kind or "N")
         first = False
@@ -148,14 +162,17 @@ def _names_and_classes(text: str) -> tuple[list[list[str]], list[str], str]:
     return [[token.lstrip("?") for token in run] for run in names], tokens, classes
 
 
-def _runs(text: str) -> list[list[list[str]]]:
+def _runs(text: str, by_place: bool = True) -> list[list[list[str]]]:
     """Names, noun phrases, and these with what they are of or about; as runs of tokens."""
-    names, tokens, classes = _names_and_classes(text)
-    # "using teabags" is of teabags, but "a leaking tap" is one; so are "beekeeping." and, though
-    # "learning" alone is a stop word, "machine learning".
-    classes = re.sub(r"(?<=d)G(?=[APNG])|G(?=\.|$)|(?<=[NA])g", "N", classes)
-    # Without a noun what else it says: "Frozen"; but no verb, as in "how to relax".
-    spans = [*re.finditer("(?!G)[APNG]*[NG]", classes)] or [*re.finditer("[APG]+", classes)]
+    names, tokens, classes = _names_and_classes(text, by_place)
+    classes = _NOUNS.sub(lambda found: "N" * len(found[0]), classes)
+    classes = re.sub(r"(?<![^.])F+(?=[APNG])", lambda found: "A" * len(found[0]), classes)
+    spans = [*re.finditer("(?!G)[APNG]*[NG]", classes)]
+    # Without a noun that tells, what else it says, whole: "Frozen", "lost in translation", "inside
+    # out 2"; but no verb, as in "how to relax".
+    if not any(_is_specific(" ".join(tokens[slice(*span.span())])) for span in spans):
+        start = r"(?<![^.])" if spans else ""
+        spans += re.finditer(rf"{start}[APGN]+(?:-N+)?|(?<![^.])F+(?:u|-N+)", classes)
     phrases, whole = [], []
     for span, after in itertools.zip_longest(spans, spans[1:]):
         # Secrets alone are no subject, but what they are of, and the secrets of it.
@@ -188,7 +205,11 @@ def key_phrases(text: str) -> tuple[str, ...]:
         parts = [part.strip(" -·") for part in re.findall(r"[㐀-鿿\w·+#\- ]+", rest)]
         phrases += sorted((part for part in parts if len(part) > 1), key=len, reverse=True)
     else:
-        for runs in _runs(_QUOTED.sub(" , ", text)):
+        text = _QUOTED.sub(" , ", text)
+        rows = _runs(text)
+        if not any(_is_specific(" ".join(run)) for runs in rows for run in runs):
+            rows = _runs(text, by_place=False)  # the verb was the noun: photoshop the basics
+        for runs in rows:
             phrases += [" ".join(run) for run in sorted(runs, key=len)[::-1]]  # of equals the last
     kept: dict[str, str] = {}
     for phrase in phrases:
