@@ -25,13 +25,6 @@ UNREAD = {"zh", "ja", "ko", "ru", "other"}  # what MiniLM, which has read Englis
 
 _TOKEN = re.compile(r"\w+(?:(?:['\-./]|::)\w+)*(?:\+\+|#)?")  # wall-e, isn't, 3.5, std::move, C++
 _MATHS = re.compile(r"\$[^$]*\$|\\\w+")  # TeX, common in forums: no words
-_NOUNS = re.compile("|".join((  # in the classes of a text's words, which are letters of words.yaml
-    # "using teabags" is of teabags, but "a leaking tap" is one; so are "beekeeping." and, though
-    # "learning" alone is a stop word, "machine learning".
-    r"(?<=d)G(?=[APNG])", r"G(?=\.|$)", "(?<=[NA])g",
-    r"(?<=d)A(?=\.|$)",  # shaun of the dead
-    r"(?<![^Nd.])u(?:A(?=\.|$)|(?=[APNG]))",  # tennis us open, us politics
-    r"(?<![^.])[AFGPV](?=x)", r"(?<=x)[AFGPV](?=\.|$)")))  # frozen vs moana
 _QUOTED = re.compile(r"[\"“「《]([^\"“”「」《》]{2,60})[\"”」》]")
 
 
@@ -53,7 +46,7 @@ def lexicon() -> dict[str, dict]:
                   for name, lines in patterns.items()} for section, patterns in sections.items()}
 
 
-@functools.lru_cache(maxsize=100_000)  # a summary is judged at every cut of its user's history
+@functools.lru_cache(maxsize=300_000)  # words, and summaries at every cut of a user's history
 def kind_of(text: str, section: str) -> str | None:
     """The first name in a section of words.yaml whose pattern is in the text."""
     kinds = lexicon()[section].items()
@@ -119,31 +112,23 @@ def _is_title(text: str) -> bool:
     return stops > 2 and not any(token.islower() and len(token) > 3 for token in later)
 
 
-@functools.lru_cache(maxsize=100_000)
-def _class_of(word: str) -> str | None:
-    return kind_of.__wrapped__(word, "classes")  # the cache of kind_of is for summaries
-
-
-def _names_and_classes(text: str, by_place: bool) -> tuple[list[list[str]], list[str], str]:
+def _names_and_classes(text: str, english: bool, by_place: bool) -> tuple[list, list[str], str]:
     """(capitalised names; tokens in order; the class of each, a letter of words.yaml, for a stop
-    word d, o, u, x, g (gerund) or -, for punctuation a full stop). by_place: verbs are told by
-    what stands around them too. In other languages than English all but stop words are nouns."""
+    word d, o, u, x, g (gerund) or -, for punctuation a full stop). by_place: context tells too."""
     words, names, tokens, classes = lexicon()["words"], [], [], ""  # in names None ends a run
-    english, pattern = language(text) == "en", lexicon()["patterns"]["verb"]
-    verbs = {m.start(m.lastindex) for m in pattern.finditer(text) if english and by_place}
+    verbs = {m.start(m.lastindex) for m in lexicon()["patterns"]["verb"].finditer(text) if by_place}
     end, first, titled = 0, True, _is_title(text)  # first: this token begins a sentence
     for match in _TOKEN.finditer(text):
         token, gap = match[0], text[end : match.start()]
-        low, end = token.casefold(), match.end()
+        low, end, number = token.casefold(), match.end(), token.isdigit()
         if gap.strip():  # punctuation ends both
             names.append(None)
             tokens.append("")
             classes += "."
             first = first or any(c in ".?!:;\n" for c in gap)
-        kind = _class_of(low) if english else None
+        kind = kind_of(low, "classes") if english else None
         # Adverbs are as good as stop words: "quickly", but not "Emily" or "butterfly".
         stop = low in words["stop"] or (low.endswith("ly") and token == low and kind != "N")
-        number = token.isdigit()
         marked = token[1:] != token[1:].lower() or (not number and any(map(str.isdigit, token)))
         within = names and names[-1] and low in words["inside"]  # Lord of the Rings
         inner = not titled and not first and len(token) > 1  # "A" and "I" tell nothing
@@ -162,23 +147,20 @@ def _names_and_classes(text: str, by_place: bool) -> tuple[list[list[str]], list
     return [[token.lstrip("?") for token in run] for run in names], tokens, classes
 
 
-def _runs(text: str, by_place: bool = True) -> list[list[list[str]]]:
-    """Names, noun phrases, and these with what they are of or about; as runs of tokens."""
-    names, tokens, classes = _names_and_classes(text, by_place)
-    classes = _NOUNS.sub(lambda found: "N" * len(found[0]), classes)
-    classes = re.sub(r"(?<![^.])F+(?=[APNG])", lambda found: "A" * len(found[0]), classes)
+def _phrases(text: str, english: bool, by_place: bool) -> list[str]:
+    """Names, noun phrases, and these with what they are of; long ones and the last first."""
+    names, tokens, classes = _names_and_classes(text, english, by_place)
+    classes = lexicon()["patterns"]["noun"].sub(lambda found: "N" * len(found[0]), classes)
     spans = [*re.finditer("(?!G)[APNG]*[NG]", classes)]
-    # Without a noun that tells, what else it says, whole: "Frozen", "lost in translation", "inside
-    # out 2"; but no verb, as in "how to relax".
+    # Without a noun that tells, what else it says: "lost in translation", but no verb, "to relax".
     if not any(_is_specific(" ".join(tokens[slice(*span.span())])) for span in spans):
-        start = r"(?<![^.])" if spans else ""
-        spans += re.finditer(rf"{start}[APGN]+(?:-N+)?|(?<![^.])F+(?:u|-N+)", classes)
-    phrases, whole = [], []
+        spans += re.finditer(r"(?<![^.])([APGN]+(-N+)?|F-?[uN])" + "|[APG]+" * (not spans), classes)
+    rows = names, phrases, whole = names, [], []
     for span, after in itertools.zip_longest(spans, spans[1:]):
         # Secrets alone are no subject, but what they are of, and the secrets of it.
         of = after and re.fullmatch("od?", classes[span.end() : after.start()])
         (whole if of else phrases).append(tokens[span.start() : (after if of else span).end()])
-    return [names, phrases, whole]
+    return [" ".join(run) for runs in rows for run in sorted(runs, key=len)[::-1]]
 
 
 def _split(tokens: list[str | None]) -> list[list[str]]:
@@ -197,20 +179,17 @@ def _split(tokens: list[str | None]) -> list[list[str]]:
 def key_phrases(text: str) -> tuple[str, ...]:
     """Specific subjects of a text, best first: quoted, names, then other noun phrases, whole."""
     text = _MATHS.sub(" , ", _one_spelling(text[:2000]))  # no page is a summary
-    phrases = [quoted.strip() for quoted in _QUOTED.findall(text)]
-    if language(text) == "ja":  # names stand in characters and katakana, the rest in hiragana
+    phrases, lang = [quoted.strip() for quoted in _QUOTED.findall(text)], language(text)
+    if lang == "ja":  # names stand in characters and katakana, the rest in hiragana
         phrases += sorted(re.findall("[㐀-鿿々ァ-ヺー]{2,}", text), key=len, reverse=True)
-    elif language(text) == "zh":  # no spaces and no capitals: what the words of asking leave
+    elif lang == "zh":  # no spaces and no capitals: what the words of asking leave
         rest = lexicon()["patterns"]["request_zh"].sub("\n", _QUOTED.sub("\n", text))
         parts = [part.strip(" -·") for part in re.findall(r"[㐀-鿿\w·+#\- ]+", rest)]
         phrases += sorted((part for part in parts if len(part) > 1), key=len, reverse=True)
     else:
         text = _QUOTED.sub(" , ", text)
-        rows = _runs(text)
-        if not any(_is_specific(" ".join(run)) for runs in rows for run in runs):
-            rows = _runs(text, by_place=False)  # the verb was the noun: photoshop the basics
-        for runs in rows:
-            phrases += [" ".join(run) for run in sorted(runs, key=len)[::-1]]  # of equals the last
+        tries = (_phrases(text, lang == "en", by_place) for by_place in (lang == "en", False))
+        phrases += next((found for found in tries if any(map(_is_specific, found))), [])
     kept: dict[str, str] = {}
     for phrase in phrases:
         low = phrase.casefold()
