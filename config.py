@@ -178,7 +178,7 @@ class SitConfig(Section):
 
 class DpoConfig(Section):
     rounds: Count = 1
-    max_users: CountFromZero = 24  # per round, drawn at random; 0: all there are
+    max_users: CountFromZero = 20  # per round, drawn at random; 0: all there are
     samples: Count = 4  # lists sampled per user and round
     teacher_lists: CountFromZero = 2  # lists of the teacher that join the pool
     beam: Count = 8
@@ -283,7 +283,7 @@ class AbConfig(Section):  # what --reproduce compares, and the simulated online 
 
 
 class EvalConfig(Section):
-    max_users: CountFromZero = 24  # test users of the stage, drawn at random; 0: all there are
+    max_users: CountFromZero = 20  # test users of the stage, drawn at random; 0: all there are
     lists: Count = 1  # sampled per user and method by the stage; --reproduce writes ab.lists
     bootstrap: Count = 1000
     examples: CountFromZero = 6  # users on the page of examples
