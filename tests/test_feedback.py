@@ -26,18 +26,19 @@ from stages import dpo
 
 # What the teacher writes. LIVELY starters differ from one another, DULL ones hardly do. So people
 # who tap the first are served better by every figure, on any machine, once these are written more;
-# and if they tap the second, diversity must fall.
+# and if they tap the second, diversity must fall. Four dull ones: of nine kinds a policy wrote the
+# three that are lively in a sixth of what it sampled, which leaves a round too little to find.
 LIVELY = ["Quiz me on {x}", "Plan a weekend around {x}", "Write a poem about {x}"]
-DULL = [f"{word} facts about {{x}}" for word in ("Some", "More", "All", "Key", "Big", "Odd")]
+DULL = [f"{word} facts about {{x}}" for word in ("Some", "More", "All", "Key")]
 KINDS = {"en": LIVELY + DULL, "zh": ["考考我对{x}的了解", "{x}的未来会怎样？", "为{x}设计一张海报"]}
 # Two interests a user: with four, the subjects alone keep lists apart. As all tap alike here, what
-# is common to all counts in full.
+# is common to all counts in full, and diversity may not fall for it.
 SMALL = """world.users=60 world.impressions_per_user=30 world.starter_pool=200
     rid.epochs=2 rid.towers=2 rid.min_keep=2 ranker.epochs=20 ranker.personal=0.5
     generator.list_size=3 generator.max_new_tokens=40
     sit.max_rows=120 sit.epochs=4 sit.learning_rate=3e-3
     dpo.max_users=30 dpo.rounds=1 dpo.samples=4 dpo.checkpoints=1 dpo.vanilla=false
-    dpo.learning_rate=2e-4 dpo.teacher_lists=2
+    dpo.learning_rate=2e-4 dpo.teacher_lists=2 dpo.weight=0.2 dpo.sft_weight=1
     data.train=0.4 data.judge=0.25 data.valid=0.25 data.test=0.1""".split()
 ROUND = ["ranker", "dpo"]
 CANARY = "Quxholm"  # a place of which the run has never heard
@@ -126,7 +127,8 @@ def test_what_everybody_taps_is_written_more(improved, tapped, capsys):
     run = improved / "tiny"
     before = lively_share(improved, "dpo/round1/adapter")
     after = lively_share(improved, "feedback/round1/adapter")
-    assert 0.05 < before < 0.6 and after > before + 0.1
+    # Also where held-out people saw no gain in the run's own round, and before is what SIT writes.
+    assert 0.15 < before < 0.6 and after > before + 0.1
     verdict = read_json(run / "feedback" / "round1" / "verdict.json")
     now = read_json(run / "feedback" / "current.json")
     assert verdict["accepted"] and verdict["written"]["utility"]["low"] > 0
