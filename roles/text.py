@@ -157,8 +157,9 @@ def _phrases(text: str, english: bool, by_place: bool) -> list[str]:
         spans += re.finditer(r"(?<![^.])([APGN]+(-N+)?|F-?[uN])" + "|[APG]+" * (not spans), classes)
     rows = names, phrases, whole = names, [], []
     for span, after in itertools.zip_longest(spans, spans[1:]):
-        # Secrets alone are no subject, but what they are of, and the secrets of it.
-        of = after and re.fullmatch("od?", classes[span.end() : after.start()])
+        # Secrets alone are no subject, but what they are of, and the secrets of it; two words are
+        # where it is any one of its kind: the neural network of a drone.
+        of = after and re.fullmatch("[APNG]+o|[NG]od", classes[span.start() : after.start()])
         (whole if of else phrases).append(tokens[span.start() : (after if of else span).end()])
     return [" ".join(run) for runs in rows for run in sorted(runs, key=len)[::-1]]
 
