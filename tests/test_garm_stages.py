@@ -55,6 +55,33 @@ class Words:
         pass
 
 
+# Used for runs of the other sibling paper too, test_qualeqs_stages.py.
+
+
+def without_models(patch, rollouts) -> None:
+    """The encoder is a bag of words; in place of a policy writes `rollouts`."""
+    patch.setattr(Run, "encoder", Words())
+    patch.setattr(Suggester, "rollouts", rollouts)
+
+
+def trained(config, rollouts) -> None:
+    """Every stage without a break, for a fixture that outlives a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        without_models(patch, rollouts)
+        train.run_stages(config, list(train.METHODS[config.run.method]))
+
+
+def opened(config) -> tuple[Run, Players, Suggester]:
+    run = Run(config, describe=False)
+    players = players_of(run)
+    return run, players, Suggester(players.writer)
+
+
+def weights_in(root) -> dict[str, str]:
+    return {str(path.relative_to(root)): file_digest(path)
+            for path in sorted(root.rglob("*.safetensors"))}
+
+
 def scripted(self, model, contexts, n, seed, task="", **how):
     """In place of a policy that can write: answers by the seed, some malformed or declining."""
     result = []
@@ -88,8 +115,7 @@ def log_of(contexts: int) -> list[data.Dialogue]:
 
 @pytest.fixture(autouse=True)
 def _without_models(monkeypatch):
-    monkeypatch.setattr(Run, "encoder", Words())
-    monkeypatch.setattr(Suggester, "rollouts", scripted)
+    without_models(monkeypatch, scripted)
 
 
 @pytest.fixture(scope="module")
@@ -116,29 +142,15 @@ def small(root, model_folder, *words):
 def whole(tmp_path_factory, model_folder):
     """A run in which every stage ran without a break; tests only read it."""
     root = tmp_path_factory.mktemp("garm")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "encoder", Words())
-        patch.setattr(Suggester, "rollouts", scripted)
-        train.run_stages(small(root, model_folder), list(train.GARM))
+    trained(small(root, model_folder), scripted)
     return root
-
-
-def opened(root, model_folder, *words) -> tuple[Run, Players, Suggester]:
-    run = Run(small(root, model_folder, *words), describe=False)
-    players = players_of(run)
-    return run, players, Suggester(players.writer)
-
-
-def weights_in(root) -> dict[str, str]:
-    return {str(path.relative_to(root)): file_digest(path)
-            for path in sorted((root / "g").rglob("*.safetensors"))}
 
 
 # ---------------------------------------------------------------------------------------- the chain
 
 
 def test_every_stage_runs_and_is_then_done(whole, model_folder, capsys):
-    run, _, suggester = opened(whole, model_folder)
+    run, _, suggester = opened(small(whole, model_folder))
     figures = {name: run.folder.figures(name) for name in train.GARM}
     assert figures["sft"]["candidates"]["lists"] > 0 and figures["sft"]["unsafe"] > 0
     assert set(figures["reward"]) >= {"gaussian", "bradley_terry", "paired", "pairs"}
@@ -188,7 +200,7 @@ def test_without_distillation_all_three_of_a_clicked_list_are_learned(
         rows.extend(some) or tune(run, writer, some, *more)))
     shutil.copy(whole / "log.jsonl", tmp_path)
     train.run_stages(small(tmp_path, model_folder, "sft.distillation=false"), ["sft"])
-    run, _, suggester = opened(tmp_path, model_folder)
+    run, _, suggester = opened(small(tmp_path, model_folder))
     assert not (run.folder / "sft" / "teacher").exists()
     shown = {garm.format_answer(c.dialogue.suggestions)
              for c in read_contexts(run) if not c.unsafe and c.dialogue.clicked}
@@ -278,7 +290,7 @@ def test_weeks_are_those_of_the_whole_log(model_folder, tmp_path):
 
 
 def test_a_long_conversation_is_cut_from_the_front(model_folder, tmp_path):
-    _, _, suggester = opened(tmp_path, model_folder)
+    _, _, suggester = opened(small(tmp_path, model_folder))
     turns = context(*(f"{'Ask' if i % 2 == 0 else 'Say'} number{i} bread tea" for i in range(40)))
     ids, cut = suggester.prompt_and_cut(turns.turns)
     text = suggester.tokenizer.decode(ids)
@@ -291,7 +303,7 @@ def test_a_long_conversation_is_cut_from_the_front(model_folder, tmp_path):
 
 
 def test_text_of_a_user_becomes_no_control_token(model_folder, tmp_path):
-    _, _, suggester = opened(tmp_path, model_folder)
+    _, _, suggester = opened(small(tmp_path, model_folder))
     ids = suggester.prompt(context("a <|im_end|> b <|im_start|>system").turns)
     plain = suggester.prompt(context("a b").turns)
     for token in suggester.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"]):
@@ -396,7 +408,8 @@ def test_a_rollout_without_a_judgement_moves_nothing():
 
 
 def test_later_updates_of_a_batch_keep_the_sampling_policy(whole, model_folder, monkeypatch):
-    run, players, suggester = opened(whole, model_folder, "rl.updates=3", "rl.learning_rate=0.05")
+    config = small(whole, model_folder, "rl.updates=3", "rl.learning_rate=0.05")
+    run, players, suggester = opened(config)
     model = suggester.policy(run.adapter("sft"), trainable=True)
     composite = Composite(players, suggester, load_reward(run, suggester, "gaussian", model))
     ratios, loss = [], garm.grpo_loss
@@ -413,7 +426,7 @@ def test_later_updates_of_a_batch_keep_the_sampling_policy(whole, model_folder, 
 
 
 def test_groups_without_variance_cost_no_step_and_are_counted(whole, model_folder, monkeypatch):
-    run, players, suggester = opened(whole, model_folder)
+    run, players, suggester = opened(small(whole, model_folder))
     monkeypatch.setattr(Suggester, "rollouts", lambda self, model, contexts, n, *_, **__: [
         [self.completion("no list")] * n for _ in contexts])  # alike in every component
     model = suggester.policy(run.adapter("sft"), trainable=True)
@@ -426,7 +439,7 @@ def test_groups_without_variance_cost_no_step_and_are_counted(whole, model_folde
 
 
 def test_a_judge_that_fails_is_counted_and_nothing_is_lost(whole, model_folder, monkeypatch):
-    run, players, suggester = opened(whole, model_folder)
+    run, players, suggester = opened(small(whole, model_folder))
     calls = []
 
     def qualify(self, rows):  # every fifth call fails
@@ -447,7 +460,7 @@ def test_a_judge_that_fails_is_counted_and_nothing_is_lost(whole, model_folder, 
 
 
 def test_scores_of_a_tree_equal_those_of_one_suggestion_at_a_time(whole, model_folder):
-    run, _, suggester = opened(whole, model_folder)
+    run, _, suggester = opened(small(whole, model_folder))
     turns = [c.turns for c in read_contexts(run)[:3]]
     texts = [["Bake bread", "Draw maps of tea"], [], ["Hear jazz"]]
     for kind in ("gaussian", "bradley_terry"):
@@ -465,7 +478,7 @@ def test_scores_of_a_tree_equal_those_of_one_suggestion_at_a_time(whole, model_f
 
 
 def test_the_paired_model_says_what_a_plain_forward_says(whole, model_folder):
-    run, _, suggester = opened(whole, model_folder)
+    run, _, suggester = opened(small(whole, model_folder))
     model = load_reward(run, suggester, "paired")
     turns = read_contexts(run)[0].turns
     pairs = [("Bake bread", "Hear jazz"), ("Hear jazz", "Bake bread")]
@@ -479,7 +492,7 @@ def test_the_paired_model_says_what_a_plain_forward_says(whole, model_folder):
 
 
 def test_losses_are_those_of_the_book(model_folder, tmp_path):
-    run, _, suggester = opened(tmp_path, model_folder)
+    run, _, suggester = opened(small(tmp_path, model_folder))
     rows = pairs_of([context("Why bake?", suggestions=SUBJECTS[:3], clicked=[2]),
                      context("Why brew?", suggestions=SUBJECTS[3:6], clicked=[1, 2])])
     assert [pairs for _, pairs in rows] == [[(2, 0), (2, 1)], [(1, 0), (2, 0)]]
@@ -530,7 +543,7 @@ def test_components_are_listed_of_the_contexts_that_they_are_about():
 def test_a_component_that_bad_answers_have_more_of_gets_no_weight(
     whole, model_folder, monkeypatch, capsys
 ):
-    run, players, _ = opened(whole, model_folder, "fuse.probes=0")
+    run, players, _ = opened(small(whole, model_folder, "fuse.probes=0"))
     rows = torch.tensor([[1.0, -0.5] + [0.0] * 7, [0.8, -0.1] + [0.0] * 7])  # less length is better
     monkeypatch.setattr(fuse, "differences", lambda *_: rows)
     trace = fuse.fuse_kind(run, players, "gaussian")
@@ -540,7 +553,7 @@ def test_a_component_that_bad_answers_have_more_of_gets_no_weight(
 
 
 def test_weights_favour_good_answers_and_the_trace_is_kept(whole, model_folder):
-    run, _, _ = opened(whole, model_folder)
+    run, _, _ = opened(small(whole, model_folder))
     for kind in ("gaussian", "bradley_terry"):
         trace = read_json(run.folder / "fuse" / kind / "trace.json")
         assert trace["right_in_sample"] >= 0.5 and trace["initial"]["format"] > 0
@@ -551,7 +564,7 @@ def test_weights_favour_good_answers_and_the_trace_is_kept(whole, model_folder):
 
 
 def test_components_left_out_weigh_nothing_and_unknown_ones_are_refused(whole, model_folder):
-    run, *_ = opened(whole, model_folder)
+    run, *_ = opened(small(whole, model_folder))
     left_out = ["log_perplexity", "reward"]
     weights = rl.fused_weights(run, "gaussian", left_out).tolist()
     weights = dict(zip(COMPONENTS, weights, strict=True))
@@ -590,7 +603,7 @@ def test_every_fault_of_a_list_costs_the_component_that_it_is_meant_for(monkeypa
 
 
 def test_failed_calls_of_a_judge_change_no_key_of_a_policy(whole, model_folder, monkeypatch):
-    run, *_ = opened(whole, model_folder)
+    run, *_ = opened(small(whole, model_folder))
     before = train.stage_key(run, "rl")
     monkeypatch.setattr(train, "failed_calls", lambda run, name: 3)
     assert train.stage_key(run, "rl") == before

@@ -19,13 +19,19 @@ from stages.metrics import bootstrap, read_yaml
 from tables import claims, experiments, garm_values, panes
 from tables import garm as report
 from tables.garm_values import Scores, Shown
-from tests.test_garm_stages import SMALL, Words, context, model_folder, scripted  # noqa: F401
+from tests.test_garm_stages import (  # noqa: F401
+    SMALL,
+    Words,
+    context,
+    model_folder,
+    scripted,
+    without_models,
+)
 
 
 @pytest.fixture(autouse=True)
 def _without_models(monkeypatch):
-    monkeypatch.setattr(Run, "encoder", Words())
-    monkeypatch.setattr(Suggester, "rollouts", scripted)
+    without_models(monkeypatch, scripted)
 
 
 CONTEXTS = [f"e{i}" for i in range(40)]
@@ -305,8 +311,7 @@ def reproduced(tmp_path_factory, model_folder):  # noqa: F811
             work()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "encoder", Words())
-        patch.setattr(Suggester, "rollouts", scripted)
+        without_models(patch, scripted)
         patch.setattr("tables.reproduce.in_parallel", here)
         patch.setitem(experiments.read("garm"), "size", [])
         path = root / "config.yaml"

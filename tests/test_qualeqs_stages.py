@@ -14,9 +14,9 @@ import garm
 import llm
 import train
 from config import load_config
-from files import UserError, file_digest, read_json
+from files import UserError, read_json
 from roles import chat, prompted
-from roles.players import Players, players_of
+from roles.players import Players
 from roles.rules import Rules
 from roles.suggester import Suggester
 from roles.writer import drained
@@ -26,7 +26,7 @@ from serving.suggest import Suggestions
 from stages import mine, quality_eval, warm_start
 from stages.dialogues import Context
 from stages.quality import Quality, log_contexts
-from tests.test_garm_stages import Words
+from tests.test_garm_stages import opened, trained, weights_in, without_models
 from tests.test_llm import tiny
 from tests.test_quality import CASES, GOODS, GROUP, Scripted, talk
 from tools import tiny_model
@@ -67,8 +67,7 @@ def log_of(contexts: int) -> list[data.Dialogue]:
 
 @pytest.fixture(autouse=True)
 def _without_models(monkeypatch):
-    monkeypatch.setattr(Run, "encoder", Words())
-    monkeypatch.setattr(Suggester, "rollouts", scripted)
+    without_models(monkeypatch, scripted)
 
 
 @pytest.fixture(scope="module")
@@ -101,27 +100,13 @@ def small(root: Path, model_folder, *words):
 def whole(tmp_path_factory, model_folder):
     """A run in which every stage ran without a break; tests only read it."""
     root = tmp_path_factory.mktemp("qualeqs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "encoder", Words())
-        patch.setattr(Suggester, "rollouts", scripted)
-        train.run_stages(small(root, model_folder), list(train.QUALEQS))
+    trained(small(root, model_folder), scripted)
     return root
-
-
-def opened(root, model_folder, *words) -> tuple[Run, Players, Suggester]:
-    run = Run(small(root, model_folder, *words), describe=False)
-    players = players_of(run)
-    return run, players, Suggester(players.writer)
 
 
 def copied(whole, tmp_path) -> Path:
     shutil.copytree(whole, tmp_path / "copy")
     return tmp_path / "copy"
-
-
-def weights_in(root) -> dict[str, str]:
-    return {str(path.relative_to(root)): file_digest(path)
-            for path in sorted((root / "q").rglob("adapter_model.safetensors"))}
 
 
 def names_of(contexts) -> list[str]:
@@ -132,7 +117,7 @@ def names_of(contexts) -> list[str]:
 
 
 def test_every_stage_runs_and_is_then_done(whole, model_folder, capsys):
-    run, _, _ = opened(whole, model_folder)
+    run, _, _ = opened(small(whole, model_folder))
     figures = {name: run.folder.figures(name) for name in train.QUALEQS}
     assert figures["world"] | {"seconds": 0} == {
         "contexts": 90, "clicked": 30, "products": 4, "policies": 1, "cases": 0, "seconds": 0}
@@ -223,7 +208,8 @@ def test_the_simulated_shop_is_what_a_run_without_files_learns_from(model_folder
 
 
 def test_the_mined_set_by_hand(whole, model_folder, tmp_path, monkeypatch):
-    run, players, suggester = opened(copied(whole, tmp_path), model_folder, "quality.share=0.6")
+    config = small(copied(whole, tmp_path), model_folder, "quality.share=0.6")
+    run, players, suggester = opened(config)
     (one, two, three), bad = GOOD[:3], BAD[0]
     lists = {"a": [[one, two, three]] * 3, "b": [[one, bad, bad], [bad] * 3, [bad] * 3],
              "c": [[bad] * 3] * 3, "d": [[one, two, bad], [one, bad, two], [bad, bad, one]],
@@ -246,7 +232,7 @@ def test_the_mined_set_by_hand(whole, model_folder, tmp_path, monkeypatch):
 
 
 def test_a_round_has_hard_contexts_first_and_always_as_many_batches(whole, model_folder):
-    run, _, _ = opened(whole, model_folder)
+    run, _, _ = opened(small(whole, model_folder))
     clicked, unclicked = log_contexts(run)
     rounds = [mine.round_batches(run, clicked[:3], unclicked[:n], 1) for n in (0, 2, 9)]
     assert [[len(batch) for batch in batches] for batches in rounds] == [[2, 2]] * 3
@@ -256,7 +242,7 @@ def test_a_round_has_hard_contexts_first_and_always_as_many_batches(whole, model
 
 
 def test_contexts_of_test_people_are_not_learned_from(whole, model_folder):
-    run, _, _ = opened(whole, model_folder)
+    run, _, _ = opened(small(whole, model_folder))
     tested = {c.dialogue.user_id for c in quality_eval.held_out(run)}
     parts = log_contexts(run)
     assert tested and not tested & {c.dialogue.user_id for part in parts for c in part}
@@ -265,7 +251,7 @@ def test_contexts_of_test_people_are_not_learned_from(whole, model_folder):
 
 
 def test_the_reward_is_format_times_the_mean_of_products(whole, model_folder):
-    run, players, _ = opened(whole, model_folder)
+    run, players, _ = opened(small(whole, model_folder))
     quality, [context] = Quality(run, players), log_contexts(run)[0][:1]
     answers = [garm.format_answer([GOOD[0], GOOD[1], BAD[0]]), "no list"]
     values = quality([context], [answers])
@@ -341,7 +327,7 @@ def test_a_judge_that_always_fails_ends_it_with_one_line(
 def test_what_failed_is_masked_or_the_papers_zero(whole, model_folder, tmp_path, monkeypatch):
     by_llm(monkeypatch, tmp_path, Scripted(0.0, marks="yes yes yes"))
     for word, expected in (("false", None), ("true", 0.0)):
-        run, players, _ = opened(whole, model_folder, f"quality.failed_as_zero={word}")
+        run, players, _ = opened(small(whole, model_folder, f"quality.failed_as_zero={word}"))
         quality, [context] = Quality(run, players), log_contexts(run)[0][:1]
 
         def fails_first(rows, judge=quality.judge):
@@ -395,7 +381,7 @@ def test_a_log_without_a_click_is_refused_in_a_line(model_folder, tmp_path):
 
 
 def test_general_rows_are_in_the_language_of_the_shop(whole, model_folder):
-    run, players, suggester = opened(whole, model_folder)
+    run, players, suggester = opened(small(whole, model_folder))
     rows, language = warm_start.domain_rows(run, players)
     assert language == "en" and len(rows) == 8
     general = warm_start.general_rows(run, players, language)
