@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 import tempfile
 import time
+import xml.etree.ElementTree as xml
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,7 +26,7 @@ from pathlib import Path
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # before torch: forks
 sys.path.append(str(Path(__file__).parents[1] / "tests"))  # tests import each other by name
 
-from benchmarks import fault_rows  # noqa: E402
+from benchmarks import fault_inputs, fault_runs  # noqa: E402
 from files import ROOT, read_json, write_json  # noqa: E402
 
 PAGE, KEPT = ROOT / "results" / "reliability.md", ROOT / "results" / "reliability.json"
@@ -48,37 +50,56 @@ class Row:
             print(f"  broken: {fault}", flush=True)
 
 
+def tested(files: str, chosen: str) -> Callable:
+    """A row that runs these tests by pytest, the hypothesis ones with more examples."""
+
+    def run(bench: fault_runs.Bench, row: Row) -> None:
+        report = bench.folder / "report.xml"
+        paths = [path for name in files.split() if (path := ROOT / "tests" / name).is_file()]
+        subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "--hypothesis-profile=many",
+             f"--junitxml={report}", "-k", chosen, *map(str, paths)], cwd=ROOT,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for case in xml.parse(report).iter("testcase"):
+            bad = [*case.iter("failure"), *case.iter("error")]
+            skipped = any(True for _ in case.iter("skipped"))
+            row.count("tests skipped" if skipped else "tests passed",
+                      f"{case.get('classname')}.{case.get('name')}" if bad else "")
+
+    return run
+
+
 # Row -> (promise, what runs it).
 ROWS: dict[str, tuple[str, Callable]] = {
     "resume": ("exact resume: kill -9 in each stage, 1 in 4 at a sync or rename; the same command "
-               "again: weights, artifacts and metric log bit for bit", fault_rows.resume),
+               "again: weights, artifacts and metric log bit for bit", fault_runs.resume),
     "atomic": ("a kill at every write, sync and rename of a save leaves old or new; a flipped or "
                "cut file of a finished run is named in one line, or made again as it was",
-               fault_rows.atomic),
+               fault_runs.atomic),
     "sigterm": ("SIGTERM: code 143 within 30 s, nothing half left, resumed bit for bit",
-                fault_rows.sigterm),
+                fault_runs.sigterm),
     "disk": ("full disk (a limit on files' size), read-only folders: one line, code 2, earlier "
-             "artifacts intact; goes on where there is room again", fault_rows.disk),
+             "artifacts intact; goes on where there is room again", fault_runs.disk),
     "settings": ("other data, base model, loss or beta: refused by the field's name, with the "
-                 "commands to go on or to start anew; config.yaml stays", fault_rows.settings),
+                 "commands to go on or to start anew; config.yaml stays", fault_runs.settings),
     "nan": ("NaN or infinite loss: stops before the optimiser's step, names step and examples",
-            fault_rows.nan),
-    "determinism": ("same seed, same machine: identical files", fault_rows.determinism),
+            fault_runs.nan),
+    "determinism": ("same seed, same machine: identical files", fault_runs.determinism),
     "data": ("malformed files: an error with its line, or a clean read; 2 GB in a line: flat "
-             "memory", fault_rows.malformed),
+             "memory", fault_inputs.malformed),
     "parser": ("fuzzed outputs: never raises, nothing has a reason, never two starters in one",
-               fault_rows.parser),
+               fault_inputs.parser),
     "control": ("control text: every added token of three tokenizers at 20 places of a text; 200 "
-                "delimiters and 100 instructions that a model obeys", fault_rows.control),
+                "delimiters and 100 instructions that a model obeys", fault_inputs.control),
     "strangers": ("strangers' artifacts: planted pickles never run; names that are paths, and "
-                  "links, are refused", fault_rows.strangers),
-    "truncation": ("what is cut or dropped is counted", fault_rows.tested(
+                  "links, are refused", fault_inputs.strangers),
+    "truncation": ("what is cut or dropped is counted", tested(
         "test_garm_stages.py test_prompts.py test_suggest.py test_llm.py",
         "cut or beyond_the_prompt or empty_input")),
     "llm": ("remote LLM: time-outs, resets, 429, 500, a slow drip, an endless body, wrong JSON, "
-            "redirects", fault_rows.tested("test_chat.py", "not local and not reading")),
+            "redirects", tested("test_chat.py", "not local and not reading")),
     "service": ("service: kills, a damaged store, bad asks, half heads, slow bodies, deletions",
-                fault_rows.tested(
+                tested(
                     "test_serve.py test_store.py test_suggest.py",
                     "kill or damaged or bad_ask or failed or half or slow or deletion or "
                     "too_long or readiness or large_body or dawdle or full_queue")),
@@ -104,7 +125,7 @@ def page(kept: dict[str, dict]) -> str:
         cells = ["–", "not run", "–", "–"] if row is None else [
             f"{row['tries']:,}", ", ".join(f"{k} {n:,}" for k, n in row["seen"].items()),
             str(len(row["broken"])), f"{row['seconds']:.0f}"]
-        some = row and name in fault_rows.OF_RUNS and row["methods"] != [*fault_rows.METHODS]
+        some = row and name in fault_runs.OF_RUNS and row["methods"] != [*fault_runs.METHODS]
         label = f"{name} ({', '.join(row['methods'])} alone)" if some else name
         lines.append(f"| {label} | {promise} | " + " | ".join(cells) + " |")
     broken = [f"- {name}: {fault}" for name, row in kept.items() for fault in row["broken"]]
@@ -116,11 +137,11 @@ def main() -> None:
     parser.add_argument("--tries", type=int, default=20, help="kills of a stage, flips of a run, …")
     parser.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", default=[*ROWS],
                         help=", ".join(ROWS))
-    parser.add_argument("--methods", nargs="+", choices=fault_rows.METHODS,
-                        default=[*fault_rows.METHODS], metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", choices=fault_runs.METHODS,
+                        default=[*fault_runs.METHODS], metavar="METHOD")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        bench = fault_rows.Bench(Path(folder), arguments.methods, arguments.tries)
+        bench = fault_runs.Bench(Path(folder), arguments.methods, arguments.tries)
         for name in arguments.only:
             print(f"{name}: running", flush=True)
             row, before, started = Row(), cpu(), time.monotonic()
