@@ -282,7 +282,7 @@ def distillation_loss(scores: Tensor, taught: Tensor, mask: Tensor) -> Tensor:
     student, teacher = (
         x.masked_fill(~mask, -1e4).log_softmax(1) for x in (scores.float(), taught.float())
     )
-    return (teacher.exp() * (teacher - student)).sum(1)
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
 
 
 def per_user_auc(scores, labels) -> float:

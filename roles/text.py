@@ -150,18 +150,19 @@ def _names_and_classes(text: str, english: bool, by_place: bool) -> tuple[list, 
 def _phrases(text: str, english: bool, by_place: bool) -> list[str]:
     """Names, noun phrases, and these with what they are of; long ones and the last first."""
     names, tokens, classes = _names_and_classes(text, english, by_place)
-    classes = lexicon()["patterns"]["noun"].sub(lambda found: "N" * len(found[0]), classes)
+    classes = lexicon()["patterns"]["noun"].sub(lambda match: "N" * len(match[0]), classes)
     spans = [*re.finditer("(?!G)[APNG]*[NG]", classes)]
     # Without a noun that tells, what else it says: "lost in translation", but no verb, "to relax".
     if not any(_is_specific(" ".join(tokens[slice(*span.span())])) for span in spans):
         spans += re.finditer(r"(?<![^.])([APGN]+(-N+)?|F-?[uN])" + "|[APG]+" * (not spans), classes)
-    rows = names, phrases, whole = names, [], []
+    phrases, whole = [], []
     for span, after in itertools.zip_longest(spans, spans[1:]):
         # Secrets alone are no subject, but what they are of, and the secrets of it; two words are
         # where it is any one of its kind: the neural network of a drone.
         of = after and re.fullmatch("[APNG]+o|[NG]od", classes[span.start() : after.start()])
         (whole if of else phrases).append(tokens[span.start() : (after if of else span).end()])
-    return [" ".join(run) for runs in rows for run in sorted(runs, key=len)[::-1]]
+    rows = (sorted(runs, key=len)[::-1] for runs in (names, phrases, whole))
+    return [" ".join(run) for runs in rows for run in runs]
 
 
 def _split(tokens: list[str | None]) -> list[list[str]]:

@@ -431,7 +431,7 @@ def list_qualities(run: Run, ranker, states: list[UserState], lists) -> dict[str
     for state, user_lists in zip(states, lists, strict=True):
         for starters in user_lists:
             vectors = run.encoder(starters)  # (K, D)
-            utility.append(utilities(ranker, state, vectors).sum().item() / k if starters else 0.0)
+            utility.append(utilities(ranker, state, vectors).sum().item() / k)
             diversity.append(ib.list_diversity(vectors @ vectors.T).item())
     return {"utility": utility, "diversity": diversity}
 

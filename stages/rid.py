@@ -33,6 +33,7 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from torch.nn.utils.rnn import pad_sequence
 from torch.optim.swa_utils import AveragedModel
 
 import icebreaker as ib
@@ -169,7 +170,7 @@ def fit_scorer(
     for number, tower in enumerate(bar := progress(scorer.towers, "rid")):
         held_out = [row for row in known if folds[row[0]] == number]
         rest = [row for row in known if folds[row[0]] != number]
-        trees = fit_learner(run, revisits, rest, "trees")  # as strange to the fold as the tower
+        taught = trees_odds(run, revisits, rest)  # by trees as strange to the fold as the tower
         cuts = defaultdict(list)
         for user_id, cut in rest:
             cuts[user_id].append(cut)
@@ -190,9 +191,10 @@ def fit_scorer(
                 inputs, *labels = training_batch(run, revisits, rows, text_ids)
                 scores, loss = contrast(tower, inputs, *labels, settings, settings.cross_user)
                 # Trees find what ranks in 72 noisy statistics; towers alone overfit to them.
-                taught = ib.distillation_loss(
-                    scores / settings.temperature, log_odds(trees, inputs), inputs["mask"])
-                loss = torch.lerp(loss.mean(), taught.mean(), settings.distillation)  # Eq. (3) + KL
+                odds = pad_sequence([taught[row] for row in rows], batch_first=True)  # (B, N)
+                distance = ib.distillation_loss(
+                    scores / settings.temperature, odds, inputs["mask"])
+                loss = torch.lerp(loss.mean(), distance.mean(), settings.distillation)
                 optimiser.zero_grad()
                 loss.backward()
                 norm = torch.nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
@@ -333,11 +335,11 @@ def fit_learner(run: Run, revisits: Revisits, rows: list[Row], name: str):
     return LEARNERS[name]().fit(inputs[answered], labels[answered])
 
 
-def log_odds(learner, inputs: dict) -> torch.Tensor:
-    """A learner's log-odds of a revisit (B, N) of scorer inputs; 0 of pads."""
-    odds, mask = torch.zeros(inputs["mask"].shape), inputs["mask"]
-    odds[mask] = torch.from_numpy(learner.decision_function(inputs["statistics"][mask])).float()
-    return odds
+def trees_odds(run: Run, revisits: Revisits, rows: list[Row]) -> dict[Row, torch.Tensor]:
+    """Log-odds (N,) of a revisit of each row's summaries, by trees fitted on these rows."""
+    trees, histories = fit_learner(run, revisits, rows, "trees"), histories_of(run, rows)[0]
+    odds = (trees.decision_function(statistics(history)) for history in histories)
+    return {row: torch.from_numpy(x).float() for row, x in zip(rows, odds, strict=True)}
 
 
 def compare_gates(revisits: Revisits, gates: dict[str, Distiller], unseen, histories, scores):
