@@ -359,8 +359,6 @@ def check(new: Round) -> dict:
         if fallen(row):  # one is enough
             faults.append(f"{name} of lists as {kind} fell")
     reason = "; ".join(faults) or "neither utility nor diversity fell"
-    if len({*map(_weights, new.adapters)}) == 1:
-        reason = f"no checkpoint was better, so that only the ranker is new; {reason}"
     reason = f"{reason} on {len(states)} held-out users, 95 %: {', '.join(lines)}"
     return verdict | {"accepted": not faults, "reason": reason}
 

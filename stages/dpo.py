@@ -9,9 +9,9 @@ from its own lists, ordered by likeness to what was tapped. Under torchrun the p
 users; each step sees the same global batch.
 
 Departures: a term for the likelihood of the chosen lists beside Eq. (6), without which it falls
-with that of the rejected ones; of a round the checkpoint with the best held-out utility and
-diversity stays; some of a pool's lists are the teacher's; a list that may not be shown whole is
-rejected too, or nothing would speak against starters that are too long.
+with that of the rejected ones; of several checkpoints of a round (dpo.checkpoints) the one with the
+best held-out utility and diversity stays; some of a pool's lists are the teacher's; a list that may
+not be shown whole is rejected too, or nothing would speak against starters that are too long.
 
 A mined pair is one chosen list and up to four rejected ones, one of each kind: worse in utility
 alone, in diversity alone, in both (icebreaker.mine_preferences), unfit to show. SIT's policy is the
@@ -107,7 +107,7 @@ def held_out_states(run: Run) -> list[UserState]:
     a round trains on."""
     settings, rng = run.config.dpo, random.Random(run.seed("held out"))
     states = [state for u in run.ids("valid") if (state := run.states[u][-1]).interests]
-    lists = HELD_OUT_LISTS * (settings.checkpoints + 1)  # of a user: at the start, at checkpoints
+    lists = HELD_OUT_LISTS * settings.checkpoints  # of a user
     most = settings.max_users * settings.samples // lists or len(states)
     return rng.sample(states, min(most, len(states)))
 
@@ -133,7 +133,10 @@ def train_round(
     pairs = [pair for pair in gather(mined) if pair]  # of all processes, in the order of users
     if not earlier + pairs:
         raise UserError("dpo: no preference pair found; lower dpo.margin or raise dpo.samples")
-    held_out = HeldOut(run, writer, ranker, others, label) if others else None
+    # The start is no checkpoint: whether a round helps is for the evaluation to say, and, where a
+    # policy is served, for the check of stage feedback. On so few lists chance would decide.
+    compared = others and run.config.dpo.checkpoints > 1
+    held_out = HeldOut(run, writer, ranker, others, label) if compared else None
     reference = model  # Eq. (6): the policy at the start of the round, or always SIT's
     if run.config.dpo.reference == "sit" and number != 1:  # where round 1 starts anyway
         reference = writer.policy(run.adapter("sit"))
@@ -303,8 +306,6 @@ def align(
     marks = {round(steps * (i + 1) / settings.checkpoints) for i in range(settings.checkpoints)}
     optimiser, schedule = new_optimiser(model, settings.learning_rate, steps)
     best, log, policy = Best(model), [], llm.averaged_gradients(model)
-    if held_out:  # the start is a checkpoint too: a round may bring nothing
-        best.offer(held_out(model))
     for number in (bar := progress(range(1, steps + 1), f"dpo {label}")):
         # The first pass keeps the order of the reference: equal batches round alike, so that the
         # first loss is ln 2 exactly.

@@ -248,14 +248,13 @@ def curves(rows: list[dict], panels: list[dict], path, title: str) -> None:
             start[part], end = end, end + steps[-1]["step"]
     for labels in map(dict, panels):
         stage, field, series = labels.pop("stage"), labels.pop("field"), {}
-        held_out = field == "held_out"
+        kind = "held_out" if field == "held_out" else "loss"
         for (*key, part), steps in logged.items():
             begin = start.get(part, 0)
             xy = [(begin + row["step"] if "step" in row else row["epoch"] + 1, row[field])
                   for row in steps if row.get(field) is not None]
-            if xy and key == [stage, "held_out" if held_out else "loss"]:
-                # The held-out figure is relative to where its round started.
-                x, y = zip(*[(begin, 1.0)] * held_out, *xy, strict=True)
+            if xy and key == [stage, kind]:
+                x, y = zip(*xy, strict=True)
                 series[RANKER_NAMES.get(part, part or "")] = {"x": x, "y": y}
         if series:
             drawn.append(Panel(series=series, **labels))

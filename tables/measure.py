@@ -210,7 +210,6 @@ def basis(run: Run, truth: people.Truth, classifier, users: list[str], texts: di
     texts: user -> IceBreaker's starters.
     """
     config, starters = run.config, [y for theirs in texts.values() for y in theirs]
-    rounds = [run.folder.figures(f"dpo/round{n + 1}") for n in range(config.dpo.rounds)]
     kept = np.array([len(run.states[u][-1].interests) for u in users])
     return {
         "rid": run.folder.figures("rid"),  # AUC of the scorer and of its baselines
@@ -220,5 +219,4 @@ def basis(run: Run, truth: people.Truth, classifier, users: list[str], texts: di
         "classifier_on_starters": hidden.classifier_accuracy(truth, classifier, starters),
         # The gate can act only where more pass it than it must keep.
         "above_least": float((kept > config.rid.min_keep).mean()),
-        "kept_start": [figures["held_out"] <= 1 + 1e-9 for figures in rounds],  # 1: the start
     }

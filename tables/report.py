@@ -118,8 +118,6 @@ def basis_table(seeds: Seeds) -> str:
     basis = [s["basis"] for s in seeds]  # nested: "ranker.judge.ece" is a path into it
     values = {name: [functools.reduce(operator.getitem, path.split("."), b) for b in basis]
               for name, path in experiments.read()["basis"].items()}
-    values |= {f"in round {i} of DPO no checkpoint was better than its start": kept
-               for i, kept in enumerate(zip(*(b["kept_start"] for b in basis), strict=True), 1)}
     ours, sft = (per_seed(seeds, m, "lexical_compared") for m in ("IceBreaker", "SFT"))
     values["IceBreaker's share of SFT's keywords, weighed by table 1's lists"] = [
         a.mean() / b.mean() for a, b in zip(ours, sft, strict=True)]

@@ -46,7 +46,7 @@ def seed_values(number: int, lift: float = 0.5, users: int = 30) -> dict:
         },
         "basis": {
             "above_least": 0.5, "matcher": {"precision": 0.9, "recall": 0.8}, "classifier": 0.5,
-            "classifier_on_starters": 0.5, "kept_start": [True, False],
+            "classifier_on_starters": 0.5,
             "rid": {
                 **dict.fromkeys(["auc", "auc_trees", "auc_logistic"], 0.6),
                 "auc_frequency": 0.5, "auc_recency": 0.5,
