@@ -17,10 +17,12 @@ import numpy as np
 from files import UserError, progress, read_json, write_json
 from roles.players import Players
 from roles.writer import Writer
-from run import Run
+from run import Run, UserState
 from stages import metrics
+from stages.cold_start import PopularStarters
 from stages.metrics import Lists, PerUser, escape, markdown_table
 from stages.ranker import judge_of
+from stages.sit import taught_lists
 from world import people
 
 LATEST = 8  # summaries of a user that a page shows
@@ -28,7 +30,7 @@ LATEST = 8  # summaries of a user that a page shows
 
 def compared_methods(run: Run) -> dict[str, tuple[Path | None, bool]]:
     """Method -> (adapter, whether it is given the distilled interests)."""
-    # The order is the table's; None is the base without an adapter.
+    # None is the base without an adapter.
     table = {"PE": (None, False), "PE+RID": (None, True), "SFT": (run.adapter("sit"), True)}
     if run.impressions:
         if run.config.dpo.vanilla and "skipped" not in run.folder.figures("dpo/vanilla"):
@@ -53,6 +55,28 @@ def write_lists(
     return lists
 
 
+def controls(run: Run, players: Players, states: dict[str, UserState], truth) -> Lists:
+    """What needs no generator. A method that is not above these has learned nothing.
+
+    teacher: whom SIT imitates; interests: the trigger interests themselves; deployed: what the
+    simulated platform's retrieval shows; popular: what others tapped; random: shown starters.
+    """
+    n, k, users = run.config.eval.lists, run.config.generator.list_size, [*states]
+    # Of an LLM as teacher a list may be missing: an empty one counts 0, as any method's does.
+    taught = taught_lists(run, players, [*states.values()], n, "eval")
+    lists = {"teacher": {u: rows or [[]] for u, rows in zip(users, taught, strict=True)},
+             "interests": {u: [s.interests[:k]] for u, s in states.items()}}
+    if truth:
+        lists["deployed"] = people.retrieved_lists(
+            run.config.world, [run.users[u] for u in users], n, run.seed("eval"))
+    if run.impressions:
+        popular, rng = PopularStarters(run), random.Random(run.seed("eval random"))
+        shown = sorted({y for row in run.impressions for y in row.starters})
+        lists["popular"] = {u: [popular(run.users[u].profile)] for u in users}
+        lists["random"] = {u: [rng.sample(shown, min(k, len(shown)))] for u in users}
+    return lists
+
+
 def stage_eval(run: Run, players: Players, key: str) -> dict:
     """Let every method write for the test users; judge the lists; write the report."""
     settings, folder = run.config.eval, run.folder / "eval"
@@ -72,12 +96,13 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
     ]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     metrics.write_pages(folder, {"starters.jsonl": text})
+    # Hidden state is opened here for the first time: every method has written by now.
+    truth = None if run.config.data.users else people.load_truth(run.folder / "world")
+    lists |= controls(run, players, states, truth)  # in no file of starters, but in the table
     # All at once: what is measured one list at a time below is only looked up.
     run.encoder(sorted({y for m in lists.values() for u in m.values() for x in u for y in x}))
     # Without logs of taps there is no ranker; "train" shows reward hacking beside "judge".
     rankers = {m: judge_of(run, name) for m, name in metrics.RANKERS.items() if run.impressions}
-    # Hidden state is opened here for the first time: everything has been written by now.
-    truth = None if run.config.data.users else people.load_truth(run.folder / "world")
     classifier, k = metrics.TopicClassifier(run.encoder), run.config.generator.list_size
     values = metrics.measure(
         lists, rankers, run.encoder, classifier, run.corpus, whole, k, truth)

@@ -28,7 +28,7 @@ from roles.text import grounded, names_subject
 Lists = dict[str, dict[str, list[list[str]]]]  # method -> user -> lists of starters
 PerUser = dict[str, dict[str, dict[str, float]]]  # method -> metric -> user -> value
 
-RANKERS = {"utility": "judge", "train_utility": "train"}  # metric: mean score by this ranker
+RANKERS = {"utility": "judge", "train_utility": "train"}  # metric: score of a slot by this ranker
 # Metrics over a base -> what of both is compared.
 LIFTS = {"r_user": "utility", "r_score": "utility", "train_r_score": "train_utility"}
 # Metrics of which the wrong-user control is taken.
@@ -194,7 +194,8 @@ def measure(
         metrics[name] = lambda u, ys, is_about=is_about: (
             sum(is_about(y, histories[u]) for y in ys) / max(1, len(ys)))
     for name, score in rankers.items():  # none without logs of taps
-        metrics[name] = lambda u, y, score=score: float(np.mean(score(u, y))) if y else 0.0
+        # Over K slots, of which an empty one is worth nothing: what says less is worth less.
+        metrics[name] = lambda u, y, score=score: float(sum(score(u, y))) / k if y else 0.0
     if truth:  # only of the simulated platform
         metrics |= {"true_clicks": truth.expected_clicks, "cascade_clicks": truth.cascade_clicks}
     values = {method: {name: {u: float(np.mean([metric(u, y) for y in rows]))

@@ -2,8 +2,7 @@
 
     python eval.py --reproduce all --seeds 3     # results/claims.md; the claims are in claims.yaml
 
-A claim says that one side lies above another: it holds where the 95 % interval of the difference
-lies above zero, does not hold where it lies below, and is undecided where it covers zero.
+A claim says that one side lies above another; verdicts.py says when that holds.
 Unstated in the paper: how its claims were tested; users are drawn again within each seed here.
 
 Legend: S seeds, U users of one seed, C categories of what is counted.
@@ -18,6 +17,17 @@ import numpy as np
 
 from stages.metrics import bootstrap, markdown_table, seeds_again, user_values
 from tables import experiments
+from tables.verdicts import (
+    ENOUGH,
+    HOLDS,
+    NOT,
+    RULE,
+    UNDECIDED,
+    of_interval,
+    share_of_effect,
+    sign_flip,
+    verdicts,
+)
 from world import ab
 
 Seeds = list[dict]  # report/values.json of each seed
@@ -114,24 +124,28 @@ def pooled_interval(
     return (by_seed.mean(), *np.nanquantile(drawn, [0.025, 0.975])), by_seed, now.mean(1)
 
 
-# Each way to compare returns (difference, low, high), the difference of each seed, both sides.
+# Each way to compare returns (difference, low, high), p of it, the difference of each seed, both
+# sides.
 def _by_users(seeds: Seeds, claim: Claim, hierarchical: bool) -> tuple:
     rows = paired(seeds, claim.metric, claim.more, claim.less, claim.factor, claim.base)
     # Of all users that a side has, those without the other too.
     sides = [np.mean([values.mean() for values in per_seed(seeds, m, claim.metric, claim.base)])
              for m in (claim.more, claim.less)]
-    return bootstrap(rows, hierarchical=hierarchical), [gaps.mean() for gaps in rows], sides
+    interval = bootstrap(rows, hierarchical=hierarchical)
+    return interval, sign_flip(rows), [gaps.mean() for gaps in rows], sides
 
 
 def _online(seeds: Seeds, claim: Claim, hierarchical: bool) -> tuple:
     arms, results = (claim.more, claim.less, claim.metric), [s["ab"] for s in seeds]
     value, interval = ab.beats(results, *arms)  # per mille
     sides = [ab.beats(results, arm, ab.CONTROL, claim.metric)[0] for arm in arms[:2]]
-    return (value, *interval), [ab.beats([one], *arms)[0] for one in results], sides
+    by_seed = [ab.beats([one], *arms)[0] for one in results]
+    return (value, *interval), of_interval(value, *interval), by_seed, sides
 
 
 def _by_counts(seeds: Seeds, claim: Claim, hierarchical: bool) -> tuple:
-    return pooled_interval(seeds, claim.metric, claim.more, claim.less, hierarchical)
+    interval, *rest = pooled_interval(seeds, claim.metric, claim.more, claim.less, hierarchical)
+    return interval, of_interval(*interval), *rest
 
 
 def judged(
@@ -148,15 +162,19 @@ def judged(
             key, compare = POOLED[claim.metric][0], _by_counts
         if key and not all(m in s[key] for s in seeds for m in (claim.more, claim.less)):
             continue  # a method that was not trained, e.g. fewer rounds were asked for
-        (value, low, high), by_seed, sides = compare(seeds, claim, hierarchical)
-        verdict = "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
+        (value, low, high), p, by_seed, sides = compare(seeds, claim, hierarchical)
         rows.append(vars(claim) | {
             "sides": [*map(float, sides)], "value": float(value),
-            "interval": [float(low), float(high)], "verdict": verdict,
+            "interval": [float(low), float(high)], "p": p,
             # Of how much trainings differ the interval says nothing.
             "same_sign": sum(bool(np.sign(gap) == np.sign(value)) for gap in by_seed),
-            "seeds": len(seeds),
+            "seeds": len(seeds), "share": share_of_effect(claim.paper, *map(float, sides)),
         })
+    for table in {row["table"] for row in rows}:  # Holm's correction is for the claims of a table
+        some = [row for row in rows if row["table"] == table]
+        said = verdicts([row["interval"] for row in some], [row["p"] for row in some])
+        for row, verdict in zip(some, said, strict=True):
+            row["verdict"] = verdict
     return rows
 
 
@@ -165,11 +183,14 @@ def counted(rows: list[dict]) -> str:
     parts = []
     for whose, ours in (("of the paper", False), ("of our own", True)):
         some = [row for row in rows if (row["paper"] == OURS) == ours]
-        verdicts = [row["verdict"] for row in some]
-        hold, open_, fail = (verdicts.count(v) for v in ("holds", "undecided", "does not hold"))
-        always = sum(r["verdict"] == "holds" and r["same_sign"] == r["seeds"] for r in some)
+        said = [row["verdict"] for row in some]
+        hold, open_, fail = (said.count(verdict) for verdict in (HOLDS, UNDECIDED, NOT))
+        always = sum(r["verdict"] == HOLDS and r["same_sign"] == r["seeds"] for r in some)
+        sized = [row for row in some if row["share"] is not None]
+        again = sum(row["verdict"] == HOLDS and row["share"] >= ENOUGH for row in sized)
+        size = f"; of {len(sized)} whose size can be compared {again} are reproduced" * bool(sized)
         parts.append(f"{len(some)} claims {whose}: {hold} hold ({always} of them with the same "
-                     f"sign on every seed), {open_} are undecided, {fail} do not hold")
+                     f"sign on every seed), {open_} are undecided, {fail} do not hold{size}")
     return "; ".join(parts)
 
 
@@ -182,9 +203,11 @@ def claims_page(rows: list[dict], note: str, name: str = "claims") -> str:
         value, low, high = (f"{gap:+{form}}" for gap in (row["value"], *row["interval"]))
         cells.append([row["table"], row["text"], unit, row["paper"], f"{more} against {less}",
                       f"{value} [{low}, {high}]", f"**{row['verdict']}**",
+                      "–" if row["share"] is None else f"{row['share']:.2g}",
                       f"{row['same_sign']} of {row['seeds']}"])
-        if row["verdict"] != "holds":
+        if row["verdict"] != HOLDS:
             reasons.setdefault(row["why"], []).append(row["text"])
     why = "\n".join(f"- {'; '.join(claims)}: *{reason}*." for reason, claims in reasons.items())
     return texts["page"].format(
-        note=note, counted=counted(rows), table=markdown_table(texts["head"], cells), why=why)
+        note=note, counted=counted(rows), rule=RULE, why=why,
+        table=markdown_table(texts["head"], cells))

@@ -28,7 +28,7 @@ from tables import experiments, figures, siblings
 from tables.claims import Seeds, claims_page, counted, judged, per_seed, pooled_interval
 from tables.garm_values import measure_seed, train_run
 from tables.report import in_all
-from tables.seeds import summary
+from tables.seeds import summary, with_verdicts
 from tables.siblings import Paper, again, origin
 
 
@@ -66,7 +66,7 @@ def cell(seeds: Seeds, method: str, metric: str, form: str) -> str:
     """Mean and interval; – where the metric is not of this method."""
     if any(not s["values"].get(method, {}).get(metric) for s in seeds):
         return "–"
-    return summary(per_seed(seeds, method, metric), form)[0]
+    return summary(per_seed(seeds, method, metric), form)
 
 
 def pooled_cell(seeds: Seeds, method: str, metric: str, key: str) -> str:
@@ -89,7 +89,7 @@ def policy_table(seeds: Seeds, table: dict) -> str:
         base, clicks = (np.mean([x.mean() for x in per_seed(seeds, m, "click_rate")])
                         for m in ("PE", method))
         rows.append([
-            method, f"{good:.0f}/{100 - good - bad:.0f}/{bad:.0f}", summary(net, "+.0f")[0],
+            method, f"{good:.0f}/{100 - good - bad:.0f}/{bad:.0f}", summary(net, "+.0f"),
             *(cell(seeds, method, metric, form) for metric, (_, form) in columns.items()),
             f"{100 * (clicks / base - 1):+.1f} %" if base else "–", paper])
     return markdown_table(
@@ -149,8 +149,8 @@ def observation_table(seeds: Seeds) -> str:
         if {more, less} <= {*in_all(seeds)}:
             gaps = [np.subtract(*(per_seed([s], kind, "score")[0] for kind in (more, less)))
                     for s in seeds]
-            rows.append([text, *summary(gaps, "+.2f")])
-    return markdown_table(["observation", "difference", "above zero"], rows)
+            rows.append(([text], gaps, "+.2f"))
+    return markdown_table(["observation", "difference", "above zero"], with_verdicts(rows))
 
 
 # ----------------------------------------------------------------------------------------- figure 6

@@ -243,16 +243,17 @@ def section(kept: Later) -> str:
     for yardstick, title in texts["yardsticks"].items():
         columns = {t: (name.format(yardstick), form) for t, (name, form) in texts["columns"].items()
                    if is_there(name.format(yardstick))}
-        table = [[metrics.escape(m), *(seeds.summary([rows_of(values, name, m)], form)[0]
+        table = [[metrics.escape(m), *(seeds.summary([rows_of(values, name, m)], form)
                                        for name, form in columns.values())] for m in methods]
         tables += [f"### {title}", "", metrics.markdown_table(["", *columns], table)]
-    gaps = [[f"{more} - {less}", title, *seeds.summary(
-                [rows_of(values, name, more) - rows_of(values, name, less)], "+.3f")]
+    gaps = [([f"{more} - {less}", title],
+             [rows_of(values, name, more) - rows_of(values, name, less)], "+.3f")
             for title, name in texts["compared"].items() if is_there(name)
             for more, less in texts["differences"] if {more, less} <= {*methods}]
-    tables += ["### Differences", "", metrics.markdown_table(texts["head"], gaps)]
+    verdicts = seeds.with_verdicts(gaps)
+    tables += ["### Differences", "", metrics.markdown_table(texts["head"], verdicts)]
     rid = [[title, metrics.escape(method), str(len(rows)),
-            seeds.summary([[*rows.values()]], ".3f")[0]]
+            seeds.summary([[*rows.values()]], ".3f")]
            for title, name in texts["rid"].items() for method, rows in values.get(name, {}).items()]
     tables += ["### Interests", "", metrics.markdown_table(texts["rid_head"], rid)]
     about = {key: metrics.escape(str(value)) for key, value in kept.model_dump().items()}

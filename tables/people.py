@@ -11,6 +11,7 @@ Legend: B people, N summaries of a person, D embedding.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -36,6 +37,8 @@ from run import Run, history_of, profile_vector
 from stages import metrics
 from stages.eval import LATEST, examples_page, write_lists
 from stages.rid import Distiller
+from stages.sit import read_corpus
+from tables import seeds
 
 QUESTIONS = ("tap", "about", "true", "put")  # people.yaml puts them
 Mark = create_model(  # of one list by one reader: to how many of its starters the answer is yes
@@ -77,7 +80,7 @@ def judged(run: Run, players: Players, file: str, users: list[data.User], least:
     n = getattr(run.config.eval, setting)
     most = n or len(users) * (setting == "max_users")  # of which 0 means all
     # One at a time: an LLM may be asked for the summaries.
-    known = map(players.summarised, in_order(run, users, halves))
+    known = map(without_lent, map(players.summarised, in_order(run, users, halves)))
     fit = [*itertools.islice((user for user in known if len(user.sessions) >= least), most)]
     if not fit:
         odd = ", an odd SHA-256 of the user_id" * (halves == 1)
@@ -86,6 +89,23 @@ def judged(run: Run, players: Players, file: str, users: list[data.User], least:
     if len(fit) < n:
         print(f"{file}: only {len(fit)} people fit (eval.{setting}={n})", file=sys.stderr)
     return fit
+
+
+def without_lent(user: data.User) -> data.User:
+    """The user without sessions whose summary the teacher corpus has of somebody else.
+
+    A question interests many people: of the corpus's real titles most stand in the histories of
+    the other half too, and SIT has seen starters for them.
+    """
+    sessions = [s for s in user.sessions if s.summary not in lent_titles()]
+    return user.model_copy(update={"sessions": sessions})
+
+
+@functools.cache
+def lent_titles() -> frozenset[str]:
+    """Interests of the teacher corpus that are real people's."""
+    real = (row for row in read_corpus() if row.source != "invented")
+    return frozenset(title for row in real for title in row.interests)
 
 
 def resonance(
@@ -182,6 +202,15 @@ def read_marks(file: str, lists: dict, faults: data.Faults) -> dict:
     return shares
 
 
+def agreement(marks: dict[tuple, list[np.ndarray]]) -> str:
+    """Pearson's r between the first two readers' shares of each question; – of a single one."""
+    both = np.array([some[:2] for some in marks.values() if len(some) > 1])  # (lists, 2, questions)
+    if len(both) < 3:
+        return "–"
+    return ", ".join(f"{question} {np.corrcoef(both[:, 0, i], both[:, 1, i])[0, 1]:.2f}"
+                     for i, question in enumerate(QUESTIONS))
+
+
 def add_marks(files: list[str], out: Path) -> None:
     """Count marks, a file a reader, into the head of people.md; raises DataError of all faults."""
     key, faults, marks = read_json(out / "people_key.json"), data.Faults(), defaultdict(list)
@@ -192,15 +221,22 @@ def add_marks(files: list[str], out: Path) -> None:
         for place, shares in read_marks(file, lists, faults).items():
             marks[place].append(shares)
     faults.refuse()
-    table = []
-    for method in rows[0]["starters"]:
-        places = [place for place in marks if key[place[0]][place[1]] == method]  # one a person
-        means = np.transpose([np.mean(marks[place], 0) for place in places])  # (questions, B)
-        cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*metrics.bootstrap([x])) for x in means]
-        table.append([method, *cells, f"{np.mean([len(lists[place]) for place in places]):.1f}"])
-    text = metrics.read_yaml("tables/people.yaml")["marks"]
-    text = MARKS + text.format(people=len(places), readers=len(files)) + "\n\n"
+    places = {method: [place for place in marks if key[place[0]][place[1]] == method]
+              for method in rows[0]["starters"]}  # one a person, in the same order
+    means = {method: np.transpose([np.mean(marks[place], 0) for place in some])  # (questions, B)
+             for method, some in places.items()}
+    table = [[method, *(seeds.summary([x], ".2f") for x in means[method]),
+              f"{np.mean([len(lists[place]) for place in some]):.1f}"]
+             for method, some in places.items()]
+    texts = metrics.read_yaml("tables/people.yaml")
+    gaps = [([f"{more} - {less}", QUESTIONS[i]], [means[more][i] - means[less][i]], "+.2f")
+            for more, less in texts["differences"] if {more, less} <= {*means} for i in (0, 1, 2)]
+    text = MARKS + texts["marks"].format(
+        people=len({person for person, _ in marks}), readers=", ".join(Path(f).stem for f in files),
+        alike=agreement(marks)) + "\n\n"
     text += metrics.markdown_table(["Method", *QUESTIONS, "starters"], table)
+    text += "\n" + metrics.markdown_table(
+        ["difference", "question", "mean", "verdict"], seeds.with_verdicts(gaps))
     # Nothing in people's texts is a heading.
     head, people = (out / "people.md").read_text(encoding="utf-8").split("\n\n## ", 1)
     metrics.write_pages(out, {"people.md": head.split(MARKS)[0] + text + "\n## " + people})

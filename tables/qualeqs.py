@@ -144,7 +144,7 @@ def round_table(seeds: Seeds) -> str:
         gap = before and paired(seeds, "strict_accuracy", name, before)
         rows.append([name, cell(seeds, name, "strict_accuracy", ".3f"),
                      cell(seeds, name, "valid_rate", ".3f"),
-                     summary(gap, "+.3f")[0] if before else "–"])
+                     summary(gap, "+.3f") if before else "–"])
     return markdown_table(["", "strict", "valid", "strict, gained"], rows)
 
 

@@ -19,6 +19,7 @@ from files import ROOT, UserError, read_json
 from stages.metrics import bootstrap, escape, markdown_table, read_yaml, write_pages
 from tables.claims import paired, per_seed
 from tables.report import in_all
+from tables.verdicts import narrow, sign_flip, verdicts
 
 
 class SeedRun(BaseModel, extra="forbid", allow_inf_nan=False):
@@ -104,11 +105,18 @@ def by_method(run: SeedRun) -> dict:
                        for method in next(iter(run.values.values()))}}
 
 
-def summary(rows: list, form: str, bound: float = 0.0) -> tuple[str, str]:
-    """("mean [low, high]", whether that lies above a bound) of users' values (U,) of each seed."""
-    value, low, high = bootstrap(rows, hierarchical=True)
-    verdict = "holds" if low > bound else "not" if high < bound else "undecided"
-    return f"{value:{form}} [{low:{form}}, {high:{form}}]", f"**{verdict}**"
+def summary(rows: list, form: str) -> str:
+    """"mean [low, high]" of users' values (U,) of each seed."""
+    return "{:{form}} [{:{form}}, {:{form}}]".format(
+        *bootstrap(rows, hierarchical=True), form=form)
+
+
+def with_verdicts(rows: list[tuple[list[str], list, str]]) -> list[list[str]]:
+    """Rows of a table of differences: (first cells, users' differences (U,) of each seed, form)."""
+    intervals = [bootstrap(gaps, hierarchical=True)[1:] for _, gaps, _ in rows]
+    said = verdicts(intervals, [sign_flip(gaps) for _, gaps, _ in rows])
+    return [[*cells, summary(gaps, form), f"**{verdict}**"]
+            for (cells, gaps, form), verdict in zip(rows, said, strict=True)]
 
 
 def page(runs: list[SeedRun], command: str) -> str:
@@ -118,7 +126,7 @@ def page(runs: list[SeedRun], command: str) -> str:
     # Without logs no ranker judges, without the simulated world no truth.
     columns = {title: column for title, column in texts["metrics"].items()
                if all(column[0] in run.values for run in runs)}
-    means = [[title, *(summary(per_seed(seeds, method, metric), form)[0] for method in have)]
+    means = [[title, *(summary(per_seed(seeds, method, metric), form) for method in have)]
              for title, (metric, form) in columns.items()]
     differences = []
     for title in filter(columns.get, texts["compared"]):
@@ -126,9 +134,8 @@ def page(runs: list[SeedRun], command: str) -> str:
         for more, less in (pair for pair in texts["differences"] if {*pair} <= {*have}):
             gaps = paired(seeds, metric, more, less)
             each = ", ".join(format(gap.mean(), form) for gap in gaps)
-            differences.append([f"{more} - {less}", title, each, *summary(gaps, form)])
-    targets = [f"- {title}: " + f"; above {least}: ".join(
-                   summary(per_seed(seeds, method, metric), ".3f", least))
+            differences.append(([f"{more} - {less}", title, each], gaps, form))
+    targets = [f"- {title}, above {least}: {summary(per_seed(seeds, method, metric), '.3f')}"
                for title, method, metric, least in texts["targets"]
                if method in have and metric in dict(columns.values())]
     table = [[escape(run.name), *map(str, (*run.seeds, len(next(iter(run.values.values()))["PE"]))),
@@ -139,7 +146,8 @@ def page(runs: list[SeedRun], command: str) -> str:
         processors=first.processors, hours=sum(run.hours for run in runs),
         runs=markdown_table(texts["runs"], table), targets="\n".join(targets),
         means=markdown_table(["", *map(escape, have)], means),
-        differences=markdown_table(texts["head"], differences))
+        differences=markdown_table(texts["head"], with_verdicts(differences)),
+        narrow=narrow(len(runs)))
 
 
 def write_over(paths: list[str], out: Path) -> None:

@@ -23,6 +23,7 @@ from tables.claims import Seeds
 from tables.experiments import MAIN
 from tables.measure import report_folder
 from tables.reproduce import measured, seed_config
+from tables.verdicts import RULE, narrow
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,13 @@ def again(paper: Paper, paths: Sequence[str]) -> None:
 
 
 def origin(paper: Paper, about: dict) -> dict[str, str]:
-    """note: which command made a page, on what, how long; files: from which it can be made."""
+    """note: which command made a page, on what, how long; files: from which it can be made; narrow,
+    rule: how its intervals and verdicts are to be read."""
     minutes = ", ".join(f"{x['minutes']:.0f} ({x['commit']})" for x in about["starts"])
     hours = sum(x["core_hours"] for x in about["starts"])
     note = (f"`{about['command']}`: seeds {about['seeds']}, commit {about['commit']}, config "
             f"{about['config']}. Minutes of its starts: {minutes}; {hours:.1f} core hours on "
             f"{about['processors']} processors.")
     files = (f"results/values/{paper.name}-{number}.json" for number in about["seeds"])
-    return {"note": note, "files": " ".join(files)}
+    return {"note": note, "files": " ".join(files), "narrow": narrow(len(about["seeds"])),
+            "rule": RULE}

@@ -223,7 +223,9 @@ def test_marks_by_hand(tmp_path):
     assert re.findall(r"\| ([\d.]+)", pe) == ["0.50", "0.50", "0.50", "0.25", "4.0"]
     assert re.findall(r"\| ([\d.]+)", sft) == ["0.12", "0.25", "0.00", "0.50", "1.0"]
     assert "0.50 [0.00, 1.00]" in pe and "0.25 [0.25, 0.25]" in pe  # over people
-    assert "over 2 people" in " ".join(text.split()) and "2 in all" in " ".join(text.split())
+    assert "over 2 people" in " ".join(text.split()) and "readers (1, 2)" in " ".join(text.split())
+    gap = next(line for line in text.splitlines() if line.startswith("| SFT - PE | tap "))
+    assert "-0.38 [-0.50, -0.25]" in gap and "undecided" in gap  # two people are no evidence
     assert text.count("Marks.") == 1 and text.count("\n## ") == 2 and text.startswith("# Head\n\n")
 
 
