@@ -1,4 +1,4 @@
-"""Verdicts: an interval, a test of random signs, Holm's correction; shares of the paper's effect."""
+"""Verdicts: an interval, a test of random signs, Holm's correction; the share of an effect."""
 
 import numpy as np
 import pytest
