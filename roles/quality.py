@@ -80,7 +80,7 @@ class Subject(NamedTuple):
     categories: set[str]  # of all turns
     said: set[str]  # stems of the shopper's turns
     last: set[str]  # of the latest of them
-    policy: str  # that answers the latest of them, or ""
+    policy: str  # that the latest of them is about, or ""
 
 
 class Rules:
@@ -125,6 +125,9 @@ class Rules:
         said = [turn.content for turn in dialogue.turns if turn.role == "user"]
         latest = self.catalogue.mention(said[-1])
         policy, _ = self._policy(said[-1], latest.words)
+        # However the shopper puts it, the assistant's answer tells that it was about one.
+        if not policy and dialogue.turns[-1].role == "assistant":
+            policy, _ = self._policy(dialogue.turns[-1].content, latest.words)
         if not latest.categories and not latest.products and not policy:
             categories = set()  # small talk: any subject will do next
         return Subject(mention, categories, {*_asked(" ".join(said))}, {*stems(said[-1])}, policy)
@@ -170,9 +173,12 @@ class Rules:
         return (best, share) if share >= COVERED else ("", share)
 
     def _by_policy(self, text: str, policy: str, subject: Subject) -> Verdict:
-        again = policy == subject.policy
+        # It deepens the intent where policies are what is asked about (appendix C, rule 3). Else
+        # delivery and payment do for everybody, and one list for all contexts is strictly right.
+        reason = ("another subject" if not subject.policy else
+                  "repetition" if policy == subject.policy else "")
         answer = next(p.text for p in self.policies if p.id == policy)
-        return Verdict(1, 1, float(not again), f"policy {policy}: {answer}", "repetition" * again)
+        return Verdict(1, 1, float(not reason), f"policy {policy}: {answer}", reason)
 
     # ------------------------------------------------------------------------------- catalogue
 

@@ -10,16 +10,18 @@ Legend: B contexts, G answers of each, K suggestions of an answer.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from torch import Tensor
 
+import garm
 import qualeqs
 from files import UserError, progress, write_json
 from roles.players import Players
 from roles.suggester import Suggester
 from run import Run
-from stages.dialogues import Context
+from stages.dialogues import Context, read_contexts
 from stages.garm_eval import held_out, shown, write_answers_and_table
 from stages.metrics import markdown_table
 from stages.mine import FIRST, WARM
@@ -45,6 +47,13 @@ def policies(run: Run) -> dict[str, str]:
             if folder.rpartition("/")[2].rstrip("0123456789") in trained}
 
 
+def constant_list(run: Run) -> str:
+    """A control: for everybody the three suggestions that were clicked most in the log."""
+    log = (c.dialogue for c in read_contexts(run) if c.split != "test")
+    clicked = Counter(row.suggestions[i] for row in log for i in row.clicked)
+    return garm.format_answer([text for text, _ in clicked.most_common(garm.NUM_SUGGESTIONS)])
+
+
 def stage_eval(run: Run, players: Players, key: str) -> dict:
     """Answers of every policy to the test contexts, judged."""
     contexts = [c for c in held_out(run) if not c.unsafe]
@@ -57,6 +66,7 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
         # The same draws for every policy: equal policies give equal answers.
         answers[name] = Suggester(players.writer, task).write(
             run.adapter(folder), [c.turns for c in contexts], n, run.seed("eval"))
+    answers["constant list"] = [constant_list(run)] * len(answers["base"])
     # Of one's own log names of its own, perhaps none.
     intents = [c.dialogue.intent or "unknown" for c in contexts]
     # All with one judge, who is told nothing of the policy.

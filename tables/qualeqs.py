@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -63,9 +64,16 @@ def seed_values(run: Run) -> dict:
     # The one place where the hidden state meets what was trained.
     truth = shop.load_truth(run.folder / "world")
     lines = (run.folder / "eval" / "answers.jsonl").read_text(encoding="utf-8").splitlines()
-    for row in map(json.loads, lines):
+    rows = [*map(json.loads, lines)]
+    said = {name: Counter(y for row in rows for answer in row["answers"][name]
+                          for y in {*shown(answer)}) for name in values}
+    for row in rows:
         for name, answers in row["answers"].items():
-            for metric, value in hidden(truth, row["dialogue_id"], answers).items():
+            texts = [y for answer in answers for y in shown(answer)]
+            # Asked of nobody else: a policy that collapses says the same to everybody.
+            figures = hidden(truth, row["dialogue_id"], answers) | {
+                "alone": float(np.mean([said[name][y] == 1 for y in texts] or [0]))}
+            for metric, value in figures.items():
                 values[name].setdefault(metric, {})[row["dialogue_id"]] = value
     series = ["SFT-GRPO", *(f"QualEQS, round {i}" for i in range(1, rounds + 1))]
     values["QualEQS"] = values[series[-1]]

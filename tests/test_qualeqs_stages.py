@@ -134,7 +134,9 @@ def test_every_stage_runs_and_is_then_done(whole, model_folder, capsys):
         assert line["reward"] == pytest.approx(line["components"]["quality"], abs=1e-6)
     names = ["base", "SFT", "SFT-GRPO", "QualEQS, round 1", "QualEQS, round 2"]
     answers = [json.loads(row) for row in (run.folder / "eval" / "answers.jsonl").open()]
-    assert list(quality_eval.policies(run)) == names == list(answers[0]["answers"])
+    assert list(quality_eval.policies(run)) == names
+    assert [*names, "constant list"] == list(answers[0]["answers"])
+    assert len({row["answers"]["constant list"][0] for row in answers}) == 1 < len(answers)
     train.run_stages(small(whole, model_folder), list(train.QUALEQS))
     printed = capsys.readouterr().out
     assert printed.count("already done") == len(train.QUALEQS)

@@ -53,7 +53,6 @@ CASES = [  # suggestion, marks, what the source or the reason names
     ("Any kettles under €40?", (1, 1, 1), "product k1"),
     ("Kettles with at least 1.2 litres", (1, 1, 1), "capacity_l 1.5"),
     ("Which kettles hold 1.5 l?", (1, 1, 1), "product k1"),
-    ("Can I return it?", (1, 1, 1), "policy returns.window"),
     ("Which toasters go with it?", (1, 1, 1), "product t1"),
     ("Which kettles are best for a small flat?", (1, 1, 1), ""),
     ("What is your budget?", (0, 1, 1), "assistant"),
@@ -73,6 +72,7 @@ CASES = [  # suggestion, marks, what the source or the reason names
     ("Can you recommend a kettle?", (1, 1, 0), "no new constraint"),
     ("Is this kettle good?", (1, 1, 0), "no new constraint"),
     ("Which headphones have noise cancelling?", (1, 1, 0), "another subject"),
+    ("Can I return it?", (1, 1, 0), "another subject"),
 ]  # fmt: skip
 
 
@@ -88,6 +88,19 @@ def test_a_policy_that_was_told_is_a_repetition(judge):
     asked = talk("Can I return a kettle?", "Within 30 days.")
     [verdicts] = judge.quality([(asked, ["How do I send it back?", "Is delivery free?"])])
     assert [v[:3] for v in verdicts] == [(1, 1, 0), (1, 1, 1)]
+    assert "policy shipping.cost" in verdicts[1].source
+    told = talk("What if I do not like it?", "You may return it within 30 days.")  # by the answer
+    [verdicts] = judge.quality([(told, ["How do I send it back?", "Is delivery free?"])])
+    assert [v[:3] for v in verdicts] == [(1, 1, 0), (1, 1, 1)]
+
+
+def test_one_list_for_everybody_is_not_right_for_everybody(judge):
+    """Payment and delivery suit any purchase, and deepen no intent but their own."""
+    lists = ["Can I return it?", "Is delivery free?"]
+    talks = [KETTLE, talk("Hello there, how are you?", "Fine, thank you."),
+             talk("Can I return a kettle?", "Within 30 days.")]
+    verdicts = judge.quality([(some, lists) for some in talks])
+    assert [[v.reward for v in some] for some in verdicts] == [[0, 0], [0, 0], [0, 1]]
 
 
 def test_small_talk_leads_to_any_goods(judge):
@@ -164,16 +177,19 @@ def ask(tmp_path, judge, backend, n):
 
 
 
-@pytest.mark.parametrize("texts, informative", [
-    (["Can I return it?", "Can I return it?", "can I return it"], [1, 0, 0]),
-    (["Any kettles under €40?", "Any kettles under €45?", "Which kettles hold 1.5 l?"], [1, 0, 1]),
-    (["Can I return it?", "How do I send back an item?"], [1, 0]),  # one policy answers both
-    (["Can I return it?", "Is there a delivery fee?"], [1, 1]),
-    (["Ovo kettles", "Do you have Brenna kettles?"], [1, 1]),
+ALSO = talk("Is there a delivery fee?", "Free from 50 euros.")
+
+
+@pytest.mark.parametrize("context, texts, informative", [
+    (ALSO, ["Can I return it?", "Can I return it?", "can I return it"], [1, 0, 0]),
+    (KETTLE, ["Any kettles under €40?", "Any kettles under €45?", "Which kettles hold 1.5 l?"],
+     [1, 0, 1]),
+    (ALSO, ["Can I return it?", "How do I send back an item?"], [1, 0]),  # one policy answers both
+    (KETTLE, ["Ovo kettles", "Do you have Brenna kettles?"], [1, 1]),
 ])  # fmt: skip
-def test_what_another_of_the_list_asks_adds_nothing(judge, texts, informative):
+def test_what_another_of_the_list_asks_adds_nothing(judge, context, texts, informative):
     """Else three times one good question is the best list there is, and RL finds it."""
-    [verdicts] = judge.quality([(KETTLE, texts)])
+    [verdicts] = judge.quality([(context, texts)])
     marks = [verdict.informative for verdict in quality.without_repeats(texts, verdicts)]
     assert marks == informative and {v.informative for v in verdicts} == {1}
     failed = [quality.FAILED] * len(texts)

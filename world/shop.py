@@ -56,7 +56,7 @@ KINDS = {
     "brand": Kind(1.0, GOOD), "price": Kind(1.0, GOOD), "feature": Kind(1.0, GOOD),
     "number": Kind(0.8, GOOD), "choice": Kind(0.8, GOOD), "brand and price": Kind(0.6, GOOD),
     "usage": Kind(0.8, GOOD), "complement": Kind(0.6, GOOD),
-    "attribute": Kind(1.5, GOOD, INTENTS[2:3]), "policy": Kind(1.2, GOOD, ANY),
+    "attribute": Kind(1.5, GOOD, INTENTS[2:3]), "policy": Kind(1.2, GOOD, INTENTS[3:]),
     "discovery": Kind(4.0, GOOD, INTENTS[:1]),
     "assistant": Kind(1.2, NOT_ASKED, ANY), "privacy": Kind(0.4, NOT_ASKED, ANY),
     "scope": Kind(0.5, NOT_ASKED, ANY), "absent policy": Kind(0.8, NOT_ASKED, ANY),
@@ -65,6 +65,7 @@ KINDS = {
     "unknown brand": Kind(0.6, FALSE), "brand without it": Kind(0.5, FALSE),
     "vague budget": Kind(1.0, EMPTY), "repetition": Kind(1.0, EMPTY, INTENTS[1:]),
     "criteria": Kind(0.7, EMPTY), "off topic": Kind(0.6, EMPTY),
+    "policy aside": Kind(1.2, EMPTY, INTENTS[:3]),  # asked where nobody speaks of policies
 }  # fmt: skip
 
 
@@ -286,7 +287,7 @@ class Shop:
             category = self._pick([c for c, spec in self.categories.items()
                                    if spec["department"] != department])
             form_kind = self._pick(["brand", "price", "feature"])
-        elif kind == "policy":
+        elif kind in ("policy", "policy aside"):
             name = self._pick([p.id for p in self.policies if p.id != context.asked[1]])
             return self._pick(self.forms["policies"][name][part])
         elif kind == "repetition":
