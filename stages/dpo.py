@@ -28,6 +28,7 @@ import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ from files import (
 )
 from roles.players import Players
 from roles.writer import Writer
-from run import Run, UserState, one_line, sum_counts
+from run import Run, UserState, sum_counts
 from stages.pools import best_lists, score_pools
 from stages.ranker import load_ranker, utilities
 from stages.sit import draw_states, taught_lists
@@ -66,14 +67,10 @@ def stage_dpo(run: Run, players: Players, key: str) -> dict:
         return {"skipped": "no impressions (data.impressions), so no preferences to learn"}
     adapter, pairs, figures = run.adapter("sit"), [], {}  # pairs accumulate over the rounds
     for number in range(1, run.config.dpo.rounds + 1):
-        folder, round_key = f"dpo/round{number}", digest(key, number)  # whatever number of them
-        if run.folder.begin(folder, round_key):
-            result = dpo_round(run, players, number, adapter, pairs)
-            run.encoder.save()  # a killed run does not encode the round's starters again
-            run.folder.mark_done(folder, round_key, **result)
-            return_memory()
-            print(f"  round {number}: {one_line(result)}", flush=True)
-        figures[f"round {number}"] = run.folder.figures(folder)
+        folder = f"dpo/round{number}"
+        figures[f"round {number}"] = run.folder.once(  # whatever number of them is asked for
+            folder, digest(key, number), partial(dpo_round, run, players, number, adapter, pairs))
+        return_memory()
         adapter = run.adapter(f"round{number}")
         pairs = pairs + read_json(run.folder / folder / "pairs.json")
     if run.config.dpo.vanilla:
@@ -99,6 +96,7 @@ def dpo_round(
     )
     llm.save_adapter(model, run.adapter(f"round{number}"))
     write_json(run.folder / "dpo" / f"round{number}" / "pairs.json", pairs)
+    run.encoder.save()  # a killed run does not encode the round's starters again
     return figures
 
 

@@ -18,17 +18,18 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import garm
 import llm
-from config import COMPONENTS
+from config import COMPONENTS, RewardKind
 from files import UserError, digest, write_json
 from roles.players import Players
 from roles.suggester import Suggester
-from run import Run, one_line
+from run import Run
 from stages.composite import SIZE, Composite
 from stages.dialogues import Context, chosen, clicked_list, read_contexts
 from stages.reward import load_reward, pairs_of
@@ -40,16 +41,18 @@ def stage_fuse(run: Run, players: Players, key: str) -> dict:
     figures = {}
     # The paired model scores no answer alone, and PURM's is there to be compared.
     for kind in (k for k in ("gaussian", "bradley_terry") if k in run.config.reward.kinds):
-        folder, kind_key = f"fuse/{kind}", digest(key, kind)
-        if run.folder.begin(folder, kind_key):
-            trace = fuse_kind(run, players, kind)
-            write_json(run.folder / folder / "trace.json", trace)
-            run.encoder.save()
-            run.folder.mark_done(folder, kind_key, weights=trace["weights"],
-                                 probes=len(trace["probes"]), settled=trace["settled"])
-            print(f"  {kind}: {one_line(trace['weights'])}", flush=True)
-        figures[kind] = run.folder.figures(folder)
+        figures[kind] = run.folder.once(
+            f"fuse/{kind}", digest(key, kind), partial(keep_trace, run, players, kind))
+        run.encoder.save()
     return figures
+
+
+def keep_trace(run: Run, players: Players, kind: RewardKind) -> dict:
+    """Fuse for this reward model; fuse/<kind>/trace.json, and what the stage tells of it."""
+    trace = fuse_kind(run, players, kind)
+    write_json(run.folder / "fuse" / kind / "trace.json", trace)
+    return {"weights": trace["weights"], "probes": len(trace["probes"]),
+            "settled": trace["settled"]}
 
 
 def fuse_kind(run: Run, players: Players, kind: str) -> dict:

@@ -17,6 +17,7 @@ Legend: B contexts, G answers of each, K suggestions of an answer.
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import torch
 
@@ -25,7 +26,7 @@ import qualeqs
 from files import UserError, digest, read_json, write_json
 from roles.players import Players
 from roles.suggester import Suggester
-from run import Run, one_line
+from run import Run
 from stages.dialogues import Context
 from stages.quality import Quality, log_contexts
 from stages.rl import cycle, grpo, save_policy
@@ -41,7 +42,8 @@ def stage_rl(run: Run, players: Players, key: str) -> dict:
     # Figure 4's round 0.
     for folder in (FIRST, *["rl/no_warm_start"] * ablation):
         start = WARM if folder == FIRST else ""
-        figures[folder] = train_round(run, players, quality, key, folder, start, clicked, [], 0)
+        figures[folder] = run.folder.once(folder, digest(key, folder), partial(
+            train_round, run, players, quality, folder, start, clicked, [], 0))
     return with_calls(figures, players)
 
 
@@ -60,8 +62,9 @@ def stage_mine(run: Run, players: Players, key: str) -> dict:
                                                       some)]
             else:  # as many as could be hard
                 some = some[: round(settings.share * len(some))] if kind == "random" else []
-            figures[folder] = {"unclicked": len(some)} | train_round(
-                run, players, quality, key, folder, policy, clicked, some, number)
+            figures[folder] = {"unclicked": len(some)} | run.folder.once(
+                folder, digest(key, folder), partial(
+                    train_round, run, players, quality, folder, policy, clicked, some, number))
             policy = folder  # the next round goes on from here
     return with_calls(figures, players)
 
@@ -74,27 +77,23 @@ def with_calls(figures: dict, players: Players) -> dict:
 
 
 def train_round(
-    run: Run, players: Players, quality: Quality, key: str, folder: str, start: str,
+    run: Run, players: Players, quality: Quality, folder: str, start: str,
     clicked: list[Context], hard: list[Context], number: int,
 ) -> dict:
-    """GRPO of one round from the policy `start` ("": the base); a finished one is left as it is."""
-    round_key, g = digest(key, folder), run.config.generator
-    if run.folder.begin(folder, round_key):
-        suggester = Suggester(players.writer, "three" if start else "prompted")
-        model = suggester.policy(run.adapter(start), trainable=True)
-        if not start:  # LoRA that does nothing yet
-            model = llm.add_lora(model, g.lora_rank, g.lora_alpha, run.seed("lora"))
-        batches = round_batches(run, clicked, hard, number)
-        log = grpo(run, suggester, model, quality, quality.weights, batches, folder,
-                   number * run.config.rl.steps)
-        figures = save_policy(run.adapter(folder), model, log)
-        # It would pass for a training that changed nothing.
-        if figures["invalid"] and not any(line["components"]["format"] for line in log):
-            failed = figures["invalid"]
-            raise UserError(f"roles.judge: {folder}: no answer was judged, {failed} calls failed")
-        run.folder.mark_done(folder, round_key, **figures)
-        print(f"  {folder}: {one_line(figures)}", flush=True)
-    return run.folder.figures(folder)
+    """GRPO of one round from the policy `start` ("": the base)."""
+    suggester, g = Suggester(players.writer, "three" if start else "prompted"), run.config.generator
+    model = suggester.policy(run.adapter(start), trainable=True)
+    if not start:  # LoRA that does nothing yet
+        model = llm.add_lora(model, g.lora_rank, g.lora_alpha, run.seed("lora"))
+    batches = round_batches(run, clicked, hard, number)
+    log = grpo(run, suggester, model, quality, quality.weights, batches, folder,
+               number * run.config.rl.steps)
+    figures = save_policy(run.adapter(folder), model, log)
+    # It would pass for a training that changed nothing.
+    if figures["invalid"] and not any(line["components"]["format"] for line in log):
+        failed = figures["invalid"]
+        raise UserError(f"roles.judge: {folder}: no answer was judged, {failed} calls failed")
+    return figures
 
 
 def round_batches(

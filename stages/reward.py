@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from files import UserError, digest, gather, progress, read_tensors, write_tenso
 from roles.players import Players
 from roles.suggester import Suggester
 from roles.text import read_yaml
-from run import Run, one_line
+from run import Run
 from stages.dialogues import Context, chosen, read_contexts
 from stages.steps import micro_batches, new_optimiser, step
 
@@ -47,12 +48,8 @@ def stage_reward(run: Run, players: Players, key: str) -> dict:
     suggester, figures = Suggester(players.writer), {}
     rows = training_rows(run)
     for kind in run.config.reward.kinds:
-        folder, kind_key = f"reward/{kind}", digest(key, kind)
-        if run.folder.begin(folder, kind_key):
-            result = train_reward(run, suggester, rows, kind)
-            run.folder.mark_done(folder, kind_key, **result)
-            print(f"  {kind}: {one_line(result)}", flush=True)
-        figures[kind] = run.folder.figures(folder)
+        figures[kind] = run.folder.once(
+            f"reward/{kind}", digest(key, kind), partial(train_reward, run, suggester, rows, kind))
     pairs = sum(len(pairs) for _, pairs in rows)
     return {"contexts": len(rows), "pairs": pairs, **figures}
 

@@ -22,6 +22,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ from files import UserError, atomic_path, digest, gather, progress, read_json
 from llm.prompts import Ids
 from roles.players import Players
 from roles.suggester import Suggester
-from run import Run, one_line
+from run import Run
 from stages.composite import Composite
 from stages.dialogues import Context, chosen, read_contexts
 from stages.dpo import align
@@ -47,14 +48,10 @@ def stage_rl(run: Run, players: Players, key: str) -> dict:
     """The policies that rl.arms names, each from SFT's."""
     suggester, figures = Suggester(players.writer), {}
     for arm in run.config.rl.arms:
-        folder, arm_key = f"rl/{arm}", digest(key, arm)
-        if run.folder.begin(folder, arm_key):
-            train = {"rft": train_rft, "dpo": train_dpo}.get(arm.split("-")[0], train_grpo)
-            result = train(run, players, suggester, arm)
-            run.encoder.save()
-            run.folder.mark_done(folder, arm_key, **result)
-            print(f"  {arm}: {one_line(result)}", flush=True)
-        figures[arm] = run.folder.figures(folder)
+        train = {"rft": train_rft, "dpo": train_dpo}.get(arm.split("-")[0], train_grpo)
+        figures[arm] = run.folder.once(
+            f"rl/{arm}", digest(key, arm), partial(train, run, players, suggester, arm))
+        run.encoder.save()
     return figures
 
 

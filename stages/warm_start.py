@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from functools import partial
 
 import torch
 
@@ -23,7 +24,7 @@ from files import UserError, digest
 from roles.players import Players
 from roles.suggester import Suggester
 from roles.text import majority_language
-from run import Run, one_line
+from run import Run
 from stages.dialogues import clicked_list
 from stages.quality import log_contexts
 from stages.sit import Rows, instruct, interests_and_list, read_corpus
@@ -38,19 +39,23 @@ def stage_warm_start(run: Run, players: Players, key: str) -> dict:
     domain, language = domain_rows(run, players)
     general, figures = general_rows(run, players, language), {}
     for name, ratio in ratios.items():
-        folder, name_key = f"sft/{name}", digest(key, name)  # a killed stage goes on behind it
-        if run.folder.begin(folder, name_key):
-            # The same draw for both, so that the shop's rows are the same.
-            generator = torch.Generator().manual_seed(run.seed("mixture"))
-            drawn = qualeqs.mixture(len(domain), len(general), ratio, generator).tolist()
-            rows = [(domain + general)[i] for i in drawn]  # each of the shop, some of the others
-            model, losses = instruct(run, players.writer, rows, run.config.sft, folder)
-            llm.save_adapter(model, run.adapter(folder))  # a killed stage goes on behind it
-            result = {"rows": len(domain), "general_rows": len(rows) - len(domain), **losses}
-            run.folder.mark_done(folder, name_key, **result)
-            print(f"  {name}: {one_line(result)}", flush=True)
-        figures[name] = run.folder.figures(folder)
+        folder = f"sft/{name}"
+        figures[name] = run.folder.once(folder, digest(key, name), partial(
+            warm_start, run, players, domain, general, ratio, folder))
     return figures
+
+
+def warm_start(
+    run: Run, players: Players, domain: Rows, general: Rows, ratio: float, folder: str
+) -> dict:
+    """SFT on all rows of the shop and `ratio` times as many general ones; saved to `folder`."""
+    # The same draw for every ratio, so that the shop's rows are the same.
+    generator = torch.Generator().manual_seed(run.seed("mixture"))
+    drawn = qualeqs.mixture(len(domain), len(general), ratio, generator).tolist()
+    rows = [(domain + general)[i] for i in drawn]  # each of the shop, some of the others
+    model, losses = instruct(run, players.writer, rows, run.config.sft, folder)
+    llm.save_adapter(model, run.adapter(folder))  # the reference, too, of the first RL
+    return {"rows": len(domain), "general_rows": len(rows) - len(domain), **losses}
 
 
 def domain_rows(run: Run, players: Players) -> tuple[Rows, str]:
