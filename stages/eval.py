@@ -58,8 +58,8 @@ def write_lists(
 def controls(run: Run, players: Players, states: dict[str, UserState], truth) -> Lists:
     """What needs no generator. A method that is not above these has learned nothing.
 
-    teacher: whom SIT imitates; interests: the trigger interests themselves; deployed: what the
-    simulated platform's retrieval shows; popular: what others tapped; random: shown starters.
+    teacher: whom SIT imitates; interests: the trigger interests themselves; the simulated
+    platform's retrieval, as it shows starters; what others tapped; starters at random.
     """
     n, k, users = run.config.eval.lists, run.config.generator.list_size, [*states]
     # Of an LLM as teacher a list may be missing: an empty one counts 0, as any method's does.
@@ -67,13 +67,13 @@ def controls(run: Run, players: Players, states: dict[str, UserState], truth) ->
     lists = {"teacher": {u: rows or [[]] for u, rows in zip(users, taught, strict=True)},
              "interests": {u: [s.interests[:k]] for u, s in states.items()}}
     if truth:
-        lists["deployed"] = people.retrieved_lists(
+        lists["deployed retrieval"] = people.retrieved_lists(
             run.config.world, [run.users[u] for u in users], n, run.seed("eval"))
     if run.impressions:
         popular, rng = PopularStarters(run), random.Random(run.seed("eval random"))
         shown = sorted({y for row in run.impressions for y in row.starters})
-        lists["popular"] = {u: [popular(run.users[u].profile)] for u in users}
-        lists["random"] = {u: [rng.sample(shown, min(k, len(shown)))] for u in users}
+        lists["popular starters"] = {u: [popular(run.users[u].profile)] for u in users}
+        lists["random starters"] = {u: [rng.sample(shown, min(k, len(shown)))] for u in users}
     return lists
 
 

@@ -20,6 +20,7 @@ from tables import experiments
 from tables.verdicts import (
     ENOUGH,
     HOLDS,
+    MOST,
     NOT,
     RULE,
     UNDECIDED,
@@ -168,7 +169,8 @@ def judged(
             "interval": [float(low), float(high)], "p": p,
             # Of how much trainings differ the interval says nothing.
             "same_sign": sum(bool(np.sign(gap) == np.sign(value)) for gap in by_seed),
-            "seeds": len(seeds), "share": share_of_effect(claim.paper, *map(float, sides)),
+            "seeds": len(seeds),
+            "share": share_of_effect(claim.paper, *lifts_of(seeds, claim, sides)),
         })
     for table in {row["table"] for row in rows}:  # Holm's correction is for the claims of a table
         some = [row for row in rows if row["table"] == table]
@@ -176,6 +178,14 @@ def judged(
         for row, verdict in zip(some, said, strict=True):
             row["verdict"] = verdict
     return rows
+
+
+def lifts_of(seeds: Seeds, claim: Claim, sides: list) -> list[float]:
+    """Both sides as the paper quotes them: utility as the lift over the base."""
+    if claim.metric != "utility":
+        return [*map(float, sides)]
+    base = np.mean([values.mean() for values in per_seed(seeds, claim.base, "utility")])
+    return [float(side - base) for side in sides]
 
 
 def counted(rows: list[dict]) -> str:
@@ -187,7 +197,7 @@ def counted(rows: list[dict]) -> str:
         hold, open_, fail = (said.count(verdict) for verdict in (HOLDS, UNDECIDED, NOT))
         always = sum(r["verdict"] == HOLDS and r["same_sign"] == r["seeds"] for r in some)
         sized = [row for row in some if row["share"] is not None]
-        again = sum(row["verdict"] == HOLDS and row["share"] >= ENOUGH for row in sized)
+        again = sum(row["verdict"] == HOLDS and ENOUGH <= row["share"] <= MOST for row in sized)
         size = f"; of {len(sized)} whose size can be compared {again} are reproduced" * bool(sized)
         parts.append(f"{len(some)} claims {whose}: {hold} hold ({always} of them with the same "
                      f"sign on every seed), {open_} are undecided, {fail} do not hold{size}")
@@ -196,6 +206,12 @@ def counted(rows: list[dict]) -> str:
 
 def claims_page(rows: list[dict], note: str, name: str = "claims") -> str:
     """results/claims.md, or what another YAML file has as its page."""
+    return experiments.read(name)["page"].format(
+        note=note, counted=counted(rows), rule=RULE, **claims_parts(rows, name))
+
+
+def claims_parts(rows: list[dict], name: str = "claims") -> dict[str, str]:
+    """table: a row a claim; why: reasons of those that do not hold."""
     texts, cells, reasons = experiments.read(name), [], {}  # why -> claims that it explains
     for row in rows:
         unit, form = texts["units"][row["metric"]]
@@ -203,11 +219,10 @@ def claims_page(rows: list[dict], note: str, name: str = "claims") -> str:
         value, low, high = (f"{gap:+{form}}" for gap in (row["value"], *row["interval"]))
         cells.append([row["table"], row["text"], unit, row["paper"], f"{more} against {less}",
                       f"{value} [{low}, {high}]", f"**{row['verdict']}**",
-                      "–" if row["share"] is None else f"{row['share']:.2g}",
+                      "–" if row["share"] is None else
+                      f"> {MOST}" if row["share"] > MOST else f"{row['share']:.2f}",
                       f"{row['same_sign']} of {row['seeds']}"])
         if row["verdict"] != HOLDS:
             reasons.setdefault(row["why"], []).append(row["text"])
-    why = "\n".join(f"- {'; '.join(claims)}: *{reason}*." for reason, claims in reasons.items())
-    return texts["page"].format(
-        note=note, counted=counted(rows), rule=RULE, why=why,
-        table=markdown_table(texts["head"], cells))
+    why = [f"- {'; '.join(claims)}: *{reason}*." for reason, claims in reasons.items()]
+    return {"table": markdown_table(texts["head"], cells), "why": "\n".join(why)}

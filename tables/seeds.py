@@ -17,9 +17,9 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from config import Config
 from files import ROOT, UserError, read_json
 from stages.metrics import bootstrap, escape, markdown_table, read_yaml, write_pages
-from tables.claims import paired, per_seed
+from tables.claims import claims_parts, counted, judged, paired, per_seed
 from tables.report import in_all
-from tables.verdicts import narrow, sign_flip, verdicts
+from tables.verdicts import RULE, narrow, sign_flip, verdicts
 
 
 class SeedRun(BaseModel, extra="forbid", allow_inf_nan=False):
@@ -147,7 +147,14 @@ def page(runs: list[SeedRun], command: str) -> str:
         runs=markdown_table(texts["runs"], table), targets="\n".join(targets),
         means=markdown_table(["", *map(escape, have)], means),
         differences=markdown_table(texts["head"], with_verdicts(differences)),
-        narrow=narrow(len(runs)))
+        narrow=narrow(len(runs)), **claims_of(seeds))
+
+
+def claims_of(seeds: list[dict]) -> dict[str, str]:
+    """The page's claims about Table 1; nothing where no ranker and no world judges."""
+    rows = judged([{"ab": None, **seed} for seed in seeds], ["1"], hierarchical=True) if all(
+        {"utility", "true_clicks"} <= seed["values"]["PE"].keys() for seed in seeds) else []
+    return {"counted": counted(rows), "rule": RULE, **claims_parts(rows)}
 
 
 def write_over(paths: list[str], out: Path) -> None:

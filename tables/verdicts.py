@@ -4,7 +4,7 @@ A difference *holds* where the 95 % interval of metrics.bootstrap lies above zer
 corrected for the number of rows of its table, stays below .05; it *does not hold* where both say so
 below zero; else it is undecided. The interval alone would let four ones among sixty zeros hold; the
 test alone does not see how much trainings differ. *Reproduced* (claims) asks for size too: at least
-a quarter of the paper's relative effect.
+a quarter of the paper's relative effect, at most ten times it.
 
 Legend: S seeds, U users of one seed, R rows of a table.
 """
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-ENOUGH = 0.25  # of the paper's relative effect
+ENOUGH, MOST = 0.25, 10  # of the paper's relative effect, for a claim to be reproduced
 HOLDS, NOT, UNDECIDED = "holds", "does not hold", "undecided"
 LEVEL = 0.05
 RULE = (
@@ -26,7 +26,7 @@ RULE = (
     "and pooled metrics: that of their interval), corrected for the rows of its table (Holm), has "
     "p below .05; it does not hold where both say so below zero; else it is undecided. *Effect*: "
     "ours, relative, as a share of the paper's; a claim that holds with at least "
-    f"{ENOUGH} of it is reproduced.")
+    f"{ENOUGH} of it, and not more than {MOST} times it, is reproduced.")
 FLIPS = 19_999  # signs are drawn so often: the least p, times the rows of a table, is below LEVEL
 
 
