@@ -296,6 +296,11 @@ class Rules:
         categories = self._categories(named)
         if categories and subject.categories and not self._related(categories, subject.categories):
             return "another subject"
+        # Gifts under 100 euros, whatever is talked about: the next list for everybody.
+        anything = {*stems(text)} & lexicon()["words"]["anything"]
+        about = subject.categories or subject.policy  # else small talk, which leads to any goods
+        if about and anything and not (categories or named.brands):
+            return "another subject"
         complement = categories and not categories & self._categories(subject.mention)
         attributes = {*_asked(text)} & (lexicon()["words"]["attribute"] | {"price"})
         new = (asked | usage | attributes) - subject.said

@@ -19,9 +19,9 @@ import garm
 import qualeqs
 from files import UserError, progress, write_json
 from roles.players import Players
-from roles.suggester import Suggester
+from roles.suggester import Suggester, read_kindly
 from run import Run
-from stages.dialogues import Context, read_contexts
+from stages.dialogues import Context
 from stages.garm_eval import held_out, shown, write_answers_and_table
 from stages.metrics import markdown_table
 from stages.mine import FIRST, WARM
@@ -47,11 +47,10 @@ def policies(run: Run) -> dict[str, str]:
             if folder.rpartition("/")[2].rstrip("0123456789") in trained}
 
 
-def constant_list(run: Run) -> str:
-    """A control: for everybody the three suggestions that were clicked most in the log."""
-    log = (c.dialogue for c in read_contexts(run) if c.split != "test")
-    clicked = Counter(row.suggestions[i] for row in log for i in row.clicked)
-    return garm.format_answer([text for text, _ in clicked.most_common(garm.NUM_SUGGESTIONS)])
+def constant_list(answers: list[list[str]]) -> str:
+    """A control: for everybody the three suggestions that a policy makes most often."""
+    texts = (text for some in answers for answer in some for text in {*read_kindly(answer)})
+    return garm.format_answer([text for text, _ in Counter(texts).most_common(3)])
 
 
 def stage_eval(run: Run, players: Players, key: str) -> dict:
@@ -66,7 +65,7 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
         # The same draws for every policy: equal policies give equal answers.
         answers[name] = Suggester(players.writer, task).write(
             run.adapter(folder), [c.turns for c in contexts], n, run.seed("eval"))
-    answers["constant list"] = [constant_list(run)] * len(answers["base"])
+    answers["constant list"] = [[constant_list([*answers.values()][-1])] * n for _ in contexts]
     # Of one's own log names of its own, perhaps none.
     intents = [c.dialogue.intent or "unknown" for c in contexts]
     # All with one judge, who is told nothing of the policy.

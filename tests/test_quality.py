@@ -73,6 +73,9 @@ CASES = [  # suggestion, marks, what the source or the reason names
     ("Is this kettle good?", (1, 1, 0), "no new constraint"),
     ("Which headphones have noise cancelling?", (1, 1, 0), "another subject"),
     ("Can I return it?", (1, 1, 0), "another subject"),
+    ("Do you have gifts under €40?", (1, 1, 0), "another subject"),
+    ("Which of them are under €40?", (1, 1, 1), "product k1"),
+    ("Is a kettle a good gift under €40?", (1, 1, 1), "product k1"),
 ]  # fmt: skip
 
 
@@ -101,6 +104,8 @@ def test_one_list_for_everybody_is_not_right_for_everybody(judge):
              talk("Can I return a kettle?", "Within 30 days.")]
     verdicts = judge.quality([(some, lists) for some in talks])
     assert [[v.reward for v in some] for some in verdicts] == [[0, 0], [0, 0], [0, 1]]
+    verdicts = judge.quality([(some, ["Do you have gifts under €40?"]) for some in talks])
+    assert [v.reward for [v] in verdicts] == [0, 1, 0]  # right where anything may be next
 
 
 def test_small_talk_leads_to_any_goods(judge):
