@@ -2,54 +2,68 @@
 
     python -m tables.recompute            # or a folder; exit code 1 if a page differs
 
-A page of `eval.py --over` or `--later` begins with the command that makes it from values/. Here it
-is made again, every mean and interval of it, and compared line by line: tables and lists, where
-figures stand, and not the prose around them, which may have been worded anew since.
+Every page names the command that makes it from values/. Here it is made again, every mean and
+interval of it, and compared line by line: tables and lists, where figures stand, and not the prose
+around them, which may have been worded anew since.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import re
 import shlex
+import shutil
 import sys
+import tempfile
 from itertools import zip_longest
 from pathlib import Path
 
+from config import Config
 from files import ROOT, UserError, script
-from tables import later, seeds
+from tables import garm, later, overview, qualeqs, seeds, siblings
 
-COMMAND = re.compile(r"^    (python eval\.py (--over|--later) (.+))$", re.MULTILINE)
-# How a page's values are read, and the page made of them.
-MAKERS = {"--over": (seeds.SeedRun, seeds.page), "--later": (later.Later, later.page)}
+COMMAND = re.compile(
+    r"python (eval\.py --over|eval\.py --later|-m tables\.(?:garm|qualeqs|overview))\b(.*?)[`\n]")
+# Command -> what makes the page `out` from files of values.
+MAKERS = {
+    "eval.py --over": seeds.write_over,
+    "eval.py --later": lambda files, out: later.write_later(Config(), files, out),
+    "-m tables.garm": lambda files, out: siblings.again(garm.PAPER, files),
+    "-m tables.qualeqs": lambda files, out: siblings.again(qualeqs.PAPER, files),
+    "-m tables.overview": lambda files, out: overview.write(out.parent),
+}
 
 
 def figures(text: str) -> list[str]:
     """Lines of a page that hold figures: rows of tables, items of lists that end in a verdict."""
-    return [line for line in text.splitlines() if re.match(r"\||- .*\*\*$", line)]
+    return [line for line in text.splitlines() if re.match(r"\||- .*\]$", line)]
 
 
-def difference(page: Path, command: str, option: str, files: str) -> str | None:
+def difference(page: Path, command: str, words: str) -> str | None:
     """The first line in which a page differs from what its values give, or None."""
-    kind, make = MAKERS[option]
-    # By the names alone, so that a copy of results/ is judged by its own values.
-    names = [Path(word).name for word in shlex.split(files)]
-    text = page.read_text(encoding="utf-8")
-    try:
-        kept = [seeds.read_kept(kind, page.parent / "values" / name) for name in names]
-    except (OSError, UserError) as error:
-        return str(error)
-    pairs = zip_longest(figures(text), figures(make(kept, command)), fillvalue="no line")
-    return next((f"{said}  (values: {given})" for said, given in pairs if said != given), None)
+    with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
+        out = Path(place) / page.name
+        shutil.copytree(page.parent / "values", out.parent / "values")
+        # By the names alone, so that a copy of results/ is judged by its own values.
+        names = [Path(word).name for word in shlex.split(words)]
+        try:
+            MAKERS[command]([str(out.parent / "values" / name) for name in names], out)
+        except (OSError, UserError) as error:
+            return str(error)
+        texts = (some.read_text(encoding="utf-8") for some in (page, out))
+        pairs = zip_longest(*map(figures, texts), fillvalue="no line")
+        return next((f"{said}  (values: {given})" for said, given in pairs if said != given), None)
 
 
 def recompute(folder: Path) -> bool:
     """Print a line for each page of a folder; whether there are any, and all are equal."""
     pages = {page: COMMAND.search(page.read_text(encoding="utf-8"))
              for page in sorted(folder.glob("*.md"))}
-    pages, equal = {page: found.groups() for page, found in pages.items() if found}, True
-    for page, found in pages.items():
-        fault = difference(page, *found)
+    pages, equal = {page: match.groups() for page, match in pages.items() if match}, True
+    for page, command in pages.items():
+        fault = difference(page, *command)
         equal &= fault is None
         print(f"{page}: " + (f"differs: {fault}" if fault else "equals its values"))
     if not pages:

@@ -27,7 +27,7 @@ RULE = (
     "p below .05; it does not hold where both say so below zero; else it is undecided. *Effect*: "
     "ours, relative, as a share of the paper's; a claim that holds with at least "
     f"{ENOUGH} of it, and not more than {MOST} times it, is reproduced.")
-FLIPS = 19_999  # signs are drawn so often: the least p, times the rows of a table, is below LEVEL
+FLIPS = 4_999  # signs are drawn so often: the least p, times the rows of a table, is below LEVEL
 
 
 def sign_flip(rows: Sequence[np.ndarray]) -> float:
