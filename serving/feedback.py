@@ -20,7 +20,7 @@ import random
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -302,6 +302,23 @@ def align_policy(new: Round) -> dict:
     return {"store_users": of_store, "tapped": len(tapped), **figures}
 
 
+def tapped_against_ignored(
+    rows: Iterable[tuple[Hashable, list[str], list[str], bool]],
+) -> list[tuple[Hashable, dict]]:
+    """(group, pair) of tapped lists, each against an ignored one of its group; a list stands once.
+
+    rows: (group, interests, starters, tapped) of shown lists, alike within a group.
+    """
+    groups: dict[Hashable, tuple[list, list]] = defaultdict(lambda: ([], []))
+    for group, interests, starters, tapped in rows:
+        groups[group][0 if tapped else 1].append((interests, starters))
+    return [
+        (group, {"interests": interests, "chosen": chosen, "rejected": {"ignored": rejected}})
+        for group, lists in groups.items()
+        for (interests, chosen), (_, rejected) in zip(*lists, strict=False)
+    ]
+
+
 def tapped_pairs(run: Run, lists: list[Shown]) -> list[dict]:
     """A user's tapped list against an ignored one that was written for the same interests.
 
@@ -314,7 +331,7 @@ def tapped_pairs(run: Run, lists: list[Shown]) -> list[dict]:
         if one.interests and len(one.starters) == k  # so that a list's length is no preference
         and (not one.clicked or len(one.clicked) > expected)]  # taps that its slots do not explain
     pairs = defaultdict(list)
-    for (user_id, _), pair in dpo.tapped_against_ignored(rows):
+    for (user_id, _), pair in tapped_against_ignored(rows):
         if {*pair["chosen"]} != {*pair["rejected"]["ignored"]}:  # else chance alone chose
             pairs[user_id].append(pair)
     most = run.config.dpo.pairs_per_user

@@ -26,7 +26,7 @@ import itertools
 import random
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -264,23 +264,6 @@ def mine_user(
 def is_unfit(starters: list[str], interests: list[str], k: int) -> bool:
     """Whether it is a list of which fewer than k starters may be shown."""
     return bool(starters) and len(roles.filter_starters(starters, interests)[0]) < k
-
-
-def tapped_against_ignored(
-    rows: Iterable[tuple[Hashable, list[str], list[str], bool]],
-) -> list[tuple[Hashable, dict]]:
-    """(group, pair) of tapped lists, each against an ignored one of its group; a list stands once.
-
-    rows: (group, interests, starters, tapped) of shown lists, alike within a group.
-    """
-    groups: dict[Hashable, tuple[list, list]] = defaultdict(lambda: ([], []))
-    for group, interests, starters, tapped in rows:
-        groups[group][0 if tapped else 1].append((interests, starters))
-    return [
-        (group, {"interests": interests, "chosen": chosen, "rejected": {"ignored": rejected}})
-        for group, lists in groups.items()
-        for (interests, chosen), (_, rejected) in zip(*lists, strict=False)
-    ]
 
 
 # ------------------------------------------------------------------------------------------- align

@@ -161,61 +161,66 @@ def fit_scorer(
 ) -> ib.ResonanceScorer:
     """Minimise Eq. (3), and the distance to trees fitted on the same people; of each tower the
     averaged weights with the least contrastive loss on its fold stay."""
-    settings = run.config.rid
     torch.manual_seed(run.seed("rid"))
     scorer = new_scorer(run)  # after the seed: its weights are drawn here
-    shuffle = random.Random(run.seed("rid", "order"))
-    text_ids = defaultdict(itertools.count().__next__)
-    least = min(LEAST_EPOCHS, settings.epochs)
-    for number, tower in enumerate(bar := progress(scorer.towers, "rid")):
+    # One shuffle and one numbering of texts for all towers.
+    draws = random.Random(run.seed("rid", "order")), defaultdict(itertools.count().__next__)
+    for number, tower in enumerate(scorer.towers):
         held_out = [row for row in known if folds[row[0]] == number]
         rest = [row for row in known if folds[row[0]] != number]
-        taught = trees_odds(run, revisits, rest)  # by trees as strange to the fold as the tower
-        cuts = defaultdict(list)
-        for user_id, cut in rest:
-            cuts[user_id].append(cut)
-        optimiser = torch.optim.AdamW(tower.parameters(), settings.learning_rate)
-        # The mean of all steps at first, later of about the last AVERAGED.
-        average = AveragedModel(
-            tower, avg_fn=lambda mean, new, n: mean + (new - mean) / (n + 1).clamp(max=AVERAGED)
-        )
-        best = Best(average)
-        for epoch in range(settings.epochs):
-            # One cut per user and epoch: their own texts never serve as cross-user negatives.
-            order = [(user_id, shuffle.choice(c)) for user_id, c in cuts.items()]
-            shuffle.shuffle(order)
-            tower.train()
-            losses = []
-            for start in range(0, len(order), settings.batch_users):
-                rows = order[start : start + settings.batch_users]
-                inputs, *labels = training_batch(run, revisits, rows, text_ids)
-                scores, loss = contrast(tower, inputs, *labels, settings, settings.cross_user)
-                # Trees find what ranks in 72 noisy statistics; towers alone overfit to them.
-                odds = pad_sequence([taught[row] for row in rows], batch_first=True)  # (B, N)
-                distance = ib.distillation_loss(
-                    scores / settings.temperature, odds, inputs["mask"])
-                loss = torch.lerp(loss.mean(), distance.mean(), settings.distillation)
-                optimiser.zero_grad()
-                loss.backward()
-                norm = torch.nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
-                place = f"rid, tower {number + 1}, epoch {epoch}, step {len(losses)}"
-                refuse_nan(norm, place, (user_id for user_id, _ in rows))
-                optimiser.step()
-                average.update_parameters(tower)
-                losses.append(loss.item())
-            held = held_out_loss(run, revisits, average.eval(), held_out or rest, text_ids)
-            run.folder.log("rid", tower=f"tower {number + 1}", epoch=epoch,
-                           loss=float(np.mean(losses)), held_out_loss=held)
-            bar.set(loss=held)
-            if epoch + 1 >= least:  # weights of the first epochs are still those they began with
-                best.offer(-held)
-            # Early stopping: what is learned later is the training users by heart.
-            if best.waited > settings.patience:
-                break
-        best.restore()  # the average's, which the tower takes over
-        tower.load_state_dict(average.module.state_dict())
+        train_tower(run, revisits, tower, f"tower {number + 1}", rest, held_out or rest, *draws)
     write_tensors(run.folder / "rid" / "scorer.safetensors", scorer.state_dict())
     return scorer.eval()
+
+
+def train_tower(
+    run: Run, revisits: Revisits, tower: ib.Tower, name: str, rest: list[Row],
+    held_out: list[Row], shuffle: random.Random, text_ids: dict[str, int],
+) -> None:
+    """Train one tower, in place, on the people of `rest`, stopped on those of `held_out`."""
+    settings, cuts = run.config.rid, defaultdict(list)
+    taught = trees_odds(run, revisits, rest)  # by trees as strange to the fold as the tower
+    for user_id, cut in rest:
+        cuts[user_id].append(cut)
+    optimiser = torch.optim.AdamW(tower.parameters(), settings.learning_rate)
+    # The mean of all steps at first, later of about the last AVERAGED.
+    average = AveragedModel(
+        tower, avg_fn=lambda mean, new, n: mean + (new - mean) / (n + 1).clamp(max=AVERAGED))
+    best = Best(average)
+    for epoch in (bar := progress(range(settings.epochs), f"rid {name}")):
+        # One cut per user and epoch: their own texts never serve as cross-user negatives.
+        order = [(user_id, shuffle.choice(c)) for user_id, c in cuts.items()]
+        shuffle.shuffle(order)
+        tower.train()
+        losses = []
+        for start in range(0, len(order), settings.batch_users):
+            rows = order[start : start + settings.batch_users]
+            inputs, *labels = training_batch(run, revisits, rows, text_ids)
+            scores, loss = contrast(tower, inputs, *labels, settings, settings.cross_user)
+            # Trees find what ranks in 72 noisy statistics; towers alone overfit to them.
+            odds = pad_sequence([taught[row] for row in rows], batch_first=True)  # (B, N)
+            distance = ib.distillation_loss(scores / settings.temperature, odds, inputs["mask"])
+            loss = torch.lerp(loss.mean(), distance.mean(), settings.distillation)
+            optimiser.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
+            refuse_nan(norm, f"rid, {name}, epoch {epoch}, step {len(losses)}",
+                       (user_id for user_id, _ in rows))
+            optimiser.step()
+            average.update_parameters(tower)
+            losses.append(loss.item())
+        held = held_out_loss(run, revisits, average.eval(), held_out, text_ids)
+        run.folder.log("rid", tower=name, epoch=epoch, loss=float(np.mean(losses)),
+                       held_out_loss=held)
+        bar.set(loss=held)
+        # Weights of the first epochs are still those they began with.
+        if epoch + 1 >= min(LEAST_EPOCHS, settings.epochs):
+            best.offer(-held)
+        # Early stopping: what is learned later is the training users by heart.
+        if best.waited > settings.patience:
+            break
+    best.restore()  # the average's, which the tower takes over
+    tower.load_state_dict(average.module.state_dict())
 
 
 def contrast(tower, inputs: dict, labels, ids, settings: RidConfig, cross_user: float):
