@@ -85,7 +85,8 @@ def policy_table(seeds: Seeds, table: dict) -> str:
             continue
         good, bad = (np.mean([x.mean() for x in per_seed(seeds, method, metric)]) * 100
                      for metric in ("good", "bad"))
-        net = [100 * x for x in per_seed(seeds, method, "net")]
+        net = [100 * x for x in per_seed(seeds, method, "net")]  # in points, as the paper's GSB
+        # Eq. (1)'s gain is relative to prompting: of means, as a context of no click has no ratio.
         base, clicks = (np.mean([x.mean() for x in per_seed(seeds, m, "click_rate")])
                         for m in ("PE", method))
         rows.append([
@@ -108,6 +109,7 @@ def accuracy_table(seeds: Seeds, table: dict) -> str:
 def calibration_table(seeds: Seeds) -> str:
     """ECE of the later weeks, pairs in both orders."""
     names = experiments.read("garm")["tables"]["2"]["rows"]
+    # In distribution and under policy shift, as section 4.3.3 compares them.
     rows = [[name, *(pooled_cell(seeds, f"{name}, {part}", "ece", "calibration")
                      for part in ("W4", "W4-RFT")), "0.0302, 0.0886" if name == "GaRM" else "–"]
             for name in names if f"{name}, W4" in seeds[0]["calibration"]]
@@ -117,6 +119,7 @@ def calibration_table(seeds: Seeds) -> str:
 def sigma_table(seeds: Seeds) -> str:
     """Mean sigma, and the mean bound of Eq. (7), of the models that have one."""
     names = experiments.read("garm")["tables"]["2"]["rows"]
+    # Without the penalty of Eq. (5) nothing holds sigma at a scale: bounds of models differ by it.
     papers = {"GaRM": "σ about 1; bound 0.331, 0.224", "PURM, without penalty": "σ about 15"}
     rows = [[name, cell(seeds, f"{name}, IID", "sigma", ".3f"),
              *(cell(seeds, f"{name}, {part}", "bound", ".4f") for part in ("W4", "W4-RFT")),
@@ -158,7 +161,7 @@ def observation_table(seeds: Seeds) -> str:
 
 def integral(mu: float, sigma: float) -> float:
     """Eq. (4), the mean of sigmoid(z) over N(mu, sigma^2), by the trapezoid rule."""
-    z = np.linspace(-12, 12, 20_001)
+    z = np.linspace(-12, 12, 20_001)  # beyond 12 deviations nothing of the density is left
     density = np.exp(-z * z / 2) / np.sqrt(2 * np.pi)
     return float(np.trapezoid(density / (1 + np.exp(-(mu + sigma * z))), z))
 
@@ -168,6 +171,7 @@ def closed_form() -> list[dict]:
     PURM's estimates by number of draws."""
     settings, result = experiments.read("garm")["figure6"], []
     for number, gaussians in enumerate(settings["gaussians"]):
+        # In double precision: the error of the closed form is what is looked for.
         four = [torch.tensor([value], dtype=torch.float64) for value in gaussians]
         mu, sigma = gaussians[0] - gaussians[2], float(np.hypot(gaussians[1], gaussians[3]))
         repeated = [value.repeat(settings["repeats"]) for value in four]
@@ -200,6 +204,7 @@ def confidence_panel(seeds: Seeds) -> figures.Panel:
     series = {}
     for label, part in (("IID and W1 to W4", ""), ("W4-RFT", ", W4-RFT")):
         names = [f"bound, quarter {q}{part}" for q in range(1, 5)]
+        # A small set may leave a quarter without a pair.
         if all(pooled_cell(seeds, name, "accuracy", "pairs") != "–" for name in names):
             y, low, high = zip(*(pooled_interval(seeds, "accuracy", name, hierarchical=True)[0]
                                  for name in names), strict=True)

@@ -27,6 +27,7 @@ def read_values(paper: dict, folder: Path) -> tuple[Seeds, str]:
     else:
         seeds = [*map(read_json, files)]
         starts = seeds[0]["about"]["starts"] if seeds else []
+        # A reproduction trains its seeds side by side: its own starts tell what all took.
         hours = sum(start["minutes"] for start in starts) / 60
     return seeds, f"{len(seeds)} seeds, {hours:.1f} hours of the clock on two cores, shared."
 
@@ -41,7 +42,7 @@ def section(paper: dict, folder: Path) -> str:
              for name, figure in paper["rows"].items() if name in have]
     rows = judged(seeds, paper["tables"], paper["claims"], hierarchical=True)
     parts = claims_parts(rows, paper["claims"])
-    if paper["kind"] == "seeds":
+    if paper["kind"] == "seeds":  # the siblings' pictures are made with their pages
         draw(seeds, have, folder / paper["picture"])
     return texts["section"].format(
         title=paper["title"], cost=cost, page=paper["page"], narrow=narrow(len(seeds)),
