@@ -234,23 +234,33 @@ def parse_json(text: bytes):
 class Faults(list):
     """Faults of rows, `place: field: reason` each."""
 
-    def add(self, place: str, error: ValueError) -> None:
-        """Note a row's ValidationError, or its ValueError with `field: reason`."""
+    rows = 0  # that have any
+
+    def add(self, place: str, error: ValueError, within: tuple = ()) -> None:
+        """Note a row's ValidationError, or its ValueError with `field: reason`.
+
+        within: keys that lead to the part of the row that was validated.
+        """
+        self.rows += 1
         reasons = [str(error)]
         if isinstance(error, ValidationError):
-            reasons = map(_reason, error.errors(include_input=False, include_url=False))
+            faults = error.errors(include_input=False, include_url=False)
+            reasons = [_reason(fault, (*within, *fault["loc"])) for fault in faults]
         self.extend(f"{place}: {reason}" for reason in reasons)
+
+    def __str__(self) -> str:
+        rest = len(self) - MOST_FAULTS  # a file of a million bad rows is no million lines
+        return "\n".join(self[:MOST_FAULTS] + [f"... and {rest} more"] * (rest > 0))
 
     def refuse(self) -> None:
         """Raise DataError if there are any."""
-        rest = len(self) - MOST_FAULTS  # a file of a million bad rows is no million lines
         if self:
-            raise DataError("\n".join(self[:MOST_FAULTS] + [f"... and {rest} more"] * (rest > 0)))
+            raise DataError(str(self))
 
 
-def _reason(fault: dict) -> str:
+def _reason(fault: dict, keys: tuple) -> str:
     """`field: reason` of one fault that pydantic reports."""
-    where = ".".join(map(label, fault["loc"]))
+    where = ".".join(map(label, keys))
     reason = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error" and re.match(r"[a-z_]+: ", reason):  # names its field itself
         return f"{where}.{reason}" if where else reason
@@ -264,21 +274,26 @@ def json_objects(path: str | Path, faults: Faults) -> Iterator[tuple[str, dict]]
     """
     try:
         with open(path, "rb") as file:  # bytes: one line that is no UTF-8 is one fault
-            for number, line in enumerate(_lines(file), 1):
-                if len(line) <= MOST_BYTES and not line.strip():  # as `cat` joins files
-                    continue
-                try:
-                    if len(line) > MOST_BYTES:
-                        raise ValueError(f"longer than {MOST_BYTES:,} bytes")
-                    value = parse_json(line)
-                    if not isinstance(value, dict):
-                        raise ValueError("not a JSON object")
-                except ValueError as error:
-                    faults.add(f"{path}:{number}", ValueError(f"line: {error}"))
-                else:
-                    yield f"{path}:{number}", value
+            yield from json_lines(file, str(path), faults)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from None
+
+
+def json_lines(file: BinaryIO, name: str, faults: Faults) -> Iterator[tuple[str, dict]]:
+    """As json_objects, of a file that is open."""
+    for number, line in enumerate(_lines(file), 1):
+        if len(line) <= MOST_BYTES and not line.strip():  # as `cat` joins files
+            continue
+        try:
+            if len(line) > MOST_BYTES:
+                raise ValueError(f"longer than {MOST_BYTES:,} bytes")
+            value = parse_json(line)
+            if not isinstance(value, dict):
+                raise ValueError("not a JSON object")
+        except ValueError as error:
+            faults.add(f"{name}:{number}", ValueError(f"line: {error}"))
+        else:
+            yield f"{name}:{number}", value
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:

@@ -96,6 +96,22 @@ PIECES = [
 ]
 
 
+JOINTS = (" && ", "\n- ", "\n", "\n2. ", "&&", "&&&", " &#38;&#38; ", "\t")
+OF_THREE = ("; ", "；", " [SEP] ", "<sep>")  # or more: two may be one starter
+OF_QUESTIONS = (" ", "、", " & ", " → ", " $$ ")  # three or more of them
+NUMBERS = ("abcde", "①②③④⑤", "1️⃣ 2️⃣ 3️⃣ 4️⃣ 5️⃣".split())
+
+
+def one_line(asked: list[str], rng) -> str:
+    """Starters as one text, in one of the forms that lists have."""
+    joints = JOINTS + (OF_THREE + OF_QUESTIONS) * (len(asked) > 2)
+    joint = rng.choice((*joints, *NUMBERS))
+    if joint in NUMBERS:
+        sign = ") " if joint == "abcde" else " "
+        return " ".join(f"{number}{sign}{y}" for number, y in zip(joint, asked, strict=False))
+    return f"{'?' * (joint in OF_QUESTIONS)}{joint}".join(asked) + "?"
+
+
 def parser(bench: Bench, row) -> None:
     """Fuzzed outputs; and numbered starters in forms that lists have, with such text around."""
     for number in range(5000 * bench.tries):
@@ -104,8 +120,7 @@ def parser(bench: Bench, row) -> None:
         asked = []
         if number % 2:  # q1, q2, ... each a starter of its own
             asked = [f"Ask me about q{i}q please" for i in range(rng.randrange(2, 6))]
-            joint = rng.choice((" && ", "\n- ", "\n", "\n2. ", "&&"))
-            text = f"<sug> {joint.join(asked)} </sug>" + text * rng.randrange(2)
+            text = f"<sug> {one_line(asked, rng)} </sug>" + text * rng.randrange(2)
         fault = ""
         try:
             parsed = parse_starters(text)

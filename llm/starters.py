@@ -18,8 +18,9 @@ QUOTES = "\"'“”‘’«»「」『』"  # of English, French and Chinese
 PARTNERS = dict(zip("\"'“‘«「『", "\"'”’»」』", strict=True))
 NO_DOUBLE_QUOTES = str.maketrans("", "", "\"“”«»「」『』")  # single ones may be apostrophes
 SENTENCE_END = re.compile(rf"(?:[?!？！。]|(?<!\d)\.)[*_`{QUOTES} ]*$")  # not that of a cut "3.5"
-AMPERSAND = re.compile(r"[&＆](?:amp;)*", re.IGNORECASE)  # full-width, or escaped for HTML
-SEPARATOR = re.compile(r"(?:[&＆](?:amp;)*){2,}", re.IGNORECASE)
+_AMPERSAND = r"[&＆](?:amp;|#0{0,5}38;|#x0{0,5}26;)*"  # full-width, or escaped for HTML
+AMPERSAND = re.compile(_AMPERSAND, re.IGNORECASE)
+SEPARATOR = re.compile(rf"(?:{_AMPERSAND}){{2,}}", re.IGNORECASE)
 
 # ------------------------------------------------------------------------ what a reasoner marks
 
@@ -57,6 +58,7 @@ _NUMBER = (
     r"|\d{1,2}:\s|\d️?⃣|[①-⑳]|[一二三四五六七八九十]{1,3}[、．.]"
     r"|(?:question|starter|suggestion|request|prompt|问题|建议|q)\s?#?\d{1,2}\s?[.):：、-])"
 )
+_LETTER = r"[(（]?[a-h](?:\)\s|）)"
 # "A: 2. ", "You can ask me: ": words before a colon and a number, or a known word of asking. Of at
 # most so many characters, or a text of colons would be read over and over.
 _LABEL = (
@@ -68,7 +70,8 @@ _LABEL = (
 _BULLET = r"(?:[•·●○◦‣▪■□◆★☆✦✓✔➤→▶]|[-–—*+](?=\s)|\[[ xX]?\](?=\s))"
 # A run of spaces, quotes, bullets, heading marks, numbering and labels.
 LEAD = re.compile(
-    rf"(?:[\s{QUOTES}\-*•·–—`]|#{{1,6}}\s|>\s|{_BULLET}|{_NUMBER}|(?<!\w){_LABEL})+", re.IGNORECASE
+    rf"(?:[\s{QUOTES}\-*•·–—`&]|#{{1,6}}\s|>\s|{_BULLET}|{_NUMBER}|{_LETTER}|(?<!\w){_LABEL})+",
+    re.IGNORECASE,
 )
 # Around words only: **kwargs, __init__, A* and 2 * 3 are left as they are.
 BOLD = re.compile(r"(?<![\w*])\*\*(?=[^\s*])([^*]+)(?<=[^\s*])\*\*(?![\w*])")
@@ -179,7 +182,8 @@ def _items(text: str, closed: bool) -> list[str]:
         lines = marked  # without a preface and remarks
     elif len(lines) > 1 and lines[0].rstrip().endswith((":", "：")):
         lines = lines[1:]
-    return _separated(lines)
+    items = _separated(lines)
+    return _joined(items[0]) if len(items) == 1 else items
 
 
 def _separated(lines: list[str]) -> list[str]:
@@ -197,8 +201,32 @@ def _loose_items(answer: str) -> list[str]:
     if joined := [line for line in lines if "&&" in line]:
         items = _separated(joined)
     else:
-        items = _marked(lines) or _bare(lines)
+        # In no field a line may be prose: only of questions alone it is a list.
+        asked = _joined(lines[0]) if len(lines) == 1 else []
+        prose = not asked[1:] or not all(map(_QUESTION.fullmatch, asked))
+        items = (_marked(lines) or _bare(lines)) if prose else asked
     return [item for item in items if len(item) <= LONGEST and item.count("`") != 1]
+
+
+# What else stands between the starters of a list, in how many parts at least and of how many words.
+# An honest starter has these signs too, but not between whole sentences: "New York → Los Angeles",
+# "Tom & Jerry", "What? Why me?", "What does [SEP] do in BERT?".
+_SIGN = r"[;；]|\[SEP\]|<[|｜/]?sep ?[|｜/]?>"
+_JOINTS = [(re.compile(joint, re.IGNORECASE), parts, words) for joint, parts, words in (
+    (r"\t", 2, 2), (rf"(?<=[?？])[ \u3000]?(?:{_SIGN}|[、&→]|\$\$)", 2, 2), (_SIGN, 3, 3),
+    (r"(?<=[?？])\s*(?=[\w¿])", 3, 2))]  # fmt: skip
+_QUESTION = re.compile(r"[^.!。！]*[?？]\s*")
+
+
+def _joined(item: str) -> list[str]:
+    """The only item of a list as several, where it holds a list by one of these signs."""
+    for joint, least, words in _JOINTS:
+        parts = [part for part in joint.split(item) if part.strip()]
+        if len(parts) >= least and all(
+                len(re.findall(r"[^\W\d_]{2,}", part)) >= words or
+                len(re.findall("[㐀-鿿]", part)) > 3 for part in parts):  # fmt: skip
+            return parts
+    return [item]
 
 
 LONGEST = 160  # characters of a starter that stands in no field: a paragraph is none
@@ -207,12 +235,12 @@ PREFACE = re.compile(
 )
 MARKS = [
     re.compile(rf"([\s>]*)(?:[*_#` ]{{0,5}}){mark}", re.IGNORECASE)
-    for mark in (rf"(?:{_LABEL})?{_NUMBER}", _BULLET, r"[\"“「]")
+    for mark in (rf"(?:{_LABEL})?{_NUMBER}", _LETTER, _BULLET, r"[\"“「]")
 ]
 
 
 def _marked(lines: list[str]) -> list[str]:
-    """The lines of a list's outermost level: numbered, else with bullets, else in quotes."""
+    """The lines of a list's outermost level: numbered, else with letters, bullets, in quotes."""
     for mark in MARKS:
         found = [(match, line) for line in lines if (match := mark.match(line))]
         if found:
@@ -265,20 +293,27 @@ def _split_line(line: str) -> list[str]:
 
 def _numbered_parts(line: str) -> list[str]:
     """1. a 2. b 3. c, or 2. a? 4. b: the parts behind each number; else the line as it is."""
-    cuts, last = [], 0
     begin = lead.end() if (lead := LEAD.match(line)) else 0  # with its first number
-    for number in _NUMBER_WITHIN.finditer(line):
-        value, before = int(number[1]), line[: number.start()].rstrip()[-1:]
-        first = not cuts and number.start() < begin  # of whatever value: a label may have hidden 1.
-        if first or value == last + 1 or (cuts and value > last and before in tuple("?!？！。")):
-            cuts.append(number.start())
-            last = value
-    if len(cuts) < 2:  # a number is no list
-        return [line]
-    return [line[a:b] for a, b in itertools.pairwise([*cuts, len(line)])]
+    for numbers in _NUMBERS_WITHIN:
+        cuts, last = [], 0
+        for number in numbers.finditer(line):
+            sign, before = number[1].lower(), line[: number.start()].rstrip()[-1:]
+            # ② is 2, and b) too.
+            value = int(unicodedata.normalize("NFKC", sign)) if sign.isdigit() else ord(sign) - 96
+            first = not cuts and number.start() < begin  # whatever its value: a label may hide 1.
+            # "Should I pick a) or b)" is no list.
+            follows = value == last + 1 and (cuts or numbers is _NUMBERS_WITHIN[0])
+            if first or follows or (cuts and value > last and before in tuple("?!？！。")):
+                cuts.append(number.start())
+                last = value
+        if len(cuts) > 1:  # a number is no list
+            return [line[a:b] for a, b in itertools.pairwise([*cuts, len(line)])]
+    return [line]
 
 
-_NUMBER_WITHIN = re.compile(r"(?:^|(?<=\s))[(（*]{0,3}(\d{1,2})[.)．、）：]+(?=\s?[^\s\d])")
+_NUMBERS_WITHIN = [re.compile(pattern, re.IGNORECASE) for pattern in (
+    r"(?:^|(?<=[\s?？！。；]))[(（*]{0,3}(\d{1,2})[.)．、）：]+(?=\s?[^\s\d])", r"(\d)️?⃣", "([①-⑳])",
+    r"(?:^|(?<=\s))[(（*]{0,3}([a-h])[)）](?=\s)")]  # fmt: skip
 _BETWEEN = re.compile(rf"[{QUOTES}]\s?[,，、;；]\s?[{QUOTES}]")
 
 

@@ -86,8 +86,9 @@ def is_functional(text: str) -> bool:
 
 
 def is_greeting(text: str) -> bool:
-    """Nothing but a greeting, thanks or an interjection: "hi", "Hey Mel!", "谢谢"."""
-    return lexicon()["patterns"]["greeting"].fullmatch(text.strip(" .!?~,。！？～，…")) is not None
+    """Nothing but greetings, thanks and interjections: "hi", "Hey Mel!", "谢谢", "thanks!!! 🙏"."""
+    greeting, text = lexicon()["patterns"]["greeting"], _one_spelling(text).lstrip(" .!?~,¡¿")
+    return bool(greeting.match(text)) and not any(map(str.isalnum, greeting.sub("", text)))
 
 
 # ------------------------------------------------------------------------------------ key phrases

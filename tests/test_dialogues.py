@@ -153,12 +153,15 @@ def test_panes_become_contexts(tmp_path):
     ({"query": "q", "panes": [pane(shares=(0.2, 1.2, 0.0))]}, "panes.0.option_cctr.1"),
     ({"users": []}, "query"),
 ])  # fmt: skip
-def test_faulty_queries_are_listed_and_nothing_is_written(tmp_path, bad, field):
-    path = write(tmp_path / "m.jsonl", [{"query": "q", "panes": [pane()]}, bad])
-    out = tmp_path / "out.jsonl"
-    with pytest.raises(data.DataError) as caught:
-        importers.import_mimics([path], out)
-    assert str(caught.value).startswith(f"{path}:2: {field}: ") and not out.exists()
+def test_faulty_queries_are_passed_over_and_named(tmp_path, capsys, bad, field):
+    path, out = tmp_path / "m.jsonl", tmp_path / "out.jsonl"
+    with pytest.raises(data.DataError) as caught:  # nothing is left
+        importers.import_mimics([write(path, [bad])], out)
+    assert str(caught.value).startswith(f"{path}:1: {field}: ") and not out.exists()
+    made = importers.import_mimics([write(path, [{"query": "q", "panes": [pane()]}, bad])], out)
+    assert capsys.readouterr().err.startswith(f"{path}:2: {field}: ")
+    assert made.endswith("; 1 queries that cannot be read left out")
+    assert [row.dialogue_id for row in data.read_dialogues(out)] == ["q1-1"]
 
 
 def test_the_import_command(tmp_path, monkeypatch, capsys):

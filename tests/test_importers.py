@@ -1,6 +1,7 @@
 """Conversations from elsewhere become users: each kind by hand, faults listed, nothing raised."""
 
 import copy
+import gzip
 import json
 import subprocess
 import sys
@@ -389,9 +390,14 @@ def test_a_time_that_cannot_be_read_is_counted(tmp_path, value):
 
 
 @pytest.mark.parametrize("turn", [False, True])
-def test_of_two_exports_the_later_state_stays(tmp_path, turn):
-    newer = chatgpt(update_time=1777626100.0)
-    older = copy.deepcopy(newer) | {"current_node": "d", "update_time": 1777626000.0}
+@pytest.mark.parametrize("older, newer", [(1777626000.0, 1777626100.0), (None, None), (3.5, None)])
+def test_of_two_exports_the_later_state_stays(tmp_path, turn, older, newer):
+    newer = chatgpt(update_time=newer)  # None: its last message, of 4.0, tells
+    older = copy.deepcopy(newer) | {"current_node": "d", "update_time": older}
+    # More messages, but earlier.
+    older["mapping"]["a"] = node("root", "user", ["first"])
+    older["mapping"]["root"] = node("more")
+    older["mapping"]["more"] = node(None, "user", ["before"])
     paths = [write(tmp_path / "a.json", [older]), write(tmp_path / "b.json", [newer])]
     (user,), made = imported("chatgpt", *paths[:: -1 if turn else 1])
     assert [m.role for m in user.sessions[0].messages] == ["user", "assistant"]
@@ -431,54 +437,163 @@ def test_utf16_a_single_object_and_a_zip_are_read(tmp_path):
 # ------------------------------------------------------------------------------------------ faults
 
 
-def test_all_faulty_conversations_are_listed(tmp_path):
+def passed_over(capsys, kind: str, *paths: Path) -> tuple[list[str], str]:
+    """(places of what could not be read, what was written) of an import that left some of it."""
+    capsys.readouterr()
+    _, made = imported(kind, *paths)
+    named = [line for line in capsys.readouterr().err.splitlines() if "it/s" not in line]
+    assert SECRET not in str(named)
+    lines = [line.rsplit(": ", 1)[0] for line in named]
+    return [line.replace(str(paths[0]), "FILE") for line in lines], made
+
+
+def test_a_faulty_conversation_is_passed_over_and_named(tmp_path, capsys):
     rows = [
-        chatgpt(),
         SECRET,
-        chatgpt(mapping={"a": SECRET}),
+        None,
         chatgpt(conversation_id=None, id=None),
         chatgpt(conversation_id=" "),
         chatgpt(mapping=[]),
+        chatgpt(mapping=None),
     ]
-    lines = refusal("chatgpt", write(tmp_path / "conversations.json", rows))
-    assert [line.rsplit(": ", 1)[0] for line in lines] == [
-        "FILE: conversation 2: row",
-        "FILE: conversation 3: mapping.a",
-        "FILE: conversation 4: conversation_id",
-        "FILE: conversation 5: conversation_id",
-        "FILE: conversation 6: mapping",
-    ]
+    named, made = passed_over(capsys, "chatgpt", write(tmp_path / "a.json", [*rows, chatgpt()]))
+    places = ["row", "row", "conversation_id", "conversation_id", "mapping", "mapping"]
+    assert named == [f"FILE: conversation {n}: {key}" for n, key in enumerate(places, 1)]
+    assert made.endswith("1 sessions (2 messages) written to OUT"
+                         "; 6 conversations that cannot be read left out")  # fmt: skip
+    (tmp_path / "users.jsonl").unlink()
+    lines = refusal("chatgpt", write(tmp_path / "a.json", rows))  # nothing is left
+    assert [line.rsplit(": ", 1)[0] for line in lines] == named
 
 
-def test_faults_of_jsonl_name_their_lines_and_a_limit_holds(tmp_path):
-    speaker = sharegpt()
-    speaker["conversations"][1]["from"] = None
-    rows = [b"", sharegpt(), b"{", b"[1]", speaker, {"id": SECRET}]
-    lines = refusal("sharegpt", write(tmp_path / "rows.jsonl", rows))
-    assert [line.split(": ")[0] for line in lines] == [f"FILE:{n}" for n in (3, 4, 5, 6)]
-    assert [line.split(": ")[1] for line in lines] == [
-        "line",
-        "line",
-        "conversations.1.from",
-        "conversations",
-    ]
-    lines = refusal("sharegpt", write(tmp_path / "rows.jsonl", [sharegpt()] + [b"{"] * 30))
-    assert len(lines) == 21 and lines[-1] == "... and 10 more"
+LISTS = {"claude": "chat_messages", "huggingchat": "messages", "sharegpt": "conversations"}
 
 
-def test_faults_of_wildchat_and_locomo_are_named(tmp_path):
-    rows = [wildchat(), wildchat("h", "x" * 201)]
-    lines = refusal("wildchat", write(tmp_path / "rows.parquet", rows))
-    assert [line.rsplit(": ", 1)[0] for line in lines] == ["FILE: conversation 2: user_id"]
+def spoiled(kind: str, *change) -> dict:
+    """A conversation, before whose first message stands it again with a (key, value), or null."""
+    row = ROWS[kind]()
+    if kind == "openwebui":
+        row = openwebui(chat={"messages": [*row["chat"]["history"]["messages"].values()]})
+    messages = (row.get("chat") or row)[LISTS.get(kind, "conversation")
+                                        if kind != "openwebui" else "messages"]  # fmt: skip
+    if change:
+        key, value = change
+        messages.insert(0, messages[0] | {key: value} if key else None)
+    return row
+
+
+@pytest.mark.parametrize("kind, key, place", [
+    ("claude", "sender", "chat_messages.0.sender"), ("claude", None, "chat_messages.0"),
+    ("openwebui", "role", "messages.0.role"), ("openwebui", None, "messages.0"),
+    ("sharegpt", "from", "conversations.0.from"), ("lmsys", "role", "conversation.0.role"),
+    ("wildchat", "role", "conversation.0.role"), ("huggingchat", "from", "messages.0.from"),
+])  # fmt: skip
+def test_a_message_that_cannot_be_read_costs_nothing_else(tmp_path, capsys, kind, key, place):
+    (whole,), _ = imported(kind, write(tmp_path / "a.json", [spoiled(kind)]))
+    path = write(tmp_path / "a.json", [spoiled(kind, key, None)])
+    named, made = passed_over(capsys, kind, path)
+    assert named == [f"FILE: conversation 1: {place}"]
+    assert made.endswith("; 1 messages that cannot be read passed over")
+    assert data.read_users(tmp_path / "users.jsonl") == [whole]
+
+
+@pytest.mark.parametrize("kind, key, value", [
+    ("openwebui", "parentId", 7), ("huggingchat", "id", 2), ("sharegpt", "value", [SECRET, {}]),
+])  # fmt: skip
+def test_what_is_not_needed_or_can_be_read_is_no_fault(tmp_path, capsys, kind, key, value):
+    path = write(tmp_path / "a.json", [spoiled(kind, key, value)])
+    assert passed_over(capsys, kind, path)[0] == []
+
+
+@pytest.mark.parametrize("change", [
+    None, {"author": {"role": None}}, {"author": {}}, {"content": "Be kind."},
+    {"recipient": ["all"]}, {"create_time": {}, "author": 1},
+])  # fmt: skip
+def test_a_broken_node_of_a_tree_costs_nothing_else(tmp_path, capsys, change):
+    talk = chatgpt()
+    system = talk["mapping"]["a"]
+    system["parent"] = 7
+    talk["mapping"]["a"] = change and system | {"message": system["message"] | change}
+    named, made = passed_over(capsys, "chatgpt", write(tmp_path / "a.json", [talk]))
+    (place,) = named
+    assert "1 sessions (2 messages)" in made
+    assert place.startswith("FILE: conversation 1: mapping.0")
+
+
+def test_faults_of_jsonl_name_their_lines_and_a_limit_holds(tmp_path, capsys):
+    rows = [b"", sharegpt(), b"{", b"[1]", {"id": SECRET}]
+    named, made = passed_over(capsys, "sharegpt", write(tmp_path / "rows.jsonl", rows))
+    assert named == ["FILE:3: line", "FILE:4: line", "FILE:5: conversations"]
+    assert made.endswith("; 3 conversations that cannot be read left out")
+    path = write(tmp_path / "rows.jsonl", [sharegpt(), *[b"{"] * 30])
+    named, _ = passed_over(capsys, "sharegpt", path)
+    assert len(named) == 21 and named[-1] == "... and 10 more"
+
+
+def test_faults_of_wildchat_and_locomo_are_named(tmp_path, capsys):
+    path = write(tmp_path / "rows.parquet", [wildchat(), wildchat("h", "x" * 201)])
+    assert passed_over(capsys, "wildchat", path)[0] == ["FILE: conversation 2: user_id"]
     bad = locomo()
     bad["conversation"] |= {"session_4": SECRET, "speaker_b": ""}
     bad["conversation"]["session_2"][1]["text"] = 7
-    lines = refusal("locomo", write(tmp_path / "locomo10.json", [locomo(), bad]))
-    assert [line.rsplit(": ", 1)[0] for line in lines] == [
+    named, _ = passed_over(capsys, "locomo", write(tmp_path / "locomo10.json", [locomo(), bad]))
+    assert named == [
         "FILE: conversation 2: conversation.speaker_b",
-        "FILE: conversation 2: conversation.sessions.session_2.1.text",
         "FILE: conversation 2: conversation.sessions.session_4",
+        "FILE: conversation 2: sessions.1.text",
     ]
+
+
+def test_a_zip_gives_its_conversations_and_passes_over_what_else_is_called_so(tmp_path, capsys):
+    shared = {"id": "s", "conversation_id": "c9", "title": SECRET}
+    lines = b"oops\n" + json.dumps(chatgpt(conversation_id="c3")).encode()
+    for order in (1, -1):
+        with zipfile.ZipFile(tmp_path / "export.zip", "w") as archive:
+            for name, content in [
+                ("conversations.JSON", json.dumps([chatgpt()])),
+                ("shared_conversations.json", json.dumps([shared])),
+                ("conversations-2.jsonl", lines), ("conversations-3.json", "[{"),
+            ][::order]:  # fmt: skip
+                archive.writestr(name, content)
+        named, made = passed_over(capsys, "chatgpt", tmp_path / "export.zip")
+        places = ["conversations-2.jsonl:1: line", "conversations-3.json: file"]
+        assert named == [f"FILE: {place}" for place in places[::order]]
+        assert made.endswith("2 sessions (4 messages) written to OUT"
+                             "; 2 conversations that cannot be read left out")  # fmt: skip
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_flipped_byte_of_a_zip_is_read_over_or_told_in_one_line(tmp_path, method):
+    path, out = tmp_path / "export.zip", tmp_path / "users.jsonl"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("conversations.json", json.dumps([chatgpt()]))
+    whole = path.read_bytes()
+    for place in range(4, len(whole), 3):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        try:
+            importers.import_users("chatgpt", [path], out)
+        except data.DataError as error:
+            assert len(str(error).splitlines()) == 1, place
+
+
+def test_utf16_lines_are_read_and_what_cannot_be_is_told(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    for encoding in ("utf-16", "utf-16-be"):
+        rows = [sharegpt(f"abc_{n}", "\u2028 x") for n in range(3)]
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        path.write_bytes("\n".join(lines).encode(encoding))
+        assert len(imported("sharegpt", path)[0][0].sessions) == 3
+    (tmp_path / "users.jsonl").unlink()
+    path.write_bytes(gzip.compress(json.dumps(sharegpt()).encode()))
+    (line,) = refusal("sharegpt", path)
+    assert line.startswith("FILE: compressed by gzip; unpack it first")
+    monkeypatch.setattr(importers, "WHOLE", 1000)
+    for content in (b"[" * 1234, b"\xff\xfe[\0" + bytes(1230), b'{\n"a": [' + bytes(1226)):
+        path.write_bytes(content)
+        (line,) = refusal("sharegpt", path)
+        assert line.startswith("FILE: 1,234 bytes; only 1,000 are read at once")
+    path.write_bytes(bytes(2000))  # no UTF-16 for all its zeros, but lines, which have a limit
+    assert refusal("sharegpt", path)[0].startswith("FILE: no such conversation")
 
 
 @pytest.mark.parametrize("kind", ROWS)

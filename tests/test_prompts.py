@@ -73,7 +73,7 @@ def test_parser_is_linear(begin):
     parts = ["<sug>", "&& ", "1. ", '"', "</sug>", '- "', "[", '{"a":', "**", "**a", "*a ", "`",
              '", "', "', '", "\\", '"\\', "&amp;", "\n", "\n- ", "\n\n1. ", "Sure, ", "| ", "_",
              "</think>", "<|", "a:", "a: [", "assistantfinal", "<|channel|>final", "a b\n",
-             "1. a 2. b ", " "]  # fmt: skip
+             "1. a 2. b ", " ", "? a b", "; a b c", "① a", "a) ", "\t", "?"]  # fmt: skip
     for part in parts:
         began = time.process_time()
         llm.parse_starters(begin + part * (60_000 // len(part)))
@@ -101,6 +101,12 @@ FORMS = {
     "Chinese numbers": lambda y: "\n".join(f"{'一二三四五六'[i]}、{s}" for i, s in enumerate(y)),
     "numbers in a line": lambda y: " ".join(f"{i}. {s}" for i, s in enumerate(y, 1)),
     "numbers in a field": lambda y: f"<sug> {FORMS['numbers in a line'](y)} </sug>",
+    "letters in a line": lambda y: " ".join(f"{'abcdef'[i]}) {s}" for i, s in enumerate(y)),
+    "letters": lambda y: "\n".join(f"{'ABCDEF'[i]}) {s}" for i, s in enumerate(y)),
+    "keycaps": lambda y: " ".join(f"{i}️⃣ {s}" for i, s in enumerate(y, 1)),
+    "circles": lambda y: "".join(f"{'①②③④⑤⑥'[i]}{s}" for i, s in enumerate(y)),
+    "numeric entities": lambda y: f"<sug> {' &#38;&#38; '.join(y)} </sug>",
+    "three &": lambda y: f"<sug> {'&&&'.join(y)} </sug>",
     "bold numbers": lambda y: "\n".join(f"**{i}. {s}**" for i, s in enumerate(y, 1)),
     "answers": lambda y: "\n".join(f"A: {i}. {s}" for i, s in enumerate(y, 1)),
     "answers in a field": lambda y: "<sug> " + " && ".join(
@@ -164,6 +170,7 @@ def test_requests_without_a_mark_at_their_end(form):
 
 @pytest.mark.parametrize("text", [
     "I'm sorry, but I can't help with that.", "I cannot do this.\n\nPlease ask again.",
+    "Who made jazz? It was made in bars. Who came? Few people. Who paid for it?",
     "Jazz began in New Orleans. It has many forms.\n\nWhat is bebop? A fast one.", "Hello", "What?",
     "# Jazz\n\nIt began long ago,\nwhen nobody wrote.", "对不起，我不能帮你。",
     "<think> 1. a?\n2. b?",
@@ -218,6 +225,38 @@ def test_format_survives_the_parser(starters):
     once = llm.parse_starters(llm.format_starters(starters)).starters
     assert llm.parse_starters(llm.format_starters(once)).starters == once
     assert not any(set("<>") & set(s) for s in once)
+
+
+@pytest.mark.parametrize("joint", [" ", "; ", "；", "、", " & ", " → ", "\t", " [SEP] ", "<sep>",
+                                   " $$ "])  # fmt: skip
+def test_questions_in_a_line_are_starters(joint):
+    for starters in (("Who wrote Dune?", "Which Zelda first?", "Is Go hard?"),
+                     ("三体讲了什么？", "塞尔达怎么玩？", "围棋难吗？")):
+        text = joint.join(starters)
+        assert llm.parse_starters(f"<sug> {text} </sug>").starters == starters
+        assert llm.parse_starters(text).starters == starters  # of nothing but questions
+        cut = llm.parse_starters(f"<sug> {text[:-2]}").starters
+        assert cut in ((), starters[:2])
+
+
+@pytest.mark.parametrize("starters", [
+    ("Quiz me on Dune", "Best order of Zelda games", "First steps in C++ today"),
+    ("三体讲了什么故事", "塞尔达怎么玩", "围棋很难学吗")])  # fmt: skip
+def test_three_clauses_between_semicolons_are_starters(starters):
+    for joint in ("; ", "；", " [SEP] ", "<sep>", "\t"):
+        assert llm.parse_starters(f"<sug> {joint.join(starters)} </sug>").starters == starters
+
+
+@pytest.mark.parametrize("text", [
+    "R&D at AC/DC", "Tom & Jerry & Spike", "Star Wars: Episode I", "What? Why me?",
+    "Who? What? When?", "New York → Los Angeles → San Francisco", "Should I pick a) or b)",
+    "Compare Star Trek; Star Wars; Dune", "推荐红楼梦、三国演义、水浒传", "比较三体；流浪地球",
+    "What does [SEP] do in BERT?", "Why is $$e = mc^2$$ so famous?", "Rate 1️⃣ or 2️⃣",
+    "How to solve $$ \\int \\sin x dx $$ by parts?", "Who wrote Dune? And why?", "Is it ② or ③?",
+])  # fmt: skip
+def test_honest_starters_stay_whole(text):
+    assert llm.parse_starters(f"<sug> {text} </sug>").starters == (text,)
+    assert llm.parse_starters(f"<sug> Quiz me && {text} </sug>").starters == ("Quiz me", text)
 
 
 def test_numbers_behind_the_end_of_a_starter_part_it_though_some_are_left_out():

@@ -206,14 +206,19 @@ def test_summariser_takes_the_first_question():
 
 def test_greetings_are_no_summary_and_no_interest():
     said = [["hi"], ["Hey Mel!", "Thanks! How do tides work? Do tell."], ["你好！", "在吗"],
-            ["Hello", "Translate this for me."]]  # fmt: skip
+            ["Hello", "Translate this for me."],
+            ["Hi! 👋 Can you help me?", "thanks!!! 🙏"]]  # fmt: skip
     sessions = [[Message(role="user", content=text) for text in texts] for texts in said]
     lines = roles.Rules(None).summarise(sessions)
-    assert lines == ["", "How do tides work?", "", "Translate this for me."]
-    for text in ("hi there", "Thank you so much!", "ok thanks", "Good morning", "谢谢", "hola"):
+    assert lines == ["", "How do tides work?", "", "Translate this for me.", ""]
+    for text in ("hi there", "Thank you so much!", "ok thanks", "Good morning", "谢谢", "hola",
+                 "Hi, how are you?", "Hi there 👋", "thanks!!! 🙏", "Hello, can you help me?",
+                 "hola, ¿qué tal?", "你好，在吗？", "Hey Mel, thanks a lot", "Hi, Mel", "👍"):
         assert unfit([text], None) == ["greeting"], text
     for text in ("Hello Kitty history", "hello world in Rust", "Thanksgiving recipes",
-                 "Morning glory", "cool jazz", "好莱坞"):
+                 "Morning glory", "cool jazz", "好莱坞", "Hello Kitty", "Hey Jude", "Hello World!",
+                 "Good Morning Vietnam", "Hello World in Rust", "Thank you for the music",
+                 "Hi, how do tides work?", "Hi-fi", "👋 Dune", "OK Computer", "你好李焕英"):
         assert unfit([text], None) == [None], text
 
 

@@ -3,7 +3,8 @@
     ChatGPT.model_validate(row).sessions()    # a Talk for each session
 
 What is not needed (a turn of a tool, an unknown role, a time that nobody can read) is passed over
-and counted in the context of the validation. importers.py reads the files.
+and counted in the context of the validation; a message that cannot be read is named there too.
+importers.py reads the files.
 """
 
 from __future__ import annotations
@@ -11,21 +12,31 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, WrapValidator, model_validator
+from pydantic_core import ValidationError
 
 import data
-from data import Name, Record, Text
+from data import Faults, Name, Record, Text
 from files import digest
 
 # Names of who speaks, in all kinds of files; tools and what else there is are passed over.
 ROLES = dict.fromkeys(("gpt", "chatgpt", "assistant", "bing", "bard", "model"), "assistant")
 ROLES |= {"human": "user", "user": "user", "prompter": "user", "system": "system"}
 UNREAD_TIME = "times that cannot be read"
+
+
+class Passed(Counter):
+    """What was passed over, by kind; messages that cannot be read are faults of `unread`."""
+
+    def __init__(self):
+        super().__init__()
+        self.place, self.unread = "", Faults()  # place: of the row that is being read
 
 
 def _moment(value, info) -> datetime | None:
@@ -44,14 +55,40 @@ def _moment(value, info) -> datetime | None:
             return datetime.fromtimestamp(seconds, UTC).replace(tzinfo=None)
         return data.to_utc(value)  # of parquet
     except (ValueError, TypeError, OverflowError, OSError):  # which of them depends on the machine
-        if info.context is not None:
+        if info and info.context is not None:
             info.context[UNREAD_TIME] += 1  # a history can do without
         return None
 
 
 Time = Annotated[datetime | None, BeforeValidator(_moment)]
-# Some databases number their conversations.
-Id = Annotated[Name, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+
+
+def _name(value):
+    return str(value) if type(value) is int else value  # some databases number what they hold
+
+
+Id = Annotated[Name, BeforeValidator(_name)]
+
+
+def _or_error(value, validate):
+    try:
+        return validate(value)
+    except ValidationError as error:
+        return error  # a value like others: only the list around it knows its place
+
+
+def _readable(messages: list, info) -> list:
+    """The messages but for those that are errors, which the context is told with their places."""
+    for number, message in enumerate(messages):
+        if isinstance(message, ValidationError) and info.context is not None:
+            place = info.context.place
+            info.context.unread.add(place, message, (info.field_name, number))
+    return [message for message in messages if not isinstance(message, ValidationError)]
+
+
+T = TypeVar("T")
+# A list less the messages that cannot be read: one of them does not cost the rest.
+Messages = Annotated[list[Annotated[T, WrapValidator(_or_error)]], AfterValidator(_readable)]
 
 
 @dataclass(frozen=True)
@@ -70,8 +107,10 @@ class Talk:
 Sessions = Iterator[Talk]
 
 
-def _earliest(*times: datetime | None) -> datetime | None:
-    return min(filter(None, times), default=None)
+def _span(begun: datetime | None, updated: datetime | None, times: Iterable) -> tuple:
+    """When a talk began and when it last changed; for want of these its messages' times."""
+    told = [time for time in times if time]
+    return begun or min(told, default=updated), updated or max(told, default=None)
 
 
 def _text(content) -> str | None:
@@ -91,11 +130,21 @@ def _branch(parents: dict[str, str | None], leaf: Any) -> list[str]:
     return list(branch)[::-1]
 
 
-def _latest_leaf(parents: dict[str, str | None], times: dict[str, datetime | None]) -> str | None:
-    inner = set(parents.values())
+def _shown(tree: dict, parent: str, leaf: Any, message: Callable, time: str) -> list:
+    """Messages of the branch to a leaf, or for want of it to the latest one; before them what is
+    no node. parent, time: keys of a node and of a message; message(node): None of the root."""
+    nodes = {key: node for key, node in tree.items() if isinstance(node, dict)}
+    parents = {key: _name(node.get(parent)) for key, node in nodes.items()}
+    said = {key: message(node) for key, node in nodes.items()}
+    times = {key: _moment(m.get(time), None) for key, m in said.items() if isinstance(m, dict)}
+    inner = {key for key in parents.values() if isinstance(key, str)}
     leaves = [key for key in parents if key not in inner]
     # Of equally late ones the last in the file: max keeps the first that it meets.
-    return max(reversed(leaves), key=lambda key: times[key] or datetime.min, default=None)
+    latest = max(reversed(leaves), key=lambda key: times.get(key) or datetime.min, default=None)
+    branch = _branch(parents, _name(leaf)) or _branch(parents, latest)
+    # Wherever they hung: to be named, not to be read.
+    odd = [node for node in tree.values() if not isinstance(node, dict)]
+    return odd + [said[key] for key in branch if said[key] is not None]
 
 
 class ChatGPTMessage(Record):
@@ -127,31 +176,34 @@ class ChatGPTMessage(Record):
 class ChatGPT(Record):
     """A conversation in conversations.json of ChatGPT's export: a tree of messages."""
 
-    class Node(Record):
-        message: ChatGPTMessage | None = None  # the root has none
-        parent: str | None = None
-
     conversation_id: Id | None = None  # or `id`: exports differ
     id: Id | None = None
     create_time: Time = None  # of the conversation
     update_time: Time = None
-    mapping: dict[str, Node]
-    current_node: Any = None  # the leaf that its person saw last
+    mapping: Messages[ChatGPTMessage]  # of the branch shown
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, value):
+        """The messages of the branch that its person saw last, in place of the tree."""
+        if not isinstance(value, dict) or "mapping" not in value:
+            return value
+        if not isinstance(tree := value["mapping"], dict):
+            raise ValueError("mapping: no tree of messages")
+        leaf = value.get("current_node")
+        shown = _shown(tree, "parent", leaf, lambda node: node.get("message"), "create_time")
+        return value | {"mapping": shown}
 
     def sessions(self) -> Sessions:
         session_id = self.conversation_id or self.id
         if not session_id:
             raise ValueError("conversation_id: missing, and so is id")
-        parents = {key: node.parent for key, node in self.mapping.items()}
-        times = {k: n.message and n.message.create_time for k, n in self.mapping.items()}
-        branch = _branch(parents, self.current_node) or _branch(
-            parents, _latest_leaf(parents, times))  # fmt: skip
-        shown = [self.mapping[key].message for key in branch]
         # What the system said is ChatGPT's, the same for everybody.
-        shown = [m for m in shown if m and m.author and m.author.role != "system"]
+        shown = [m for m in self.mapping if m.author and m.author.role != "system"]
         said = [(m.author.role, m.text()) for m in shown]
-        begun = self.create_time or _earliest(*map(times.get, branch)) or self.update_time
-        yield Talk(None, session_id, begun, said, self.update_time)  # of whoever exported it
+        times = (m.create_time for m in self.mapping)
+        begun, updated = _span(self.create_time, self.update_time, times)
+        yield Talk(None, session_id, begun, said, updated)  # of whoever exported it
 
 
 class Claude(Record):
@@ -166,26 +218,25 @@ class Claude(Record):
     uuid: Id
     created_at: Time = None
     updated_at: Time = None
-    chat_messages: list[Message]
+    chat_messages: Messages[Message]
 
     def sessions(self) -> Sessions:
         said = [(m.sender, m.text or _text(m.content)) for m in self.chat_messages]
-        begun = self.created_at or _earliest(*(m.created_at for m in self.chat_messages))
-        yield Talk(None, self.uuid, begun or self.updated_at, said, self.updated_at)
+        times = (m.created_at for m in self.chat_messages)
+        begun, updated = _span(self.created_at, self.updated_at, times)
+        yield Talk(None, self.uuid, begun, said, updated)
 
 
 class OpenWebUI(Record):
     """A chat of Open WebUI, of one person's export or of an administrator's of everybody."""
 
-    class Message(Record):
-        role: str = ""
-        content: Any = None
-        parentId: str | None = None  # noqa: N815 (its name there)
-        timestamp: Time = None
-
     class Chat(Record):
-        history: Any = None  # {"messages": {id: message}, "currentId": id}
-        messages: Any = None  # older exports: the branch shown
+        class Message(Record):
+            role: str = ""
+            content: Any = None
+            timestamp: Time = None
+
+        messages: Messages[Message] = []  # of the branch shown
 
     id: Id
     user_id: Id | None = None
@@ -196,23 +247,22 @@ class OpenWebUI(Record):
     @model_validator(mode="before")
     @classmethod
     def _gather(cls, value):
-        """The branch shown as chat.messages, whichever way the chat holds it."""
+        """The branch shown as chat.messages: older exports have it there, others a tree as
+        chat.history, {"messages": {id: message}, "currentId": id}."""
         chat = value.get("chat") if isinstance(value, dict) else None
         history = chat.get("history") if isinstance(chat, dict) else None
         tree = history.get("messages") if isinstance(history, dict) else None
         if isinstance(tree, dict) and tree:
-            tree = {key: node for key, node in tree.items() if isinstance(node, dict)}
-            parents = {key: node.get("parentId") for key, node in tree.items()}
-            shown = _branch(parents, history.get("currentId")) or list(tree)
-            value = value | {"chat": {"messages": [tree[key] for key in shown]}}
+            leaf = history.get("currentId")
+            shown = _shown(tree, "parentId", leaf, lambda node: node, "timestamp")
+            value = value | {"chat": {"messages": shown}}
         return value
 
     def sessions(self) -> Sessions:
-        rows = self.chat.messages if isinstance(self.chat.messages, list) else []
-        messages = [self.Message.model_validate(row) for row in rows]
-        said = [(m.role, _text(m.content)) for m in messages]
-        begun = self.created_at or _earliest(*(m.timestamp for m in messages)) or self.updated_at
-        yield Talk(self.user_id, self.id, begun, said, self.updated_at)
+        said = [(m.role, _text(m.content)) for m in self.chat.messages]
+        times = (m.timestamp for m in self.chat.messages)
+        begun, updated = _span(self.created_at, self.updated_at, times)
+        yield Talk(self.user_id, self.id, begun, said, updated)
 
 
 class HuggingChat(Record):
@@ -221,7 +271,7 @@ class HuggingChat(Record):
     class Message(Record):
         speaker: str = Field("", alias="from")
         content: Any = None
-        id: str | None = None
+        id: Any = None
         ancestors: list[Any] | None = None  # of a tree; absent: a plain list
         created: Time = Field(None, alias="createdAt")
 
@@ -229,19 +279,20 @@ class HuggingChat(Record):
     title: Any = None
     created: Time = Field(None, alias="createdAt")
     updated: Time = Field(None, alias="updatedAt")
-    messages: list[Message]
+    messages: Messages[Message]
 
     def sessions(self) -> Sessions:
-        name = self.id.get("$oid") if isinstance(self.id, dict) else self.id
+        name = _name(self.id.get("$oid") if isinstance(self.id, dict) else self.id)
         last = self.messages[-1] if self.messages else None  # the one that was written last
         shown = self.messages
         if last and last.ancestors:
-            shown = [m for m in shown if m.id in last.ancestors or m is last]
+            branch = {*map(str, last.ancestors)}
+            shown = [m for m in shown if str(m.id) in branch or m is last]
         said = [(m.speaker, _text(m.content)) for m in shown]
-        begun = self.created or _earliest(*(m.created for m in shown)) or self.updated
+        begun, updated = _span(self.created, self.updated, (m.created for m in shown))
         if not isinstance(name, str) or not name:  # some exports have none
             name = digest(str(begun), said[:1])
-        yield Talk(None, name, begun, said, self.updated)
+        yield Talk(None, name, begun, said, updated)
 
 
 class ShareGPT(Record):
@@ -249,13 +300,13 @@ class ShareGPT(Record):
 
     class Message(Record):
         speaker: str = Field(alias="from")  # a word of Python
-        value: str | None = None
+        value: Any = None
 
     id: Id
-    conversations: list[Message]
+    conversations: Messages[Message]
 
     def sessions(self) -> Sessions:
-        said = [(m.speaker, m.value) for m in self.conversations]
+        said = [(m.speaker, _text(m.value)) for m in self.conversations]
         yield Talk(part_number(self.id)[0], self.id, None, said)
 
 
@@ -277,7 +328,7 @@ class WildChat(Record):
     conversation_hash: Id
     timestamp: Time = None
     hashed_ip: Text | None = None  # here or in the messages
-    conversation: list[RoleMessage]
+    conversation: Messages[RoleMessage]
 
     def sessions(self) -> Sessions:
         addresses = [self.hashed_ip, *(m.hashed_ip for m in self.conversation)]
@@ -291,7 +342,7 @@ class LMSYS(Record):
 
     conversation_id: Id
     tstamp: Time = None
-    conversation: list[RoleMessage]
+    conversation: Messages[RoleMessage]
 
     def sessions(self) -> Sessions:
         said = [(m.role, _text(m.content)) for m in self.conversation]
@@ -305,7 +356,7 @@ class LocomoTalk(Record):
 
     speaker_a: Name
     speaker_b: Name
-    sessions: dict[str, list[Message]]
+    sessions: dict[str, Messages[Message]]
     times: dict[str, Any]  # the same keys; a time that cannot be read is no fault
 
     @model_validator(mode="before")

@@ -3,28 +3,34 @@
     python -m tools.logs import chatgpt conversations.json --out users.jsonl
     python -m tools.logs import mimics mimics_duo.jsonl --out dialogues.jsonl   # panes
 
-A row without what its record needs (formats.py) is a fault, listed by its place and not its
-content.
+A conversation or a message without what its record needs (formats.py) is passed over, counted, and
+named on stderr by its place and not its content. An import of which nothing is left is refused.
 """
 
 from __future__ import annotations
 
 import io
 import itertools
+import lzma
+import os
 import re
+import struct
+import sys
 import zipfile
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import BinaryIO
 
 import data
 from data import DataError, Faults, User
 from files import progress
-from tools.formats import KINDS, MARKS, ROLES, Mimics, Talk, part_number
+from tools.formats import KINDS, MARKS, ROLES, Mimics, Passed, Talk, part_number
 
 ENTRIES = 1000  # files of a zip archive that are looked at
-UNPACKED = 4 * 2**30  # bytes of one of them at most: an archive may promise terabytes
+WHOLE = 2**30  # bytes of JSON that are read at once: its values take several times as many
 
 
 def _parquet(path: str | Path) -> Iterator[dict]:
@@ -41,71 +47,98 @@ def _parquet(path: str | Path) -> Iterator[dict]:
             # WildChat's other columns, of moderation, are most of its bytes.
             for batch in file.iter_batches(batch_size=1024, columns=columns):
                 yield from batch.to_pylist()
-    except (pyarrow.ArrowException, ValueError) as error:  # its text may quote the file
+    except (pyarrow.ArrowException, ValueError, OSError) as error:  # its text may quote the file
         raise DataError(f"{path}: cannot be read as parquet ({type(error).__name__})") from None
 
 
-def _rows(path: str | Path, faults: Faults) -> Iterator[tuple[str, dict]]:
+def _rows(path: str | Path, faults: Faults, marks=frozenset()) -> Iterator[tuple[str, dict]]:
     """Yield (place, JSON object) of a JSON array, one object, JSONL or parquet, also within a zip
-    archive; other rows are faults."""
+    archive, there of the files with these marks; other rows are faults. Raises ValueError if a file
+    is no JSON."""
     try:
         with open(path, "rb") as file:
-            head = file.read(2**16)
+            head = file.peek(4)[:4]
+            if head == b"PK\x03\x04":  # by content: an ending may be anything
+                yield from _unzipped(path, faults, marks)
+            elif head == b"PAR1":
+                yield from _objects(str(path), _parquet(path), faults)
+            else:
+                yield from _json(file, os.fstat(file.fileno()).st_size, str(path), faults)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from None
-    if head.startswith(b"PK\x03\x04"):
-        yield from _unzipped(path, faults)
-    elif head.startswith(b"PAR1"):
-        yield from _objects(str(path), _parquet(path), faults)
-    elif _is_whole(head):
-        yield from _objects(str(path), _whole_json(Path(path).read_bytes()), faults)
-    else:
-        yield from data.json_objects(path, faults)
+
+
+def _json(file: BinaryIO, size: int, name: str, faults: Faults) -> Iterator[tuple[str, dict]]:
+    """Yield (place, JSON object) of an open file; an array, UTF-16 and an object of several lines
+    are read whole: JSON has no other way."""
+    head = file.read(2**16)
+    file.seek(0)
+    if head.startswith(b"\x1f\x8b"):
+        # Its size is not known before it is unpacked: no limit could be kept.
+        raise ValueError("compressed by gzip; unpack it first")
+    encoding = _utf16(head)
+    if encoding or _is_whole(head):
+        if size > WHOLE:
+            raise ValueError(f"{size:,} bytes; only {WHOLE:,} are read at once: write JSONL, UTF-8")
+        content = file.read()
+        try:
+            # In UTF-8 a line ends at one byte, which UTF-16 has within others.
+            content = content.decode(encoding).encode() if encoding else content
+        except UnicodeError:
+            raise ValueError("neither UTF-8 nor UTF-16") from None
+        if _is_whole(content[: 2**16]):
+            value = data.parse_json(content)
+            yield from _objects(name, value if isinstance(value, list) else [value], faults)
+            return
+        file = io.BytesIO(content)
+    yield from data.json_lines(file, name, faults)
+
+
+def _utf16(head: bytes) -> str | None:
+    """The encoding of what Windows calls Unicode: by its mark, or by the zeros of ASCII in it."""
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "utf-16"
+    zeros = tuple(byte == 0 for byte in head[:2])
+    return {(True, False): "utf-16-be", (False, True): "utf-16-le"}.get(zeros)
 
 
 def _is_whole(head: bytes) -> bool:
-    """Whether a file that begins so is to be read whole: an array, UTF-16, or an object of several
-    lines. JSON has no other way."""
+    """Whether a file that begins so is an array or an object of several lines."""
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n")  # a byte order mark
-    if start.startswith((b"[", b"\xff\xfe", b"\xfe\xff")) or b"\x00" in head[:4]:
-        return True
     first, newline, _ = start.partition(b"\n")
-    return bool(newline) and first.startswith(b"{") and first.rstrip()[-1:] in (b"{", b",", b"[")
+    ends = first.startswith(b"{") and first.rstrip()[-1:] in (b"{", b",", b"[")
+    return start.startswith(b"[") or (bool(newline) and ends)
 
 
-def _whole_json(content: bytes) -> list:
-    """The rows of a file's content: its array, or its one object."""
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\x00" in content[:4]:
-        # What Windows calls Unicode; without a byte order mark zeros tell.
-        kind = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else (
-            "utf-16-be" if content[:1] == b"\x00" else "utf-16-le")  # fmt: skip
-        try:
-            content = content.decode(kind).encode()
-        except UnicodeError:
-            raise ValueError("neither UTF-8 nor UTF-16") from None
-    value = data.parse_json(content)
-    return value if isinstance(value, list) else [value]
-
-
-def _unzipped(path: str | Path, faults: Faults) -> Iterator[tuple[str, dict]]:
-    """Yield (place, row) of every JSON file of an archive, such as a whole export."""
+def _unzipped(path: str | Path, faults: Faults, marks: frozenset) -> Iterator[tuple[str, dict]]:
+    """Yield (place, row) of an archive's JSON files, such as a whole export, in which a row has
+    these marks; for want of one, of the first file."""
+    found, others, broken = False, [], None
     try:
         with zipfile.ZipFile(path) as archive:
             names = [f for f in archive.infolist()[:ENTRIES] if "__MACOSX" not in f.filename]
-            files = [f for f in names if f.filename.endswith((".json", ".jsonl"))]
+            files = [f for f in names if f.filename.lower().endswith((".json", ".jsonl"))]
             # An export has files of other things beside its conversations.
-            told = [f for f in files if "conversation" in f.filename.lower()] or files
-            for entry in told:
-                if entry.file_size > UNPACKED:
-                    raise DataError(f"{path}: an entry of {entry.file_size} bytes; unpack it first")
-                content, place = archive.read(entry), f"{path}: {data.label(entry.filename)}"
-                if entry.filename.endswith(".jsonl"):
-                    rows = [data.parse_json(line) for line in io.BytesIO(content) if line.strip()]
-                else:
-                    rows = _whole_json(content)
-                yield from _objects(place, rows, faults)
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, OSError):
+            for entry in [f for f in files if "conversation" in f.filename.lower()] or files:
+                name = f"{path}: {data.label(entry.filename)}"
+                try:
+                    with archive.open(entry) as file:
+                        rows = _json(io.BufferedReader(file), entry.file_size, name, faults)
+                        first = [*itertools.islice(rows, 100)]  # in a file all are of one kind
+                        if any(marks <= row.keys() for _, row in first):
+                            found = True
+                            yield from itertools.chain(first, rows)
+                        others = others or first
+                except ValueError as error:  # its neighbours may be whole
+                    broken = broken or error
+                    faults.add(name, ValueError(f"file: {error}"))
+    # Which of them, depends on the byte that is damaged.
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, RuntimeError,
+            NotImplementedError, EOFError, OSError):  # fmt: skip
         raise DataError(f"{path}: a zip archive that cannot be read; unpack it first") from None
+    if not found and broken:
+        raise broken
+    yield from [] if found else others
 
 
 def _objects(place: str, rows, faults: Faults) -> Iterator[tuple[str, dict]]:
@@ -122,7 +155,7 @@ def _conversations(path: str | Path, kind: str, faults: Faults) -> Iterator[tupl
     expected = f"{KINDS[kind][1]} of conversations with {' and '.join(sorted(MARKS[kind]))}"
     right_kind, first_keys = False, set()
     try:
-        for place, row in _rows(path, faults):
+        for place, row in _rows(path, faults, MARKS[kind]):
             first_keys = first_keys or row.keys()
             right_kind = right_kind or MARKS[kind] <= row.keys()
             yield place, row
@@ -150,14 +183,15 @@ def import_users(kind: str, paths: list[str | Path], out: str | Path, me: str = 
     """Write conversations of a kind, in one file or several, as users; return what was written.
 
     Of a conversation that stands several times the latest state stays. Until all are read, sessions
-    are held as JSON text, which is smaller than records. Raises DataError that lists every faulty
-    conversation.
+    are held as JSON text, which is smaller than records. What cannot be read is named on
+    stderr. Raises DataError if nothing is left.
     """
-    faults, left_out, passed = Faults(), Counter(), Counter()
-    # user_id -> session_id -> ((last update, messages), bytes of JSON)
+    faults, left_out, passed = Faults(), Counter(), Passed()
+    # user_id -> session_id -> (last update, messages, bytes of JSON)
     texts: dict[str, dict[str, tuple]] = defaultdict(dict)
     for path in paths:
         for place, row in progress(_conversations(path, kind, faults), f"import {path}"):
+            passed.place = place
             try:
                 talks = [*KINDS[kind][0].model_validate(row, context=passed).sessions()]
                 users = [_user(talk, me) for talk in talks]
@@ -171,17 +205,19 @@ def import_users(kind: str, paths: list[str | Path], out: str | Path, me: str = 
                     left_out["without a user's words"] += 1
                     continue
                 [session] = user.sessions
-                state = talk.updated or datetime.min, len(session.messages)
+                # Texts too: in whatever order the files come, the same state stays.
+                state = (talk.updated or datetime.min, len(session.messages),
+                         session.model_dump_json(exclude_unset=True).encode())
                 earlier = texts[user.user_id].get(session.session_id)
                 left_out["seen before"] += earlier is not None  # parts may overlap
-                if not earlier or state > earlier[0]:
-                    text = session.model_dump_json(exclude_unset=True).encode()
-                    texts[user.user_id][session.session_id] = state, text
-    faults.refuse()
-    if not texts:  # an empty users file would only be refused by the next command
-        raise DataError(f"{paths[0]}: no conversation with a user's words in it")
+                texts[user.user_id][session.session_id] = max(state, earlier or state)
+    # An empty users file would only be refused by the next command.
+    _pass_over(Faults(faults + passed.unread), texts, f"{paths[0]}: no conversation with a user's"
+               " words in it")
+    left_out["that cannot be read"] = faults.rows
+    passed["messages that cannot be read"] = passed.unread.rows
     data.write_users(out, (_whole(kind, *item) for item in texts.items()))
-    messages = sum(state[1] for sessions in texts.values() for state, _ in sessions.values())
+    messages = sum(n for sessions in texts.values() for _, n, _ in sessions.values())
     counts = f"{len(texts)} users, {sum(map(len, texts.values()))} sessions ({messages} messages)"
     rest = "".join(f"; {n} conversations {why} left out" for why, n in left_out.items() if n)
     # Names with a dot are keys that no field takes: exports are full of them.
@@ -190,8 +226,17 @@ def import_users(kind: str, paths: list[str | Path], out: str | Path, me: str = 
     return f"{counts} written to {out}{rest}"
 
 
+def _pass_over(faults: Faults, rest, nothing: str) -> None:
+    """Name what could not be read; raises DataError if there is no rest."""
+    if not rest:
+        faults.refuse()
+        raise DataError(nothing)
+    if faults:
+        print(faults, file=sys.stderr)
+
+
 def _whole(kind: str, user_id: str, texts: dict[str, tuple]) -> User:
-    sessions = [data.Session.model_validate_json(text) for _, text in texts.values()]
+    sessions = [data.Session.model_validate_json(text) for *_, text in texts.values()]
     if kind == "sharegpt":  # its parts have no time, but a number
         sessions.sort(key=lambda session: part_number(session.session_id)[1])
     stamps = [s.timestamp for s in sessions if s.timestamp]
@@ -207,19 +252,21 @@ def _whole(kind: str, user_id: str, texts: dict[str, tuple]) -> User:
 def import_mimics(paths: list[str | Path], out: str | Path) -> str:
     """Write the panes of MIMICS-Duo files as dialogues; return what was written.
 
-    Raises DataError that lists every faulty query.
+    A query that cannot be read is named on stderr. Raises DataError if nothing is left.
     """
     faults, rows, queries = Faults(), [], 0
     for path in paths:
-        for place, row in _rows(path, faults):
-            try:
+        try:
+            for place, row in _rows(path, faults):
                 queries += 1  # over all files, so that no id stands twice
-                rows += Mimics.model_validate(row).dialogues(queries)
-            except ValueError as error:  # a ValidationError is one too
-                faults.add(place, error)
-    faults.refuse()
-    if not rows:
-        raise DataError(f"{paths[0]}: no query with panes in it")
+                try:
+                    rows += Mimics.model_validate(row).dialogues(queries)
+                except ValueError as error:  # a ValidationError is one too
+                    faults.add(place, error)
+        except ValueError as error:  # of an array that is no JSON
+            raise DataError(f"{path}: {error}") from None
+    _pass_over(faults, rows, f"{paths[0]}: no query with panes in it")
     data.write_dialogues(out, rows)
     clicked = sum(bool(row.clicked) for row in rows)
-    return f"{len(rows)} panes of {queries} queries, {clicked} with clicks, written to {out}"
+    rest = f"; {faults.rows} queries that cannot be read left out" if faults else ""
+    return f"{len(rows)} panes of {queries} queries, {clicked} with clicks, written to {out}{rest}"
