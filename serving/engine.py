@@ -32,6 +32,7 @@ import roles
 from config import Config
 from files import UserError, digest
 from roles.players import Players
+from roles.prompted import ROOM
 from roles.writer import Writer
 from run import Run, UserState, history_of, profile_text, profile_vector
 from serving import feedback
@@ -236,9 +237,8 @@ class Engine:
 
     def characters(self, ask: Ask) -> int:
         """How many of an ask's history are not yet embedded: what it costs the others."""
-        sessions = latest(ask.user.sessions, lambda s: s.summary or "")
-        new = (s.summary for s in sessions if s.summary and s.summary not in self.run.encoder)
-        return sum(map(len, new))
+        texts = map(to_be_read, latest(ask.user.sessions, to_be_read))
+        return sum(len(text) for text in texts if text not in self.run.encoder)
 
     def _distil(self, asks: list[Ask], users: list[data.User], gone: Callable) -> list[Case]:
         """Summaries -> statistics -> resonance -> gate; users: those of the asks, summarised."""
@@ -401,6 +401,13 @@ def latest(items: Sequence, text: Callable[..., str]) -> Sequence:
     """The last items whose texts have MOST_CHARACTERS together at most; one at least."""
     total = itertools.accumulate(len(text(item)) for item in reversed(items))
     return items[-max(1, sum(n <= MOST_CHARACTERS for n in total)) :]
+
+
+def to_be_read(session: data.Session) -> str:
+    """A session's summary or, where it has none yet, what a summariser reads of its messages."""
+    messages = session.messages or []
+    said = [m.content for m in messages if m.role == "user"] or [m.content for m in messages]
+    return session.summary or "".join(said)[:ROOM]
 
 
 def indifferent(starters: torch.Tensor, **_) -> torch.Tensor:

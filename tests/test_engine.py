@@ -13,6 +13,7 @@ import data
 import llm
 import serving.engine
 from files import UserError, read_json, read_tensors, write_json, write_tensors
+from roles.prompted import ROOM
 from run import RunFolder
 from serving.engine import Ask, Engine, in_a_loop, latest
 from stages.pools import list_order
@@ -129,6 +130,12 @@ def test_a_long_history_costs_no_more_than_its_budget(engine, monkeypatch):
     engine.write([ask])
     assert sum(counted) <= 2 * 4000 + 2000  # history, lists shown, and what was written
     assert engine.characters(ask) == 0  # embedded already
+    said = [data.Message(role=role, content="é" * 900) for role in ("user", "assistant")]
+    talk = data.Session(session_id="t", messages=said)
+    wordy = data.Session(session_id="w", messages=said * 9)
+    for sessions, count in (([talk] * 3, 3 * 900), ([wordy], ROOM), ([wordy] * 99, ROOM)):
+        user = long.model_copy(update={"sessions": sessions})
+        assert engine.characters(Ask(user, 3)) == count  # as much as its summariser reads
     assert latest([], str) == [] and latest(["x" * 9999], str) == ["x" * 9999]
 
 
