@@ -39,7 +39,7 @@ from serving import feedback
 from stages.cold_start import PopularStarters
 from stages.pools import list_order, score_pools
 from stages.ranker import load_ranker, utilities
-from stages.rid import Distiller, names_one_of
+from stages.rid import Distiller
 
 METHODS = ("PE", "SFT", "IceBreaker")
 # "JoJoJoJo", or half a character: a small generator has lost its thread.
@@ -62,7 +62,7 @@ class Interest:
 class Starter:
     text: str
     utility: float  # r_util, in (0, 1)
-    interest: str | None  # the nearest trigger interest that it names; None: it names none
+    interest: str | None  # the nearest trigger interest that it names whole; None: it names none
     source: str  # "generated" or "cold start"
 
 
@@ -323,17 +323,19 @@ class Engine:
                 continue
             if text not in emitted and len(case.emitted) < case.ask.n:
                 utility = float(utilities(self.ranker, case.state, self.run.encoder([text])))
-                case.emitted.append(self._starter(case, text, utility))
-                case.ask.emit(case.emitted[-1])
+                starter = self._starter(case, text, utility)
+                if starter.interest is not None:  # the others may be dropped in the end
+                    case.emitted.append(starter)
+                    case.ask.emit(starter)
 
     # ---------------------------------------------------------------------------------- the order
 
     def _starter(self, case: Case, text: str, utility: float) -> Starter:
         # "Because you asked about ..." is to be true: near is not enough, the starter must name it.
         near = (case.state.embeddings @ self.run.encoder([text])[0]).tolist()  # (M, D) @ (D,)
-        named = [pair for pair in zip(near, case.state.interests, strict=True)
-                 if names_one_of(text, pair[1])]
-        return Starter(text, utility, max(named)[1] if named else None, "generated")
+        nearness = dict(zip(case.state.interests, near, strict=True))
+        named = roles.named_interests(text, nearness)
+        return Starter(text, utility, max(named, key=nearness.get, default=None), "generated")
 
     def _rank(self, cases: list[Case]) -> list[Answer]:  # in the order of list search, best first
         pools = [*map(self._pool, cases)]
@@ -346,7 +348,8 @@ class Engine:
         answers = []
         for case, pool, utility, order in zip(cases, pools, scored[0], orders, strict=True):
             starters = [self._starter(case, pool[j], float(utility[j])) for j in order]
-            starters = case.emitted + starters if case.state.interests else self._cold_start(case)
+            starters = (with_reasons(case.emitted + starters, case.ask.n)
+                        if case.state.interests else self._cold_start(case))
             if case.ask.emit:
                 for starter in starters[len(case.emitted) : case.ask.n]:  # the list was too short
                     case.ask.emit(starter)
@@ -395,6 +398,13 @@ def fit_to_show(texts: Sequence[str], like: Sequence[str], avoid: Sequence[str],
     # The filter lets everything pass to who writes neither Chinese nor in Latin letters.
     other = {data.language(text) for text in like} == {"other"}
     return [y for y in fit if not LOST.search(y) and (data.language(y) == "other" or not other)]
+
+
+def with_reasons(starters: list[Starter], n: int) -> list[Starter]:
+    """Those that name an interest and, where they are fewer than n, the best of the others."""
+    room = n - sum(starter.interest is not None for starter in starters)
+    others = [starter for starter in starters if starter.interest is None]
+    return [starter for starter in starters if starter not in others[max(0, room):]]
 
 
 def latest(items: Sequence, text: Callable[..., str]) -> Sequence:

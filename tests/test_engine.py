@@ -35,6 +35,14 @@ def engine(finished):
 
 
 @pytest.fixture
+def all_kept(engine, monkeypatch):
+    """A gate of chance may drop what is named."""
+    settings = engine.distiller.settings.model_copy(update={"min_keep": 9, "max_keep": 9})
+    distiller = dataclasses.replace(engine.distiller, settings=settings)
+    monkeypatch.setattr(engine, "distiller", distiller)
+
+
+@pytest.fixture
 def scripted(engine, monkeypatch):
     """scripted(*texts): every ask is answered by these completions; returns what was told."""
 
@@ -90,13 +98,11 @@ def test_every_starter_is_fit_to_show_and_comes_from_the_nearest_interest(engine
     ("威尼斯的贡多拉多少钱？", "威尼斯的历史"),  # of cosine 1 with the one above, for MiniLM
     ("Who climbed Denali first?", None),  # near something, as everything is
     ("京都有哪些古迹？", None),
+    ("Best chess books ever", None),  # two sessions are about chess
 ])
 def test_the_reason_of_a_starter_is_an_interest_that_it_names(
-    engine, scripted, monkeypatch, starter, interest
+    engine, scripted, all_kept, starter, interest
 ):
-    all_kept = engine.distiller.settings.model_copy(update={"min_keep": 9, "max_keep": 9})
-    distiller = dataclasses.replace(engine.distiller, settings=all_kept)
-    monkeypatch.setattr(engine, "distiller", distiller)  # a gate of chance may drop what is named
     summaries = [*SUMMARIES, "罗马的历史", "威尼斯的历史"]
     if data.language(starter) == "zh":
         summaries = summaries[-2:]
@@ -104,6 +110,18 @@ def test_the_reason_of_a_starter_is_an_interest_that_it_names(
     (answer,) = engine.write([Ask(person(*summaries), 1)])
     assert texts(answer) == [starter] and answer.starters[0].interest == interest
     assert interest is None or interest in told[0]
+
+
+def test_what_names_no_interest_is_dropped_where_enough_others_remain(engine, scripted, all_kept):
+    named = ["Which chess opening suits me?", "Bake sourdough bread"]
+    scripted(sug("Who climbed Denali first?", named[0]), sug(named[1], "Plan a birthday party"))
+    for n, most in ((2, 2), (3, 3), (9, 4)):
+        for emitted in ([], None):
+            emit = None if emitted is None else emitted.append
+            (answer,) = engine.write([Ask(person(*SUMMARIES), n, emit=emit)])
+            assert {*named} <= {*texts(answer)} and len(answer.starters) == most
+            assert [s.text for s in emitted or answer.starters] == texts(answer)
+            assert all((s.interest is not None) == (s.text in named) for s in answer.starters)
 
 
 def test_subjects_that_the_encoder_cannot_read_do_not_merge(engine):
@@ -114,6 +132,17 @@ def test_subjects_that_the_encoder_cannot_read_do_not_merge(engine):
     assert len(case.state.interests) >= 3
     alike = may_be_duplicates([*names, "罗马的美食", "Denali for beginners", "a guide to Denali"])
     assert alike(0, 3) and alike(4, 5) and not alike(0, 1) and not alike(1, 2) and not alike(0, 4)
+
+
+@pytest.mark.parametrize("a, b", [
+    ("Рецепты грузинской кухни", "Рецепты японской кухни"), ("Georgian recipes", "Thai recipes"),
+    ("Recetas de cocina japonesa", "Recetas de cocina mexicana"), ("한국 역사", "일본 역사"),
+    ("日本の歴史", "韓国の歴史"), ("中国历史", "中国美食"), ("北京大学排名", "清华大学排名"),
+    ("Apple stock", "Apple stock price"),
+])
+def test_a_shared_head_noun_makes_no_duplicates(a, b):
+    alike = may_be_duplicates([a, b, f"{a}?", b.upper()])
+    assert not alike(0, 1) and not alike(1, 0) and alike(0, 2) and alike(1, 3)
 
 
 def test_a_long_history_costs_no_more_than_its_budget(engine, monkeypatch):
@@ -204,7 +233,7 @@ def test_the_order_is_that_of_list_search_and_then_of_the_rest(engine, scripted)
                 "Bake a sourdough loaf", "Hike the Dolomites", "Feed a sourdough starter",
                 "Win a chess endgame", "Plan a week of hikes"]
     scripted(sug(*starters[:3]), sug(*starters[3:6]), sug(starters[6]))
-    (answer,) = engine.write([Ask(person(*SUMMARIES), 5)])
+    (answer,) = engine.write([Ask(person(*SUMMARIES), 7)])
     assert sorted(texts(answer)) == sorted(starters)
     pool = texts(answer)
     utility = torch.tensor([s.utility for s in answer.starters])
@@ -296,10 +325,10 @@ def test_each_method_writes_with_its_own_policy(finished, tmp_path, monkeypatch)
     assert not any(torch.allclose(a, b, atol=1e-2) for a, b in itertools.combinations(costs, 2))
 
 
-def test_the_first_list_streams_as_it_is_decoded(engine, monkeypatch):
+def test_the_first_list_streams_as_it_is_decoded(engine, all_kept, monkeypatch):
     """The tokens of a script, step by step, through the hook of the sampler."""
-    first = sug("Which chess opening suits me?", "How to treat my cancer?", "Bake a sourdough loaf")
-    second = sug("Hike the Dolomites", "Bake a sourdough loaf")
+    first = sug("Which chess opening suits me?", "How to treat my cancer?", "Bake sourdough bread")
+    second = sug("Hike the Dolomites", "Bake sourdough bread")
     steps, emitted = [], []
 
     def sample(model, tokenizer, prompts, n, *, watch, **_):
@@ -321,7 +350,7 @@ def test_the_first_list_streams_as_it_is_decoded(engine, monkeypatch):
     first_at, second_at = steps.index(1), steps.index(2)
     assert 0 < first_at < second_at <= len(steps) - 1  # one by one, the first long before the end
     assert [s.text for s in emitted] == texts(answer) == [
-        "Which chess opening suits me?", "Bake a sourdough loaf", "Hike the Dolomites"
+        "Which chess opening suits me?", "Bake sourdough bread", "Hike the Dolomites"
     ]
     assert emitted == answer.starters and answer.tokens > 20
 
