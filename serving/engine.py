@@ -36,7 +36,7 @@ from roles.prompted import ROOM
 from roles.writer import Writer
 from run import Run, UserState, history_of, profile_text, profile_vector
 from serving import feedback
-from stages.cold_start import PopularStarters
+from stages.cold_start import PopularStarters, profile_language
 from stages.pools import list_order, score_pools
 from stages.ranker import load_ranker, utilities
 from stages.rid import Distiller
@@ -372,12 +372,14 @@ class Engine:
             return []
         profile = case.ask.user.profile or {}
         said = [s.summary for s in case.ask.user.sessions if s.summary]  # none fit to be shown
-        chinese = profile.get("language", "").lower().startswith(("zh", "chinese", "中"))
+        told = roles.majority_language(said) or profile_language(profile)
 
         def ranked(avoid: list[str]) -> list[str]:
             def keep(starters: list[str]) -> list[str]:
-                like = said or (["中文"] if chinese else starters)  # else as most of them are
-                return roles.filter_starters(starters, like, avoid)[0]
+                wanted = told or roles.majority_language(starters)  # as most of them are
+                # By their words: a bare name would pass for any language of its script.
+                starters = [y for y in starters if data.language(y) == wanted]
+                return roles.filter_starters(starters, said, avoid)[0]
 
             return self.popular.ranked(profile, keep)
 

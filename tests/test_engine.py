@@ -284,9 +284,25 @@ def test_somebody_new_gets_popular_starters_of_the_profiles_language(engine):
         assert {(s.source, s.interest) for s in answer.starters} == {("cold start", None)}
     again = engine.write([Ask(person(), 3, avoid=texts(answer))])[0]
     assert not {*texts(again)} & {*texts(answer)}
-    for user in (person(language="zh-CN"), person("我的抑郁症怎么治疗")):
+    chinese = person(language="zh-CN"), person(language="Chinese"), person("我的抑郁症怎么治疗")
+    for user in chinese:
         (answer,) = engine.write([Ask(user, 3)])
         assert {data.language(x) for x in texts(answer)} == {"zh"} and answer.interests == []
+    (answer,) = engine.write([Ask(person(language="en-US"), 3)])
+    assert {data.language(x) for x in texts(answer)} == {"en"}
+    # Of a language in which nothing is popular, or that is told from no other: none.
+    for language in ("de-DE", "Russian", "uk", "tr", "ja"):
+        assert not engine.write([Ask(person(language=language), 3)])[0].starters
+
+
+def test_popular_starters_are_those_of_the_profiles_language(engine, monkeypatch):
+    own = {"de": "Wie backe ich ein gutes Brot?", "ru": "Как испечь хлеб?",
+           "ja": "パンの作り方は？", "en": "Best sourdough bread", "zh": "怎么做面包"}
+    monkeypatch.setattr(engine.popular, "ranked", lambda profile, keep: keep([*own.values()]))
+    names = {"de": "Deutsch", "ru": "ru-RU", "ja": "ja", "en": "English (US)", "zh": "中文"}
+    for code, language in names.items():
+        (answer,) = engine.write([Ask(person(language=language), 3)])
+        assert texts(answer) == [own[code]], language
 
 
 def test_a_batch_answers_each_ask_as_if_it_were_alone(engine):
