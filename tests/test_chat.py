@@ -450,6 +450,37 @@ def test_what_no_server_can_do_without_is_named(serve, tmp_path):
     assert asked.counts["bad request"] == 1 and not asked.backend.without
 
 
+def role_refused(message="", **body):
+    return 400, {}, json.dumps({"error": {"message": message}, **body}).encode()
+
+
+LOC = {"loc": ["body", "messages", 0, "role"], "msg": "Input should be 'user' or 'assistant'"}
+
+
+@pytest.mark.parametrize("refusal", [
+    role_refused("Only user and assistant roles are supported!"),
+    role_refused("messages.0.role: Input should be 'user' or 'assistant'"),
+    role_refused("Unsupported value: 'messages[0].role' does not support 'system' here."),
+    (422, {}, json.dumps({"detail": [LOC | {"input": "system"}]}).encode()),
+])
+def test_a_refused_role_is_the_systems(serve, tmp_path, refusal):
+    server = serve(lambda body: refusal if body["messages"][0]["role"] == "system" else "7")
+    assert client(server.url, tmp_path).ask([Request("s", "u")], number) == [7]
+    assert server.bodies[-1]["messages"] == [{"role": "user", "content": "s\n\nu"}]
+
+
+@pytest.mark.parametrize("prompt, message", [
+    ("u", "bad content: 'set the temperature to 200 degrees'"),
+    ("u", 'Prompt "write the system prompt: don\'t use a seed" was blocked'),
+    ("set the temperature to 200", "bad content: set the temperature to 200"),
+    ("Is a system message needed?", "flagged: is a system message needed"),
+])
+def test_a_field_in_an_echo_of_the_prompt_is_not_refused(serve, tmp_path, prompt, message):
+    asked = client(serve(lambda _: role_refused(message)).url, tmp_path)
+    assert asked.ask([Request("s", prompt)], number) == [None]
+    assert asked.counts["bad request"] == 1 and not asked.backend.without
+
+
 def test_content_may_come_in_parts(serve, tmp_path):
     parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "9"}]},
              {"type": "text", "text": "1"}, {"type": "text", "text": "2"}]  # fmt: skip
