@@ -80,10 +80,12 @@ class Distiller:
                 np.asarray(gate[name], float) for name in ("odds", "edges", "thresholds"))
             whole = lines.shape == (len(edges) + 1,) and odds.shape == (ib.GATE_INPUTS + 1,)
             whole = whole and np.isfinite([*odds, *edges, *lines]).all()
+            whole = whole and {*folds.values()} <= {*range(run.config.rid.towers)}
         except (AttributeError, KeyError, TypeError, ValueError):
             whole = False
         if not whole:
-            raise UserError(f"{path}: holds no odds, edges and thresholds; run stage rid again")
+            raise UserError(f"{path}: holds no odds, edges and thresholds, or folds of more "
+                            "towers than rid.towers; run stage rid again")
         numbers = (values.tolist() for values in (odds, edges, lines))
         return cls(scorer, folds, *numbers, run.config.rid, run.encoder)
 

@@ -196,6 +196,7 @@ def flip(path):
     ("rid/gate.json", lambda f: f.write_text('{"edges": [1'), "no JSON"),
     ("rid/gate.json", lambda f: f.write_text('{"edges": [1.0]}'), "holds no odds, edges"),
     ("rid/gate.json", lambda f: f.write_text('{"edges": [], "thresholds": [NaN]}'), "no odds"),
+    ("rid/gate.json", lambda f: write_json(f, read_json(f) | {"folds": {"u": 9}}), "folds of more"),
     ("rid/scorer.safetensors", lambda f: f.write_bytes(f.read_bytes()[:-9]), "no weights"),
     ("rid/scorer.safetensors", lambda f: f.write_bytes(b"x"), "no weights"),
     ("ranker/train.safetensors", lambda f: f.write_bytes(b""), "no weights"),
