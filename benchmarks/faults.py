@@ -51,7 +51,8 @@ class Row:
 
 
 def tested(files: str, chosen: str) -> Callable:
-    """A row that runs these tests by pytest, the hypothesis ones with more examples."""
+    """A row that runs these tests by pytest, the hypothesis ones with more examples; chosen: as -k
+    takes it, empty for whole files."""
 
     def run(bench: fault_runs.Bench, row: Row) -> None:
         report = bench.folder / "report.xml"
@@ -93,16 +94,18 @@ ROWS: dict[str, tuple[str, Callable]] = {
                 "delimiters and 100 instructions that a model obeys", fault_inputs.control),
     "strangers": ("strangers' artifacts: planted pickles never run; names that are paths, and "
                   "links, are refused", fault_inputs.strangers),
-    "truncation": ("what is cut or dropped is counted", tested(
+    "truncation": ("what is cut or dropped is counted (tests of that name)", tested(
         "test_garm_stages.py test_prompts.py test_suggest.py test_llm.py",
         "cut or beyond_the_prompt or empty_input")),
     "llm": ("remote LLM: time-outs, resets, 429, 500, a slow drip, an endless body, wrong JSON, "
-            "redirects", tested("test_chat.py", "not local and not reading")),
-    "service": ("service: kills, a damaged store, bad asks, half heads, slow bodies, deletions",
-                tested(
-                    "test_serve.py test_store.py test_suggest.py",
-                    "kill or damaged or bad_ask or failed or half or slow or deletion or "
-                    "too_long or readiness or large_body or dawdle or full_queue")),
+            "redirects, refused fields and roles (tests of test_chat.py that ask a server, and of "
+            "test_answers.py)",
+            tested("test_chat.py test_answers.py", "not local and not reading")),
+    "service": ("service: kills, SIGTERM, overload, clients that leave, a failing and a damaged "
+                "store, two servers on it, keys, other sites, bad asks, half heads, slow bodies, "
+                "deletions, nobody's text in another's answer (every test of test_serve.py, "
+                "test_store.py and test_suggest.py)",
+                tested("test_serve.py test_store.py test_suggest.py", "")),
 }
 
 
@@ -117,12 +120,14 @@ def page(kept: dict[str, dict]) -> str:
         "# Faults\n", "```bash\npython -m benchmarks.faults\n```\n",
         "Each try is a fault and what is left after it; icebreaker, garm and qualeqs in miniature "
         "where a row is about runs (benchmarks/kills.py says with what in place of models). "
-        "Seconds are of CPU.\n",
-        "| row | promise | tries | seen | broken | seconds |", "|---|---|---|---|---|---|",
+        "Seconds are of CPU; `--tries` (kills of a stage, flips of a run, …) is what the command "
+        "was given.\n",
+        "| row | promise | `--tries` | tries | seen | broken | seconds |", "|---" * 7 + "|",
     ]
     for name, (promise, _) in ROWS.items():
         row = kept.get(name)
-        cells = ["–", "not run", "–", "–"] if row is None else [
+        cells = ["–", "–", "not run", "–", "–"] if row is None else [
+            str(row.get("asked", "–")),  # of rows from before it was noted
             f"{row['tries']:,}", ", ".join(f"{k} {n:,}" for k, n in row["seen"].items()),
             str(len(row["broken"])), f"{row['seconds']:.0f}"]
         some = row and name in fault_runs.OF_RUNS and row["methods"] != [*fault_runs.METHODS]
@@ -149,7 +154,7 @@ def main() -> None:
             row.seconds = cpu() - before
             kept = read_json(KEPT) if KEPT.is_file() else {}
             write_json(KEPT, kept | {name: vars(row) | {
-                "seen": dict(row.seen), "methods": arguments.methods}})
+                "seen": dict(row.seen), "methods": arguments.methods, "asked": arguments.tries}})
             PAGE.write_text(page(read_json(KEPT)), encoding="utf-8")
             print(f"{name}: {row.tries} tries, {dict(row.seen)}, {row.seconds:.0f} CPU s, "
                   f"{time.monotonic() - started:.0f} s", flush=True)

@@ -35,8 +35,11 @@ class Encoder:
         self._vectors: dict[bytes, Tensor] = {}  # by digest of the text, oldest first
         if self.cache and self.cache.is_file():
             stored = read_tensors(self.cache)
-            keys = [bytes(row) for row in stored["keys"].numpy()]
-            self._vectors = dict(zip(keys, stored["vectors"], strict=True))
+            keys, vectors = (stored.get(name, torch.zeros(1)) for name in ("keys", "vectors"))
+            if keys.dim() != 2 or vectors.dim() != 2 or len(keys) != len(vectors):
+                raise UserError(f"{self.cache}: no cache of embeddings; delete it, and it is made "
+                                "again")
+            self._vectors = dict(zip(map(bytes, keys.numpy()), vectors, strict=True))
         self._saved = len(self._vectors)  # the first so many are in the file
 
     @cached_property
@@ -47,11 +50,10 @@ class Encoder:
         path = self.name or packaged_minilm()  # no hub is asked for the default
         try:
             model = SentenceTransformer(path, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"encoder.name={self.name}: cannot be loaded ({str(error).splitlines()[0]}); "
-                f"empty = the packaged MiniLM"
-            ) from None
+        except Exception as error:  # a stranger's folder can fail in any way; no pickle is run
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise UserError(f"encoder.name={self.name}: cannot be loaded ({reason}); "
+                            "empty = the packaged MiniLM") from None
         model.tokenizer.split_special_tokens = True  # "[SEP]" in a text is text
         return model
 

@@ -133,14 +133,14 @@ class Endpoint:
     def _fields(self, request: Request, without: frozenset[str]) -> dict:
         """Of a chat completion, but for what the server refuses."""
         turns = {"system": request.system, "user": request.user}
-        if "the system role" in without:
-            turns = {"user": f"{request.system}\n\n{request.user}".strip()}
         fields = {"seed": request.sample, "temperature": request.temperature} | self.more
         # Models that reason count their thoughts too, and know the limit by this name alone.
         limit = "max_completion_tokens" if "max_tokens" in without else "max_tokens"
         fields[limit] = self.settings.max_tokens
         fields = {name: value for name, value in fields.items() if name not in without}
         messages = [{"role": role, "content": text} for role, text in turns.items() if text]
+        if SYSTEM_ROLE in without:
+            messages = without_system(messages)
         return {"model": self.settings.model, "messages": messages, "extra_body": fields}
 
     def _try(self, request: Request, without: frozenset[str]) -> tuple[str, str, str]:
@@ -151,13 +151,13 @@ class Endpoint:
             if not completion.choices:  # some servers put an error into a 200
                 return "", "empty", ""
             message, end = completion.choices[0].message, completion.choices[0].finish_reason
-            text, refusal = _plain_text(message.content), message.refusal
+            text, refusal = plain_text(message.content), message.refusal
         except openai.APITimeoutError:  # a kind of connection error there
             return "", "time-out", ""
         except openai.APIConnectionError:
             return "", "connection", ""
         except openai.APIStatusError as error:
-            refused = _refused(error)
+            refused = refused_field(error, f"{request.system}\n{request.user}")
             failure = self._failure(error)
             return "", f"{failure} ({refused})" if refused else failure, refused
         except (openai.APIError, ValueError, RecursionError,  # no JSON, or
@@ -187,7 +187,7 @@ class Endpoint:
         raise UserError(f"{self.name}: status {status}: {advice}") from None  # its body may echo
 
 
-def _plain_text(content):
+def plain_text(content):
     """A message's content; where it is a list of parts, the text of those that are texts."""
     if not isinstance(content, list):
         return content
@@ -195,23 +195,41 @@ def _plain_text(content):
     return "".join(part["text"] for part in parts)
 
 
+def without_system(messages: list[dict]) -> list[dict]:
+    """The messages with the system's texts before what the user says first."""
+    texts = [m["content"] for m in messages if m["role"] == "system"]
+    rest = [m for m in messages if m["role"] != "system"] or [{"role": "user", "content": ""}]
+    first = next((i for i, m in enumerate(rest) if m["role"] == "user"), 0)
+    text = "\n\n".join(filter(None, [*texts, rest[first]["content"]]))
+    return [*rest[:first], rest[first] | {"content": text}, *rest[first + 1 :]]
+
+
+SYSTEM_ROLE = "the system role"
 _PARAMETER = re.compile(r"\b(max_completion_tokens|max_tokens|temperature|seed|top_p|top_k)\b")
 _SYSTEM = re.compile(r"\bsystem\b.{0,40}\b(?:role|message|prompt|instruction)|roles must alternate"
-                     r"|\brole\b.{0,40}\bsystem\b|developer instruction", re.IGNORECASE)
+                     r"|\brole\b.{0,40}\bsystem\b|developer instruction|messages\W+\d+\W+role\b"
+                     r"|\bonly\b.{0,20}\buser\b.{0,20}\broles\b", re.IGNORECASE)
+_QUOTATION = re.compile(r"(?<!\w)(['\"`])(?:(?!\1(?!\w)).)*\s.*?\1(?!\w)", re.DOTALL)
 
 
-def _refused(error: openai.APIStatusError) -> str:
+def refused_field(error: openai.APIStatusError, prompt: str) -> str:
     """Which field a status 400 or 422 objects to; "" for none, or for a prompt that is too long."""
     body = error.body if isinstance(error.body, dict) else {"message": error.body}
     detail = body.get("detail")  # FastAPI's: a text, or a list with `loc`; its `input` is an echo
     rows = [row for row in detail if isinstance(row, dict)] if isinstance(detail, list) else []
-    told = [body.get("param"), body.get("message"), detail if isinstance(detail, str) else None]
-    told += [row.get(name) for row in rows for name in ("loc", "msg")]
-    said = " ".join(str(part)[:1000] for part in told if part)
+    places = [body.get("param"), *(row.get("loc") for row in rows)]
+    told = [body.get("message"), detail if isinstance(detail, str) else None]
+    place, said = (" ".join(str(part)[:1000] for part in parts if part) for parts in (
+        places, [*told, *(row.get("msg") for row in rows)]))
     if error.status_code not in (400, 422) or re.search("context length|too (?:long|large)", said):
         return ""
-    named = _PARAMETER.search(said)  # what `param` names stands first
-    return named[1] if named else "the system role" if _SYSTEM.search(said) else ""
+    if named := _PARAMETER.search(place):
+        return named[1]
+    # A message may quote the prompt: several words in quotes, or what stands in the prompt too.
+    said = _QUOTATION.sub(" ", said)
+    named = [name for name in _PARAMETER.findall(said) if name not in prompt]
+    system = (match for match in _SYSTEM.finditer(f"{place}\n{said}") if match[0] not in prompt)
+    return named[0] if named else SYSTEM_ROLE if any(system) else ""
 
 
 def _is_address(base_url: str) -> bool:

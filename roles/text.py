@@ -230,6 +230,49 @@ def grounded(starter: str, interests: Sequence[str]) -> bool:
     return not subjects or any(subject in text for subject in subjects)
 
 
+@functools.lru_cache(maxsize=100_000)
+def _stems(text: str) -> frozenset[str]:
+    """Words but for stop words, in the singular; Latin words apart from characters beside them."""
+    words = words_of(re.sub("[㐀-鿿]+", r" \g<0> ", text))
+    words = {word.removesuffix("'s") for word in words} - lexicon()["words"]["stop"]
+    return frozenset(re.sub(r"(?<=\w\w)(e?(?<![su])s|e)$", "", word) for word in words)
+
+
+@functools.lru_cache(maxsize=100_000)
+def _subjects(interest: str) -> tuple[str, ...]:
+    """What an interest is about: its names, and the phrase that it begins with. "Pets" is not what
+    "Python snakes as pets" is about, nor is "Python" alone."""
+    phrases, text = key_phrases(interest), _one_spelling(interest)
+    if language(interest) == "ja":  # cut at particles: all of 日本の歴史, as 日本 is too little
+        return (" ".join(phrases),) * bool(phrases)
+    # Where several begin there, the longest; -1, of none that stands there as it is, comes last.
+    first = min(phrases, key=lambda p: (text.find(p) % (len(text) + 1), -len(p)), default="")
+    subjects = [p for p in phrases if (p == first or p != p.lower()) and (
+        " " in p or not any(f" {p} " in f" {other} " for other in phrases if other != p))]
+    return tuple(part for p in subjects for part in p.split(" and "))  # either will do
+
+
+def _says(text: str, phrase: str) -> bool:
+    """Whether a text has all words of a phrase. Where words are not parted, or bend at their ends,
+    as they stand or in two parts: 中国的历史 says 中国历史."""
+    if language(phrase) in LATIN:
+        return _stems(phrase) <= _stems(text)
+    text = _one_spelling(text).lower()
+    return all(word in text or any(word[:i] in text and word[i:] in text
+                                   for i in range(2, len(word) - 1))
+               for word in phrase.lower().split())
+
+
+def named_interests(starter: str, interests: Iterable[str]) -> list[str]:
+    """The interests of which a starter says a whole subject, one that no other interest has among
+    its words: of "Python" and "Python snakes", decorators name neither."""
+    said = {interest: [subject for subject in _subjects(interest) if _says(starter, subject)]
+            for interest in interests}
+    others = [interest for interest, subjects in said.items() if not subjects]
+    return [interest for interest, subjects in said.items() if any(
+        not any(_says(other, subject) for other in others) for subject in subjects)]
+
+
 # ---------------------------------------------------------------------------------------- filters
 
 

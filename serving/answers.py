@@ -17,7 +17,14 @@ import openai
 
 import data
 from config import EndpointConfig
-from roles.chat import Endpoint, encodable
+from roles.chat import (
+    SYSTEM_ROLE,
+    Endpoint,
+    encodable,
+    plain_text,
+    refused_field,
+    without_system,
+)
 from serving.queue import log, where
 from serving.waiter import sse
 
@@ -60,16 +67,29 @@ class Answering:
             log.error("an answer: %s", where(error))
             yield fault("its answer cannot be read")
 
+    def _begin(self) -> openai.Stream:
+        """The stream; once more where the model's template has no system role, and never again."""
+        endpoint = self.answers.endpoint
+        whole = [{"role": turn.role, "content": turn.content} for turn in self.turns]
+        bare, prompt = without_system(whole), "\n".join(turn.content for turn in self.turns)
+        # No other fields: some servers refuse them. Not tried again: somebody is looking.
+        create = endpoint.client.with_options(max_retries=0).chat.completions.create
+        while True:
+            messages = bare if SYSTEM_ROLE in endpoint.without else whole
+            try:
+                return create(model=endpoint.settings.model, stream=True, messages=messages)
+            except openai.APIStatusError as error:
+                if messages == bare or refused_field(error, prompt) != SYSTEM_ROLE:
+                    raise
+                endpoint.without.add(SYSTEM_ROLE)
+
     def _texts(self) -> Iterator[str]:
-        settings, client = self.answers.settings, self.answers.endpoint.client
+        settings = self.answers.settings
         until = time.monotonic() + settings.timeout  # in all: each part has a time-out of its own
         room = CHARACTERS * settings.max_tokens
-        # No other fields: some servers refuse them. Not tried again: somebody is looking.
-        self.stream = client.with_options(max_retries=0).chat.completions.create(
-            model=settings.model, stream=True,
-            messages=[{"role": turn.role, "content": turn.content} for turn in self.turns])
+        self.stream = self._begin()
         for chunk in self.stream:
-            text = chunk.choices[0].delta.content if chunk.choices else None
+            text = plain_text(chunk.choices[0].delta.content) if chunk.choices else None
             if isinstance(text, str) and text:
                 yield text[:room]
                 room -= len(text)

@@ -179,7 +179,9 @@ class Desk:
         if not any(interest.kept for interest in answer.interests):
             about = ("no past session is fit to be brought up" if ask.user.sessions
                      else "nothing is known of this person yet")
-            return f"{about}, and there is no popular starter to show instead"
+            # Which one is not echoed: a profile may hold anything.
+            of = " in the profile's language" if (ask.user.profile or {}).get("language") else ""
+            return f"{about}, and there is no popular starter{of} to show instead"
         if ask.avoid:
             return ("nothing new was good enough, and what was shown in the last "
                     f"{self.settings.repeat_days:g} days is not repeated")

@@ -32,13 +32,14 @@ import roles
 from config import Config
 from files import UserError, digest
 from roles.players import Players
+from roles.prompted import ROOM
 from roles.writer import Writer
 from run import Run, UserState, history_of, profile_text, profile_vector
 from serving import feedback
-from stages.cold_start import PopularStarters
+from stages.cold_start import PopularStarters, profile_language
 from stages.pools import list_order, score_pools
 from stages.ranker import load_ranker, utilities
-from stages.rid import Distiller, names_one_of
+from stages.rid import Distiller
 
 METHODS = ("PE", "SFT", "IceBreaker")
 # "JoJoJoJo", or half a character: a small generator has lost its thread.
@@ -61,7 +62,7 @@ class Interest:
 class Starter:
     text: str
     utility: float  # r_util, in (0, 1)
-    interest: str | None  # the nearest trigger interest that it names; None: it names none
+    interest: str | None  # the nearest trigger interest that it names whole; None: it names none
     source: str  # "generated" or "cold start"
 
 
@@ -236,9 +237,8 @@ class Engine:
 
     def characters(self, ask: Ask) -> int:
         """How many of an ask's history are not yet embedded: what it costs the others."""
-        sessions = latest(ask.user.sessions, lambda s: s.summary or "")
-        new = (s.summary for s in sessions if s.summary and s.summary not in self.run.encoder)
-        return sum(map(len, new))
+        texts = map(to_be_read, latest(ask.user.sessions, to_be_read))
+        return sum(len(text) for text in texts if text not in self.run.encoder)
 
     def _distil(self, asks: list[Ask], users: list[data.User], gone: Callable) -> list[Case]:
         """Summaries -> statistics -> resonance -> gate; users: those of the asks, summarised."""
@@ -323,17 +323,19 @@ class Engine:
                 continue
             if text not in emitted and len(case.emitted) < case.ask.n:
                 utility = float(utilities(self.ranker, case.state, self.run.encoder([text])))
-                case.emitted.append(self._starter(case, text, utility))
-                case.ask.emit(case.emitted[-1])
+                starter = self._starter(case, text, utility)
+                if starter.interest is not None:  # the others may be dropped in the end
+                    case.emitted.append(starter)
+                    case.ask.emit(starter)
 
     # ---------------------------------------------------------------------------------- the order
 
     def _starter(self, case: Case, text: str, utility: float) -> Starter:
         # "Because you asked about ..." is to be true: near is not enough, the starter must name it.
         near = (case.state.embeddings @ self.run.encoder([text])[0]).tolist()  # (M, D) @ (D,)
-        named = [pair for pair in zip(near, case.state.interests, strict=True)
-                 if names_one_of(text, pair[1])]
-        return Starter(text, utility, max(named)[1] if named else None, "generated")
+        nearness = dict(zip(case.state.interests, near, strict=True))
+        named = roles.named_interests(text, nearness)
+        return Starter(text, utility, max(named, key=nearness.get, default=None), "generated")
 
     def _rank(self, cases: list[Case]) -> list[Answer]:  # in the order of list search, best first
         pools = [*map(self._pool, cases)]
@@ -346,7 +348,8 @@ class Engine:
         answers = []
         for case, pool, utility, order in zip(cases, pools, scored[0], orders, strict=True):
             starters = [self._starter(case, pool[j], float(utility[j])) for j in order]
-            starters = case.emitted + starters if case.state.interests else self._cold_start(case)
+            starters = (with_reasons(case.emitted + starters, case.ask.n)
+                        if case.state.interests else self._cold_start(case))
             if case.ask.emit:
                 for starter in starters[len(case.emitted) : case.ask.n]:  # the list was too short
                     case.ask.emit(starter)
@@ -369,12 +372,14 @@ class Engine:
             return []
         profile = case.ask.user.profile or {}
         said = [s.summary for s in case.ask.user.sessions if s.summary]  # none fit to be shown
-        chinese = profile.get("language", "").lower().startswith(("zh", "chinese", "中"))
+        told = roles.majority_language(said) or profile_language(profile)
 
         def ranked(avoid: list[str]) -> list[str]:
             def keep(starters: list[str]) -> list[str]:
-                like = said or (["中文"] if chinese else starters)  # else as most of them are
-                return roles.filter_starters(starters, like, avoid)[0]
+                wanted = told or roles.majority_language(starters)  # as most of them are
+                # By their words: a bare name would pass for any language of its script.
+                starters = [y for y in starters if data.language(y) == wanted]
+                return roles.filter_starters(starters, said, avoid)[0]
 
             return self.popular.ranked(profile, keep)
 
@@ -397,10 +402,24 @@ def fit_to_show(texts: Sequence[str], like: Sequence[str], avoid: Sequence[str],
     return [y for y in fit if not LOST.search(y) and (data.language(y) == "other" or not other)]
 
 
+def with_reasons(starters: list[Starter], n: int) -> list[Starter]:
+    """Those that name an interest and, where they are fewer than n, the best of the others."""
+    room = n - sum(starter.interest is not None for starter in starters)
+    others = [starter for starter in starters if starter.interest is None]
+    return [starter for starter in starters if starter not in others[max(0, room):]]
+
+
 def latest(items: Sequence, text: Callable[..., str]) -> Sequence:
     """The last items whose texts have MOST_CHARACTERS together at most; one at least."""
     total = itertools.accumulate(len(text(item)) for item in reversed(items))
     return items[-max(1, sum(n <= MOST_CHARACTERS for n in total)) :]
+
+
+def to_be_read(session: data.Session) -> str:
+    """A session's summary or, where it has none yet, what a summariser reads of its messages."""
+    messages = session.messages or []
+    said = [m.content for m in messages if m.role == "user"] or [m.content for m in messages]
+    return session.summary or "".join(said)[:ROOM]
 
 
 def indifferent(starters: torch.Tensor, **_) -> torch.Tensor:

@@ -35,8 +35,13 @@ def stage_ranker(run: Run, players: Players, key: str) -> dict:
     if not run.impressions:
         return {"skipped": "no impressions (data.impressions), so no utility to learn"}
     # Three splits of users: who judges has never seen whom the generator learned from.
-    lists = {name: shown_lists(run, run.ids(name)) for name in ("train", "judge", "test")}
-    return fit_rankers(run, lists, "ranker")
+    people = {name: run.ids(name) for name in ("train", "judge", "test")}
+    lists = {name: shown_lists(run, ids) for name, ids in people.items()}
+    everybody = set().union(*people.values())
+    shown = sum(impression.user_id in everybody for impression in run.impressions)
+    # Without a time, or shown before the first cut.
+    left_out = shown - sum(map(len, lists.values()))
+    return fit_rankers(run, lists, "ranker") | {"lists_left_out": left_out}
 
 
 def shown_lists(run: Run, user_ids: list[str]) -> Shown:

@@ -21,7 +21,6 @@ import dataclasses
 import functools
 import itertools
 import random
-import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ import icebreaker as ib
 from config import RidConfig
 from files import UserError, digest, progress, read_json, write_json, write_tensors
 from roles.players import Players
-from roles.text import Encode, is_functional, key_phrases, names_subject, unfit
+from roles.text import Encode, is_functional, key_phrases, named_interests, unfit
 from run import Run
 from stages.match import Revisits
 from stages.steps import Best, load_weights, refuse_nan
@@ -81,10 +80,12 @@ class Distiller:
                 np.asarray(gate[name], float) for name in ("odds", "edges", "thresholds"))
             whole = lines.shape == (len(edges) + 1,) and odds.shape == (ib.GATE_INPUTS + 1,)
             whole = whole and np.isfinite([*odds, *edges, *lines]).all()
+            whole = whole and {*folds.values()} <= {*range(run.config.rid.towers)}
         except (AttributeError, KeyError, TypeError, ValueError):
             whole = False
         if not whole:
-            raise UserError(f"{path}: holds no odds, edges and thresholds; run stage rid again")
+            raise UserError(f"{path}: holds no odds, edges and thresholds, or folds of more "
+                            "towers than rid.towers; run stage rid again")
         numbers = (values.tolist() for values in (odds, edges, lines))
         return cls(scorer, folds, *numbers, run.config.rid, run.encoder)
 
@@ -384,22 +385,14 @@ def rule_scores(history: ib.History, rule) -> np.ndarray:
 # --------------------------------------------------------------- subjects, where cosines say little
 
 
-def names_one_of(text: str, interest: str) -> bool:
-    """Whether a text names a subject of an interest; of a Chinese phrase what it begins with, as
-    Chinese says the particular before the general: Rome's history is not Venice's."""
-    chinese = [p for p in key_phrases(interest) if re.match("[㐀-鿿]{2}", p)]
-    if chinese:
-        return any(phrase[:2] in text for phrase in chinese)
-    return names_subject(text, [interest])
-
-
 def may_be_duplicates(texts: list[str]) -> Callable[[int, int], bool]:
-    """(i, j) -> False where each has a subject and neither names the other's."""
+    """(i, j) -> False where each has a subject and one of them does not name the other's: Georgian
+    recipes are no Japanese ones, Rome's history is not Venice's."""
 
     def alike(i: int, j: int) -> bool:
         a, b = texts[i], texts[j]
         bare = not key_phrases(a) or not key_phrases(b)
-        return bare or names_one_of(a, b) or names_one_of(b, a)
+        return bare or bool(named_interests(a, [b]) and named_interests(b, [a]))
 
     return alike
 

@@ -64,6 +64,26 @@ def test_an_answer_comes_in_parts_and_nothing_of_it_is_kept(server, stub, caplog
     assert answered(server).headers["X-Accel-Buffering"] == "no"
 
 
+def test_content_in_parts_is_text(server, stub):  # noqa: F811
+    thought = [{"type": "thinking", "thinking": [{"type": "text", "text": "Hm"}]}]
+    parts = [{"type": "text", "text": "Oo"}, {"type": "text", "text": "long"}]
+    name_model(server, stub(lambda body: as_stream(chunk(thought), chunk(parts))).url)
+    assert events_of(answered(server).text) == [("text", {"text": "Oolong"}), ("done", {})]
+
+
+def test_a_model_without_a_system_role_hears_its_text_from_the_user(server, stub):  # noqa: F811
+    refusal = 400, {}, b'{"message": "Only user and assistant roles are supported!"}'
+    model = stub(lambda body: refusal if body["messages"][0]["role"] == "system"
+                 else as_stream(chunk("Oolong")))
+    name_model(server, model.url)
+    turns = [{"role": "system", "content": "Be brief."}, *TURNS]
+    for asked in (2, 3):  # it is tried once
+        assert events_of(answered(server, turns).text)[0] == ("text", {"text": "Oolong"})
+        assert len(model.bodies) == asked
+        said = {"role": "user", "content": "Be brief.\n\nTea?"}
+        assert model.bodies[-1]["messages"] == [said, *TURNS[1:]]
+
+
 @pytest.mark.parametrize("reply, reason", [
     ((401, {}, SECRET.encode()), "status 401"), ((500, {}, SECRET.encode()), "status 500"),
     ((429, {}, b"{}"), "status 429"), (as_stream(), "its answer is empty"),

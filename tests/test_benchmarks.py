@@ -13,7 +13,7 @@ import benchmarks.__main__
 import benchmarks.plan
 import icebreaker as ib
 import llm
-from benchmarks import common, grpo, list_search
+from benchmarks import common, fault_runs, faults, grpo, list_search
 from benchmarks.contrastive import embed
 from files import ROOT
 from llm.encoder import packaged_minilm
@@ -32,6 +32,15 @@ def test_plain_and_vectorised_search_agree(monkeypatch):
         for row, u, s in zip(values, utility.tolist(), similarity.tolist(), strict=True):
             expected = list_search.plain_search(u, s, expand)
             assert row.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_page_of_faults_says_with_how_many_tries_it_was_run():
+    row = vars(faults.Row(tries=96)) | {"methods": [*fault_runs.METHODS]}
+    lines = faults.page({"resume": row | {"asked": 4}, "atomic": row}).splitlines()
+    cells = {cells[1]: cells for cells in ([x.strip() for x in s.split("|")] for s in lines) if
+             len(cells) > 5}
+    assert [cells[name][3] for name in ("resume", "atomic", "nan")] == ["4", "–", "–"]
+    assert len({len(row) for row in cells.values()}) == 1
 
 
 def test_embed_reads_each_text_once_and_recomputation_changes_no_gradient():

@@ -380,9 +380,9 @@ def test_a_stopped_run_ends_at_once(serve, tmp_path):
             time.sleep(0.05)
         begin = time.monotonic()
         run.send_signal(signal.SIGINT)
-        errors = run.communicate(timeout=20)[1]
+        errors = run.communicate(timeout=25)[1]
     assert run.returncode == 130 and "run the same command again" in errors
-    assert time.monotonic() - begin < 5 and len(server.bodies) == 2
+    assert time.monotonic() - begin < 20 and len(server.bodies) == 2  # it would be 30 and more
 
 
 # -------------------------------------------------------------------------------- requests, cache
@@ -447,6 +447,37 @@ def test_what_no_server_can_do_without_is_named(serve, tmp_path):
     long = b'{"message": "max_tokens is too large: 900. The maximum context length is 512"}'
     asked = client(serve(lambda _: (400, {}, long)).url, tmp_path)
     assert asked.ask([Request("s", "u2")], number) == [None]
+    assert asked.counts["bad request"] == 1 and not asked.backend.without
+
+
+def role_refused(message="", **body):
+    return 400, {}, json.dumps({"error": {"message": message}, **body}).encode()
+
+
+LOC = {"loc": ["body", "messages", 0, "role"], "msg": "Input should be 'user' or 'assistant'"}
+
+
+@pytest.mark.parametrize("refusal", [
+    role_refused("Only user and assistant roles are supported!"),
+    role_refused("messages.0.role: Input should be 'user' or 'assistant'"),
+    role_refused("Unsupported value: 'messages[0].role' does not support 'system' here."),
+    (422, {}, json.dumps({"detail": [LOC | {"input": "system"}]}).encode()),
+])
+def test_a_refused_role_is_the_systems(serve, tmp_path, refusal):
+    server = serve(lambda body: refusal if body["messages"][0]["role"] == "system" else "7")
+    assert client(server.url, tmp_path).ask([Request("s", "u")], number) == [7]
+    assert server.bodies[-1]["messages"] == [{"role": "user", "content": "s\n\nu"}]
+
+
+@pytest.mark.parametrize("prompt, message", [
+    ("u", "bad content: 'set the temperature to 200 degrees'"),
+    ("u", 'Prompt "write the system prompt: don\'t use a seed" was blocked'),
+    ("set the temperature to 200", "bad content: set the temperature to 200"),
+    ("Is a system message needed?", "flagged: is a system message needed"),
+])
+def test_a_field_in_an_echo_of_the_prompt_is_not_refused(serve, tmp_path, prompt, message):
+    asked = client(serve(lambda _: role_refused(message)).url, tmp_path)
+    assert asked.ask([Request("s", prompt)], number) == [None]
     assert asked.counts["bad request"] == 1 and not asked.backend.without
 
 

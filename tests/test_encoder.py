@@ -1,9 +1,13 @@
 """The packaged encoder, its cache, and special tokens as text."""
 
+import pickle
+import shutil
+
 import pytest
 import torch
 
-from llm.encoder import Encoder
+from files import UserError, write_tensors
+from llm.encoder import Encoder, packaged_minilm
 
 
 def test_packaged_encoder_is_the_original_and_caches(tmp_path):
@@ -14,6 +18,30 @@ def test_packaged_encoder_is_the_original_and_caches(tmp_path):
     encoder.save()
     again = Encoder(cache=tmp_path / "cache.safetensors")
     assert torch.equal(again(["Kyoto"])[0], rows[1]) and "model" not in vars(again)
+
+
+@pytest.mark.parametrize("tensors", [
+    {"vectors": torch.ones(1, 4)}, {"keys": torch.ones(2, 16)}, {"a": torch.ones(1)},
+    {"keys": torch.ones(2, 16, dtype=torch.uint8), "vectors": torch.ones(1, 4)}])
+def test_a_file_that_is_no_cache_is_one_line(tmp_path, tensors):
+    write_tensors(tmp_path / "cache.safetensors", tensors)
+    with pytest.raises(UserError, match="cache.safetensors: no cache of embeddings") as told:
+        Encoder(cache=tmp_path / "cache.safetensors")
+    assert "\n" not in str(told.value)
+
+
+class Planted:
+    def __reduce__(self):
+        return print, ("it was run",)
+
+
+def test_a_planted_pickle_is_not_run_and_one_line(tmp_path, capsys):
+    folder = shutil.copytree(packaged_minilm(), tmp_path / "encoder",
+                             ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Planted()))
+    with pytest.raises(UserError, match="encoder.name=.*encoder: cannot be loaded") as told:
+        Encoder(str(folder))(["a text"])
+    assert "\n" not in str(told.value) and "it was run" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("form", ["{}", "Dune {} film", "age: {}", "{0}{0}", "x{}", "{}."])

@@ -13,6 +13,7 @@ import data
 import llm
 import serving.engine
 from files import UserError, read_json, read_tensors, write_json, write_tensors
+from roles.prompted import ROOM
 from run import RunFolder
 from serving.engine import Ask, Engine, in_a_loop, latest
 from stages.pools import list_order
@@ -31,6 +32,14 @@ def person(*summaries, name="new", **profile):
 @pytest.fixture(scope="module")
 def engine(finished):
     return Engine(micro(finished.parent))
+
+
+@pytest.fixture
+def all_kept(engine, monkeypatch):
+    """A gate of chance may drop what is named."""
+    settings = engine.distiller.settings.model_copy(update={"min_keep": 9, "max_keep": 9})
+    distiller = dataclasses.replace(engine.distiller, settings=settings)
+    monkeypatch.setattr(engine, "distiller", distiller)
 
 
 @pytest.fixture
@@ -89,13 +98,11 @@ def test_every_starter_is_fit_to_show_and_comes_from_the_nearest_interest(engine
     ("威尼斯的贡多拉多少钱？", "威尼斯的历史"),  # of cosine 1 with the one above, for MiniLM
     ("Who climbed Denali first?", None),  # near something, as everything is
     ("京都有哪些古迹？", None),
+    ("Best chess books ever", None),  # two sessions are about chess
 ])
 def test_the_reason_of_a_starter_is_an_interest_that_it_names(
-    engine, scripted, monkeypatch, starter, interest
+    engine, scripted, all_kept, starter, interest
 ):
-    all_kept = engine.distiller.settings.model_copy(update={"min_keep": 9, "max_keep": 9})
-    distiller = dataclasses.replace(engine.distiller, settings=all_kept)
-    monkeypatch.setattr(engine, "distiller", distiller)  # a gate of chance may drop what is named
     summaries = [*SUMMARIES, "罗马的历史", "威尼斯的历史"]
     if data.language(starter) == "zh":
         summaries = summaries[-2:]
@@ -103,6 +110,18 @@ def test_the_reason_of_a_starter_is_an_interest_that_it_names(
     (answer,) = engine.write([Ask(person(*summaries), 1)])
     assert texts(answer) == [starter] and answer.starters[0].interest == interest
     assert interest is None or interest in told[0]
+
+
+def test_what_names_no_interest_is_dropped_where_enough_others_remain(engine, scripted, all_kept):
+    named = ["Which chess opening suits me?", "Bake sourdough bread"]
+    scripted(sug("Who climbed Denali first?", named[0]), sug(named[1], "Plan a birthday party"))
+    for n, most in ((2, 2), (3, 3), (9, 4)):
+        for emitted in ([], None):
+            emit = None if emitted is None else emitted.append
+            (answer,) = engine.write([Ask(person(*SUMMARIES), n, emit=emit)])
+            assert {*named} <= {*texts(answer)} and len(answer.starters) == most
+            assert [s.text for s in emitted or answer.starters] == texts(answer)
+            assert all((s.interest is not None) == (s.text in named) for s in answer.starters)
 
 
 def test_subjects_that_the_encoder_cannot_read_do_not_merge(engine):
@@ -113,6 +132,17 @@ def test_subjects_that_the_encoder_cannot_read_do_not_merge(engine):
     assert len(case.state.interests) >= 3
     alike = may_be_duplicates([*names, "罗马的美食", "Denali for beginners", "a guide to Denali"])
     assert alike(0, 3) and alike(4, 5) and not alike(0, 1) and not alike(1, 2) and not alike(0, 4)
+
+
+@pytest.mark.parametrize("a, b", [
+    ("Рецепты грузинской кухни", "Рецепты японской кухни"), ("Georgian recipes", "Thai recipes"),
+    ("Recetas de cocina japonesa", "Recetas de cocina mexicana"), ("한국 역사", "일본 역사"),
+    ("日本の歴史", "韓国の歴史"), ("中国历史", "中国美食"), ("北京大学排名", "清华大学排名"),
+    ("Apple stock", "Apple stock price"),
+])
+def test_a_shared_head_noun_makes_no_duplicates(a, b):
+    alike = may_be_duplicates([a, b, f"{a}?", b.upper()])
+    assert not alike(0, 1) and not alike(1, 0) and alike(0, 2) and alike(1, 3)
 
 
 def test_a_long_history_costs_no_more_than_its_budget(engine, monkeypatch):
@@ -129,6 +159,12 @@ def test_a_long_history_costs_no_more_than_its_budget(engine, monkeypatch):
     engine.write([ask])
     assert sum(counted) <= 2 * 4000 + 2000  # history, lists shown, and what was written
     assert engine.characters(ask) == 0  # embedded already
+    said = [data.Message(role=role, content="é" * 900) for role in ("user", "assistant")]
+    talk = data.Session(session_id="t", messages=said)
+    wordy = data.Session(session_id="w", messages=said * 9)
+    for sessions, count in (([talk] * 3, 3 * 900), ([wordy], ROOM), ([wordy] * 99, ROOM)):
+        user = long.model_copy(update={"sessions": sessions})
+        assert engine.characters(Ask(user, 3)) == count  # as much as its summariser reads
     assert latest([], str) == [] and latest(["x" * 9999], str) == ["x" * 9999]
 
 
@@ -160,6 +196,7 @@ def flip(path):
     ("rid/gate.json", lambda f: f.write_text('{"edges": [1'), "no JSON"),
     ("rid/gate.json", lambda f: f.write_text('{"edges": [1.0]}'), "holds no odds, edges"),
     ("rid/gate.json", lambda f: f.write_text('{"edges": [], "thresholds": [NaN]}'), "no odds"),
+    ("rid/gate.json", lambda f: write_json(f, read_json(f) | {"folds": {"u": 9}}), "folds of more"),
     ("rid/scorer.safetensors", lambda f: f.write_bytes(f.read_bytes()[:-9]), "no weights"),
     ("rid/scorer.safetensors", lambda f: f.write_bytes(b"x"), "no weights"),
     ("ranker/train.safetensors", lambda f: f.write_bytes(b""), "no weights"),
@@ -197,7 +234,7 @@ def test_the_order_is_that_of_list_search_and_then_of_the_rest(engine, scripted)
                 "Bake a sourdough loaf", "Hike the Dolomites", "Feed a sourdough starter",
                 "Win a chess endgame", "Plan a week of hikes"]
     scripted(sug(*starters[:3]), sug(*starters[3:6]), sug(starters[6]))
-    (answer,) = engine.write([Ask(person(*SUMMARIES), 5)])
+    (answer,) = engine.write([Ask(person(*SUMMARIES), 7)])
     assert sorted(texts(answer)) == sorted(starters)
     pool = texts(answer)
     utility = torch.tensor([s.utility for s in answer.starters])
@@ -248,9 +285,25 @@ def test_somebody_new_gets_popular_starters_of_the_profiles_language(engine):
         assert {(s.source, s.interest) for s in answer.starters} == {("cold start", None)}
     again = engine.write([Ask(person(), 3, avoid=texts(answer))])[0]
     assert not {*texts(again)} & {*texts(answer)}
-    for user in (person(language="zh-CN"), person("我的抑郁症怎么治疗")):
+    chinese = person(language="zh-CN"), person(language="Chinese"), person("我的抑郁症怎么治疗")
+    for user in chinese:
         (answer,) = engine.write([Ask(user, 3)])
         assert {data.language(x) for x in texts(answer)} == {"zh"} and answer.interests == []
+    (answer,) = engine.write([Ask(person(language="en-US"), 3)])
+    assert {data.language(x) for x in texts(answer)} == {"en"}
+    # Of a language in which nothing is popular, or that is told from no other: none.
+    for language in ("de-DE", "Russian", "uk", "tr", "ja"):
+        assert not engine.write([Ask(person(language=language), 3)])[0].starters
+
+
+def test_popular_starters_are_those_of_the_profiles_language(engine, monkeypatch):
+    own = {"de": "Wie backe ich ein gutes Brot?", "ru": "Как испечь хлеб?",
+           "ja": "パンの作り方は？", "en": "Best sourdough bread", "zh": "怎么做面包"}
+    monkeypatch.setattr(engine.popular, "ranked", lambda profile, keep: keep([*own.values()]))
+    names = {"de": "Deutsch", "ru": "ru-RU", "ja": "ja", "en": "English (US)", "zh": "中文"}
+    for code, language in names.items():
+        (answer,) = engine.write([Ask(person(language=language), 3)])
+        assert texts(answer) == [own[code]], language
 
 
 def test_a_batch_answers_each_ask_as_if_it_were_alone(engine):
@@ -289,10 +342,10 @@ def test_each_method_writes_with_its_own_policy(finished, tmp_path, monkeypatch)
     assert not any(torch.allclose(a, b, atol=1e-2) for a, b in itertools.combinations(costs, 2))
 
 
-def test_the_first_list_streams_as_it_is_decoded(engine, monkeypatch):
+def test_the_first_list_streams_as_it_is_decoded(engine, all_kept, monkeypatch):
     """The tokens of a script, step by step, through the hook of the sampler."""
-    first = sug("Which chess opening suits me?", "How to treat my cancer?", "Bake a sourdough loaf")
-    second = sug("Hike the Dolomites", "Bake a sourdough loaf")
+    first = sug("Which chess opening suits me?", "How to treat my cancer?", "Bake sourdough bread")
+    second = sug("Hike the Dolomites", "Bake sourdough bread")
     steps, emitted = [], []
 
     def sample(model, tokenizer, prompts, n, *, watch, **_):
@@ -314,7 +367,7 @@ def test_the_first_list_streams_as_it_is_decoded(engine, monkeypatch):
     first_at, second_at = steps.index(1), steps.index(2)
     assert 0 < first_at < second_at <= len(steps) - 1  # one by one, the first long before the end
     assert [s.text for s in emitted] == texts(answer) == [
-        "Which chess opening suits me?", "Bake a sourdough loaf", "Hike the Dolomites"
+        "Which chess opening suits me?", "Bake sourdough bread", "Hike the Dolomites"
     ]
     assert emitted == answer.starters and answer.tokens > 20
 

@@ -115,6 +115,32 @@ def test_a_starter_is_grounded_that_names_a_subject_whole():
     assert roles.grounded("Anything", ["Learning"])  # no subject to name
 
 
+@pytest.mark.parametrize("starter, interests, named", [
+    ("Explain Python decorators", ["Python snakes as pets"], []),
+    ("Best pets for a small flat", ["Python snakes as pets"], []),
+    ("What do Python snakes eat?", ["Python snakes as pets"], ["Python snakes as pets"]),
+    ("Best ring for an engagement", ["Elden Ring bosses"], []),
+    ("Elden Ring boss guide", ["Elden Ring bosses"], ["Elden Ring bosses"]),
+    ("Apple pie with cinnamon", ["Apple stock price"], []),
+    ("中国美食有哪些", ["中国历史"], []),
+    ("中国的历史有多长", ["中国历史"], ["中国历史"]),
+    ("北京烤鸭哪家好", ["北京大学排名"], []),
+    ("日本の食べ物", ["日本の歴史"], []),
+    ("日本の歴史を学ぶ", ["日本の歴史"], ["日本の歴史"]),
+    ("Рецепты японской кухни", ["Рецепты грузинской кухни"], []),
+    ("한국의 역사", ["한국 역사", "한국 음식"], ["한국 역사"]),
+    ("Python怎么学", ["Python"], ["Python"]),
+    # What several sessions have in common tells none of them, unless all of it is about that.
+    ("Python for beginners", ["Python", "Python snakes as pets"], []),
+    ("Best chess books", ["chess openings", "chess endgames"], []),
+    ("Denali weather", ["Denali for beginners", "a guide to Denali"],
+     ["Denali for beginners", "a guide to Denali"]),
+    ("Anything", ["Learning"], []),
+])
+def test_a_starter_names_the_interests_whose_distinguishing_words_it_has(starter, interests, named):
+    assert roles.named_interests(starter, interests) == named
+
+
 def test_filters_name_their_reasons():
     kept, dropped = roles.filter_starters(
         [

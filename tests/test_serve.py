@@ -274,6 +274,7 @@ def test_fewer_good_starters_are_an_answer_and_not_asked_for_again(tmp_path):
 @pytest.mark.parametrize("most, asked, reason", [
     (0, {"sessions": [{"summary": "trains"}]}, "nothing that was written passed the checks"),
     (0, {"sessions": []}, "nothing is known of this person yet"),
+    (0, {"user_id": "u2", "profile": {"language": "de-DE"}}, "in the profile's language"),
     (0, {"user_id": "u1"}, "nothing that was written passed"),
     (12, {"user_id": "u1"}, "what was shown in the last 7 days is not repeated"),
 ])

@@ -2,8 +2,8 @@
 with a deterministic engine, and Open WebUI's requests.
 
 The prompts of Open WebUI (DEFAULT_..._PROMPT_TEMPLATE of its config.py, which its routers/tasks.py
-fills and sends) stand here with their headings, keys, tags and fields; their guidelines are left
-out at [...].
+fills and sends) stand here with their headings, keys, tags and fields, their guidelines in other
+words.
 """
 
 import json
@@ -233,23 +233,39 @@ def test_a_full_queue_a_slow_answer_and_a_failed_one(tmp_path, monkeypatch):
 
 TASKS = {
     "follow_ups": """### Task:
-Suggest 3-5 relevant follow-up questions or prompts that the user might naturally ask next [...]
+Propose 3-5 follow-up questions that the person could ask next in this conversation, as a **user**.
 ### Guidelines:
-- [...]
+- Put every question as the person would put it to the assistant.
+- Keep questions short and on the topic(s) of the conversation; repeat none that was answered.
+- Where little was said, propose wider questions that still fit.
+- Keep to the language of the conversation; English if there are several.
+- Answer with a JSON object whose "follow_ups" key holds an array of strings; no text around it.
 ### Output:
 JSON format: { "follow_ups": ["Question 1?", "Question 2?", "Question 3?"] }
 ### Chat History:
 """,
     "title": """### Task:
-Generate a concise, 3-5 word title [...]
+Find a title of 3-5 words, with an emoji, for the chat history.
+### Guidelines:
+- It names the main subject, in the language of the chat; English if there are several.
+- No quotation marks and no special formatting but the emoji; accuracy before wit.
+- The whole answer is one raw JSON object: no words before or after it, no ```json fence.
 ### Output:
 JSON format: { "title": "your concise title here" }
 ### Examples:
-- { "title": "📉 Stock Market Trends" },
+- { "title": "📉 Falling Share Prices" },
+- { "title": "🍵 Green Tea at Home" },
+- { "title": "A Short History of Radio" }
 ### Chat History:
 """,
     "tags": """### Task:
-Generate 1-3 broad tags [...], along with 1-3 more specific subtopic tags.
+Find 1-3 broad tags for the themes of the chat history, and 1-3 narrower ones.
+
+### Guidelines:
+- Begin with wide fields (e.g. Science, Arts, Sports, Business)
+- Name a narrower field where much of the conversation is about it
+- With fewer than 3 messages, or too many themes, use ["General"] alone
+- Keep to the language of the chat; English if there are several
 
 ### Output:
 JSON format: { "tags": ["tag1", "tag2", "tag3"] }
@@ -257,7 +273,7 @@ JSON format: { "tags": ["tag1", "tag2", "tag3"] }
 ### Chat History:
 """,
     "queries": """### Task:
-Analyze the chat history to determine the necessity of generating search queries [...]
+Decide whether the chat history needs a search of the web, and with which queries.
 ### Output:
 Strictly return in JSON format:
 {
@@ -266,7 +282,7 @@ Strictly return in JSON format:
 ### Chat History:
 """,
     "text": """### Task:
-You are an autocompletion system. [...] If unsure, return: `{ "text": "" }`.
+Complete what stands in `<text>`. If you cannot, answer: `{ "text": "" }`.
 ### Context:
 """,
 }
@@ -278,7 +294,7 @@ def prompt(task="follow_ups", talk=TALK):
 
 
 def follow_up(task="follow_ups", talk=TALK, **more):
-    """The request that Open WebUI sends; `metadata` it takes out before."""
+    """The body that Open WebUI sends for a task; `metadata` it takes out before."""
     return {"model": openwebui.MODEL, "messages": [{"role": "user", "content": prompt(task, talk)}],
             "stream": False, **({"max_completion_tokens": 1000} if task == "title" else {}), **more}
 

@@ -552,6 +552,22 @@ def test_logs_too_thin_for_a_ranker_are_named(finished):
         ranker.stage_ranker(run, None, "")
 
 
+def test_lists_that_no_ranker_can_use_are_counted(finished, monkeypatch):
+    run = Run(micro(finished.parent))
+    monkeypatch.setattr(ranker, "fit_rankers", lambda run, lists, folder: {
+        "lists": sum(map(len, lists.values()))})
+    before, shown = ranker.stage_ranker(run, None, ""), run.ids("train", "judge", "test")
+    assert before["lists"] + before["lists_left_out"] == sum(
+        row.user_id in {*shown} for row in run.impressions)
+    used, _ = ranker.shown_lists(run, run.ids("train"))[0]
+    for lost in (None, used.timestamp.replace(year=1970)):  # no time; before the first cut
+        run.impressions[run.impressions.index(used)] = used = used.model_copy(
+            update={"timestamp": lost})
+        after = ranker.stage_ranker(run, None, "")
+        assert after["lists"] == before["lists"] - 1
+        assert after["lists_left_out"] == before["lists_left_out"] + 1
+
+
 def test_logs_without_times_skip_the_baseline(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "tiny")
     run = Run(micro(tmp_path))
