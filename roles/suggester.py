@@ -63,6 +63,7 @@ class Suggester:
         return llm.encode_conversation(self.tokenizer, said, begin, end, room)
 
     def completion(self, answer: str) -> Ids:
+        # The end is learned too: an answer of three stops there.
         return llm.encode_text(self.tokenizer, answer) + [self.tokenizer.eos_token_id]
 
     def encoded(
@@ -70,7 +71,7 @@ class Suggester:
     ) -> tuple[Ids, list[Ids]]:
         """(prompt ids, [ids of each answer]): a row of training."""
         prompt, cut = self.prompt_and_cut(turns, task)
-        if cut:
+        if cut:  # counted where a stage asks, as what is left out may matter
             self.writer.cut.add(tuple(prompt))
         return prompt, [self.completion(answer) for answer in answers]
 
@@ -91,7 +92,7 @@ class Suggester:
             "max_new_tokens": g.max_new_tokens, "temperature": g.temperature, "top_p": g.top_p,
             "top_k": g.top_k, "rows": g.sample_rows, "stop": "",
         }
-        places = share(range(len(contexts)))
+        places = share(range(len(contexts)))  # draws hang on the place, not on who draws
         prompts = [self.prompt(contexts[i], task) for i in places]
         ends = llm.end_tokens(model, self.tokenizer)
         drawn = llm.sample_ids(

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ def query_of(row: Shown) -> str:
 
 def halves(rows: Sequence[Shown], seed: int) -> list[list[Shown]]:
     """Panes in two halves; those of one query stay together."""
-    queries = sorted({query_of(row) for row in rows})
+    queries = sorted({query_of(row) for row in rows})  # or the file's order would part them
     order = np.random.default_rng(seed).permutation(len(queries))
     first = {queries[i] for i in order[: len(queries) // 2]}
     return [[row for row in rows if (query_of(row) in first) == side] for side in (True, False)]
@@ -76,7 +77,7 @@ def counted(name: str, rows: Sequence[Shown], margins: Sequence[Sequence[float]]
     result: Counts = {f"{name}, {part}": {} for part in PARTS}
     for row, some in zip(rows, margins, strict=True):
         for (w, r), margin in zip(row.pairs, some, strict=True):
-            right = 0.5 + 0.5 * float(np.sign(margin))
+            right = 0.5 + 0.5 * float(np.sign(margin))  # a tie is a coin that is thrown
             for part, inside in zip(PARTS, (True, w > r), strict=True):
                 count = result[f"{name}, {part}"].setdefault(
                     query_of(row), {"right": 0.0, "wrong": 0.0})
@@ -102,6 +103,7 @@ def untrained(rows: list[Shown], suggester: Suggester) -> Counts:
         # A mean: a sum would be length once more.
         means = logps.masked_fill(~mask, 0).sum(1) / mask.sum(1)
         likely += [x.tolist() for x in means.cpu().split([len(row.texts) for row in part])]
+    # Slots fall: what stands first has the highest value.
     lengths, slots = ([f(row.texts) for row in rows] for f in (
         lambda texts: [*map(len, texts)], lambda texts: [-i for i in range(len(texts))]))
     return {key: count for name, values in zip(UNTRAINED, (lengths, slots, likely), strict=True)
@@ -119,9 +121,8 @@ def trained(config: Config, file: Path, half: list[Shown], other: list[Shown]) -
         raise UserError(f"{file}: no option of one half drew more clicks than one before it")
     key = digest(file_digest(file), config.reward, config.generator, config.run.seed)
     for kind in config.reward.kinds:
-        if run.folder.begin(f"reward/{kind}", key):  # a killed start goes on behind it
-            run.folder.mark_done(f"reward/{kind}", key, **train_reward(run, suggester, rows, kind))
-        scores = scores_of(load_reward(run, suggester, kind), half)
+        run.folder.once(f"reward/{kind}", key, partial(train_reward, run, suggester, rows, kind))
+        scores = scores_of(load_reward(run, suggester, kind), half)  # whom it has not seen
         result |= counted(named(kind), half, [(s.p - 0.5).tolist() for s in scores])
     return result
 
