@@ -238,18 +238,27 @@ def _stems(text: str) -> frozenset[str]:
     return frozenset(re.sub(r"(?<=\w\w)(e?(?<![su])s|e)$", "", word) for word in words)
 
 
+_FRAME = re.compile(r"\b(?:as|at|for|from|with|without|against) (?:(?:an?|the|my|our) )?$")
+_TOPIC = re.compile(r"\b(?:about|around|by|of|on) (?:(?:an?|the|my|our) )?$")
+
+
 @functools.lru_cache(maxsize=100_000)
 def _subjects(interest: str) -> tuple[str, ...]:
-    """What an interest is about: its names, and the phrase that it begins with. "Pets" is not what
-    "Python snakes as pets" is about, nor is "Python" alone."""
+    """What an interest is about: "Python snakes as pets" neither about "pets" nor "Python"."""
     phrases, text = key_phrases(interest), _one_spelling(interest)
     if language(interest) == "ja":  # cut at particles: all of 日本の歴史, as 日本 is too little
         return (" ".join(phrases),) * bool(phrases)
-    # Where several begin there, the longest; -1, of none that stands there as it is, comes last.
-    first = min(phrases, key=lambda p: (text.find(p) % (len(text) + 1), -len(p)), default="")
-    subjects = [p for p in phrases if (p == first or p != p.lower()) and (
-        " " in p or not any(f" {p} " in f" {other} " for other in phrases if other != p))]
-    return tuple(part for p in subjects for part in p.split(" and "))  # either will do
+
+    def tells(phrase: str) -> bool:
+        several, before = " " in phrase, text[: max(0, text.find(phrase))]
+        if not several and any(f" {phrase} " in f" {other}" for other in phrases):
+            return False  # it says which kind of what follows, and is of many kinds itself
+        named = phrase != phrase.lower()
+        return named or bool(not _FRAME.search(before) if several else _TOPIC.search(before))
+
+    first = sorted(phrases, key=lambda p: (text.find(p) % (len(text) + 1), -len(p)))[:1]  # -1: last
+    subjects = [*filter(tells, phrases)] or first
+    return tuple(part for phrase in subjects for part in phrase.split(" and "))  # either will do
 
 
 def _says(text: str, phrase: str) -> bool:
@@ -264,13 +273,14 @@ def _says(text: str, phrase: str) -> bool:
 
 
 def named_interests(starter: str, interests: Iterable[str]) -> list[str]:
-    """The interests of which a starter says a whole subject, one that no other interest has among
-    its words: of "Python" and "Python snakes", decorators name neither."""
+    """The interests of which a starter says a whole subject; one word alone only where no other
+    interest has it too: of "Python" and "Python snakes", decorators name neither."""
     said = {interest: [subject for subject in _subjects(interest) if _says(starter, subject)]
             for interest in interests}
     others = [interest for interest, subjects in said.items() if not subjects]
     return [interest for interest, subjects in said.items() if any(
-        not any(_says(other, subject) for other in others) for subject in subjects)]
+        " " in subject or not any(_says(other, subject) for other in others)
+        for subject in subjects)]
 
 
 # ---------------------------------------------------------------------------------------- filters

@@ -130,6 +130,11 @@ def test_a_starter_is_grounded_that_names_a_subject_whole():
     ("Рецепты японской кухни", ["Рецепты грузинской кухни"], []),
     ("한국의 역사", ["한국 역사", "한국 음식"], ["한국 역사"]),
     ("Python怎么学", ["Python"], ["Python"]),
+    ("Games for two children", ["kyoto with two children"], []),
+    ("Temples of Kyoto", ["kyoto with two children"], ["kyoto with two children"]),
+    ("Famous football club players", ["chess openings for club players"], []),
+    ("Is gold a safe haven?", ["price of gold"], ["price of gold"]),
+    ("Debussy and the sea", ["Debussy", "secrets of debussy"], ["Debussy", "secrets of debussy"]),
     # What several sessions have in common tells none of them, unless all of it is about that.
     ("Python for beginners", ["Python", "Python snakes as pets"], []),
     ("Best chess books", ["chess openings", "chess endgames"], []),
