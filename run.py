@@ -365,12 +365,12 @@ class RunFolder:
                 write_json(self.path / stage / "begun.json", {"key": key, "record": record})
         return True
 
-    def once(self, part: str, key: str, make: Callable[[], dict], name: str = "") -> dict:
+    def once(self, part: str, key: str, make: Callable[[], dict]) -> dict:
         """The figures of a part of a stage, made unless it has run with this key: a killed stage
         goes on behind its parts."""
         if self.begin(part, key):
             self.mark_done(part, key, **make())
-            print(f"  {name or part}: {one_line(self.figures(part))}", flush=True)
+            print(f"  {part}: {one_line(self.figures(part))}", flush=True)
         return self.figures(part)
 
     def withdraw(self, stage: str) -> None:

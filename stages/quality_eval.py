@@ -49,8 +49,10 @@ def policies(run: Run) -> dict[str, str]:
 
 def constant_list(answers: list[list[str]]) -> str:
     """A control: for everybody the three suggestions that a policy makes most often."""
-    texts = (text for some in answers for answer in some for text in {*read_kindly(answer)})
-    return garm.format_answer([text for text, _ in Counter(texts).most_common(3)])
+    texts = (text for some in answers for answer in some
+             for text in dict.fromkeys(read_kindly(answer)))
+    best = Counter(texts).most_common(garm.NUM_SUGGESTIONS)  # of equals the first, in every process
+    return garm.format_answer([text for text, _ in best])
 
 
 def stage_eval(run: Run, players: Players, key: str) -> dict:

@@ -18,6 +18,7 @@ import numpy as np
 from stages.metrics import bootstrap, markdown_table, seeds_again, user_values
 from tables import experiments
 from tables.verdicts import (
+    EFFECT,
     ENOUGH,
     HOLDS,
     MOST,
@@ -207,7 +208,7 @@ def counted(rows: list[dict]) -> str:
 def claims_page(rows: list[dict], note: str, name: str = "claims") -> str:
     """results/claims.md, or what another YAML file has as its page."""
     return experiments.read(name)["page"].format(
-        note=note, counted=counted(rows), rule=RULE, **claims_parts(rows, name))
+        note=note, counted=counted(rows), rule=f"{RULE} {EFFECT}", **claims_parts(rows, name))
 
 
 def claims_parts(rows: list[dict], name: str = "claims") -> dict[str, str]:

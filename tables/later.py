@@ -30,7 +30,6 @@ halves. Legend: B people, N summaries of a person.
 
 from __future__ import annotations
 
-import json
 from itertools import product
 from pathlib import Path
 
@@ -50,8 +49,9 @@ from stages.cold_start import PopularStarters
 from stages.eval import write_lists
 from stages.metrics import Lists, PerUser
 from stages.rid import RULES, may_be_duplicates, rule_scores
-from stages.sit import CORPUS
+from stages.sit import read_corpus
 from tables import people, seeds
+from tables.verdicts import RULE
 
 LEAST = 4  # sessions: three to write from, and one that is kept back
 PAST = 0.8  # share of the sessions that are told
@@ -132,8 +132,7 @@ def measure(config: Config, file: str) -> Later:
 
 def lenders() -> set[str]:
     """Ids of the people whose titles are in the teacher corpus."""
-    lines = CORPUS.read_text(encoding="utf-8").splitlines()
-    return {json.loads(line)["source"].partition(":")[2] for line in lines} - {""}
+    return {row.source.partition(":")[2] for row in read_corpus()} - {""}
 
 
 def distinct(sessions: list[data.Session]) -> list[str]:
@@ -262,7 +261,7 @@ def section(kept: Later) -> str:
 
 
 def page(kept: list[Later], command: str) -> str:
-    head = metrics.read_yaml("tables/later.yaml")["page"].format(command=command)
+    head = metrics.read_yaml("tables/later.yaml")["page"].format(command=command, rule=RULE)
     return "\n".join([head, *map(section, kept)])
 
 

@@ -10,45 +10,53 @@ from __future__ import annotations
 from pathlib import Path
 
 from files import ROOT, read_json, script
-from stages.metrics import LIFTS, bootstrap, markdown_table, write_pages
+from stages.metrics import LIFTS, bootstrap, markdown_table, read_yaml, write_pages
 from tables import experiments, figures
 from tables.claims import Seeds, claims_parts, counted, judged, per_seed
 from tables.report import in_all
 from tables.seeds import SeedRun, by_method, read_kept, summary
-from tables.verdicts import RULE, narrow
+from tables.verdicts import EFFECT, RULE, narrow
 
 
-def read_values(paper: dict, folder: Path) -> tuple[Seeds, str]:
-    """Seeds as claims.py reads them, and what they cost."""
-    files = sorted(folder.glob(paper["values"]))
-    if paper["kind"] == "seeds":
+def read_values(name: str, folder: Path) -> tuple[Seeds, float]:
+    """Seeds as claims.py reads them, and hours of the clock that they took."""
+    files = sorted(folder.glob("seed-*.json" if name == "seeds" else f"{name}-*.json"))
+    if name == "seeds":
         runs = [read_kept(SeedRun, file) for file in files]
-        hours, seeds = sum(run.hours for run in runs), [*map(by_method, runs)]
-    else:
-        seeds = [*map(read_json, files)]
-        starts = seeds[0]["about"]["starts"] if seeds else []
-        # A reproduction trains its seeds side by side: its own starts tell what all took.
-        hours = sum(start["minutes"] for start in starts) / 60
-    return seeds, f"{len(seeds)} seeds, {hours:.1f} hours of the clock on two cores, shared."
+        return [*map(by_method, runs)], sum(run.hours for run in runs)
+    seeds = [*map(read_json, files)]
+    # A reproduction trains its seeds side by side: its own starts tell what all took.
+    starts = seeds[0]["about"]["starts"] if seeds else []
+    return seeds, sum(start["minutes"] for start in starts) / 60
+
+
+def quoted(name: str, have: list[str]) -> tuple[str, dict[str, str]]:
+    """What the paper's figures are; row of the table -> the figures, as other pages have them."""
+    if name != "seeds":
+        table = experiments.read(name)["tables"]["1"]
+        return table["paper"], table["rows"]
+    paper = read_yaml("configs/paper.yaml")["table1"]  # of no control
+    return "paper: R-User, R-Score", {m: ", ".join(paper.get(m, ["–"])[:2]) for m in have}
 
 
 def section(paper: dict, folder: Path) -> str:
     """Markdown of one paper; folder: of the page, with values/ in it."""
-    texts, (seeds, cost) = experiments.read("overview"), read_values(paper, folder / "values")
+    texts, name = experiments.read("overview"), paper["name"]
+    seeds, hours = read_values(name, folder / "values")
     if not seeds:
         return texts["missing"].format(title=paper["title"])
-    have = in_all(seeds)
-    table = [[name, *(shown(seeds, name, *column) for column in paper["columns"].values()), figure]
-             for name, figure in paper["rows"].items() if name in have]
-    rows = judged(seeds, paper["tables"], paper["claims"], hierarchical=True)
-    parts = claims_parts(rows, paper["claims"])
-    if paper["kind"] == "seeds":  # the siblings' pictures are made with their pages
+    have, claims = in_all(seeds), "claims" if name == "seeds" else f"{name}_claims"
+    head, rows = quoted(name, have)
+    table = [[row, *(shown(seeds, row, *column) for column in paper["columns"].values()), figures]
+             for row, figures in rows.items() if row in have]
+    judgements = judged(seeds, paper["tables"], claims, hierarchical=True)
+    if name == "seeds":  # the siblings' pictures are made with their pages
         draw(seeds, have, folder / paper["picture"])
     return texts["section"].format(
-        title=paper["title"], cost=cost, page=paper["page"], narrow=narrow(len(seeds)),
-        table=markdown_table(["", *paper["columns"], paper["head"]], table),
+        title=paper["title"], page=f"{name}.md", seeds=len(seeds), hours=hours,
+        narrow=narrow(len(seeds)), means=markdown_table(["", *paper["columns"], head], table),
         picture=f"![{paper['title']}]({paper['picture']})\n" if paper["picture"] else "",
-        counted=counted(rows), claims=parts["table"], why=parts["why"])
+        counted=counted(judgements), **claims_parts(judgements, claims))
 
 
 def shown(seeds: Seeds, name: str, metric: str, form: str) -> str:
@@ -68,8 +76,8 @@ def draw(seeds: Seeds, methods: list[str], path: Path) -> None:
 
 def write(folder: Path) -> None:
     texts = experiments.read("overview")
-    page = texts["page"].format(
-        rule=RULE, sections="\n".join(section(paper, folder) for paper in texts["papers"]))
+    sections = "\n".join(section(paper, folder) for paper in texts["papers"])
+    page = texts["page"].format(rule=RULE, effect=EFFECT, sections=sections)
     write_pages(folder, {"README.md": page})
     print(page)
 

@@ -80,8 +80,8 @@ def judged(run: Run, players: Players, file: str, users: list[data.User], least:
     n = getattr(run.config.eval, setting)
     most = n or len(users) * (setting == "max_users")  # of which 0 means all
     # One at a time: an LLM may be asked for the summaries.
-    known = map(without_lent, map(players.summarised, in_order(run, users, halves)))
-    fit = [*itertools.islice((user for user in known if len(user.sessions) >= least), most)]
+    summarised = map(without_lent, map(players.summarised, in_order(run, users, halves)))
+    fit = [*itertools.islice((user for user in summarised if len(user.sessions) >= least), most)]
     if not fit:
         odd = ", an odd SHA-256 of the user_id" * (halves == 1)
         raise UserError(f"{file}: nobody has {least} sessions{odd} and no part in the run's "

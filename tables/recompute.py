@@ -38,7 +38,7 @@ MAKERS = {
 
 def figures(text: str) -> list[str]:
     """Lines of a page that hold figures: rows of tables, items of lists that end in a verdict."""
-    return [line for line in text.splitlines() if re.match(r"\||- .*\]$", line)]
+    return [line for line in text.splitlines() if re.match(r"\||- .*\*\*$", line)]
 
 
 def difference(page: Path, command: str, words: str) -> str | None:

@@ -19,7 +19,7 @@ from files import ROOT, UserError, read_json
 from stages.metrics import bootstrap, escape, markdown_table, read_yaml, write_pages
 from tables.claims import claims_parts, counted, judged, paired, per_seed
 from tables.report import in_all
-from tables.verdicts import RULE, narrow, sign_flip, verdicts
+from tables.verdicts import EFFECT, HOLDS, NOT, RULE, UNDECIDED, narrow, sign_flip, verdicts
 
 
 class SeedRun(BaseModel, extra="forbid", allow_inf_nan=False):
@@ -107,16 +107,26 @@ def by_method(run: SeedRun) -> dict:
 
 def summary(rows: list, form: str) -> str:
     """"mean [low, high]" of users' values (U,) of each seed."""
-    return "{:{form}} [{:{form}}, {:{form}}]".format(
-        *bootstrap(rows, hierarchical=True), form=form)
+    return written(*bootstrap(rows, hierarchical=True), form)
+
+
+def written(mean: float, low: float, high: float, form: str) -> str:
+    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def with_verdicts(rows: list[tuple[list[str], list, str]]) -> list[list[str]]:
     """Rows of a table of differences: (first cells, users' differences (U,) of each seed, form)."""
-    intervals = [bootstrap(gaps, hierarchical=True)[1:] for _, gaps, _ in rows]
-    said = verdicts(intervals, [sign_flip(gaps) for _, gaps, _ in rows])
-    return [[*cells, summary(gaps, form), f"**{verdict}**"]
-            for (cells, gaps, form), verdict in zip(rows, said, strict=True)]
+    values = [bootstrap(gaps, hierarchical=True) for _, gaps, _ in rows]
+    said = verdicts([ends for _, *ends in values], [sign_flip(gaps) for _, gaps, _ in rows])
+    return [[*cells, written(*value, form), f"**{verdict}**"]
+            for (cells, _, form), value, verdict in zip(rows, values, said, strict=True)]
+
+
+def target(rows: list, least: float) -> str:
+    """Users' values (U,) of each seed, and whether their interval lies above a target."""
+    mean, low, high = bootstrap(rows, hierarchical=True)
+    verdict = HOLDS if low > least else NOT if high < least else UNDECIDED
+    return f"above {least}: {written(mean, low, high, '.3f')}: **{verdict}**"
 
 
 def page(runs: list[SeedRun], command: str) -> str:
@@ -135,7 +145,7 @@ def page(runs: list[SeedRun], command: str) -> str:
             gaps = paired(seeds, metric, more, less)
             each = ", ".join(format(gap.mean(), form) for gap in gaps)
             differences.append(([f"{more} - {less}", title, each], gaps, form))
-    targets = [f"- {title}, above {least}: {summary(per_seed(seeds, method, metric), '.3f')}"
+    targets = [f"- {title}, {target(per_seed(seeds, method, metric), least)}"
                for title, method, metric, least in texts["targets"]
                if method in have and metric in dict(columns.values())]
     table = [[escape(run.name), *map(str, (*run.seeds, len(next(iter(run.values.values()))["PE"]))),
@@ -147,14 +157,14 @@ def page(runs: list[SeedRun], command: str) -> str:
         runs=markdown_table(texts["runs"], table), targets="\n".join(targets),
         means=markdown_table(["", *map(escape, have)], means),
         differences=markdown_table(texts["head"], with_verdicts(differences)),
-        narrow=narrow(len(runs)), **claims_of(seeds))
+        narrow=narrow(len(runs)), rule=RULE, **claims_of(seeds))
 
 
 def claims_of(seeds: list[dict]) -> dict[str, str]:
     """The page's claims about Table 1; nothing where no ranker and no world judges."""
-    rows = judged([{"ab": None, **seed} for seed in seeds], ["1"], hierarchical=True) if all(
+    rows = judged(seeds, ["1"], hierarchical=True) if all(
         {"utility", "true_clicks"} <= seed["values"]["PE"].keys() for seed in seeds) else []
-    return {"counted": counted(rows), "rule": RULE, **claims_parts(rows)}
+    return {"counted": counted(rows), "effect": EFFECT, **claims_parts(rows)}
 
 
 def write_over(paths: list[str], out: Path) -> None:

@@ -23,7 +23,7 @@ from tables.claims import Seeds
 from tables.experiments import MAIN
 from tables.measure import report_folder
 from tables.reproduce import measured, seed_config
-from tables.verdicts import RULE, narrow
+from tables.verdicts import EFFECT, RULE, narrow
 
 
 @dataclass(frozen=True)
@@ -90,4 +90,4 @@ def origin(paper: Paper, about: dict) -> dict[str, str]:
             f"{about['processors']} processors.")
     files = (f"results/values/{paper.name}-{number}.json" for number in about["seeds"])
     return {"note": note, "files": " ".join(files), "narrow": narrow(len(about["seeds"])),
-            "rule": RULE}
+            "rule": f"{RULE} {EFFECT}"}

@@ -24,9 +24,9 @@ LEVEL = 0.05
 RULE = (
     "A difference holds where its interval lies above zero and the test of random signs (of online "
     "and pooled metrics: that of their interval), corrected for the rows of its table (Holm), has "
-    "p below .05; it does not hold where both say so below zero; else it is undecided. *Effect*: "
-    "ours, relative, as a share of the paper's; a claim that holds with at least "
-    f"{ENOUGH} of it, and not more than {MOST} times it, is reproduced.")
+    "p below .05; it does not hold where both say so below zero; else it is undecided.")
+EFFECT = ("*Effect*: ours, relative, as a share of the paper's; a claim that holds with at least "
+          f"{ENOUGH} of it, and not more than {MOST} times it, is reproduced.")
 FLIPS = 4_999  # signs are drawn so often: the least p, times the rows of a table, is below LEVEL
 
 

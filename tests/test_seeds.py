@@ -116,7 +116,7 @@ def test_the_page_and_the_same_again_from_the_values(runs, monkeypatch, tmp_path
     # Each seed agrees within itself, so the ends are the nearest and the farthest seed.
     assert ("| IceBreaker - SFT | Judge utility | +0.1000, +0.2000, +0.3000 "
             "| +0.2000 [+0.1000, +0.3000] | **holds** |") in page
-    assert "lists full after SIT, above 0.95: 1.000 [1.000, 1.000]" in page
+    assert "lists full after SIT, above 0.95: 1.000 [1.000, 1.000]: **holds**" in page
     assert "3.00 hours" in page and "Generator tiny" in page and "world.users 40" in page
     assert "generator.list_size=3" in page and "run.name=" not in page.replace("run.name`", "")
     files = sorted((tmp_path / "results" / "values").glob("*.json"))

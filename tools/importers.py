@@ -113,7 +113,7 @@ def _is_whole(head: bytes) -> bool:
 def _unzipped(path: str | Path, faults: Faults, marks: frozenset) -> Iterator[tuple[str, dict]]:
     """Yield (place, row) of an archive's JSON files, such as a whole export, in which a row has
     these marks; for want of one, of the first file."""
-    found, others, broken = False, [], None
+    of_kind, others, broken = False, [], None
     try:
         with zipfile.ZipFile(path) as archive:
             names = [f for f in archive.infolist()[:ENTRIES] if "__MACOSX" not in f.filename]
@@ -126,7 +126,7 @@ def _unzipped(path: str | Path, faults: Faults, marks: frozenset) -> Iterator[tu
                         rows = _json(io.BufferedReader(file), entry.file_size, name, faults)
                         first = [*itertools.islice(rows, 100)]  # in a file all are of one kind
                         if any(marks <= row.keys() for _, row in first):
-                            found = True
+                            of_kind = True
                             yield from itertools.chain(first, rows)
                         others = others or first
                 except ValueError as error:  # its neighbours may be whole
@@ -136,9 +136,9 @@ def _unzipped(path: str | Path, faults: Faults, marks: frozenset) -> Iterator[tu
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, RuntimeError,
             NotImplementedError, EOFError, OSError):  # fmt: skip
         raise DataError(f"{path}: a zip archive that cannot be read; unpack it first") from None
-    if not found and broken:
+    if not of_kind and broken:
         raise broken
-    yield from [] if found else others
+    yield from [] if of_kind else others
 
 
 def _objects(place: str, rows, faults: Faults) -> Iterator[tuple[str, dict]]:
