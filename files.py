@@ -16,8 +16,10 @@ import signal
 import sqlite3
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
+import yaml
 from pydantic import BaseModel
 from tqdm import tqdm
 
@@ -159,10 +161,31 @@ def clear_leftovers(folder: Path) -> None:
 AGAIN = "bring back a copy, or delete it and run the stage that writes it again"
 
 
-def write_json(path: str | Path, value) -> None:
-    text = json.dumps(value, indent=1, ensure_ascii=False)  # people read these, and their diffs
+def write_text(path: str | Path, text: str) -> None:
     with atomic_path(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value) -> None:
+    # People read these, and their diffs.
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_lines(path: str | Path, rows: Iterable) -> None:
+    """JSON lines, one a row."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_lines(path: str | Path) -> list:
+    """Rows of write_lines."""
+    with open(path, encoding="utf-8") as file:  # str.splitlines would part a text at U+2028
+        return [*map(json.loads, file)]
+
+
+@functools.cache
+def read_yaml(path: str) -> dict:
+    """What a YAML file of this checkout holds: figures of the papers, tables, texts."""
+    return yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))
 
 
 def read_json(path: str | Path):

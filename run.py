@@ -35,7 +35,6 @@ from files import (
     AGAIN,
     ROOT,
     UserError,
-    atomic_path,
     clear_leftovers,
     digest,
     file_digest,
@@ -44,6 +43,7 @@ from files import (
     progress,
     read_json,
     write_json,
+    write_text,
 )
 from llm.encoder import Encoder
 
@@ -319,8 +319,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         if describe:
             text = yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
-            with atomic_path(self.path / "config.yaml") as temporary:
-                temporary.write_text(text, encoding="utf-8")
+            write_text(self.path / "config.yaml", text)
             write_json(self.path / "environment.json", environment(config))
             if processes()[0] == 0:
                 clear_leftovers(self.path)
@@ -463,5 +462,10 @@ def environment(config: Config) -> dict:
         "versions": {package.name: package.version for package in installed},
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": None if changes is None else bool(changes),
-        "data": {path: file_digest(path) for path in data if Path(path).is_file()},
-    }
+        "data": {path: file_digest(path) for path in data if Path(path).is_file()}}
+
+
+def commit_of(about: dict) -> str:
+    """The commit of an environment.json, and whether anything had changed since."""
+    # None: Git is not there.
+    return (about["commit"] or "?")[:10] + " with changes" * bool(about["uncommitted_changes"])

@@ -305,9 +305,7 @@ def wanted_stages(config: Config, names: list[str]) -> list[str]:
 
 def run_stages(config: Config, wanted: list[str]) -> None:
     """Run the wanted stages and, first, those they need; skip what is done with these settings."""
-    # Adam's averages of weights that hardly move become denormal, which slows a CPU several times.
-    torch.set_flush_denormal(True)
-    llm.quiet_libraries()
+    llm.settle_libraries()
     if config.data.feedback:
         with explained(config, "dpo"):
             feedback.feedback_round(config, wanted, free=HOW)

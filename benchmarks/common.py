@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from files import ROOT
-from llm import load_generator, quiet_libraries
+from llm import load_generator, settle_libraries
 from llm.weights import smollm2_folder
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "sentence-transformers", "pyversity")
@@ -182,8 +182,7 @@ def prepare() -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    torch.set_flush_denormal(True)
-    quiet_libraries()
+    settle_libraries()
 
 
 def qwen(vocabulary: int = 151_936):

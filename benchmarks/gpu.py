@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 import llm
-from benchmarks.common import quiet_libraries, tokens
+from benchmarks.common import settle_libraries, tokens
 from benchmarks.dpo import our_step, trl_step
 from config import Config, load_config
 from files import ROOT
@@ -237,7 +237,7 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     if not args.small and not gpu:
         raise SystemExit("benchmarks.gpu: no CUDA device; --small tries the script without one")
-    quiet_libraries()
+    settle_libraries()
     about = {"device": torch.cuda.get_device_name() if gpu else "CPU", "torch": torch.__version__}
     with tempfile.TemporaryDirectory() as folder:
         save_random_model(Path(folder), args.small)

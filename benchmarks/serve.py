@@ -158,8 +158,7 @@ def main() -> None:
     parser.add_argument("run", help="folder of a finished run")
     folder = Path(parser.parse_args().run)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    torch.set_flush_denormal(True)  # as the server does
-    llm.quiet_libraries()
+    llm.settle_libraries()
     words = [f"run.root={folder.parent}", f"run.name={folder.name}"]
     run = Run(load_config(folder / "config.yaml", words), describe=False)
     users = [u for u in run.users.values() if run.states[u.user_id][-1].interests][: PEOPLE + 2]

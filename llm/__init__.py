@@ -13,7 +13,7 @@ from llm.logps import (  # tree rows
 )
 from llm.model import (  # loading, LoRA, adapters
     adapter_weights, add_lora, check_model, dtype_of, load_adapter, load_generator, load_tokenizer,
-    merge_adapter, model_path, other_adapter, quiet_libraries, save_adapter, whole_adapter,
+    merge_adapter, model_path, other_adapter, settle_libraries, save_adapter, whole_adapter,
 )
 from llm.prompts import (  # interests and starters -> tokens
     around_interests, encode_completion, encode_conversation, encode_prompt, encode_text,

@@ -37,8 +37,12 @@ LARGEST_ON_CPU = 2  # billion parameters in 4 bit; a larger model would take day
 LIMITS = ("max_position_embeddings", "sliding_window", "attention_chunk_size")
 
 
-def quiet_libraries() -> None:
-    """Silence notes of libraries about which a reader of the log can do nothing."""
+def settle_libraries() -> None:
+    """Tiny numbers are zero for the whole process; notes of libraries about which a reader of the
+    log can do nothing are silenced."""
+    # Adam's averages of weights that hardly move become denormal, which slows a CPU several times.
+    # What a run's models compute later has its last digits only with the same switch.
+    torch.set_flush_denormal(True)
     transformers_logging.disable_progress_bar()  # of loading, between our lines
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*")

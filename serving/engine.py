@@ -114,8 +114,7 @@ class Engine:
     """
 
     def __init__(self, config: Config):
-        torch.set_flush_denormal(True)  # or a CPU slows down many times
-        llm.quiet_libraries()
+        llm.settle_libraries()
         self.config, self.run = config, Run(config, describe=False)
         for stage in ("rid", "sit"):
             if not self.run.folder.has_run(stage):

@@ -72,8 +72,7 @@ class Suggestions:
     examples: Sequence[data.User] = ()  # the simulated people have conversations, not histories
 
     def __init__(self, config: Config):
-        torch.set_flush_denormal(True)  # or a CPU slows down many times
-        llm.quiet_libraries()
+        llm.settle_libraries()
         self.config, run = config, Run(config, describe=False)
         folder, wanted = run.folder, config.reward.kinds
         kinds = [kind for kind in REWARDS if kind in wanted and folder.has_run(f"reward/{kind}")]

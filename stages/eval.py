@@ -8,13 +8,20 @@ world's hidden state opened.
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 
 import numpy as np
 
-from files import UserError, progress, read_json, write_json
+from files import (
+    UserError,
+    progress,
+    read_json,
+    read_yaml,
+    write_json,
+    write_lines,
+    write_text,
+)
 from roles.players import Players
 from roles.writer import Writer
 from run import Run, UserState
@@ -94,8 +101,7 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
         {"user_id": u, "interests": s.interests, "starters": {m: lists[m][u] for m in lists}}
         for u, s in states.items()
     ]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    metrics.write_pages(folder, {"starters.jsonl": text})
+    write_lines(folder / "starters.jsonl", rows)
     # Hidden state is opened here for the first time: every method has written by now.
     truth = None if run.config.data.users else people.load_truth(run.folder / "world")
     lists |= controls(run, players, states, truth)  # in no file of starters, but in the table
@@ -166,8 +172,8 @@ def _cell(figures: dict, name: str, form: str) -> str:
 
 def table_markdown(result: dict) -> str:
     """Table 1 as measured, what its columns mean, and the paper's figures."""
-    rows, texts = result["methods"], metrics.read_yaml("stages/metrics.yaml")
-    paper = metrics.read_yaml("configs/paper.yaml")["table1"]
+    rows, texts = result["methods"], read_yaml("stages/metrics.yaml")
+    paper = read_yaml("configs/paper.yaml")["table1"]
     columns = {title: (metric, form) for title, (metric, form) in texts["columns"].items()
                if any(metric in figures for figures in rows.values())}
     ours = [[method, *(_cell(rows[method], *column) for column in columns.values())]
@@ -208,5 +214,5 @@ def write_report(result: dict, rows: list, summaries: dict, scores: dict, folder
     head = "# Examples\n\nUsers drawn at random; the first list of each method."
     rows = [row | {"summaries": summaries[user][:LATEST], "scores": scores[user]}
             for row, user in ((row, row["user_id"]) for row in rows)]
-    pages = {"table.md": table_markdown(result), "examples.md": examples_page(head, rows)}
-    metrics.write_pages(folder, pages)
+    write_text(folder / "table.md", table_markdown(result))
+    write_text(folder / "examples.md", examples_page(head, rows))

@@ -9,7 +9,6 @@ Legend: B contexts.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 
 import data
 import garm
-from files import atomic_path, progress
+from files import progress, write_lines, write_text
 from roles.players import Players
 from roles.suggester import Suggester
 from run import Run
@@ -99,10 +98,8 @@ def write_answers_and_table(
              "answers": {name: answers[name][i] for name in answers}}
             for i, c in enumerate(contexts)]
     # One line a context: whoever compares policies reads them side by side.
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    for name, text in (("answers.jsonl", lines), ("table.md", page)):
-        with atomic_path(run.folder / "eval" / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    write_lines(run.folder / "eval" / "answers.jsonl", rows)
+    write_text(run.folder / "eval" / "table.md", page)
 
 
 def figures_of(contexts: Sequence[Context], answers: list[str]) -> dict[str, float | None]:

@@ -8,20 +8,17 @@ Legend: U users, K starters of a list.
 
 from __future__ import annotations
 
-import functools
 import html
 import re
 from collections.abc import Callable, Iterable
 from itertools import product
-from pathlib import Path
 
 import numpy as np
-import yaml
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 
-from files import ROOT, atomic_path
+from files import read_yaml
 from icebreaker import list_diversity
 from roles.text import grounded, names_subject
 
@@ -34,12 +31,6 @@ LIFTS = {"r_user": "utility", "r_score": "utility", "train_r_score": "train_util
 # Metrics of which the wrong-user control is taken.
 PERSONAL = ("true_clicks", "cascade_clicks", "utility")
 OTHERS = 3  # users to whom it shows a list
-
-
-@functools.cache
-def read_yaml(path: str) -> dict:
-    """What a YAML file of this repository holds: figures of the paper, tables, texts."""
-    return yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))
 
 
 def bootstrap(
@@ -227,10 +218,3 @@ def markdown_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
     lines.insert(1, "|---" * len([*head]) + "|")  # Markdown wants it below the head
     return "\n".join(lines) + "\n"
-
-
-def write_pages(folder: Path, pages: dict[str, str]) -> None:
-    """Text files by name."""
-    for name, text in pages.items():
-        with atomic_path(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")

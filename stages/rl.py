@@ -18,7 +18,6 @@ Legend: B contexts, G rollouts of each, R = B G, T tokens, J components.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from torch import Tensor
 import garm
 import llm
 from config import COMPONENTS, RlConfig
-from files import UserError, atomic_path, digest, gather, progress, read_json
+from files import UserError, digest, gather, progress, read_json, write_lines
 from llm.prompts import Ids
 from roles.players import Players
 from roles.suggester import Suggester
@@ -70,8 +69,7 @@ def train_grpo(run: Run, players: Players, suggester: Suggester, arm: str) -> di
 def save_policy(adapter: Path, model, log: list[dict]) -> dict:
     """Write the adapter and, beside it, steps.jsonl; figures of its training."""
     llm.save_adapter(model, adapter)
-    with atomic_path(adapter.with_name("steps.jsonl")) as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
+    write_lines(adapter.with_name("steps.jsonl"), log)
     return {
         "first_reward": log[0]["reward"], "last_reward": log[-1]["reward"],
         "last_kl": log[-1]["kl"], "skipped_groups": sum(line["skipped_groups"] for line in log),

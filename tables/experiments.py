@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stages.metrics import read_yaml
+from files import read_yaml
 
 MAIN = ""  # the variant with the settings as they are
 ONLINE = ("PE", "SFT", "SFT+DPO", "IceBreaker")  # arms beside the deployed retrieval

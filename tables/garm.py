@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 import garm
-from files import script
-from stages.metrics import markdown_table, write_pages
+from files import script, write_text
+from stages.metrics import markdown_table
 from tables import experiments, figures, siblings
 from tables.claims import Seeds, claims_page, counted, judged, per_seed, pooled_interval
 from tables.garm_values import measure_seed, train_run
@@ -38,7 +38,7 @@ def write(seeds: Seeds, about: dict, out: Path) -> None:
                   hierarchical=True)
     pictures(seeds, out)
     page = report(seeds, about, rows)
-    write_pages(out, {"garm.md": page})
+    write_text(out / "garm.md", page)
     print(f"{page}\n{counted(rows)}: {out / 'garm.md'}")
 
 

@@ -123,8 +123,7 @@ def shown(answer: str) -> list[str]:
 
 def measure_seed(config: Config, others: list[Config]) -> None:
     """report/values.json of a seed's main run; others: of its variants."""
-    torch.set_flush_denormal(True)  # as in training
-    llm.quiet_libraries()
+    llm.settle_libraries()
     written = [read_json(report_folder(c) / "answers.json") for c in (config, *others)]
     runs = {one["variant"]: Run(c, describe=False)
             for one, c in zip(written, (config, *others), strict=True)}

@@ -40,10 +40,10 @@ import data
 import icebreaker as ib
 import train
 from config import Config
-from files import UserError
+from files import UserError, read_yaml
 from roles.players import Players
 from roles.text import names_subject
-from run import Run, environment
+from run import Run, commit_of, environment
 from stages import metrics
 from stages.cold_start import PopularStarters
 from stages.eval import write_lists
@@ -122,11 +122,10 @@ def measure(config: Config, file: str) -> Later:
     values = list_values(lists, right, strangers)
     values |= rid_values(run, ids, histories, scores, keep, revisited)
     run.encoder.save()
-    about = environment(config)
     return Later(
         name=f"later-{Path(file).stem}-{config.run.name}", people=Path(file).name,
         run=config.run.name, generator=Path(players.writer.model_path).name,
-        commit=(about["commit"] or "?")[:10] + " with changes" * bool(about["uncommitted_changes"]),
+        commit=commit_of(environment(config)),
         lists=config.eval.lists, values=rounded(values))
 
 
@@ -233,7 +232,7 @@ def rows_of(values: PerUser, metric: str, method: str) -> np.ndarray:
 
 def section(kept: Later) -> str:
     """Markdown of one file of people: each yardstick's table, differences, RID."""
-    texts, values = metrics.read_yaml("tables/later.yaml"), kept.values
+    texts, values = read_yaml("tables/later.yaml"), kept.values
     methods, tables = [*values["strict_share"]], []
 
     def is_there(metric: str) -> bool:  # of a single person there are no others
@@ -261,7 +260,7 @@ def section(kept: Later) -> str:
 
 
 def page(kept: list[Later], command: str) -> str:
-    head = metrics.read_yaml("tables/later.yaml")["page"].format(command=command, rule=RULE)
+    head = read_yaml("tables/later.yaml")["page"].format(command=command, rule=RULE)
     return "\n".join([head, *map(section, kept)])
 
 

@@ -13,12 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import llm
 import train
 from config import Config
-from files import digest, read_json, write_json
+from files import digest, read_json, read_yaml, write_json
 from roles.players import Players, players_of
 from run import Run, environment
 from stages import metrics
@@ -74,8 +73,7 @@ def measure_seed(config: Config, variants: list[Config]) -> None:
 
     config: of the main run, variants: of the runs that started as its copies.
     """
-    torch.set_flush_denormal(True)  # as in training, or rankers would give other last digits
-    llm.quiet_libraries()
+    llm.settle_libraries()
     starters = [read_json(report_folder(c) / "starters.json") for c in (config, *variants)]
     main = starters[0]["lists"]
     written = {method: rows for one in starters for method, rows in one["lists"].items()}
@@ -181,7 +179,7 @@ def values_of_lists(
     starters = {u: controls.pool_of(rows) for u, rows in lists["IceBreaker"].items()}
     values["IceBreaker"]["functional"] = hidden.chore_shares(truth, starters)  # Figure 3
     # Departure 13: keywords weighed by the compared lists themselves, beside the fixed corpus.
-    compared = [lists[method] for method in metrics.read_yaml("configs/paper.yaml")["table1"]]
+    compared = [lists[method] for method in read_yaml("configs/paper.yaml")["table1"]]
     count = metrics.KeywordCounter(
         [y for users in compared for rows in users.values() for y in controls.pool_of(rows)])
     for method in ("SFT", "IceBreaker"):

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from files import ROOT, read_json, script
-from stages.metrics import LIFTS, bootstrap, markdown_table, read_yaml, write_pages
+from files import ROOT, read_json, read_yaml, script, write_text
+from stages.metrics import LIFTS, bootstrap, markdown_table
 from tables import experiments, figures
 from tables.claims import Seeds, claims_parts, counted, judged, per_seed
 from tables.report import in_all
@@ -78,7 +78,7 @@ def write(folder: Path) -> None:
     texts = experiments.read("overview")
     sections = "\n".join(section(paper, folder) for paper in texts["papers"])
     page = texts["page"].format(rule=RULE, effect=EFFECT, sections=sections)
-    write_pages(folder, {"README.md": page})
+    write_text(folder / "README.md", page)
     print(page)
 
 

@@ -28,12 +28,12 @@ import torch
 import data
 import llm
 from config import Config, load_config
-from files import ROOT, UserError, digest, file_digest, script
+from files import ROOT, UserError, digest, file_digest, script, write_text
 from roles.players import players_of
 from roles.suggester import Suggester
 from run import Run
 from stages.dialogues import Context
-from stages.metrics import escape, markdown_table, write_pages
+from stages.metrics import escape, markdown_table
 from stages.reward import load_reward, train_reward
 from tables.claims import pooled_interval
 from tables.garm_values import SIZE, Counts, Shown, named, scores_of
@@ -168,7 +168,8 @@ def write_panes(file: Path, config: Config, out: Path) -> None:
         "preferred, 95 % bootstrap intervals over queries; right-hand columns: differences, on all "
         "pairs. Each model was trained on pairs in which the later option drew more clicks, of the "
         "half of the queries that it is not tested on.\n\n"))
-    write_pages(out, {"panes.md": text, "panes.json": json.dumps(counts, separators=(",", ":"))})
+    write_text(out / "panes.md", text)
+    write_text(out / "panes.json", json.dumps(counts, separators=(",", ":")))
     print(f"{text}\n{out / 'panes.md'}")
 
 
@@ -182,8 +183,7 @@ def main() -> None:
     given = parser.parse_intermixed_args()
     if not given.file.is_file():
         raise UserError(f"{given.file}: no such file")
-    torch.set_flush_denormal(True)
-    llm.quiet_libraries()
+    llm.settle_libraries()
     config = load_config(given.config, ["run.name=panes", *given.settings])
     write_panes(given.file, config, given.out)
 

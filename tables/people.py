@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import json
 import random
 import string
 import sys
@@ -31,7 +30,7 @@ import icebreaker as ib
 import llm
 import train
 from config import Config
-from files import UserError, read_json, write_json
+from files import UserError, read_json, read_yaml, write_json, write_lines, write_text
 from roles.players import Players, players_of
 from run import Run, history_of, profile_vector
 from stages import metrics
@@ -63,8 +62,7 @@ def in_order(run: Run, users: list[data.User], halves: int = 1) -> list[data.Use
 
 def finished_run(config: Config) -> tuple[Run, Players]:
     """The run of these settings and who writes in it; raises UserError if it is not finished."""
-    torch.set_flush_denormal(True)  # as in training, or scores had other last digits
-    llm.quiet_libraries()
+    llm.settle_libraries()
     run = Run(config, describe=False)
     if not run.folder.is_done("dpo", train.stage_key(run, "dpo")):  # it needs all the others
         raise UserError(f"{run.folder.path}: no finished run of these settings; train.py first")
@@ -155,7 +153,7 @@ def write_people(config: Config, file: str, out: Path) -> None:
         lists = write_lists(run, players.writer, *told, 1)
     rows = [row | {"starters": {m: y[row["user_id"]] for m, y in lists.items()}} for row in rows]
     names = Path(file).name, config.run.name, Path(players.writer.model_path).name
-    head = metrics.read_yaml("tables/people.yaml")["head"].format(
+    head = read_yaml("tables/people.yaml")["head"].format(
         *map(metrics.escape, names), people=len(rows), least=LEAST)
     write_pages(rows, head, run.seed("letters"), out)
     print(f"{len(rows)} people: {out / 'people.md'}; to mark: {out / 'people_blind.md'}")
@@ -172,10 +170,10 @@ def write_pages(rows: list[dict], head: str, seed: int, out: Path) -> None:
         blind.append(row | {"interests": [], "scores": [],
                             "starters": {letter: starters[m] for letter, m in letters.items()}})
     latest = [row | {"summaries": row["summaries"][:LATEST]} for row in rows]
-    metrics.write_pages(out, {
-        "people.md": examples_page(head, latest),
-        "people_blind.md": examples_page(metrics.read_yaml("tables/people.yaml")["blind"], blind),
-        "people.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)})
+    write_text(out / "people.md", examples_page(head, latest))
+    blind_head = read_yaml("tables/people.yaml")["blind"]
+    write_text(out / "people_blind.md", examples_page(blind_head, blind))
+    write_lines(out / "people.jsonl", rows)
     write_json(out / "people_key.json", key)
 
 
@@ -228,7 +226,7 @@ def add_marks(files: list[str], out: Path) -> None:
     table = [[method, *(seeds.summary([x], ".2f") for x in means[method]),
               f"{np.mean([len(lists[place]) for place in some]):.1f}"]
              for method, some in places.items()]
-    texts = metrics.read_yaml("tables/people.yaml")
+    texts = read_yaml("tables/people.yaml")
     gaps = [([f"{more} - {less}", QUESTIONS[i]], [means[more][i] - means[less][i]], "+.2f")
             for more, less in texts["differences"] if {more, less} <= {*means} for i in (0, 1, 2)]
     text = MARKS + texts["marks"].format(
@@ -239,5 +237,5 @@ def add_marks(files: list[str], out: Path) -> None:
         ["difference", "question", "mean", "verdict"], seeds.with_verdicts(gaps))
     # Nothing in people's texts is a heading.
     head, people = (out / "people.md").read_text(encoding="utf-8").split("\n\n## ", 1)
-    metrics.write_pages(out, {"people.md": head.split(MARKS)[0] + text + "\n## " + people})
+    write_text(out / "people.md", head.split(MARKS)[0] + text + "\n## " + people)
     print(text.strip())

@@ -13,7 +13,6 @@ Legend: S seeds, B contexts of one seed.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from functools import partial
@@ -24,9 +23,9 @@ import numpy as np
 import qualeqs
 import train
 from config import Config
-from files import read_json, script
+from files import read_json, read_lines, script, write_text
 from run import Run
-from stages.metrics import markdown_table, write_pages
+from stages.metrics import markdown_table
 from tables import experiments
 from tables.claims import Seeds, claims_page, counted, judged, paired, per_seed
 from tables.garm import cell, pooled_cell
@@ -63,8 +62,7 @@ def seed_values(run: Run) -> dict:
     values, rounds = judged_values["values"], run.config.quality.rounds
     # The one place where the hidden state meets what was trained.
     truth = shop.load_truth(run.folder / "world")
-    lines = (run.folder / "eval" / "answers.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [*map(json.loads, lines)]
+    rows = read_lines(run.folder / "eval" / "answers.jsonl")
     said = {name: Counter(y for row in rows for answer in row["answers"][name]
                           for y in {*shown(answer)}) for name in values}
     for row in rows:
@@ -171,7 +169,7 @@ def write(seeds: Seeds, about: dict, out: Path) -> None:
         **{metric: correlation(seeds, metric) for metric in texts["online"]},
         rounds=round_table(seeds), intents=markdown_table(["intent", "strict"], intents),
         counted=counted(rows), claims=claims_page(rows, "", "qualeqs_claims"))
-    write_pages(out, {"qualeqs.md": page})
+    write_text(out / "qualeqs.md", page)
     print(f"{page}\n{counted(rows)}: {out / 'qualeqs.md'}")
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import t
 
-from files import write_json
-from stages.metrics import LIFTS, bootstrap, escape, markdown_table, read_yaml, write_pages
+from files import read_yaml, write_json, write_text
+from stages.metrics import LIFTS, bootstrap, escape, markdown_table
 from tables import experiments, figures
 from tables.claims import Seeds, claims_page, judged, paired, per_seed, pooled
 from world import ab
@@ -246,6 +246,6 @@ def write(
         "basis": [s["basis"] for s in seeds], "claims": rows,
     })
     names = pictures(seeds, log, folder, wanted)  # before the page that shows them
-    write_pages(folder, {"reproduction.md": reproduction_page(seeds, wanted, note, names),
-                         "claims.md": claims_page(rows, note)})
+    write_text(folder / "reproduction.md", reproduction_page(seeds, wanted, note, names))
+    write_text(folder / "claims.md", claims_page(rows, note))
     return rows

@@ -14,7 +14,6 @@ for four that the reported ones had a part in (docs/departures.md).
 from __future__ import annotations
 
 import contextlib
-import json
 import multiprocessing
 import os
 import shlex
@@ -32,8 +31,8 @@ import torch
 
 import train
 from config import Config, load_config
-from files import ROOT, UserError, digest, read_json, write_json
-from run import environment
+from files import ROOT, UserError, digest, read_json, read_lines, write_json
+from run import commit_of, environment
 from tables import claims, experiments, report
 from tables.experiments import MAIN
 from tables.measure import measure_seed, report_folder, write_starters
@@ -96,11 +95,10 @@ def reproduce(
             for number in numbers}
     values, about = measured(runs, train_run, measure_seed)
     first_run = report_folder(runs[first][MAIN]).parent
-    log = (first_run / "metrics.jsonl").read_text().splitlines()
     # Only all of it, as it ships, is what the README speaks of.
     out = first_run.parent / ("quick" if quick else "partial") / "report"
     out = ROOT / "results" if whole and (not path or Path(path).resolve() == FULL_SIZE) else out
-    rows = report.write(values, names, [json.loads(line) for line in log], about, out)
+    rows = report.write(values, names, read_lines(first_run / "metrics.jsonl"), about, out)
     print((out / "reproduction.md").read_text(encoding="utf-8"))
     print(f"{claims.counted(rows)}: {out / 'claims.md'}")
 
@@ -143,10 +141,8 @@ def clock(file: Path, env: dict):
 
     One that was interrupted counts, one that was killed does not.
     """
-    began, commit = time.time(), (env["commit"] or "")[:10]
-    commit += " with changes" * bool(env["uncommitted_changes"])  # None: Git is not there
-    starts = read_json(file) if file.is_file() else []
-    starts.append({"commit": commit, "minutes": 0.0, "core_hours": 0.0})
+    began, starts = time.time(), read_json(file) if file.is_file() else []
+    starts.append({"commit": commit_of(env), "minutes": 0.0, "core_hours": 0.0})
     try:
         yield starts
     finally:  # of an interruption too

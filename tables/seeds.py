@@ -15,8 +15,9 @@ from pathlib import Path
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from config import Config
-from files import ROOT, UserError, read_json
-from stages.metrics import bootstrap, escape, markdown_table, read_yaml, write_pages
+from files import ROOT, UserError, read_json, read_yaml, write_text
+from run import commit_of
+from stages.metrics import bootstrap, escape, markdown_table
 from tables.claims import claims_parts, counted, judged, paired, per_seed
 from tables.report import in_all
 from tables.verdicts import EFFECT, HOLDS, NOT, RULE, UNDECIDED, narrow, sign_flip, verdicts
@@ -72,7 +73,7 @@ def read_run(path: str | Path) -> SeedRun:
     return SeedRun(
         name=folder.resolve().name, generator=Path(done["base"]["model"]).name,
         seeds=(settings["world"]["seed"], settings["run"]["seed"]),
-        commit=(about["commit"] or "?")[:10] + " with changes" * bool(about["uncommitted_changes"]),
+        commit=commit_of(about),
         hours=round(sum(stage.get("seconds", 0) for stage in done.values()) / 3600, 2),
         processors=about["processors"] or 0, settings=flat(settings), values=values)
 
@@ -180,7 +181,8 @@ def write_page(make: Callable, kept: list, option: str, out: Path) -> None:
     shown = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
     files = [str(shown / "values" / f"{one.name}.json") for one in kept]
     text = make(kept, shlex.join(["python", "eval.py", option, *files]))
-    write_pages(folder / "values", {  # without spaces: a seed has thousands of values
-        f"{one.name}.json": json.dumps(one.model_dump(), separators=(",", ":")) for one in kept})
-    write_pages(folder, {out.name: text})
+    for one in kept:  # without spaces: a seed has thousands of values
+        values = json.dumps(one.model_dump(), separators=(",", ":"))
+        write_text(folder / "values" / f"{one.name}.json", values)
+    write_text(folder / out.name, text)
     print(f"{text}\n{out}")

@@ -16,8 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from files import ROOT, UserError, read_json
-from stages.metrics import write_pages
+from files import ROOT, UserError, read_json, write_text
 from tables import experiments
 from tables.claims import Seeds
 from tables.experiments import MAIN
@@ -62,10 +61,9 @@ def reproduce(
     out = ROOT / "results" if whole else out
     # Files of thousands of values: five digits are more than they bear.
     values = json.loads(json.dumps(values), parse_float=lambda text: round(float(text), 5))
-    files = {f"{name}-{number}.json": {"about": about, **one}
-             for number, one in zip(runs, values, strict=True)}
-    write_pages(out / "values", {  # without spaces: a seed has thousands of values
-        file: json.dumps(one, separators=(",", ":")) for file, one in files.items()})
+    for number, one in zip(runs, values, strict=True):  # without spaces: there are thousands
+        text = json.dumps({"about": about, **one}, separators=(",", ":"))
+        write_text(out / "values" / f"{name}-{number}.json", text)
     paper.write(values, about, out)
 
 

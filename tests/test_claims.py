@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from test_report import seed_values
 
-from stages.metrics import bootstrap, read_yaml
+from files import read_yaml
+from stages.metrics import bootstrap
 from tables import claims, experiments
 from world import ab
 

@@ -11,11 +11,11 @@ from conftest import rows_of
 import garm
 import train
 from config import load_config
-from files import ROOT, UserError, read_json
+from files import ROOT, UserError, read_json, read_yaml
 from roles.rules import Rules
 from roles.suggester import Suggester
 from run import Run
-from stages.metrics import bootstrap, read_yaml
+from stages.metrics import bootstrap
 from tables import claims, experiments, garm_values, panes
 from tables import garm as report
 from tables.garm_values import Scores, Shown

@@ -21,7 +21,7 @@ from stages import dpo, ranker, sit
 
 def main() -> None:
     finished, out, *words = sys.argv[1:]
-    llm.quiet_libraries()
+    llm.settle_libraries()
     with train.joined_processes():
         count = processes()[1]
         run = Run(load_config(ROOT / "configs" / "tiny.yaml", words))

@@ -64,7 +64,7 @@ def _gpu(config: Config) -> Lines:
 
 
 def _four_bit(config: Config) -> Lines:
-    llm.quiet_libraries()
+    llm.settle_libraries()
     # Here, as importing it already fails on some machines: then this is a line, and no crash.
     from bitsandbytes.nn import Linear4bit
 

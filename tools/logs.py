@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from statistics import median
 import data
 from config import load_config
 from data import Dialogue, Impression, User
-from files import UserError, atomic_path, read_json, script
+from files import UserError, read_json, script, write_lines
 from serving.store import Store
 from tools.importers import KINDS, import_mimics, import_users
 
@@ -193,10 +192,8 @@ def main() -> None:
         print(f"{len(rows)} contexts written to {given.out}")
     else:
         # A list: whatever is wrong with the run is said before a file is begun.
-        lines = [json.dumps(pair, ensure_ascii=False) + "\n" for pair in export_trl(given.source)]
-        with atomic_path(given.out) as temporary:
-            temporary.write_text("".join(lines), encoding="utf-8")
-        print(f"{len(lines)} pairs written to {given.out}")
+        write_lines(given.out, pairs := [*export_trl(given.source)])
+        print(f"{len(pairs)} pairs written to {given.out}")
 
 
 if __name__ == "__main__":

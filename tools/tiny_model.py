@@ -23,14 +23,13 @@ import time
 from pathlib import Path
 
 import torch
-import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import llm
 from config import GeneratorConfig
-from files import atomic_path, progress, script, write_json
+from files import atomic_path, progress, read_yaml, script, write_json
 from llm.encoder import packaged_minilm
 
 TASK = GeneratorConfig()  # the prompt, list size and sampling that runs have by default
@@ -67,8 +66,7 @@ class Corpus:
 
     def __init__(self, seed: int):
         self.rng = random.Random(seed)
-        text = Path(__file__).with_name("tiny_corpus.yaml").read_text(encoding="utf-8")
-        self.phrases = yaml.safe_load(text)
+        self.phrases = read_yaml("tools/tiny_corpus.yaml")
         vocabulary = Path(packaged_minilm(), "vocab.txt").read_text(encoding="utf-8").split("\n")
         letters = [w for w in vocabulary if w.isascii() and w.strip("#").isalpha()]
         words = [w for w in letters if w[0] != "#" and len(w) > 2]
@@ -340,7 +338,7 @@ def main() -> None:
         parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
     values = vars(parser.parse_args())
     folder = values.pop("out")
-    llm.quiet_libraries()
+    llm.settle_libraries()
     if torch.cuda.is_available():  # TF32; a CPU's bits stay as they are
         torch.set_float32_matmul_precision("high")
     print(build(Settings(**values), folder))

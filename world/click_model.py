@@ -21,10 +21,9 @@ from functools import cache, cached_property
 from typing import NamedTuple
 
 import numpy as np
-import yaml
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from files import ROOT
+from files import read_yaml
 
 # P(slot is looked at): a real log's taps of the same content by slot; the first always.
 EXAMINATION = np.array([0.47, 0.29, 0.19, 0.17, 0.07]) / 0.47
@@ -50,7 +49,7 @@ class Taxonomy:
     """
 
     def __init__(self):
-        tree = yaml.safe_load((ROOT / "world" / "taxonomy.yaml").read_text(encoding="utf-8"))
+        tree = read_yaml("world/taxonomy.yaml")
         self.angles, self.topics, self.category = tree["angles"], {}, {}
         for category, topics in tree["categories"].items():
             self.topics |= topics

@@ -16,10 +16,9 @@ import re
 from collections.abc import Callable
 
 import numpy as np
-import yaml
 
 import data
-from files import ROOT
+from files import read_yaml
 from world.click_model import EXAMINATION
 
 # Cosines of MiniLM between a suggestion and the phrasings of a fact: of the same one .65 to .95, of
@@ -76,8 +75,7 @@ class Tastes:
     """What people like about the words of a suggestion, whatever it says: forms.yaml's tastes."""
 
     def __init__(self):
-        forms = (ROOT / "world" / "dialogue_forms.yaml").read_text(encoding="utf-8")
-        tastes = yaml.safe_load(forms)["tastes"]
+        tastes = read_yaml("world/dialogue_forms.yaml")["tastes"]
         self.openings, self.words = tastes["openings"], tastes["words"]
         self.one_size = tastes["one_size_fits_all"]
 

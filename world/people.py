@@ -25,11 +25,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import yaml
 
 import data
 from config import WorldConfig
-from files import ROOT, UserError, read_json, write_json
+from files import UserError, read_json, read_yaml, write_json
 from world.click_model import Truth, further_sessions, is_alive, question
 
 VERSION = 2  # of the world: figures of another one cannot be compared
@@ -141,8 +140,7 @@ class World:
 
     def __init__(self, settings: WorldConfig):
         self.settings, self.rng = settings, np.random.default_rng(settings.seed)
-        forms = (ROOT / "world" / "forms.yaml").read_text(encoding="utf-8")
-        self.forms, self._truth, n = yaml.safe_load(forms), Truth({}), settings.users
+        self.forms, self._truth, n = read_yaml("world/forms.yaml"), Truth({}), settings.users
         self.taxonomy, robots = self._truth.taxonomy, []
         # Of a shuffled order the first topics come ten times as often as the last.
         order = self.rng.permutation(sorted(self.taxonomy.topics)).tolist()

@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import yaml
 
 import data
 import garm
 from config import ShopConfig
-from files import ROOT, atomic_path, read_json, write_json
+from files import ROOT, read_json, read_yaml, write_json, write_text
 from world.dialogue_clicks import stems, words_of
 from world.shop_clicks import Truth
 
@@ -34,6 +33,7 @@ INTENTS = ("small talk", "product recommendation", "product QA", "platform QA")
 PARTS = {"clicked": 5914, "unclicked": 10535, "test": 500}  # contexts of the EQS-Benchmark
 PER_CATEGORY = 84  # products; 2,436 in all
 CURRENCY = "EUR"
+POLICIES = ROOT / "world" / "shop_policies.yaml"
 NEAR = 0.8  # of the bigrams of the shorter of two test queries: nearly the same
 NOISE = 0.04  # of raw queries are fragments, garbled or without a word
 EXCHANGES = (0.55, 0.3, 0.15)  # share of contexts with none, one or two exchanges before
@@ -133,15 +133,13 @@ class Shop:
     def __init__(self, settings: ShopConfig):
         # Trap: one generator draws everything, so a draw moved or left out gives another shop.
         self.rng, self.seed = np.random.default_rng(settings.seed), settings.seed
-        folder = ROOT / "world"
-        goods, self.forms = (yaml.safe_load((folder / f"shop_{name}.yaml").read_text("utf-8"))
-                             for name in ("goods", "forms"))
+        goods, self.forms = (read_yaml(f"world/shop_{name}.yaml") for name in ("goods", "forms"))
         self.departments = {department: list(tree["categories"])
                             for department, tree in goods["departments"].items()}
         self.categories = {category: {**spec, "department": department}
                            for department, tree in goods["departments"].items()
                            for category, spec in tree["categories"].items()}
-        self.policies = data.read_policies(folder / "shop_policies.yaml")
+        self.policies = data.read_policies(POLICIES)
         self.products = self._catalogue(goods)
         self.by_category = {c: [p for p in self.products if p.category[0] == c and p.in_stock]
                             for c in self.categories}
@@ -153,8 +151,7 @@ class Shop:
         data.write_catalogue(folder / "catalogue.jsonl", self.products)
         data.write_dialogues(folder / "dialogues.jsonl", self.log)
         data.write_dialogues(folder / "evaluation.jsonl", self.test)
-        with atomic_path(folder / "policies.yaml") as temporary:
-            temporary.write_bytes((ROOT / "world" / "shop_policies.yaml").read_bytes())
+        write_text(folder / "policies.yaml", POLICIES.read_text(encoding="utf-8"))
         write_json(folder / "truth" / "shop.json", {"dialogues": self.truth.dialogues})
         cases = [case._asdict() | {"dialogue": case.dialogue.model_dump(mode="json")}
                  for case in self.cases(500)]

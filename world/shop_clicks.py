@@ -15,9 +15,8 @@ Legend: K suggestions of a context.
 import functools
 
 import numpy as np
-import yaml
 
-from files import ROOT
+from files import read_yaml
 from world.click_model import EXAMINATION
 from world.dialogue_clicks import Tastes, fitness, stems, words_of
 
@@ -28,8 +27,7 @@ LONGER = 2.0  # further messages of a chat that meets the best need
 
 @functools.cache
 def _attractive() -> dict[str, float]:
-    forms = (ROOT / "world" / "shop_forms.yaml").read_text(encoding="utf-8")
-    return yaml.safe_load(forms)["attractive"]
+    return read_yaml("world/shop_forms.yaml")["attractive"]
 
 
 class Truth:
