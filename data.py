@@ -9,6 +9,7 @@ the content of the row: these are people's histories. Models see the fields belo
 from __future__ import annotations
 
 import bisect
+import functools
 import hashlib
 import itertools
 import json
@@ -304,8 +305,8 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
             line = file.readline(MOST_BYTES + 1)  # the rest of it
 
 
-def _read(path: str | Path, record: type[Record]) -> list:
-    """Read each row as a `record`."""
+def read_rows(path: str | Path, record: type[Record]) -> list:
+    """Each row of a file as a `record`; raises DataError that lists every bad line."""
     rows, faults, extra, seen = [], Faults(), Counter(), set()
     # An impression has none.
     key = {User: "user_id", Dialogue: "dialogue_id", Product: "id"}.get(record)
@@ -330,7 +331,7 @@ def _read(path: str | Path, record: type[Record]) -> list:
 
 def read_users(path: str | Path) -> list[User]:
     """Users of a file, sessions in time order; raises DataError that lists every bad line."""
-    return [in_time_order(user) for user in _read(path, User)]
+    return [in_time_order(user) for user in read_rows(path, User)]
 
 
 def in_time_order(user: User) -> User:
@@ -340,24 +341,11 @@ def in_time_order(user: User) -> User:
     return user.model_copy(update={"sessions": sorted(user.sessions, key=lambda s: s.timestamp)})
 
 
-def read_impressions(path: str | Path) -> list[Impression]:
-    """Shown lists of a file; raises DataError that lists every bad line."""
-    return _read(path, Impression)
-
-
-def read_dialogues(path: str | Path) -> list[Dialogue]:
-    """Contexts of a file in its order; raises DataError that lists every bad line."""
-    return _read(path, Dialogue)
-
-
-def read_catalogue(path: str | Path) -> list[Product]:
-    """Products of a file in its order; raises DataError that lists every bad line."""
-    return _read(path, Product)
-
-
-def read_quality_cases(path: str | Path) -> list[QualityCase]:
-    """Good and bad cases of a file; raises DataError that lists every bad line."""
-    return _read(path, QualityCase)
+# Rows of a file in its order, likewise.
+read_impressions = functools.partial(read_rows, record=Impression)
+read_dialogues = functools.partial(read_rows, record=Dialogue)
+read_catalogue = functools.partial(read_rows, record=Product)
+read_quality_cases = functools.partial(read_rows, record=QualityCase)
 
 
 def read_policies(path: str | Path) -> list[Policy]:

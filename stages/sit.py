@@ -24,7 +24,7 @@ from pydantic import Field
 import llm
 import roles
 from config import SftConfig, SitConfig
-from data import Faults, Record, Sentence, json_objects
+from data import Record, Sentence, read_rows
 from files import ROOT, UserError, gather, progress, share
 from roles.players import Players
 from roles.text import Encode, majority_language
@@ -78,14 +78,7 @@ def stage_sit(run: Run, players: Players, key: str) -> dict:
 
 def read_corpus(path: str | Path = CORPUS) -> list[CorpusRow]:
     """Rows of the teacher corpus; raises DataError that lists every bad line."""
-    rows, faults = [], Faults()  # whoever edits the file sees all that is wrong at once
-    for place, value in json_objects(path, faults):
-        try:
-            rows.append(CorpusRow.model_validate(value))
-        except ValueError as error:
-            faults.add(place, error)
-    faults.refuse()
-    return rows
+    return read_rows(path, CorpusRow)
 
 
 def draw_corpus(
