@@ -60,15 +60,20 @@ class UserState:
     taste: torch.Tensor  # (D + 1,), ib.tap_taste of the lists shown before
 
 
+def given_files(config: Config) -> dict[str, str]:
+    """Setting -> path of each file that the user has given."""
+    names = ("users", "impressions", "dialogues", "catalogue", "policies")
+    return {f"data.{name}": path for name in names if (path := getattr(config.data, name))}
+
+
 class Run:
     """Data of one run; raises UserError at once where a named file does not exist."""
 
     def __init__(self, config: Config, describe: bool = True):
         """describe: write config.yaml and environment.json; not where a finished run is used."""
-        for name in ("users", "impressions", "dialogues", "catalogue", "policies"):
-            path = getattr(config.data, name)
-            if path and not Path(path).is_file():
-                raise UserError(f"data.{name}={path}: no such file")
+        for setting, path in given_files(config).items():
+            if not Path(path).is_file():
+                raise UserError(f"{setting}={path}: no such file")
         if config.data.impressions and not config.data.users:
             raise UserError("data.impressions: needs data.users, the people it was shown to")
         self.config, self.folder = config, RunFolder(config, describe)

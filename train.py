@@ -45,7 +45,7 @@ import llm
 from config import TINY, Config, GeneratorConfig, RlConfig, load_config
 from files import ROOT, UserError, digest, file_digest, gather, meet, processes, script
 from roles.players import Players, players_of
-from run import Run, one_line, sum_counts
+from run import Run, given_files, one_line, sum_counts
 from serving import feedback
 from stages import garm_eval, mine, quality_eval
 from stages.dialogues import stage_dialogues
@@ -114,17 +114,29 @@ class Stage:
     run: Callable[[Run, Players, str], dict]  # returns the figures of its closing line
     needs: tuple[str, ...]  # earlier stages
     settings: tuple[str, ...]  # sections and settings that its result depends on
+    # Likewise the content of these, which no earlier stage has made: name -> path.
+    files: Callable[[Config], dict] = lambda config: {}
     alone: bool = False  # of several processes the first does all
 
 
+def tiny_weights(config: Config) -> dict:
+    """Of the stand-in, which ships, and may be made anew."""
+    folder = Path(llm.model_path(config.generator))
+    return {"weights/tiny": folder / "model.safetensors"} if config.generator.model == TINY else {}
+
+
+WORDS = ROOT / "roles" / "words.yaml"  # by which the rules tell subjects and chores
 STAGES = {
-    "world": Stage(stage_world, (), ("world", "data"), alone=True),
-    "base": Stage(stage_base, (), ("generator",), alone=True),
+    "world": Stage(stage_world, (), ("world", "data"), given_files, alone=True),
+    "base": Stage(stage_base, (), ("generator",), tiny_weights, alone=True),
     "summarize": Stage(stage_summarize, ("world",), ("roles.summariser",), alone=True),
-    "match": Stage(stage_match, ("summarize",), ("encoder", "roles.matcher"), alone=True),
+    # What the rules take for a subject or a chore tells labels and interests.
+    "match": Stage(stage_match, ("summarize",), ("encoder", "roles.matcher"),
+                   lambda config: {"roles/words.yaml": WORDS}, alone=True),
     "rid": Stage(stage_rid, ("match",), ("rid",), alone=True),
     "ranker": Stage(stage_ranker, ("rid",), ("ranker", "generator"), alone=True),  # K slots
-    "sit": Stage(stage_sit, ("rid", "base"), ("generator", "sit", "roles.teacher")),
+    "sit": Stage(stage_sit, ("rid", "base"), ("generator", "sit", "roles.teacher"),
+                 lambda config: {"the corpus": CORPUS} if config.sit.corpus_rows else {}),
     "dpo": Stage(stage_dpo, ("sit", "ranker"), ("dpo",)),
     "eval": Stage(stage_eval, ("dpo",), ("eval",)),
     "merge": Stage(stage_merge, ("dpo",), ("generator",), alone=True),
@@ -134,8 +146,8 @@ PROBED = [  # what a short probe of RL depends on
     if name not in ("arms", "steps", "candidates", "rft_contexts")]
 GARM = {  # From Clicks to Preference: garm.py, docs/garm.md
     "world": Stage(
-        stage_dialogue_world, (), ("dialogues", "data", "encoder"), alone=True),
-    "base": Stage(stage_base, (), ("generator",), alone=True),
+        stage_dialogue_world, (), ("dialogues", "data", "encoder"), given_files, alone=True),
+    "base": STAGES["base"],
     "dialogues": Stage(stage_dialogues, ("world", "base"), (), alone=True),
     "sft": Stage(stage_sft, ("dialogues",), ("generator", "sft")),
     "reward": Stage(stage_reward, ("dialogues",), ("generator", "reward")),
@@ -144,12 +156,13 @@ GARM = {  # From Clicks to Preference: garm.py, docs/garm.md
     "eval": Stage(garm_eval.stage_eval, ("rl",), ("eval",)),
 }
 QUALEQS = {  # Quality Over Clicks: qualeqs.py, docs/qualeqs.md
-    "world": Stage(stage_shop, (), ("shop", "data"), alone=True),
-    "base": GARM["base"], "dialogues": GARM["dialogues"],
+    "world": Stage(stage_shop, (), ("shop", "data"), given_files, alone=True),
+    "base": STAGES["base"], "dialogues": GARM["dialogues"],
     "sft": Stage(stage_warm_start, ("dialogues",),
                  ("generator", "sft", "quality.mix", "quality.ablations")),
     "rl": Stage(mine.stage_rl, ("sft",), (
-        "rl", "roles.judge", "quality.cases", "quality.failed_as_zero", "quality.ablations")),
+        "rl", "roles.judge", "quality.cases", "quality.failed_as_zero", "quality.ablations"),
+        lambda config: {"quality.cases": path} if (path := config.quality.cases) else {}),
     "mine": Stage(mine.stage_mine, ("rl",), ("quality",)),
     "eval": Stage(quality_eval.stage_eval, ("mine",), ("eval",)),
 }
@@ -162,7 +175,6 @@ HOW = (
     "generator.micro_batch", "generator.gradient_checkpointing", "data.feedback",
     "dpo.pairs_per_user",
 )
-WORDS = ROOT / "roles" / "words.yaml"  # by which the rules tell subjects and chores
 # A round of DPO is the same whatever follows it; a reward model or an arm, whatever is beside it.
 ROUNDS = ("dpo.rounds", "dpo.vanilla", "reward.kinds", "rl.arms", "quality.rounds",
           "quality.ablations")
@@ -173,23 +185,10 @@ def stage_key(run: Run, name: str, *without: str) -> str:
 
     without: settings that are left out of account.
     """
-    # files: those that no earlier stage made
-    stage, files, method = METHODS[run.config.run.method][name], [], run.config.run.method
-    if name == "world" and method == "icebreaker":  # another version: all is trained anew
-        given = (run.users_file, run.impressions_file) if run.config.data.users else ()
-        files = [file_digest(f) for f in given if f] or [f"world {people.VERSION}"]
-    if name == "world" and method != "icebreaker" and run.config.data.dialogues:
-        files = [run.dialogues_file]
-        files += [run.catalogue_file, run.policies_file] * (method == "qualeqs")
-        files = [file_digest(file) for file in files]
-    if name == "rl" and method == "qualeqs" and run.config.quality.cases:
-        files = [file_digest(run.config.quality.cases)]
-    if name == "base" and run.config.generator.model == TINY:  # which ships, and may be made anew
-        files = [file_digest(Path(llm.model_path(run.config.generator)) / "model.safetensors")]
-    if name == "sit" and run.config.sit.corpus_rows:
-        files = [file_digest(CORPUS)]
-    if name == "match":  # what the rules take for a subject or a chore tells labels and interests
-        files = [file_digest(WORDS)]
+    stage, method = METHODS[run.config.run.method][name], run.config.run.method
+    files = [*map(file_digest, stage.files(run.config).values())]
+    if stage.run is stage_world and not files:  # another version: all is trained anew
+        files = [f"world {people.VERSION}"]
     config = copy.deepcopy(run.config)  # from which settings are taken out
     for setting in (*HOW, *without):
         section, field = setting.split(".")
@@ -213,18 +212,16 @@ def stage_key(run: Run, name: str, *without: str) -> str:
 def stage_inputs(run: Run, name: str) -> dict:
     """Settings ("section.key") of a stage's own and digests of its data, by which it would differ;
     not those of earlier stages, nor those that only add to what is there."""
-    config, method, values = run.config, run.config.run.method, {"run.seed": run.config.run.seed}
-    for setting in METHODS[method][name].settings:
+    config, values = run.config, {"run.seed": run.config.run.seed}
+    stage = METHODS[config.run.method][name]
+    for setting in stage.settings:
         value = operator.attrgetter(setting)(config)
         if isinstance(value, BaseModel):
             values |= {f"{setting}.{key}": inner for key, inner in value.model_dump().items()}
         else:
             values[setting] = value
-    for setting in ("users", "impressions", "dialogues", "catalogue", "policies"):
-        if name == "world" and (path := getattr(config.data, setting)):
-            values[f"data.{setting}, the content"] = file_digest(path)
-    if name == "match":
-        values["roles/words.yaml, the content"] = file_digest(WORDS)
+    values |= {f"{file}, the content": file_digest(path)
+               for file, path in stage.files(config).items()}
     return {key: value for key, value in values.items() if key not in (*HOW, *ROUNDS)}
 
 
