@@ -100,13 +100,11 @@ class Run:
         """
         if not name:
             return None
-        if self.config.run.method == "garm":
-            folder = {"teacher": "sft/teacher", "sft": "sft"}.get(name, f"rl/{name}")
-            return self.folder / folder / "adapter"
-        if self.config.run.method == "qualeqs":
-            return self.folder / name / "adapter"
-        name = f"round{self.config.dpo.rounds}" if name == "last" else name
-        return (self.folder / "sit" if name == "sit" else self.folder / "dpo" / name) / "adapter"
+        last = f"dpo/round{self.config.dpo.rounds}"
+        folders = {"icebreaker": {"sit": "sit", "last": last}.get(name, f"dpo/{name}"),
+                   "garm": {"teacher": "sft/teacher", "sft": "sft"}.get(name, f"rl/{name}"),
+                   "qualeqs": name}
+        return self.folder / folders[self.config.run.method] / "adapter"
 
     # --------------------------------------------------------------------------------------- people
 
@@ -128,10 +126,8 @@ class Run:
         written, users = read_json(self.folder / "summarize" / "summaries.json"), {}
         for user in self.logged_users:
             summaries = written.get(user.user_id, {})  # number of a session -> its summary
-            sessions = [
-                s if s.summary else s.model_copy(update={"summary": summaries.get(str(i))})
-                for i, s in enumerate(user.sessions)
-            ]
+            sessions = [s if s.summary else s.model_copy(update={"summary": summaries.get(str(i))})
+                        for i, s in enumerate(user.sessions)]
             kept = [s for s in sessions if s.summary]  # a failed call leaves no summary
             users[user.user_id] = user.model_copy(update={"sessions": kept})
         return users
@@ -145,18 +141,20 @@ class Run:
         # Without its person a list has no history, and a wrong file would go unnoticed.
         unknown = {row.user_id for row in rows} - {u.user_id for u in self.logged_users}
         if unknown:
-            raise UserError(
-                f"{self.impressions_file}: user_id: {len(unknown)} users of the impressions are "
-                f"not in {self.users_file}"
-            )
+            raise UserError(f"{self.impressions_file}: user_id: {len(unknown)} users of the "
+                            f"impressions are not in {self.users_file}")
         return rows
+
+    @cached_property
+    def shown_starters(self) -> list[str]:
+        """Every starter of a shown list, once."""
+        return sorted({y for row in self.impressions for y in row.starters})
 
     @property
     def corpus(self) -> list[str]:
         """What people talk about and what the platform has shown: no method has written it."""
         # Each summary as often as it came, each starter once.
-        summaries = [s.summary for user in self.users.values() for s in user.sessions]
-        return summaries + sorted({y for row in self.impressions for y in row.starters})
+        return [s.summary for u in self.users.values() for s in u.sessions] + self.shown_starters
 
     @cached_property
     def splits(self) -> dict[str, str]:
@@ -184,14 +182,14 @@ class Run:
         """One History per user and cut; the last is the whole history."""
         # All texts at once: like lengths share a batch, and vectors do not hang on who is first.
         self.encoder(sorted({s.summary for u in self.users.values() for s in u.sessions}))
-        cuts = range(len(self.shares))
-        users = progress(self.users, "histories")
-        return {user_id: [self._history(user_id, c) for c in cuts] for user_id in users}
 
-    def _history(self, user_id: str, cut: int) -> ib.History:
-        past, future = self.parts(user_id, cut)
-        # "Now" is the first session that is not known yet, or else the end of the log.
-        return history_of(past, future[0].timestamp if future else self.now, self.encoder)
+        def history(user_id: str, cut: int) -> ib.History:
+            past, future = self.parts(user_id, cut)
+            # "Now" is the first session that is not known yet, or else the end of the log.
+            return history_of(past, future[0].timestamp if future else self.now, self.encoder)
+
+        return {user_id: [history(user_id, cut) for cut in range(len(self.shares))]
+                for user_id in progress(self.users, "histories")}
 
     @cached_property
     def now(self) -> datetime | None:
@@ -234,38 +232,29 @@ class Run:
         triggers, shown = read_json(self.folder / "rid" / "triggers.json"), defaultdict(list)
         for impression in self.impressions:
             shown[impression.user_id].append(impression)
-        self.encoder(sorted({y for row in self.impressions for y in row.starters}))
-        return {
-            user_id: [
-                UserState(
-                    user_id, cut["interests"], self.encoder(cut["interests"]),
-                    self.taste(shown_before(shown[user_id], moment)),
-                )
-                for cut, moment in zip(cuts, self._moments(self.users[user_id]), strict=True)
-            ]
-            for user_id, cuts in triggers.items()
-        }
+        self.encoder(self.shown_starters)
 
-    def _moments(self, user: data.User) -> list[datetime | None]:
-        """When each cut was; None where its sessions have no time."""
-        return [data.cut_time(user, cut) if cut < 1 else datetime.max for cut in self.shares]
+        def state(user_id: str, share: float, interests: list[str]) -> UserState:
+            # When the cut was; None where its sessions have no time.
+            moment = data.cut_time(self.users[user_id], share) if share < 1 else datetime.max
+            taste = self.taste(shown_before(shown[user_id], moment))
+            return UserState(user_id, interests, self.encoder(interests), taste)
+
+        return {u: [state(u, share, cut["interests"])
+                    for share, cut in zip(self.shares, cuts, strict=True)]
+                for u, cuts in triggers.items()}
 
 
 def shown_before(
     impressions: Iterable[data.Impression], moment: datetime | None
 ) -> list[tuple[str, int, bool]]:
     """(starter, slot, tapped) of lists shown before a moment; those without a time say nothing."""
-    return [
-        (starter, slot, slot in row.clicked)
-        for row in impressions
-        if moment and row.timestamp and row.timestamp < moment
-        for slot, starter in enumerate(row.starters)
-    ]
+    return [(starter, slot, slot in row.clicked) for row in impressions
+            if moment and row.timestamp and row.timestamp < moment
+            for slot, starter in enumerate(row.starters)]
 
 
-def history_of(
-    sessions: list[data.Session], now: datetime | None, encode: Callable[[list[str]], torch.Tensor],
-) -> ib.History:
+def history_of(sessions: list[data.Session], now: datetime | None, encode: Encoder) -> ib.History:
     """A user's history of these sessions as of `now`, or the latest of them if that is later."""
     stamps = [s.timestamp for s in sessions]
     now = max((stamp for stamp in (*stamps, now) if stamp), default=None)
@@ -460,9 +449,7 @@ def environment(config: Config) -> dict:
     d = config.data  # files are perhaps of a simulated world: empty
     data = (d.users, d.impressions, d.dialogues)
     return {
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "machine": platform.platform(),
+        "command": sys.argv, "python": platform.python_version(), "machine": platform.platform(),
         "processors": os.cpu_count(),
         "versions": {package.name: package.version for package in installed},
         "commit": git("rev-parse", "HEAD"),

@@ -78,7 +78,7 @@ def controls(run: Run, players: Players, states: dict[str, UserState], truth) ->
             run.config.world, [run.users[u] for u in users], n, run.seed("eval"))
     if run.impressions:
         popular, rng = PopularStarters(run), random.Random(run.seed("eval random"))
-        shown = sorted({y for row in run.impressions for y in row.starters})
+        shown = run.shown_starters
         lists["popular starters"] = {u: [popular(run.users[u].profile)] for u in users}
         lists["random starters"] = {u: [rng.sample(shown, min(k, len(shown)))] for u in users}
     return lists

@@ -52,7 +52,7 @@ def floor_and_ceiling(run: Run, truth: people.Truth, users: list[str], written: 
     """Random starters; and what one who sees the hidden truth would pick, greedily, of all in
     `written` and ORACLE_POOL shown ones."""
     k, rng = run.config.generator.list_size, random.Random(run.seed("floor"))
-    shown = sorted({starter for row in run.impressions for starter in row.starters})
+    shown = run.shown_starters
 
     def oracle(user: str) -> list[str]:
         theirs = pool_of([row for lists in written.values() for row in lists.get(user, ())])
