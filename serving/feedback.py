@@ -20,7 +20,7 @@ import random
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -302,39 +302,23 @@ def align_policy(new: Round) -> dict:
     return {"store_users": of_store, "tapped": len(tapped), **figures}
 
 
-def tapped_against_ignored(
-    rows: Iterable[tuple[Hashable, list[str], list[str], bool]],
-) -> list[tuple[Hashable, dict]]:
-    """(group, pair) of tapped lists, each against an ignored one of its group; a list stands once.
-
-    rows: (group, interests, starters, tapped) of shown lists, alike within a group.
-    """
-    groups: dict[Hashable, tuple[list, list]] = defaultdict(lambda: ([], []))
-    for group, interests, starters, tapped in rows:
-        groups[group][0 if tapped else 1].append((interests, starters))
-    return [
-        (group, {"interests": interests, "chosen": chosen, "rejected": {"ignored": rejected}})
-        for group, lists in groups.items()
-        for (interests, chosen), (_, rejected) in zip(*lists, strict=False)
-    ]
-
-
 def tapped_pairs(run: Run, lists: list[Shown]) -> list[dict]:
     """A user's tapped list against an ignored one that was written for the same interests.
 
     At most dpo.pairs_per_user of a user, in the order of `lists`; a list is in one pair.
     """
     expected, k = sum(run.slot_rates.tolist()), run.config.generator.list_size
-    rows = [
-        ((one.user_id, frozenset(one.interests)), one.interests, one.starters, bool(one.clicked))
-        for one in lists
-        if one.interests and len(one.starters) == k  # so that a list's length is no preference
-        and (not one.clicked or len(one.clicked) > expected)]  # taps that its slots do not explain
-    pairs = defaultdict(list)
-    for (user_id, _), pair in tapped_against_ignored(rows):
-        if {*pair["chosen"]} != {*pair["rejected"]["ignored"]}:  # else chance alone chose
-            pairs[user_id].append(pair)
-    most = run.config.dpo.pairs_per_user
+    groups = defaultdict(lambda: ([], []))  # (user, interests) -> tapped lists, ignored ones
+    for one in lists:
+        if (one.interests and len(one.starters) == k  # so that a list's length is no preference
+                and (not one.clicked or len(one.clicked) > expected)):  # what slots do not explain
+            groups[one.user_id, frozenset(one.interests)][not one.clicked].append(one)
+    pairs, most = defaultdict(list), run.config.dpo.pairs_per_user
+    for (user_id, _), both in groups.items():
+        for tapped, ignored in zip(*both, strict=False):
+            if {*tapped.starters} != {*ignored.starters}:  # else chance alone chose
+                pairs[user_id].append({"interests": tapped.interests, "chosen": tapped.starters,
+                                       "rejected": {"ignored": ignored.starters}})
     return [pair for user_pairs in pairs.values() for pair in user_pairs[:most]]
 
 

@@ -4,20 +4,18 @@
 
 Section 2.3 of the paper: in each round the policy samples lists for users of a later slice of the
 log, list search (Algorithm 1) finds better ones in the pool of all starters, preference pairs are
-mined (Eq. 8), and DPO (Eq. 6) aligns the policy on all pairs so far. The baseline SFT+DPO learns
-from its own lists, ordered by likeness to what was tapped. Under torchrun the processes share the
-users; each step sees the same global batch.
+mined (Eq. 8; pairs.py), and DPO (Eq. 6) aligns the policy on all pairs so far. The baseline SFT+DPO
+learns from its own lists, ordered by likeness to what was tapped. Under torchrun the processes
+share the users; each step sees the same global batch.
 
 Departures: a term for the likelihood of the chosen lists beside Eq. (6), without which it falls
 with that of the rejected ones; of several checkpoints of a round (dpo.checkpoints) the one with the
 best held-out utility and diversity stays; some of a pool's lists are the teacher's; a list that may
 not be shown whole is rejected too, or nothing would speak against starters that are too long.
 
-A mined pair is one chosen list and up to four rejected ones, one of each kind: worse in utility
-alone, in diversity alone, in both (icebreaker.mine_preferences), unfit to show. SIT's policy is the
-baseline SFT.
+SIT's policy is the baseline SFT.
 
-Legend: B users, N candidates, K slots, P pairs of a chosen and a rejected list, D embedding.
+Legend: K slots, P pairs of a chosen and a rejected list, D embedding.
 """
 
 from __future__ import annotations
@@ -25,9 +23,8 @@ from __future__ import annotations
 import itertools
 import random
 import shutil
-from collections import Counter, defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -36,29 +33,19 @@ import torch
 
 import icebreaker as ib
 import llm
-import roles
 from config import DpoConfig
-from files import (
-    UserError,
-    digest,
-    file_digest,
-    gather,
-    processes,
-    progress,
-    read_json,
-    share,
-    write_json,
-)
+from files import UserError, digest, gather, progress, read_json, share, write_json
 from roles.players import Players
+from roles.suggester import Suggester
 from roles.writer import Writer
 from run import Run, UserState, sum_counts
-from stages.pools import best_lists, score_pools
+from stages.pairs import fit_lists, mine, sample, search
 from stages.ranker import load_ranker, utilities
-from stages.sit import draw_states, taught_lists
+from stages.sit import Rows, draw_states, taught_lists
 from stages.steps import Best, micro_batches, new_optimiser, return_memory, step
 
+TAPPED = "tapped against ignored"  # the baseline in figures and log
 HELD_OUT_LISTS = 2  # of each held-out user when a checkpoint is valued
-RANDOM_LISTS = 8  # random draws from a pool among the lists from which pairs are mined
 
 
 def stage_dpo(run: Run, players: Players, key: str) -> dict:
@@ -74,7 +61,8 @@ def stage_dpo(run: Run, players: Players, key: str) -> dict:
         adapter = run.adapter(f"round{number}")
         pairs = pairs + read_json(run.folder / folder / "pairs.json")
     if run.config.dpo.vanilla:
-        figures["tapped against ignored"] = align_on_clicks(run, players.writer, pairs, key)
+        figures[TAPPED] = run.folder.once("dpo/vanilla", digest(key, "vanilla", "own lists"),
+                                          partial(align_on_clicks, run, players.writer, pairs))
     return figures
 
 
@@ -85,15 +73,12 @@ def round_states(run: Run, number: int) -> list[UserState]:
     return draw_states(run, [cut], run.config.dpo.max_users, rng)
 
 
-def dpo_round(
-    run: Run, players: Players, number: int, adapter: Path, earlier: list[dict]
-) -> dict:
+def dpo_round(run: Run, players: Players, number: int, adapter: Path, earlier: list[dict]) -> dict:
     """One round, from the policy in `adapter`; writes dpo/round<number>/{pairs.json,adapter}."""
     states, others = round_states(run, number), held_out_states(run)
     model = players.writer.policy(adapter, trainable=True)  # goes on with the last round's LoRA
     figures, pairs = train_round(
-        run, players, number, model, adapter, load_ranker(run, "train"), states, others, earlier
-    )
+        run, players, number, model, adapter, load_ranker(run, "train"), states, others, earlier)
     llm.save_adapter(model, run.adapter(f"round{number}"))
     write_json(run.folder / "dpo" / f"round{number}" / "pairs.json", pairs)
     run.encoder.save()  # a killed run does not encode the round's starters again
@@ -138,148 +123,31 @@ def train_round(
     reference = model  # Eq. (6): the policy at the start of the round, or always SIT's
     if run.config.dpo.reference == "sit" and number != 1:  # where round 1 starts anyway
         reference = writer.policy(run.adapter("sit"))
-    figures = align(
-        run, writer, model, reference, earlier + pairs, label, run.config.dpo, held_out
-    )
+    rows = encoded(writer, earlier + pairs)
+    figures = align(run, writer, model, reference, rows, label, run.config.dpo, held_out)
     before = list_quality(run, ranker, states, sampled)
     return {"before": before, **sum_counts(gather([counts])), **figures}, pairs
-
-
-# ------------------------------------------------------------------------------------------ sample
-
-
-def sample(
-    run: Run, writer: Writer, number: int | str, model, adapter: Path, states: list[UserState],
-    keep: bool = True,
-) -> list[list[list[str]]]:
-    """dpo.samples lists of the policy for each state, as written: the candidates of a round.
-
-    With `keep` they stay in sampled.json beside the adapter, for a killed round and for runs that
-    start as a copy.
-    """
-    inputs, n = [state.interests for state in states], run.config.dpo.samples
-    seed, weights = run.seed("dpo", number), file_digest(adapter / "adapter_model.safetensors")
-    # All that the lists hang on: a file of another training is not taken for this one's.
-    key = digest(writer.model_path, weights, run.config.generator, inputs, n, seed)
-    path = adapter.parent / "sampled.json"
-    if path.is_file() and (kept := read_json(path))["key"] == key:
-        return kept["lists"]
-    lists = writer.write(adapter, inputs, n, seed, model, raw=True)
-    # What a server said stays in the cache of answers instead.
-    if keep and processes()[0] == 0 and not run.config.generator.endpoint:
-        write_json(path, {"key": key, "lists": lists})
-    return lists
-
-
-def fit_lists(run: Run, state: UserState, lists: list[list[str]]) -> list[list[str]]:
-    """Of each list the first K starters that may be shown."""
-    # With repeats, which the search avoids: such a list is a natural diversity negative.
-    fit = (roles.filter_starters(x, state.interests, repeats=True)[0] for x in lists)
-    return [starters[: run.config.generator.list_size] for starters in fit]
-
-
-# ------------------------------------------------------------------------------------------ search
-
-
-@dataclass(frozen=True)
-class Searched:
-    """What the list search found in one user's pool."""
-
-    state: UserState
-    lists: list[list[str]]  # as sampled from the policy, and the teacher's
-    pool: list[str]  # their distinct starters, (N,)
-    utility: torch.Tensor  # (N,), r_util
-    similarity: torch.Tensor  # (N, N), cosines
-    beams: list[list[int]]  # best lists of K, as indices into the pool
-
-
-def search(
-    run: Run, ranker, states: list[UserState], lists: list[list[list[str]]]
-) -> list[Searched | None]:
-    """List search (Algorithm 1) in each user's pool; None where it has fewer than K starters."""
-    settings, k = run.config.dpo, run.config.generator.list_size
-    pools = [sorted({y for starters in user_lists for y in starters}) for user_lists in lists]
-    rich = [i for i, pool in enumerate(pools) if len(pool) >= k]
-    results: list[Searched | None] = [None] * len(pools)  # users keep their places
-    if not rich:
-        return results
-    scored = score_pools(run.encoder, ranker, [states[i] for i in rich], [pools[i] for i in rich])
-    utility, similarity, valid = scored  # (B, N), (B, N, N), (B, N)
-    beams = best_lists(settings, k, utility, similarity, valid)  # Algorithm 1
-    for row, i in enumerate(rich):
-        n = len(pools[i])
-        results[i] = Searched(
-            states[i], lists[i], pools[i], utility[row, :n], similarity[row, :n, :n],
-            [beam for beam in beams[row].tolist() if beam[0] >= 0],  # -1: no further list exists
-        )
-    return results
-
-
-# -------------------------------------------------------------------------------------------- mine
-
-
-def mine(
-    run: Run, searched: list[Searched | None], written: list[list[list[str]]]
-) -> tuple[list[dict], dict[str, int]]:
-    """Chosen and rejected lists (Eq. 8) of each user, {} if there are none; and counts.
-
-    written: the lists that the policy wrote for each user, before any filter.
-    """
-    counts = Counter(users=len(searched), too_few_candidates=searched.count(None), pairs=0)
-    rows = zip(searched, written, strict=True)
-    pairs = [mine_user(run, found, lists, counts) if found else {} for found, lists in rows]
-    return pairs, dict(counts)
-
-
-def mine_user(
-    run: Run, searched: Searched, written: list[list[str]], counts: Counter
-) -> dict:
-    """The chosen list of one user and its rejected ones by kind; {} if there are none."""
-    settings, k = run.config.dpo, run.config.generator.list_size
-    rng = random.Random(run.seed("mine", searched.state.user_id, searched.pool))
-    place = {starter: i for i, starter in enumerate(searched.pool)}
-    lists = [*searched.beams, *([place[y] for y in s] for s in searched.lists if len(s) == k)]
-    lists += [rng.sample(range(len(place)), k) for _ in range(RANDOM_LISTS)]
-    distinct: dict[tuple[int, ...], list[int]] = {}  # sets of starters: orders differ by rounding
-    for indices in lists:
-        distinct.setdefault(tuple(sorted(indices)), indices)
-    lists = [*distinct.values()]
-    chosen, rejected = ib.mine_preferences(
-        torch.tensor(lists), searched.utility, searched.similarity,
-        settings.weight, settings.margin, settings.tolerance,
-    )
-    texts = [[searched.pool[i] for i in indices] for indices in lists]
-    kinds = {kind: None if j is None else texts[j] for kind, j in rejected.items()}
-    kinds["unfit"] = next((x for x in written if is_unfit(x, searched.state.interests, k)), None)
-    # Table 9 trains with one kind alone.
-    kinds = {kind: starters for kind, starters in kinds.items() if kind in settings.negatives}
-    counts.update(f"no_{kind}" for kind, starters in kinds.items() if starters is None)
-    kinds = {kind: starters for kind, starters in kinds.items() if starters is not None}
-    counts["pairs"] += len(kinds)
-    if not kinds:
-        return {}
-    return {"interests": searched.state.interests, "chosen": texts[chosen], "rejected": kinds}
-
-
-def is_unfit(starters: list[str], interests: list[str], k: int) -> bool:
-    """Whether it is a list of which fewer than k starters may be shown."""
-    return bool(starters) and len(roles.filter_starters(starters, interests)[0]) < k
 
 
 # ------------------------------------------------------------------------------------------- align
 
 
+def encoded(writer: Writer, pairs: list[dict]) -> Rows:
+    """Rows of `align`: the prompt of each chosen list with it and the rejected ones behind it."""
+    return [writer.encoded(x["interests"], [x["chosen"], *x["rejected"].values()]) for x in pairs]
+
+
 def align(
-    run: Run, writer: Writer, model, reference, pairs: list[dict], label: str,
+    run: Run, writer: Writer | Suggester, model, reference, rows: Rows, label: str,
     settings: DpoConfig, held_out: Callable | None = None,
 ) -> dict:
-    """DPO (Eq. 6) on preference pairs, in place; the checkpoint that `held_out` values most stays.
+    """DPO (Eq. 6) on rows of prompt ids and [chosen ids, rejected ids, ...], in place; the
+    checkpoint that `held_out` values most stays.
 
     reference: the policy that Eq. (6) compares with, perhaps `model` itself as it comes in: its
     log-probabilities are computed once, before the first step.
     """
     rng = random.Random(run.seed("dpo", label))
-    rows = [writer.encoded(x["interests"], [x["chosen"], *x["rejected"].values()]) for x in pairs]
     size, order = settings.batch_users, rng.sample(range(len(rows)), len(rows))
     micro = run.config.generator.micro_batch
     ref_logps = reference_logps(reference, rows, order, size, micro)
@@ -322,10 +190,9 @@ def align(
         "prompts_cut": writer.cut_prompts(prompt for prompt, _ in rows)}
 
 
-def columns(rows) -> tuple[list, list]:
+def columns(rows: Iterable) -> tuple[list, list]:
     """Prompts, and completions of each, of (prompt, completions) rows."""
-    prompts, completions = zip(*rows, strict=True)
-    return list(prompts), list(completions)
+    return tuple(map(list, zip(*rows, strict=True)))
 
 
 def against_chosen(logps: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -336,7 +203,7 @@ def against_chosen(logps: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tenso
 
 @torch.no_grad()
 def reference_logps(
-    model, rows: list, order: list[int], size: int, micro: int
+    model, rows: Rows, order: list[int], size: int, micro: int
 ) -> list[torch.Tensor]:
     """[chosen, rejected, ...] of all rows; batched as the first pass over them, so that the first
     loss of a policy against itself is ln 2 exactly."""
@@ -354,13 +221,10 @@ def reference_logps(
 def dpo_figures(parts: list) -> dict[str, float]:
     """Means over pairs; parts: of each process loss, chosen, rejected and their references."""
     loss, chosen, rejected, ref_chosen, ref_rejected = np.concatenate(parts, axis=1)  # (P,) each
-    return {
-        "loss": float(loss.mean()),
-        "margin": float((chosen - ref_chosen - rejected + ref_rejected).mean()),
-        "chosen_logp": float(chosen.mean()),
-        "rejected_logp": float(rejected.mean()),
-        "chosen_logp_change": float((chosen - ref_chosen).mean()),
-    }
+    values = {"loss": loss, "margin": chosen - ref_chosen - rejected + ref_rejected,
+              "chosen_logp": chosen, "rejected_logp": rejected,
+              "chosen_logp_change": chosen - ref_chosen}
+    return {name: float(value.mean()) for name, value in values.items()}
 
 
 def closing_figures(log: list[dict[str, float]], label: str) -> dict[str, float]:
@@ -368,11 +232,9 @@ def closing_figures(log: list[dict[str, float]], label: str) -> dict[str, float]
     late = {name: float(np.mean([figures[name] for figures in log[-10:]])) for name in log[0]}
     before = late["chosen_logp"] - late["chosen_logp_change"]  # negative, as log-probabilities are
     if late["chosen_logp_change"] < 0.25 * before:
-        print(
-            f"  warning: {label}: the log-probability of chosen lists fell by "
-            f"{-late['chosen_logp_change']:.1f} nats; lower dpo.learning_rate or raise "
-            f"dpo.sft_weight"
-        )
+        print(f"  warning: {label}: the log-probability of chosen lists fell by "
+              f"{-late['chosen_logp_change']:.1f} nats; lower dpo.learning_rate or raise "
+              "dpo.sft_weight")
     return {"first_loss": log[0]["loss"], "last_loss": late.pop("loss"), **late}
 
 
@@ -421,30 +283,25 @@ def list_qualities(run: Run, ranker, states: list[UserState], lists) -> dict[str
 # ------------------------------------------------------------------------- the baseline SFT + DPO
 
 
-def align_on_clicks(run: Run, writer: Writer, pairs: list[dict], key: str) -> dict:
+def align_on_clicks(run: Run, writer: Writer, pairs: list[dict]) -> dict:
     """The SFT+DPO baseline: vanilla DPO from SIT's policy, on its lists as taps order them.
 
     pairs: IceBreaker's, of which there are to be as many; loss and settings are the same.
     """
-    folder, key = "dpo/vanilla", digest(key, "vanilla", "own lists")
-    if not run.folder.begin(folder, key):
-        return run.folder.figures(folder)
     model = writer.policy(run.adapter("sit"), trainable=True)
     # As many chosen lists as IceBreaker learned from, and about as many rejected ones to each:
     # their kinds are compared, not their number.
     width = round(float(np.mean([len(x["rejected"]) for x in pairs] or [1])))
     clicked, rng = click_pairs(run, writer, model, width), random.Random(run.seed("clicked"))
     if not clicked:
-        why = "no train user with shown lists of whom SIT's policy wrote two lists of one length"
         shutil.rmtree(run.adapter("vanilla"), ignore_errors=True)  # of other logs
-        run.folder.mark_done(folder, key, skipped=why)
-        return run.folder.figures(folder)
+        return {"skipped": "no train user with shown lists of whom SIT's policy wrote two lists of "
+                           "one length"}
     clicked = rng.sample(clicked, min(len(clicked), len(pairs)))
-    figures = align(run, writer, model, model, clicked, "tapped against ignored", run.config.dpo)
+    rows = encoded(writer, clicked)
+    figures = align(run, writer, model, model, rows, TAPPED, run.config.dpo)
     llm.save_adapter(model, run.adapter("vanilla"))
-    count = sum(len(x["rejected"]) for x in clicked)
-    run.folder.mark_done(folder, key, pairs=count, **figures)
-    return run.folder.figures(folder)
+    return {"pairs": sum(len(x["rejected"]) for x in clicked), **figures}
 
 
 def click_pairs(run: Run, writer: Writer, model, width: int) -> list[dict]:

@@ -273,7 +273,7 @@ def train_dpo(run: Run, players: Players, suggester: Suggester, arm: str) -> dic
     settings, contexts = run.config.rl, drawn_contexts(run)
     model = suggester.policy(run.adapter("sft"), trainable=True)
     composite = Composite(players, suggester, load_reward(run, suggester, "gaussian", model))
-    weights, pairs = fused_weights(run, "gaussian", arm.split("-")[1:]), []
+    weights, rows = fused_weights(run, "gaussian", arm.split("-")[1:]), []
     size = settings.batch_users
     rollouts = suggester.rollouts(model, [c.turns for c in contexts], settings.group,
                                   run.seed("dpo"), temperature=settings.temperature)
@@ -288,17 +288,17 @@ def train_dpo(run: Run, players: Players, suggester: Suggester, arm: str) -> dic
         # (B, G): an answer whose judge failed is neither best nor worst.
         best = rewards.masked_fill(~valid, -torch.inf).max(1)
         worst = rewards.masked_fill(~valid, torch.inf).min(1)
-        pairs += [
-            {"interests": c.turns, "chosen": answers[i], "rejected": {"worst": answers[j]}}
+        rows += [
+            suggester.encoded(c.turns, [answers[i], answers[j]])
             for c, answers, i, j, gap in zip(
                 some, texts, best.indices.tolist(), worst.indices.tolist(),
                 (best.values - worst.values).tolist(), strict=True)
             if gap > 0 and answers[i].strip() and answers[j].strip()]
-    if not pairs:
+    if not rows:
         raise UserError("rl: DPO found no pair of answers with different rewards")
-    figures = align(run, suggester, model, model, pairs, "garm", run.config.dpo)
+    figures = align(run, suggester, model, model, rows, "garm", run.config.dpo)
     llm.save_adapter(model, run.adapter(arm))
-    return {"pairs": len(pairs), **figures}
+    return {"pairs": len(rows), **figures}
 
 
 def drawn_contexts(run: Run) -> list[Context]:

@@ -1,6 +1,7 @@
 """The pipeline in miniature: resumed, repeated and blind runs agree; wrong input is one message."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -210,7 +211,8 @@ def test_the_first_loss_is_ln_2_in_every_precision(finished, qwen, tmp_path, pre
                 weight.normal_(std=0.1)
     if precision == "16 bit":
         model.bfloat16()
-    figures = dpo.align(run, writer, model, model, pairs, "round 1", run.config.dpo)
+    rows = dpo.encoded(writer, pairs)
+    figures = dpo.align(run, writer, model, model, rows, "round 1", run.config.dpo)
     assert figures["first_loss"] == pytest.approx(math.log(2), abs=1e-7)
     first = json.loads((tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()[-1])
     assert first["step"] and figures["chosen_logp"] != 0
@@ -573,7 +575,8 @@ def test_logs_without_times_skip_the_baseline(finished, tmp_path):
     run = Run(micro(tmp_path))
     assert "SFT+DPO" in evaluation.compared_methods(run)
     run.impressions = [row.model_copy(update={"timestamp": None}) for row in run.impressions]
-    figures = dpo.align_on_clicks(run, players_of(run).writer, [], key="of other logs")
+    figures = run.folder.once("dpo/vanilla", "of other logs", functools.partial(
+        dpo.align_on_clicks, run, players_of(run).writer, []))
     assert "no train user with shown lists" in figures["skipped"]
     assert "SFT+DPO" not in evaluation.compared_methods(run)
     assert not run.adapter("vanilla").exists()

@@ -16,7 +16,7 @@ from files import ROOT, gather, processes, read_json, share, write_json
 from roles import players as players_module
 from roles import writer as writer_module
 from run import Run, sum_counts
-from stages import dpo, ranker, sit
+from stages import dpo, pairs, ranker, sit
 
 
 def main() -> None:
@@ -35,19 +35,19 @@ def main() -> None:
         taught = sit.taught_lists(run, players, states, 2, "test")
         both = [policy + teacher for policy, teacher in zip(lists, taught, strict=True)]
         scorer = ranker.load_ranker(run, "train")
-        searched = dpo.search(run, scorer, share(states), share(both))
-        pairs, counts = dpo.mine(run, searched, share(lists))
+        searched = pairs.search(run, scorer, share(states), share(both))
+        mined, counts = pairs.mine(run, searched, share(lists))
         rows = [
             (writer.prompt(s.interests), [llm.encode_completion(writer.tokenizer, y) for y in full])
             for s, full in zip(states, taught, strict=True)
         ]
         model, figures = sit.instruct(run, writer, rows, run.config.sit, "sit")
         llm.save_adapter(model, Path(out) / f"sit{count}")
-        mined = read_json(Path(finished) / "dpo" / "round1" / "pairs.json")
-        figures |= dpo.align(run, writer, model, model, mined, "round 1", run.config.dpo)
+        rows = dpo.encoded(writer, read_json(Path(finished) / "dpo" / "round1" / "pairs.json"))
+        figures |= dpo.align(run, writer, model, model, rows, "round 1", run.config.dpo)
         llm.save_adapter(model, Path(out) / f"dpo{count}")
         figures = {k: v for k, v in figures.items() if isinstance(v, float)}
-        result = {"lists": lists, "pairs": gather(pairs), "figures": figures}
+        result = {"lists": lists, "pairs": gather(mined), "figures": figures}
         result["counts"] = sum_counts(gather([counts]))
         write_json(Path(out) / f"made{count}.json", result)
 
