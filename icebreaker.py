@@ -28,7 +28,6 @@ import torch
 import torch.nn.functional as F
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from sklearn.isotonic import isotonic_regression
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 # ------------------------------------------------------------------------- history and statistics
@@ -285,14 +284,6 @@ def distillation_loss(scores: Tensor, taught: Tensor, mask: Tensor) -> Tensor:
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
 
 
-def per_user_auc(scores, labels) -> float:
-    """Probability that a revisited summary (n,) outranks another one; ties count half."""
-    scores, labels = np.asarray(scores), np.asarray(labels, bool)
-    if labels.all() or not labels.any():
-        return float("nan")  # no pair to rank
-    return float(roc_auc_score(labels, scores))
-
-
 # ------------------------------------------------------------------------------------- RID: gate
 
 
@@ -507,38 +498,6 @@ def in_list_loss(logits: Tensor, targets: Tensor, lists: Tensor) -> Tensor:
     logits = logits.float() - logits.detach().max()
     total = logits.new_zeros(len(lists)).index_add(0, place, logits.exp()).clamp_min(1e-30)
     return -(targets * (logits - total.log()[place])).sum() / targets.sum().clamp_min(1e-6)
-
-
-def common_share(values: Tensor) -> float:
-    """How much of the variance over starters within a user is the same for all users, 0 to 1.
-
-    values (U, N): logits of U users for the same N starters.
-    """
-    within = values - values.mean(1, keepdim=True)
-    return float(within.mean(0).var(correction=0) / within.var(1, correction=0).mean())
-
-
-def slot_controlled_auc(scores, clicked, slots) -> float:
-    """AUC of clicks with each pair taken within one slot, so that position explains nothing."""
-    scores, clicked, slots = np.asarray(scores), np.asarray(clicked, bool), np.asarray(slots)
-    total = pairs = 0.0
-    for slot in np.unique(slots):
-        inside = slots == slot
-        weight = clicked[inside].sum() * (~clicked[inside]).sum()
-        if weight:
-            total += weight * per_user_auc(scores[inside], clicked[inside])
-            pairs += weight
-    return float(total / pairs) if pairs else float("nan")
-
-
-def expected_calibration_error(probabilities, targets, bins: int = 10) -> float:
-    """Mean gap between predicted and observed rate over equal-count bins."""
-    probabilities, targets = np.asarray(probabilities, float), np.asarray(targets, float)
-    order = np.array_split(np.argsort(probabilities, kind="stable"), bins)
-    return float(
-        sum(len(i) * abs(probabilities[i].mean() - targets[i].mean()) for i in order if len(i))
-        / len(probabilities)
-    )
 
 
 # --------------------------------------------------------------------- list search, mining, DPO

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import numpy as np
 
-import icebreaker as ib
 from files import read_json, write_json
 from roles.players import Players
 from run import Run
+from stages import metrics
 
 
 def stage_match(run: Run, players: Players, key: str) -> dict:
@@ -42,6 +42,9 @@ def stage_match(run: Run, players: Players, key: str) -> dict:
     }
 
 
+Row = tuple[str, int]  # a user at a cut of the log
+
+
 class Revisits:
     """Labels of `match`: which summaries of a (user, cut) row a later session revisited.
 
@@ -52,20 +55,20 @@ class Revisits:
         self.labels = read_json(run.folder / "match" / "revisited.json")
         self.cuts = range(len(run.config.data.cuts))
 
-    def __getitem__(self, row: tuple[str, int]) -> np.ndarray:
+    def __getitem__(self, row: Row) -> np.ndarray:
         return np.array(self.labels[row[0]][row[1]], int)  # (N,)
 
-    def rows(self, ids: list[str]) -> list[tuple[str, int]]:
+    def rows(self, ids: list[str]) -> list[Row]:
         """(user, cut) rows with both a revisited and a never-revisited summary."""
         rows = [(user_id, cut) for user_id in ids for cut in self.cuts]
         # Without a pair of both kinds a row has no AUC and no contrast.
         return [row for row in rows if {0, 1} <= {*self[row].tolist()}]
 
-    def auc(self, rows: list[tuple[str, int]], scores: list[np.ndarray]) -> float:
+    def auc(self, rows: list[Row], scores: list[np.ndarray]) -> float:
         """Mean over users of the AUC of "revisited later" (each user's cuts averaged first)."""
         by_user: dict[str, list[float]] = {}
         for row, s in zip(rows, scores, strict=True):
             answered = self[row] >= 0
-            auc = ib.per_user_auc(s[answered], self[row][answered])  # pairs of one user only
+            auc = metrics.per_user_auc(s[answered], self[row][answered])  # pairs of one user only
             by_user.setdefault(row[0], []).append(auc)
         return float(np.mean([np.mean(v) for v in by_user.values()])) if by_user else float("nan")

@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterable
 from itertools import product
 
 import numpy as np
+import torch
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
 
 from files import read_yaml
@@ -87,6 +89,49 @@ def other_users(users: Iterable[str], n: int = OTHERS) -> dict[str, list[str]]:
     n = min(n, len(ring) - 1)
     return {user: [ring[(i + j) % len(ring)] for j in range(1, n + 1)]
             for i, user in enumerate(ring)}
+
+
+# ----------------------------------------------------------------------------- of scorer and ranker
+
+
+def per_user_auc(scores, labels) -> float:
+    """Probability that a revisited summary (n,) outranks another one; ties count half."""
+    scores, labels = np.asarray(scores), np.asarray(labels, bool)
+    if labels.all() or not labels.any():
+        return float("nan")  # no pair to rank
+    return float(roc_auc_score(labels, scores))
+
+
+def slot_controlled_auc(scores, clicked, slots) -> float:
+    """AUC of clicks with each pair taken within one slot, so that position explains nothing."""
+    scores, clicked, slots = np.asarray(scores), np.asarray(clicked, bool), np.asarray(slots)
+    total = pairs = 0.0
+    for slot in np.unique(slots):
+        inside = slots == slot
+        weight = clicked[inside].sum() * (~clicked[inside]).sum()
+        if weight:
+            total += weight * per_user_auc(scores[inside], clicked[inside])
+            pairs += weight
+    return float(total / pairs) if pairs else float("nan")
+
+
+def expected_calibration_error(probabilities, targets, bins: int = 10) -> float:
+    """Mean gap between predicted and observed rate over equal-count bins."""
+    probabilities, targets = np.asarray(probabilities, float), np.asarray(targets, float)
+    order = np.array_split(np.argsort(probabilities, kind="stable"), bins)
+    return float(
+        sum(len(i) * abs(probabilities[i].mean() - targets[i].mean()) for i in order if len(i))
+        / len(probabilities)
+    )
+
+
+def common_share(values: torch.Tensor) -> float:
+    """How much of the variance over starters within a user is the same for all users, 0 to 1.
+
+    values (U, N): logits of U users for the same N starters.
+    """
+    within = values - values.mean(1, keepdim=True)
+    return float(within.mean(0).var(correction=0) / within.var(1, correction=0).mean())
 
 
 # ---------------------------------------------------------------------------------------- diversity

@@ -15,12 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import data
 import icebreaker as ib
 from files import UserError, progress, write_tensors
 from roles.players import Players
 from run import Run, UserState
+from stages import metrics
 from stages.steps import Best, load_weights, refuse_nan
 
 SLOT_LEARNING_RATE = 0.02  # position explains most of a tap and must not wait for w
@@ -87,10 +89,10 @@ def fit_rankers(run: Run, lists: dict[str, Shown], folder: str) -> dict:
         clicked, slots = rows["clicked"].numpy(), rows["slots"].numpy()
         figures[name] = {
             "lists": len(lists[name]),
-            "auc_slot_controlled": ib.slot_controlled_auc(logits.numpy(), clicked, slots),
+            "auc_slot_controlled": metrics.slot_controlled_auc(logits.numpy(), clicked, slots),
             "auc_in_lists": auc_in_lists(logits.numpy(), clicked, rows["list"].numpy()),
             "common_share": common_share(ranker, rows, states),
-            "ece": ib.expected_calibration_error(shown.numpy(), rows["targets"].numpy()),
+            "ece": metrics.expected_calibration_error(shown.numpy(), rows["targets"].numpy()),
         }
     return figures
 
@@ -99,7 +101,7 @@ def auc_in_lists(logits: np.ndarray, clicked: np.ndarray, lists: np.ndarray) -> 
     """Mean AUC within lists; nan where no list has both a tapped and an ignored starter."""
     ends = np.flatnonzero(np.diff(lists)) + 1  # rows of a list stand together
     parts = zip(np.split(logits, ends), np.split(clicked, ends), strict=True)
-    values = [ib.per_user_auc(scores, labels) for scores, labels in parts]
+    values = [metrics.per_user_auc(scores, labels) for scores, labels in parts]
     return float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")
 
 
@@ -109,7 +111,7 @@ def common_share(ranker: ib.UtilityRanker, rows: dict, states: dict) -> float:
     some = torch.linspace(0, len(rows["list"]) - 1, SHARED).long()  # rows: other users, starters
     users = {name: x[rows["list"][some]].repeat_interleave(SHARED, 0) for name, x in states.items()}
     logits = ranker(**users, starters=rows["starters"][some].repeat(SHARED, 1))
-    return ib.common_share(logits.view(SHARED, SHARED))
+    return metrics.common_share(logits.view(SHARED, SHARED))
 
 
 def fit_ranker(run: Run, shown: Shown, label: str, path: Path) -> ib.UtilityRanker:
@@ -241,13 +243,11 @@ def judge_of(run: Run, name: str) -> Callable[[str, list[str]], np.ndarray]:
 
 def pad_states(states: list[UserState]) -> dict[str, torch.Tensor]:
     """Inputs of UtilityRanker: interests (B, M, D), their mask (B, M), tastes (B, D + 1)."""
-    m = max(1, max(len(s.interests) for s in states))  # M; one pad where nobody has any
-    interests = torch.zeros(len(states), m, states[0].embeddings.shape[1])
-    mask = torch.zeros(len(states), m, dtype=torch.bool)
-    for i, state in enumerate(states):
-        interests[i, : len(state.interests)] = state.embeddings
-        mask[i, : len(state.interests)] = True
-    return {"interests": interests, "mask": mask, "taste": torch.stack([s.taste for s in states])}
+    one = torch.zeros(1, states[0].embeddings.shape[1])  # a pad where nobody has any: M is above 0
+    interests = pad_sequence([*(s.embeddings for s in states), one], batch_first=True)[:-1]
+    lengths = torch.tensor([len(s.interests) for s in states])  # (B,)
+    return {"interests": interests, "mask": torch.arange(interests.shape[1]) < lengths[:, None],
+            "taste": torch.stack([s.taste for s in states])}
 
 
 @torch.no_grad()

@@ -18,8 +18,8 @@ Legend: B rows, N summaries, D embedding, F statistics, H hidden.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
+import math
 import random
 from collections import defaultdict
 from collections.abc import Callable
@@ -28,10 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy.special import expit
-from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim.swa_utils import AveragedModel
 
@@ -39,18 +36,12 @@ import icebreaker as ib
 from config import RidConfig
 from files import UserError, digest, progress, read_json, write_json, write_tensors
 from roles.players import Players
-from roles.text import Encode, is_functional, key_phrases, named_interests, unfit
+from roles.text import Encode, key_phrases, named_interests, unfit
 from run import Run
-from stages.match import Revisits
+from stages.baselines import compare, statistics, trees_odds
+from stages.match import Revisits, Row
 from stages.steps import Best, load_weights, refuse_nan
 
-Row = tuple[str, int]  # a user at a cut of the log
-RULES = {"recency": ib.recency_scores, "frequency": ib.frequency_scores}
-LEARNERS = {
-    "logistic": lambda: make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)),
-    "trees": lambda: HistGradientBoostingClassifier(
-        learning_rate=0.05, max_iter=150, max_leaf_nodes=15, min_samples_leaf=40, random_state=0),
-}
 TEXT_DIM = 8  # a text embedding is projected to this: revisits are told by statistics, not subjects
 AVERAGED = 50  # steps over which a tower's weights are averaged
 LEAST_EPOCHS = 6  # before a tower may stop: an untrained one can be lucky on a few users
@@ -121,40 +112,43 @@ class Distiller:
         texts = [history.texts[i] for i in fit]
         kept = ib.distil(
             [scores[i] for i in fit], self.threshold(history), r.min_keep, r.max_keep,
-            history.embeddings[fit], r.duplicate_cosine, may_be_duplicates(texts),
-        )
+            history.embeddings[fit], r.duplicate_cosine, may_be_duplicates(texts))
         return [fit[i] for i in kept]
+
+    def bounded(self, least: int, most: int) -> Distiller:
+        """The same gate with other bounds of how many are kept."""
+        bounds = {"min_keep": least, "max_keep": most}
+        return dataclasses.replace(self, settings=self.settings.model_copy(update=bounds))
 
 
 def stage_rid(run: Run, players: Players, key: str) -> dict:
     """Train the resonance scorer (Eq. 3), fit the gate (Eq. 4), distil every user's interests."""
     revisits = Revisits(run)
     known, unseen = (
-        revisits.rows(run.ids(*splits)) for splits in (("train", "valid"), ("judge", "test"))
-    )
+        revisits.rows(run.ids(*splits)) for splits in (("train", "valid"), ("judge", "test")))
     # Of unseen people no tower, no threshold and no early stop has learned.
     users = sorted({u for u, _ in known}, key=lambda u: digest(run.seed("folds"), u))
     if len(users) < 2:
         raise UserError(
             f"{run.users_file}: no user comes back to an earlier subject (checked {len(run.users)} "
-            f"users, in four splits), so there is nothing to learn from; more users or longer "
-            f"histories are needed"
-        )
+            "users, in four splits), so there is nothing to learn from; more users or longer "
+            "histories are needed")
     # In turn, so that no fold is empty where there are few users.
     folds = {user: i % run.config.rid.towers for i, user in enumerate(users)}
     scorer = fit_scorer(run, revisits, known, folds)
     distiller = fit_gate(run, revisits, scorer, known, folds, run.config.rid.activity_groups)
-    gate = {f.name: getattr(distiller, f.name) for f in dataclasses.fields(distiller)}
-    write_json(run.folder / "rid" / "gate.json",
-               {name: gate[name] for name in ("folds", "odds", "edges", "thresholds")})
+    write_json(run.folder / "rid" / "gate.json", {
+        name: getattr(distiller, name) for name in ("folds", "odds", "edges", "thresholds")})
     kept_per_user = distil_everybody(run, distiller)
+    gates = {"groups": distiller,
+             # The same gate as if everybody were equally active.
+             "one threshold": fit_gate(run, revisits, scorer, known, folds, 1)}
     return {
         "train_users": len(users),
         "cross_fitted_auc": revisits.auc(known, score_rows(run, distiller, known)),
-        "thresholds": distiller.thresholds,
-        "kept_per_user": kept_per_user,
+        "thresholds": distiller.thresholds, "kept_per_user": kept_per_user,
         "unseen_users": len({u for u, _ in unseen}),
-    } | compare(run, revisits, distiller, known, unseen)
+    } | compare(run, revisits, known, unseen, score_rows(run, distiller, unseen), gates)
 
 
 def fit_scorer(
@@ -228,8 +222,7 @@ def contrast(tower, inputs: dict, labels, ids, settings: RidConfig, cross_user: 
     """Scores (B, N), Eq. (2), of each user's summaries; Eq. (3) of every (user, positive) (P,)."""
     user, sessions = tower(**inputs)  # (B, H), (B, N, H)
     scores, weights = ib.contrastive_rows(
-        user, sessions, labels == 1, labels >= 0, ids, cross_user
-    )
+        user, sessions, labels == 1, labels >= 0, ids, cross_user)
     loss = ib.contrastive_loss(scores, settings.temperature, weights)
     return (sessions @ user[..., None]).squeeze(-1), loss  # both vectors are unit: cosines
 
@@ -249,14 +242,11 @@ def training_batch(run: Run, revisits: Revisits, rows: list[Row], text_ids: dict
 
     Equal texts have equal numbers: what equals a positive is never a negative.
     """
-    inputs = scorer_inputs(*histories_of(run, rows))
-    labels = torch.full(inputs["mask"].shape, -1)  # (B, N)
-    ids = torch.full(labels.shape, -1)  # (B, N)
-    for i, (user_id, cut) in enumerate(rows):
-        texts = run.histories[user_id][cut].texts
-        labels[i, : len(texts)] = torch.from_numpy(revisits[user_id, cut])
-        ids[i, : len(texts)] = torch.tensor([text_ids[text] for text in texts])
-    return inputs, labels, ids
+    histories, profiles = histories_of(run, rows)
+    labels = [torch.from_numpy(revisits[row]) for row in rows]  # (N,) each
+    ids = [torch.tensor([text_ids[text] for text in h.texts]) for h in histories]
+    return scorer_inputs(histories, profiles), *(
+        pad_sequence(values, batch_first=True, padding_value=-1) for values in (labels, ids))
 
 
 # --------------------------------------------------------------------------------------- the gate
@@ -269,11 +259,9 @@ def fit_gate(
     histories, profiles = histories_of(run, known)
     # By towers that have not seen them: a tower's own users have scores too good to be true.
     shares = tower_shares(folds, [u for u, _ in known], len(scorer.towers))
-    inputs = np.concatenate([
-        ib.gate_inputs(s, history)
-        for s, history in zip(
-            resonance(scorer, histories, profiles, shares), histories, strict=True)
-    ])  # (n, 6): one row a summary
+    scores = resonance(scorer, histories, profiles, shares)
+    # (n, 6): one row a summary.
+    inputs = np.concatenate([*map(ib.gate_inputs, scores, histories)])
     labels = np.concatenate([revisits[row] for row in known])
     answered = labels >= 0  # a failed call is no evidence either way
     fitted = LogisticRegression(max_iter=1000).fit(inputs[answered], labels[answered])
@@ -281,15 +269,12 @@ def fit_gate(
     activity = [history.sessions_per_week for history in histories]
     edges = np.quantile(activity, np.arange(1, groups) / groups).tolist()
     group = np.concatenate([
-        np.full(len(h.texts), ib.activity_group(h.sessions_per_week, edges)) for h in histories
-    ])
+        np.full(len(h.texts), ib.activity_group(h.sessions_per_week, edges)) for h in histories])
     # Equal chances mean the same for all users, so one line can serve a group.
     chance = fitted.predict_proba(inputs)[:, 1]
     thresholds = ib.fit_thresholds(chance[answered], labels[answered], group[answered], groups)
     odds = [*fitted.coef_[0].tolist(), float(fitted.intercept_[0])]
-    return Distiller(
-        scorer, folds, odds, edges, thresholds.tolist(), run.config.rid, run.encoder
-    )
+    return Distiller(scorer, folds, odds, edges, thresholds.tolist(), run.config.rid, run.encoder)
 
 
 def distil_everybody(run: Run, distiller: Distiller) -> float:
@@ -300,86 +285,10 @@ def distil_everybody(run: Run, distiller: Distiller) -> float:
     for (user_id, cut), scores in zip(rows, score_rows(run, distiller, rows), strict=True):
         history = run.histories[user_id][cut]
         keep = distiller.keep(history, scores)
-        triggers[user_id][cut] = {
-            "interests": [history.texts[i] for i in keep],
-            "scores": [float(scores[i]) for i in keep],
-        }
+        triggers[user_id][cut] = {"interests": [history.texts[i] for i in keep],
+                                  "scores": [float(scores[i]) for i in keep]}
     write_json(run.folder / "rid" / "triggers.json", triggers)
     return float(np.mean([len(cuts[-1]["interests"]) for cuts in triggers.values()]))
-
-
-# ------------------------------------------------------------------------- what it is held against
-
-
-def compare(
-    run: Run, revisits: Revisits, distiller: Distiller, known: list[Row], unseen: list[Row]
-) -> dict:
-    """AUC on unseen users beside rules and learners that see the same; of the gate, see there."""
-    if not unseen:
-        return {"auc": float("nan")}
-    histories = histories_of(run, unseen)[0]
-    scores = score_rows(run, distiller, unseen)
-    figures = {"auc": revisits.auc(unseen, scores)}
-    for name, rule in RULES.items():
-        figures[f"auc_{name}"] = revisits.auc(unseen, [rule_scores(h, rule) for h in histories])
-    # Learners without towers: what is to be gained from the same inputs.
-    for name in LEARNERS:
-        learner = fit_learner(run, revisits, known, name)
-        chances = [learner.predict_proba(statistics(history))[:, 1] for history in histories]
-        figures[f"auc_{name}"] = revisits.auc(unseen, chances)
-    # The same gate as if everybody were equally active.
-    one = fit_gate(run, revisits, distiller.scorer, known, distiller.folds, 1)
-    gates = {"groups": distiller, "one threshold": one}
-    return figures | {"gate": compare_gates(revisits, gates, unseen, histories, scores)}
-
-
-def fit_learner(run: Run, revisits: Revisits, rows: list[Row], name: str):
-    """One of LEARNERS on the statistics of these rows: which summaries are revisited?"""
-    inputs = np.concatenate([statistics(history) for history in histories_of(run, rows)[0]])
-    labels = np.concatenate([revisits[row] for row in rows])
-    answered = labels >= 0  # a failed call of the matcher is no label
-    return LEARNERS[name]().fit(inputs[answered], labels[answered])
-
-
-def trees_odds(run: Run, revisits: Revisits, rows: list[Row]) -> dict[Row, torch.Tensor]:
-    """Log-odds (N,) of a revisit of each row's summaries, by trees fitted on these rows."""
-    trees, histories = fit_learner(run, revisits, rows, "trees"), histories_of(run, rows)[0]
-    odds = (trees.decision_function(statistics(history)) for history in histories)
-    return {row: torch.from_numpy(x).float() for row, x in zip(rows, odds, strict=True)}
-
-
-def compare_gates(revisits: Revisits, gates: dict[str, Distiller], unseen, histories, scores):
-    """Precision and F_0.5 of "revisited", and the number kept, over all rows of unseen users: of
-    each gate, and of the best k of everybody."""
-    distiller = gates["groups"]
-
-    def bounded(gate: Distiller, least: int, most: int) -> Distiller:
-        bounds = {"min_keep": least, "max_keep": most}
-        return dataclasses.replace(gate, settings=gate.settings.model_copy(update=bounds))
-
-    # Thresholds as if nothing else bound them, beside what is used, and the best k of everybody.
-    most = distiller.settings.max_keep
-    gates = {"default": distiller} | {name: bounded(gate, 1, most) for name, gate in gates.items()}
-    gates |= {f"top {k}": bounded(distiller, k, k) for k in (1, 2, 3, 4, 6)}
-    figures, rows = {}, [(h, s, distiller.fit(h)) for h, s in zip(histories, scores, strict=True)]
-    for name, gate in gates.items():
-        # Pooled, as the thresholds were fitted: a user of many interests counts more.
-        kept = [gate.keep(*row) for row in rows]
-        hits = sum((revisits[row][keep] == 1).sum() for row, keep in zip(unseen, kept, strict=True))
-        answered = sum((revisits[row][k] >= 0).sum() for row, k in zip(unseen, kept, strict=True))
-        positives = sum((revisits[row] == 1).sum() for row in unseen)
-        figures[name] = {
-            "precision": float(hits / max(1, answered)),
-            "f_half": float(1.25 * hits / (answered + 0.25 * positives)),
-            "kept": float(np.mean([*map(len, kept)])),
-        }
-    return figures
-
-
-def rule_scores(history: ib.History, rule) -> np.ndarray:
-    """A rule's scores (N,), chores behind all others: RID's labels know no revisit of a chore."""
-    scores = rule(history).numpy().astype(float)
-    return np.where(chores(history), scores - 1e9, scores)  # their order among each other stays
 
 
 # --------------------------------------------------------------- subjects, where cosines say little
@@ -397,25 +306,19 @@ def may_be_duplicates(texts: list[str]) -> Callable[[int, int], bool]:
     return alike
 
 
+def best_of(history: ib.History, scores, n: int, duplicate_cosine: float) -> list[int]:
+    """Indices of the n best by any scores, near-duplicates collapsed as the gate does."""
+    # An infinite threshold: nothing passes the gate, and the least that it keeps is all.
+    return ib.distil(scores, math.inf, n, n, history.embeddings, duplicate_cosine,
+                     may_be_duplicates(history.texts))
+
+
 # --------------------------------------------------------------------------------------- the scorer
 
 
 def new_scorer(run: Run) -> ib.ResonanceScorer:
     r, sizes = run.config.rid, (run.encoder.dim, len(ib.FEATURE_NAMES) + 1)  # D, F + 1
     return ib.ResonanceScorer(r.towers, *sizes, TEXT_DIM, r.hidden, r.dropout)
-
-
-def statistics(history: ib.History) -> torch.Tensor:
-    """Statistics of each summary, and whether it is a chore: (N, F + 1)."""
-    return torch.cat([history.statistics, torch.tensor(chores(history)).float()[:, None]], 1)
-
-
-_is_chore = functools.lru_cache(maxsize=100_000)(is_functional)  # asked at each step of training
-
-
-def chores(history: ib.History) -> np.ndarray:
-    """Which summaries are chores (N,)."""
-    return np.array([*map(_is_chore, history.texts)], bool)
 
 
 def histories_of(run: Run, rows: list[Row]) -> tuple[list[ib.History], torch.Tensor]:
@@ -456,16 +359,9 @@ def resonance(
 
 def scorer_inputs(histories: list[ib.History], profiles: torch.Tensor) -> dict[str, torch.Tensor]:
     """Padded inputs of ResonanceScorer and Tower; profiles (B, D)."""
-    (b, d), n = profiles.shape, max(len(h.texts) for h in histories)
-    inputs = {
-        "embeddings": torch.zeros(b, n, d),  # (B, N, D)
-        "statistics": torch.zeros(b, n, len(ib.FEATURE_NAMES) + 1),  # (B, N, F + 1)
-        "mask": torch.zeros(b, n, dtype=torch.bool),
-        "profile": profiles,
-    }
-    for i, h in enumerate(histories):
-        m = len(h.texts)
-        # Pads stay zero; the mask keeps them out of every sum and softmax.
-        inputs["embeddings"][i, :m], inputs["statistics"][i, :m] = h.embeddings, statistics(h)
-        inputs["mask"][i, :m] = True  # (B, N)
-    return inputs
+    lengths = torch.tensor([len(h.texts) for h in histories])  # (B,)
+    # Pads are zero; the mask keeps them out of every sum and softmax.
+    embeddings = pad_sequence([h.embeddings for h in histories], batch_first=True)  # (B, N, D)
+    return {"embeddings": embeddings, "profile": profiles,
+            "statistics": pad_sequence([*map(statistics, histories)], batch_first=True),
+            "mask": torch.arange(embeddings.shape[1]) < lengths[:, None]}  # (B, N)

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import numpy as np
 
-import icebreaker as ib
 from roles.players import Players
 from run import Run
-from stages import rid
+from stages.baselines import RULES, rule_scores
 from stages.metrics import PerUser
-from stages.rid import RULES, rule_scores
+from stages.rid import best_of
 from tables.truth import chore_shares, resonances
 from world.people import Truth
 
@@ -31,11 +30,8 @@ def interests_of(run: Run, user: str, kind: str) -> list[str]:
     # chores last, as RID's labels have none.
     scores = (rule_scores(history, rule) for rule in RULES.values())  # (N,) each
     ranks = sum(np.argsort(np.argsort(s, kind="stable"), kind="stable") for s in scores)
-    n, twins = len(state.interests), run.config.rid.duplicate_cosine
-    # An infinite threshold: nothing passes the gate, and the best n are kept.
-    alike = rid.may_be_duplicates(history.texts)
-    keep = ib.distil(ranks, float("inf"), n, n, history.embeddings, twins, alike)
-    return [history.texts[i] for i in keep]
+    twins = run.config.rid.duplicate_cosine
+    return [history.texts[i] for i in best_of(history, ranks, len(state.interests), twins)]
 
 
 def interest_values(players: Players, truth: Truth, told: dict[str, dict]) -> PerUser:

@@ -45,10 +45,11 @@ from roles.players import Players
 from roles.text import names_subject
 from run import Run, commit_of, environment
 from stages import metrics
+from stages.baselines import RULES, rule_scores
 from stages.cold_start import PopularStarters
 from stages.eval import write_lists
 from stages.metrics import Lists, PerUser
-from stages.rid import RULES, may_be_duplicates, rule_scores
+from stages.rid import best_of
 from stages.sit import read_corpus
 from tables import people, seeds
 from tables.verdicts import RULE
@@ -203,12 +204,11 @@ def rid_values(run: Run, ids: list[str], histories: list[ib.History], scores: li
         ranked = {"RID": own} | {n: rule_scores(history, rule) for n, rule in RULES.items()}
         choice = {"RID and gate": kept, "every summary": [*range(len(labels))]}
         for name in RULES:  # as many, and near-duplicates collapsed alike
-            choice[name] = ib.distil(ranked[name], np.inf, len(kept), len(kept),
-                                     history.embeddings, run.config.rid.duplicate_cosine,
-                                     may_be_duplicates(history.texts))
+            choice[name] = best_of(history, ranked[name], len(kept),
+                                   run.config.rid.duplicate_cosine)
         for name, s in ranked.items():
             if labels.any() and not labels.all():
-                values["auc"].setdefault(name, {})[u] = ib.per_user_auc(s, labels)
+                values["auc"].setdefault(name, {})[u] = metrics.per_user_auc(s, labels)
         for name, places in choice.items():
             values["precision"].setdefault(name, {})[u] = float(
                 labels[places].mean()) if places else 0.0  # nothing kept: none is right

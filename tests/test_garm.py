@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import garm
-import icebreaker
 from files import ROOT
+from stages import metrics
 
 
 def rows(*values):
@@ -56,10 +56,10 @@ def test_calibration_of_pairs_needs_both_orders():
     right = torch.tensor([0.7] * 70 + [0.3] * 30)  # p(w > l); its winner lost in 30 of 100
     p, label = garm.flip_pairs(right)
     assert p.shape == label.shape == (200,) and label.mean() == 0.5
-    assert icebreaker.expected_calibration_error(p, label, 2) == pytest.approx(0, abs=1e-6)
+    assert metrics.expected_calibration_error(p, label, 2) == pytest.approx(0, abs=1e-6)
     sure, ones = (right > 0.5).float(), np.ones(100)
-    assert icebreaker.expected_calibration_error(*garm.flip_pairs(sure), 2) == pytest.approx(0.3)
-    assert icebreaker.expected_calibration_error(torch.ones(100), ones) == 0  # the trap
+    assert metrics.expected_calibration_error(*garm.flip_pairs(sure), 2) == pytest.approx(0.3)
+    assert metrics.expected_calibration_error(torch.ones(100), ones) == 0  # the trap
 
 
 # --------------------------------------------------------------------------------- reward models

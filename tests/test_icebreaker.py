@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 import icebreaker as ib
+from stages import metrics
 
 
 def unit(*shape, seed=0):
@@ -235,13 +236,13 @@ def test_thresholds_differ_where_groups_do():
 def test_auc_agrees_with_sklearn_with_ties():
     rng = np.random.default_rng(1)
     scores, labels = rng.integers(0, 5, 60), rng.random(60) < 0.3
-    assert ib.per_user_auc(scores, labels) == pytest.approx(roc_auc_score(labels, scores))
+    assert metrics.per_user_auc(scores, labels) == pytest.approx(roc_auc_score(labels, scores))
 
 
 def test_slot_controlled_auc_ignores_position():
     slots = np.repeat([0, 1], 500)
     clicked = np.concatenate([np.arange(500) < 400, np.arange(500) < 50])
-    assert ib.slot_controlled_auc(-slots, clicked, slots) == pytest.approx(0.5)
+    assert metrics.slot_controlled_auc(-slots, clicked, slots) == pytest.approx(0.5)
 
 
 def fake_encode(texts):
@@ -357,10 +358,8 @@ def test_scorer_learns_a_separable_signal():
             ib.contrastive_loss(rows, 0.1, keep).mean().backward()
         optimiser.step()
     scores = scorer(e, s, mask, none).detach().numpy()
-    assert (
-        np.nanmean([ib.per_user_auc(x, y) for x, y in zip(scores, positive.numpy(), strict=True)])
-        > 0.95
-    )
+    pairs = zip(scores, positive.numpy(), strict=True)
+    assert np.nanmean([metrics.per_user_auc(*pair) for pair in pairs]) > 0.95
 
 
 def test_utility_target_and_slot_logit():
@@ -396,9 +395,9 @@ def test_in_list_loss_is_cross_entropy_within_each_list():
 def test_common_share_is_1_of_a_style_and_low_of_a_taste():
     style, taste = unit(1, 50).expand(40, 50), unit(40, 50, seed=1)
     ease = torch.randn(40, 1)  # who is easy to please says nothing
-    assert ib.common_share(style + ease) == pytest.approx(1, abs=1e-5)
-    assert ib.common_share(taste + ease) < 0.1
-    assert 0.3 < ib.common_share(style + taste) < 0.7
+    assert metrics.common_share(style + ease) == pytest.approx(1, abs=1e-5)
+    assert metrics.common_share(taste + ease) < 0.1
+    assert 0.3 < metrics.common_share(style + taste) < 0.7
 
 
 def test_what_everybody_likes_is_no_part_of_what_is_personal():
@@ -414,7 +413,7 @@ def test_what_everybody_likes_is_no_part_of_what_is_personal():
     ranker.settle(*of, starters[pairs[1]])
 
     def common_share(values):
-        return ib.common_share(values.reshape(60, 40))
+        return metrics.common_share(values.reshape(60, 40))
 
     with torch.no_grad():
         torch.nn.init.normal_(ranker.common.weight)

@@ -29,7 +29,7 @@ from files import ROOT, UserError, read_json, read_tensors, write_tensors
 from roles.players import Players
 from roles.writer import Writer
 from run import Run
-from stages import dpo, match, ranker, rid, sit
+from stages import baselines, dpo, match, metrics, ranker, rid, sit
 from stages import eval as evaluation
 from stages.cold_start import PopularStarters
 
@@ -378,7 +378,7 @@ def test_what_the_matcher_could_not_say_is_no_label(finished, tmp_path, monkeypa
     row = next(r for r in revisits.rows(run.ids("train")) if unknown[r])
     scores = np.arange(len(revisits[row])) / 100.0
     answered = revisits[row] >= 0
-    expected = ib.per_user_auc(scores[answered], revisits[row][answered] == 1)
+    expected = metrics.per_user_auc(scores[answered], revisits[row][answered] == 1)
     assert revisits.auc([row], [scores]) == pytest.approx(expected)
 
     def watched(user, sessions, positive, mask, ids, cross_user):
@@ -401,13 +401,13 @@ def test_what_the_matcher_could_not_say_is_no_label(finished, tmp_path, monkeypa
 def test_a_tower_learns_from_trees_that_have_not_seen_its_fold(finished, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path / "tiny")
     revisits = match.Revisits(Run(micro(tmp_path)))
-    seen, fit = [], rid.fit_learner
+    seen, fit = [], baselines.fit_learner
 
     def watched(run, revisits, rows, name):
         seen.append((name, {user for user, _ in rows}))
         return fit(run, revisits, rows, name)
 
-    monkeypatch.setattr(rid, "fit_learner", watched)
+    monkeypatch.setattr(baselines, "fit_learner", watched)
     weights = []
     for words in ((), ("rid.distillation=0",)):
         run = Run(micro(tmp_path, "rid.epochs=1", *words))
@@ -482,11 +482,11 @@ def test_rules_and_scorer_know_the_same_chores(finished):
     said = ["translate this letter", "chess openings", "translate this letter", "rare stamps"]
     history = ib.make_history(said, [4.0, 3.0, 2.0, 1.0], lambda x: torch.eye(len(x)))
     assert history.texts == ["chess openings", "translate this letter", "rare stamps"]
-    assert rid.chores(history).tolist() == [False, True, False]
-    assert rid.statistics(history)[:, -1].tolist() == [0, 1, 0]
-    for rule in rid.RULES.values():
+    assert baselines.chores(history).tolist() == [False, True, False]
+    assert baselines.statistics(history)[:, -1].tolist() == [0, 1, 0]
+    for rule in baselines.RULES.values():
         assert rule(history)[1] > rule(history)[0]  # without the filter
-        assert np.argmin(rid.rule_scores(history, rule)) == 1
+        assert np.argmin(baselines.rule_scores(history, rule)) == 1
     figures = Run(micro(finished.parent)).folder.figures("rid")
     assert {"auc", "auc_recency", "auc_frequency", "auc_logistic", "auc_trees"} <= figures.keys()
     assert {"groups", "one threshold", "top 1", "top 4"} <= figures["gate"].keys()

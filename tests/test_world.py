@@ -18,6 +18,7 @@ from config import WorldConfig, load_config
 from files import ROOT, UserError, read_json, write_json
 from roles import text as roles
 from run import Run
+from stages import metrics
 from world import click_model, people
 
 SETTINGS = WorldConfig(users=300, seed=1000)  # of the seeds that the world was calibrated on
@@ -111,7 +112,7 @@ def test_recency_and_frequency_rank_revisits_as_in_a_real_log(made):
             shares.append(labels.mean())
             if 0 < labels.sum() < len(labels):
                 rules = (ib.recency_scores(history), ib.frequency_scores(history))
-                aucs.append([ib.per_user_auc(scores.numpy(), labels) for scores in rules])
+                aucs.append([metrics.per_user_auc(scores.numpy(), labels) for scores in rules])
         for rule, auc in zip(by_rule, np.mean(aucs, 0) if aucs else (), strict=False):
             by_rule[rule].append(auc)
     assert len(by_rule["recency"]) > 200
