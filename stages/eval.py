@@ -105,13 +105,8 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
     # Hidden state is opened here for the first time: every method has written by now.
     truth = None if run.config.data.users else people.load_truth(run.folder / "world")
     lists |= controls(run, players, states, truth)  # in no file of starters, but in the table
-    # All at once: what is measured one list at a time below is only looked up.
-    run.encoder(sorted({y for m in lists.values() for u in m.values() for x in u for y in x}))
-    # Without logs of taps there is no ranker; "train" shows reward hacking beside "judge".
-    rankers = {m: judge_of(run, name) for m, name in metrics.RANKERS.items() if run.impressions}
-    classifier, k = metrics.TopicClassifier(run.encoder), run.config.generator.list_size
-    values = metrics.measure(
-        lists, rankers, run.encoder, classifier, run.corpus, whole, k, truth)
+    classifier = metrics.TopicClassifier(run.encoder)
+    values = measure(run, lists, classifier, whole, truth)
     write_values(values, run, folder)
     result = evaluate(values, settings.bootstrap, run.config.run.seed) | {
         "lists_per_user": settings.lists, "classifier_accuracy": classifier.accuracy}
@@ -121,6 +116,20 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
     scores = {u: triggers[u][-1]["scores"] for u in states}
     write_report(result, shown, whole, scores, folder)
     return {"test_users": len(states), "starters": str(folder / "starters.jsonl")}
+
+
+def measure(
+    run: Run, lists: Lists, classifier: metrics.TopicClassifier, histories: dict[str, list[str]],
+    truth,
+) -> PerUser:
+    """Every metric of every method and user; histories: user -> all summaries."""
+    # All at once: what is measured one list at a time is only looked up, and like lengths share a
+    # batch.
+    run.encoder(sorted({y for m in lists.values() for u in m.values() for x in u for y in x}))
+    # Without logs of taps there is no ranker; "train" shows reward hacking beside "judge".
+    rankers = {m: judge_of(run, name) for m, name in metrics.RANKERS.items() if run.impressions}
+    return metrics.measure(lists, rankers, run.encoder, classifier, run.corpus, histories,
+                           run.config.generator.list_size, truth)
 
 
 def write_values(values: PerUser, run: Run, folder: Path) -> None:

@@ -20,10 +20,10 @@ from config import Config
 from files import digest, read_json, read_yaml, write_json
 from roles.players import Players, players_of
 from run import Run, environment
+from stages import eval as evaluation
 from stages import metrics
 from stages.cold_start import PopularStarters
 from stages.metrics import Lists, PerUser, TopicClassifier
-from stages.ranker import judge_of
 from stages.sit import taught_lists
 from tables import controls, experiments, interests
 from tables import truth as hidden
@@ -105,8 +105,6 @@ def seed_values(run: Run, main: Lists, written: Lists) -> dict:
     chosen = {method: controls.reranked(run, method, pool) for method, pool in pools.items()}
     for rows in chosen.values():
         lists |= rows
-    # All texts at once: like lengths share a batch.
-    run.encoder(sorted({y for m in lists.values() for u in m.values() for row in u for y in row}))
     classifier = TopicClassifier(run.encoder)
     values = values_of_lists(run, truth, lists, classifier)
     told = {kind: {u: interests.interests_of(run, u, kind) for u in users}
@@ -169,10 +167,8 @@ def values_of_lists(
     run: Run, truth: people.Truth, lists: Lists, classifier: TopicClassifier
 ) -> PerUser:
     """The metrics of the paper and those of the hidden truth, of every method and test user."""
-    rankers = {metric: judge_of(run, name) for metric, name in metrics.RANKERS.items()}
     whole = {user: run.histories[user][-1].texts for user in lists[RETRIEVAL]}
-    values = metrics.measure(lists, rankers, run.encoder, classifier, run.corpus, whole,
-                             run.config.generator.list_size, truth)
+    values = evaluation.measure(run, lists, classifier, whole, truth)
     for method in lists:
         values[method] |= hidden.spoken_of(truth, lists[method])
     # Distinct starters: a chore that every list repeats is one.
