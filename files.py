@@ -45,8 +45,12 @@ def file_digest(path: str | Path) -> str:
 
 @functools.lru_cache
 def _file_digest(path: str, *version: int) -> str:
+    return sha256(path)[:12]
+
+
+def sha256(path: str | Path) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def processes() -> tuple[int, int]:
@@ -221,9 +225,12 @@ def read_tensors(path: str | Path) -> dict:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path}: damaged, no weights ({error}); {AGAIN}") from None
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise UserError(f"{path}: weights that are no finite numbers; {AGAIN}")
+    return tensors
 
 
 class Terminated(KeyboardInterrupt):

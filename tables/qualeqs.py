@@ -28,12 +28,12 @@ from run import Run
 from stages.metrics import markdown_table
 from tables import experiments
 from tables.claims import Seeds, claims_page, counted, judged, paired, per_seed
-from tables.garm import cell, pooled_cell
+from tables.garm import pooled_cell
 from tables.garm_values import Values, shown
 from tables.measure import keep_values
 from tables.report import in_all
 from tables.reproduce import start_as_copy
-from tables.seeds import summary
+from tables.seeds import cell, summary
 from tables.siblings import Paper, again, origin
 from world import shop
 from world.shop_clicks import Truth

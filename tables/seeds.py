@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from config import Config
 from files import ROOT, UserError, read_json, read_yaml, write_text
 from run import commit_of
-from stages.metrics import bootstrap, escape, markdown_table
+from stages.metrics import LIFTS, bootstrap, escape, markdown_table
 from tables.claims import claims_parts, counted, judged, paired, per_seed
 from tables.report import in_all
 from tables.verdicts import EFFECT, HOLDS, NOT, RULE, UNDECIDED, narrow, sign_flip, verdicts
@@ -109,6 +109,15 @@ def by_method(run: SeedRun) -> dict:
 def summary(rows: list, form: str) -> str:
     """"mean [low, high]" of users' values (U,) of each seed."""
     return written(*bootstrap(rows, hierarchical=True), form)
+
+
+def cell(seeds: list[dict], method: str, metric: str, form: str) -> str:
+    """Mean and interval; – where the method has no such metric: PE no lift over itself."""
+    of = LIFTS.get(metric, metric)
+    if (metric in LIFTS and method == "PE") or any(
+            not s["values"].get(method, {}).get(of) for s in seeds):
+        return "–"
+    return summary(per_seed(seeds, method, metric), form)
 
 
 def written(mean: float, low: float, high: float, form: str) -> str:

@@ -4,6 +4,7 @@ import shutil
 
 from files import ROOT
 from tables import overview
+from tables.seeds import cell
 
 
 def test_a_paper_without_values_is_said_to_be_missing(tmp_path):
@@ -19,6 +20,6 @@ def test_a_paper_without_values_is_said_to_be_missing(tmp_path):
 def test_pe_has_no_lift_over_itself():
     values = {m: {"utility": {"u": x}} for m, x in (("PE", 0.1), ("SFT", 0.3))}
     seeds = [{"values": values}]
-    assert overview.shown(seeds, "PE", "r_score", ".1f") == "–"
-    assert overview.shown(seeds, "SFT", "r_score", ".1f") == "0.2 [0.2, 0.2]"
-    assert overview.shown(seeds, "SFT", "click_rate", ".1f") == "–"
+    assert cell(seeds, "PE", "r_score", ".1f") == "–"
+    assert cell(seeds, "SFT", "r_score", ".1f") == "0.2 [0.2, 0.2]"
+    assert cell(seeds, "SFT", "click_rate", ".1f") == "–"
