@@ -9,8 +9,6 @@ What is unknown is refused with the nearest valid name, a wrong value with the f
 from.
 """
 
-from __future__ import annotations
-
 import difflib
 from pathlib import Path
 from typing import Annotated, Literal

@@ -6,8 +6,6 @@ Every bad line is reported as `file:line: field: reason`, all of them up to a li
 the content of the row: these are people's histories. Models see the fields below and no others.
 """
 
-from __future__ import annotations
-
 import bisect
 import functools
 import hashlib

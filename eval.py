@@ -11,8 +11,6 @@
 The metrics stand in stages/metrics.py, the stage in stages/eval.py.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

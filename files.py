@@ -2,8 +2,6 @@
 `torchrun`, progress that a log can show, and the end of a script.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import functools

@@ -13,8 +13,6 @@ Legend: B users, N summaries or candidates, M interests or lists, K list slots, 
 D embedding, F statistics, H hidden.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math

@@ -9,8 +9,6 @@ to the stages (stages/), roles/writer.py writes lists, and what a stage makes li
 Legend: B rows, N summaries or starters, M interests, K slots, D embedding.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import os

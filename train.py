@@ -21,8 +21,6 @@ rules over text unless an LLM is named (roles/); the platform is simulated (worl
 given.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import copy

@@ -7,8 +7,6 @@ Empty `encoder.name`: all-MiniLM-L6-v2 from a PyPI package, so that no model hub
 Legend: n texts, D embedding.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 from functools import cached_property

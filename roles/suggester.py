@@ -14,8 +14,6 @@ Departure: the base without an adapter, the method PE, is told at length what to
 Legend: n answers of each context.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 

@@ -12,8 +12,6 @@ The base without an adapter, the methods PE and PE+RID, is told at length what t
 Legend: n lists of each input, K starters of a list.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 from functools import cached_property

@@ -7,8 +7,6 @@ and the endpoint's key stays here. Events: `text` each, then `done`, or `error`.
 and no text of either side is in a log or an error.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Iterator
@@ -39,7 +37,7 @@ class Answers:
         # Answers under way: each has a thread.
         self.places = threading.BoundedSemaphore(settings.concurrency)
 
-    def begin(self, turns: list[data.Turn]) -> Answering | None:
+    def begin(self, turns: list[data.Turn]) -> "Answering | None":
         """An answer, to be ended by `end`; None: endpoint.concurrency of them are under way."""
         return Answering(self, turns) if self.places.acquire(blocking=False) else None
 

@@ -4,8 +4,6 @@ uvicorn bounds neither: some hundred clients that each send half a request's hea
 others out, and where no file descriptor is left, asyncio writes a traceback for every try.
 """
 
-from __future__ import annotations
-
 import logging
 import resource
 import time
@@ -45,7 +43,7 @@ class Connection(H11Protocol):
     timer = None  # runs while no request is under way
 
     @property
-    def silent(self) -> dict[Connection, None]:
+    def silent(self) -> "dict[Connection, None]":
         """The connections of this server without a request, the oldest first."""
         return self.server_state.__dict__.setdefault("silent", {})
 

@@ -7,8 +7,6 @@ behind, as SQLite moves rows between pages and what it moved stays in the unused
 page (of 12 in 100 deleted users). So a deletion rewrites the file and empties its log (`wipe`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import hmac
 import json

@@ -3,8 +3,6 @@
 No HTTP (serve.py) and no thread of its own (queue.py).
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

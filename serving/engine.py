@@ -11,8 +11,6 @@ shown and seen tapped.
 Legend: B asks, n sampled lists of an ask, T tokens decoded so far, M interests, D embedding.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

@@ -12,8 +12,6 @@ leaves weights and figures, and the next one reads the whole store anew.
 Departure: the paper trains on logs once; it names neither rounds from feedback nor a check of them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import operator
 import random

@@ -4,8 +4,6 @@ On the way back: headers that shut scripts and other sites out, one line of log,
 plain ASGI, as a wrapper that reads requests itself hides from a route that its client has left.
 """
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import binascii

@@ -12,8 +12,6 @@ Nothing is kept of these requests: they name no user whose data could be deleted
 WebUI caches for everybody, the list of models, is a constant.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import time

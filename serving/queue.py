@@ -3,8 +3,6 @@
 A file of its own, as all of it is about threads, and nothing of it about HTTP or the store.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import logging

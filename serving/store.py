@@ -7,8 +7,6 @@ What people were shown and tapped is in taps.py, the file itself in database.py.
 no HTTP. `put_sessions` and `delete_user` are on the disk before they return.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path

@@ -15,8 +15,6 @@ conversation stays in memory.
 Legend: B asks, n sampled answers of an ask, T tokens decoded so far.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial

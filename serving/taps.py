@@ -10,8 +10,6 @@ lets a slot be tapped once. `sessions_after` is counted when sessions arrive (st
 not from those that are held: old ones make room, and one that is sent again followed no list.
 """
 
-from __future__ import annotations
-
 import base64
 import hmac
 import itertools

@@ -4,8 +4,6 @@ Events (server-sent): `interests`, one `starter` each, `done` with the whole rep
 next queries `context` and one `suggestion` each in their place.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import dataclasses

@@ -9,8 +9,6 @@ towers (rid.distillation). All know chores, as RID's labels do, which no later s
 Legend: N summaries, F statistics.
 """
 
-from __future__ import annotations
-
 import functools
 
 import numpy as np

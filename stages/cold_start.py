@@ -3,8 +3,6 @@
     starters = PopularStarters(run)({"language": "en"})
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Callable

@@ -11,8 +11,6 @@ Departure: no general reward model (Skywork) stands beside the one that clicks h
 Legend: B contexts, G answers of each, R = B G answers, T tokens, J components.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

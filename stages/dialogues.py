@@ -10,8 +10,6 @@ Departures: rules in place of prompts find what is meaningless; languages are to
 contexts are taken from what suggestions are learned on, and kept to teach the word Unsafe.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections import Counter

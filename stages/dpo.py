@@ -18,8 +18,6 @@ SIT's policy is the baseline SFT.
 Legend: K slots, P pairs of a chosen and a rejected list, D embedding.
 """
 
-from __future__ import annotations
-
 import itertools
 import random
 import shutil

@@ -6,8 +6,6 @@ The metrics are those of metrics.py. Only here and in tables/, after training, i
 world's hidden state opened.
 """
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 

@@ -13,8 +13,6 @@ context, an over-long line, a line in another script, answering an unsafe one. S
 but the models' has a fault of its own.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections import Counter

@@ -6,8 +6,6 @@ Section 2.2 of the paper: positives are summaries that a later session revisits.
 at data.cuts: before a cut lies the history (E summaries), after it the future (L later ones).
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from files import read_json, write_json

@@ -3,8 +3,6 @@
     python train.py --stage merge
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import llm

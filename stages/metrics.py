@@ -6,8 +6,6 @@ median, in a corpus that no method has written), and that diversity is counted p
 Legend: U users, K starters of a list.
 """
 
-from __future__ import annotations
-
 import html
 import re
 from collections.abc import Callable, Iterable

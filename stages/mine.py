@@ -14,8 +14,6 @@ start answers the long prompt (prompts.yaml), as a base that knows no form earns
 Legend: B contexts, G answers of each, K suggestions of an answer.
 """
 
-from __future__ import annotations
-
 import random
 from functools import partial
 

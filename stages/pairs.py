@@ -10,8 +10,6 @@ show.
 Legend: N candidates, K slots.
 """
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ Every user has a pool of distinct starters of different size: `score_pools` pads
 Legend: B users, N candidates, K list slots.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

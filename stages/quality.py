@@ -10,8 +10,6 @@ the last component alone, the reward r_q: format x mean over suggestions of the 
 Legend: B contexts, G answers of each, R = B G answers, K suggestions, J components.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

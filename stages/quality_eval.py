@@ -8,8 +8,6 @@ judge (roles.judge). eval/values.json has all of it by context, for tables/quale
 Legend: B contexts, G answers of each, K suggestions of an answer.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 

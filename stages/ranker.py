@@ -8,8 +8,6 @@ are soft (a tap counts for more if sessions follow), a logit for each slot absor
 Legend: B rows, one per shown starter; M interests, K slots, D embedding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -12,8 +12,6 @@ by language and intent (C.2).
 Legend: B contexts, K suggestions of each, P pairs, R all suggestions of a batch, H hidden.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from functools import partial

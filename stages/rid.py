@@ -15,8 +15,6 @@ gate's scores are odds of a revisit with the user's own base rate, its threshold
 Legend: B rows, N summaries, D embedding, F statistics, H hidden.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math
@@ -60,7 +58,7 @@ class Distiller:
     encode: Encode
 
     @classmethod
-    def load(cls, run: Run) -> Distiller:
+    def load(cls, run: Run) -> "Distiller":
         """As stage `rid` saved it."""
         scorer, path = new_scorer(run), run.folder / "rid" / "gate.json"
         load_weights(scorer, run.folder / "rid" / "scorer.safetensors")
@@ -115,7 +113,7 @@ class Distiller:
             history.embeddings[fit], r.duplicate_cosine, may_be_duplicates(texts))
         return [fit[i] for i in kept]
 
-    def bounded(self, least: int, most: int) -> Distiller:
+    def bounded(self, least: int, most: int) -> "Distiller":
         """The same gate with other bounds of how many are kept."""
         bounds = {"min_keep": least, "max_keep": most}
         return dataclasses.replace(self, settings=self.settings.model_copy(update=bounds))

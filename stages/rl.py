@@ -16,8 +16,6 @@ served; probabilities are those of all tokens. RFT and DPO go on from SFT's adap
 Legend: B contexts, G rollouts of each, R = B G, T tokens, J components.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass

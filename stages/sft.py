@@ -10,8 +10,6 @@ Departures: the teacher is the generator itself with an adapter of its own, not 
 likeliest of what it wrote several times comes first.
 """
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 

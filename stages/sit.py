@@ -10,8 +10,6 @@ Departures: LoRA instead of full fine-tuning; beside the teacher's lists for the
 Legend: C lists of a prompt, T tokens.
 """
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from pathlib import Path

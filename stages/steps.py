@@ -3,8 +3,6 @@
 The loops themselves stand in rid.py, ranker.py, sit.py and dpo.py, each whole on one screen.
 """
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import itertools

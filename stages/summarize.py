@@ -3,8 +3,6 @@
     python train.py --stage summarize data.users=imported.jsonl
 """
 
-from __future__ import annotations
-
 from files import write_json
 from roles.players import Players
 from run import Run

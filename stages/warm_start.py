@@ -9,8 +9,6 @@ Departure: the general data is configs/teacher_corpus.jsonl, 640 people's intere
 for them, asked for as in the first paper; the publication takes ShareGPT4.
 """
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from functools import partial

@@ -8,8 +8,6 @@ Unstated in the paper: how its claims were tested; users are drawn again within 
 Legend: S seeds, U users of one seed, C categories of what is counted.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

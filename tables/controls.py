@@ -8,8 +8,6 @@ it also picks what is shown, beside two rerankers of the field (MMR, DPP) and th
 Legend: N candidates or summaries of a user, D embedding, K starters of a list.
 """
 
-from __future__ import annotations
-
 import random
 from itertools import product
 

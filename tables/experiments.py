@@ -5,8 +5,6 @@
 The tables of the paper's section 3 and our own beside them (serving, beyond, beta).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from files import read_yaml

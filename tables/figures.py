@@ -10,8 +10,6 @@ metrics.bootstrap gives it. Colour is never the only key: lines differ in marker
 hatch, topics of a ring in number.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import textwrap

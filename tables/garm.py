@@ -12,8 +12,6 @@ The judge is the offline rule unless roles.judge names an LLM; hidden usefulness
 Legend: S seeds, B contexts of one seed.
 """
 
-from __future__ import annotations
-
 import sys
 from functools import partial
 from pathlib import Path

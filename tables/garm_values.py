@@ -12,8 +12,6 @@ so; confidence is binned by quarters of all pairs, not by fixed limits.
 Legend: B contexts, K suggestions of a list, P pairs of a context.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace

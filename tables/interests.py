@@ -6,8 +6,6 @@ Appendix C.1 of the paper: the interests themselves are judged in pairs, then wh
 them. The hidden truth beside the judge is ours.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from roles.players import Players

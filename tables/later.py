@@ -28,8 +28,6 @@ People are those of people.py; where nobody in the file lent titles to the teach
 halves. Legend: B people, N summaries of a person.
 """
 
-from __future__ import annotations
-
 from itertools import product
 from pathlib import Path
 

@@ -7,8 +7,6 @@ Section 3 of the paper: metrics of appendix B.1, and what only the simulated wor
 reproduce.py calls both functions in processes of their own, after training.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

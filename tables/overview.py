@@ -5,8 +5,6 @@
 Departure: none of the papers has such a page; overview.yaml says what stands on it.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from files import ROOT, read_json, read_yaml, script, write_text

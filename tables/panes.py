@@ -14,8 +14,6 @@ set: the intervals over queries say how much it bears.
 Legend: R options of several panes, T tokens.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Sequence

@@ -9,8 +9,6 @@ readers who are not to know the methods; people_key.json says which is which.
 Legend: B people, N summaries of a person, D embedding.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import itertools

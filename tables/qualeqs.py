@@ -11,8 +11,6 @@ Departure: the judge that gives the figures is the run's own, which rewards too.
 Legend: S seeds, B contexts of one seed.
 """
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
 from functools import partial

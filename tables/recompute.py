@@ -7,8 +7,6 @@ interval of it, and compared line by line: tables and lists, where figures stand
 around them, which may have been worded anew since.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import io

@@ -8,8 +8,6 @@ Departure: every cell has an interval over seeds (Student's t), the paper's have
 Legend: S seeds, U users of one seed.
 """
 
-from __future__ import annotations
-
 import functools
 import operator
 from collections import Counter

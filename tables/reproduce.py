@@ -11,8 +11,6 @@ has changed since. Seeds from 0 on are reported; settings were chosen on seeds o
 for four that the reported ones had a part in (docs/departures.md).
 """
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os

@@ -5,8 +5,6 @@
     python eval.py --over results/values/seed-*.json               # the same page, no run needed
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Callable

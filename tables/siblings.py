@@ -9,8 +9,6 @@ What a paper trains and prints stands in NAME.yaml, its claims in NAME_claims.ya
 Everything goes on where it was stopped.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ No stage that trains sees it: it is read here, in measure.py and controls.py, by
 training, and by the simulated platform (world/).
 """
 
-from __future__ import annotations
-
 from collections import Counter
 
 import numpy as np

@@ -9,8 +9,6 @@ a quarter of the paper's relative effect, at most ten times it.
 Legend: S seeds, U users of one seed, R rows of a table.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence

@@ -7,8 +7,6 @@ and counted in the context of the validation; a message that cannot be read is n
 importers.py reads the files.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import re

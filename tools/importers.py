@@ -7,8 +7,6 @@ A conversation or a message without what its record needs (formats.py) is passed
 named on stderr by its place and not its content. An import of which nothing is left is refused.
 """
 
-from __future__ import annotations
-
 import io
 import itertools
 import lzma

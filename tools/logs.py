@@ -7,8 +7,6 @@
     python -m tools.logs export dialogues runs/garm/serve.sqlite --out dialogues.jsonl
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 from collections import Counter

@@ -12,8 +12,6 @@ word pieces of the encoder's vocabulary, joined to names that nearly all occur o
 unseen names is learned from many distinct ones.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import math
