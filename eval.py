@@ -75,8 +75,7 @@ def main() -> None:
                            arguments.first_seed)
         return
     reproduce.reproduce(  # what is no table is refused by name there
-        named, count, arguments.config, words, arguments.quick, arguments.first_seed
-    )
+        named, count, arguments.config, words, arguments.quick, arguments.first_seed)
 
 
 if __name__ == "__main__":

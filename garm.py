@@ -171,8 +171,7 @@ def rule_rewards(text: str, query: str, unsafe: bool) -> dict[str, float]:
         "length": length_reward(suggestions),
         "language": language_reward(suggestions, query),
         "diversity": diversity_reward(suggestions),
-        "safety": safety_reward(text, unsafe),
-    }
+        "safety": safety_reward(text, unsafe)}
 
 
 def format_reward(text: str, unsafe: bool = False) -> float:

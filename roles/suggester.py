@@ -88,8 +88,7 @@ class Suggester:
         g = self.config.generator
         settings = {
             "max_new_tokens": g.max_new_tokens, "temperature": g.temperature, "top_p": g.top_p,
-            "top_k": g.top_k, "rows": g.sample_rows, "stop": "",
-        }
+            "top_k": g.top_k, "rows": g.sample_rows, "stop": ""}
         places = share(range(len(contexts)))  # draws hang on the place, not on who draws
         prompts = [self.prompt(contexts[i], task) for i in places]
         ends = llm.end_tokens(model, self.tokenizer)

@@ -50,8 +50,7 @@ class Writer:
         """The generator with a saved adapter, or the bare base model."""
         g = self.config.generator
         model = llm.load_generator(
-            self.model_path, g.load_in_4bit, g.gradient_checkpointing, g.revision, g.precision
-        )
+            self.model_path, g.load_in_4bit, g.gradient_checkpointing, g.revision, g.precision)
         llm.check_tree_rows(model, self._task(prompted=not adapter)[1] + g.max_new_tokens)
         # No dropout anywhere: log-probabilities must compare.
         return llm.load_adapter(model, adapter, trainable) if adapter else model.eval()
@@ -78,8 +77,7 @@ class Writer:
         """Tokens that a policy continues; prompted: that the base without an adapter does."""
         # Best interest first: what does not fit is left out from the end.
         return llm.encode_prompt(
-            self.tokenizer, interests, self.config.generator.list_size, *self._task(prompted)
-        )
+            self.tokenizer, interests, self.config.generator.list_size, *self._task(prompted))
 
     def encoded(
         self, interests: list[str], lists: list[list[str]]
@@ -102,8 +100,7 @@ class Writer:
         g = self.config.generator
         settings = {
             "max_new_tokens": g.max_new_tokens, "temperature": g.temperature, "top_p": g.top_p,
-            "top_k": g.top_k, "rows": g.sample_rows,
-        }
+            "top_k": g.top_k, "rows": g.sample_rows}
         # The engine asks with fewer rows, a prefix and a hook.
         return llm.sample(model, self.tokenizer, prompts, n, seed=seed, **{**settings, **how})
 
@@ -149,8 +146,7 @@ class Writer:
         texts = draw([inputs[i] for i in places], places)
         return gather([  # in the order of the inputs
             [parsed(text) if raw else fit_to_show(text, inputs[i])[:k] for text in row]
-            for i, row in zip(places, texts, strict=True)
-        ])
+            for i, row in zip(places, texts, strict=True)])
 
     # ------------------------------------------------------------------------- generator.endpoint
 
@@ -163,8 +159,7 @@ class Writer:
                 name = name.replace("round", "feedback")
         return self.config.endpoint.model_copy(update={
             "base_url": g.endpoint, "key_env": g.endpoint_key_env, "model": name,
-            "temperature": g.temperature, "max_tokens": g.max_new_tokens,
-        })
+            "temperature": g.temperature, "max_tokens": g.max_new_tokens})
 
     def _server(self, adapter: Path | None) -> chat.Sampler:
         g, settings = self.config.generator, self._endpoint(adapter)
@@ -176,8 +171,7 @@ class Writer:
         key = settings.model, policy  # one client for all calls, and one count
         if key not in self._servers:
             self._servers[key] = chat.Sampler(
-                settings, more, self.answers, policy, str(adapter or "")
-            )
+                settings, more, self.answers, policy, str(adapter or ""))
         return self._servers[key]
 
     def is_served(self, adapter: Path) -> bool:

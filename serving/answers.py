@@ -15,14 +15,7 @@ import openai
 
 import data
 from config import EndpointConfig
-from roles.chat import (
-    SYSTEM_ROLE,
-    Endpoint,
-    encodable,
-    plain_text,
-    refused_field,
-    without_system,
-)
+from roles.chat import SYSTEM_ROLE, Endpoint, encodable, plain_text, refused_field, without_system
 from serving.queue import log, where
 from serving.waiter import sse
 

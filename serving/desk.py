@@ -43,8 +43,7 @@ def make_metrics() -> SimpleNamespace:
         tokens=counter("generated_tokens", "By the generator"),
         rejections=counter("rejections", "Requests refused", ["reason"]),
         disconnects=counter("disconnects", "Clients that left early"),
-        starters=counter("starters", "Starters answered", ["source"]),
-    )
+        starters=counter("starters", "Starters answered", ["source"]))
 
 
 def unseen(row: dict | None, avoid: list[str]) -> list[dict]:

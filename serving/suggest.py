@@ -88,8 +88,7 @@ class Suggestions:
             self.rate = partial(by_shop, Rules(data.read_catalogue(run.catalogue_file),
                                                data.read_policies(run.policies_file)))
         else:
-            self.rate = partial(
-                by_reward, load_reward(run, self.suggester, kinds[0], self.model))
+            self.rate = partial(by_reward, load_reward(run, self.suggester, kinds[0], self.model))
         self.version = f"{method}-{file_digest(adapter / 'adapter_model.safetensors')[:8]}"
         for stage in (trained[0], *(f"reward/{kind}" for kind in kinds[:1] if not in_shop)):
             folder.is_whole(stage)
@@ -181,8 +180,7 @@ def is_declined(answer: str) -> bool:
 
 def fit_suggestions(ask: Ask, answers: Sequence[str]) -> list[str]:
     """The suggestions of all answers that may be shown, none twice and none that was asked."""
-    texts = [y for answer in answers if not is_declined(answer)
-             for y in read_kindly(answer)]
+    texts = [y for answer in answers if not is_declined(answer) for y in read_kindly(answer)]
     queries = [turn.content for turn in ask.turns if turn.role == "user"]
     # As garm.language_reward by the last query, but not by one without letters ("2 + 2?"). Earlier
     # ones of its script help where a name alone ("Dune?") tells no language of that script.

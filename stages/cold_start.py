@@ -52,8 +52,7 @@ class PopularStarters:
         # One element a shown starter, (n,): its text, its surprise, its list.
         self.number = np.array([number[y] for y, _, _ in rows], dtype=int)
         self.surplus = np.array(
-            [(slot in shown[i].clicked) - rates[min(slot, len(rates) - 1)] for _, i, slot in rows]
-        )
+            [(slot in shown[i].clicked) - rates[min(slot, len(rates) - 1)] for _, i, slot in rows])
         self.list = np.array([i for _, i, _ in rows], dtype=int)  # rows may be empty
         self.profiles = [run.users[row.user_id].profile or {} for row in shown]
 
@@ -68,8 +67,7 @@ class PopularStarters:
         weight, n = like[self.list], len(self.starters)
         # A mean of surprises, pulled to zero where few were shown.
         value = np.bincount(self.number, weight * self.surplus, n) / (
-            np.bincount(self.number, weight, n) + SHRINKAGE
-        )
+            np.bincount(self.number, weight, n) + SHRINKAGE)
         order, best = np.argsort(-value, kind="stable"), []
         for start in range(0, n, self.candidates):  # until enough pass
             batch = order[start : start + self.candidates]
@@ -85,6 +83,5 @@ class PopularStarters:
         utility = torch.tensor(value[best], dtype=torch.float32)[None]  # (1, N)
         similarity = (vectors @ vectors.T)[None]  # (1, N, N): one row of a batch
         (order,) = list_order(
-            config.dpo, config.generator.list_size, utility, similarity, expand=len(best)
-        )
+            config.dpo, config.generator.list_size, utility, similarity, expand=len(best))
         return [self.starters[best[i]] for i in order]

@@ -74,8 +74,7 @@ def stage_dialogues(run: Run, players: Players, key: str) -> dict:
     return {
         "contexts": len(rows), "kept": len(kept), "unsafe": sum(c.unsafe for c in contexts),
         "cut": dict(cut), "suggestions": dict(single), "lists": dict(groups),
-        "splits": dict(sorted(splits.items())), "longer_than_the_prompt": shortened,
-    }
+        "splits": dict(sorted(splits.items())), "longer_than_the_prompt": shortened}
 
 
 # ------------------------------------------------------------------------------ phase 1: contexts
@@ -110,8 +109,7 @@ def read_contexts(run: Run) -> list[Context]:
     weeks = read_json(run.folder / "dialogues" / "weeks.json")
     return [
         Context(row, SPLITS[splits[people[row.dialogue_id]]], weeks[row.dialogue_id])
-        for row in rows
-    ]
+        for row in rows]
 
 
 def weeks_of(rows: list[data.Dialogue]) -> dict[str, int]:
@@ -125,8 +123,7 @@ def weeks_of(rows: list[data.Dialogue]) -> dict[str, int]:
     return {
         row.dialogue_id: max(0, (row.timestamp - start) // timedelta(weeks=1) - first + 1)
         if row.timestamp and first > 0 else 0
-        for row in rows
-    }
+        for row in rows}
 
 
 def chosen(contexts: Iterable[Context], split: str, unsafe: bool = False) -> list[Context]:

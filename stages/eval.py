@@ -11,15 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from files import (
-    UserError,
-    progress,
-    read_json,
-    read_yaml,
-    write_json,
-    write_lines,
-    write_text,
-)
+from files import UserError, progress, read_json, read_yaml, write_json, write_lines, write_text
 from roles.players import Players
 from roles.writer import Writer
 from run import Run, UserState
@@ -97,8 +89,7 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
     lists = write_lists(run, players.writer, whole, told, settings.lists)
     rows = [  # of starters.jsonl, a user a line
         {"user_id": u, "interests": s.interests, "starters": {m: lists[m][u] for m in lists}}
-        for u, s in states.items()
-    ]
+        for u, s in states.items()]
     write_lines(folder / "starters.jsonl", rows)
     # Hidden state is opened here for the first time: every method has written by now.
     truth = None if run.config.data.users else people.load_truth(run.folder / "world")
@@ -192,8 +183,7 @@ def table_markdown(result: dict) -> str:
         texts["legend"], "", "Brackets: 95 % bootstrap over users.", "",
         "The paper's Table 1 (Qwen2.5-7B, its own platform and ranker):", "",
         markdown_table(["Method", "R-User", "R-Score", "Lexical", "Semantic"],
-                       [[method, *figures] for method, figures in paper.items()]),
-    ])
+                       [[method, *figures] for method, figures in paper.items()])])
 
 
 def examples_page(head: str, rows: list[dict]) -> str:

@@ -21,8 +21,7 @@ def stage_match(run: Run, players: Players, key: str) -> dict:
     # Equal texts are asked about once: only whether one comes back counts.
     jobs = [
         (run.histories[u][c].texts, sorted({s.summary for s in run.parts(u, c)[1]}))
-        for u, c in rows
-    ]
+        for u, c in rows]
     everyone = ([s.summary for s in user.sessions] for user in run.users.values())
     labels: dict[str, list[list[int]]] = {user_id: [] for user_id in run.users}
     for (user_id, _), matches in zip(rows, players.match(jobs, everyone), strict=True):  # (E, L)
@@ -36,8 +35,7 @@ def stage_match(run: Run, players: Players, key: str) -> dict:
     return {
         "summaries": len(flat),
         "unknown": len(flat) - len(answered),
-        "revisited_share": float(answered.mean()) if len(answered) else 0.0,
-    }
+        "revisited_share": float(answered.mean()) if len(answered) else 0.0}
 
 
 Row = tuple[str, int]  # a user at a cut of the log

@@ -24,7 +24,6 @@ def stage_merge(run: Run, players: Players, key: str) -> dict:
         f"LoRA adapter `{adapter.relative_to(run.folder.path)}` of an IceBreaker run (config "
         f"`{digest(run.config)}`) merged in, bfloat16.\n\nPrompt: the chat template "
         f"around `{g.instruction.format(n=g.list_size)}` and one line `- interest` for each "
-        f"interest, best first. Answer: `<sug> a && b && ... </sug>`.\n"
-    )
+        f"interest, best first. Answer: `<sug> a && b && ... </sug>`.\n")
     llm.merge_adapter(base, adapter, writer.tokenizer, folder, card)  # whole or not at all
     return {"folder": str(folder), "adapter": str(adapter)}

@@ -119,8 +119,7 @@ def expected_calibration_error(probabilities, targets, bins: int = 10) -> float:
     order = np.array_split(np.argsort(probabilities, kind="stable"), bins)
     return float(
         sum(len(i) * abs(probabilities[i].mean() - targets[i].mean()) for i in order if len(i))
-        / len(probabilities)
-    )
+        / len(probabilities))
 
 
 def common_share(values: torch.Tensor) -> float:
@@ -221,8 +220,7 @@ def measure(
         "dissimilarity": dissimilarity,
         "starters": lambda _, starters: len(starters),
         "empty": lambda _, starters: float(not starters),  # a share, once averaged
-        "full": lambda _, starters: float(len(starters) >= k),
-    }
+        "full": lambda _, starters: float(len(starters) >= k)}
     for name, is_about in {"named": names_subject, "grounded": grounded}.items():
         # A share of the starters that are left: of none it is 0.
         metrics[name] = lambda u, ys, is_about=is_about: (

@@ -60,9 +60,7 @@ def list_order(
         rich = (free.sum(1) >= list_size).nonzero().flatten()  # rows that can fill another list
         if not len(rich):
             break
-        beams = best_lists(
-            settings, list_size, utility[rich], similarity[rich], free[rich], expand
-        )
+        beams = best_lists(settings, list_size, utility[rich], similarity[rich], free[rich], expand)
         for row, best in zip(rich.tolist(), beams[:, 0].tolist(), strict=True):
             order[row] += best
         free[rich] = free[rich].scatter(1, beams[:, 0], False)  # no starter stands in two lists

@@ -94,9 +94,7 @@ def page(scores: dict[str, tuple[Tensor, ...]], intents: Sequence[str], n: int) 
             + markdown_table(["Method", *names], cells))
 
 
-def values_of(
-    contexts: Sequence[Context], n: int, *scores: Tensor
-) -> dict[str, dict[str, float]]:
+def values_of(contexts: Sequence[Context], n: int, *scores: Tensor) -> dict[str, dict[str, float]]:
     """Metric -> context -> its mean over n answers; without contexts of which nothing is judged."""
     result: dict[str, dict[str, float]] = {column: {} for column in COLUMNS}
     for i, context in enumerate(contexts):

@@ -47,8 +47,7 @@ def stage_ranker(run: Run, players: Players, key: str) -> dict:
 def shown_lists(run: Run, user_ids: list[str]) -> Shown:
     """Impressions of these users, each with the user's state at the latest cut before it."""
     begins = {  # when each cut of a user was
-        u: [data.cut_time(run.users[u], share) for share in run.config.data.cuts] for u in user_ids
-    }
+        u: [data.cut_time(run.users[u], share) for share in run.config.data.cuts] for u in user_ids}
     pairs = []
     for impression in run.impressions:
         if impression.user_id in begins and impression.timestamp:
@@ -67,8 +66,7 @@ def fit_rankers(run: Run, lists: dict[str, Shown], folder: str) -> dict:
             raise UserError(
                 f"{run.impressions_file}: timestamp: no list of the {name} users was shown after "
                 f"the first {run.config.data.cuts[0]:.0%} (data.cuts) of their sessions; a ranker "
-                f"needs the times of lists and of sessions"
-            )
+                f"needs the times of lists and of sessions")
     rows, states = ranker_inputs(run, lists["test"])
     every, figures = torch.arange(len(rows["list"])), {}  # test users: no ranker learns from them
     for name in ("train", "judge"):
@@ -76,8 +74,7 @@ def fit_rankers(run: Run, lists: dict[str, Shown], folder: str) -> dict:
         if len(tapped) < 10 or len(set(tapped)) < 2:
             raise UserError(
                 f"{run.impressions_file}: clicked: fewer than 10 lists with a tap, or fewer than "
-                f"two people's, among the {name} users; a ranker needs more logs"
-            )
+                f"two people's, among the {name} users; a ranker needs more logs")
         label = f"{folder}/{name}".removeprefix("ranker/")  # names the seed and lines of the log
         ranker = fit_ranker(run, lists[name], label, run.folder / folder / f"{name}.safetensors")
         with torch.no_grad():
@@ -90,8 +87,7 @@ def fit_rankers(run: Run, lists: dict[str, Shown], folder: str) -> dict:
             "auc_slot_controlled": metrics.slot_controlled_auc(logits.numpy(), clicked, slots),
             "auc_in_lists": auc_in_lists(logits.numpy(), clicked, rows["list"].numpy()),
             "common_share": common_share(ranker, rows, states),
-            "ece": metrics.expected_calibration_error(shown.numpy(), rows["targets"].numpy()),
-        }
+            "ece": metrics.expected_calibration_error(shown.numpy(), rows["targets"].numpy())}
     return figures
 
 
@@ -119,8 +115,7 @@ def fit_ranker(run: Run, shown: Shown, label: str, path: Path) -> ib.UtilityRank
     held_out = {user_id for i, user_id in enumerate(users) if i % 7 == 0}  # whole users, no lists
     fit, stop = (
         ranker_inputs(run, [pair for pair in shown if (pair[0].user_id in held_out) == side])
-        for side in (False, True)
-    )
+        for side in (False, True))
     torch.manual_seed(run.seed("ranker", label))
     ranker = new_ranker(run)
     settle(ranker, *fit)
@@ -131,11 +126,9 @@ def fit_ranker(run: Run, shown: Shown, label: str, path: Path) -> ib.UtilityRank
     optimiser = torch.optim.AdamW(
         [
             {"params": linear, "weight_decay": 0.05},  # D is large, taps few
-            {"params": ranker.slot.parameters(), "lr": SLOT_LEARNING_RATE},
-        ],
+            {"params": ranker.slot.parameters(), "lr": SLOT_LEARNING_RATE}],
         settings.learning_rate,
-        weight_decay=0.0,
-    )
+        weight_decay=0.0)
     best = Best(ranker)
     for epoch in (bar := progress(range(settings.epochs), f"ranker {label}")):
         # Lists in random order, each with its starters together.
@@ -152,8 +145,7 @@ def fit_ranker(run: Run, shown: Shown, label: str, path: Path) -> ib.UtilityRank
         with torch.no_grad():
             stop_loss = fit_loss(ranker, stop, settings.in_list).item()
         run.folder.log(
-            "ranker", ranker=label, epoch=epoch, loss=loss.item(), held_out_loss=stop_loss
-        )
+            "ranker", ranker=label, epoch=epoch, loss=loss.item(), held_out_loss=stop_loss)
         bar.set(loss=stop_loss)
         best.offer(-stop_loss)
         if best.waited > settings.patience:
@@ -192,8 +184,7 @@ def ranker_inputs(run: Run, shown: Shown) -> tuple[dict, dict]:
     rows = [
         (y, slot, slot in impression.clicked, impression.sessions_after, i)
         for i, (impression, _) in enumerate(shown)
-        for slot, y in enumerate(impression.starters)
-    ]
+        for slot, y in enumerate(impression.starters)]
     starters, slots, clicked, after, numbers = zip(*rows, strict=True)
     clicks = torch.tensor(clicked, dtype=torch.float32)
     depth = torch.tensor([float("nan") if n is None else n for n in after])  # (B,), unknown: nan
@@ -213,8 +204,7 @@ def ranker_logits(ranker, rows: dict, states: dict, index, with_slots: bool = Tr
     return ranker(
         **{name: values[lists] for name, values in states.items()},
         starters=rows["starters"][index],
-        slots=rows["slots"][index] if with_slots else None,
-    )
+        slots=rows["slots"][index] if with_slots else None)
 
 
 # --------------------------------------------------------------------- the ranker as others use it

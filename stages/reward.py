@@ -238,5 +238,4 @@ def load_reward(run: Run, suggester: Suggester, kind: RewardKind, model=None) ->
     model = model or suggester.policy(folder / "adapter")
     head = new_head(model)
     load_weights(head, folder / "head.safetensors")
-    return RewardModel(suggester, model, kind, head,
-                       llm.adapter_weights(model, folder / "adapter"))
+    return RewardModel(suggester, model, kind, head, llm.adapter_weights(model, folder / "adapter"))

@@ -219,8 +219,7 @@ def train_tower(
 def contrast(tower, inputs: dict, labels, ids, settings: RidConfig, cross_user: float):
     """Scores (B, N), Eq. (2), of each user's summaries; Eq. (3) of every (user, positive) (P,)."""
     user, sessions = tower(**inputs)  # (B, H), (B, N, H)
-    scores, weights = ib.contrastive_rows(
-        user, sessions, labels == 1, labels >= 0, ids, cross_user)
+    scores, weights = ib.contrastive_rows(user, sessions, labels == 1, labels >= 0, ids, cross_user)
     loss = ib.contrastive_loss(scores, settings.temperature, weights)
     return (sessions @ user[..., None]).squeeze(-1), loss  # both vectors are unit: cosines
 

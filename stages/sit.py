@@ -54,8 +54,7 @@ def stage_sit(run: Run, players: Players, key: str) -> dict:
     if not rows:
         raise UserError(
             "sit: the teacher wrote no full list for any user; generator.list_size may be larger "
-            "than the interests allow"
-        )
+            "than the interests allow")
     languages = Counter(majority_language(state.interests) for state in states)
     corpus, left_out = draw_corpus(run, languages, settings.corpus_rows, rng)
     taught_rows = len(rows)  # those of the corpus are mixed in: each epoch has its own order
@@ -63,8 +62,7 @@ def stage_sit(run: Run, players: Players, key: str) -> dict:
     model, figures = instruct(run, writer, rows, settings, "sit")
     if settings.own_lists:  # Table 8: once more, with what the policy has learned to write
         sampled = writer.sample(
-            model, [s.interests for s in states], settings.own_lists, run.seed("sit", "own")
-        )
+            model, [s.interests for s in states], settings.own_lists, run.seed("sit", "own"))
         rows += full_rows(writer, states, sampled, k)
         model, figures = instruct(run, writer, rows, settings, "sit")
     llm.save_adapter(model, run.adapter("sit"))
@@ -99,8 +97,7 @@ def draw_corpus(
             row
             for row in rows
             if len(row.starters) >= run.config.generator.list_size
-            and row.source.removeprefix("stackexchange:") not in tested
-        ]
+            and row.source.removeprefix("stackexchange:") not in tested]
         left_out += len(rows) - len(usable)
         quota = round(limit * languages[lang] / total)
         drawn += rng.sample(usable, min(quota, len(usable)))
@@ -188,10 +185,7 @@ def taught_lists(
     orders = [
         (s.interests, run.seed("teacher", purpose, s.interests, i))
         for s in share(states)
-        for i in range(n)
-    ]
+        for i in range(n)]
     inputs, seeds = [interests for interests, _ in orders], [seed for _, seed in orders]
     lists = players.teach(inputs, seeds)  # None where the call failed
-    return gather(
-        [[x for x in lists[i : i + n] if x is not None] for i in range(0, len(lists), n)]
-    )
+    return gather([[x for x in lists[i : i + n] if x is not None] for i in range(0, len(lists), n)])

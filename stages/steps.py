@@ -68,8 +68,7 @@ def new_optimiser(model, learning_rate: float, steps: int):
     )
     warm = max(1, steps // 10)  # Adam's second moments are noise at first
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda i: min((i + 1) / warm, max(0.0, (steps - i) / max(1, steps - warm)))
-    )
+        optimiser, lambda i: min((i + 1) / warm, max(0.0, (steps - i) / max(1, steps - warm))))
     return optimiser, schedule
 
 

@@ -15,8 +15,7 @@ def stage_summarize(run: Run, players: Players, key: str) -> dict:
         (user.user_id, i, session.messages)
         for user in run.logged_users
         for i, session in enumerate(user.sessions)
-        if not session.summary
-    ]
+        if not session.summary]
     written = players.summarise([messages for *_, messages in missing])
     summaries: dict[str, dict[str, str]] = {}  # user -> number of a session -> its summary
     for (user_id, i, _), text in zip(missing, written, strict=True):

@@ -61,8 +61,7 @@ def domain_rows(run: Run, players: Players) -> tuple[Rows, str]:
     language of most."""
     suggester, rng = Suggester(players.writer), random.Random(run.seed("sft contexts"))
     # A list is fit to learn whole or not at all (stages/dialogues.py).
-    lists = [(c, three) for c in log_contexts(run)[0]
-             if (three := clicked_list(c, run, Counter()))]
+    lists = [(c, three) for c in log_contexts(run)[0] if (three := clicked_list(c, run, Counter()))]
     if not lists:
         raise UserError("sft: no clicked list of three is fit to learn")
     # Before encoding, which of thousands of contexts would take minutes.

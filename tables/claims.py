@@ -169,8 +169,7 @@ def judged(
             # Of how much trainings differ the interval says nothing.
             "same_sign": sum(bool(np.sign(gap) == np.sign(value)) for gap in by_seed),
             "seeds": len(seeds),
-            "share": share_of_effect(claim.paper, *lifts_of(seeds, claim, sides)),
-        })
+            "share": share_of_effect(claim.paper, *lifts_of(seeds, claim, sides))})
     for table in {row["table"] for row in rows}:  # Holm's correction is for the claims of a table
         some = [row for row in rows if row["table"] == table]
         said = verdicts([row["interval"] for row in some], [row["p"] for row in some])

@@ -80,8 +80,7 @@ def searched(run: Run, lists: Written, n: int, **settings) -> Written:
     dpo = run.config.dpo.model_copy(update=settings)
     rows = pools.searched(
         run.config.model_copy(update={"dpo": dpo}), run.encoder, load_ranker(run, "train"),
-        [run.states[u][-1] for u in lists], [*map(pool_of, lists.values())], n,
-    )
+        [run.states[u][-1] for u in lists], [*map(pool_of, lists.values())], n)
     return dict(zip(lists, rows, strict=True))
 
 

@@ -261,9 +261,7 @@ def logged_pairs(run: Run) -> dict[str, list[Shown]]:
     return result
 
 
-def shifted_pairs(
-    truth: Truth, rows: list[Shown], lists: dict[str, list[str]]
-) -> list[Shown]:
+def shifted_pairs(truth: Truth, rows: list[Shown], lists: dict[str, list[str]]) -> list[Shown]:
     """The contexts with another policy's suggestions, and the pairs that clicks on these give."""
     result = []
     for row in rows if lists else ():

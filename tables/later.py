@@ -248,8 +248,7 @@ def section(kept: Later) -> str:
             for more, less in texts["differences"] if {more, less} <= {*methods}]
     verdicts = seeds.with_verdicts(gaps)
     tables += ["### Differences", "", metrics.markdown_table(texts["head"], verdicts)]
-    rid = [[title, metrics.escape(method), str(len(rows)),
-            seeds.summary([[*rows.values()]], ".3f")]
+    rid = [[title, metrics.escape(method), str(len(rows)), seeds.summary([[*rows.values()]], ".3f")]
            for title, name in texts["rid"].items() for method, rows in values.get(name, {}).items()]
     tables += ["### Interests", "", metrics.markdown_table(texts["rid_head"], rid)]
     about = {key: metrics.escape(str(value)) for key, value in kept.model_dump().items()}

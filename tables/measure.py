@@ -122,8 +122,7 @@ def seed_values(run: Run, main: Lists, written: Lists) -> dict:
         "topics": {stage: {u: hidden.topics(truth, theirs) for u, theirs in rows.items()}
                    for stage, rows in texts.items()},
         "cases": cases(run, values, lists, users),
-        "basis": basis(run, truth, classifier, users, texts["IceBreaker"]),
-    }
+        "basis": basis(run, truth, classifier, users, texts["IceBreaker"])}
     run.encoder.save()
     return figures
 
@@ -149,8 +148,7 @@ def compared_lists(run: Run, players: Players, truth: people.Truth, main: Lists,
     users = list(main["rule-based"])
     lists = {  # as many of every method: what was written for list search is left out
         name: {u: rows[u][: run.config.ab.lists] for u in users}
-        for name, rows in {**written, "teacher": online["teacher"]}.items()
-    }
+        for name, rows in {**written, "teacher": online["teacher"]}.items()}
     lists |= controls.few_sessions(run, players.writer, users)
     popular = PopularStarters(run)  # as if nothing were known but the profile, when serving
     lists["popular starters"] = {u: [popular(run.users[u].profile)] for u in users}
@@ -192,8 +190,7 @@ def cases(run: Run, values: PerUser, lists: Lists, users: list[str]) -> list[dic
          "summaries": run.histories[user][-1].texts[::-1][:12],  # the latest first
          "interests": run.states[user][-1].interests,
          "starters": {m: lists[m][user][0] for m in (RETRIEVAL, "SFT", "IceBreaker")}}
-        for percentile, user in chosen.items()
-    ]
+        for percentile, user in chosen.items()]
 
 
 def basis(run: Run, truth: people.Truth, classifier, users: list[str], texts: dict) -> dict:
@@ -210,5 +207,4 @@ def basis(run: Run, truth: people.Truth, classifier, users: list[str], texts: di
         "classifier": classifier.accuracy,
         "classifier_on_starters": hidden.classifier_accuracy(truth, classifier, starters),
         # The gate can act only where more pass it than it must keep.
-        "above_least": float((kept > config.rid.min_keep).mean()),
-    }
+        "above_least": float((kept > config.rid.min_keep).mean())}

@@ -237,12 +237,10 @@ def write(
     methods = {  # method -> metric -> [mean, half-width over seeds], for who wants to plot it anew
         method: {metric: over_seeds(per_seed(seeds, method, metric))
                  for metric in [*values[method], *[*LIFTS] * ("utility" in values[method])]}
-        for method in in_all(seeds)
-    }
+        for method in in_all(seeds)}
     write_json(folder / "reproduction.json", {
         "about": about, "methods": methods, "online": ab.lifts([s["ab"] for s in seeds]),
-        "basis": [s["basis"] for s in seeds], "claims": rows,
-    })
+        "basis": [s["basis"] for s in seeds], "claims": rows})
     names = pictures(seeds, log, folder, wanted)  # before the page that shows them
     write_text(folder / "reproduction.md", reproduction_page(seeds, wanted, note, names))
     write_text(folder / "claims.md", claims_page(rows, note))

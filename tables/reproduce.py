@@ -117,8 +117,7 @@ def measured(
     return [read_json(report_folder(config) / "values.json") for config in configs], {
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "seeds": [*runs], "config": digest(configs[0]), "commit": starts[-1]["commit"],
-        "starts": starts, "processors": os.cpu_count(),
-    }
+        "starts": starts, "processors": os.cpu_count()}
 
 
 def tasks_of(

@@ -41,8 +41,7 @@ def describe_users(users: list[User]) -> dict[str, object]:
         "sessions without a timestamp": sum(s.timestamp is None for s in sessions),
         "users without a profile": sum(not u.profile for u in users),
         "users without a session": sum(not u.sessions for u in users),
-        "likely robots": sum(map(_is_robot, users)),
-    }
+        "likely robots": sum(map(_is_robot, users))}
 
 
 def _spread(values: list[int]) -> str:
@@ -69,8 +68,7 @@ def describe_impressions(impressions: list[Impression]) -> dict[str, object]:
         "clicks by slot": by_slot,  # not comparable: the first slot is seen most
         "lists without a timestamp": sum(i.timestamp is None for i in impressions),
         # Where it is missing, a tap counts as one that led on middling far (icebreaker).
-        "lists without sessions_after": sum(i.sessions_after is None for i in impressions),
-    }
+        "lists without sessions_after": sum(i.sessions_after is None for i in impressions)}
 
 
 def _clicks(lists: list[tuple[list[str], list[int]]]) -> tuple[str, str]:
@@ -100,8 +98,7 @@ def describe_dialogues(dialogues: list[Dialogue]) -> dict[str, object]:
         "clicks by slot": by_slot,
         # Only these make pairs for a reward model: the slot filter (003, section 3.5).
         "lists clicked past the first": sum(bool(d.clicked) and 0 not in d.clicked for d in shown),
-        "contexts without a timestamp": sum(d.timestamp is None for d in dialogues),
-    }
+        "contexts without a timestamp": sum(d.timestamp is None for d in dialogues)}
 
 
 def describe(path: str | Path) -> dict[str, object]:

@@ -213,8 +213,7 @@ def stage_bytes(config: Config, s: Shape, a: int) -> dict[str, dict[str, float]]
         "sit": training(s, g, at_once(config.sit.batch_users), config.sit.lists_per_row, a),
         "dpo": training(s, g, at_once(dpo.batch_users), 1 + len(dpo.negatives), a),  # one is chosen
         # Checkpoints are tried out between two steps: gradients, AdamW and the best are there too.
-        "sampling": sampling(s, g, fewest, a, lora_bytes=20),
-    }
+        "sampling": sampling(s, g, fewest, a, lora_bytes=20)}
     return {name: terms | {"other models": others[name], "peak": terms["peak"] + others[name]}
             for name, terms in stages.items()}
 

@@ -190,8 +190,7 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
         tokenizer_object=tokenizer, pad_token=special[0], eos_token=special[2],
         additional_special_tokens=special[1:2],
         clean_up_tokenization_spaces=False,  # or " ?" would lose its space
-        chat_template=CHATML,
-    )
+        chat_template=CHATML)
 
 
 def new_model(settings: Settings, tokenizer) -> Qwen2ForCausalLM:
@@ -199,8 +198,7 @@ def new_model(settings: Settings, tokenizer) -> Qwen2ForCausalLM:
     torch.manual_seed(settings.seed)
     model = Qwen2ForCausalLM(Qwen2Config(
         **SHAPE, vocab_size=len(tokenizer), bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    ))
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     # The tokens that begin an interest line and a list of starters.
     install_copy_circuit(model, *tokenizer.convert_tokens_to_ids(["-", "<"]))
     return model
@@ -303,8 +301,7 @@ def build(settings: Settings, folder: str | Path) -> dict:
     figures = {
         "parameters": model.num_parameters(), "held_out_loss": loss,
         **copying(model, tokenizer, settings.seed),
-        "seconds": round(time.time() - started), "made_by": f"{device}, torch {torch.__version__}",
-    }
+        "seconds": round(time.time() - started), "made_by": f"{device}, torch {torch.__version__}"}
     with atomic_path(folder) as temporary:
         model.save_pretrained(temporary, safe_serialization=True)
         tokenizer.save_pretrained(temporary)
@@ -319,8 +316,7 @@ def copying(model, tokenizer, seed: int) -> dict:
     new = [corpus.prompt("en", count, held_out=True) for count in range(1, 9) for _ in range(12)]
     lists = llm.sample(
         model, tokenizer, [_prompt(tokenizer, lines) for lines, _ in new], 1, seed=0,
-        max_new_tokens=TASK.max_new_tokens, temperature=TASK.temperature, top_p=TASK.top_p,
-    )
+        max_new_tokens=TASK.max_new_tokens, temperature=TASK.temperature, top_p=TASK.top_p)
     whole, copied = [], []
     for (_, subjects), (text,) in zip(new, lists, strict=True):
         starters = text.removeprefix("<sug>").partition("</sug>")[0].split("&&")

@@ -188,8 +188,7 @@ class World:
             "chores": float(rng.beta(*CHORES)),
             # People differ as much as angles do.
             "angles": [float(liking + rng.normal(0, np.std(likings))) for liking in likings],
-            "robot": robot, "asked": set(), "last_day": self.settings.days,
-        }
+            "robot": robot, "asked": set(), "last_day": self.settings.days}
 
     def _popularity(self, topics: Iterable[str]) -> np.ndarray:
         """Share of each of these topics in what people come upon."""
