@@ -78,7 +78,6 @@ class ShopConfig(Section):  # the simulated shop: world/shop.py
 
 class EncoderConfig(Section):
     name: str = ""  # any sentence-transformers model; empty: the packaged all-MiniLM-L6-v2
-    batch_size: Count = 64
 
 
 class RolesConfig(Section):
@@ -103,7 +102,6 @@ class RidConfig(Section):
     hidden: Count = 64  # width of E_u, E_h and of the space they share, per tower
     # Scorers whose cosines are averaged, each trained without one fold of the users.
     towers: Annotated[int, Field(ge=2)] = 5
-    dropout: float = Field(0.5, ge=0, lt=1)
     temperature: Positive = 0.2  # Eq. (3)
     cross_user: NotNegative = 0.01  # weight of a cross-user negative; within the user it is 1
     # Share of the loss that is the distance to boosted trees on the same statistics; 0: Eq. (3).
@@ -111,7 +109,6 @@ class RidConfig(Section):
     learning_rate: Positive = 1e-3
     epochs: Count = 40
     patience: CountFromZero = 4  # epochs without a lower loss on the left-out fold, waited through
-    batch_users: Count = 16
     activity_groups: Count = 3
     min_keep: Count = 3  # with fewer, five starters say the same thing again
     max_keep: Count = 6
@@ -120,7 +117,6 @@ class RidConfig(Section):
 
 
 class RankerConfig(Section):
-    learning_rate: Positive = 1e-3
     epochs: Count = 20
     patience: CountFromZero = 3
     batch_impressions: Count = 200
@@ -289,7 +285,6 @@ class EvalConfig(Section):
 
 class ServeConfig(Section):  # serve.py
     store: str = ""  # SQLite file of users, shown lists and taps; empty: serve.sqlite of the run
-    key_env: str = "ICEBREAKER_KEY"  # the variable that holds the clients' key
     # Where a proxy asks under another Host than browsers: the site's own, as https://chat.example.
     origin: Annotated[str, Field(pattern=r"^(https?://[^/\s]+)?$")] = ""
     candidates: Count = 4  # lists sampled for an answer and searched; 1, as the paper deploys
@@ -301,7 +296,6 @@ class ServeConfig(Section):  # serve.py
     repeat_days: Annotated[float, Field(ge=0)] = 7.0
     # Methods that users are split over.
     arms: list[Literal["PE", "SFT", "IceBreaker"]] = Field(["IceBreaker"], min_length=1)
-    max_sessions: Count = 500  # kept of a user, and taken in one request
 
 
 class Config(Section):

@@ -108,10 +108,9 @@ class Run:
 
     @cached_property
     def encoder(self) -> Encoder:
-        settings = self.config.encoder
+        name = self.config.encoder.name
         # By the model: another encoder must not read this one's vectors.
-        cache = self.folder / f"embeddings-{digest(settings.name)}.safetensors"
-        return Encoder(settings.name, settings.batch_size, cache)
+        return Encoder(name, self.folder / f"embeddings-{digest(name)}.safetensors")
 
     @cached_property
     def logged_users(self) -> list[data.User]:

@@ -76,7 +76,7 @@ def create_app(
     config: Config, engine: Engine | Suggestions, store: Store, host: str = "127.0.0.1"
 ) -> FastAPI:
     """The app that is served on `host`. Raises UserError where that needs a key and has none."""
-    key, desk = key_for(config, host), Desk(config, engine, store)
+    key, desk = key_for(host), Desk(config, engine, store)
     app = FastAPI(title="IceBreaker", version="1", docs_url=None, redoc_url=None,
                   redirect_slashes=False, lifespan=lifespan,
                   responses={status: {"model": Fault} for status in STATUSES},
@@ -235,8 +235,8 @@ async def chat_completions(body: openwebui.ChatBody, request: Request, desk: App
 
 
 def check_number(sessions: list, desk: Desk) -> None:
-    if len(sessions) > (most := desk.settings.max_sessions):
-        raise invalid(f"more than {most} (serve.max_sessions)", "sessions")
+    if len(sessions) > (most := desk.store.max_sessions):
+        raise invalid(f"more than {most}", "sessions")
 
 
 @router.put("/v1/users/{user_id:path}/sessions", response_model=dict[str, str | int],
@@ -369,11 +369,11 @@ def main() -> None:
     torch.set_num_threads(max(1, min(torch.get_num_threads(), os.cpu_count() - 1)))
     sys.setswitchinterval(0.0005)  # a request need not wait 5 ms for the engine's thread
     if not arguments.precompute:  # both before any model is loaded for nothing
-        key_for(config, arguments.host)
+        key_for(arguments.host)
         sock = bound(arguments.host, arguments.port)
     if arguments.precompute and config.run.method != "icebreaker":
         raise UserError("--precompute: next queries follow what is said, and are not written ahead")
-    store = Store(config.serve.store or run / "serve.sqlite", config.serve.max_sessions)
+    store = Store(config.serve.store or run / "serve.sqlite")
     if config.run.method != "icebreaker":
         engine = Suggestions(config)
     else:

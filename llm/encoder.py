@@ -18,6 +18,7 @@ from torch import Tensor
 
 from files import UserError, progress, read_tensors, sha256, write_tensors
 
+BATCH = 64  # texts that are read together
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
@@ -27,9 +28,8 @@ class Encoder:
     Raises UserError if the model cannot be loaded.
     """
 
-    def __init__(self, name: str = "", batch_size: int = 64, cache: str | Path | None = None):
-        self.name, self.batch_size = name, batch_size
-        self.cache = Path(cache) if cache else None
+    def __init__(self, name: str = "", cache: str | Path | None = None):
+        self.name, self.cache = name, Path(cache) if cache else None
         self._vectors: dict[bytes, Tensor] = {}  # by digest of the text, oldest first
         if self.cache and self.cache.is_file():
             stored = read_tensors(self.cache)
@@ -68,13 +68,13 @@ class Encoder:
 
     def _encode(self, texts: dict[bytes, str]) -> dict[bytes, Tensor]:
         """Key -> vector. Batches are those of one `encode` call: like lengths together."""
-        keys, size, vectors = list(texts), self.batch_size, {}
+        keys, vectors = list(texts), {}
         order = np.argsort([-len(text) for text in texts.values()])  # as sentence-transformers does
-        starts = range(0, len(order), size)
+        starts = range(0, len(order), BATCH)
         for start in progress(starts, "encode") if len(order) > 500 else starts:
-            part = [keys[i] for i in order[start : start + size]]
+            part = [keys[i] for i in order[start : start + BATCH]]
             rows = self.model.encode(
-                [texts[key] for key in part], batch_size=size, normalize_embeddings=True,
+                [texts[key] for key in part], batch_size=BATCH, normalize_embeddings=True,
                 convert_to_tensor=True, show_progress_bar=False)
             vectors.update(zip(part, rows.float().cpu(), strict=True))  # (D,) each
         return vectors

@@ -114,7 +114,7 @@ class InlineSession(Session):
 
 class StartersBody(Body):
     user_id: Id | None = None
-    sessions: list[InlineSession] | None = None  # at most serve.max_sessions, as below
+    sessions: list[InlineSession] | None = None  # at most Store.max_sessions, as below
     profile: Profile | None = None
     n: Annotated[int, Field(ge=1, le=10)] = 5  # starters; perhaps fewer are good
     refresh: bool = False  # other starters than those that were answered, shown or not

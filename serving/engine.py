@@ -29,6 +29,7 @@ import llm
 import roles
 from config import Config
 from files import UserError, digest
+from llm.encoder import BATCH
 from roles.players import Players
 from roles.prompted import ROOM
 from roles.writer import Writer
@@ -227,7 +228,7 @@ class Engine:
         while order:
             if nobody_waits():
                 return False
-            size = min(self.run.encoder.batch_size, 1 + CHUNK // (1 + len(order[0])))
+            size = min(BATCH, 1 + CHUNK // (1 + len(order[0])))
             self.run.encoder(order[:size])
             del order[:size]
         return True

@@ -19,13 +19,13 @@ from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
-from config import Config
 from files import UserError
 from serving import openwebui
 from serving.desk import Desk
 from serving.queue import log, where
 
 MAX_BODY = 2**20  # bytes
+KEY_VARIABLE = "ICEBREAKER_KEY"  # of the environment: the clients' key
 SHORTEST_KEY = 16  # characters
 OPEN = ("/livez", "/readyz")  # for whoever watches the process; they say nothing of a user
 POLICY = b"default-src 'self'; base-uri 'none'; frame-ancestors 'none'; form-action 'none'"
@@ -42,14 +42,14 @@ def is_loopback(name: str | None) -> bool:
     return name == "localhost"
 
 
-def key_for(config: Config, host: str) -> str:
+def key_for(host: str) -> str:
     """The clients' key. Raises UserError where an address needs one and there is none."""
-    key = os.environ.get(config.serve.key_env, "")
+    key = os.environ.get(KEY_VARIABLE, "")
     if not key and not is_loopback(host):
         raise UserError(f"--host {host}: others can reach this address; put the key that clients "
-                        f"must send in the variable {config.serve.key_env} (serve.key_env)")
+                        f"must send in the variable {KEY_VARIABLE}")
     if len(key) < SHORTEST_KEY and not is_loopback(host):  # else it can be guessed by trying
-        raise UserError(f"{config.serve.key_env}: a key of at least {SHORTEST_KEY} characters, as "
+        raise UserError(f"{KEY_VARIABLE}: a key of at least {SHORTEST_KEY} characters, as "
                         "others can reach the server; openssl rand -hex 16 makes one")
     return key
 

@@ -23,6 +23,7 @@ from run import Run, UserState
 from stages import metrics
 from stages.steps import Best, load_weights, refuse_nan
 
+LEARNING_RATE = 1e-3
 SLOT_LEARNING_RATE = 0.02  # position explains most of a tap and must not wait for w
 RANK = 32  # of the bilinear form of user and starter
 SHARED = 100  # users and starters of which it is measured how much is common to all
@@ -127,7 +128,7 @@ def fit_ranker(run: Run, shown: Shown, label: str, path: Path) -> ib.UtilityRank
         [
             {"params": linear, "weight_decay": 0.05},  # D is large, taps few
             {"params": ranker.slot.parameters(), "lr": SLOT_LEARNING_RATE}],
-        settings.learning_rate,
+        LEARNING_RATE,
         weight_decay=0.0)
     best = Best(ranker)
     for epoch in (bar := progress(range(settings.epochs), f"ranker {label}")):

@@ -41,6 +41,8 @@ from stages.match import Revisits, Row
 from stages.steps import Best, load_weights, refuse_nan
 
 TEXT_DIM = 8  # a text embedding is projected to this: revisits are told by statistics, not subjects
+DROPOUT = 0.5
+BATCH_USERS = 16  # of a step
 AVERAGED = 50  # steps over which a tower's weights are averaged
 LEAST_EPOCHS = 6  # before a tower may stop: an untrained one can be lucky on a few users
 
@@ -186,8 +188,8 @@ def train_tower(
         shuffle.shuffle(order)
         tower.train()
         losses = []
-        for start in range(0, len(order), settings.batch_users):
-            rows = order[start : start + settings.batch_users]
+        for start in range(0, len(order), BATCH_USERS):
+            rows = order[start : start + BATCH_USERS]
             inputs, *labels = training_batch(run, revisits, rows, text_ids)
             scores, loss = contrast(tower, inputs, *labels, settings, settings.cross_user)
             # Trees find what ranks in 72 noisy statistics; towers alone overfit to them.
@@ -315,7 +317,7 @@ def best_of(history: ib.History, scores, n: int, duplicate_cosine: float) -> lis
 
 def new_scorer(run: Run) -> ib.ResonanceScorer:
     r, sizes = run.config.rid, (run.encoder.dim, len(ib.FEATURE_NAMES) + 1)  # D, F + 1
-    return ib.ResonanceScorer(r.towers, *sizes, TEXT_DIM, r.hidden, r.dropout)
+    return ib.ResonanceScorer(r.towers, *sizes, TEXT_DIM, r.hidden, DROPOUT)
 
 
 def histories_of(run: Run, rows: list[Row]) -> tuple[list[ib.History], torch.Tensor]:

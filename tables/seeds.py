@@ -94,7 +94,8 @@ def changed(run: SeedRun) -> str:
     """The words for train.py that tell the run from the defaults, but for seeds and name."""
     defaults = flat(Config().model_dump())
     words = [f"{key}={value if isinstance(value, str) else json.dumps(value)}"
-             for key, value in run.settings.items() if value != defaults.get(key)]
+             # Another version may have had settings that this one does not know.
+             for key, value in run.settings.items() if value != defaults.get(key, value)]
     return " ".join(shlex.join(words).split())  # one line, whatever a setting holds
 
 
