@@ -578,6 +578,10 @@ def test_components_left_out_weigh_nothing_and_unknown_ones_are_refused(whole, m
     (["rl.arms=[dpo]", "reward.kinds=[bradley_terry]"], "rl.arms=dpo needs gaussian"),
     (["rl.arms=[gaussian-judge]", "reward.kinds=[purm]"], "gaussian-judge needs gaussian"),
     (["reward.kinds=[gaussian]"], "rl.arms=bradley_terry needs bradley_terry"),
+    (["rl.arms=[gausian]"], "rl.arms: no arm 'gausian' in gausian; did you mean 'gaussian'?"),
+    (["rl.arms=[paired]"], "no arm 'paired' in paired; known: gaussian, bradley_terry, rft, dpo"),
+    (["rl.arms=[rft-judge]"], "no component 'judge' in rft-judge; known: none"),
+    (["rl.arms=[../../gaussian]"], "rl.arms: no arm"),
 ])
 def test_an_arm_without_its_model_or_without_what_there_is_not_is_refused_at_load(words, reason):
     with pytest.raises(UserError, match=re.escape(reason)):
