@@ -10,6 +10,7 @@ from.
 """
 
 import difflib
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,6 +27,9 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 Negatives = Literal["utility", "diversity", "joint", "unfit"]
 TINY = "tiny"  # generator.model: the stand-in for tests; a folder of that name is ./tiny
 Method = Literal["icebreaker", "garm", "qualeqs"]
+ONLY_FOR = {"data.users": "icebreaker", "data.feedback": "icebreaker", "data.policies": "qualeqs",
+            "data.dialogues": "garm or qualeqs", "data.catalogue": "qualeqs",
+            "generator.endpoint": "icebreaker"}  # run.method, where a setting is not for all
 Role = Literal["rules", "endpoint", "generator"]  # rules.py; an LLM at `endpoint`; the local one
 
 
@@ -183,9 +187,7 @@ class DpoConfig(Section):
     margin: NotNegative = 0.2
     tolerance: NotNegative = 0.2
     # unfit: a sampled list of which fewer than K starters may be shown.
-    negatives: list[Negatives] = Field(
-        ["utility", "diversity", "joint", "unfit"], min_length=1
-    )
+    negatives: list[Negatives] = Field(["utility", "diversity", "joint", "unfit"], min_length=1)
     beta: Positive = 0.1
     learning_rate: Positive = 2e-4
     passes: Count = 2  # over the accumulated pairs, per round
@@ -201,7 +203,7 @@ class SftConfig(Section):  # garm: stages/sft.py; qualeqs: stages/warm_start.py
     max_contexts: CountFromZero = 240  # with a click, to train on; 0: all there are
     unsafe: Share = 0.1  # so many of the contexts that are trained on are to be declined
     distillation: bool = True  # False: all three suggestions of a clicked list are learned
-    candidates: Count = 8  # that the teacher writes for a context
+    candidates: Annotated[int, Field(ge=3)] = 8  # that the teacher writes for a context
     epochs: Count = 1
     learning_rate: Positive = 1e-3
     batch_users: Count = 8  # contexts of a step
@@ -226,7 +228,7 @@ class FuseConfig(Section):  # garm: stages/fuse.py
     probe_steps: Count = 4
 
 
-ARM = r"^(rft|(gaussian|bradley_terry|dpo)(-[a-z_]+)*)$"
+ARMS = ("gaussian", "bradley_terry", "rft", "dpo")
 # Of the composite reward, stages/composite.py; the first five by rule, confidence: -sigma.
 COMPONENTS = ("format", "length", "language", "diversity", "safety", "log_perplexity", "judge",
               "reward", "confidence")
@@ -235,8 +237,7 @@ COMPONENTS = ("format", "length", "language", "diversity", "safety", "log_perple
 class RlConfig(Section):  # garm: stages/rl.py; qualeqs: stages/mine.py
     # RL with these reward models; RFT and DPO on the same rewards. Table 4: gaussian-log_perplexity
     # is RL whose reward lacks that component, however many are named.
-    arms: list[Annotated[str, Field(pattern=ARM)]] = Field(
-        ["gaussian", "bradley_terry", "rft", "dpo"], min_length=1)
+    arms: list[str] = Field([*ARMS], min_length=1)
     steps: Count = 20  # batches of fresh rollouts
     batch_users: Count = 4  # contexts of a batch
     unsafe: Share = 0.1  # so many of the contexts are to be declined
@@ -263,7 +264,7 @@ class QualityConfig(Section):  # qualeqs: stages/warm_start.py, stages/mine.py
     rounds: CountFromZero = 3  # K of Algorithm 1, each of rl.steps batches
     contexts: CountFromZero = 60  # unclicked ones that a round looks for hard ones among; 0: all
     share: Share = 0.25  # of these at most are hard
-    floor: NotNegative = 0.0  # disagreement above which a context can be hard
+    floor: float = Field(0.0, ge=0, lt=0.25)  # a hard context's u, at most 1/4, is above it
     # Beside all of it: SFT without general data; RL from the prompted base; rounds whose unclicked
     # contexts are drawn at random; rounds on clicked contexts alone.
     ablations: list[Ablation] = []
@@ -337,9 +338,9 @@ class Config(Section):
             raise ValueError("rid.min_keep: at most rid.max_keep")
         if self.ab.searched < self.ab.lists:
             raise ValueError("ab.searched: at least ab.lists")
-        if self.run.method != "icebreaker" and (data.feedback or self.generator.endpoint):
-            setting = "data.feedback" if data.feedback else "generator.endpoint"
-            raise ValueError(f"{setting}: is for run.method=icebreaker")
+        for setting, methods in ONLY_FOR.items():  # else it would be ignored without a word
+            if attrgetter(setting)(self) and self.run.method not in methods:
+                raise ValueError(f"{setting}: is for run.method={methods}")
         for arm in self.rl.arms if self.run.method == "garm" else ():
             self._check_arm(arm)
         for role, player in self.roles:
@@ -349,15 +350,15 @@ class Config(Section):
         return self
 
     def _check_arm(self, arm: str) -> None:
-        """Does the arm's reward model exist, and do the components that it goes without?"""
+        """Does the arm exist, its reward model, and the components that it goes without?"""
         method, *without = arm.split("-")
+        parts = () if method == "rft" else COMPONENTS
+        for kind, name, names in ("arm", method, ARMS), *(("component", x, parts) for x in without):
+            if name not in names:
+                raise ValueError(f"rl.arms: no {kind} '{name}' in {arm}; {_nearest(name, names)}")
         kind = {"rft": "bradley_terry", "dpo": "gaussian"}.get(method, method)
         if kind not in self.reward.kinds:
             raise ValueError(f"reward.kinds: rl.arms={arm} needs {kind}")
-        for name in set(without) - {*COMPONENTS}:
-            close = difflib.get_close_matches(name, COMPONENTS, n=1, cutoff=0.5)
-            hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(COMPONENTS)}"
-            raise ValueError(f"rl.arms: no component '{name}' in {arm}; {hint}")
 
 
 class _Loader(yaml.SafeLoader):
@@ -433,6 +434,9 @@ def _unknown(name: str) -> str:
     kind, names = "section", list(Config.model_fields)
     if "." in name:
         kind, names = "setting", [f"{sec}.{key}" for sec, keys in Config() for key, _ in keys]
-    close = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.5)
-    hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(sorted(names))}"
-    return f"unknown {kind} '{name}'; {hint}"
+    return f"unknown {kind} '{name}'; {_nearest(name, sorted(names))}"
+
+
+def _nearest(name: str, names) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names) or 'none'}"

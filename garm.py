@@ -79,8 +79,9 @@ def gaussian_loss(
     # Without it, k > 1 times every mu and sigma lowers the loss and separates no pair better.
     fit = -F.logsigmoid(_probit_margin(mu_w, sigma_w, mu_l, sigma_l))
     spread = sum(sigma.square() - 2 * sigma.log() for sigma in (_float(sigma_w), _float(sigma_l)))
-    # Departure: the bracket of Eq. (5) as printed would subtract the penalty.
-    return fit + weight * spread  # Eq. (5)
+    # Departure: the bracket of Eq. (5) as printed would subtract the penalty. Without a weight none
+    # of it: 0 times the infinite penalty of a sigma that has run away is no number.
+    return fit + weight * spread if weight else fit  # Eq. (5)
 
 
 def _probit_margin(*gaussians: Tensor) -> Tensor:  # the argument of sigmoid in Eq. (5)
@@ -270,7 +271,8 @@ def fuse(differences: Tensor, l2: float) -> Tensor:
         while loss(w - step) > loss(w) and step.abs().max() > 1e-12:
             step = step / 2
         w = w - step
-    if not l2 and (d @ w > 0).all():  # larger weights would always be better
+    margin = d @ w
+    if not l2 and (margin >= 0).all() and margin.any():  # larger weights would always be better
         raise ValueError("fuse: the rows are separable, no finite weights are best; raise l2")
     return w.to(_float(differences).dtype)
 
@@ -307,13 +309,16 @@ def pareto_adjust(
 def group_advantages(rewards: Tensor, valid: Tensor | None = None, scale: bool = True) -> Tensor:
     """Advantages (B, G) of rollouts within their group: (r - mean) / (std + 1e-4), Bessel's std.
 
-    valid (B, G) bool: the others count in no mean and get 0, as does a group without variance.
-    scale=False leaves the division out (Dr. GRPO).
+    valid (B, G) bool: the others, and what is not finite, count in no mean and get 0, as does a
+    group without variance. scale=False leaves the division out (Dr. GRPO).
     """
     rewards = _float(rewards)
-    valid = torch.ones_like(rewards, dtype=torch.bool) if valid is None else valid.bool()
+    valid = rewards.isfinite() if valid is None else valid.bool()
     if rewards.ndim != 2 or valid.shape != rewards.shape:
         raise ValueError(f"group_advantages: (B, G) wanted, not {rewards.shape}, {valid.shape}")
+    if not rewards.numel():
+        return rewards
+    valid = valid & rewards.isfinite()
     count = valid.sum(1, keepdim=True)  # (B, 1)
     mean = rewards.masked_fill(~valid, 0).sum(1, keepdim=True) / count.clamp_min(1)
     centred = (rewards - mean).masked_fill(~valid, 0)  # (B, G)
@@ -347,7 +352,8 @@ def grpo_loss(
     off = mask == 0
     # Before exp: padding may hold -inf, and 0 * nan would spoil the gradient.
     logps, old_logps = logps.masked_fill(off, 0), old_logps.masked_fill(off, 0)
-    ratio = (logps - old_logps).exp()  # (R, T)
+    # exp of more than 80 would be inf, and 0 * inf of a clipped token no gradient but nan.
+    ratio = (logps - old_logps).clamp_max(80).exp()  # (R, T)
     gain = _float(advantages)[:, None]  # (R, 1)
     loss = -torch.min(ratio * gain, ratio.clamp(1 - clip_low, 1 + clip_high) * gain)  # Eq. (11)
     if beta:
@@ -356,8 +362,8 @@ def grpo_loss(
         loss = loss + beta * (above.exp() - above - 1)  # k3: unbiased, never negative
     loss = loss.masked_fill(off, 0)
     if reduction == "sequence":
-        return (loss.sum(1) / mask.sum(1).clamp_min(1)).mean()
-    return loss.sum() / (mask.sum().clamp_min(1) if reduction == "token" else loss.numel())
+        return (loss.sum(1) / mask.sum(1).clamp_min(1)).sum() / max(1, len(loss))
+    return loss.sum() / (mask.sum().clamp_min(1) if reduction == "token" else max(1, loss.numel()))
 
 
 # ---------------------------------------------------------------------- choosing among candidates

@@ -104,18 +104,16 @@ def history_statistics(
     # Near the line a cosine counts in part; the share of words takes few values.
     similar = (torch.sigmoid((cosine - 0.6) * 20), (shared >= 0.5).float(), (shared >= 0.9).float())
     for weights in similar:
-        columns += [
-            (weights * w).sum(1).log1p()
-            for w in (torch.ones_like(since), *decays, 0.5 ** (since / 5))]
+        columns += [(weights * w).sum(1).log1p()
+                    for w in (torch.ones_like(since), *decays, 0.5 ** (since / 5))]
         columns += _spacing(weights > 0.5, days_ago)
     same = of == torch.arange(n)[:, None]  # (N, S): sessions with exactly this text
     columns += [torch.where(same, days_ago, torch.inf).amin(1).log1p(), frequency]
     columns += [(cosine > c).float().mean(1) for c in (0.5, 0.7, 0.85)]
     columns += [same.sum(1).float().log1p(), torch.where(same, since, torch.inf).amin(1).log1p()]
     raw = torch.stack(columns, 1)  # (N, F')
-    below = (raw[None] < raw[:, None]).float().sum(1) + 0.5 * (
-        raw[None] == raw[:, None]
-    ).float().sum(1)
+    below = (raw[None] < raw[:, None]).float().sum(1)
+    below = below + 0.5 * (raw[None] == raw[:, None]).float().sum(1)
     length = torch.full((n, 1), math.log1p(num_sessions) / 5)
     return torch.cat([raw / 3, below / n - 0.5, length], 1)
 
@@ -184,8 +182,8 @@ class Tower(nn.Module):
         self.text = nn.Sequential(nn.Linear(embed_dim, text_dim), nn.Dropout(dropout))
         self.norm = nn.LayerNorm(num_stats)
         width = text_dim + num_stats
-        self.session = nn.Sequential(
-            nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout / 2), nn.Linear(hidden, hidden))
+        self.session = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout / 2),
+                                     nn.Linear(hidden, hidden))
         self.element = nn.Sequential(nn.Linear(width, hidden), nn.GELU())
         self.attention = nn.Linear(hidden, 1)
         self.profile = nn.Linear(embed_dim, hidden, bias=False)
@@ -222,9 +220,8 @@ class ResonanceScorer(nn.Module):
     ) -> Tensor:
         """Inputs as of Tower -> scores (B, N); shares (B, towers) of each in a row's score."""
         pairs = [tower(embeddings, statistics, mask, profile) for tower in self.towers]
-        cosines = torch.stack(
-            [(sessions @ user[..., None]).squeeze(-1) for user, sessions in pairs], -1
-        )  # (B, N, towers), Eq. (2)
+        cosines = [(sessions @ user[..., None]).squeeze(-1) for user, sessions in pairs]
+        cosines = torch.stack(cosines, -1)  # (B, N, towers), Eq. (2)
         return cosines.mean(-1) if shares is None else (cosines * shares[:, None]).sum(-1)
 
 
@@ -260,7 +257,7 @@ def contrastive_loss(scores: Tensor, temperature: float, mask: Tensor | None = N
     A mask of numbers weighs: one of 0.01 counts as a hundredth of a negative. The same as
     sentence-transformers' MultipleNegativesRankingLoss with scale = 1 / temperature.
     """
-    logits = scores.float() / temperature  # (B, 1 + N); half precision would overflow in exp
+    logits = _float(scores) / temperature  # (B, 1 + N)
     if mask is not None:
         weight = mask.to(logits)  # a copy; True is 1, False is 0, whose log is -inf
         weight = torch.cat([torch.ones_like(weight[:, :1]), weight[:, 1:]], 1)
@@ -273,8 +270,8 @@ def distillation_loss(scores: Tensor, taught: Tensor, mask: Tensor) -> Tensor:
 
     scores and taught (B, N): logits of student and teacher; mask (B, N) bool, True = counts.
     """
-    student, teacher = (
-        x.masked_fill(~mask, -1e4).log_softmax(1) for x in (scores.float(), taught.float()))
+    student, teacher = (_float(x).masked_fill(~mask, -1e4).log_softmax(1)
+                        for x in (scores, taught))
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
 
 
@@ -512,8 +509,9 @@ def list_search(
     if list_size < 1 or expand < 1 or beam < 1:
         raise ValueError("list_search: list_size, beam and expand are at least 1")
     b, n = utility.shape
-    if valid is not None:
-        utility = utility.masked_fill(~valid, -torch.inf)
+    # What is no number is no candidate: topk would take it for the best.
+    counts = utility.isfinite() if valid is None else utility.isfinite() & valid
+    utility, similarity = _float(utility).masked_fill(~counts, -torch.inf), _float(similarity)
     # No beam looks further down than this: its own items and the `expand` best that remain.
     m = min(n, expand + list_size - 1)
     utility, items = utility.topk(m)  # (B, M), best first
@@ -567,7 +565,7 @@ def _best_distinct(
 
 def list_utility(utility: Tensor, lists: Tensor) -> Tensor:
     """U: mean utility (N,) of each list (M, K) -> (M,)."""
-    return utility[lists].mean(-1)
+    return _float(utility)[lists].mean(-1)
 
 
 def list_diversity(similarity: Tensor, lists: Tensor | None = None) -> Tensor:
@@ -577,7 +575,7 @@ def list_diversity(similarity: Tensor, lists: Tensor | None = None) -> Tensor:
     k = lists.shape[-1]
     if k < 2:
         return torch.zeros(len(lists))
-    block = similarity[lists[:, :, None], lists[:, None, :]]  # (M, K, K), the diagonal is 1
+    block = _float(similarity)[lists[:, :, None], lists[:, None, :]]  # (M, K, K), the diagonal is 1
     off_diagonal = block.sum((1, 2)) - block.diagonal(dim1=1, dim2=2).sum(1)
     return 1 - off_diagonal / (k * (k - 1))
 
@@ -594,6 +592,7 @@ def mine_preferences(
     clearest contrast gives the least noisy gradient from a learned ranker). None: no such list.
     """
     u, d = min_max(list_utility(utility, lists)), min_max(list_diversity(similarity, lists))
+    margin = max(margin, 1e-9)  # or the chosen list would be its own opposite
     chosen = int((weight * u + (1 - weight) * d).argmax())  # Eq. (8)
     u_gap, d_gap = u[chosen] - u, d[chosen] - d  # (M,)
     kinds = {  # kind: (its gap, who is eligible), (M,) each
@@ -621,4 +620,9 @@ def dpo_loss(
 
     Summed log-probabilities of whole lists, (P,) each -> loss (P,). ln 2 where policy = reference.
     """
-    return -F.logsigmoid(beta * ((policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)))
+    chosen, rejected, *ref = map(_float, (policy_chosen, policy_rejected, ref_chosen, ref_rejected))
+    return -F.logsigmoid(beta * ((chosen - ref[0]) - (rejected - ref[1])))
+
+
+def _float(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()  # a half overflows in exp

@@ -56,13 +56,12 @@ def disagreement(r: Tensor, valid: Tensor | None = None) -> Tensor:
     if r.ndim != 2 or (valid is not None and valid.shape != r.shape):
         raise ValueError(f"disagreement: (B, K) wanted, not {tuple(r.shape)}")
     counts = r.isfinite() if valid is None else valid.bool() & r.isfinite()  # (B, K)
-    number = counts.sum(1).clamp_min(1)  # (B,)
-    mean = r.masked_fill(~counts, 0).sum(1) / number
-    u = (r - mean[:, None]).masked_fill(~counts, 0).square().sum(1) / number  # Eq. (6)
-    # By extremes: equal rewards may differ from their rounded mean.
-    high = r.masked_fill(~counts, -torch.inf).amax(1)
-    low = r.masked_fill(~counts, torch.inf).amin(1)
-    return u.masked_fill(high <= low, 0)
+    # By pairs, not by the rounded mean: equal rewards give exactly 0, and (1, 0, 0) and (1, 1, 0)
+    # the same; else sets with one good suggestion would all be mined before sets with two.
+    r = r.masked_fill(~counts, 0)
+    gaps = (r[:, :, None] - r[:, None]).square()  # (B, K, K)
+    total = gaps.masked_fill(~(counts[:, :, None] & counts[:, None]), 0).sum((1, 2))
+    return total / (2 * counts.sum(1).clamp_min(1).square())  # Eq. (6), (B,)
 
 
 def mine_hard(u: Tensor, share: float, floor: float) -> Tensor:
@@ -71,13 +70,10 @@ def mine_hard(u: Tensor, share: float, floor: float) -> Tensor:
     All of them are above the floor: at 0 that leaves out where all candidates are equally good or
     bad. Ties keep their order, so shuffle contexts whose order means something.
     """
-    # Trap: (1, 0, 0) and (1, 1, 0) have one variance, but not in floating point: unrounded, sets
-    # with one good suggestion would all come before sets with two, or after them.
     # Unstated: how many ("Sampling" in Algorithm 1), and whether a floor.
     if u.ndim != 1 or not 0 <= share <= 1:
         raise ValueError(f"mine_hard: u (B,) and a share wanted, not {tuple(u.shape)}, {share}")
-    rounded = u.nan_to_num(nan=-1.0).round(decimals=6)
-    order = torch.sort(rounded, descending=True, stable=True).indices
+    order = torch.sort(u, descending=True, stable=True).indices
     return order[u[order] > floor][: round(share * len(u))]
 
 

@@ -31,7 +31,7 @@ NAMES = {"rft": "RFT-BTRM", "bradley_terry": "RL-BTRM", "gaussian": "RL-GaRM", "
 
 def policies(run: Run) -> dict[str, Path | None]:
     """Name as in Tables 1 and 4 -> adapter, of what this run has trained; PE is the bare base."""
-    trained = {}  # an arm lacks the components that its name says (config.ARM)
+    trained = {}  # an arm lacks the components that its name says (config.ARMS)
     for arm in sorted(run.config.rl.arms, key=lambda arm: [*NAMES].index(arm.split("-")[0])):
         kind, *without = arm.split("-")
         trained[" w/o ".join([NAMES[kind], *without])] = run.adapter(arm)

@@ -67,9 +67,13 @@ def test_words_override_the_file_and_the_file_the_defaults(tmp_path):
     assert config.dpo.margin == Config().dpo.margin
 
 
-def test_the_run_is_named_after_the_users_file():
+def test_the_run_is_named_after_the_users_file_or_the_dialogues():
     for path in (None, *SHIPPED):
-        assert load_config(path, ["data.users=logs/forum.jsonl"]).run.name == "forum"
+        method = load_config(path).run.method
+        names = ["users"] if method == "icebreaker" else ["dialogues"]
+        names += ["catalogue", "policies"] if method == "qualeqs" else []  # all three, or none
+        words = [f"data.{name}=logs/forum.jsonl" for name in names]
+        assert load_config(path, words).run.name == "forum"
 
 
 @pytest.mark.parametrize(
@@ -320,8 +324,22 @@ def test_a_terminal_gets_a_bar(capsys, monkeypatch):
         ("rid.duplicate_cosine=7", "rid.duplicate_cosine"),
         ("generator.instruction=Suggest some.", "generator.instruction"),
         ("dpo.negatives=[]", "at least 1 item"),
+        ("sft.candidates=2", "sft.candidates"),  # no list of three comes of two
+        ("quality.floor=0.25", "quality.floor"),  # the largest variance of numbers from 0 to 1
     ],
 )
 def test_a_value_that_cannot_work_is_refused_at_its_field(word, reason):
     with pytest.raises(UserError, match=re.escape(reason)):
         load_config(None, [word])
+
+
+@pytest.mark.parametrize("word, methods", [
+    ("data.users=x", "icebreaker"), ("data.feedback=x", "icebreaker"),
+    ("generator.endpoint=x", "icebreaker"), ("data.dialogues=x", "garm or qualeqs"),
+    ("data.catalogue=x", "qualeqs"), ("data.policies=x", "qualeqs"),
+])
+def test_a_setting_that_the_method_does_not_read_is_refused_not_ignored(word, methods):
+    name = word.partition("=")[0]
+    for method in {"icebreaker", "garm", "qualeqs"} - {*methods.split(" or ")}:
+        with pytest.raises(UserError, match=f"{name}.* is for run.method={methods}|all three"):
+            load_config(None, [f"run.method={method}", word])

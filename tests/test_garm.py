@@ -194,6 +194,14 @@ def test_without_the_penalty_sigma_runs_away():
     assert end < 1.3 and end == pytest.approx(halfway, abs=0.02)  # 1.2, settled
 
 
+@pytest.mark.parametrize("sigma", [0.0, 1e25])
+def test_a_sigma_that_has_run_away_leaves_the_loss_without_a_penalty_finite(sigma):
+    wide = torch.tensor([sigma], requires_grad=True)
+    loss = garm.gaussian_loss(torch.ones(1), wide, torch.zeros(1), wide, 0.0)
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-1)) if not sigma else math.log(2))
+    assert torch.autograd.grad(loss, wide)[0].isfinite()
+
+
 def test_scaling_mu_and_sigma_lowers_the_loss_without_the_penalty():
     pair = rows(1.0, 1.0, 0.0, 1.0)
     plain, penalised = (
@@ -361,6 +369,10 @@ def test_fuse_of_separable_rows_and_of_a_constant_component(scale):
     assert w[1] == 0 and w[0] > 0
     with pytest.raises(ValueError, match="raise l2"):
         garm.fuse(d, 0.0)
+    for apart in ([[1.0, 0.0], [0.0, 0.0]], [[1.0, 0.0], [2.0, 0.0], [0.0, 0.0]]):
+        with pytest.raises(ValueError, match="raise l2"):  # rows that nothing tells apart beside it
+            garm.fuse(torch.tensor(apart), 0.0)
+    assert garm.fuse(torch.zeros(3, 2), 0.0).eq(0).all()
     mixed = torch.cat([d, -d[:1]])  # not separable: 0 is allowed, and the slack component is 0
     assert garm.fuse(mixed, 0.0)[1] == 0
 
@@ -441,6 +453,16 @@ def test_group_advantages_by_hand():
     assert ours.tolist() == [pytest.approx([-expected, expected]), [0, 0]]
     assert garm.group_advantages(torch.tensor([[0, 1]])).dtype == torch.float32  # a judge's 0 or 1
     assert (garm.group_advantages(torch.full((1, 10), 0.1)) == 0).all()  # .1 is no sum of its tenth
+
+
+def test_what_is_no_number_is_no_reward():
+    rewards = torch.tensor([[1.0, torch.nan, 3.0, torch.inf], [torch.nan] * 4])
+    told = torch.tensor([[True, False, True, False], [False] * 4])
+    for valid in (None, torch.ones_like(told)):
+        assert torch.equal(garm.group_advantages(rewards, valid),
+                           garm.group_advantages(rewards, told))
+    for shape in ((2, 0), (0, 3)):
+        assert garm.group_advantages(torch.zeros(shape)).shape == shape
 
 
 GROUPS = arrays(np.float64, (3, 6), elements=st.integers(-20, 20).map(float))
@@ -531,6 +553,28 @@ def test_the_clip_by_hand(advantage, ratio, loss, slope):
         logps, zero, None, torch.tensor([advantage]), mask, 0.2, 0.3, 0.0, "token")
     assert ours.item() == pytest.approx(loss, abs=1e-6)
     assert torch.autograd.grad(ours, logps)[0].item() == pytest.approx(slope, abs=1e-6)
+
+
+@pytest.mark.parametrize("gap", [1e3, -1e3])
+def test_a_ratio_beyond_all_numbers_spoils_no_other_token(gap):
+    """The clip bounds what a good token gains above it, and a bad one below; 0 times inf is 0."""
+    logps = torch.tensor([[gap, 0.0]], requires_grad=True)
+    args = torch.zeros(1, 2), None, torch.tensor([1.0 if gap > 0 else -1.0])
+    loss = garm.grpo_loss(logps, *args, torch.ones(1, 2), 0.2, 0.2, 0.0, "token")
+    assert loss.item() == pytest.approx(-(1.2 + 1) / 2 if gap > 0 else (0.8 + 1) / 2)
+    assert torch.autograd.grad(loss, logps)[0].tolist() == [[0, -0.5 if gap > 0 else 0.5]]
+    still = garm.grpo_loss(logps, args[0], None, torch.zeros(1), torch.ones(1, 2), 0.2, 0.2, 0.0,
+                           "sequence")
+    assert still == 0 and torch.autograd.grad(still, logps)[0].eq(0).all()
+
+
+@pytest.mark.parametrize("reduction", ["sequence", "token", "constant"])
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_the_loss_of_nothing_is_zero(shape, reduction):
+    nothing = torch.zeros(shape)
+    loss = garm.grpo_loss(
+        nothing, nothing, nothing, torch.zeros(shape[0]), nothing, 0.2, 0.2, 0.1, reduction)
+    assert loss.item() == 0
 
 
 def test_the_reductions_and_the_kl_by_hand():

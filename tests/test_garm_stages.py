@@ -296,6 +296,9 @@ def test_a_long_conversation_is_cut_from_the_front(model_folder, tmp_path):
     text = suggester.tokenizer.decode(ids)
     assert len(ids) <= 90 and cut > 30
     assert "number38" in text and "number39" in text and "number0 " not in text
+    tight = small(tmp_path, model_folder, "generator.max_prompt_tokens=10")
+    with pytest.raises(UserError, match="max_prompt_tokens: there is no room for a conversation"):
+        train.run_stages(tight, ["dialogues"])  # before anything is trained
     # One exchange beyond the limit: its ends are cut, the query keeps half of the room.
     ids, cut = suggester.prompt_and_cut(context("tea " * 300, "maps " * 300).turns)
     text = suggester.tokenizer.decode(ids)
@@ -578,6 +581,10 @@ def test_components_left_out_weigh_nothing_and_unknown_ones_are_refused(whole, m
     (["rl.arms=[dpo]", "reward.kinds=[bradley_terry]"], "rl.arms=dpo needs gaussian"),
     (["rl.arms=[gaussian-judge]", "reward.kinds=[purm]"], "gaussian-judge needs gaussian"),
     (["reward.kinds=[gaussian]"], "rl.arms=bradley_terry needs bradley_terry"),
+    (["rl.arms=[gausian]"], "rl.arms: no arm 'gausian' in gausian; did you mean 'gaussian'?"),
+    (["rl.arms=[paired]"], "no arm 'paired' in paired; known: gaussian, bradley_terry, rft, dpo"),
+    (["rl.arms=[rft-judge]"], "no component 'judge' in rft-judge; known: none"),
+    (["rl.arms=[../../gaussian]"], "rl.arms: no arm"),
 ])
 def test_an_arm_without_its_model_or_without_what_there_is_not_is_refused_at_load(words, reason):
     with pytest.raises(UserError, match=re.escape(reason)):

@@ -72,6 +72,26 @@ def test_dpo_loss_by_hand_and_ln2_at_the_reference():
     assert ib.dpo_loss(x, y, x, y, 0.3).tolist() == pytest.approx([math.log(2)] * 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_functions_compute_in_the_dtype_that_comes_and_half_precision_in_fp32(dtype):
+    g = torch.Generator().manual_seed(0)
+    four = [(300 * torch.randn(5, generator=g)).to(dtype) for _ in range(4)]
+    scores, utility = torch.randn(2, 5, generator=g).to(dtype), torch.rand(1, 9, generator=g)
+    similarity, lists = unit(9, 4) @ unit(9, 4).T, torch.arange(9).view(3, 3)
+    wide = dtype if dtype.itemsize > 2 else torch.float32
+    for function, *inputs in (
+        (lambda *x: ib.dpo_loss(*x, 0.1), *four),
+        (lambda x: ib.contrastive_loss(x, 0.05), scores),
+        (lambda u, s: ib.list_search(u, s, 3, 4, 9, 0.5)[1], utility.to(dtype),
+         similarity[None].to(dtype)),
+    ):
+        ours = function(*inputs)
+        assert ours.dtype == wide and torch.equal(ours, function(*(x.to(wide) for x in inputs)))
+    narrow = utility[0].to(dtype), similarity.to(dtype)
+    assert ib.mine_preferences(lists, *narrow, 0.5, 0.1, 0.2) == ib.mine_preferences(
+        lists, *(x.to(wide) for x in narrow), 0.5, 0.1, 0.2)
+
+
 # ------------------------------------------------------------------------------------- list search
 
 
@@ -147,6 +167,21 @@ def test_list_search_lists_distinct_valid_sets_and_refuses_too_few():
     assert values[1, 4:].isneginf().all() and (lists[1, 4:] == -1).all()  # only 4 sets exist
     with pytest.raises(ValueError, match="row 1"):
         ib.list_search(utility, e @ e.transpose(1, 2), 5, 8, 8, 0.5, valid)
+
+
+def test_list_search_takes_no_candidate_whose_utility_is_no_number():
+    utility, similarity = torch.tensor([[0.5, torch.nan, 0.3, torch.inf, 0.4]]), torch.eye(5)[None]
+    lists, _ = ib.list_search(utility, similarity, 3, 2, 1, 0.5)
+    assert sorted(lists[0, 0].tolist()) == [0, 2, 4]
+    with pytest.raises(ValueError, match="row 0"):
+        ib.list_search(utility, similarity, 4, 2, 1, 0.5)
+
+
+@pytest.mark.parametrize("lists", [[[0, 1]], [[0, 1], [1, 0], [0, 1]]])
+def test_the_chosen_list_is_never_its_own_opposite(lists):
+    chosen, rejected = ib.mine_preferences(
+        torch.tensor(lists), torch.ones(3), torch.eye(3), 0.5, 0.0, 0.2)
+    assert chosen == 0 and set(rejected.values()) == {None}
 
 
 @settings(max_examples=60, deadline=None)

@@ -123,6 +123,23 @@ def test_all_equal_disagree_by_exactly_nothing(value, k):
     assert qualeqs.disagreement(torch.full((1, k), value)).item() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("k", range(2, 50))
+def test_as_many_bad_ones_disagree_exactly_as_as_many_good_ones(k, dtype):
+    """Else, of what ties in truth, rounding would put one kind before the other."""
+    for good in range(k + 1):
+        r = torch.zeros(2, k, dtype=dtype)
+        r[0, :good] = r[1, good:] = 1
+        u = qualeqs.disagreement(r)
+        assert u[0] == u[1] == pytest.approx(good * (k - good) / k**2)
+
+
+def test_no_candidates_disagree_about_nothing():
+    assert qualeqs.disagreement(torch.zeros(2, 0)).tolist() == [0, 0]
+    assert qualeqs.disagreement(torch.zeros(0, 3)).shape == (0,)
+    assert qualeqs.disagreement(torch.ones(1, 3), torch.zeros(1, 3)).tolist() == [0]
+
+
 # ------------------------------------------------------------------------------------------ mining
 
 
@@ -139,14 +156,14 @@ def test_mined_are_the_hardest_above_the_floor(values, share, floor):
     u = torch.tensor(values, dtype=torch.float64)
     mined = qualeqs.mine_hard(u, share, floor).tolist()
     assert len(mined) == len(set(mined)) <= round(share * len(u))
-    ranked = [round(values[i], 6) for i in mined]
-    assert ranked == sorted(ranked, reverse=True)
+    ranked = [values[i] for i in mined]
+    assert ranked == sorted(ranked, reverse=True)  # however little lies between them
     assert all(values[i] > floor for i in mined)
     left = [v for i, v in enumerate(values) if i not in mined and v > floor]
     if len(mined) < round(share * len(u)):
         assert not left
     elif mined:
-        assert max(left, default=0) <= values[mined[-1]] + 1e-6
+        assert max(left, default=0) <= values[mined[-1]]
 
 
 # --------------------------------------------------------------------------------------- iteration
