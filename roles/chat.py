@@ -212,15 +212,25 @@ _SYSTEM = re.compile(r"\bsystem\b.{0,40}\b(?:role|message|prompt|instruction)|ro
 _QUOTATION = re.compile(r"(?<!\w)(['\"`])(?:(?!\1(?!\w)).)*\s.*?\1(?!\w)", re.DOTALL)
 
 
+def _texts(body, key: str = "message", depth: int = 8) -> Iterator[tuple[str, str]]:
+    """(key, text) of the texts in the body of an error, which every server nests in its own way;
+    `loc` is a path of names and numbers, and `input` (FastAPI's) an echo."""
+    if key == "loc" and isinstance(body, list):
+        yield key, " ".join(map(str, body))
+    elif isinstance(body, str):
+        yield key, body
+    elif isinstance(body, dict | list) and depth:
+        rows = body.items() if isinstance(body, dict) else ((key, value) for value in body)
+        for name, value in rows:
+            if name != "input":
+                yield from _texts(value, name, depth - 1)
+
+
 def refused_field(error: openai.APIStatusError, prompt: str) -> str:
     """Which field a status 400 or 422 objects to; "" for none, or for a prompt that is too long."""
-    body = error.body if isinstance(error.body, dict) else {"message": error.body}
-    detail = body.get("detail")  # FastAPI's: a text, or a list with `loc`; its `input` is an echo
-    rows = [row for row in detail if isinstance(row, dict)] if isinstance(detail, list) else []
-    places = [body.get("param"), *(row.get("loc") for row in rows)]
-    told = [body.get("message"), detail if isinstance(detail, str) else None]
-    place, said = (" ".join(str(part)[:1000] for part in parts if part) for parts in (
-        places, [*told, *(row.get("msg") for row in rows)]))
+    texts = [*itertools.islice(_texts(error.body), 100)]
+    place, said = (" ".join(text[:1000] for key, text in texts if (key in ("param", "loc")) == of)
+                   for of in (True, False))
     if error.status_code not in (400, 422) or re.search("context length|too (?:long|large)", said):
         return ""
     if named := _PARAMETER.search(place):

@@ -450,6 +450,34 @@ def test_what_no_server_can_do_without_is_named(serve, tmp_path):
     assert asked.counts["bad request"] == 1 and not asked.backend.without
 
 
+def nested(*keys, text="Unknown name 'seed': cannot find field"):
+    """A text under these keys, one within the other; a number is a place in a list."""
+    for key in keys[::-1]:
+        text = [text] if isinstance(key, int) else {key: text}
+    return 400, {}, json.dumps(text).encode()
+
+
+@pytest.mark.parametrize("refusal", [
+    nested(0, "error", "message"), nested("error"), nested("errors", 0, "message"),
+    nested("error", "errors", 0, "message"), nested("message", "detail", 0, "msg"),
+    nested("reason"), nested("message", "detail", 0, "loc", text=["body", "seed"]), nested(),
+    nested("error", "details", 0, "fieldViolations", 0, "description"),
+])
+def test_wherever_a_server_names_the_field_it_is_found(serve, tmp_path, refusal):
+    server = serve(lambda body: refusal if "seed" in body else "7")
+    assert client(server.url, tmp_path).ask([Request("s", "u")], number) == [7]
+
+
+@pytest.mark.parametrize("body", [
+    b"[" * 900 + b'"seed"' + b"]" * 900, b'{"loc": 7}', b'{"param": {"loc": null}}', b"[[], {}]",
+    json.dumps([{"message": "x" * 5000}] * 300 + ["seed"]).encode(),
+])
+def test_no_shape_of_a_refusal_fails(serve, tmp_path, body):
+    asked = client(serve(lambda _: (400, {}, body)).url, tmp_path)
+    assert asked.ask([Request("s", "u")], number) == [None]
+    assert asked.counts["bad request"] == 1 and not asked.backend.without
+
+
 def role_refused(message="", **body):
     return 400, {}, json.dumps({"error": {"message": message}, **body}).encode()
 

@@ -373,7 +373,29 @@ def test_a_missing_time_falls_back_and_never_turns_a_history_around(tmp_path):
     assert times["none"] is None and ids.index("none") < ids.index("new")
 
 
-@pytest.mark.parametrize("value", [1777626000, 1777626000.0, 1777626000_000, 1777626000_000_000,
+@pytest.mark.parametrize("parent", ["parent_message_uuid", "other"])
+def test_what_was_edited_or_asked_anew_is_on_another_branch(tmp_path, parent):
+    """Later exports of Claude have a tree, too; earlier ones a plain list, which is taken whole."""
+    def turn(name, above, sender, text, minute):
+        return {"uuid": name, parent: above, "sender": sender, "text": text,
+                "created_at": f"2026-05-01T09:{minute:02}:00Z"}  # fmt: skip
+
+    root = "00000000-0000-4000-8000-000000000000"
+    rows = [turn("a", root, "human", "first try", 0), turn("b", "a", "assistant", "one", 1),
+            turn("c", root, "human", "second try", 2), turn("d", "c", "assistant", "two", 3),
+            turn("e", "c", "assistant", "three", 4), 7]  # fmt: skip
+    for leaf, last in ((None, "three"), ("d", "two"), ("gone", "three")):
+        row = claude(chat_messages=rows, current_leaf_message_uuid=leaf)
+        (user,), made = imported("claude", write(tmp_path / "export.json", [row]))
+        told = [message.content for message in user.sessions[0].messages]
+        whole = ["first try", "one", "second try", "two", "three"]
+        assert told == (whole if parent == "other" else ["second try", last])
+        assert made.endswith("; 1 messages that cannot be read passed over")  # the 7
+
+
+@pytest.mark.parametrize("value", [{"$date": "2026-05-01T09:00:00Z"}, {"$date": 1777626000_000},
+                                   {"$date": {"$numberLong": "1777626000000"}},
+                                   1777626000, 1777626000.0, 1777626000_000, 1777626000_000_000,
                                    "1777626000", "2026-05-01T09:00:00Z", "2026-05-01T11:00+02:00"])
 def test_times_in_seconds_milliseconds_and_words(tmp_path, value):
     path = write(tmp_path / "conversations.json", [chatgpt(create_time=value)])
@@ -387,6 +409,9 @@ def test_a_time_that_cannot_be_read_is_counted(tmp_path, value):
     (user,), made = imported("chatgpt", path)
     assert user.sessions[0].timestamp == datetime(1970, 1, 1, 0, 0, 3)  # that of its messages
     assert made.endswith("; 1 times that cannot be read passed over")
+    write(path, [chatgpt(create_time=0)])  # a time that nobody has set
+    (user,), made = imported("chatgpt", path)
+    assert user.sessions[0].timestamp == datetime(1970, 1, 1, 0, 0, 3) and made.endswith("OUT")
 
 
 @pytest.mark.parametrize("turn", [False, True])
@@ -445,6 +470,40 @@ def passed_over(capsys, kind: str, *paths: Path) -> tuple[list[str], str]:
     assert SECRET not in str(named)
     lines = [line.rsplit(": ", 1)[0] for line in named]
     return [line.replace(str(paths[0]), "FILE") for line in lines], made
+
+
+@pytest.mark.parametrize("content", [
+    json.dumps(chatgpt(), indent=2).replace('"title": ', '"title":\n'),
+    json.dumps(chatgpt(), indent=2).replace("{\n", "{", 1),
+    "\n \n" + json.dumps(chatgpt()).replace('"title"', '"title"\n'),
+    json.dumps(chatgpt(), indent="\t").replace("\n", "\r\n"),
+])  # fmt: skip
+def test_wherever_the_lines_of_an_object_end_it_is_read(tmp_path, content):
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "utf-32-be"):
+        path = tmp_path / "single.json"
+        path.write_bytes(content.encode(encoding))
+        assert len(imported("chatgpt", path)[0]) == 1, encoding
+    # A row of JSONL that was cut costs itself alone.
+    for end in (b",", b"[", b"{", b":"):
+        rows = [b'{"mapping"' + end, json.dumps(chatgpt()).encode(), b""]
+        assert len(imported("chatgpt", write(tmp_path / "rows.jsonl", rows))[0]) == 1, end
+
+
+def test_why_nothing_of_a_file_is_a_conversation_is_told(tmp_path):
+    path = tmp_path / "file"
+    for content, reason in (
+        (b"<html><script>var jsonData = [", "FILE:1: line: not JSON"),
+        (b"hi\nthere", "FILE:1: line: not JSON"),
+        (b"[[], 1]", "conversation 1: row: not a JSON object"),
+    ):  # fmt: skip
+        path.write_bytes(content)
+        (line,) = refusal("chatgpt", path)
+        assert line.startswith("FILE: no such conversation") and reason in line
+    for names in ([], ["chat.html"], ["export.zip"]):
+        with zipfile.ZipFile(path, "w") as archive:
+            [archive.writestr(name, "x") for name in names]
+        (line,) = refusal("chatgpt", path)
+        assert line.startswith("FILE: an archive without a .json or .jsonl file; chatgpt is ")
 
 
 def test_a_faulty_conversation_is_passed_over_and_named(tmp_path, capsys):

@@ -39,7 +39,8 @@ class Passed(Counter):
 
 def _moment(value, info) -> datetime | None:
     """ISO 8601 text, or seconds, milli-, micro- or nanoseconds since 1970, to naive UTC."""
-    if value is None or value == "":
+    value = _at(value, "$date", "$numberLong") or _at(value, "$date") or value  # of MongoDB
+    if value in (None, "", 0):  # 0: nobody has set it
         return None
     try:
         if isinstance(value, str) and not re.fullmatch(r"-?\d{9,20}(\.\d{1,9})?", value):
@@ -111,6 +112,13 @@ def _span(begun: datetime | None, updated: datetime | None, times: Iterable) -> 
     return begun or min(told, default=updated), updated or max(told, default=None)
 
 
+def _at(value, *keys: str):
+    """What stands under these keys, one within the other; None where something else stands."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
 def _text(content) -> str | None:
     """Text of a message that is a text, or a list of parts of which some are texts."""
     if isinstance(content, list):
@@ -165,8 +173,7 @@ class ChatGPTMessage(Record):
         # Another recipient is a tool.
         if kind not in ("text", "multimodal_text") or self.recipient not in (None, "all"):
             return None
-        hidden = "is_visually_hidden_from_conversation"  # put there by the chat, not its person
-        if isinstance(self.metadata, dict) and self.metadata.get(hidden):
+        if _at(self.metadata, "is_visually_hidden_from_conversation"):  # the chat's, no person's
             return None
         return _text(self.content.parts or [])
 
@@ -216,7 +223,20 @@ class Claude(Record):
     uuid: Id
     created_at: Time = None
     updated_at: Time = None
-    chat_messages: Messages[Message]
+    chat_messages: Messages[Message]  # of the branch shown
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, value):
+        """Of a tree, as of later exports, the branch shown: what was edited stands on another."""
+        rows, tree = _at(value, "chat_messages"), {}
+        if isinstance(rows, list):
+            tree = {str(_at(row, "uuid") or i): row for i, row in enumerate(rows)}
+        if tree and all("parent_message_uuid" in row for row in rows if isinstance(row, dict)):
+            leaf = value.get("current_leaf_message_uuid")
+            shown = _shown(tree, "parent_message_uuid", leaf, lambda node: node, "created_at")
+            value = value | {"chat_messages": shown}
+        return value
 
     def sessions(self) -> Sessions:
         said = [(m.sender, m.text or _text(m.content)) for m in self.chat_messages]
@@ -247,11 +267,9 @@ class OpenWebUI(Record):
     def _gather(cls, value):
         """The branch shown as chat.messages: older exports have it there, others a tree as
         chat.history, {"messages": {id: message}, "currentId": id}."""
-        chat = value.get("chat") if isinstance(value, dict) else None
-        history = chat.get("history") if isinstance(chat, dict) else None
-        tree = history.get("messages") if isinstance(history, dict) else None
+        tree = _at(value, "chat", "history", "messages")
         if isinstance(tree, dict) and tree:
-            leaf = history.get("currentId")
+            leaf = _at(value, "chat", "history", "currentId")
             shown = _shown(tree, "parentId", leaf, lambda node: node, "timestamp")
             value = value | {"chat": {"messages": shown}}
         return value
@@ -280,7 +298,7 @@ class HuggingChat(Record):
     messages: Messages[Message]
 
     def sessions(self) -> Sessions:
-        name = _name(self.id.get("$oid") if isinstance(self.id, dict) else self.id)
+        name = _name(_at(self.id, "$oid") or self.id)
         last = self.messages[-1] if self.messages else None  # the one that was written last
         shown = self.messages
         if last and last.ancestors:
@@ -385,40 +403,6 @@ class Locomo(Record):
             said = [("user" if m.speaker == name else "assistant", m.text) for m in lines]
             # A name alone is in many samples.
             yield Talk(f"{self.sample_id}/{name}", key, stamp, said)
-
-
-class Mimics(Record):
-    """A query of MIMICS-Duo with the clarification panes that a search engine showed for it.
-
-    Each pane becomes a context of its own: the query is the user's one turn, the pane's options
-    are the suggestions, `click_shares` their conditional click shares, aggregated over people, and
-    `clicked` the option with the largest share (several if they tie; none without engagement). The
-    pane's question, its impression level and the human labels are left out. Contexts of one query
-    share the first part of their id, "q12-", and the text of their turn: split by it.
-    """
-
-    class Pane(Record):
-        options: Annotated[list[data.Sentence], Field(min_length=1)]
-        option_cctr: list[Annotated[float, Field(ge=0, le=1)]]
-
-        @model_validator(mode="after")
-        def _fits(self):
-            if len(self.option_cctr) != len(self.options):
-                raise ValueError("option_cctr: not one for each option")
-            return self
-
-    query: data.Sentence
-    panes: Annotated[list[Pane], Field(min_length=1)]
-
-    def dialogues(self, number: int) -> Iterator[data.Dialogue]:
-        """A context for each pane; `number` of the query in its file, from 1."""
-        for place, pane in enumerate(self.panes, 1):
-            most = max(pane.option_cctr)  # 0: nobody engaged with it
-            best = [i for i, share in enumerate(pane.option_cctr) if share == most > 0]
-            yield data.Dialogue(
-                dialogue_id=f"q{number}-{place}", intent="web search", suggestions=pane.options,
-                turns=[data.Turn(role="user", content=self.query)],
-                clicked=best, click_shares=pane.option_cctr)
 
 
 KINDS = {  # kind -> record of a conversation, what the file usually is

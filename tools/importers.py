@@ -9,6 +9,7 @@ named on stderr by its place and not its content. An import of which nothing is 
 
 import io
 import itertools
+import json
 import lzma
 import os
 import re
@@ -20,12 +21,14 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import BinaryIO
+from typing import Annotated, BinaryIO
+
+from pydantic import Field, model_validator
 
 import data
-from data import DataError, Faults, User
+from data import DataError, Faults, Record, User
 from files import progress
-from tools.formats import KINDS, MARKS, ROLES, Mimics, Passed, Talk, part_number
+from tools.formats import KINDS, MARKS, ROLES, Passed, Talk, part_number
 
 ENTRIES = 1000  # files of a zip archive that are looked at
 WHOLE = 2**30  # bytes of JSON that are read at once: its values take several times as many
@@ -56,7 +59,7 @@ def _rows(path: str | Path, faults: Faults, marks=frozenset()) -> Iterator[tuple
     try:
         with open(path, "rb") as file:
             head = file.peek(4)[:4]
-            if head == b"PK\x03\x04":  # by content: an ending may be anything
+            if head[:2] == b"PK":  # by content: an ending may be anything
                 yield from _unzipped(path, faults, marks)
             elif head == b"PAR1":
                 yield from _objects(str(path), _parquet(path), faults)
@@ -74,16 +77,17 @@ def _json(file: BinaryIO, size: int, name: str, faults: Faults) -> Iterator[tupl
     if head.startswith(b"\x1f\x8b"):
         # Its size is not known before it is unpacked: no limit could be kept.
         raise ValueError("compressed by gzip; unpack it first")
-    encoding = _utf16(head)
-    if encoding or _is_whole(head):
+    encoding = json.detect_encoding(head)  # by its mark, or by the zeros of ASCII in it
+    wide = not encoding.startswith("utf-8") and any(head)
+    if wide or _is_whole(head):
         if size > WHOLE:
             raise ValueError(f"{size:,} bytes; only {WHOLE:,} are read at once: write JSONL, UTF-8")
         content = file.read()
         try:
             # In UTF-8 a line ends at one byte, which UTF-16 has within others.
-            content = content.decode(encoding).encode() if encoding else content
+            content = content.decode(encoding).encode() if wide else content
         except UnicodeError:
-            raise ValueError("neither UTF-8 nor UTF-16") from None
+            raise ValueError(f"neither UTF-8 nor {encoding.upper()}") from None
         if _is_whole(content[: 2**16]):
             value = data.parse_json(content)
             yield from _objects(name, value if isinstance(value, list) else [value], faults)
@@ -92,20 +96,13 @@ def _json(file: BinaryIO, size: int, name: str, faults: Faults) -> Iterator[tupl
     yield from data.json_lines(file, name, faults)
 
 
-def _utf16(head: bytes) -> str | None:
-    """The encoding of what Windows calls Unicode: by its mark, or by the zeros of ASCII in it."""
-    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return "utf-16"
-    zeros = tuple(byte == 0 for byte in head[:2])
-    return {(True, False): "utf-16-be", (False, True): "utf-16-le"}.get(zeros)
-
-
 def _is_whole(head: bytes) -> bool:
     """Whether a file that begins so is an array or an object of several lines."""
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n")  # a byte order mark
-    first, newline, _ = start.partition(b"\n")
-    ends = first.startswith(b"{") and first.rstrip()[-1:] in (b"{", b",", b"[")
-    return start.startswith(b"[") or (bool(newline) and ends)
+    first, newline, rest = start.partition(b"\n")
+    # A row of JSONL that was cut does not end either, but another row follows it.
+    goes_on = first.rstrip()[-1:] != b"}" and rest.lstrip()[:1] != b"{"
+    return start.startswith(b"[") or (start.startswith(b"{") and bool(newline) and goes_on)
 
 
 def _unzipped(path: str | Path, faults: Faults, marks: frozenset) -> Iterator[tuple[str, dict]]:
@@ -116,6 +113,8 @@ def _unzipped(path: str | Path, faults: Faults, marks: frozenset) -> Iterator[tu
         with zipfile.ZipFile(path) as archive:
             names = [f for f in archive.infolist()[:ENTRIES] if "__MACOSX" not in f.filename]
             files = [f for f in names if f.filename.lower().endswith((".json", ".jsonl"))]
+            if not files:
+                raise ValueError("an archive without a .json or .jsonl file")
             # An export has files of other things beside its conversations.
             for entry in [f for f in files if "conversation" in f.filename.lower()] or files:
                 name = f"{path}: {data.label(entry.filename)}"
@@ -151,7 +150,7 @@ def _objects(place: str, rows, faults: Faults) -> Iterator[tuple[str, dict]]:
 def _conversations(path: str | Path, kind: str, faults: Faults) -> Iterator[tuple[str, dict]]:
     """Yield (place, row); raises DataError if no row of the file looks like one of this kind."""
     expected = f"{KINDS[kind][1]} of conversations with {' and '.join(sorted(MARKS[kind]))}"
-    right_kind, first_keys = False, set()
+    right_kind, first_keys, told = False, set(), len(faults)
     try:
         for place, row in _rows(path, faults, MARKS[kind]):
             first_keys = first_keys or row.keys()
@@ -161,6 +160,8 @@ def _conversations(path: str | Path, kind: str, faults: Faults) -> Iterator[tupl
         raise DataError(f"{path}: {error}; {kind} is {expected}") from None
     if not right_kind:  # rather than a fault for each of a million rows
         looks = next((f"; this looks like {k}" for k in KINDS if MARKS[k] <= first_keys), "")
+        if not first_keys and faults[told:]:  # no row is JSON, or none an object
+            looks = f"; {faults[told]}"
         raise DataError(f"{path}: no such conversation in it; {kind} is {expected}{looks}")
 
 
@@ -245,6 +246,40 @@ def _whole(kind: str, user_id: str, texts: dict[str, tuple]) -> User:
     order = sorted(zip(known, range(len(sessions)), strict=True),
                    key=lambda item: item[0] or datetime.min)  # fmt: skip
     return User(user_id=user_id, sessions=[sessions[i] for _, i in order])
+
+
+class Mimics(Record):
+    """A query of MIMICS-Duo with the clarification panes that a search engine showed for it.
+
+    Each pane becomes a context of its own: the query is the user's one turn, the pane's options
+    are the suggestions, `click_shares` their conditional click shares, aggregated over people, and
+    `clicked` the option with the largest share (several if they tie; none without engagement). The
+    pane's question, its impression level and the human labels are left out. Contexts of one query
+    share the first part of their id, "q12-", and the text of their turn: split by it.
+    """
+
+    class Pane(Record):
+        options: Annotated[list[data.Sentence], Field(min_length=1)]
+        option_cctr: list[Annotated[float, Field(ge=0, le=1)]]
+
+        @model_validator(mode="after")
+        def _fits(self):
+            if len(self.option_cctr) != len(self.options):
+                raise ValueError("option_cctr: not one for each option")
+            return self
+
+    query: data.Sentence
+    panes: Annotated[list[Pane], Field(min_length=1)]
+
+    def dialogues(self, number: int) -> Iterator[data.Dialogue]:
+        """A context for each pane; `number` of the query in its file, from 1."""
+        for place, pane in enumerate(self.panes, 1):
+            most = max(pane.option_cctr)  # 0: nobody engaged with it
+            best = [i for i, share in enumerate(pane.option_cctr) if share == most > 0]
+            yield data.Dialogue(
+                dialogue_id=f"q{number}-{place}", intent="web search", suggestions=pane.options,
+                turns=[data.Turn(role="user", content=self.query)],
+                clicked=best, click_shares=pane.option_cctr)
 
 
 def import_mimics(paths: list[str | Path], out: str | Path) -> str:
