@@ -143,6 +143,10 @@ def atomic_path(path: str | Path):
         if path.is_dir() and temporary.is_dir():  # rename cannot replace a folder that is not empty
             os.replace(path, old)
         os.replace(temporary, path)
+    except Exception as error:  # what safetensors says of a full or a broken disk
+        if code := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
+        raise
     finally:
         if old.is_dir() and not path.exists():  # stopped between the two renames
             os.replace(old, path)
@@ -200,22 +204,9 @@ def read_json(path: str | Path):
 def write_tensors(path: str | Path, tensors: dict) -> None:
     from safetensors.torch import save_file  # it imports torch
 
-    with atomic_path(path) as temporary, os_errors(temporary):
+    with atomic_path(path) as temporary:
         # It refuses what is not contiguous, or has memory in common with another.
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
-
-
-@contextlib.contextmanager
-def os_errors(path: Path):
-    """What safetensors says of a full or a broken disk, as the OSError that it is."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except SafetensorError as error:
-        if code := re.search(r"\(os error (\d+)\)", str(error)):
-            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
-        raise
 
 
 def read_tensors(path: str | Path) -> dict:
