@@ -32,11 +32,11 @@ import torch
 import icebreaker as ib
 import llm
 from config import DpoConfig
-from files import UserError, digest, gather, progress, read_json, share, write_json
+from files import UserError, digest, gather, gather_counts, progress, read_json, share, write_json
 from roles.players import Players
 from roles.suggester import Suggester
 from roles.writer import Writer
-from run import Run, UserState, sum_counts
+from run import Run, UserState
 from stages.pairs import fit_lists, mine, sample, search
 from stages.ranker import load_ranker, utilities
 from stages.sit import Rows, draw_states, taught_lists
@@ -124,7 +124,7 @@ def train_round(
     rows = encoded(writer, earlier + pairs)
     figures = align(run, writer, model, reference, rows, label, run.config.dpo, held_out)
     before = list_quality(run, ranker, states, sampled)
-    return {"before": before, **sum_counts(gather([counts])), **figures}, pairs
+    return {"before": before, **gather_counts(counts), **figures}, pairs
 
 
 # ------------------------------------------------------------------------------------------- align
