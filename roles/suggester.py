@@ -85,15 +85,12 @@ class Suggester:
 
         how: as of llm.sample_ids. The processes of a torchrun sample a share each.
         """
-        g = self.config.generator
-        settings = {
-            "max_new_tokens": g.max_new_tokens, "temperature": g.temperature, "top_p": g.top_p,
-            "top_k": g.top_k, "rows": g.sample_rows, "stop": ""}
+        settings = {**self.writer.sampling, "stop": "", **how}
         places = share(range(len(contexts)))  # draws hang on the place, not on who draws
         prompts = [self.prompt(contexts[i], task) for i in places]
         ends = llm.end_tokens(model, self.tokenizer)
         drawn = llm.sample_ids(
-            model, self.tokenizer, prompts, n, seed=seed, numbers=places, **{**settings, **how}
+            model, self.tokenizer, prompts, n, seed=seed, numbers=places, **settings
         ) if places else []
         return gather([[_until_end(row, ends) for row in rows.tolist()] for rows in drawn])
 

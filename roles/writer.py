@@ -95,14 +95,17 @@ class Writer:
         # By what they are: a resumed stage counts as one that was never killed.
         return sum(tuple(prompt) in self.cut for prompt in prompts)
 
+    @property
+    def sampling(self) -> dict:
+        """How llm.sample_ids is asked where nothing else is said."""
+        g = self.config.generator
+        return {"max_new_tokens": g.max_new_tokens, "temperature": g.temperature, "top_p": g.top_p,
+                "top_k": g.top_k, "rows": g.sample_rows}
+
     def draw(self, model, prompts: list[list[int]], n: int, seed: int, **how) -> list[list[str]]:
         """n completions of each prompt (token ids) as text; how: as of llm.sample."""
-        g = self.config.generator
-        settings = {
-            "max_new_tokens": g.max_new_tokens, "temperature": g.temperature, "top_p": g.top_p,
-            "top_k": g.top_k, "rows": g.sample_rows}
         # The engine asks with fewer rows, a prefix and a hook.
-        return llm.sample(model, self.tokenizer, prompts, n, seed=seed, **{**settings, **how})
+        return llm.sample(model, self.tokenizer, prompts, n, seed=seed, **{**self.sampling, **how})
 
     def sample(
         self, model, inputs: list[list[str]], n: int, seed: int, raw: bool = False,
