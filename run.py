@@ -230,9 +230,8 @@ class Run:
                 for u, cuts in triggers.items()}
 
 
-def shown_before(
-    impressions: Iterable[data.Impression], moment: datetime | None
-) -> list[tuple[str, int, bool]]:
+def shown_before(impressions: Iterable[data.Impression],
+                 moment: datetime | None) -> list[tuple[str, int, bool]]:
     """(starter, slot, tapped) of lists shown before a moment; those without a time say nothing."""
     return [(starter, slot, slot in row.clicked) for row in impressions
             if moment and row.timestamp and row.timestamp < moment

@@ -60,9 +60,8 @@ STATUSES = (400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503, 504)  # besid
 PAGES = {path.name: path for path in (ROOT / "serving" / "web").iterdir() if path.is_file()}
 
 
-def create_app(
-    config: Config, engine: Engine | Suggestions, store: Store, host: str = "127.0.0.1"
-) -> FastAPI:
+def create_app(config: Config, engine: Engine | Suggestions, store: Store,
+               host: str = "127.0.0.1") -> FastAPI:
     """The app that is served on `host`. Raises UserError where that needs a key and has none."""
     key, desk = key_for(host), Desk(config, engine, store)
     app = FastAPI(title="IceBreaker", version="1", docs_url=None, redoc_url=None,

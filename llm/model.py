@@ -68,10 +68,8 @@ def dtype_of(precision: str) -> torch.dtype:
     return getattr(torch, precision)
 
 
-def load_generator(
-    path: str, load_in_4bit: bool = False, gradient_checkpointing: bool = False, revision: str = "",
-    precision: str = "float32",
-):
+def load_generator(path: str, load_in_4bit: bool = False, gradient_checkpointing: bool = False,
+                   revision: str = "", precision: str = "float32"):
     """A causal LM of a folder or the hub, in generator.precision; NF4 if asked for."""
     gpu, dtype = torch.cuda.is_available(), dtype_of(precision)
     if load_in_4bit and not gpu:  # refused before any weight is read

@@ -197,9 +197,8 @@ class Engine:
         self._forgotten = True  # once more after the batch that may be running
 
     @torch.no_grad()
-    def write(
-        self, asks: list[Ask], gone: Callable[[int], bool] = lambda i: False
-    ) -> list[Answer | None]:
+    def write(self, asks: list[Ask],
+              gone: Callable[[int], bool] = lambda i: False) -> list[Answer | None]:
         """One batch. gone(i), asked at every step: the client of ask i has left; its answer is
         None, and nothing more is decoded for it. (generator.endpoint: it is decoded to the end.)"""
         asks = [dataclasses.replace(ask, shown=latest(ask.shown, lambda s: s[0])) for ask in asks]

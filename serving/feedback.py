@@ -240,9 +240,8 @@ def begin(run: Run, key: str) -> int:
 # and people of that hash whom the run does not know train.
 
 
-def states_of(
-    run: Run, lists: list[Shown], moments: int
-) -> tuple[list[tuple[Shown, UserState]], dict[str, UserState]]:
+def states_of(run: Run, lists: list[Shown],
+              moments: int) -> tuple[list[tuple[Shown, UserState]], dict[str, UserState]]:
     """Of each user the first `moments` lists, each with the UserState of its moment; and the latest
     UserState of everybody who had interests, by a hash of the user."""
     # The taste is of what was shown before, by the run's log and by the store.

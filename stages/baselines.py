@@ -65,10 +65,8 @@ def trees_odds(run: Run, revisits: Revisits, rows: list[Row]) -> dict[Row, torch
         for user, cut in rows}
 
 
-def compare(
-    run: Run, revisits: Revisits, known: list[Row], unseen: list[Row], scores: list[np.ndarray],
-    gates: dict,
-) -> dict:
+def compare(run: Run, revisits: Revisits, known: list[Row], unseen: list[Row],
+            scores: list[np.ndarray], gates: dict) -> dict:
     """AUC on unseen users beside rules and learners that see the same; of the gates, see there.
 
     scores: RID's of each unseen row; gates: name -> rid.Distiller, the one in use first.

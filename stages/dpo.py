@@ -93,10 +93,9 @@ def held_out_states(run: Run) -> list[UserState]:
     return rng.sample(states, min(most, len(states)))
 
 
-def train_round(
-    run: Run, players: Players, number: int | str, model, adapter: Path, ranker,
-    states: list[UserState], others: list[UserState], earlier: list[dict], keep: bool = True,
-) -> tuple[dict, list[dict]]:
+def train_round(run: Run, players: Players, number: int | str, model, adapter: Path, ranker,
+                states: list[UserState], others: list[UserState], earlier: list[dict],
+                keep: bool = True) -> tuple[dict, list[dict]]:
     """Sample, search, mine and align, in place; returns figures and the pairs that were mined.
 
     model: the policy saved in `adapter`; states: whom it writes for; others: users on whom the best
@@ -135,10 +134,8 @@ def encoded(writer: Writer, pairs: list[dict]) -> Rows:
     return [writer.encoded(x["interests"], [x["chosen"], *x["rejected"].values()]) for x in pairs]
 
 
-def align(
-    run: Run, writer: Writer | Suggester, model, reference, rows: Rows, label: str,
-    settings: DpoConfig, held_out: Callable | None = None,
-) -> dict:
+def align(run: Run, writer: Writer | Suggester, model, reference, rows: Rows, label: str,
+          settings: DpoConfig, held_out: Callable | None = None) -> dict:
     """DPO (Eq. 6) on rows of prompt ids and [chosen ids, rejected ids, ...], in place; the
     checkpoint that `held_out` values most stays.
 
@@ -200,9 +197,8 @@ def against_chosen(logps: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tenso
 
 
 @torch.no_grad()
-def reference_logps(
-    model, rows: Rows, order: list[int], size: int, micro: int
-) -> list[torch.Tensor]:
+def reference_logps(model, rows: Rows, order: list[int], size: int,
+                    micro: int) -> list[torch.Tensor]:
     """[chosen, rejected, ...] of all rows; batched as the first pass over them, so that the first
     loss of a policy against itself is ln 2 exactly."""
     values = []  # (row, its log-probabilities), of this process

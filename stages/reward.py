@@ -85,9 +85,8 @@ class RewardModel:
         return mu, F.softplus(raw)
 
     @torch.no_grad()
-    def score(
-        self, contexts: Sequence[Turns], texts: list[list[str]], size: int = 8
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def score(self, contexts: Sequence[Turns], texts: list[list[str]],
+              size: int = 8) -> tuple[list[Tensor], list[Tensor]]:
         """mu and sigma of each suggestion: (K,) for every context; none where it has no texts."""
         places = [i for i, some in enumerate(texts) if some]
         mu, sigma = ([torch.zeros(0)] * len(texts) for _ in range(2))
@@ -103,9 +102,8 @@ class RewardModel:
         return mu, sigma
 
     @torch.no_grad()
-    def preference(
-        self, contexts: Sequence[Turns], pairs: list[list[tuple[str, str]]], size: int = 8
-    ) -> list[Tensor]:
+    def preference(self, contexts: Sequence[Turns], pairs: list[list[tuple[str, str]]],
+                   size: int = 8) -> list[Tensor]:
         """The paired model's p(first > second), (P,) for every context, of its pairs."""
         result = []
         with llm.other_adapter(self.model, self.weights):

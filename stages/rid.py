@@ -80,9 +80,8 @@ class Distiller:
         numbers = (values.tolist() for values in (odds, edges, lines))
         return cls(scorer, folds, *numbers, run.config.rid, run.encoder)
 
-    def scores(
-        self, histories: list[ib.History], profiles: torch.Tensor, users: list[str] = ()
-    ) -> list[np.ndarray]:
+    def scores(self, histories: list[ib.History], profiles: torch.Tensor,
+               users: list[str] = ()) -> list[np.ndarray]:
         """Chance (N,) that a later session revisits each summary, in the order of s(u, h).
 
         profiles (B, D); users: their ids, if they may be in the log that towers were trained on.
@@ -151,9 +150,8 @@ def stage_rid(run: Run, players: Players, key: str) -> dict:
     } | compare(run, revisits, known, unseen, score_rows(run, distiller, unseen), gates)
 
 
-def fit_scorer(
-    run: Run, revisits: Revisits, known: list[Row], folds: dict[str, int]
-) -> ib.ResonanceScorer:
+def fit_scorer(run: Run, revisits: Revisits, known: list[Row],
+               folds: dict[str, int]) -> ib.ResonanceScorer:
     """Minimise Eq. (3), and the distance to trees fitted on the same people; of each tower the
     averaged weights with the least contrastive loss on its fold stay."""
     torch.manual_seed(run.seed("rid"))
@@ -168,10 +166,8 @@ def fit_scorer(
     return scorer.eval()
 
 
-def train_tower(
-    run: Run, revisits: Revisits, tower: ib.Tower, name: str, rest: list[Row],
-    held_out: list[Row], shuffle: random.Random, text_ids: dict[str, int],
-) -> None:
+def train_tower(run: Run, revisits: Revisits, tower: ib.Tower, name: str, rest: list[Row],
+                held_out: list[Row], shuffle: random.Random, text_ids: dict[str, int]) -> None:
     """Train one tower, in place, on the people of `rest`, stopped on those of `held_out`."""
     settings, cuts = run.config.rid, defaultdict(list)
     taught = trees_odds(run, revisits, rest)  # by trees as strange to the fold as the tower
@@ -251,9 +247,8 @@ def training_batch(run: Run, revisits: Revisits, rows: list[Row], text_ids: dict
 # --------------------------------------------------------------------------------------- the gate
 
 
-def fit_gate(
-    run: Run, revisits: Revisits, scorer, known: list[Row], folds: dict[str, int], groups: int
-) -> Distiller:
+def fit_gate(run: Run, revisits: Revisits, scorer, known: list[Row], folds: dict[str, int],
+             groups: int) -> Distiller:
     """Odds of a revisit, and a threshold for each activity group (Eq. 4)."""
     histories, profiles = histories_of(run, known)
     # By towers that have not seen them: a tower's own users have scores too good to be true.
@@ -341,10 +336,8 @@ def tower_shares(folds: dict[str, int], users: list[str], towers: int) -> torch.
 
 
 @torch.no_grad()
-def resonance(
-    scorer: ib.ResonanceScorer, histories: list[ib.History], profiles: torch.Tensor,
-    shares: torch.Tensor | None = None,
-) -> list[np.ndarray]:
+def resonance(scorer: ib.ResonanceScorer, histories: list[ib.History], profiles: torch.Tensor,
+              shares: torch.Tensor | None = None) -> list[np.ndarray]:
     """s(u, h) (N,) of every summary of each history; profiles (B, D), shares (B, towers)."""
     scorer.eval()
     scores = []

@@ -59,9 +59,8 @@ def per_seed(seeds: Seeds, method: str, metric: str, base: str = "PE") -> list[n
     return [np.array([*user_values(s["values"], method, metric, base).values()]) for s in seeds]
 
 
-def paired(
-    seeds: Seeds, metric: str, more: str, less: str, factor: float = 1.0, base: str = "PE"
-) -> list[np.ndarray]:
+def paired(seeds: Seeds, metric: str, more: str, less: str, factor: float = 1.0,
+           base: str = "PE") -> list[np.ndarray]:
     """more - factor * less of every user, (U,) for each seed."""
     sides = [[user_values(s["values"], m, metric, base) for m in (more, less)] for s in seeds]
     # Of some users a metric may not be known: no share of chores where no text is understood.
@@ -85,9 +84,8 @@ def pooled(metric: str, of_user: dict[str, dict], draws: int = 0, seed: int = 0)
     return POOLED[metric][1](sums / np.where(total > 0, total, np.nan))
 
 
-def pooled_interval(
-    seeds: Seeds, metric: str, more: str, less: str = "", hierarchical: bool = False
-) -> tuple:
+def pooled_interval(seeds: Seeds, metric: str, more: str, less: str = "",
+                    hierarchical: bool = False) -> tuple:
     """(value, low, high) of a metric of POOLED, of `more` or of its difference to `less`; the value
     of each seed; the value of each side."""
     count, key, rng = iter(range(10**6)), POOLED[metric][0], np.random.default_rng(0)
@@ -136,9 +134,8 @@ def _by_counts(seeds: Seeds, claim: Claim, hierarchical: bool) -> tuple:
     return interval, verdicts.of_interval(*interval), *rest
 
 
-def judged(
-    seeds: Seeds, wanted: list[str], name: str = "claims", hierarchical: bool = False
-) -> list[dict]:
+def judged(seeds: Seeds, wanted: list[str], name: str = "claims",
+           hierarchical: bool = False) -> list[dict]:
     """Every claim of these tables with its difference, interval, verdict, and on how many seeds the
     difference has the same sign. name: of the YAML file; hierarchical: as of metrics.bootstrap."""
     rows = []
