@@ -289,8 +289,8 @@ def wanted_stages(config: Config, names: list[str]) -> list[str]:
     """The stages that --stage names, perhaps several; UserError for an unknown one."""
     stages = METHODS[config.run.method]
     if unknown := [name for name in names if name not in stages and name != "all"]:
-        method, known = config.run.method, ", ".join([*stages, "all"])
-        raise UserError(f"--stage {unknown[0]}: run.method={method} has {known}")
+        method, names = config.run.method, ", ".join([*stages, "all"])
+        raise UserError(f"--stage {unknown[0]}: run.method={method} has {names}")
     return [s for s in stages if s not in ONLY_IF_ASKED] if "all" in names else names
 
 

@@ -1,6 +1,6 @@
 """What stage `rid` is held against, and taught by: rules and learners that rank the same summaries.
 
-    figures = compare(run, revisits, known, unseen, scores, gates)
+    figures = compare(run, revisits, seen, unseen, scores, gates)
 
 Beside every figure of RID stand two rules, recency and token frequency, and two learners on the
 statistics that the towers see: logistic regression and boosted trees. The trees also teach the
@@ -65,7 +65,7 @@ def trees_odds(run: Run, revisits: Revisits, rows: list[Row]) -> dict[Row, torch
         for user, cut in rows}
 
 
-def compare(run: Run, revisits: Revisits, known: list[Row], unseen: list[Row],
+def compare(run: Run, revisits: Revisits, seen: list[Row], unseen: list[Row],
             scores: list[np.ndarray], gates: dict) -> dict:
     """AUC on unseen users beside rules and learners that see the same; of the gates, see there.
 
@@ -79,7 +79,7 @@ def compare(run: Run, revisits: Revisits, known: list[Row], unseen: list[Row],
         figures[f"auc_{name}"] = revisits.auc(unseen, [rule_scores(h, rule) for h in histories])
     # Learners without towers: what is to be gained from the same inputs.
     for name in LEARNERS:
-        learner = fit_learner(run, revisits, known, name)
+        learner = fit_learner(run, revisits, seen, name)
         chances = [learner.predict_proba(statistics(history))[:, 1] for history in histories]
         figures[f"auc_{name}"] = revisits.auc(unseen, chances)
     return figures | {"gate": compare_gates(revisits, gates, unseen, histories, scores)}

@@ -131,7 +131,8 @@ def train_round(run: Run, players: Players, number: int | str, model, adapter: P
 
 def encoded(writer: Writer, pairs: list[dict]) -> Rows:
     """Rows of `align`: the prompt of each chosen list with it and the rejected ones behind it."""
-    return [writer.encoded(x["interests"], [x["chosen"], *x["rejected"].values()]) for x in pairs]
+    return [writer.encoded(pair["interests"], [pair["chosen"], *pair["rejected"].values()])
+            for pair in pairs]
 
 
 def align(run: Run, writer: Writer | Suggester, model, reference, rows: Rows, label: str,
@@ -285,7 +286,7 @@ def align_on_clicks(run: Run, writer: Writer, pairs: list[dict]) -> dict:
     model = writer.policy(run.adapter("sit"), trainable=True)
     # As many chosen lists as IceBreaker learned from, and about as many rejected ones to each:
     # their kinds are compared, not their number.
-    width = round(float(np.mean([len(x["rejected"]) for x in pairs] or [1])))
+    width = round(float(np.mean([len(pair["rejected"]) for pair in pairs] or [1])))
     clicked, rng = click_pairs(run, writer, model, width), random.Random(run.seed("clicked"))
     if not clicked:
         shutil.rmtree(run.adapter("vanilla"), ignore_errors=True)  # of other logs
@@ -295,7 +296,7 @@ def align_on_clicks(run: Run, writer: Writer, pairs: list[dict]) -> dict:
     rows = encoded(writer, clicked)
     figures = align(run, writer, model, model, rows, TAPPED, run.config.dpo)
     llm.save_adapter(model, run.adapter("vanilla"))
-    return {"pairs": sum(len(x["rejected"]) for x in clicked), **figures}
+    return {"pairs": sum(len(pair["rejected"]) for pair in clicked), **figures}
 
 
 def click_pairs(run: Run, writer: Writer, model, width: int) -> list[dict]:
@@ -311,7 +312,7 @@ def click_pairs(run: Run, writer: Writer, model, width: int) -> list[dict]:
         label = 1 if first else f"clicked {number}"
         written = sample(run, writer, label, model, adapter, states, keep=first)
         for state, lists in zip(states, written, strict=True):
-            pairs += [x for x in [pair_by_taps(run, state, lists, width)] if x]
+            pairs += filter(None, [pair_by_taps(run, state, lists, width)])
     return pairs
 
 

@@ -78,10 +78,10 @@ def search(run: Run, ranker, states: list[UserState],
         return results
     scored = score_pools(run.encoder, ranker, [states[i] for i in rich], [pools[i] for i in rich])
     beams = best_lists(settings, k, *scored)  # Algorithm 1
-    for i, found, utility, similarity in zip(rich, beams.tolist(), *scored[:2], strict=True):
+    for i, best, utility, similarity in zip(rich, beams.tolist(), *scored[:2], strict=True):
         n = len(pools[i])  # pads lie behind
         results[i] = Searched(states[i], lists[i], pools[i], utility[:n], similarity[:n, :n],
-                              [beam for beam in found if beam[0] >= 0])  # -1: no further list
+                              [beam for beam in best if beam[0] >= 0])  # -1: no further list
     return results
 
 
@@ -93,7 +93,7 @@ def mine(run: Run, searched: list[Searched | None],
     """
     counts = Counter(users=len(searched), too_few_candidates=searched.count(None), pairs=0)
     rows = zip(searched, written, strict=True)
-    pairs = [mine_user(run, found, lists, counts) if found else {} for found, lists in rows]
+    pairs = [mine_user(run, user, lists, counts) if user else {} for user, lists in rows]
     return pairs, dict(counts)
 
 
