@@ -45,37 +45,30 @@ def main() -> None:
                         "--later: a page. Default: results, results/seeds.md, results/later.md")
     parser.add_argument("settings", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()  # settings may stand before or behind options
-    out = arguments.out or ROOT / "results"
-    if arguments.over:
-        seeds.write_over(arguments.over, arguments.out or ROOT / "results" / "seeds.md")
-        return
-    if arguments.marks:
-        people.add_marks(arguments.marks, out)
-        return
-    if arguments.people:
-        config = load_config(arguments.config, arguments.settings)
-        people.write_people(config, arguments.people, out)
-        return
     # argparse gives all words that follow an option of many words to it, settings too.
     named = [*(arguments.reproduce or ()), *(arguments.later or ())]
     words = [word for word in named if "=" in word] + arguments.settings
-    named = [word for word in named if "=" not in word]
-    if arguments.later:
+    named, out = [word for word in named if "=" not in word], ROOT / "results"
+    if arguments.over:
+        seeds.write_over(arguments.over, arguments.out or out / "seeds.md")
+    elif arguments.marks:
+        people.add_marks(arguments.marks, arguments.out or out)
+    elif arguments.reproduce:
+        count = arguments.seeds or (1 if arguments.quick else 3)  # reported ones begin at 0
+        how = count, arguments.config, words, arguments.quick, arguments.first_seed
+        if len(named) == 1 and named[0] in SIBLINGS:  # all tables of a sibling paper
+            siblings.reproduce(SIBLINGS[named[0]], *how)
+        else:
+            reproduce.reproduce(named, *how)  # what is no table is refused by name there
+    else:
         config = load_config(arguments.config, words)
-        later.write_later(config, named, arguments.out or ROOT / "results" / "later.md")
-        return
-    if not arguments.reproduce:  # one run, Table 1
-        config = load_config(arguments.config, arguments.settings)
-        train.refuse_changes(config, ["eval"])
-        train.run_stages(config, ["eval"])
-        return
-    count = arguments.seeds or (1 if arguments.quick else 3)  # reported ones begin at 0
-    if len(named) == 1 and named[0] in SIBLINGS:  # all tables of a sibling paper
-        siblings.reproduce(SIBLINGS[named[0]], count, arguments.config, words, arguments.quick,
-                           arguments.first_seed)
-        return
-    reproduce.reproduce(  # what is no table is refused by name there
-        named, count, arguments.config, words, arguments.quick, arguments.first_seed)
+        if arguments.people:
+            people.write_people(config, arguments.people, arguments.out or out)
+        elif arguments.later:
+            later.write_later(config, named, arguments.out or out / "later.md")
+        else:  # one run, Table 1
+            train.refuse_changes(config, ["eval"])
+            train.run_stages(config, ["eval"])
 
 
 if __name__ == "__main__":

@@ -69,9 +69,8 @@ def preference_probability(mu_w: Tensor, sigma_w: Tensor, mu_l: Tensor, sigma_l:
     return torch.sigmoid(_probit_margin(mu_w, sigma_w, mu_l, sigma_l))
 
 
-def gaussian_loss(
-    mu_w: Tensor, sigma_w: Tensor, mu_l: Tensor, sigma_l: Tensor, weight: float
-) -> Tensor:
+def gaussian_loss(mu_w: Tensor, sigma_w: Tensor, mu_l: Tensor, sigma_l: Tensor,
+                  weight: float) -> Tensor:
     """Eq. (5): -log p(w > l) + weight (sigma^2 - 2 ln sigma of both), (P,) each -> loss (P,).
 
     The second term is 2 KL(N(mu, sigma^2) || N(mu, 1)) + 1 (Eq. 13) each, least at sigma = 1.
@@ -96,10 +95,8 @@ def _joint(mu_w: Tensor, sigma_w: Tensor, mu_l: Tensor, sigma_l: Tensor) -> tupl
     return mu_w - mu_l, sigma_w.square() + sigma_l.square()
 
 
-def purm_monte_carlo(
-    mu_w: Tensor, sigma_w: Tensor, mu_l: Tensor, sigma_l: Tensor, samples: int,
-    generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor]:
+def purm_monte_carlo(mu_w: Tensor, sigma_w: Tensor, mu_l: Tensor, sigma_l: Tensor, samples: int,
+                     generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """Eq. (4) as PURM has it, from draws (1,000 there): p(w > l) (P,) and its published loss (P,).
 
     The loss is -E[log sigmoid(z)]: by Jensen at least the -log E[sigmoid(z)] of Eq. (4).
@@ -277,10 +274,9 @@ def fuse(differences: Tensor, l2: float) -> Tensor:
     return w.to(_float(differences).dtype)
 
 
-def pareto_adjust(
-    weights: Tensor, initial: Tensor, trends: Tensor, tolerance: float = 0.0, rate: float = 0.25,
-    dominance: float = 0.6, limit: float = 2.0,
-) -> tuple[Tensor, bool]:
+def pareto_adjust(weights: Tensor, initial: Tensor, trends: Tensor, tolerance: float = 0.0,
+                  rate: float = 0.25, dominance: float = 0.6,
+                  limit: float = 2.0) -> tuple[Tensor, bool]:
     """Pareto-guided tuning (3.6.3), one step: new weights (J,), and whether no component falls.
 
     initial (J,): of `fuse`; trends (J,): rise of each unweighted component over a training probe.
@@ -329,10 +325,9 @@ def group_advantages(rewards: Tensor, valid: Tensor | None = None, scale: bool =
     return (centred / (std + 1e-4) if scale else centred).masked_fill(high <= low, 0)
 
 
-def grpo_loss(
-    logps: Tensor, old_logps: Tensor, ref_logps: Tensor | None, advantages: Tensor, mask: Tensor,
-    clip_low: float, clip_high: float, beta: float, reduction: str,
-) -> Tensor:
+def grpo_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor | None, advantages: Tensor,
+              mask: Tensor, clip_low: float, clip_high: float, beta: float,
+              reduction: str) -> Tensor:
     """Eq. (11) as a loss to minimise: clipped ratio and k3 KL, of token log-probs (R, T) -> scalar.
 
     advantages (R,); mask (R, T), True = counts: elsewhere any number may stand. The ratio is
@@ -369,9 +364,8 @@ def grpo_loss(
 # ---------------------------------------------------------------------- choosing among candidates
 
 
-def rft_choice(
-    candidates: Sequence[str], rewards: Sequence[float], count: int = NUM_SUGGESTIONS
-) -> list[int]:
+def rft_choice(candidates: Sequence[str], rewards: Sequence[float],
+               count: int = NUM_SUGGESTIONS) -> list[int]:
     """Rejection sampling (appendix G): the `count` best distinct candidates, best first, or fewer.
 
     Texts that differ in case and punctuation only are one; never a nan reward, or no words.
@@ -384,10 +378,9 @@ def rft_choice(
     return [i for words, i in chosen.items() if words][:count]
 
 
-def assemble(
-    candidates: Sequence[str], similarity: Tensor, max_cosine: float = 0.8, max_lcs: float = 0.7,
-    max_overlap: float = 0.5, count: int = NUM_SUGGESTIONS,
-) -> list[int]:
+def assemble(candidates: Sequence[str], similarity: Tensor, max_cosine: float = 0.8,
+             max_lcs: float = 0.7, max_overlap: float = 0.5,
+             count: int = NUM_SUGGESTIONS) -> list[int]:
     """Diversity-aware assembly (3.4, C.1): the first `count` candidates that differ, or fewer.
 
     candidates: best first. One is redundant if its cosine (similarity (N, N)), longest common

@@ -60,10 +60,8 @@ _RAW = (
 FEATURE_NAMES = _RAW + [f"rank_{name}" for name in _RAW] + ["history_length"]
 
 
-def make_history(
-    summaries: Sequence[str], days_ago: Sequence[float] | None,
-    encode: Callable[[list[str]], Tensor],
-) -> History:
+def make_history(summaries: Sequence[str], days_ago: Sequence[float] | None,
+                 encode: Callable[[list[str]], Tensor]) -> History:
     """Collapse repeats, embed the distinct texts and compute their statistics.
 
     summaries: in time order; days_ago: days before the cut, or None where times are missing.
@@ -83,9 +81,8 @@ def make_history(
     return History(texts, embeddings, statistics, days[latest], n, n / weeks)
 
 
-def history_statistics(
-    texts: list[str], embeddings: Tensor, of: Tensor, days_ago: Tensor
-) -> Tensor:
+def history_statistics(texts: list[str], embeddings: Tensor, of: Tensor,
+                       days_ago: Tensor) -> Tensor:
     """Statistics of each distinct text within its user's history, from the past only.
 
     embeddings (N, D) of distinct texts; of (S,): the text of every session; days_ago (S,).
@@ -189,9 +186,8 @@ class Tower(nn.Module):
         self.profile = nn.Linear(embed_dim, hidden, bias=False)
         self.user = nn.Sequential(nn.GELU(), nn.Linear(hidden, hidden))
 
-    def forward(
-        self, embeddings: Tensor, statistics: Tensor, mask: Tensor, profile: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, embeddings: Tensor, statistics: Tensor, mask: Tensor,
+                profile: Tensor) -> tuple[Tensor, Tensor]:
         """embeddings (B, N, D), statistics (B, N, F), mask (B, N), profile (B, D) ->
         unit user vectors (B, H), unit session vectors (B, N, H)."""
         x = torch.cat([self.text(embeddings), self.norm(statistics)], -1)  # (B, N, text + F)
@@ -214,10 +210,8 @@ class ResonanceScorer(nn.Module):
         super().__init__()
         self.towers = nn.ModuleList(Tower(*sizes) for _ in range(towers))
 
-    def forward(
-        self, embeddings: Tensor, statistics: Tensor, mask: Tensor, profile: Tensor,
-        shares: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, embeddings: Tensor, statistics: Tensor, mask: Tensor, profile: Tensor,
+                shares: Tensor | None = None) -> Tensor:
         """Inputs as of Tower -> scores (B, N); shares (B, towers) of each in a row's score."""
         pairs = [tower(embeddings, statistics, mask, profile) for tower in self.towers]
         cosines = [(sessions @ user[..., None]).squeeze(-1) for user, sessions in pairs]
@@ -225,10 +219,8 @@ class ResonanceScorer(nn.Module):
         return cosines.mean(-1) if shares is None else (cosines * shares[:, None]).sum(-1)
 
 
-def contrastive_rows(
-    user: Tensor, sessions: Tensor, positive: Tensor, mask: Tensor, text_ids: Tensor,
-    cross_user: float = 1.0,
-) -> tuple[Tensor, Tensor]:
+def contrastive_rows(user: Tensor, sessions: Tensor, positive: Tensor, mask: Tensor,
+                     text_ids: Tensor, cross_user: float = 1.0) -> tuple[Tensor, Tensor]:
     """One row per (user, positive): the positive, within-user and cross-user negatives.
 
     user (B, H), sessions (B, N, H), positive and mask (B, N) bool, text_ids (B, N).
@@ -334,10 +326,9 @@ def gate(scores, threshold: float, min_keep: int, max_keep: int) -> list[int]:
     return order[: min(max(passed, min_keep), max_keep)].tolist()
 
 
-def distil(
-    scores, threshold: float, min_keep: int, max_keep: int, embeddings: Tensor,
-    duplicate_cosine: float, alike: Callable[[int, int], bool] = lambda i, j: True,
-) -> list[int]:
+def distil(scores, threshold: float, min_keep: int, max_keep: int, embeddings: Tensor,
+           duplicate_cosine: float,
+           alike: Callable[[int, int], bool] = lambda i, j: True) -> list[int]:
     """The gate, with near-duplicates collapsed to the latest (the highest index), best first.
 
     alike: whether two that are as near as that may be duplicates. What an encoder cannot read is
@@ -436,10 +427,8 @@ class UtilityRanker(nn.Module):
         usual = (theirs * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
         return torch.cat([torch.stack(columns, 1), usual * white, tasted * white], 1)
 
-    def forward(
-        self, interests: Tensor, mask: Tensor, taste: Tensor, starters: Tensor,
-        slots: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, interests: Tensor, mask: Tensor, taste: Tensor, starters: Tensor,
+                slots: Tensor | None = None) -> Tensor:
         """interests (B, M, D) and mask (B, M), taste (B, D + 1), starters (B, D), slots (B,)
         -> logits (B,)."""
         return self.logits(self.features(interests, mask, taste, starters), starters, slots)
@@ -462,9 +451,8 @@ def _nearness(interests: Tensor, mask: Tensor, starters: Tensor, lines: Sequence
     return [cosine.amax(1).clamp_min(0), *near]
 
 
-def utility_target(
-    clicked: Tensor, sessions_after: Tensor, click_share: float, depth_cap: int
-) -> Tensor:
+def utility_target(clicked: Tensor, sessions_after: Tensor, click_share: float,
+                   depth_cap: int) -> Tensor:
     """Target (n,) in [0, 1]: click x (a + (1 - a) min(sessions_after, D) / D).
 
     sessions_after nan = unknown. Unstated: such a click counts as one of middling depth, so that
@@ -494,10 +482,8 @@ def in_list_loss(logits: Tensor, targets: Tensor, lists: Tensor) -> Tensor:
 # --------------------------------------------------------------------- list search, mining, DPO
 
 
-def list_search(
-    utility: Tensor, similarity: Tensor, list_size: int, beam: int, expand: int, weight: float,
-    valid: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def list_search(utility: Tensor, similarity: Tensor, list_size: int, beam: int, expand: int,
+                weight: float, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Algorithm 1: grow `beam` lists slot by slot by utility and marginal diversity.
 
     utility (B, N), similarity (B, N, N) cosines, weight = lambda, valid (B, N) bool.
@@ -548,9 +534,8 @@ def list_search(
     return F.pad(lists, (0, 0, 0, missing), value=-1), F.pad(values, (0, missing), value=-torch.inf)
 
 
-def _best_distinct(
-    values: Tensor, hashes: Tensor, count: int, copies: int
-) -> tuple[Tensor, Tensor]:
+def _best_distinct(values: Tensor, hashes: Tensor, count: int,
+                   copies: int) -> tuple[Tensor, Tensor]:
     """The `count` best of values (B, C) and their places, no set twice; -inf where none is left.
 
     copies: how often a set can occur, so that enough of them are looked at.
@@ -580,10 +565,8 @@ def list_diversity(similarity: Tensor, lists: Tensor | None = None) -> Tensor:
     return 1 - off_diagonal / (k * (k - 1))
 
 
-def mine_preferences(
-    lists: Tensor, utility: Tensor, similarity: Tensor, weight: float, margin: float,
-    tolerance: float,
-) -> tuple[int, dict[str, int | None]]:
+def mine_preferences(lists: Tensor, utility: Tensor, similarity: Tensor, weight: float,
+                     margin: float, tolerance: float) -> tuple[int, dict[str, int | None]]:
     """Eq. (8): the preferred list of one user and one dispreferred list of each kind.
 
     lists (M, K), utility (N,), similarity (N, N). U and D are min-max normalised over the M lists.
@@ -612,10 +595,8 @@ def min_max(x: Tensor, valid: Tensor | None = None) -> Tensor:
     return torch.where(valid & (spread > 1e-9), (x - low) / spread, 0.0)
 
 
-def dpo_loss(
-    policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor,
-    beta: float,
-) -> Tensor:
+def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor,
+             ref_rejected: Tensor, beta: float) -> Tensor:
     """Eq. (6): -log sigmoid(beta [(log pi/pi_ref)(Y+) - (log pi/pi_ref)(Y-)]).
 
     Summed log-probabilities of whole lists, (P,) each -> loss (P,). ln 2 where policy = reference.

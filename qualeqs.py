@@ -19,10 +19,8 @@ from torch import Tensor
 # ------------------------------------------------------------------------------ the quality reward
 
 
-def set_reward(
-    answerable: Tensor, factual: Tensor, informative: Tensor, format: Tensor,
-    failed_as_zero: bool = False,
-) -> tuple[Tensor, Tensor]:
+def set_reward(answerable: Tensor, factual: Tensor, informative: Tensor, format: Tensor,
+               failed_as_zero: bool = False) -> tuple[Tensor, Tensor]:
     """Eqs. (4), (5): three scores (B, K) and the format's (B,) -> r (B, K), r_q (B,).
 
     nan, a failed call, stays nan in r and is left out of the mean in r_q; r_q is nan where no
@@ -86,10 +84,8 @@ def split_clicked(clicked: Sequence[Sequence[int]]) -> tuple[list[int], list[int
     return positive, [i for i, slots in enumerate(clicked) if not slots]
 
 
-def round_contexts(
-    clicked: Sequence[Hashable], hard: Sequence[Hashable] = (), limit: int = 0,
-    generator: torch.Generator | None = None,
-) -> list:
+def round_contexts(clicked: Sequence[Hashable], hard: Sequence[Hashable] = (), limit: int = 0,
+                   generator: torch.Generator | None = None) -> list:
     """Algorithm 1: the contexts of one round of RL, each once, in random order.
 
     The first round (step 2) has D_click alone, each later one (step 4) D_hard and D_click. limit:
@@ -103,9 +99,8 @@ def round_contexts(
     return [chosen[i] for i in torch.randperm(len(chosen), generator=generator).tolist()]
 
 
-def mixture(
-    domain: int, general: int, ratio: float, generator: torch.Generator | None = None
-) -> Tensor:
+def mixture(domain: int, general: int, ratio: float,
+            generator: torch.Generator | None = None) -> Tensor:
     """Row numbers of the warm start in random order: domain rows 0 .. domain - 1, general ones
     from `domain` on, `ratio` of them to a domain row, drawn without return as far as they last."""
     # Unstated: the ratio ("proportionally combined"); 0 is the ablation "w/o mix ratio".
@@ -119,9 +114,8 @@ def mixture(
 # --------------------------------------------------------------------------------------- figures
 
 
-def quality_figures(
-    answerable: Tensor, factual: Tensor, informative: Tensor, format: Tensor
-) -> dict[str, float]:
+def quality_figures(answerable: Tensor, factual: Tensor, informative: Tensor,
+                    format: Tensor) -> dict[str, float]:
     """Section 4.1's figures of sets (B, K), each in [0, 1], nan where nothing was judged.
 
     strict_accuracy: of sets, all K suggestions meet all criteria; valid_rate: of suggestions, they

@@ -10,39 +10,23 @@ Legend: B rows, N summaries or starters, M interests, K slots, D embedding.
 """
 
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
 import sys
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 
 import torch
-import yaml
 
 import data
 import icebreaker as ib
 from config import Config
-from files import (
-    AGAIN,
-    ROOT,
-    UserError,
-    clear_leftovers,
-    digest,
-    file_digest,
-    meet,
-    processes,
-    progress,
-    read_json,
-    write_json,
-    write_text,
-)
+from files import ROOT, RunFolder, UserError, digest, file_digest, progress, read_json
 from llm.encoder import Encoder
 
 SPLITS = ("train", "valid", "judge", "test")  # of users: what each is for stands in Run.split
@@ -68,13 +52,17 @@ class Run:
     """Data of one run; raises UserError at once where a named file does not exist."""
 
     def __init__(self, config: Config, describe: bool = True):
-        """describe: write config.yaml and environment.json; not where a finished run is used."""
+        """describe: say with which settings it runs, in config.yaml and environment.json; not where
+        a finished run is used."""
         for setting, path in given_files(config).items():
             if not Path(path).is_file():
                 raise UserError(f"{setting}={path}: no such file")
         if config.data.impressions and not config.data.users:
             raise UserError("data.impressions: needs data.users, the people it was shown to")
-        self.config, self.folder = config, RunFolder(config, describe)
+        self.config = config
+        self.folder = RunFolder(Path(config.run.root) / config.run.name)
+        if describe:
+            self.folder.describe(config.model_dump(), environment(config))
         self.users_file, self.impressions_file = config.data.users, config.data.impressions
         if not config.data.users:  # the simulated platform's, written by stage `world`
             self.users_file = self.folder / "world" / "users.jsonl"
@@ -242,9 +230,8 @@ class Run:
                 for u, cuts in triggers.items()}
 
 
-def shown_before(
-    impressions: Iterable[data.Impression], moment: datetime | None
-) -> list[tuple[str, int, bool]]:
+def shown_before(impressions: Iterable[data.Impression],
+                 moment: datetime | None) -> list[tuple[str, int, bool]]:
     """(starter, slot, tapped) of lists shown before a moment; those without a time say nothing."""
     return [(starter, slot, slot in row.clicked) for row in impressions
             if moment and row.timestamp and row.timestamp < moment
@@ -270,161 +257,6 @@ def profile_vector(user: data.User, encode: Encoder) -> torch.Tensor:
     """Embedding (D,) of a user's profile; zeros where there is none."""
     text = profile_text(user)
     return encode([text])[0] if text else torch.zeros(encode.dim)  # adds nothing to the user tower
-
-
-# ------------------------------------------------------------------------------------------ figures
-
-
-def one_line(figures: dict) -> str:
-    """Figures as one line: floats to four digits, nested ones in braces."""
-
-    def show(value):
-        if isinstance(value, float):
-            return f"{value:.4g}"
-        if isinstance(value, dict):
-            return "{" + one_line(value) + "}"
-        return "[" + ", ".join(map(show, value)) + "]" if isinstance(value, list) else str(value)
-
-    return ", ".join(f"{name} {show(value)}" for name, value in figures.items())
-
-
-def sum_counts(parts: list[dict]) -> dict[str, int]:
-    """Counts of several processes added up."""
-    return {name: sum(part.get(name, 0) for part in parts) for part in parts for name in part}
-
-
-# -------------------------------------------------------------------------------------- the folder
-
-
-class RunFolder:
-    """`runs/<name>/`: config.yaml, environment.json, metrics.jsonl and one folder per stage.
-
-    A stage is done when `<stage>/done.json`, its last file, holds the key that it was run with: a
-    digest of all that the stage depends on. Beside the key stand digests of the stage's files and
-    the length of the log by then, so that damage is found and a killed attempt leaves no line.
-    """
-
-    def __init__(self, config: Config, describe: bool = True):
-        # describe: say with which settings it ran; not where a finished run is used.
-        self.path = Path(config.run.root) / config.run.name
-        self.path.mkdir(parents=True, exist_ok=True)
-        if describe:
-            text = yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
-            write_text(self.path / "config.yaml", text)
-            write_json(self.path / "environment.json", environment(config))
-            if processes()[0] == 0:
-                clear_leftovers(self.path)
-
-    def __truediv__(self, name: str) -> Path:
-        return self.path / name
-
-    def has_run(self, stage: str) -> bool:
-        return (self.path / stage / "done.json").is_file()
-
-    def key(self, stage: str) -> str | None:
-        """With which key it has run, if it has."""
-        return (self._read(stage, "done") or {}).get("key")
-
-    def is_done(self, stage: str, key: str) -> bool:
-        """Did it run with this key, and is what it wrote still there? UserError if damaged."""
-        return self.key(stage) == key and self.is_whole(stage)
-
-    def is_whole(self, stage: str) -> bool:
-        """Are all files there that the stage has written? UserError if one has changed since."""
-        # A missing one is made again; what has changed may be the work of hours, or of somebody.
-        for name, written in self.record(stage).get("files", {}).items():
-            path = self.path / stage / name
-            if not path.is_file():
-                return False
-            if file_digest(path) != written:
-                raise UserError(f"{path}: has changed since stage {stage} wrote it; {AGAIN}")
-        return True
-
-    def begin(self, stage: str, key: str, **record) -> bool:
-        """Has the stage, or a part of one, to run with this key? Then what tells of another run of
-        it is withdrawn first: the record of files that are about to be replaced, and the lines of a
-        killed attempt in the log. record: kept beside it until it is done, and then."""
-        if self.is_done(stage, key):
-            if processes()[0] == 0:  # it was killed behind its last file
-                (self.path / stage / "begun.json").unlink(missing_ok=True)
-            return False
-        if processes()[0] == 0:
-            self.withdraw(stage)
-            self._cut_log()
-            if record:
-                write_json(self.path / stage / "begun.json", {"key": key, "record": record})
-        return True
-
-    def once(self, part: str, key: str, make: Callable[[], dict]) -> dict:
-        """The figures of a part of a stage, made unless it has run with this key: a killed stage
-        goes on behind its parts."""
-        if self.begin(part, key):
-            self.mark_done(part, key, **make())
-            print(f"  {part}: {one_line(self.figures(part))}", flush=True)
-        return self.figures(part)
-
-    def withdraw(self, stage: str) -> None:
-        if processes()[0] == 0:
-            (self.path / stage / "done.json").unlink(missing_ok=True)
-
-    def _cut_log(self) -> None:
-        """Leave in metrics.jsonl what stood there when a stage, or a part of one, was last done."""
-        log, here, length = self.path / "metrics.jsonl", self.path.name, 0
-        for done in self.path.rglob("done.json"):  # a variant starts as a copy, with its own log
-            folder, written = read_json(done).get("record", {}).get("log", (here, 2**60))
-            length = max(length, written) if folder == here else length
-        if log.is_file() and log.stat().st_size > length:
-            os.truncate(log, length)
-
-    def mark_done(self, stage: str, key: str, **figures) -> None:
-        """Say so on disk. All processes come here together: none asks `is_done` meanwhile."""
-        meet()
-        if processes()[0] == 0:
-            folder, log = self.path / stage, self.path / "metrics.jsonl"
-            begun, own = folder / "begun.json", ["done.json", "begun.json"]
-            # sampled.json has its own key: what the next stage sampled, beside the policy.
-            # Without a simulated world's hidden state, which may be taken away: none needs it.
-            files = {name: file_digest(path) for path in sorted(folder.rglob("*"))
-                     if path.is_file() and (name := str(path.relative_to(folder))) not in own
-                     and path.name != "sampled.json" and not name.endswith(".tmp")
-                     and not name.startswith("truth/")}
-            record = self.record(stage) | {"files": files}
-            record["log"] = [self.path.name, log.stat().st_size if log.is_file() else 0]
-            # As it is read again: JSON has no tuples.
-            done = json.loads(json.dumps({"key": key, "record": record, **figures}))
-            write_json(folder / "done.json", done | {"digest": digest(done)})
-            begun.unlink(missing_ok=True)
-        meet()
-
-    def record(self, stage: str) -> dict:
-        """What `begin` and mark_done have noted of a stage that is done or was begun."""
-        last = self._read(stage, "done") or self._read(stage, "begun") or {}
-        return last.get("record", {})
-
-    def _read(self, stage: str, name: str) -> dict | None:
-        path = self.path / stage / f"{name}.json"
-        try:
-            value = read_json(path)
-        except FileNotFoundError:  # or another process has just withdrawn it
-            return None
-        written = value.pop("digest", None) if isinstance(value, dict) else ""
-        if written is not None and written != digest(value):
-            raise UserError(f"{path}: has changed since it was written; {AGAIN}")
-        return value
-
-    def figures(self, stage: str) -> dict:
-        """What mark_done was given for this stage."""
-        done = self._read(stage, "done")
-        if done is None:
-            raise UserError(f"{self.path}: stage {stage} has not run; python train.py first")
-        return {k: v for k, v in done.items() if k not in ("key", "record")}
-
-    def log(self, stage: str, **figures) -> None:
-        """Append one line to metrics.jsonl."""
-        line = json.dumps({"time": round(time.time(), 1), "stage": stage, **figures})
-        if processes()[0] == 0:
-            with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(line + "\n")
 
 
 PACKAGES = """torch transformers peft bitsandbytes sentence-transformers numpy scikit-learn

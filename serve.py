@@ -43,20 +43,8 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 import garm
 from config import Config, load_config
 from files import ROOT, UserError, file_digest, script
-from serving import openwebui
+from serving import bodies, openwebui
 from serving.answers import Answers
-from serving.bodies import (
-    FIELDS,
-    AnswerBody,
-    EventsBody,
-    Fault,
-    Id,
-    Reply,
-    SessionsBody,
-    StartersBody,
-    SuggestionsBody,
-    SuggestionsReply,
-)
 from serving.connections import Seldom, descriptors, limited
 from serving.desk import Desk, precompute
 from serving.engine import Engine
@@ -72,14 +60,13 @@ STATUSES = (400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503, 504)  # besid
 PAGES = {path.name: path for path in (ROOT / "serving" / "web").iterdir() if path.is_file()}
 
 
-def create_app(
-    config: Config, engine: Engine | Suggestions, store: Store, host: str = "127.0.0.1"
-) -> FastAPI:
+def create_app(config: Config, engine: Engine | Suggestions, store: Store,
+               host: str = "127.0.0.1") -> FastAPI:
     """The app that is served on `host`. Raises UserError where that needs a key and has none."""
     key, desk = key_for(host), Desk(config, engine, store)
     app = FastAPI(title="IceBreaker", version="1", docs_url=None, redoc_url=None,
                   redirect_slashes=False, lifespan=lifespan,
-                  responses={status: {"model": Fault} for status in STATUSES},
+                  responses={status: {"model": bodies.Fault} for status in STATUSES},
                   exception_handlers={RequestValidationError: refuse,
                                       AnyHTTPException: refuse_shortly,
                                       sqlite3.DatabaseError: no_store})
@@ -99,7 +86,7 @@ async def lifespan(app: FastAPI):
 
 async def refuse(request: Request, error: RequestValidationError) -> JSONResponse:
     # Which field and why, never what it held: a key of a profile is not named either.
-    faults = [{"loc": [part if isinstance(part, int) or part in FIELDS else "*"
+    faults = [{"loc": [part if isinstance(part, int) or part in bodies.FIELDS else "*"
                        for part in fault["loc"]], "msg": fault["msg"], "type": fault["type"]}
               for fault in error.errors()[:20]]  # of a body with thousands of faults
     if request.url.path in openwebui.PATHS:
@@ -161,8 +148,8 @@ def waiter_of(desk: Desk, job: Job, request: Request, stream: bool = False) -> W
         raise busy(desk) from None
 
 
-@router.post("/v1/starters", response_model=Reply, responses=EVENTS, dependencies=STARTERS)
-async def starters(body: StartersBody, request: Request, desk: AppDesk):
+@router.post("/v1/starters", response_model=bodies.Reply, responses=EVENTS, dependencies=STARTERS)
+async def starters(body: bodies.StartersBody, request: Request, desk: AppDesk):
     """Starters for a user by id, or for the sessions given. stream: server-sent events
     `interests`, `starter` each, `done` with the whole reply, or `error`."""
     if body.method and body.method not in desk.engine.methods:
@@ -181,9 +168,9 @@ async def starters(body: StartersBody, request: Request, desk: AppDesk):
     return Stream(waiter) if body.stream else await waiter.reply()
 
 
-@router.post("/v1/suggestions", response_model=SuggestionsReply, responses=EVENTS,
+@router.post("/v1/suggestions", response_model=bodies.SuggestionsReply, responses=EVENTS,
              dependencies=SUGGESTIONS)
-async def suggestions(body: SuggestionsBody, request: Request, desk: AppDesk):
+async def suggestions(body: bodies.SuggestionsBody, request: Request, desk: AppDesk):
     """Next queries behind the turns of a conversation, or a declined answer. stream: server-sent
     events `context`, `suggestion` each, `done` with the whole reply, or `error`."""
     # In a thread: the store may wait for its disk.
@@ -193,7 +180,7 @@ async def suggestions(body: SuggestionsBody, request: Request, desk: AppDesk):
 
 
 @router.post("/v1/answers", responses=EVENTS)
-async def answers(body: AnswerBody, request: Request, desk: AppDesk):
+async def answers(body: bodies.AnswerBody, request: Request, desk: AppDesk):
     """The answer of the chat model at endpoint.model to a conversation, of which nothing is kept.
     Server-sent events `text` each, then `done`, or `error`."""
     if (chat := request.app.state.answers) is None:
@@ -241,7 +228,7 @@ def check_number(sessions: list, desk: Desk) -> None:
 
 @router.put("/v1/users/{user_id:path}/sessions", response_model=dict[str, str | int],
             dependencies=STARTERS)
-def put_sessions(user_id: Id, body: SessionsBody, desk: AppDesk):
+def put_sessions(user_id: bodies.Id, body: bodies.SessionsBody, desk: AppDesk):
     """Append to a user's history; a session_id that is held is replaced. How many are held."""
     # No async, here and below: FastAPI takes a thread, which may wait for the disk.
     check_number(body.sessions, desk)
@@ -250,7 +237,7 @@ def put_sessions(user_id: Id, body: SessionsBody, desk: AppDesk):
 
 
 @router.delete("/v1/users/{user_id:path}", response_model=dict[str, dict[str, int]])
-def delete_user(user_id: Id, desk: AppDesk):
+def delete_user(user_id: bodies.Id, desk: AppDesk):
     """Remove everything of a user; how many rows by table."""
     if not any((removed := desk.delete(user_id)).values()):  # an id that was mistyped, say
         raise HTTPException(404, "nothing is held of this user")
@@ -258,7 +245,7 @@ def delete_user(user_id: Id, desk: AppDesk):
 
 
 @router.post("/v1/events", response_model=dict[str, int])
-def events(body: EventsBody, desk: AppDesk):
+def events(body: bodies.EventsBody, desk: AppDesk):
     """What was shown and tapped: all of these events or none, on the disk when answered.
     How many of them were new."""
     try:

@@ -41,16 +41,16 @@ from pydantic import BaseModel
 import data
 import llm
 from config import TINY, Config, GeneratorConfig, RlConfig, load_config
-from files import ROOT, UserError, digest, file_digest, gather, meet, processes, script
+from files import UserError, digest, file_digest, gather_counts, meet, one_line, processes, script
 from roles.players import Players, players_of
-from run import Run, given_files, one_line, sum_counts
+from run import Run, given_files
 from serving import feedback
 from stages import garm_eval, mine, quality_eval
 from stages.dialogues import stage_dialogues
 from stages.dpo import stage_dpo
 from stages.eval import stage_eval
 from stages.fuse import stage_fuse
-from stages.match import stage_match
+from stages.match import WORDS, stage_match
 from stages.merge import stage_merge
 from stages.ranker import stage_ranker
 from stages.reward import stage_reward
@@ -122,7 +122,6 @@ def tiny_weights(config: Config) -> dict:
     return {"weights/tiny": folder / "model.safetensors"} if config.generator.model == TINY else {}
 
 
-WORDS = ROOT / "roles" / "words.yaml"  # by which the rules tell subjects and chores
 STAGES = {
     "world": Stage(stage_world, (), ("world", "data"), given_files, alone=True),
     "base": Stage(stage_base, (), ("generator",), tiny_weights, alone=True),
@@ -290,8 +289,8 @@ def wanted_stages(config: Config, names: list[str]) -> list[str]:
     """The stages that --stage names, perhaps several; UserError for an unknown one."""
     stages = METHODS[config.run.method]
     if unknown := [name for name in names if name not in stages and name != "all"]:
-        method, known = config.run.method, ", ".join([*stages, "all"])
-        raise UserError(f"--stage {unknown[0]}: run.method={method} has {known}")
+        method, names = config.run.method, ", ".join([*stages, "all"])
+        raise UserError(f"--stage {unknown[0]}: run.method={method} has {names}")
     return [s for s in stages if s not in ONLY_IF_ASKED] if "all" in names else names
 
 
@@ -342,7 +341,7 @@ def run_stage(run: Run, players: Players, name: str) -> dict:
             figures = stage.run(run, players, stage_key(run, name, *ROUNDS))
     calls = players.calls()
     if not stage.alone:  # each process asked for its share
-        calls = sum_counts(gather([calls]))
+        calls = gather_counts(calls)
     if calls:  # failed ones make the next start ask again
         good = ("asked", "cached", "answered")
         figures["calls"] = calls

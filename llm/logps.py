@@ -96,9 +96,8 @@ def tree_mask(branch: Tensor, trunk: Tensor, key_branch: Tensor, dtype: torch.dt
     return bias.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
 
 
-def completion_logps(
-    model, prompts: list[Ids], completions: list[list[Ids]], head_chunk: int = HEAD_CHUNK
-) -> list[Tensor]:
+def completion_logps(model, prompts: list[Ids], completions: list[list[Ids]],
+                     head_chunk: int = HEAD_CHUNK) -> list[Tensor]:
     """Summed log-probability of each completion of each prompt: a tensor (C,) for every prompt.
 
     Differentiable. Raises ValueError if there is no completion, or an empty prompt or completion.

@@ -17,16 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.utils import logging as transformers_logging
 
 from config import TINY, GeneratorConfig
-from files import (
-    AGAIN,
-    ROOT,
-    UserError,
-    atomic_path,
-    os_errors,
-    read_json,
-    read_tensors,
-    write_json,
-)
+from files import AGAIN, ROOT, UserError, atomic_path, read_json, read_tensors, write_json
 from llm.weights import make_smollm2, smollm2_folder
 
 # peft takes seconds to import, for which a command without an adapter need not wait: it is imported
@@ -77,10 +68,8 @@ def dtype_of(precision: str) -> torch.dtype:
     return getattr(torch, precision)
 
 
-def load_generator(
-    path: str, load_in_4bit: bool = False, gradient_checkpointing: bool = False, revision: str = "",
-    precision: str = "float32",
-):
+def load_generator(path: str, load_in_4bit: bool = False, gradient_checkpointing: bool = False,
+                   revision: str = "", precision: str = "float32"):
     """A causal LM of a folder or the hub, in generator.precision; NF4 if asked for."""
     gpu, dtype = torch.cuda.is_available(), dtype_of(precision)
     if load_in_4bit and not gpu:  # refused before any weight is read
@@ -180,7 +169,7 @@ def load_adapter(model, folder: str | Path, trainable: bool):
 
 def save_adapter(model, folder: str | Path) -> None:
     """A vanilla PEFT folder, written whole or not at all."""  # plain PEFT and vLLM load it
-    with atomic_path(folder) as temporary, os_errors(folder):
+    with atomic_path(folder) as temporary:
         model.save_pretrained(temporary, safe_serialization=True)
 
 
@@ -225,7 +214,7 @@ def merge_adapter(model, adapter: str | Path, tokenizer, folder: str | Path, car
     rope = getattr(merged.config, "rope_parameters", None) or {}
     if "rope_theta" in rope:
         merged.config.rope_theta = rope["rope_theta"]
-    with atomic_path(folder) as temporary, os_errors(folder):
+    with atomic_path(folder) as temporary:
         merged.save_pretrained(temporary, safe_serialization=True)
         tokenizer.save_pretrained(temporary)
         settings = read_json(temporary / "tokenizer_config.json")

@@ -22,9 +22,8 @@ CLOCK = "{% macro strftime_now(text) %}{{ text" + FORMATS + " }}{% endmacro %}"
 ORDINARY = re.compile(r"[\w\s▁]+|.", re.DOTALL)  # an added token that commands nothing
 
 
-def encode_prompt(
-    tokenizer, interests: list[str], n: int, instruction: str, max_tokens: int
-) -> Ids:
+def encode_prompt(tokenizer, interests: list[str], n: int, instruction: str,
+                  max_tokens: int) -> Ids:
     """Chat template + instruction + one line an interest -> ids, max_tokens at most.
 
     The lines stand in place of `{interests}` in the instruction, else behind it.
@@ -34,9 +33,8 @@ def encode_prompt(
     return head + _encode_lines(tokenizer, interests, max_tokens - len(head) - len(tail)) + tail
 
 
-def encode_conversation(
-    tokenizer, turns: list[tuple[str, str]], begin: str, end: str, room: int
-) -> tuple[Ids, int]:
+def encode_conversation(tokenizer, turns: list[tuple[str, str]], begin: str, end: str,
+                        room: int) -> tuple[Ids, int]:
     """Chat template around `begin`, a line a turn and `end` -> ids; and how many turns were cut.
 
     turns: (role, text), at least one of the user; room: tokens of all turns. What does not fit is

@@ -242,11 +242,11 @@ MARKS = [
 def _marked(lines: list[str]) -> list[str]:
     """The lines of a list's outermost level: numbered, else with letters, bullets, in quotes."""
     for mark in MARKS:
-        found = [(match, line) for line in lines if (match := mark.match(line))]
-        if found:
+        items = [(match, line) for line in lines if (match := mark.match(line))]
+        if items:
             # What is indented further explains an item.
-            depth = min(len(match[1]) for match, _ in found)
-            return [line for match, line in found if len(match[1]) <= depth + 1]
+            depth = min(len(match[1]) for match, _ in items)
+            return [line for match, line in items if len(match[1]) <= depth + 1]
     return []
 
 
@@ -341,12 +341,12 @@ def _json_items(text: str) -> list[str] | None:
         parts = _quoted_parts(inner.replace("\\", ""))
         return (parts if closed else parts[:-1]) if text[begin.end()] == "[" else []
     for field in _TEXT_FIELDS:
-        found = [text for name, text in values if name.endswith(field) and (field or not name)]
-        if found:
+        texts = [text for name, text in values if name.endswith(field) and (field or not name)]
+        if texts:
             break
     else:  # objects of a single field, whatever its name
-        found = [text for _, text in values] if closed and len({*dict(values)}) == 1 else []
-    return [part for value in found for line in value.splitlines() for part in line.split("&&")]
+        texts = [text for _, text in values] if closed and len({*dict(values)}) == 1 else []
+    return [part for value in texts for line in value.splitlines() for part in line.split("&&")]
 
 
 def _json_strings(text: str, at: int) -> tuple[list[tuple[str, str]], int, bool]:

@@ -156,9 +156,8 @@ class Prompted:
         labels[place] = np.where(cosine[place] >= FLOOR, -1, labels[place])
         return labels
 
-    def compare(
-        self, rows: list[tuple[list[str], list[str], list[str]]], role: str = "judge"
-    ) -> list[float | None]:
+    def compare(self, rows: list[tuple[list[str], list[str], list[str]]],
+                role: str = "judge") -> list[float | None]:
         """(history, a, b) -> 1.0 if a wins, 0.0 if b does, 0.5 for a tie or two opinions."""
         # Each pair in both orders: who is preferred by place alone ties; swapping swaps the answer.
         inputs = [{"history": history[-HISTORY:], "alpha": alpha, "beta": beta}

@@ -64,9 +64,8 @@ class Suggester:
         # The end is learned too: an answer of three stops there.
         return llm.encode_text(self.tokenizer, answer) + [self.tokenizer.eos_token_id]
 
-    def encoded(
-        self, turns: Sequence[Turn], answers: Sequence[str], task: str = ""
-    ) -> tuple[Ids, list[Ids]]:
+    def encoded(self, turns: Sequence[Turn], answers: Sequence[str],
+                task: str = "") -> tuple[Ids, list[Ids]]:
         """(prompt ids, [ids of each answer]): a row of training."""
         prompt, cut = self.prompt_and_cut(turns, task)
         if cut:  # counted where a stage asks, as what is left out may matter
@@ -77,23 +76,18 @@ class Suggester:
         """How many of these prompts of `encoded` lack turns, for generator.max_prompt_tokens."""
         return self.writer.cut_prompts(prompts)
 
-    def rollouts(
-        self, model, contexts: Sequence[Sequence[Turn]], n: int, seed: int, task: str = "",
-        **how,
-    ) -> list[list[Ids]]:
+    def rollouts(self, model, contexts: Sequence[Sequence[Turn]], n: int, seed: int, task: str = "",
+                 **how) -> list[list[Ids]]:
         """Token ids of n answers to each context, each with its end token if it wrote one.
 
         how: as of llm.sample_ids. The processes of a torchrun sample a share each.
         """
-        g = self.config.generator
-        settings = {
-            "max_new_tokens": g.max_new_tokens, "temperature": g.temperature, "top_p": g.top_p,
-            "top_k": g.top_k, "rows": g.sample_rows, "stop": ""}
+        settings = {**self.writer.sampling, "stop": "", **how}
         places = share(range(len(contexts)))  # draws hang on the place, not on who draws
         prompts = [self.prompt(contexts[i], task) for i in places]
         ends = llm.end_tokens(model, self.tokenizer)
         drawn = llm.sample_ids(
-            model, self.tokenizer, prompts, n, seed=seed, numbers=places, **{**settings, **how}
+            model, self.tokenizer, prompts, n, seed=seed, numbers=places, **settings
         ) if places else []
         return gather([[_until_end(row, ends) for row in rows.tolist()] for rows in drawn])
 
@@ -101,9 +95,8 @@ class Suggester:
         decode = self.tokenizer.batch_decode
         return [decode(answers, skip_special_tokens=True) for answers in rollouts]
 
-    def write(
-        self, adapter: Path | None, contexts: Sequence[Sequence[Turn]], n: int, seed: int
-    ) -> list[list[str]]:
+    def write(self, adapter: Path | None, contexts: Sequence[Sequence[Turn]], n: int,
+              seed: int) -> list[list[str]]:
         """n answers to each context by a saved adapter (None: the prompted base), as text."""
         task = "" if adapter else "prompted"
         return self.texts(self.rollouts(self.policy(adapter), contexts, n, seed, task))

@@ -79,9 +79,8 @@ class Writer:
         return llm.encode_prompt(
             self.tokenizer, interests, self.config.generator.list_size, *self._task(prompted))
 
-    def encoded(
-        self, interests: list[str], lists: list[list[str]]
-    ) -> tuple[list[int], list[list[int]]]:
+    def encoded(self, interests: list[str],
+                lists: list[list[str]]) -> tuple[list[int], list[list[int]]]:
         """(prompt ids, [ids of each list]): a row of training."""
         completions = [llm.encode_completion(self.tokenizer, starters) for starters in lists]
         prompt, (instruction, _) = self.prompt(interests), self._task(prompted=False)
@@ -95,19 +94,20 @@ class Writer:
         # By what they are: a resumed stage counts as one that was never killed.
         return sum(tuple(prompt) in self.cut for prompt in prompts)
 
+    @property
+    def sampling(self) -> dict:
+        """How llm.sample_ids is asked where nothing else is said."""
+        g = self.config.generator
+        return {"max_new_tokens": g.max_new_tokens, "temperature": g.temperature, "top_p": g.top_p,
+                "top_k": g.top_k, "rows": g.sample_rows}
+
     def draw(self, model, prompts: list[list[int]], n: int, seed: int, **how) -> list[list[str]]:
         """n completions of each prompt (token ids) as text; how: as of llm.sample."""
-        g = self.config.generator
-        settings = {
-            "max_new_tokens": g.max_new_tokens, "temperature": g.temperature, "top_p": g.top_p,
-            "top_k": g.top_k, "rows": g.sample_rows}
         # The engine asks with fewer rows, a prefix and a hook.
-        return llm.sample(model, self.tokenizer, prompts, n, seed=seed, **{**settings, **how})
+        return llm.sample(model, self.tokenizer, prompts, n, seed=seed, **{**self.sampling, **how})
 
-    def sample(
-        self, model, inputs: list[list[str]], n: int, seed: int, raw: bool = False,
-        prompted: bool = False,
-    ) -> list[list[list[str]]]:
+    def sample(self, model, inputs: list[list[str]], n: int, seed: int, raw: bool = False,
+               prompted: bool = False) -> list[list[list[str]]]:
         """n lists for each input, parsed and filtered: at most K starters each, perhaps none.
 
         raw: as parsed, whatever the filters would say; prompted: `model` is the base without an
@@ -120,10 +120,8 @@ class Writer:
 
         return self._lists(draw, inputs, raw)
 
-    def write(
-        self, adapter: Path | None, inputs: list[list[str]], n: int, seed: int, model=None,
-        raw: bool = False,
-    ) -> list[list[list[str]]]:
+    def write(self, adapter: Path | None, inputs: list[list[str]], n: int, seed: int, model=None,
+              raw: bool = False) -> list[list[list[str]]]:
         """As `sample`, by a saved adapter (None: the base): from generator.endpoint if it is set,
         where the model of that name is asked; or here, `model` being loaded already."""
         g = self.config.generator

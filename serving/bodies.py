@@ -5,15 +5,7 @@ Requests are strict and take no field that is not named here; replies are descri
 
 from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    field_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, field_validator
 
 import data
 from serving.engine import METHODS, Interest
@@ -84,12 +76,12 @@ class Fault(BaseModel):
 # ----------------------------------------------------------------------------------------- requests
 
 
-class Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
+class Body(BaseModel, strict=True, extra="forbid"):
+    pass
 
 
 class Event(Body):
-    impression_id: Annotated[str, StringConstraints(min_length=1, max_length=200)]
+    impression_id: Annotated[str, Field(min_length=1, max_length=200)]
     type: Literal["shown", "tap"]
     slot: Annotated[int, Field(ge=0, le=100)] | None = None  # of a tap
 

@@ -121,10 +121,8 @@ class Desk:
                 ask = dataclasses.replace(ask, avoid=asked.exclude, again=seen)
             return self._job(ask, by_id=True, partial=bool(asked.exclude))
 
-    def ask_next(
-        self, turns: list[data.Turn], n: int, user_id: str | None = None,
-        language: str | None = None,
-    ) -> Job:
+    def ask_next(self, turns: list[data.Turn], n: int, user_id: str | None = None,
+                 language: str | None = None) -> Job:
         """A job that suggests next queries, to be released in the end; user_id None: nobody's."""
         user = data.User(user_id=user_id or "inline", sessions=[])
         kept = last_turns(turns, self.room)
@@ -184,9 +182,8 @@ class Desk:
                     f"{self.settings.repeat_days:g} days is not repeated")
         return "nothing that was written passed the checks (language, length, sense, safety)"
 
-    def _reply(
-        self, user_id: str | None, method: str, n: int, row: dict, left: list[dict], request_id: str
-    ) -> dict:
+    def _reply(self, user_id: str | None, method: str, n: int, row: dict, left: list[dict],
+               request_id: str) -> dict:
         """The first n of what is left of a row; user_id None: nothing is kept of it."""
         chosen, impression = left[:n], None
         if user_id is not None and chosen:

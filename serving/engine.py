@@ -126,7 +126,8 @@ class Engine:
         self.popular = PopularStarters(self.run) if self.run.impressions else None
         people = [] if config.data.users else self.run.ids("test")[:12]  # simulated ones only
         self.examples = [self.run.users[user_id] for user_id in people]
-        self.model, self.ranker, self.adapter, self.version = None, indifferent, None, "sit"
+        self.model, self.adapter, self.version = None, None, "sit"
+        self.ranker = lambda starters, **_: torch.zeros(len(starters))  # all alike without a ranker
         if not config.generator.endpoint:
             self.model = self.writer.policy(self.run.adapter("sit"))
         self._names = {"SFT": "default"}  # method -> PEFT's name of its adapter
@@ -196,9 +197,8 @@ class Engine:
         self._forgotten = True  # once more after the batch that may be running
 
     @torch.no_grad()
-    def write(
-        self, asks: list[Ask], gone: Callable[[int], bool] = lambda i: False
-    ) -> list[Answer | None]:
+    def write(self, asks: list[Ask],
+              gone: Callable[[int], bool] = lambda i: False) -> list[Answer | None]:
         """One batch. gone(i), asked at every step: the client of ask i has left; its answer is
         None, and nothing more is decoded for it. (generator.endpoint: it is decoded to the end.)"""
         asks = [dataclasses.replace(ask, shown=latest(ask.shown, lambda s: s[0])) for ask in asks]
@@ -418,11 +418,6 @@ def to_be_read(session: data.Session) -> str:
     messages = session.messages or []
     said = [m.content for m in messages if m.role == "user"] or [m.content for m in messages]
     return session.summary or "".join(said)[:ROOM]
-
-
-def indifferent(starters: torch.Tensor, **_) -> torch.Tensor:
-    """Logits (N,) of a run without a ranker: every starter has utility 0.5."""
-    return torch.zeros(len(starters))
 
 
 def in_a_loop(tokens: torch.Tensor, last: int = 16, longest: int = 4) -> torch.Tensor:

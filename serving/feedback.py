@@ -27,10 +27,10 @@ import numpy as np
 
 import llm
 from config import Config, load_config
-from files import UserError, digest, file_digest, gather, processes, read_json, write_json
+from files import UserError, digest, file_digest, gather, one_line, processes, read_json, write_json
 from roles.players import Players
 from roles.writer import Writer
-from run import SPLITS, Run, RunFolder, UserState, one_line, shown_before
+from run import SPLITS, Run, UserState, shown_before
 from serving.store import Store
 from serving.taps import Shown
 from stages import dpo
@@ -53,7 +53,7 @@ def current(run: Run) -> dict | None:
         return None
     published = run.folder / "feedback" / "current.json"
     # Unless the run's own rounds of DPO were trained again since.
-    if published.is_file() and (newest := read_json(published))["run"] == _run_key(run.folder):
+    if published.is_file() and (newest := read_json(published))["run"] == _run_key(run):
         for name in (newest["adapter"], newest["ranker"]):  # a run may be a stranger's
             if not (run.folder / name).resolve().is_relative_to(run.folder.path.resolve()):
                 raise UserError(f"{published}: {name} leads out of the run")
@@ -66,8 +66,8 @@ def _weights(adapter: Path) -> str:
     return file_digest(adapter / "adapter_model.safetensors")
 
 
-def _run_key(folder: RunFolder) -> str:
-    return read_json(folder / "dpo" / "done.json")["key"]  # another one: trained again
+def _run_key(run: Run) -> str:
+    return read_json(run.folder / "dpo" / "done.json")["key"]  # another one: trained again
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def feedback_round(config: Config, wanted: list[str], free: Iterable[str]) -> No
                         f"split, so there is nothing to learn yet ({len(rows)} lists were shown, "
                         f"{len(lists['train'])} of them to such users); try again later")
     settings = config.ranker, config.dpo, config.run.seed, config.roles, config.serve.candidates
-    key = digest(rows, *settings, config.eval.bootstrap, _run_key(run.folder))
+    key = digest(rows, *settings, config.eval.bootstrap, _run_key(run))
     number = gather([begin(run, key)] if first else [])[0]  # of several processes, as above
     start = read_json(run.folder / f"feedback/round{number}/round.json")["start"]
     # In memory: an LLM's answers for the store's users are not kept either.
@@ -154,7 +154,7 @@ def publish(new: Round, verdict: dict) -> dict:
         newest = {"round": new.number, "adapter": f"{new.folder}/adapter",
                   "ranker": f"{new.folder}/ranker/train.safetensors",
                   "version": f"feedback{new.number}-{_weights(new.adapters[1])[:8]}",
-                  "run": _run_key(folder)}  # the key of the DPO that it came after
+                  "run": _run_key(new.run)}  # the key of the DPO that it came after
         # Before the verdict, which ends the round: one that was killed between is checked again.
         write_json(folder / "feedback" / "current.json", newest)
         verdict["reason"] = f"accepted as {newest['version']}: {verdict['reason']}"
@@ -240,9 +240,8 @@ def begin(run: Run, key: str) -> int:
 # and people of that hash whom the run does not know train.
 
 
-def states_of(
-    run: Run, lists: list[Shown], moments: int
-) -> tuple[list[tuple[Shown, UserState]], dict[str, UserState]]:
+def states_of(run: Run, lists: list[Shown],
+              moments: int) -> tuple[list[tuple[Shown, UserState]], dict[str, UserState]]:
     """Of each user the first `moments` lists, each with the UserState of its moment; and the latest
     UserState of everybody who had interests, by a hash of the user."""
     # The taste is of what was shown before, by the run's log and by the store.

@@ -40,9 +40,8 @@ class Store:  # any thread may call any method; raises what Database raises
                     count += 1
         return count
 
-    def put_sessions(
-        self, user_id: str, sessions: list[data.Session], profile: dict | None = None
-    ) -> int:
+    def put_sessions(self, user_id: str, sessions: list[data.Session],
+                     profile: dict | None = None) -> int:
         """Append to a user's history, durably; return how many sessions are held now.
 
         A session_id that is held is replaced where it stands. profile None leaves the profile.

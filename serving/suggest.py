@@ -108,9 +108,8 @@ class Suggestions:
         return 0  # that are embedded
 
     @torch.no_grad()
-    def write(
-        self, asks: list[Ask], gone: Callable[[int], bool] = lambda i: False
-    ) -> list[Suggested | None]:
+    def write(self, asks: list[Ask],
+              gone: Callable[[int], bool] = lambda i: False) -> list[Suggested | None]:
         """One batch. gone(i), asked at every step: the client of ask i has left; its answer is
         None, and nothing more is decoded for it."""
         read = [self.suggester.prompt_and_cut(ask.turns) for ask in asks]
@@ -154,9 +153,8 @@ def policies(config: Config) -> list[str]:
     return [*(f"rl/{arm}" for arm in POLICIES if arm in config.rl.arms), "sft"]
 
 
-def by_reward(
-    reward: RewardModel, asks: list[Ask], pools: list[list[str]]
-) -> list[list[Suggestion]]:
+def by_reward(reward: RewardModel, asks: list[Ask],
+              pools: list[list[str]]) -> list[list[Suggestion]]:
     """Each ask's suggestions with the reward model's mu and sigma."""
     scores = reward.score([ask.turns for ask in asks], pools)
     return [[*map(Suggestion, pool, mu.tolist(), sigma.tolist(), ["policy"] * len(pool))]

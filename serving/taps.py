@@ -49,10 +49,8 @@ class Taps:  # of a store's file; any thread may call any method
     def __init__(self, db: Database):
         self.db = db
 
-    def offer(
-        self, user_id: str, interests: list[str] | list[dict], starters: list[str], method: str,
-        version: str,
-    ) -> str:
+    def offer(self, user_id: str, interests: list[str] | list[dict], starters: list[str],
+              method: str, version: str) -> str:
         """Remember what an answer offers; return its signed impression id. interests: or turns."""
         content = (method, version, compact(interests), compact(starters))
         with self.db.transaction() as db:

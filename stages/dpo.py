@@ -32,11 +32,11 @@ import torch
 import icebreaker as ib
 import llm
 from config import DpoConfig
-from files import UserError, digest, gather, progress, read_json, share, write_json
+from files import UserError, digest, gather, gather_counts, progress, read_json, share, write_json
 from roles.players import Players
 from roles.suggester import Suggester
 from roles.writer import Writer
-from run import Run, UserState, sum_counts
+from run import Run, UserState
 from stages.pairs import fit_lists, mine, sample, search
 from stages.ranker import load_ranker, utilities
 from stages.sit import Rows, draw_states, taught_lists
@@ -93,10 +93,9 @@ def held_out_states(run: Run) -> list[UserState]:
     return rng.sample(states, min(most, len(states)))
 
 
-def train_round(
-    run: Run, players: Players, number: int | str, model, adapter: Path, ranker,
-    states: list[UserState], others: list[UserState], earlier: list[dict], keep: bool = True,
-) -> tuple[dict, list[dict]]:
+def train_round(run: Run, players: Players, number: int | str, model, adapter: Path, ranker,
+                states: list[UserState], others: list[UserState], earlier: list[dict],
+                keep: bool = True) -> tuple[dict, list[dict]]:
     """Sample, search, mine and align, in place; returns figures and the pairs that were mined.
 
     model: the policy saved in `adapter`; states: whom it writes for; others: users on whom the best
@@ -124,7 +123,7 @@ def train_round(
     rows = encoded(writer, earlier + pairs)
     figures = align(run, writer, model, reference, rows, label, run.config.dpo, held_out)
     before = list_quality(run, ranker, states, sampled)
-    return {"before": before, **sum_counts(gather([counts])), **figures}, pairs
+    return {"before": before, **gather_counts(counts), **figures}, pairs
 
 
 # ------------------------------------------------------------------------------------------- align
@@ -132,13 +131,12 @@ def train_round(
 
 def encoded(writer: Writer, pairs: list[dict]) -> Rows:
     """Rows of `align`: the prompt of each chosen list with it and the rejected ones behind it."""
-    return [writer.encoded(x["interests"], [x["chosen"], *x["rejected"].values()]) for x in pairs]
+    return [writer.encoded(pair["interests"], [pair["chosen"], *pair["rejected"].values()])
+            for pair in pairs]
 
 
-def align(
-    run: Run, writer: Writer | Suggester, model, reference, rows: Rows, label: str,
-    settings: DpoConfig, held_out: Callable | None = None,
-) -> dict:
+def align(run: Run, writer: Writer | Suggester, model, reference, rows: Rows, label: str,
+          settings: DpoConfig, held_out: Callable | None = None) -> dict:
     """DPO (Eq. 6) on rows of prompt ids and [chosen ids, rejected ids, ...], in place; the
     checkpoint that `held_out` values most stays.
 
@@ -200,9 +198,8 @@ def against_chosen(logps: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tenso
 
 
 @torch.no_grad()
-def reference_logps(
-    model, rows: Rows, order: list[int], size: int, micro: int
-) -> list[torch.Tensor]:
+def reference_logps(model, rows: Rows, order: list[int], size: int,
+                    micro: int) -> list[torch.Tensor]:
     """[chosen, rejected, ...] of all rows; batched as the first pass over them, so that the first
     loss of a policy against itself is ln 2 exactly."""
     values = []  # (row, its log-probabilities), of this process
@@ -289,7 +286,7 @@ def align_on_clicks(run: Run, writer: Writer, pairs: list[dict]) -> dict:
     model = writer.policy(run.adapter("sit"), trainable=True)
     # As many chosen lists as IceBreaker learned from, and about as many rejected ones to each:
     # their kinds are compared, not their number.
-    width = round(float(np.mean([len(x["rejected"]) for x in pairs] or [1])))
+    width = round(float(np.mean([len(pair["rejected"]) for pair in pairs] or [1])))
     clicked, rng = click_pairs(run, writer, model, width), random.Random(run.seed("clicked"))
     if not clicked:
         shutil.rmtree(run.adapter("vanilla"), ignore_errors=True)  # of other logs
@@ -299,7 +296,7 @@ def align_on_clicks(run: Run, writer: Writer, pairs: list[dict]) -> dict:
     rows = encoded(writer, clicked)
     figures = align(run, writer, model, model, rows, TAPPED, run.config.dpo)
     llm.save_adapter(model, run.adapter("vanilla"))
-    return {"pairs": sum(len(x["rejected"]) for x in clicked), **figures}
+    return {"pairs": sum(len(pair["rejected"]) for pair in clicked), **figures}
 
 
 def click_pairs(run: Run, writer: Writer, model, width: int) -> list[dict]:
@@ -315,7 +312,7 @@ def click_pairs(run: Run, writer: Writer, model, width: int) -> list[dict]:
         label = 1 if first else f"clicked {number}"
         written = sample(run, writer, label, model, adapter, states, keep=first)
         for state, lists in zip(states, written, strict=True):
-            pairs += [x for x in [pair_by_taps(run, state, lists, width)] if x]
+            pairs += filter(None, [pair_by_taps(run, state, lists, width)])
     return pairs
 
 

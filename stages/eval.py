@@ -36,9 +36,8 @@ def compared_methods(run: Run) -> dict[str, tuple[Path | None, bool]]:
     return table
 
 
-def write_lists(
-    run: Run, writer: Writer, whole: dict[str, list[str]], interests: dict[str, list[str]], n: int
-) -> Lists:
+def write_lists(run: Run, writer: Writer, whole: dict[str, list[str]],
+                interests: dict[str, list[str]], n: int) -> Lists:
     """n lists by every compared method for each user.
 
     whole: user -> all summaries, latest first; interests: user -> trigger interests, best first.
@@ -107,10 +106,8 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
     return {"test_users": len(states), "starters": str(folder / "starters.jsonl")}
 
 
-def measure(
-    run: Run, lists: Lists, classifier: metrics.TopicClassifier, histories: dict[str, list[str]],
-    truth,
-) -> PerUser:
+def measure(run: Run, lists: Lists, classifier: metrics.TopicClassifier,
+            histories: dict[str, list[str]], truth) -> PerUser:
     """Every metric of every method and user; histories: user -> all summaries."""
     # All at once: what is measured one list at a time is only looked up, and like lengths share a
     # batch.

@@ -8,10 +8,12 @@ at data.cuts: before a cut lies the history (E summaries), after it the future (
 
 import numpy as np
 
-from files import read_json, write_json
+from files import ROOT, read_json, write_json
 from roles.players import Players
 from run import Run
 from stages import metrics
+
+WORDS = ROOT / "roles" / "words.yaml"  # by which the rules tell subjects and chores
 
 
 def stage_match(run: Run, players: Players, key: str) -> dict:

@@ -33,9 +33,8 @@ PERSONAL = ("true_clicks", "cascade_clicks", "utility")
 OTHERS = 3  # users to whom it shows a list
 
 
-def bootstrap(
-    rows: Iterable, draws: int = 2000, seed: int = 0, hierarchical: bool = False
-) -> tuple[float, float, float]:
+def bootstrap(rows: Iterable, draws: int = 2000, seed: int = 0,
+              hierarchical: bool = False) -> tuple[float, float, float]:
     """(mean of the seeds' means, low, high) of a 95 % percentile interval.
 
     rows: values of the users (U,) of each seed, paired differences as a rule; users are drawn again
@@ -195,10 +194,9 @@ class TopicClassifier:
 # --------------------------------------------------------------------------------- all of a method
 
 
-def measure(
-    lists: Lists, rankers: dict[str, Callable], encode: Callable, classifier: TopicClassifier,
-    corpus: list[str], histories: dict[str, list[str]], k: int, truth=None,
-) -> PerUser:
+def measure(lists: Lists, rankers: dict[str, Callable], encode: Callable,
+            classifier: TopicClassifier, corpus: list[str], histories: dict[str, list[str]], k: int,
+            truth=None) -> PerUser:
     """Every metric of every method and user: means over the user's lists; an empty list counts 0.
 
     The wrong-user control of PERSONAL: others_true_clicks is what the user's lists are worth to

@@ -74,10 +74,8 @@ def with_calls(figures: dict, players: Players) -> dict:
     return figures | ({"judge": calls} if calls else {})
 
 
-def train_round(
-    run: Run, players: Players, quality: Quality, folder: str, start: str,
-    clicked: list[Context], hard: list[Context], number: int,
-) -> dict:
+def train_round(run: Run, players: Players, quality: Quality, folder: str, start: str,
+                clicked: list[Context], hard: list[Context], number: int) -> dict:
     """GRPO of one round from the policy `start` ("": the base)."""
     suggester, g = Suggester(players.writer, "three" if start else "prompted"), run.config.generator
     model = suggester.policy(run.adapter(start), trainable=True)
@@ -94,9 +92,8 @@ def train_round(
     return figures
 
 
-def round_batches(
-    run: Run, clicked: list[Context], hard: list[Context], number: int
-) -> list[list[Context]]:
+def round_batches(run: Run, clicked: list[Context], hard: list[Context],
+                  number: int) -> list[list[Context]]:
     """rl.steps batches: the hard contexts, then clicked ones at random; of few each again."""
     settings, seed = run.config.rl, run.seed("round", number)
     by_id = {c.dialogue.dialogue_id: c for c in (*hard, *clicked)}
@@ -119,10 +116,8 @@ def probed(run: Run, unclicked: list[Context], number: int) -> list[Context]:
     return random.Random(run.seed("probed", number)).sample(unclicked, most)
 
 
-def mined(
-    run: Run, players: Players, quality: Quality, key: str, folder: str, policy: str,
-    contexts: list[Context],
-) -> list[str]:
+def mined(run: Run, players: Players, quality: Quality, key: str, folder: str, policy: str,
+          contexts: list[Context]) -> list[str]:
     """Step 3: the ids of the contexts that this policy finds hard, hardest first.
 
     Writes FOLDER/mined/contexts.json: every context looked at, its rewards and disagreement.

@@ -27,10 +27,8 @@ from stages.pools import best_lists, score_pools
 RANDOM_LISTS = 8  # random draws from a pool among the lists from which pairs are mined
 
 
-def sample(
-    run: Run, writer: Writer, number: int | str, model, adapter: Path, states: list[UserState],
-    keep: bool = True,
-) -> list[list[list[str]]]:
+def sample(run: Run, writer: Writer, number: int | str, model, adapter: Path,
+           states: list[UserState], keep: bool = True) -> list[list[list[str]]]:
     """dpo.samples lists of the policy for each state, as written: the candidates of a round.
 
     With `keep` they stay in sampled.json beside the adapter, for a killed round and for runs that
@@ -69,9 +67,8 @@ class Searched:
     beams: list[list[int]]  # best lists of K, as indices into the pool
 
 
-def search(
-    run: Run, ranker, states: list[UserState], lists: list[list[list[str]]]
-) -> list[Searched | None]:
+def search(run: Run, ranker, states: list[UserState],
+           lists: list[list[list[str]]]) -> list[Searched | None]:
     """List search (Algorithm 1) in each user's pool; None where it has fewer than K starters."""
     settings, k = run.config.dpo, run.config.generator.list_size
     pools = [sorted({y for starters in user_lists for y in starters}) for user_lists in lists]
@@ -81,23 +78,22 @@ def search(
         return results
     scored = score_pools(run.encoder, ranker, [states[i] for i in rich], [pools[i] for i in rich])
     beams = best_lists(settings, k, *scored)  # Algorithm 1
-    for i, found, utility, similarity in zip(rich, beams.tolist(), *scored[:2], strict=True):
+    for i, best, utility, similarity in zip(rich, beams.tolist(), *scored[:2], strict=True):
         n = len(pools[i])  # pads lie behind
         results[i] = Searched(states[i], lists[i], pools[i], utility[:n], similarity[:n, :n],
-                              [beam for beam in found if beam[0] >= 0])  # -1: no further list
+                              [beam for beam in best if beam[0] >= 0])  # -1: no further list
     return results
 
 
-def mine(
-    run: Run, searched: list[Searched | None], written: list[list[list[str]]]
-) -> tuple[list[dict], dict[str, int]]:
+def mine(run: Run, searched: list[Searched | None],
+         written: list[list[list[str]]]) -> tuple[list[dict], dict[str, int]]:
     """Chosen and rejected lists (Eq. 8) of each user, {} if there are none; and counts.
 
     written: the lists that the policy wrote for each user, before any filter.
     """
     counts = Counter(users=len(searched), too_few_candidates=searched.count(None), pairs=0)
     rows = zip(searched, written, strict=True)
-    pairs = [mine_user(run, found, lists, counts) if found else {} for found, lists in rows]
+    pairs = [mine_user(run, user, lists, counts) if user else {} for user, lists in rows]
     return pairs, dict(counts)
 
 

@@ -16,9 +16,8 @@ from run import UserState
 from stages.ranker import utilities
 
 
-def score_pools(
-    encode: Callable, ranker: ib.UtilityRanker, states: list[UserState], pools: list[list[str]]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def score_pools(encode: Callable, ranker: ib.UtilityRanker, states: list[UserState],
+                pools: list[list[str]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Utilities (B, N), cosines (B, N, N) and valid (B, N) of every user's distinct candidates."""
     encode(sorted({y for pool in pools for y in pool}))  # all at once, then looked up
     b, n = len(pools), max(map(len, pools))  # pads: valid is False there
@@ -32,10 +31,8 @@ def score_pools(
     return utility, similarity, valid
 
 
-def best_lists(
-    settings: DpoConfig, list_size: int, utility: torch.Tensor, similarity: torch.Tensor,
-    valid: torch.Tensor, expand: int = 0,
-) -> torch.Tensor:
+def best_lists(settings: DpoConfig, list_size: int, utility: torch.Tensor, similarity: torch.Tensor,
+               valid: torch.Tensor, expand: int = 0) -> torch.Tensor:
     """Algorithm 1 with dpo's settings: lists (B, beam, K) of indices, best first, -1 for none."""
     scaled = ib.min_max(utility, valid)  # Unstated: r_util and r_div need one scale, as in Eq. (8)
     return ib.list_search(
@@ -44,10 +41,9 @@ def best_lists(
     )[0]
 
 
-def list_order(
-    settings: DpoConfig, list_size: int, utility: torch.Tensor, similarity: torch.Tensor,
-    valid: torch.Tensor | None = None, lists: int = 1000, expand: int = 0,
-) -> list[list[int]]:
+def list_order(settings: DpoConfig, list_size: int, utility: torch.Tensor, similarity: torch.Tensor,
+               valid: torch.Tensor | None = None, lists: int = 1000,
+               expand: int = 0) -> list[list[int]]:
     """Candidates of each row as the list search's best list, then the best of the rest, ...
 
     utility (B, N), similarity (B, N, N), valid (B, N). At most `lists` lists a row, and then, if
@@ -71,10 +67,8 @@ def list_order(
     return order
 
 
-def searched(
-    config: Config, encode: Callable, ranker: ib.UtilityRanker, states: list[UserState],
-    pools: list[list[str]], lists: int,
-) -> list[list[list[str]]]:
+def searched(config: Config, encode: Callable, ranker: ib.UtilityRanker, states: list[UserState],
+             pools: list[list[str]], lists: int) -> list[list[list[str]]]:
     """At most `lists` full lists of each user's pool, best first; what there is if none is full."""
     k, results = config.generator.list_size, []
     # Order is list after list, so each k of it are one.

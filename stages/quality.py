@@ -39,9 +39,8 @@ class Quality:
                                      data.read_policies(run.policies_file), cases)
         self.failed_as_zero = settings.failed_as_zero
 
-    def scores(
-        self, contexts: Sequence[Context], answers: list[list[str]]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def scores(self, contexts: Sequence[Context],
+               answers: list[list[str]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Answerable, factual, informative (R, K) and format (R,) of G answers to each context.
 
         nan: the judge's call failed; a malformed answer is 0 in all.
@@ -60,9 +59,8 @@ class Quality:
         # (R, K, 3) -> three of (R, K).
         return *torch.tensor(marks, dtype=torch.float32).unbind(2), form
 
-    def __call__(
-        self, contexts: Sequence[Context], answers: list[list[str]], *reference: Tensor
-    ) -> Tensor:
+    def __call__(self, contexts: Sequence[Context], answers: list[list[str]],
+                 *reference: Tensor) -> Tensor:
         """Components (R, J); but for the reward they are there to be logged, and never nan."""
         *each, form = self.scores(contexts, answers)
         _, reward = qualeqs.set_reward(*each, form, self.failed_as_zero)  # Eq. (5), (R,)

@@ -68,8 +68,7 @@ def fit_rankers(run: Run, lists: dict[str, Shown], folder: str) -> dict:
                 f"{run.impressions_file}: timestamp: no list of the {name} users was shown after "
                 f"the first {run.config.data.cuts[0]:.0%} (data.cuts) of their sessions; a ranker "
                 f"needs the times of lists and of sessions")
-    rows, states = ranker_inputs(run, lists["test"])
-    every, figures = torch.arange(len(rows["list"])), {}  # test users: no ranker learns from them
+    (rows, states), figures = ranker_inputs(run, lists["test"]), {}  # no ranker learns from them
     for name in ("train", "judge"):
         tapped = [impression.user_id for impression, _ in lists[name] if impression.clicked]
         if len(tapped) < 10 or len(set(tapped)) < 2:
@@ -80,8 +79,9 @@ def fit_rankers(run: Run, lists: dict[str, Shown], folder: str) -> dict:
         ranker = fit_ranker(run, lists[name], label, run.folder / folder / f"{name}.safetensors")
         with torch.no_grad():
             # Without slots it ranks; with them it says how often a shown starter is tapped.
-            logits = ranker_logits(ranker, rows, states, every, with_slots=False)
-            shown = torch.sigmoid(ranker_logits(ranker, rows, states, every))
+            personal = features(ranker, rows, states)
+            logits = ranker.logits(personal, rows["starters"])
+            shown = torch.sigmoid(ranker.logits(personal, rows["starters"], rows["slots"]))
         clicked, slots = rows["clicked"].numpy(), rows["slots"].numpy()
         figures[name] = {
             "lists": len(lists[name]),
@@ -197,15 +197,6 @@ def ranker_inputs(run: Run, shown: Shown) -> tuple[dict, dict]:
         "targets": ib.utility_target(clicks, depth, settings.click_share, settings.depth_cap),
         "list": torch.tensor(numbers),  # (B,), row of the padded states
     }, pad_states([state for _, state in shown])
-
-
-def ranker_logits(ranker, rows: dict, states: dict, index, with_slots: bool = True) -> torch.Tensor:
-    """Logits (B,) of the rows at `index`."""
-    lists = rows["list"][index]  # states are kept once a list, and looked up
-    return ranker(
-        **{name: values[lists] for name, values in states.items()},
-        starters=rows["starters"][index],
-        slots=rows["slots"][index] if with_slots else None)
 
 
 # --------------------------------------------------------------------- the ranker as others use it

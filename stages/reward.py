@@ -44,7 +44,11 @@ SIGMA_ONE = 0.5413  # softplus of it is 1, where the penalty of Eq. (5) is least
 def stage_reward(run: Run, players: Players, key: str) -> dict:
     """A reward model of each kind that reward.kinds names."""
     suggester, figures = Suggester(players.writer), {}
-    rows = training_rows(run)
+    rows = pairs_of(chosen(read_contexts(run), "train"))
+    if not rows:
+        raise UserError("reward: no click of the log's first part is below the first slot")
+    most = run.config.reward.max_contexts or len(rows)
+    rows = random.Random(run.seed("reward rows")).sample(rows, min(most, len(rows)))
     for kind in run.config.reward.kinds:
         figures[kind] = run.folder.once(
             f"reward/{kind}", digest(key, kind), partial(train_reward, run, suggester, rows, kind))
@@ -56,14 +60,6 @@ def pairs_of(contexts: Sequence[Context]) -> list[Row]:
     """Contexts whose clicks tell a pair by the slot filter, and their pairs."""
     rows = [(c, garm.click_pairs(c.dialogue.clicked)) for c in contexts]
     return [(context, pairs) for context, pairs in rows if pairs]
-
-
-def training_rows(run: Run) -> list[Row]:
-    rows = pairs_of(chosen(read_contexts(run), "train"))
-    if not rows:
-        raise UserError("reward: no click of the log's first part is below the first slot")
-    most = run.config.reward.max_contexts or len(rows)
-    return random.Random(run.seed("reward rows")).sample(rows, min(most, len(rows)))
 
 
 class RewardModel:
@@ -89,9 +85,8 @@ class RewardModel:
         return mu, F.softplus(raw)
 
     @torch.no_grad()
-    def score(
-        self, contexts: Sequence[Turns], texts: list[list[str]], size: int = 8
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def score(self, contexts: Sequence[Turns], texts: list[list[str]],
+              size: int = 8) -> tuple[list[Tensor], list[Tensor]]:
         """mu and sigma of each suggestion: (K,) for every context; none where it has no texts."""
         places = [i for i, some in enumerate(texts) if some]
         mu, sigma = ([torch.zeros(0)] * len(texts) for _ in range(2))
@@ -107,9 +102,8 @@ class RewardModel:
         return mu, sigma
 
     @torch.no_grad()
-    def preference(
-        self, contexts: Sequence[Turns], pairs: list[list[tuple[str, str]]], size: int = 8
-    ) -> list[Tensor]:
+    def preference(self, contexts: Sequence[Turns], pairs: list[list[tuple[str, str]]],
+                   size: int = 8) -> list[Tensor]:
         """The paired model's p(first > second), (P,) for every context, of its pairs."""
         result = []
         with llm.other_adapter(self.model, self.weights):
@@ -203,7 +197,10 @@ def train_reward(run: Run, suggester: Suggester, rows: list[Row], kind: RewardKi
             run.folder.log("reward", kind=kind, step=len(log), loss=loss, accuracy=accuracy,
                            learning_rate=rate)
             bar.set(loss=loss)
-    save_reward(run, model, head, kind)
+    folder = run.folder / "reward" / kind  # adapter/ in PEFT's form, head.safetensors
+    del model.reward_head  # PEFT's file holds LoRA alone
+    llm.save_adapter(model, folder / "adapter")
+    write_tensors(folder / "head.safetensors", dict(head.state_dict()))
     # Of the last pass: a model that has seen a pair before knows it.
     last = np.mean(log[-max(1, len(log) // settings.epochs) :], axis=0)
     cut = sum(suggester.prompt_and_cut(context.turns)[1] > 0 for context, _ in rows)
@@ -221,14 +218,6 @@ def new_head(model) -> torch.nn.Linear:
     return head
 
 
-def save_reward(run: Run, model, head, kind: str) -> None:
-    """reward/<kind>: adapter/ in PEFT's form, head.safetensors."""
-    folder = run.folder / "reward" / kind
-    del model.reward_head  # PEFT's file holds LoRA alone
-    llm.save_adapter(model, folder / "adapter")
-    write_tensors(folder / "head.safetensors", dict(head.state_dict()))
-
-
 def load_reward(run: Run, suggester: Suggester, kind: RewardKind, model=None) -> RewardModel:
     """A saved reward model on `model`, any policy with LoRA, whose weights are swapped for a call;
     or on a base of its own."""
@@ -236,6 +225,5 @@ def load_reward(run: Run, suggester: Suggester, kind: RewardKind, model=None) ->
     if not (folder / "head.safetensors").is_file():
         raise UserError(f"{folder}: no reward model; add {kind} to reward.kinds")
     model = model or suggester.policy(folder / "adapter")
-    head = new_head(model)
-    load_weights(head, folder / "head.safetensors")
+    load_weights(head := new_head(model), folder / "head.safetensors")
     return RewardModel(suggester, model, kind, head, llm.adapter_weights(model, folder / "adapter"))

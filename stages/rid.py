@@ -80,9 +80,8 @@ class Distiller:
         numbers = (values.tolist() for values in (odds, edges, lines))
         return cls(scorer, folds, *numbers, run.config.rid, run.encoder)
 
-    def scores(
-        self, histories: list[ib.History], profiles: torch.Tensor, users: list[str] = ()
-    ) -> list[np.ndarray]:
+    def scores(self, histories: list[ib.History], profiles: torch.Tensor,
+               users: list[str] = ()) -> list[np.ndarray]:
         """Chance (N,) that a later session revisits each summary, in the order of s(u, h).
 
         profiles (B, D); users: their ids, if they may be in the log that towers were trained on.
@@ -124,10 +123,10 @@ class Distiller:
 def stage_rid(run: Run, players: Players, key: str) -> dict:
     """Train the resonance scorer (Eq. 3), fit the gate (Eq. 4), distil every user's interests."""
     revisits = Revisits(run)
-    known, unseen = (
+    seen, unseen = (
         revisits.rows(run.ids(*splits)) for splits in (("train", "valid"), ("judge", "test")))
     # Of unseen people no tower, no threshold and no early stop has learned.
-    users = sorted({u for u, _ in known}, key=lambda u: digest(run.seed("folds"), u))
+    users = sorted({u for u, _ in seen}, key=lambda u: digest(run.seed("folds"), u))
     if len(users) < 2:
         raise UserError(
             f"{run.users_file}: no user comes back to an earlier subject (checked {len(run.users)} "
@@ -135,25 +134,24 @@ def stage_rid(run: Run, players: Players, key: str) -> dict:
             "histories are needed")
     # In turn, so that no fold is empty where there are few users.
     folds = {user: i % run.config.rid.towers for i, user in enumerate(users)}
-    scorer = fit_scorer(run, revisits, known, folds)
-    distiller = fit_gate(run, revisits, scorer, known, folds, run.config.rid.activity_groups)
+    scorer = fit_scorer(run, revisits, seen, folds)
+    distiller = fit_gate(run, revisits, scorer, seen, folds, run.config.rid.activity_groups)
     write_json(run.folder / "rid" / "gate.json", {
         name: getattr(distiller, name) for name in ("folds", "odds", "edges", "thresholds")})
     kept_per_user = distil_everybody(run, distiller)
     gates = {"groups": distiller,
              # The same gate as if everybody were equally active.
-             "one threshold": fit_gate(run, revisits, scorer, known, folds, 1)}
+             "one threshold": fit_gate(run, revisits, scorer, seen, folds, 1)}
     return {
         "train_users": len(users),
-        "cross_fitted_auc": revisits.auc(known, score_rows(run, distiller, known)),
+        "cross_fitted_auc": revisits.auc(seen, score_rows(run, distiller, seen)),
         "thresholds": distiller.thresholds, "kept_per_user": kept_per_user,
         "unseen_users": len({u for u, _ in unseen}),
-    } | compare(run, revisits, known, unseen, score_rows(run, distiller, unseen), gates)
+    } | compare(run, revisits, seen, unseen, score_rows(run, distiller, unseen), gates)
 
 
-def fit_scorer(
-    run: Run, revisits: Revisits, known: list[Row], folds: dict[str, int]
-) -> ib.ResonanceScorer:
+def fit_scorer(run: Run, revisits: Revisits, seen: list[Row],
+               folds: dict[str, int]) -> ib.ResonanceScorer:
     """Minimise Eq. (3), and the distance to trees fitted on the same people; of each tower the
     averaged weights with the least contrastive loss on its fold stay."""
     torch.manual_seed(run.seed("rid"))
@@ -161,17 +159,15 @@ def fit_scorer(
     # One shuffle and one numbering of texts for all towers.
     draws = random.Random(run.seed("rid", "order")), defaultdict(itertools.count().__next__)
     for number, tower in enumerate(scorer.towers):
-        held_out = [row for row in known if folds[row[0]] == number]
-        rest = [row for row in known if folds[row[0]] != number]
+        held_out = [row for row in seen if folds[row[0]] == number]
+        rest = [row for row in seen if folds[row[0]] != number]
         train_tower(run, revisits, tower, f"tower {number + 1}", rest, held_out or rest, *draws)
     write_tensors(run.folder / "rid" / "scorer.safetensors", scorer.state_dict())
     return scorer.eval()
 
 
-def train_tower(
-    run: Run, revisits: Revisits, tower: ib.Tower, name: str, rest: list[Row],
-    held_out: list[Row], shuffle: random.Random, text_ids: dict[str, int],
-) -> None:
+def train_tower(run: Run, revisits: Revisits, tower: ib.Tower, name: str, rest: list[Row],
+                held_out: list[Row], shuffle: random.Random, text_ids: dict[str, int]) -> None:
     """Train one tower, in place, on the people of `rest`, stopped on those of `held_out`."""
     settings, cuts = run.config.rid, defaultdict(list)
     taught = trees_odds(run, revisits, rest)  # by trees as strange to the fold as the tower
@@ -251,17 +247,16 @@ def training_batch(run: Run, revisits: Revisits, rows: list[Row], text_ids: dict
 # --------------------------------------------------------------------------------------- the gate
 
 
-def fit_gate(
-    run: Run, revisits: Revisits, scorer, known: list[Row], folds: dict[str, int], groups: int
-) -> Distiller:
+def fit_gate(run: Run, revisits: Revisits, scorer, seen: list[Row], folds: dict[str, int],
+             groups: int) -> Distiller:
     """Odds of a revisit, and a threshold for each activity group (Eq. 4)."""
-    histories, profiles = histories_of(run, known)
+    histories, profiles = histories_of(run, seen)
     # By towers that have not seen them: a tower's own users have scores too good to be true.
-    shares = tower_shares(folds, [u for u, _ in known], len(scorer.towers))
+    shares = tower_shares(folds, [u for u, _ in seen], len(scorer.towers))
     scores = resonance(scorer, histories, profiles, shares)
     # (n, 6): one row a summary.
     inputs = np.concatenate([*map(ib.gate_inputs, scores, histories)])
-    labels = np.concatenate([revisits[row] for row in known])
+    labels = np.concatenate([revisits[row] for row in seen])
     answered = labels >= 0  # a failed call is no evidence either way
     fitted = LogisticRegression(max_iter=1000).fit(inputs[answered], labels[answered])
     # Equal shares of the rows fall into each group.
@@ -341,10 +336,8 @@ def tower_shares(folds: dict[str, int], users: list[str], towers: int) -> torch.
 
 
 @torch.no_grad()
-def resonance(
-    scorer: ib.ResonanceScorer, histories: list[ib.History], profiles: torch.Tensor,
-    shares: torch.Tensor | None = None,
-) -> list[np.ndarray]:
+def resonance(scorer: ib.ResonanceScorer, histories: list[ib.History], profiles: torch.Tensor,
+              shares: torch.Tensor | None = None) -> list[np.ndarray]:
     """s(u, h) (N,) of every summary of each history; profiles (B, D), shares (B, towers)."""
     scorer.eval()
     scores = []

@@ -77,9 +77,8 @@ def read_corpus(path: str | Path = CORPUS) -> list[CorpusRow]:
     return read_rows(path, CorpusRow)
 
 
-def draw_corpus(
-    run: Run, languages: Counter, limit: int, rng: random.Random
-) -> tuple[list[CorpusRow], int]:
+def draw_corpus(run: Run, languages: Counter, limit: int,
+                rng: random.Random) -> tuple[list[CorpusRow], int]:
     """At most `limit` rows of the corpus at random, their languages in the proportion of
     `languages` (language -> users); and how many rows were left out before drawing: those with
     fewer starters than a list has, and those of a real person who is in this run to be tested."""
@@ -114,10 +113,8 @@ def interests_and_list(row: CorpusRow, k: int, encode: Encode) -> tuple[list[str
     return row.interests, [roles.covering(starters, row.interests, k, encode)]
 
 
-def instruct(
-    run: Run, writer: Writer, rows: Rows, settings: SitConfig | SftConfig, label: str,
-    start: Path | None = None,
-) -> tuple[torch.nn.Module, dict[str, float]]:
+def instruct(run: Run, writer: Writer, rows: Rows, settings: SitConfig | SftConfig, label: str,
+             start: Path | None = None) -> tuple[torch.nn.Module, dict[str, float]]:
     """An adapter, tuned on (prompt ids, [list ids, ...]) rows; and its losses.
 
     start: a saved adapter that is tuned further; None: a new one.
@@ -154,9 +151,8 @@ def instruct(
     return model, {"first_loss": losses[0], "loss": float(np.mean(last)), "prompts_cut": cut}
 
 
-def full_rows(
-    writer: Writer, states: list[UserState], lists: list[list[list[str]]], k: int
-) -> Rows:
+def full_rows(writer: Writer, states: list[UserState], lists: list[list[list[str]]],
+              k: int) -> Rows:
     """Prompts and the full lists of each user as token ids; users without one are left out."""
     rows = []
     for state, written in zip(states, lists, strict=True):
@@ -173,9 +169,8 @@ def draw_states(run: Run, cuts: list[int], limit: int, rng: random.Random) -> li
     return rng.sample(states, limit) if 0 < limit < len(states) else states
 
 
-def taught_lists(
-    run: Run, players: Players, states: list[UserState], n: int, purpose: str
-) -> list[list[list[str]]]:
+def taught_lists(run: Run, players: Players, states: list[UserState], n: int,
+                 purpose: str) -> list[list[list[str]]]:
     """n lists of the teacher for each state, filtered; fewer where an LLM's call failed.
 
     The processes of a torchrun ask for a share each.

@@ -43,9 +43,8 @@ def stage_warm_start(run: Run, players: Players, key: str) -> dict:
     return figures
 
 
-def warm_start(
-    run: Run, players: Players, domain: Rows, general: Rows, ratio: float, folder: str
-) -> dict:
+def warm_start(run: Run, players: Players, domain: Rows, general: Rows, ratio: float,
+               folder: str) -> dict:
     """SFT on all rows of the shop and `ratio` times as many general ones; saved to `folder`."""
     # The same draw for every ratio, so that the shop's rows are the same.
     generator = torch.Generator().manual_seed(run.seed("mixture"))

@@ -14,20 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from stages.metrics import bootstrap, markdown_table, seeds_again, user_values
-from tables import experiments
-from tables.verdicts import (
-    EFFECT,
-    ENOUGH,
-    HOLDS,
-    MOST,
-    NOT,
-    RULE,
-    UNDECIDED,
-    of_interval,
-    share_of_effect,
-    sign_flip,
-    verdicts,
-)
+from tables import experiments, verdicts
+from tables.verdicts import EFFECT, ENOUGH, HOLDS, MOST, NOT, RULE, UNDECIDED
 from world import ab
 
 Seeds = list[dict]  # report/values.json of each seed
@@ -71,9 +59,8 @@ def per_seed(seeds: Seeds, method: str, metric: str, base: str = "PE") -> list[n
     return [np.array([*user_values(s["values"], method, metric, base).values()]) for s in seeds]
 
 
-def paired(
-    seeds: Seeds, metric: str, more: str, less: str, factor: float = 1.0, base: str = "PE"
-) -> list[np.ndarray]:
+def paired(seeds: Seeds, metric: str, more: str, less: str, factor: float = 1.0,
+           base: str = "PE") -> list[np.ndarray]:
     """more - factor * less of every user, (U,) for each seed."""
     sides = [[user_values(s["values"], m, metric, base) for m in (more, less)] for s in seeds]
     # Of some users a metric may not be known: no share of chores where no text is understood.
@@ -97,9 +84,8 @@ def pooled(metric: str, of_user: dict[str, dict], draws: int = 0, seed: int = 0)
     return POOLED[metric][1](sums / np.where(total > 0, total, np.nan))
 
 
-def pooled_interval(
-    seeds: Seeds, metric: str, more: str, less: str = "", hierarchical: bool = False
-) -> tuple:
+def pooled_interval(seeds: Seeds, metric: str, more: str, less: str = "",
+                    hierarchical: bool = False) -> tuple:
     """(value, low, high) of a metric of POOLED, of `more` or of its difference to `less`; the value
     of each seed; the value of each side."""
     count, key, rng = iter(range(10**6)), POOLED[metric][0], np.random.default_rng(0)
@@ -132,7 +118,7 @@ def _by_users(seeds: Seeds, claim: Claim, hierarchical: bool) -> tuple:
     sides = [np.mean([values.mean() for values in per_seed(seeds, m, claim.metric, claim.base)])
              for m in (claim.more, claim.less)]
     interval = bootstrap(rows, hierarchical=hierarchical)
-    return interval, sign_flip(rows), [gaps.mean() for gaps in rows], sides
+    return interval, verdicts.sign_flip(rows), [gaps.mean() for gaps in rows], sides
 
 
 def _online(seeds: Seeds, claim: Claim, hierarchical: bool) -> tuple:
@@ -140,17 +126,16 @@ def _online(seeds: Seeds, claim: Claim, hierarchical: bool) -> tuple:
     value, interval = ab.beats(results, *arms)  # per mille
     sides = [ab.beats(results, arm, ab.CONTROL, claim.metric)[0] for arm in arms[:2]]
     by_seed = [ab.beats([one], *arms)[0] for one in results]
-    return (value, *interval), of_interval(value, *interval), by_seed, sides
+    return (value, *interval), verdicts.of_interval(value, *interval), by_seed, sides
 
 
 def _by_counts(seeds: Seeds, claim: Claim, hierarchical: bool) -> tuple:
     interval, *rest = pooled_interval(seeds, claim.metric, claim.more, claim.less, hierarchical)
-    return interval, of_interval(*interval), *rest
+    return interval, verdicts.of_interval(*interval), *rest
 
 
-def judged(
-    seeds: Seeds, wanted: list[str], name: str = "claims", hierarchical: bool = False
-) -> list[dict]:
+def judged(seeds: Seeds, wanted: list[str], name: str = "claims",
+           hierarchical: bool = False) -> list[dict]:
     """Every claim of these tables with its difference, interval, verdict, and on how many seeds the
     difference has the same sign. name: of the YAML file; hierarchical: as of metrics.bootstrap."""
     rows = []
@@ -169,10 +154,10 @@ def judged(
             # Of how much trainings differ the interval says nothing.
             "same_sign": sum(bool(np.sign(gap) == np.sign(value)) for gap in by_seed),
             "seeds": len(seeds),
-            "share": share_of_effect(claim.paper, *lifts_of(seeds, claim, sides))})
+            "share": verdicts.share_of_effect(claim.paper, *lifts_of(seeds, claim, sides))})
     for table in {row["table"] for row in rows}:  # Holm's correction is for the claims of a table
         some = [row for row in rows if row["table"] == table]
-        said = verdicts([row["interval"] for row in some], [row["p"] for row in some])
+        said = verdicts.verdicts([row["interval"] for row in some], [row["p"] for row in some])
         for row, verdict in zip(some, said, strict=True):
             row["verdict"] = verdict
     return rows

@@ -158,9 +158,8 @@ def seed_values(runs: dict[str, Run], written: list[dict]) -> dict:
 # ------------------------------------------------------------------------------ what is suggested
 
 
-def answer_values(
-    players: Players, truth: Truth, contexts: Sequence[Context], answers: Answers
-) -> Values:
+def answer_values(players: Players, truth: Truth, contexts: Sequence[Context],
+                  answers: Answers) -> Values:
     """Form, safety, hidden usefulness, simulated clicks and the judge's word against PE."""
     safe = {c.dialogue.dialogue_id: c for c in contexts if not c.unsafe}
     unsafe = [c.dialogue.dialogue_id for c in contexts if c.unsafe]
@@ -185,9 +184,8 @@ def answer_values(
     } for name, rows in answers.items()}
 
 
-def good_same_bad(
-    players: Players, contexts: dict[str, Context], lists: dict, base: dict
-) -> dict[str, dict[str, float]]:
+def good_same_bad(players: Players, contexts: dict[str, Context], lists: dict,
+                  base: dict) -> dict[str, dict[str, float]]:
     """Shares "good" and "bad" of a context's lists against PE's; "net": good minus bad."""
     rows = [(c, a, b) for c in contexts for a, b in zip(lists[c], base[c], strict=True)]
     said = players.judge().prefer([(contexts[c].queries, a, b) for c, a, b in rows])
@@ -202,9 +200,8 @@ def good_same_bad(
             for metric, f in metrics.items()}
 
 
-def add_rewards(
-    values: Values, reward: RewardModel, contexts: Sequence[Context], answers: Answers
-) -> None:
+def add_rewards(values: Values, reward: RewardModel, contexts: Sequence[Context],
+                answers: Answers) -> None:
     """"reward": mean mu of what a method suggests, where it suggests anything."""
     safe = [c for c in contexts if not c.unsafe]
     lists = [{name: [y for answer in rows[c.dialogue.dialogue_id] for y in shown(answer)]
@@ -222,9 +219,8 @@ def add_rewards(
                 values[name]["reward"][context.dialogue.dialogue_id] = mean
 
 
-def add_log_perplexity(
-    values: Values, suggester: Suggester, reference, contexts: Sequence[Context], answers: Answers
-) -> None:
+def add_log_perplexity(values: Values, suggester: Suggester, reference, contexts: Sequence[Context],
+                       answers: Answers) -> None:
     """"log_perplexity": minus log-perplexity of a method's answers to safe contexts, under SFT."""
     safe = [c for c in contexts if not c.unsafe]
     for start in range(0, len(safe), SIZE):

@@ -159,9 +159,8 @@ def compared_lists(run: Run, players: Players, truth: people.Truth, main: Lists,
     return lists
 
 
-def values_of_lists(
-    run: Run, truth: people.Truth, lists: Lists, classifier: TopicClassifier
-) -> PerUser:
+def values_of_lists(run: Run, truth: people.Truth, lists: Lists,
+                    classifier: TopicClassifier) -> PerUser:
     """The metrics of the paper and those of the hidden truth, of every method and test user."""
     whole = {user: run.histories[user][-1].texts for user in lists[RETRIEVAL]}
     values = evaluation.measure(run, lists, classifier, whole, truth)

@@ -104,9 +104,8 @@ def lent_titles() -> frozenset[str]:
     return frozenset(title for row in real for title in row.interests)
 
 
-def resonance(
-    run: Run, users: list[data.User], share: float, now: datetime | None = None
-) -> tuple[Distiller, list[ib.History], list[np.ndarray]]:
+def resonance(run: Run, users: list[data.User], share: float,
+              now: datetime | None = None) -> tuple[Distiller, list[ib.History], list[np.ndarray]]:
     """Of strangers, as of when `share` of their sessions was over: histories, s(u, h) (N,) of each
     summary, and who tells what is kept of them."""
     parts = [(u.sessions, []) if share == 1 else data.cut_sessions(u, share) for u in users]
@@ -119,9 +118,8 @@ def resonance(
     return distiller, histories, distiller.scores(histories, profiles)
 
 
-def distilled(
-    run: Run, users: list[data.User], share: float = 1.0, now: datetime | None = None
-) -> list[dict]:
+def distilled(run: Run, users: list[data.User], share: float = 1.0,
+              now: datetime | None = None) -> list[dict]:
     """A row for each of some strangers: summaries, trigger interests and their scores.
 
     share: of the sessions that are told; the rest is kept back as the person's future. now: where

@@ -224,9 +224,8 @@ def reproduction_page(seeds: Seeds, wanted: list[str], note: str, names: list[st
         pictures="\n".join(f"![{name.replace('_', ' ')}]({name}.png)\n" for name in names))
 
 
-def write(
-    seeds: Seeds, wanted: list[str], log: list[dict], about: dict, folder: Path
-) -> list[dict]:
+def write(seeds: Seeds, wanted: list[str], log: list[dict], about: dict,
+          folder: Path) -> list[dict]:
     """reproduction.md, claims.md, reproduction.json and pictures into `folder`; returns claims."""
     folder.mkdir(parents=True, exist_ok=True)
     minutes = ", ".join(f"{start['minutes']:.0f} ({start['commit']})" for start in about["starts"])

@@ -40,10 +40,8 @@ FULL_SIZE = ROOT / "configs" / "smollm2.yaml"  # of it, too, the whole goes to r
 Tasks = dict[str, tuple[Callable, list[str]]]
 
 
-def seed_config(
-    words: list[str], path: str | None, seed: int, variant: str = MAIN, changes: list[str] = (),
-    world: str = "world",
-) -> Config:
+def seed_config(words: list[str], path: str | None, seed: int, variant: str = MAIN,
+                changes: list[str] = (), world: str = "world") -> Config:
     """The settings of one run; its folder is named after them, seed and variant.
 
     changes: the variant's settings; world: the section of the simulated platform.
@@ -75,9 +73,8 @@ def start_as_copy(config: Config, main: Config) -> None:
         part.rename(folder)  # whole or not at all
 
 
-def reproduce(
-    names: list[str], seeds: int, path: str | None, words: list[str], quick: bool, first: int = 0
-) -> None:
+def reproduce(names: list[str], seeds: int, path: str | None, words: list[str], quick: bool,
+              first: int = 0) -> None:
     """Train what is missing, measure, and write the report of these tables (or "all")."""
     tables = experiments.tables()
     if unknown := [name for name in names if name not in (*tables, "all")]:
@@ -101,9 +98,8 @@ def reproduce(
     print(f"{claims.counted(rows)}: {out / 'claims.md'}")
 
 
-def measured(
-    runs: dict[int, dict[str, Config]], train_run: Callable, measure_seed: Callable
-) -> tuple[list[dict], dict]:
+def measured(runs: dict[int, dict[str, Config]], train_run: Callable,
+             measure_seed: Callable) -> tuple[list[dict], dict]:
     """values.json of every seed, and how they came about; what is missing is trained and measured.
 
     runs: seed -> variant -> settings; train_run(config, variant, main), measure_seed(main, others).
@@ -120,9 +116,8 @@ def measured(
         "starts": starts, "processors": os.cpu_count()}
 
 
-def tasks_of(
-    seed: str, configs: dict[str, Config], train_run: Callable, measure_seed: Callable
-) -> Tasks:
+def tasks_of(seed: str, configs: dict[str, Config], train_run: Callable,
+             measure_seed: Callable) -> Tasks:
     """A seed's main run, its variants, and its measurement once all of them are there."""
     # As in_parallel prints them; the main run's is the seed's alone.
     names = {variant: f"{seed}, {variant}".removesuffix(", ") for variant in configs}

@@ -160,20 +160,17 @@ def page(runs: list[SeedRun], command: str) -> str:
     table = [[escape(run.name), *map(str, (*run.seeds, len(next(iter(run.values.values()))["PE"]))),
               escape(run.commit), str(run.hours)] for run in runs]
     size = ", ".join(f"{key} {first.settings.get(key)}" for key in texts["size"])
+    # No ranker and no world judges some: no claims then.
+    claims = judged(seeds, ["1"], hierarchical=True) if all(
+        {"utility", "true_clicks"} <= seed["values"]["PE"].keys() for seed in seeds) else []
     return texts["page"].format(
         command=command, words=changed(first), generator=escape(first.generator), size=size,
         processors=first.processors, hours=sum(run.hours for run in runs),
         runs=markdown_table(texts["runs"], table), targets="\n".join(targets),
         means=markdown_table(["", *map(escape, have)], means),
         differences=markdown_table(texts["head"], with_verdicts(differences)),
-        narrow=narrow(len(runs)), rule=RULE, **claims_of(seeds))
-
-
-def claims_of(seeds: list[dict]) -> dict[str, str]:
-    """The page's claims about Table 1; nothing where no ranker and no world judges."""
-    rows = judged(seeds, ["1"], hierarchical=True) if all(
-        {"utility", "true_clicks"} <= seed["values"]["PE"].keys() for seed in seeds) else []
-    return {"counted": counted(rows), "effect": EFFECT, **claims_parts(rows)}
+        narrow=narrow(len(runs)), rule=RULE, counted=counted(claims), effect=EFFECT,
+        **claims_parts(claims))
 
 
 def write_over(paths: list[str], out: Path) -> None:

@@ -36,9 +36,8 @@ class Paper:
     holds: tuple[str, ...]
 
 
-def reproduce(
-    paper: Paper, seeds: int, path: str | None, words: list[str], quick: bool, first: int = 0
-) -> None:
+def reproduce(paper: Paper, seeds: int, path: str | None, words: list[str], quick: bool,
+              first: int = 0) -> None:
     """Train what is missing, measure, and write the report."""
     name, texts = paper.name, experiments.read(paper.name)
     shipped = ROOT / "configs" / f"{name}.yaml"

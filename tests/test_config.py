@@ -16,6 +16,7 @@ import yaml
 from config import Config, load_config
 from files import (
     ROOT,
+    RunFolder,
     UserError,
     atomic_path,
     digest,
@@ -27,7 +28,7 @@ from files import (
     write_json,
     write_tensors,
 )
-from run import RunFolder
+from run import Run
 
 SHIPPED = [p for p in sorted((ROOT / "configs").glob("*.yaml")) if p.name != "paper.yaml"]
 
@@ -243,16 +244,16 @@ def config(tmp_path) -> Config:
 
 
 def test_a_stage_is_done_only_with_the_key_it_ran_with(config):
-    run = RunFolder(config)
+    run = RunFolder(config.run.root)
     assert not run.is_done("rid", "k1")
     run.mark_done("rid", "k1", auc=0.7)
-    again = RunFolder(config)
+    again = RunFolder(config.run.root)
     assert again.is_done("rid", "k1") and not again.is_done("rid", "k2")
     assert not again.is_done("sit", "k1") and read_json(again / "rid" / "done.json")["auc"] == 0.7
 
 
 def test_a_run_folder_explains_itself(config):
-    run = RunFolder(config)
+    run = Run(config).folder
     assert load_config(run / "config.yaml") == config
     assert list(read_json(run / "environment.json")["data"]) == [config.data.users]
     assert read_json(run / "environment.json")["versions"]["torch"] == torch.__version__

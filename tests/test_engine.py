@@ -12,9 +12,8 @@ from conftest import micro
 import data
 import llm
 import serving.engine
-from files import UserError, read_json, read_tensors, write_json, write_tensors
+from files import RunFolder, UserError, read_json, read_tensors, write_json, write_tensors
 from roles.prompted import ROOM
-from run import RunFolder
 from serving.engine import Ask, Engine, in_a_loop, latest
 from stages.pools import list_order
 from stages.ranker import load_ranker

@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 import data
 import train
 from config import load_config
-from files import ROOT, UserError, read_json, script, write_json, write_tensors
+from files import ROOT, RunFolder, UserError, read_json, script, write_json, write_tensors
 from llm.model import save_adapter
-from run import Run, RunFolder
+from run import Run
 from serving import feedback
 from stages.steps import new_optimiser, step
 
@@ -26,7 +26,7 @@ WORDS = ["run.name=r", "world.users=20"]
 
 @pytest.fixture
 def folder(tmp_path):
-    return RunFolder(load_config(None, [f"run.root={tmp_path}", *WORDS]))
+    return RunFolder(tmp_path / "r")
 
 
 def finished(folder, stage, key="k", content="whole", **record):
@@ -106,7 +106,7 @@ def test_leftovers_of_the_dead_are_cleared_away(folder, tmp_path):
     for number in (dead.pid, os.getpid()):
         (folder / f".a.{number}.tmp").write_text("half")
         (folder / f".b.{number}.old.tmp").mkdir()
-    RunFolder(load_config(None, [f"run.root={tmp_path}", *WORDS]))
+    Run(of(tmp_path))
     left = {path.name for path in folder.path.rglob(".*.tmp")}
     assert left == {f".a.{os.getpid()}.tmp", f".b.{os.getpid()}.old.tmp"}
 

@@ -24,8 +24,8 @@ import garm
 import llm
 import serve
 from config import load_config
-from files import ROOT, UserError, write_tensors
-from run import Run, RunFolder
+from files import ROOT, RunFolder, UserError, write_tensors
+from run import Run
 from serving import bodies, openwebui, suggest
 from serving.engine import Ask
 from serving.suggest import Suggested, Suggestion, Suggestions
@@ -571,7 +571,7 @@ def test_last_turns_keep_the_last_query_whatever_follows():
 
 def test_a_run_that_lacks_a_stage_is_refused_in_one_line(run_folder, tmp_path):
     config = load_config(run_folder / "config.yaml", [f"run.root={tmp_path}"])
-    RunFolder(config)
+    RunFolder(tmp_path / config.run.name)
     with pytest.raises(UserError, match="stage sft has not run; python train.py --config"):
         Suggestions(config)
 

@@ -12,10 +12,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import llm
 import train
 from config import load_config
-from files import ROOT, gather, processes, read_json, share, write_json
+from files import ROOT, gather, gather_counts, processes, read_json, share, write_json
 from roles import players as players_module
 from roles import writer as writer_module
-from run import Run, sum_counts
+from run import Run
 from stages import dpo, pairs, ranker, sit
 
 
@@ -48,7 +48,7 @@ def main() -> None:
         llm.save_adapter(model, Path(out) / f"dpo{count}")
         figures = {k: v for k, v in figures.items() if isinstance(v, float)}
         result = {"lists": lists, "pairs": gather(mined), "figures": figures}
-        result["counts"] = sum_counts(gather([counts]))
+        result["counts"] = gather_counts(counts)
         write_json(Path(out) / f"made{count}.json", result)
 
 

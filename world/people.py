@@ -229,9 +229,8 @@ class World:
             start = end + self.rng.exponential(18)
         return alive
 
-    def _life(
-        self, user_id: str, rng: np.random.Generator
-    ) -> tuple[data.User, list[data.Impression]]:
+    def _life(self, user_id: str,
+              rng: np.random.Generator) -> tuple[data.User, list[data.Impression]]:
         """A user and what they were shown, as the log has them."""
         settings, person, rows = self.settings, self._truth.users[user_id], []
         count = int(np.clip(np.exp(rng.normal(np.log(MEDIAN_SESSIONS), SPREAD)), 1, 500))

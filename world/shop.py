@@ -116,10 +116,6 @@ def _ceiling(price: float) -> int:
     return step * math.ceil((price + 0.01) / step)
 
 
-def _number(value: float) -> str:
-    return f"{value:g}"
-
-
 def _upper(text: str) -> str:
     return text[:1].upper() + text[1:]
 
@@ -270,7 +266,7 @@ class Shop:
         if name not in spec["number"]:
             return {}
         attr, unit, _ = spec["number"][name]
-        return {"attr": attr, "value": f"{_number(product.attributes[name] * times)} {unit}"}
+        return {"attr": attr, "value": f"{product.attributes[name] * times:g} {unit}"}
 
     # --------------------------------------------------------------------------- the suggestions
 
