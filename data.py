@@ -477,20 +477,28 @@ _SCRIPTS = {
 _KANA = re.compile(r"[\u3041-\u3096\u30a1-\u30fa]")
 # A Chinese text about a name in kana.
 _NOT_JAPANESE = re.compile("[吗呢们这么怎没给让说讲读谁哪你您她语别习汉书车问间时对发样过还进关]")
-# Function words that tell languages of Latin script apart; none is an English word.
+# Words that tell languages of Latin script apart, and endings of words; none is an English one.
 _WORDS = {
     "en": "the of and to in is are was how what which why where when who for with on an my do does "
           "can should about from at that this i me it not be or by as vs your their more best",
-    "es": "el los las del una unos cómo como qué que por para con es mi mis y dónde cuál cuáles "
-          "hacer sobre mejor mejores más de la en hay puedo quiero ¿ ¡",
+    "es": "el los las del un una unos cómo como qué que por para con es mi mis y dónde cuál "
+          "cuáles hacer sobre mejor mejores más de la en al hay puedo quiero ¿ ¡ receta recetas "
+          "viaje historia aprender libros años -ción -ciones -miento -dad -ía -ías -ado -ismo -ño "
+          "-ña -ños",
     "de": "der das und ist nicht ein eine einen einem wie ich mit für auf den dem von zu welche "
-          "welcher wo im bei oder kann über nach mein meine am zum zur sind beste besten",
+          "welcher wo im bei oder kann über nach mein meine am zum zur sind beste besten rezept "
+          "rezepte reise geschichte lernen machen schreiben planen kaufen -ung -ungen -keit -lich "
+          "-ieren -schaft -isch -ische",
     "fr": "le les des du une et est comment je pour avec dans sur mon ma mes que qui quel quelle "
-          "quels où pourquoi de la en à au aux un meilleur meilleurs",
-    "pt": "o os uma como que para com é meu minha e do da dos das em no na não melhor fazer são",
-    "it": "il lo gli della del di un una come che per con è mio mia e nel sono migliore fare quale",
+          "quels où pourquoi de la en à au aux un meilleur meilleurs recette recettes histoire "
+          "apprendre livres enfants d l -eaux -eux -euse -ées -ée -oire -aine -ière -ième",
+    "pt": "o os uma como que para com é meu minha e do da dos das em no na não melhor fazer são de "
+          "receita receitas viagem história aprender livros anos -ção -ções -ão -ões -inho -dade",
+    "it": "il lo gli della del di un una come che per con è mio mia e nel sono migliore fare quale "
+          "ricetta ricette viaggio storia imparare libri bambini nella alla dei -zione -zioni -ità",
 }
 LATIN = {language: frozenset(words.split()) for language, words in _WORDS.items()}
+_ENDS = {name: tuple(x[1:] for x in words if x[0] == "-") for name, words in LATIN.items()}
 
 
 def language(text: str, undecided: str = "en") -> str:
@@ -513,6 +521,11 @@ def _of_latin(text: str, undecided: str) -> str:
     if first in "¿¡" and rest:
         rest[0] = rest[0].lower()  # it begins the sentence
     words = {first.lower(), *rest}  # a set: one word again and again is a name too
-    hits = Counter({name: sum(word in known for word in words) for name, known in LATIN.items()})
+    small = {word for word in words if word.islower()}
+    hits = Counter({name: len(words & known | {w for w in words & small if w.endswith(_ENDS[name])})
+                    for name, known in LATIN.items()})
     (best, most), (_, second) = hits.most_common(2)  # of equals English: it stands first
-    return best if most > second and most >= (1 if best == "en" else 2) else undecided
+    if most < (1 if best == "en" else 2) or most == hits[undecided] or (
+            best == "en" and most == second):
+        return undecided
+    return best  # Spanish or French: not English at any rate

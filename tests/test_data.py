@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import data
 import llm
+import roles
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRET = "zebra-crossing"  # stands in every text of a valid row and must never reach a message
@@ -379,6 +380,10 @@ def test_cut_rounds_up_but_not_past_a_whole_number():
         ("tasks on und.das.de and info@como.per.it", "en"),
         ("chords of una, una by una", "en"),  # one word again and again is a name
         ("El Niño", "en"),
+        ("São Paulo nightlife", "en"),
+        ("Recetas de cocina japonesa", "es"),  # titles: few function words
+        ("Rutas de senderismo", "es"),
+        ("Vins de la Loire", "es"),  # or French: no English at any rate
         ("東京の桜の名所を教えて", "ja"),
         ("京都旅行の計画", "ja"),  # one character of kana is enough
         ("「ありがとう」怎么用", "zh"),  # but in a Chinese question
@@ -390,6 +395,28 @@ def test_cut_rounds_up_but_not_past_a_whole_number():
 )
 def test_language(text, expected):
     assert data.language(text) == expected
+
+
+@pytest.mark.parametrize("expected, titles", [
+    ("es", "Clases de inglés en línea|Alquilar un piso en Madrid|Poda de rosales|Cuidado de gatos"),
+    ("de", "Wohnung in Berlin mieten|Hochzeit planen|Hühner halten|Kleine Geschichte der Hanse"),
+    ("fr", "Films de Truffaut|Tailler les rosiers|Déclaration de revenus|Randonnées en Corse"),
+    ("pt", "Alugar apartamento em Lisboa|Declaração de imposto|Criar galinhas|Vinhos do Douro"),
+    ("it", "Film di Fellini|Storia di Roma|Dichiarazione dei redditi|Piante nella casa"),
+    ("en", "Tour de France 2024|São Paulo nightlife|La La Land review|Jalapeño recipes"),
+])
+def test_titles_tell_their_language_together(expected, titles):
+    """One alone may be a name; English is not what their person writes."""
+    titles = titles.split("|")
+    assert roles.majority_language(titles) == expected
+    for title in titles:
+        assert data.language(title, expected) == expected
+
+
+def test_no_real_english_summary_is_taken_for_another_language():
+    corpus = (ROOT / "configs" / "teacher_corpus.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [text for row in corpus for text in json.loads(row)["starters"]]
+    assert {*map(data.language, texts)} == {"en", "zh"} and len(texts) > 1000
 
 
 # ----------------------------------------------------------------------- what the generator reads
