@@ -7,12 +7,12 @@
 # The rest of the project says `import llm; llm.sample(...)`, so that a test can replace a function
 # in one place. Names that only a neighbour needs (decoder_and_head, tree_mask, Tree, Draw) stay in
 # their modules. Imports go one way: weights < model, starters < prompts < logps < sampling < check.
-from llm.check import check_tree_rows
+from llm.check import check_model, check_tree_rows
 from llm.logps import (  # tree rows
     TreeRows, averaged_gradients, completion_logps, last_hidden, row_logps, token_logps, tree_rows,
 )
 from llm.model import (  # loading, LoRA, adapters
-    adapter_weights, add_lora, check_model, dtype_of, load_adapter, load_generator, load_tokenizer,
+    adapter_weights, add_lora, dtype_of, load_adapter, load_generator, load_tokenizer,
     merge_adapter, model_path, other_adapter, quiet_libraries, save_adapter, whole_adapter,
 )
 from llm.prompts import (  # interests and starters -> tokens
