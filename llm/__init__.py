@@ -6,13 +6,15 @@
 
 # The rest of the project says `import llm; llm.sample(...)`, so that a test can replace a function
 # in one place. Names that only a neighbour needs (decoder_and_head, tree_mask, Tree, Draw) stay in
-# their modules. Imports go one way: weights < model, starters < prompts < logps < sampling < check.
-from llm.check import check_tree_rows
+# their modules. Imports go one way: weights < model, markup < starters < prompts < logps < sampling
+# < check.
+from llm.check import check_model, check_tree_rows
 from llm.logps import (  # tree rows
     TreeRows, averaged_gradients, completion_logps, last_hidden, row_logps, token_logps, tree_rows,
 )
+from llm.markup import after_reasoning
 from llm.model import (  # loading, LoRA, adapters
-    adapter_weights, add_lora, check_model, dtype_of, load_adapter, load_generator, load_tokenizer,
+    adapter_weights, add_lora, dtype_of, load_adapter, load_generator, load_tokenizer,
     merge_adapter, model_path, other_adapter, settle_libraries, save_adapter, whole_adapter,
 )
 from llm.prompts import (  # interests and starters -> tokens
@@ -21,5 +23,5 @@ from llm.prompts import (  # interests and starters -> tokens
 )
 from llm.sampling import Prefix, end_tokens, read_prefix, sample, sample_ids
 from llm.starters import (  # starters <-> `<sug>` field, and lists of any model
-    after_reasoning, clean_starter, format_starters, parse_starters, plain,
+    clean_starter, format_starters, parse_starters, plain,
 )

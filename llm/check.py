@@ -1,4 +1,5 @@
-"""Whether a model can be trained on tree rows and sampled as a tree: tried once, when it is loaded.
+"""Whether a model can be used here: what its files say is tried before any work, and whether it can
+be trained on tree rows and sampled as a tree once, when it is loaded.
 
 What adds distances in the row to its scores (ALiBi), carries a state from list to list, scales its
 logits or attends in a way of its own would learn and draw from other numbers than its own, and
@@ -10,14 +11,26 @@ from torch import Tensor
 
 from files import UserError
 from llm.logps import row_logps, tree_rows
-from llm.model import check_length
-from llm.prompts import Ids
+from llm.model import check_length, load_config, load_tokenizer
+from llm.prompts import Ids, encode_completion, user_turn
 from llm.sampling import Tree
 
 _checked: set[tuple[str, bool]] = set()  # (path, in 4 bit?) of what has passed
 # How far rounding may part two ways to compute a token's log-probability, on average. SmolLM2, at
 # 42 places of its vocabulary: 2e-5 in float32, also in 4 bit computed so; 0.09 in bfloat16.
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.3}
+
+
+def check_model(path: str, revision: str = "", length: int = 0) -> None:
+    """Raise UserError now, before hours of other work, if no such model reads `length` tokens."""
+    config = load_config(path, revision)
+    check_length(config, length)
+    tokenizer = load_tokenizer(path, revision)
+    before, after = user_turn(tokenizer)
+    last = max(before + after + encode_completion(tokenizer, ["a"]))
+    if last >= (size := config.get_text_config().vocab_size):  # was added; the weights never grew
+        raise UserError(f"generator.model={path}: token {tokenizer.convert_ids_to_tokens(last)!r} "
+                        f"lies beyond its embedding of {size} tokens; name another model")
 
 
 @torch.no_grad()

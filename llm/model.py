@@ -51,6 +51,9 @@ def model_path(generator: GeneratorConfig) -> str:
 def load_tokenizer(path: str, revision: str = ""):
     """The tokenizer, with a token to fill up rows with: any will do, as none is seen or scored."""
     tokenizer = _load(AutoTokenizer, path, revision)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"generator.model={path}: its tokenizer has no end token (eos_token), with "
+                        "which a list would end; name another model")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         # Another one than the end token, if there is one: trainers that mask by pad (TRL, when the
         # run's folder is used there) would never teach the end. Special, so that no text shows it.
@@ -74,7 +77,7 @@ def load_generator(path: str, load_in_4bit: bool = False, gradient_checkpointing
     gpu, dtype = torch.cuda.is_available(), dtype_of(precision)
     if load_in_4bit and not gpu:  # refused before any weight is read
         with torch.device("meta"):  # shapes without memory
-            bare = AutoModelForCausalLM.from_config(_load(AutoConfig, path, revision))
+            bare = AutoModelForCausalLM.from_config(load_config(path, revision))
         if (billions := bare.num_parameters() / 1e9) > LARGEST_ON_CPU:
             raise UserError(
                 f"generator.model={path}: {billions:.1f} billion parameters in 4 bit need a GPU, "
@@ -100,16 +103,21 @@ def load_generator(path: str, load_in_4bit: bool = False, gradient_checkpointing
     return model
 
 
-def check_model(path: str, revision: str = "", length: int = 0) -> None:
-    """Raise UserError now, before hours of other work, if no such model reads `length` tokens."""
-    check_length(_load(AutoConfig, path, revision), length)
-    load_tokenizer(path, revision)
+def load_config(path: str, revision: str = ""):
+    return _load(AutoConfig, path, revision)
 
 
 def check_length(config, length: int) -> None:
     """Raise UserError if the model does not see all of a text of `length` tokens."""
-    for name in LIMITS:
-        if length > (limit := getattr(config.get_text_config(), name, None) or length):
+    text = config.get_text_config()
+    limits = {name: getattr(text, name, None) for name in LIMITS}
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        # Phi's: beyond it, the longest text of a batch decides how the positions of all are coded.
+        name = "original_max_position_embeddings"
+        limits[name] = getattr(text, name, None) or rope.get(name)
+    for name, limit in limits.items():
+        if limit and length > limit:
             raise UserError(
                 f"generator.model={config.name_or_path}: a prompt and a list of {length} tokens "
                 f"outgrow its {name} of {limit}; lower generator.max_prompt_tokens or "
@@ -129,6 +137,8 @@ def _load(kind, path: str, revision: str, **settings):
         reason = " ".join(str(error).split())[:200]
         if "attention implementation" in reason:  # Bloom, MPT, GPT-Neo, Gemma 2, GPT-OSS
             advice = "its attention takes no mask of lists that share a prompt: name another model"
+        elif "configuration class" in reason:  # T5, LLaVA
+            advice = "it is no causal language model of text: name another model"
         elif "bitsandbytes" in reason:
             advice = "set generator.load_in_4bit=false"
         else:
@@ -143,7 +153,11 @@ def add_lora(model, rank: int, alpha: int, seed: int):
 
     torch.manual_seed(seed)  # A is random; B is zero, so that it begins as the bare model
     linear = "all-linear"  # PEFT's word for them; it leaves out the head
-    settings = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules=linear)
+    # A router of experts may be a Linear by its class, and return several tensors (Phi-3.5-MoE).
+    routers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+               and type(module).__module__.startswith("transformers.")]
+    settings = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules=linear,
+                          exclude_modules=routers or None)
     return get_peft_model(model, settings).eval()
 
 

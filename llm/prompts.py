@@ -17,8 +17,7 @@ Ids = list[int]  # the tokens of a text
 # serving. No function can be passed to a template; a macro hides that of transformers. A server
 # that applies the template itself has its own clock.
 DAY = datetime(2024, 7, 26)
-FORMATS = "".join(f"|replace('%{c}', '{DAY:%{c}}')" for c in "aAbBdmyYjHIMSp")
-CLOCK = "{% macro strftime_now(text) %}{{ text" + FORMATS + " }}{% endmacro %}"
+CLOCK = "{% macro strftime_now(format) %}{{ format<replace> }}{% endmacro %}"
 ORDINARY = re.compile(r"[\w\s▁]+|.", re.DOTALL)  # an added token that commands nothing
 
 
@@ -78,18 +77,36 @@ def user_turn(tokenizer, begin: str = "", end: str = "") -> tuple[Ids, Ids]:
     The template's own system prompt stays: the model was tuned with it, and a server adds it too.
     """
     mark = "\x00"  # stands in no template, and no template alters it
-    if not tokenizer.chat_template:  # a base model: only the tokenizer knows whether it wants BOS
-        head = tokenizer.encode(begin, add_special_tokens=False)
-        bos = [i for i in tokenizer.encode("a")[:1] if i == tokenizer.bos_token_id]
-        return bos + head, _encode_part(tokenizer, end + "\n")
-    template, turn = tokenizer.get_chat_template(), [{"role": "user", "content": mark}]
-    if "strftime_now" in template:
-        template = CLOCK + template
-    text = tokenizer.apply_chat_template(
-        turn, chat_template=template, tokenize=False, add_generation_prompt=True)
-    before, after = text.split(mark)
+    if not tokenizer.chat_template:  # a base model: the tokenizer knows what it wants in front
+        head, bare = (tokenizer.encode(x, add_special_tokens=False) for x in (begin, "a"))
+        whole = tokenizer.encode("a")
+        return whole[: whole.index(bare[0])] + head, _encode_part(tokenizer, end + "\n")
+    before, after = _template_around(tokenizer, mark)
     head = tokenizer.encode(before + begin, add_special_tokens=False)
     return head, _encode_part(tokenizer, end + after)
+
+
+def _template_around(tokenizer, mark: str) -> list[str]:
+    """What the chat template writes before and behind the content of a user's turn, the mark."""
+    try:
+        template = tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            # Of this template: Jinja has no strftime of its own.
+            formats = {*re.findall(r"%-?[A-Za-z]", template)}
+            days = "".join(f"|replace({f!r}, {DAY.strftime(f)!r})" for f in sorted(formats))
+            template = CLOCK.replace("<replace>", days) + template
+        # Some templates of models that see pictures know no content but parts.
+        for content in (mark, [{"type": "text", "text": mark}]):
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], chat_template=template, tokenize=False,
+                add_generation_prompt=True)
+            if text.count(mark) == 1:
+                return text.split(mark)
+        reason = "it does not hold the user's text once"
+    except Exception as error:  # Jinja's own, and what the template raises or calls wrongly
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+    raise UserError(f"generator.model={tokenizer.name_or_path}: its chat template does not work "
+                    f"for a single turn of the user ({reason}); name another model")
 
 
 def _encode_lines(tokenizer, interests: list[str], room: int) -> Ids:  # room: tokens
@@ -120,11 +137,12 @@ def encode_text(tokenizer, text: str) -> Ids:
 def _encode_part(tokenizer, text: str, **how) -> Ids:
     """Ids of text that goes on from other text, of which a tokenizer does not know."""
     how["add_special_tokens"] = False
-    # SentencePiece (Llama 2, Mistral) puts a space before whatever it is given: here before a line
-    # break, and both are dropped, unless the break merges with the text.
+    # SentencePiece (Llama 2, Mistral) puts a space before whatever it is given: here before a sign,
+    # and both are dropped, unless the sign merges with the text. A line break merges with others.
     if tokenizer.tokenize("a") != ["a"]:
-        lead = tokenizer.encode("\n", **how)
-        ids = tokenizer.encode("\n" + text, **how)
+        sign = "\n" if text[:1].isalnum() else "a"
+        lead = tokenizer.encode(sign, **how)
+        ids = tokenizer.encode(sign + text, **how)
         if ids[: len(lead)] == lead:
             return ids[len(lead) :]
     return tokenizer.encode(text, **how)

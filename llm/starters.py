@@ -8,54 +8,38 @@ patterns are linear: what they repeat cannot be split in a second way.
 """
 
 import itertools
-import json
 import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-QUOTES = "\"'“”‘’«»「」『』"  # of English, French and Chinese
-PARTNERS = dict(zip("\"'“‘«「『", "\"'”’»」』", strict=True))
-NO_DOUBLE_QUOTES = str.maketrans("", "", "\"“”«»「」『』")  # single ones may be apostrophes
+from llm.markup import (
+    INVISIBLE,
+    JSON_BEGINS,
+    PARTNERS,
+    QUOTES,
+    after_reasoning,
+    in_lines,
+    normalised,
+    quoted_parts,
+    records,
+    unescaped,
+)
+
+# Single ones may be apostrophes.
+NO_DOUBLE_QUOTES = str.maketrans("", "", "\"“”«»„「」『』｢｣〝〞＂")
 SENTENCE_END = re.compile(rf"(?:[?!？！。]|(?<!\d)\.)[*_`{QUOTES} ]*$")  # not that of a cut "3.5"
 _AMPERSAND = r"[&＆](?:amp;|#0{0,5}38;|#x0{0,5}26;)*"  # full-width, or escaped for HTML
 AMPERSAND = re.compile(_AMPERSAND, re.IGNORECASE)
 SEPARATOR = re.compile(rf"(?:{_AMPERSAND}){{2,}}", re.IGNORECASE)
 
-# ------------------------------------------------------------------------ what a reasoner marks
+# ------------------------------------------------------------------------------------ one starter
 
-_THOUGHT = r"(?:\w{1,9}:)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|analysis|scratchpad)"
-THOUGHT_BEGINS = re.compile(
-    rf"<{_THOUGHT}>|\[{_THOUGHT}\]|◁{_THOUGHT}▷"  # DeepSeek, Seed; Magistral; Kimi
-    rf"|<[|｜](?:(?:begin|start)[_▁](?:of[_▁])?)?{_THOUGHT}[|｜]>"  # Command, OpenThinker
-    r"|<\|channel\|>(?:analysis|commentary)|\A(?-i:analysis(?=[A-Z]))"  # gpt-oss; tokens left out
-    r"|<\|channel>thought|<unused94>|Here is my thought process:",  # Gemma, Granite
-    re.IGNORECASE,
-)
-THOUGHT_ENDS = re.compile(
-    rf"</{_THOUGHT}>|\[/{_THOUGHT}\]|◁/{_THOUGHT}▷"
-    rf"|<[|｜](?:/|end[_▁](?:of[_▁])?){_THOUGHT}[|｜]>"
-    r"|<\|channel\|>final(?:[^\n]{0,40}?<\|message\|>)?|assistantfinal"
-    r"|<channel\|>|<unused95>|Here is my response:|\[BEGIN FINAL RESPONSE\]",
-    re.IGNORECASE,
-)
-TURN_ENDS = re.compile(
-    r"<[|｜](?:im_end|eot_id|end|return|end_?of_?(?:text|turn))[|｜]>|<end_of_turn>|</s>"
-)
-
-
-def after_reasoning(text: str) -> str | None:
-    """What stands behind the reasoning, in any of the marks in use; None: it has no end."""
-    ends = [match.end() for match in THOUGHT_ENDS.finditer(text)]
-    answer = text[ends[-1] :] if ends else text
-    return None if THOUGHT_BEGINS.search(answer) else answer
-
-
-# --------------------------------------------------------------------------------- one starter
-
+# Numbers that are one character, in circles or with brackets and dots.
+_CIRCLED = "[①-⒛⓵-⓾❶-❿➀-➓㈠-㈩㊀-㊉]"
 _NUMBER = (
-    r"(?:[(（\[]?\d{1,2}[.)．、）\]：]+(?!\d)"  # 1. (1) １． 1、 [1].; not the 3 of "3.5 mm jacks"
-    r"|\d{1,2}:\s|\d️?⃣|[①-⑳]|[一二三四五六七八九十]{1,3}[、．.]"
+    r"(?:[(（\[#]?\d{1,2}[.)．、）\]：]+(?!\d)"  # 1. (1) １． 1、 [1].; not the 3 of "3.5 mm jacks"
+    rf"|#?\d{{1,2}}:\s|\d️?⃣|{_CIRCLED}|[一二三四五六七八九十]{{1,3}}[、．.]"
     r"|(?:question|starter|suggestion|request|prompt|问题|建议|q)\s?#?\d{1,2}\s?[.):：、-])"
 )
 _LETTER = r"[(（]?[a-h](?:\)\s|）)"
@@ -77,6 +61,10 @@ LEAD = re.compile(
 BOLD = re.compile(r"(?<![\w*])\*\*(?=[^\s*])([^*]+)(?<=[^\s*])\*\*(?![\w*])")
 ITALIC = re.compile(r"(?<![\w*])\*(?=[^\s*])([^*]+)(?<=[^\s*])\*(?![\w*])")
 CODE = re.compile(r"`+([^`]+)`+")
+# Whole links only: in "Read [this](url) first" somebody wants to be clicked.
+LINK = re.compile(r"\[([^\[\]]+)\]\([^()]*\)")
+# Around all of a starter; 【新手】 at its begin says for whom it is.
+BRACKETS = ("[]", "【】", "〖〗", "《》", "〈〉")
 WRAPPED = re.compile(r"(__?)(?=[^\s_])(.*[^\s_])\1", re.DOTALL)
 
 
@@ -87,7 +75,8 @@ def plain(text: str) -> str:
 
 def clean_starter(item: str) -> str:
     """One line without control characters, bullets, numbering, markdown or quotes around it."""
-    item = "".join(" " if unicodedata.category(c)[0] == "C" else c for c in item)
+    item = "".join(" " if unicodedata.category(c)[0] == "C" and c not in "\u200c\u200d" else c
+                   for c in INVISIBLE.sub("", item))
     item = " ".join(item.split())
     for _ in range(8):  # marks within marks: of an ordinary text there are two or three
         bare = _without_marks(item)
@@ -100,23 +89,28 @@ def clean_starter(item: str) -> str:
 
 def _without_marks(item: str) -> str:
     """The item without its outer marks, or the item itself."""
+    item = INVISIBLE.sub("", unescaped(item))
     item = CODE.sub(r"\1", ITALIC.sub(r"\1", BOLD.sub(r"\1", item)))
     if (wrapped := WRAPPED.fullmatch(item)) and wrapped[1] not in wrapped[2]:
         item = wrapped[2]
-    if _JSON_BEGIN.match(item):  # of a list that could not be read
+    if link := LINK.fullmatch(item):
+        item = link[1]
+    if JSON_BEGINS.match(item):  # of a list that could not be read
         item = ""
-    elif item[:1] == "[" and item[-1:] == "]":  # several in there cannot be told apart
-        item = "" if re.search("[,，、;；|]", item) else item[1:-1]
+    elif item[:1] + item[-1:] in BRACKETS and item.count(item[0]) == 1:
+        # Several in [a, b] cannot be told apart; 《三体》 is a title.
+        item = "" if item[0] == "[" and re.search("[,，、;；|]", item) else item[1:-1]
     if lead := LEAD.match(item):
         item = item[lead.end() :]
-        if any(c in QUOTES for c in lead[0]):  # the partner of a stripped quote goes as well
+        # The partner of a stripped quote goes as well.
+        if any(c in QUOTES for c in lead[0]) or "``" in lead[0]:
             item = item.translate(NO_DOUBLE_QUOTES).rstrip(QUOTES + " ,;，；、")
         if "**" in lead[0]:
             item = item.rstrip("*")
     # Where a quote between two & goes, a separator is left: none may stand inside a starter.
     item = SEPARATOR.sub("&", AMPERSAND.sub("&", item))
     # With the separators of other lists: here, where spaces of every kind are spaces already.
-    return " ".join(item.rstrip(" `\\,;，；、").split())
+    return " ".join(re.sub(r"\s\*\*+$", "", item).rstrip(" `\\,;，；、").split())
 
 
 def format_starters(starters: Iterable[str]) -> str:
@@ -143,11 +137,10 @@ def parse_starters(text: str) -> Parsed:
     JSON or behind numbers in one line. Of a list without an end the last item is taken for cut
     short, unless it ends like a sentence. Prose is no list. Never raises; linear time.
     """
-    answer = after_reasoning(text)
+    answer = after_reasoning(normalised(text))
     if answer is None:
         return Parsed((), "reasoning without an end")
-    answer = AMPERSAND.sub("&", TURN_ENDS.split(answer, maxsplit=1)[0])
-    answer = re.sub(r"<li>", "\n- ", re.sub(r"</?(?:br|ol|ul|p|/li) ?/?>", "\n", answer))
+    answer = AMPERSAND.sub("&", in_lines(answer))
     fields = _fields(answer)
     lists = [_items(field, closed) for field, closed in fields] or [_loose_items(answer)]
     if all(len(items) <= 1 for items in lists):
@@ -155,7 +148,8 @@ def parse_starters(text: str) -> Parsed:
     else:
         whole = [items for items, (_, closed) in zip(lists, fields, strict=False) if closed]
         items = (whole or lists)[-1]
-    starters = tuple(filter(None, map(clean_starter, items)))
+    starters = (clean_starter(_without_remark(item)) for item in items)
+    starters = tuple(starter for starter in starters if starter and not NOTHING.fullmatch(starter))
     if starters:
         return Parsed(starters, None)
     if not fields:
@@ -163,21 +157,41 @@ def parse_starters(text: str) -> Parsed:
     return Parsed((), "empty <sug> field" if fields[-1][1] else "unclosed <sug> field")
 
 
+# A topic, or a starter with what is said about it: bold alone tells them apart.
+_BOLD_FIRST = re.compile(
+    r"([\W\d]{0,8}?)\*\*([^*\n]+)\*\*(?:\s*[-–—:：]\s+|(?<=[?!？！。.:：]\*\*)\s*)(\S.*)")
+
+
+def _without_remark(item: str) -> str:
+    """**Jazz:** Why is it blue? as the question; **Quiz me on Dune** - a game as what is bold."""
+    if not (match := _BOLD_FIRST.fullmatch(item.rstrip())):
+        return item
+    bold, rest = match[2].strip(), match[3]
+    quoted = rest[-1] in PARTNERS.get(rest[0], ())
+    if quoted or (rest.rstrip(QUOTES + "*_ ")[-1:] in ("?", "？") and not rest[0].islower()):
+        return rest
+    says = bold[-1:] in ("?", "？", "!", "！", "。") or len(bold.split()) > 2 or (
+        len(re.findall("[぀-鿿가-힣]", bold)) > 6)  # fmt: skip
+    return bold.rstrip(":： ") if says else item
+
+
 def _fields(answer: str) -> list[tuple[str, bool]]:
     """(text, whether it has an end) of each <sug> field; the next field ends one as well."""
     fields, start = [], None
-    for tag in re.finditer(r"<(/?)sugs?>", answer, re.IGNORECASE):
+    for tag in re.finditer(r"<(/?)sugs?\s?(/?)>", answer, re.IGNORECASE):
+        ends = bool(tag[1] or tag[2])
         if start is not None:
-            fields.append((answer[start : tag.start()], bool(tag[1])))
-        start = None if tag[1] else tag.end()
+            fields.append((answer[start : tag.start()], ends))
+        start = None if ends else tag.end()
     return fields if start is None else [*fields, (answer[start:], False)]
 
 
 def _items(text: str, closed: bool) -> list[str]:
     """Items of a field's text, not yet cleaned, perhaps empty ones."""
-    if "&&" not in text and (items := _json_items(text)) is not None:
+    if "&&" not in text and (items := records(text, _whole(text, closed))) is not None:
         return items
     lines = _lines(text, closed)
+    lines = [TITLED.sub("", line) for line in lines if not HEADING.match(line)] or lines
     if (marked := _marked(lines)) and len(marked) > 1:
         lines = marked  # without a preface and remarks
     elif len(lines) > 1 and lines[0].rstrip().endswith((":", "：")):
@@ -194,10 +208,11 @@ def _separated(lines: list[str]) -> list[str]:
 
 def _loose_items(answer: str) -> list[str]:
     """Items of a list that stands in no field; none of prose."""
-    if (items := _json_items(answer)) is not None:
-        return items
     text, ended, _ = answer.partition("</sug>")  # of a field that a server has opened
-    lines = [*filter(str.strip, (PREFACE.sub("", x) for x in _lines(text, bool(ended))))]
+    if (items := records(answer, _whole(text, bool(ended)))) is not None:
+        return items
+    lines = (TITLED.sub("", PREFACE.sub("", line)) for line in _lines(text, bool(ended)))
+    lines = [*filter(str.strip, lines)]
     if joined := [line for line in lines if "&&" in line]:
         items = _separated(joined)
     else:
@@ -211,10 +226,12 @@ def _loose_items(answer: str) -> list[str]:
 # What else stands between the starters of a list, in how many parts at least and of how many words.
 # An honest starter has these signs too, but not between whole sentences: "New York → Los Angeles",
 # "Tom & Jerry", "What? Why me?", "What does [SEP] do in BERT?".
-_SIGN = r"[;；]|\[SEP\]|<[|｜/]?sep ?[|｜/]?>"
+_SIGN = (r"[;；|]|\\n|\s(?:[/·*~⋅¦‖◆•#]{1,3}|---)\s"
+         r"|\[SEP\]|<[|｜/]?sep ?[|｜/]?>")
 _JOINTS = [(re.compile(joint, re.IGNORECASE), parts, words) for joint, parts, words in (
-    (r"\t", 2, 2), (rf"(?<=[?？])[ \u3000]?(?:{_SIGN}|[、&→]|\$\$)", 2, 2), (_SIGN, 3, 3),
-    (r"(?<=[?？])\s*(?=[\w¿])", 3, 2))]  # fmt: skip
+    (r"\t", 2, 2),
+    (rf"(?<=[?？])\s?(?:{_SIGN}|[^\w\s{QUOTES}?？!…()\[\]（）]{{1,3}}|(?-i:AND))\s?(?=\S)", 2, 2),
+    (_SIGN, 3, 3), (r"(?<=[?？])\s*(?=[\w¿])", 3, 2))]  # fmt: skip
 _QUESTION = re.compile(r"[^.!。！]*[?？]\s*")
 
 
@@ -231,23 +248,47 @@ def _joined(item: str) -> list[str]:
 
 LONGEST = 160  # characters of a starter that stands in no field: a paragraph is none
 PREFACE = re.compile(
-    r"\s*(?:sure|certainly|of course|okay|here|以下|好的)\b[^:：\n]{0,99}[:：](?!\d)", re.IGNORECASE
-)
+    r"\s*(?:sure|certainly|of course|okay|here|以下|好的)\b[^:：\n]{0,99}[:：](?!\d)\s*",
+    re.IGNORECASE)
 MARKS = [
     re.compile(rf"([\s>]*)(?:[*_#` ]{{0,5}}){mark}", re.IGNORECASE)
-    for mark in (rf"(?:{_LABEL})?{_NUMBER}", _LETTER, _BULLET, r"[\"“「]")
+    for mark in (rf"(?:{_LABEL})?{_NUMBER}", _LETTER, _BULLET)
 ]
+# Whole lines: "Emma" or "Persuasion" first?
+_QUOTED = re.compile(rf"\s*([{QUOTES}`]{{1,2}}).*[{QUOTES}][\s,，、;；.]*")
+# Not "### 1. Why jazz?".
+HEADING = re.compile(r"\s*#{1,6}\s(?!\W*\d)")
+# A title of the list, in the words for it, or what stands where there is no starter.
+_TITLE = (
+    r"(?:(?:(?:here|are|your|my|some|the|an?|list|of|to|try|\d{1,2}|three|five|personali[sz]ed"
+    r"|suggested|conversation|chat)\s){0,6}(?:starters|suggestions|questions|prompts|ideas|topics)"
+    r"(?: for you)?|(?:对话|聊天)?(?:开场白|建议|问题))")
+NOTHING = re.compile(rf"{_TITLE}[:：]?|n/?a|none|null|无|なし", re.IGNORECASE)
+TITLED = re.compile(rf"\A\s*{_TITLE}[:：]\s*", re.IGNORECASE)
 
 
 def _marked(lines: list[str]) -> list[str]:
-    """The lines of a list's outermost level: numbered, else with letters, bullets, in quotes."""
+    """The lines of a list's outermost level but its headings, which what stands below replaces:
+    numbered, else with letters, bullets, in quotes."""
     for mark in MARKS:
-        items = [(match, line) for line in lines if (match := mark.match(line))]
-        if items:
+        found = {i: len(match[1]) for i, line in enumerate(lines) if (match := mark.match(line))}
+        if found:
             # What is indented further explains an item.
-            depth = min(len(match[1]) for match, _ in items)
-            return [line for match, line in items if len(match[1]) <= depth + 1]
-    return []
+            depth = min(found.values()) + 1
+            top = [*(i for i in found if found[i] <= depth), len(lines)]
+            return [item for i, end in itertools.pairwise(top)
+                    for item in _under(lines[i], lines[i + 1 : end])]
+    quoted = [line for line in lines if _QUOTED.fullmatch(line)]
+    return quoted if len(quoted) > 1 else []
+
+
+def _under(line: str, below: list[str]) -> list[str]:
+    """The item itself, or what is listed below a heading."""
+    asks = ("?", "？")
+    below = [some for some in below if any(mark.match(some) for mark in MARKS)]
+    ends = [some.rstrip(f"*_ {QUOTES}")[-1:] for some in (line, *below)]
+    heads = ends[0] in (":", "：") or (below and ends[0] not in asks and {*ends[1:]} <= {*asks})
+    return below if heads else [line]
 
 
 def _bare(lines: list[str]) -> list[str]:
@@ -257,21 +298,100 @@ def _bare(lines: list[str]) -> list[str]:
     questions = [line for line in lines if line.rstrip().endswith(("?", "？"))]
     if len(questions) > 1 and len(questions) >= len(lines) - 2:  # a preface, and a remark behind
         return questions
-    ends = tuple("?!.？！。,;—…，；")
-    titles = [line for line in lines if line[0].isalnum() and not line.rstrip().endswith(ends)]
-    return titles if len(titles) > 1 and len(titles) >= len(lines) - (len(titles) > 2) else []
+    ends = tuple("!.！。,;—…，；")
+    titles = [text[:1].isalnum() and not text.endswith(ends)
+              for text in (line.strip("*_ ") for line in lines)]
+    first, last = titles[:1] == [False], len(lines) - (titles[-1:] == [False])
+    enough = 2 if questions else 1  # "Hello / How are you?" is a chat
+    return lines[first:last] if len(lines[first:last]) > enough and all(titles[first:last]) else []
+
+
+# Other enumerations: "Idea 1: ", "1 - ", "a. ", "II) ", "第一，", alike but for the place.
+_ORDINALS = [*map(str.split, (
+    "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20", "i ii iii iv v vi vii viii ix x",
+    "a b c d e f g h i j", "а б в г д", "first second third fourth fifth sixth",
+    "erstens zweitens drittens viertens fünftens", "一 二 三 四 五 六 七 八 九 十",
+    "甲 乙 丙 丁 戊", "ア イ ウ エ オ", "가 나 다 라 마"))]  # fmt: skip
+_ORDINAL = re.compile(
+    r"(\s*)([^\w\n]{0,6}(?:第|[^\W\d_]{1,14}\.?\s?){0,2}?[^\w\n]{0,3})("
+    rf"{'|'.join(sorted({*itertools.chain(*_ORDINALS)}, key=len, reverse=True))}|\d{{1,2}})"
+    r"((?:st|nd|rd|th|º|つ目|番目|번|[个個条](?:问题|建议)?)?(?![^\W_])[^\w\n]{0,4})(.*)",
+    re.IGNORECASE)  # fmt: skip
+# Signs that begin several lines, emoji too.
+_SIGNED = re.compile(
+    rf"(\s*)(?:[^\x00-\x7f\w\s{QUOTES}¿¡…（【《〈〖〔]{{1,8}}|[~|>])\s*(?=[\w*{QUOTES}])")
+
+
+def _listed(lines: list[str]) -> list[str]:
+    """Lines of a list with other marks as one with numbers or bullets."""
+    marked = (match for line in lines for mark in MARKS if (match := mark.match(line)))
+    if sum(any(map(str.isalnum, match.string[match.end() :])) for match in marked) > 1:
+        return lines
+    found = {i: match for i, line in enumerate(lines) if (match := _ORDINAL.fullmatch(line))}
+    for ordinals in _ORDINALS:
+        places, last, around = {}, 0, ""  # line -> its number
+        for i, match in found.items():
+            value, words = match[3].casefold(), match[2].casefold()
+            value = str(int(value)) if value.isdecimal() else value  # of any script
+            if last and words == around and ordinals[last : last + 1] == [value]:
+                last += 1
+            elif value == ordinals[0] and (
+                    not match[5] or match[4].strip() or re.search(r"[^\w\s]", match[2])):
+                last, around = 1, words
+            else:  # "Season 1 of Dark"
+                continue
+            places[i] = last
+        if last > 1:
+            return _renumbered(lines, places, found)
+    signed = [_SIGNED.match(line) for line in lines]
+    if sum(map(bool, signed)) > 1:
+        return [f"{sign[1]}- {line[sign.end():]}" if sign else line
+                for sign, line in zip(signed, lines, strict=True)]
+    return lines
+
+
+def _renumbered(lines: list[str], places: dict[int, int], found: dict[int, re.Match]) -> list[str]:
+    items, open_item = [], False  # open: its text stands in the next line
+    for i, line in enumerate(lines):
+        if i in places:
+            text = found[i][5]
+            if "*" in found[i][2] and "*" not in found[i][4]:
+                text = text.rstrip("* ")
+            items.append(f"{found[i][1]}{places[i]}. {text}")
+            open_item = not text
+        elif open_item:  # "Idea 1" is a heading, what stands below it the idea
+            items[-1] += line.strip()
+            open_item = False
+        else:
+            items.append(line)
+    return items
+
+
+# ```json; but not ```a && b```.
+_FENCE = re.compile(r"\s*(?:`{3,}|~{3,})[\w+-]*\s*")
+
+
+def _whole(text: str, closed: bool) -> list[str]:
+    """The lines of a text but the last one, if it may have been cut short."""
+    lines = text.splitlines()
+    ended = closed or text.splitlines(keepends=True)[-1:] != lines[-1:]
+    if lines and not ended and not SENTENCE_END.search(lines[-1][-9:]) and lines[-1][-1:] != "|":
+        lines.pop()
+    return lines
 
 
 def _lines(text: str, closed: bool) -> list[str]:
-    """Lines that are not empty, without fences and without the last one's item if it was cut."""
+    """Lines that say something, each with a mark that is known, without the last one's item if it
+    was cut."""
     lines = [part for line in text.splitlines() for part in _split_line(line)]
     if lines and not closed and text.splitlines()[-1:] == text.splitlines(keepends=True)[-1:]:
         whole, separator, last = lines[-1].rpartition("&&")
         last = last.strip(" ,")
-        quoted = PARTNERS.get(last[:1], " ") == last[1:][-1:]
+        quoted = last[1:] and last[-1] in PARTNERS.get(last[0], "")
         if not quoted and not SENTENCE_END.search(last[-9:]):
             lines[-1] = whole + separator  # max_new_tokens ran out in it
-    return [line for line in lines if line.strip() and not line.lstrip().startswith(("```", "~~~"))]
+    return _listed([line for line in lines if (any(map(str.isalnum, line)) or "&&" in line)
+                    and not _FENCE.fullmatch(line)])
 
 
 def _split_line(line: str) -> list[str]:
@@ -281,9 +401,9 @@ def _split_line(line: str) -> list[str]:
     if len(parts := _numbered_parts(line)) > 1:
         return parts
     if line.strip()[:1] in tuple(QUOTES):  # "a", "b"
-        *parts, last = _quoted_parts(line)
+        *parts, last = quoted_parts(line)
         if parts:
-            end = '"' * (line.rstrip(" ,")[-1] == PARTNERS.get(line.strip()[0]))
+            end = '"' * (line.rstrip(" ,")[-1] in PARTNERS.get(line.strip()[0], ""))
             return [*(f'"{part}"' for part in parts), f'"{last}{end}']
     for sign in ("•", " | ", "||"):
         if line.count(sign) > 1:
@@ -299,7 +419,8 @@ def _numbered_parts(line: str) -> list[str]:
         for number in numbers.finditer(line):
             sign, before = number[1].lower(), line[: number.start()].rstrip()[-1:]
             # ② is 2, and b) too.
-            value = int(unicodedata.normalize("NFKC", sign)) if sign.isdigit() else ord(sign) - 96
+            value = (int(sign) if sign.isdecimal() else int(unicodedata.numeric(sign))
+                     if sign.isnumeric() else ord(sign) - 96)
             first = not cuts and number.start() < begin  # whatever its value: a label may hide 1.
             # "Should I pick a) or b)" is no list.
             follows = value == last + 1 and (cuts or numbers is _NUMBERS_WITHIN[0])
@@ -312,65 +433,5 @@ def _numbered_parts(line: str) -> list[str]:
 
 
 _NUMBERS_WITHIN = [re.compile(pattern, re.IGNORECASE) for pattern in (
-    r"(?:^|(?<=[\s?？！。；]))[(（*]{0,3}(\d{1,2})[.)．、）：]+(?=\s?[^\s\d])", r"(\d)️?⃣", "([①-⑳])",
-    r"(?:^|(?<=\s))[(（*]{0,3}([a-h])[)）](?=\s)")]  # fmt: skip
-_BETWEEN = re.compile(rf"[{QUOTES}]\s?[,，、;；]\s?[{QUOTES}]")
-
-
-def _quoted_parts(text: str) -> list[str]:
-    return [part.strip(QUOTES + " ,，、") for part in _BETWEEN.split(text)]
-
-
-# ------------------------------------------------------------------------------------------- JSON
-
-_JSON_BEGIN = re.compile(rf"[\[{{]\s*[\[{{{QUOTES}]")
-_JSON = re.compile(rf"(?:^|[:=>!.。])[ \t`]*(?={_JSON_BEGIN.pattern})", re.MULTILINE)
-_TOKEN = re.compile(r"\s*(?:(\"[^\"\\]*(?:\\.[^\"\\]*)*\\?\"?)|([\[\]{}:,])|[\w.+-]+)", re.DOTALL)
-# The field of an object that is its starter, the most telling one first.
-_TEXT_FIELDS = ("starter", "suggestion", "question", "request", "text", "prompt", "query", "title",
-                "content", "message", "idea", "item", "sug", "")  # fmt: skip
-
-
-def _json_items(text: str) -> list[str] | None:
-    """Whole strings of a JSON list, also of objects or cut short; None where there is no JSON."""
-    if not (begin := _JSON.search(text)):
-        return None
-    values, at, closed = _json_strings(text, begin.end())
-    if not closed and text[at:].strip():  # not JSON, though Python writes it: ['a', "b"]
-        inner, closed, _ = text[begin.end() + 1 :].partition("]")
-        parts = _quoted_parts(inner.replace("\\", ""))
-        return (parts if closed else parts[:-1]) if text[begin.end()] == "[" else []
-    for field in _TEXT_FIELDS:
-        texts = [text for name, text in values if name.endswith(field) and (field or not name)]
-        if texts:
-            break
-    else:  # objects of a single field, whatever its name
-        texts = [text for _, text in values] if closed and len({*dict(values)}) == 1 else []
-    return [part for value in texts for line in value.splitlines() for part in line.split("&&")]
-
-
-def _json_strings(text: str, at: int) -> tuple[list[tuple[str, str]], int, bool]:
-    """([(name of the nearest field around it, whole string)] from `at` on, end, whether closed)."""
-    values, around, name, key = [], [], "", False  # around: brackets that are open; key: comes next
-    while token := _TOKEN.match(text, at):
-        if not around and token[2] not in ("[", "{", ","):
-            break  # a remark behind the list
-        at = token.end()
-        if token[2] in ("[", "{"):
-            around.append((token[2], name))
-        elif token[2] in ("]", "}"):
-            name = around.pop()[1]
-        elif token[1] and (value := _json_text(token[1])) is not None:
-            if key:
-                name = value.lower().strip("0123456789 _-").removesuffix("s")
-            else:
-                values.append((name, value))
-        key = token[2] in ("{", ",") and bool(around) and around[-1][0] == "{"
-    return values, at, not around
-
-
-def _json_text(token: str) -> str | None:
-    try:
-        return json.loads(token, strict=False)
-    except ValueError:  # cut short
-        return None
+    r"(?:^|(?<=[\s?？！。；]))[(（*]{0,3}(\d{1,2})[.)．、）：]+(?=\s?[^\s\d])", r"(\d)️?⃣",
+    f"({_CIRCLED})", r"(?:^|(?<=\s))[(（*]{0,3}([a-h])[)）](?=\s)")]  # fmt: skip

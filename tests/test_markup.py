@@ -1,0 +1,178 @@
+"""Lists in the markup that instruction models write: starters whole and bare, none of the rest."""
+
+import json
+
+import pytest
+
+import llm
+
+REQUESTS = ("Quiz me on Dune", "Best Zelda dungeon order", "First steps in Go")
+QUESTIONS = ("Who wrote Dune?", "Which Zelda comes first?", "Is Go hard to learn?")
+CHINESE = ("三体讲了什么故事？", "塞尔达该怎么玩？", "围棋怎么入门？")
+TOPICS = ("Books", "Games", "Boards")
+
+
+def rows(form: str, starters, marks=range(1, 9)) -> str:
+    """A line each: {0} its mark, {1} the starter, {2} a topic."""
+    return "".join(form.format(mark, starter, topic) + "\n"
+                   for mark, starter, topic in zip(marks, starters, TOPICS, strict=False))
+
+
+@pytest.mark.parametrize("form", [
+    "{} - {}", "{}- {}", "#{} {}", "#{}: {}", "No. {} {}", "№{} {}", "{}º {}", "{}/ {}", "{} | {}",
+    "<{}> {}", "【{}】{}", "Option {}: {}", "**Idea {}:** {}", "Idea {}\n{}", "第{}个：{}",
+    "### Topic {}\n{}", "提案{}：{}", "Vorschlag {}: {}", "Tip {} – {}",
+    "**{}** – {}", "{}.\n{}\n", "0{}. {}",
+])  # fmt: skip
+@pytest.mark.parametrize("starters", [REQUESTS, QUESTIONS])
+def test_numbers_with_words_and_signs_around_them_are_marks(form, starters):
+    assert llm.parse_starters(rows(form, starters)).starters == starters
+    assert llm.parse_starters(f"<sug>\n{rows(form, starters)}</sug>").starters == starters
+
+
+@pytest.mark.parametrize("marks", [
+    "❶❷❸", "⓵⓶⓷", "➀➁➂", "⒈⒉⒊", "⑴⑵⑶", "㈠㈡㈢", "㊀㊁㊂",
+    ("I.", "II.", "III."), ("i)", "ii)", "iii)"), ("a.", "b.", "c."),
+    ("（一）", "（二）", "（三）"), ("ア.", "イ.", "ウ."),
+    ("а)", "б)", "в)"), ("First,", "Second,", "Third,"), ("1st:", "2nd:", "3rd:"),
+    ("第一，", "第二，", "第三，"), "⁃⁃⁃", "►►►", "➢➢➢",
+    "・・・", "✅✅✅", "👉👉👉", "🚂🍞♟", ("👨‍🍳",) * 3, "~~~",
+])  # fmt: skip
+def test_ordinals_and_signs_that_begin_every_line_are_marks(marks):
+    for starters in (REQUESTS, QUESTIONS):
+        text = "Here you go:\n\n" + rows("{} {}", starters, marks)
+        assert llm.parse_starters(text).starters == starters
+
+
+@pytest.mark.parametrize("quotes", [
+    "„“", "‚‘", "‹›", "»«", "『』", "｢｣", "〝〞", "＂＂", ("« ", " »"), ("``", "''"), "【】"])
+def test_quotes_of_every_language_go_in_pairs(quotes):
+    quoted = [f"{quotes[0]}{starter}{quotes[1]}" for starter in CHINESE]
+    assert llm.parse_starters(rows("{}. {}", quoted)).starters == CHINESE
+    assert llm.parse_starters(llm.format_starters(quoted)).starters == CHINESE
+
+
+def table(names, *columns) -> str:
+    body = (" | ".join(row) for row in zip(*columns, strict=True))
+    return "".join(f"| {line} |\n" for line in [" | ".join(names), "|".join("---" for _ in names),
+                                                *body])  # fmt: skip
+
+
+DATA = {
+    "table": table(("#", "Starter"), "123", QUESTIONS),
+    "table with topics": table(("Interest", "**Suggested question**"), TOPICS, QUESTIONS),
+    "Chinese table": table(("序号", "问题"), "123", QUESTIONS),
+    "HTML table": "<table><tr><th>#</th><th>Starter</th></tr>" + "".join(
+        f"<tr><td>{i}</td><td>{q}</td></tr>" for i, q in enumerate(QUESTIONS)) + "</table>",
+    "CSV": "id,starter\n" + rows('{},"{}"', QUESTIONS),
+    "TSV": "id\tstarter\n" + rows("{}\t{}", QUESTIONS),
+    "YAML": "starters:\n" + rows("- id: {}\n  text: {}", QUESTIONS),
+    "YAML of one field": rows('- text: "{1}"', QUESTIONS),
+    "YAML with names": rows("starter_{}: {}", QUESTIONS),
+    "XML": "<starters>" + rows('<starter id="{}">{}</starter>', QUESTIONS) + "</starters>",
+    "XML of fields": rows("<item><topic>{2}</topic><question>{1}</question></item>", QUESTIONS),
+    "numbered tags": rows("<sug{0}>{1}</sug{0}>", QUESTIONS),
+    "HTML": f'<OL class="x">{rows("<LI><strong>{1}</strong></LI>", QUESTIONS)}</OL>',
+    "JSON by interest": json.dumps(dict(zip(TOPICS, ([q] for q in QUESTIONS), strict=True))),
+    "JSON beside a state": json.dumps({"status": "ok", "data": QUESTIONS}),
+    "JSON in Chinese": json.dumps([{"主题": "书", "问题": q} for q in QUESTIONS]),
+    "JSON with remarks": "[\n" + rows('"{1}", // {2}', QUESTIONS) + "]",
+    "questions and answers": rows("Q: {1}\nA: So it is.\n", QUESTIONS),
+    "bold ones": rows("**Question {}:** {}\n**Answer:** So it is.", QUESTIONS),
+    "in a line": rows("Q: {1} A: So it is.", QUESTIONS),
+    "of a chat": rows("User: {1}\nAssistant: So it is.", QUESTIONS),
+}
+
+
+@pytest.mark.parametrize("form", DATA)
+def test_of_data_the_starters_alone_are_read(form):
+    for text in (DATA[form], f"Here it is:\n\n```\n{DATA[form]}\n```\n\nEnjoy!"):
+        assert llm.parse_starters(text).starters == QUESTIONS, text
+
+
+HEADED = {
+    "topics with a colon": rows("{0}. **{2}:**\n   - {1}", QUESTIONS),
+    "topics": rows("{0}. {2}\n   - {1}", QUESTIONS),
+    "bullets": rows("* {2}:\n    * {1}", QUESTIONS),
+    "bold topics": rows("{0}. **{2}:** {1}", QUESTIONS),
+    "topics and a dash": rows("- **{2}** – {1}", QUESTIONS),
+    "remarks": rows("{0}. **{1}** This opens a talk about {2}.", QUESTIONS),
+    "underlined": "Conversation Starters\n===\n\n" + rows("{1}", QUESTIONS),
+    "in a field": "<sug>\n## Starters\n" + rows("{1}", QUESTIONS) + "</sug>",
+    "glued to the first": f"<sug> Starters: {' && '.join(QUESTIONS)} </sug>",
+    "in JSON": json.dumps(["Conversation Starters:", *QUESTIONS]),
+    "rules": rows("---\n{1}", QUESTIONS),
+    "bold lines": rows("**{1}**", QUESTIONS),
+}
+
+
+@pytest.mark.parametrize("form", HEADED)
+def test_a_heading_is_no_starter_and_a_remark_no_part_of_one(form):
+    assert llm.parse_starters(HEADED[form]).starters == QUESTIONS
+    said = rows("{0}. **{1}** - to go deeper into {2}.", REQUESTS)
+    assert llm.parse_starters(said).starters == REQUESTS
+
+
+@pytest.mark.parametrize("begin, end", [
+    ("<inner_monologue>", "</inner_monologue>"), ("<cot>", "</cot>"), ("<plan>", "</plan>"),
+    ('<think type="x">', "</think>"), ("< think >", "< /think >"), ("<思考>", "</思考>"),
+    ("<|think_start|>", "<|think_end|>"), ("&lt;think&gt;", "&lt;/think&gt;"),
+    ("<|START_THINKING|>", "<|END_THINKING|><|START_RESPONSE|>"),
+    ("<|inner_prefix|>", "<|inner_suffix|>"), ("**Thinking:** ", "\n**Answer:**\n"),
+])  # fmt: skip
+def test_reasoning_is_left_out_in_any_mark(begin, end):
+    draft = "They read.\n1. A bad draft here\n2. Another bad draft\n"
+    assert llm.parse_starters(begin + draft + end + rows("{}. {}", REQUESTS)).starters == REQUESTS
+    assert not llm.parse_starters(begin + draft).starters or begin.startswith("**")
+    behind = f"{rows('{}. {}', REQUESTS)}\n{begin}good?{end}"
+    assert llm.parse_starters(behind).starters == REQUESTS or begin.startswith(("**", "<|START"))
+
+
+@pytest.mark.parametrize("text", [
+    "\ufeff{0}", "\u200b{0}", "{0}\u2060", "\u200e{0}\u200e", "<0x0A>{0}", "{1}", "{2}", "{3}",
+    "{4}",
+])  # fmt: skip
+def test_characters_of_no_width_and_other_line_ends_change_nothing(text):
+    numbered = rows("{}. {}", REQUESTS)
+    shy = " && ".join(starter[:6] + "\u00ad" + starter[6:] for starter in REQUESTS)
+    forms = (numbered, numbered.replace("\n", "\r\n"), "\\n".join(numbered.splitlines()) + "\n",
+             f"< sug > {shy} < /sug >", f"&lt;sug&gt; {shy} &lt;/sug&gt;")
+    assert llm.parse_starters(text.format(*forms)).starters == REQUESTS
+    joined = ("می‌خواهم شطرنج", "क्‍ष लिखें", "Cook like 👨‍🍳 do")  # some of them mean something
+    assert llm.parse_starters(llm.format_starters(joined)).starters == joined
+
+
+@pytest.mark.parametrize("joint", ["|", " / ", " // ", " · ", " * ", " ~ ", " ### ", " ◆ "])
+def test_three_clauses_with_a_sign_between_them_are_starters(joint):
+    for starters in (REQUESTS, QUESTIONS, CHINESE):
+        assert llm.parse_starters(f"<sug> {joint.join(starters)} </sug>").starters == starters
+
+
+@pytest.mark.parametrize("starter", [
+    "What does \\n do in Python?", "Explain [REASONING] tags", "What are <think> tags for?",
+    "What is a <div> for?", "I. M. Pei's best buildings", "1984: why read it", "x86 vs ARM",
+    "Idea: what Plato meant", "Prompt engineering: first steps", "Season 1 of Dark in short",
+    "None of the above: voting systems", "《三体》讲了什么？",
+    "【新手】围棋怎么入门", "🎉 party ideas",
+    "Half-Life 2 | the modding scene", "The Sims — a retrospective", "Explain `rm -rf` to me",
+    "Reasoning: induction vs deduction", "~/.bashrc tricks", "¿Qué ver en Sevilla?",
+])  # fmt: skip
+def test_signs_of_markup_in_an_honest_starter_are_its_own(starter):
+    bare, others = starter.replace("`", ""), ("Quiz me on tea", "First steps in Go")
+    for text in (f"<sug> {others[0]} && {starter} && {others[1]} </sug>",
+                 rows("{}. {}", (others[0], starter, others[1])),
+                 json.dumps([others[0], starter, others[1]])):
+        if "<think>" not in text or "<sug>" in text:
+            assert llm.parse_starters(text).starters == (others[0], bare, others[1])
+    assert llm.parse_starters(f"<sug> {starter} </sug>").starters == (bare,)
+
+
+@pytest.mark.parametrize("text", [
+    "<sug>N/A</sug>", "<sug> none </sug>", "1. N/A\n2. N/A\n", "Conversation Starters\n\n",
+    '{"error": "no interests given"}', "| a | b |\n|---|---|\n| c d e | f g h |\n",
+    "Hello\nHow are you?\n", "以下是五个建议：\n",
+    "1.\n2.\n", '{"starters": ["Quiz m', "Entschuldigung, das geht nicht.\n",
+])  # fmt: skip
+def test_where_there_is_no_starter_there_is_a_reason(text):
+    parsed = llm.parse_starters(text)
+    assert not parsed.starters and parsed.reason
