@@ -64,7 +64,7 @@ from stages.steps import return_memory
 from stages.summarize import stage_summarize
 from stages.warm_start import stage_warm_start
 from tools import doctor, plan
-from world import dialogues, people, shop
+from world import dialogues, people, shop, shop_goods
 
 
 def stage_world(run: Run, players: Players, key: str) -> dict:
@@ -101,7 +101,9 @@ def stage_dialogue_world(run: Run, players: Players, key: str) -> dict:
 def stage_shop(run: Run, players: Players, key: str) -> dict:
     """Write the simulated shop and its log, or check the files that the user gave."""
     if not run.config.data.dialogues:
-        shop.Shop(run.config.shop).write(run.folder / "world")
+        own = shop_goods.goods_of(data.read_catalogue(run.catalogue_file), data.read_policies(
+            run.policies_file)) if run.config.data.catalogue else None
+        shop.Shop(run.config.shop, own).write(run.folder / "world")
     rows, cases = data.read_dialogues(run.dialogues_file), run.config.quality.cases
     return {"contexts": len(rows), "clicked": sum(bool(row.clicked) for row in rows),
             "products": len(data.read_catalogue(run.catalogue_file)),
@@ -178,10 +180,9 @@ def stage_key(run: Run, name: str, *without: str) -> str:
     if name == "world" and method == "icebreaker":  # another version: all is trained anew
         given = (run.users_file, run.impressions_file) if run.config.data.users else ()
         files = [file_digest(f) for f in given if f] or [f"world {people.VERSION}"]
-    if name == "world" and method != "icebreaker" and run.config.data.dialogues:
-        files = [run.dialogues_file]
-        files += [run.catalogue_file, run.policies_file] * (method == "qualeqs")
-        files = [file_digest(file) for file in files]
+    if name == "world" and method != "icebreaker":
+        given = ("dialogues", *["catalogue", "policies"] * (method == "qualeqs"))
+        files = [file_digest(path) for one in given if (path := getattr(run.config.data, one))]
     if name == "rl" and method == "qualeqs" and run.config.quality.cases:
         files = [file_digest(run.config.quality.cases)]
     if name == "base" and run.config.generator.model == TINY:  # which ships, and may be made anew
