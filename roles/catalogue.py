@@ -32,16 +32,20 @@ def lexicon() -> dict[str, dict]:
     return sections | compiled | {"words": words}
 
 
+def fold(word: str) -> str:
+    """Lower case without accents, as people without that key write: Bestå's -> besta."""
+    parts = unicodedata.normalize("NFKD", re.sub("['’]s$", "", word.casefold()))
+    return "".join(c for c in parts if not unicodedata.combining(c))
+
+
 _ENDINGS = ("ations", "ation", "ments", "ment", "ings", "ing", "ers", "er", "ies", "ed", "es", "s",
             "e", "y")
 
 
 @functools.lru_cache(maxsize=50_000)
 def stem(word: str) -> str:
-    """A rough stem: cancelling, cancellation -> cancel; batteries, battery -> batter; Bestå ->
-    besta, as people without that key write it."""
-    word = "".join(c for c in unicodedata.normalize("NFKD", word.casefold())
-                   if not unicodedata.combining(c))
+    """A rough stem: cancelling, cancellation -> cancel; batteries, battery -> batter."""
+    word = fold(word)
     if word in ("mice", "mouse"):
         return "mouse"
     for least in (3, 4):  # two endings at most: deliver-y, deliv-er
@@ -120,7 +124,8 @@ class Catalogue:
                 self.of_category[category].add(i)
             if product.brand:
                 self.of_brand.setdefault(tuple(stems(product.brand)), set()).add(i)
-            self.names[tuple(stems(product.name))].append(i)
+            # Not by stems: a bill is no BILLY.
+            self.names[tuple(map(fold, tokens(product.name)))].append(i)
             for word in self._words(product):
                 self.bag[word].add(i)
         # Groups such as a department name no goods: "lamps for a kitchen" is about lamps.
@@ -144,7 +149,7 @@ class Catalogue:
             for name, value in product.attributes.items():
                 if not isinstance(value, bool) and isinstance(value, int | float):
                     self.numbers[name][i] = value
-        self.called = {word for name in self.names for word in name}
+        self.called = {stem(word) for name in self.names for word in name}
         self.longest = max(map(len, [*self.names, *self.phrases, *self.of_brand]), default=1)
 
     @staticmethod
@@ -160,13 +165,13 @@ class Catalogue:
         """Names of products and brands in a text, the longest first, and its first category."""
         # A second one narrows the first: a sofa bed, a bench for shoes.
         words, found, used, categories = stems(text), Mention([], [], [], set(), set()), set(), {}
-        stop = lexicon()["words"]["stop"]
+        stop, folded = lexicon()["words"]["stop"], [*map(fold, tokens(text))]
         for i, j in spans(words, self.longest):
-            span = tuple(words[i:j])
+            span, name = tuple(words[i:j]), tuple(folded[i:j])
             if used & {*range(i, j)} or (j - i == 1 and span[0] in stop):
                 continue
-            if span in self.names:
-                found.products.extend(self.names[span])
+            if name in self.names:
+                found.products.extend(self.names[name])
             elif span in self.of_brand:
                 found.brands.append(span)
             elif span in self.phrases:

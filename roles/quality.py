@@ -257,7 +257,8 @@ class Rules:
             return Verdict(1, 0, 1, reason="brand not sold here")
         one = named.products or (not named.categories and not named.brands)
         describes = bool(bounds)  # a feature; what only names an attribute asks for its value
-        for chunk in self._chunks(rest, named.words):
+        # Goods that were spoken of are no feature: "Which sofas would suit my new armchair?"
+        for chunk in self._chunks(rest, named.words | subject.mention.words):
             known = [(word, products) for word, _ in chunk
                      if (products := catalogue.known(word, among))]
             asked |= {word for word, _ in chunk if word in lexicon()["words"]["soft"]}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import data
 import qualeqs
 from files import UserError
-from roles import chat, prompted, quality
+from roles import catalogue, chat, prompted, quality
 from tables import quality as table
 
 GOODS = [
@@ -136,6 +136,14 @@ def test_a_real_catalogue_is_held_to_its_rows(retail, suggestion, marks, named):
     [[verdict]] = retail.quality([(asked, [suggestion])])
     assert tuple(verdict[:3]) == marks, verdict
     assert named in (verdict.source if marks == (1, 1, 1) else verdict.reason)
+
+
+def test_a_word_of_the_language_is_no_name():
+    one = data.Product(id="b", name="BILLÉ", category=["Beds"], currency="SAR")
+    named = catalogue.Catalogue([one])
+    assert named.mention("What is the size of the bill?").products == []
+    for text in ("the BILLÉ", "a bille's width", "Billé"):
+        assert named.mention(text).products == [0]
 
 
 def test_what_a_shopper_alone_has_said_is_no_evidence(retail):
