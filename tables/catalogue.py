@@ -61,12 +61,14 @@ def digest_of(text: str) -> str:
 
 def answers_of(run: Run, facts: Facts, policy: str, n: int) -> list[dict]:
     """Answers of a policy to held-out contexts about goods, with n suggestions at least."""
+    # Of the last exchange: the goods of an earlier one are not what is talked about.
     suggester, rows, count = Suggester(players_of(run).writer), [], 0
     contexts = [c for c in held_out(run) if not c.unsafe and facts.about(c.turns[-2:])]
     for start in range(0, len(contexts), CHUNK):
         if count >= n:
             break
         part = contexts[start : start + CHUNK]
+        # A seed of its own for each part, or equal contexts of two parts had equal answers.
         answers = suggester.write(run.adapter(policy), [c.turns for c in part], 1,
                                   run.seed("catalogue", start))
         count += sum(len(garm.answer_suggestions(answer)) for [answer] in answers)
@@ -84,6 +86,7 @@ def suggestions_of(answers: list[dict], judge: Rules, n: int) -> list[dict]:
     rows = []
     for answer in answers:
         turns = [data.Turn(**turn) for turn in answer["turns"]]
+        # What the server leaves out beside the judge: other languages, repeats, what was asked.
         ask = Ask(data.User(user_id="reader", sessions=[]), garm.NUM_SUGGESTIONS, turns=turns)
         [shown] = by_shop(judge, [ask], [fit_suggestions(ask, [answer["answer"]])])
         shown = {suggestion.text for suggestion in shown}
@@ -99,6 +102,7 @@ def share(count: int, of: int) -> str:
     """count / of with Wilson's 95 % interval."""
     if not of:
         return "–"
+    # Suggestions of one answer are taken for independent: there are three at most.
     test = stats.binomtest(count, of).proportion_ci(method="wilson")
     return f"{count / of:.2f} [{test.low:.2f}, {test.high:.2f}]"
 
@@ -106,7 +110,7 @@ def share(count: int, of: int) -> str:
 def counts_row(name: str, verdicts: list[str]) -> list[str]:
     """Of some suggestions the verdicts, and the share of false ones of those that can be told."""
     count = Counter(verdicts)
-    told = count["true"] + count["false"]
+    told = count["true"] + count["false"]  # an open one is neither
     return [name, str(len(verdicts)), str(told + count["open"]), str(count["false"]),
             str(count["open"]), share(count["false"], told)]
 
@@ -130,6 +134,7 @@ def agreement(verdicts: list[str], marks: list[str]) -> list[list[str]]:
     for name, values in (("the same of four", [*VERDICTS]), ("false or not", ["false"])):
         a, b = ([x if x in values else "" for x in some] for some in (verdicts, marks))
         same = sum(x == y for x, y in zip(a, b, strict=True))
+        # Of two who mark at random with these shares.
         chance = sum(a.count(x) * b.count(x) for x in {*a}) / len(a) ** 2
         kappa = (same / len(a) - chance) / (1 - chance) if chance < 1 else math.nan
         rows.append([name, share(same, len(a)), f"{kappa:.2f}"])
@@ -185,12 +190,14 @@ def write_catalogue(folder: Path, n: int, marks: Path | None, out: Path) -> None
     if config.run.method != "qualeqs":
         raise UserError(f"{folder}: run.method={config.run.method}; a run of qualeqs is wanted")
     run = Run(config, describe=False)
+    # As the server chooses: the policy of the last round that is there.
     trained = [name for name in policies(config) if run.folder.has_run(name)]
     if not trained:
         raise UserError(f"{folder}: stage sft has not run")
     products = data.read_catalogue(run.catalogue_file)
     shop = products, data.read_policies(run.policies_file)
     facts, policy = Facts(*shop), trained[0]
+    # Other weights, or another number, are other suggestions; another check reads the same ones.
     key = file_digest(run.adapter(policy) / "adapter_model.safetensors") + str(n)
     path = run.folder / "catalogue" / "answers.jsonl"
     if run.folder.begin("catalogue", key):

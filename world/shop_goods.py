@@ -49,6 +49,7 @@ class Goods(NamedTuple):
     def forms(self, forms: dict) -> dict:
         """The forms of shop_forms.yaml with questions about these policies, and without brands that
         are sold here among those that are not."""
+        # A well-known brand is no fault in a shop that has it.
         sold = {p.brand.casefold() for p in self.products if p.brand}
         brands = {part: [name for name in names if name.casefold() not in sold]
                   for part, names in forms["impossible"]["brands"].items()}
@@ -65,6 +66,7 @@ def goods_of(products: Sequence[data.Product], policies: list[data.Policy]) -> G
         raise data.DataError("data.catalogue: price: no product in stock has one")
     categories: dict[str, dict] = {}
     for product in sold:
+        # The first is the narrowest, as the judge takes it.
         spec = categories.setdefault(product.category[0], {
             **_said(product.category[0]), "yes_no": {}, "number": {}, "choice": {}, "called": {},
             "department": DEPARTMENT})
@@ -92,6 +94,7 @@ def _name(product: data.Product) -> str:
 def _said(category: str) -> dict[str, str]:
     """A category as shoppers name it: of "Bookcases & shelving units" bookcases, and one."""
     parts = parts_of(category)
+    # The first plural: "bookcases" of "Bookcases & shelving units".
     many = next((part for part in parts if re.search("[^s]s$", part)), category)
     many = " ".join(word if word.isupper() else word.lower() for word in many.split())
     head, of, rest = many.partition(" of ")
