@@ -327,8 +327,9 @@ class Config(Section):
         if abs(data.train + data.valid + data.judge + data.test - 1) > 1e-6:
             raise ValueError("data.train, data.valid, data.judge, data.test: must add to 1")
         shop = [bool(path) for path in (data.dialogues, data.catalogue, data.policies)]
-        if self.run.method == "qualeqs" and len({*shop}) > 1:
-            raise ValueError("data.dialogues, data.catalogue, data.policies: all three, or none")
+        if self.run.method == "qualeqs" and (shop[1] != shop[2] or shop[0] > shop[1]):
+            raise ValueError("data.dialogues, data.catalogue, data.policies: all three, or none, "
+                             "or the last two: the shoppers are then simulated")
         if self.rid.min_keep > self.rid.max_keep:
             raise ValueError("rid.min_keep: at most rid.max_keep")
         if self.ab.searched < self.ab.lists:

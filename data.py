@@ -10,6 +10,7 @@ import bisect
 import contextlib
 import functools
 import hashlib
+import html
 import itertools
 import json
 import math
@@ -153,10 +154,13 @@ class Dialogue(Record):
         return self
 
 
-def _told(value):
-    """A dict without what is null: an attribute of unknown value is none."""
-    told = isinstance(value, dict)
-    return {key: v for key, v in value.items() if v is not None} if told else value
+def plain(value):
+    """What a shop's page shows of a row: no tags, entities as characters, nothing that is null."""
+    if isinstance(value, str):
+        return html.unescape(re.sub(r"</?[A-Za-z][^<>]*>|<!--.*?-->", " ", value))
+    if isinstance(value, dict):
+        return {plain(key): plain(v) for key, v in value.items() if v is not None}
+    return [*map(plain, value)] if isinstance(value, list) else value
 
 
 def wanted(said: str) -> WrapValidator:
@@ -181,21 +185,18 @@ class Product(Record):
     price: Annotated[float, Field(ge=0)] | None = None
     currency: Name | None = None
     # A unit ends the name: {"battery_mah": 5000, "waterproof": true, "material": "steel"}.
-    attributes: Annotated[dict[Name, Annotated[
+    attributes: dict[Name, Annotated[
         bool | int | float | Text | list[Text],
-        wanted("a number, a text, true or false, or a list of texts"),
-    ]], BeforeValidator(_told)] = {}
+        wanted("a number, a text, true or false, or a list of texts")]] = {}
     stock: Annotated[Slot | bool | None, wanted("a number from 0 on, true, false or null")] = None
     description: Text | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _other_names(cls, value):
-        if not isinstance(value, dict):
-            return value
-        others = {"product_id": "id", "categories": "category"}
-        names = {other: name for other, name in others.items() if name not in value}
-        return {names.get(key, key): v for key, v in value.items()}
+        names, value = {"product_id": "id", "categories": "category"}, plain(value)
+        return {key if (new := names.get(key, key)) in value else new: v
+                for key, v in value.items()} if isinstance(value, dict) else value
 
     @property
     def in_stock(self) -> bool:
@@ -282,10 +283,7 @@ def _reason(fault: dict, keys: tuple) -> str:
 
 
 def json_objects(path: str | Path, faults: Faults) -> Iterator[tuple[str, dict]]:
-    """Yield (`file:line`, JSON object) of each line; lines that hold none are faults.
-
-    Raises DataError if the file cannot be read.
-    """
+    """Yield (`file:line`, object) of each line, note faults; raises DataError for no such file."""
     try:
         with open(path, "rb") as file:  # bytes: one line that is no UTF-8 is one fault
             yield from json_lines(file, str(path), faults)
@@ -320,7 +318,7 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
 
 def read_rows(path: str | Path, record: type[Record]) -> list:
     """Each row of a file as a `record`; raises DataError that lists every bad line."""
-    rows, faults, extra, seen = [], Faults(), Counter(), set()
+    rows, faults, extra, seen, currency = [], Faults(), Counter(), set(), ""
     # An impression has none.
     key = {User: "user_id", Dialogue: "dialogue_id", Product: "id"}.get(record)
     for place, value in json_objects(path, faults):
@@ -329,6 +327,8 @@ def read_rows(path: str | Path, record: type[Record]) -> list:
             if key and getattr(row, key) in seen:
                 raise ValueError(f"{key}: stands on an earlier line too")
             seen.add(key and getattr(row, key))
+            if (code := getattr(row, "currency", None)) and code != (currency := currency or code):
+                raise ValueError("currency: not that of the lines above; prices are compared")
             rows.append(row)
         except ValueError as error:  # a ValidationError is one too
             faults.add(place, error)
@@ -390,13 +390,12 @@ def read_policies(path: str | Path) -> list[Policy]:
         raise DataError(f"{path}:{line}: line: not YAML ({reason})") from None
     for section, entries in _pairs(root, path, "file", faults):
         for name, entry in _pairs(entries, path, section.value, faults):
-            place = f"{path}:{entry.start_mark.line + 1}"
-            fields = {"section": section.value, "name": name.value} | _fields(entry)
+            fields = plain({"section": section.value, "name": name.value} | _fields(entry))
             try:
                 rows.append(Policy.model_validate(fields, context=extra))
             except ValueError as error:
                 where = label(f"{section.value}.{name.value}")
-                faults.add(f"{place}: {where}", error)
+                faults.add(f"{path}:{entry.start_mark.line + 1}: {where}", error)
     faults.refuse()  # a mapping has an entry, so there are rows or faults
     _tell(path, extra)
     return rows
@@ -408,8 +407,7 @@ def _pairs(node, path: str | Path, name: str, faults: Faults) -> list:
     keys = [key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode)]
     if not pairs or len(set(keys)) < len(pairs):
         line = node.start_mark.line + 1 if node else 1
-        reason = "wants a mapping of names, each once"
-        faults.append(f"{path}:{line}: {label(name)}: {reason}")
+        faults.append(f"{path}:{line}: {label(name)}: wants a mapping of names, each once")
         return []
     return pairs
 

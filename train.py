@@ -62,7 +62,7 @@ from stages.steps import return_memory
 from stages.summarize import stage_summarize
 from stages.warm_start import stage_warm_start
 from tools import doctor, plan
-from world import dialogues, people, shop
+from world import dialogues, people, shop, shop_goods
 
 
 def stage_world(run: Run, players: Players, key: str) -> dict:
@@ -98,7 +98,9 @@ def stage_dialogue_world(run: Run, players: Players, key: str) -> dict:
 def stage_shop(run: Run, players: Players, key: str) -> dict:
     """Write the simulated shop and its log, or check the files that the user gave."""
     if not run.config.data.dialogues:
-        shop.Shop(run.config.shop).write(run.folder / "world")
+        own = shop_goods.goods_of(data.read_catalogue(run.catalogue_file), data.read_policies(
+            run.policies_file)) if run.config.data.catalogue else None
+        shop.Shop(run.config.shop, own).write(run.folder / "world")
     rows, cases = data.read_dialogues(run.dialogues_file), run.config.quality.cases
     return {"contexts": len(rows), "clicked": sum(bool(row.clicked) for row in rows),
             "products": len(data.read_catalogue(run.catalogue_file)),

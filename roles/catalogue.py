@@ -9,6 +9,7 @@ quality.yaml. The judge of quality.py is its one user.
 
 import functools
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -31,6 +32,12 @@ def lexicon() -> dict[str, dict]:
     return sections | compiled | {"words": words}
 
 
+def fold(word: str) -> str:
+    """Lower case without accents, as people without that key write: Bestå's -> besta."""
+    parts = unicodedata.normalize("NFKD", re.sub("['’]s$", "", word.casefold()))
+    return "".join(c for c in parts if not unicodedata.combining(c))
+
+
 _ENDINGS = ("ations", "ation", "ments", "ment", "ings", "ing", "ers", "er", "ies", "ed", "es", "s",
             "e", "y")
 
@@ -38,7 +45,7 @@ _ENDINGS = ("ations", "ation", "ments", "ment", "ings", "ing", "ers", "er", "ies
 @functools.lru_cache(maxsize=50_000)
 def stem(word: str) -> str:
     """A rough stem: cancelling, cancellation -> cancel; batteries, battery -> batter."""
-    word = word.casefold()
+    word = fold(word)
     if word in ("mice", "mouse"):
         return "mouse"
     for least in (3, 4):  # two endings at most: deliver-y, deliv-er
@@ -74,6 +81,24 @@ def spans(words: list[str], most: int) -> Iterable[tuple[int, int]]:
             yield i, i + n
 
 
+def kinds_of(description: str) -> Iterable[tuple[str, ...]]:
+    """Stems of what people call a product: "Bar table, 51x51 cm" -> (bar, table), (table)."""
+    said = re.split(r"[,(/]|\b(?:with|w|without|for|in)\b", description)[0]
+    for kind in re.split(r"\band\b", said):
+        words = [word for word in stems(kind) if not word.isdigit()]
+        for i in range(len(words) if len(words) <= 5 else 0):  # longer: a sentence about it
+            if len(words) - i > 1 or words[i] not in lexicon()["words"]["shop"]:
+                yield tuple(words[i:])
+
+
+def parts_of(category: str) -> list[str]:
+    """Sofas, armchairs of "Sofas & armchairs"; of "TV & media furniture" TV furniture, no TVs."""
+    parts = [part.strip() for part in re.split(r"&|,|/|\band\b", category) if part.strip()]
+    head = parts[-1].split()[1:][-1:] if parts else []  # of several words
+    return [part if part.endswith("s") or part == parts[-1] else " ".join([part, *head])
+            for part in parts]
+
+
 # ------------------------------------------------------------------------------------ the catalogue
 
 
@@ -84,6 +109,7 @@ class Mention(NamedTuple):
     products: list[int]
     brands: list[str]
     words: set[str]  # the stems that do so
+    goods: set[int]  # the products that the first word for goods names
 
 
 class Catalogue:
@@ -98,24 +124,32 @@ class Catalogue:
                 self.of_category[category].add(i)
             if product.brand:
                 self.of_brand.setdefault(tuple(stems(product.brand)), set()).add(i)
-            self.names[tuple(stems(product.name))].append(i)
+            # Not by stems: a bill is no BILLY.
+            self.names[tuple(map(fold, tokens(product.name)))].append(i)
             for word in self._words(product):
                 self.bag[word].add(i)
         # Groups such as a department name no goods: "lamps for a kitchen" is about lamps.
         for category in {p.category[0]: None for p in self.products}:
-            for part in re.split(r"&|,|/|\band\b", category):
+            for part in parts_of(category):
                 if phrase := tuple(stems(part)):
                     phrases[phrase].add(category)
         heads = Counter(phrase[-1:] for phrase in {*phrases})
         for phrase in [*phrases]:  # "speakers" for portable speakers, where there are no others
             if len(phrase) > 1 and heads[phrase[-1:]] == 1:
                 phrases[phrase[-1:]] |= phrases[phrase]
-        self.phrases = dict(phrases)
+        # What a product is, by its description: in a category "chairs" pads and covers are none.
+        self.goods = defaultdict(set)
+        for i, product in enumerate(self.products):
+            for phrase in kinds_of(product.description or ""):
+                self.goods[phrase].add(i)
+        self.phrases = {phrase: {Counter(self.products[i].category[0] for i in some).most_common(
+            1)[0][0]} for phrase, some in self.goods.items()} | phrases
         self.numbers = defaultdict(dict)  # attribute -> product -> value
         for i, product in enumerate(self.products):
             for name, value in product.attributes.items():
                 if not isinstance(value, bool) and isinstance(value, int | float):
                     self.numbers[name][i] = value
+        self.called = {stem(word) for name in self.names for word in name}
         self.longest = max(map(len, [*self.names, *self.phrases, *self.of_brand]), default=1)
 
     @staticmethod
@@ -130,14 +164,14 @@ class Catalogue:
     def mention(self, text: str) -> Mention:
         """Names of products and brands in a text, the longest first, and its first category."""
         # A second one narrows the first: a sofa bed, a bench for shoes.
-        words, found, used, categories = stems(text), Mention([], [], [], set()), set(), {}
-        stop = lexicon()["words"]["stop"]
+        words, found, used, categories = stems(text), Mention([], [], [], set(), set()), set(), {}
+        stop, folded = lexicon()["words"]["stop"], [*map(fold, tokens(text))]
         for i, j in spans(words, self.longest):
-            span = tuple(words[i:j])
+            span, name = tuple(words[i:j]), tuple(folded[i:j])
             if used & {*range(i, j)} or (j - i == 1 and span[0] in stop):
                 continue
-            if span in self.names:
-                found.products.extend(self.names[span])
+            if name in self.names:
+                found.products.extend(self.names[name])
             elif span in self.of_brand:
                 found.brands.append(span)
             elif span in self.phrases:
@@ -146,10 +180,16 @@ class Catalogue:
                 continue
             used |= {*range(i, j)}
             found.words.update(span if i not in categories else ())
+        # What a product that is named has or comes with is no other goods.
+        has = [i for i, word in enumerate(words) if word in ("hav", "has", "with")
+               and found.products and {*words[:i]} & found.words]
+        categories = {i: span for i, span in categories.items() if i < min(has, default=i + 1)}
         if categories:
             first = categories[min(categories)]
             found.categories.extend(sorted(self.phrases[first]))
             found.words.update(first)
+            found.goods.update(self.goods.get(first) or set().union(
+                *(self.of_category[category] for category in self.phrases[first])))
         return found
 
     def known(self, word: str, among: set[int]) -> set[int]:

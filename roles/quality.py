@@ -95,6 +95,13 @@ class Rules:
         self.rarity = Counter(itertools.chain.from_iterable(self.policy_texts))
         currencies = Counter(p.currency for p in products if p.currency)
         self.currency = currencies.most_common(1)[0][0] if currencies else ""
+        money = lexicon()["currencies"]
+        others = "|".join(said for code, said in money.items() if code != self.currency)
+        self.other_money = re.compile(rf"(?:{others})\s?\d|\d\s?(?:{others})(?!\w)", re.IGNORECASE)
+        # Then a word that none of them has is not told of any; attributes alone have few words.
+        self.described = sum(bool(p.description) for p in products) > len(products) / 2
+        # Whether names are written in capitals here, or these are abbreviations.
+        self.loud = sum(p.name.isupper() for p in products) > len(products) / 2
 
     def quality(self, rows: Iterable[tuple[Dialogue, list[str]]]) -> list[list[Verdict]]:
         """A verdict on each suggestion of each (context, suggestions)."""
@@ -116,7 +123,7 @@ class Rules:
         return {"goods": goods, "policies": [f"{p.name}: {p.text}" for p in self.policies[:60]]}
 
     def _subject(self, dialogue: Dialogue) -> Subject:
-        mention, categories = Mention([], [], [], set()), set()
+        mention, categories = Mention([], [], [], set(), set()), set()
         for turn in dialogue.turns:
             found = self.catalogue.mention(turn.content)
             if found.categories or found.products:
@@ -145,6 +152,8 @@ class Rules:
             return Verdict(0, 1, 1, reason="unsuitable")
         rest, usage = _usage(text, self.catalogue)
         named = self.catalogue.mention(rest)
+        if patterns["it"].search(text) and subject.mention.products and not named.products:
+            named = Mention([], [], named.brands, set(), set())  # "Does it have doors?" is no door
         policy, covered = self._policy(text, named.words)
         if policy and not (named.categories and covered < 1) and not self._bounds(text)[0]:
             return self._by_policy(text, policy, subject)
@@ -197,7 +206,15 @@ class Rules:
                 value = next(group for group in match.groups() if group)
                 bounds.append(self._bound(rest, match, _amount(value), unit))
             rest = pattern.sub(" # ", rest)
-        return bounds, rest
+        # "Under 100" is about money.
+        least, most = (words["patterns"][name].pattern for name in ("at_least", "at_most"))
+        bare = re.compile(rf"(?:(?P<least>{least})|{most})\s+{number}"
+                          r"(?=\s*(?:$|[.,?!]|(?:for|with|that|which|in|please)\b))", re.IGNORECASE)
+        for match in bare.finditer(rest):
+            value = _amount(match[match.lastindex])
+            bounds.append(Bound(value, float("inf"), "price") if match["least"] else
+                          Bound(0, value, "price"))
+        return bounds, bare.sub(" # ", rest)
 
     @staticmethod
     def _bound(text: str, match: re.Match, value: float, unit: str) -> Bound:
@@ -222,9 +239,15 @@ class Rules:
         catalogue, patterns = self.catalogue, lexicon()["patterns"]
         if patterns["impossible"].search(text):
             return Verdict(1, 0, 1, reason="impossible feature")
+        if patterns["reasons"].match(text):
+            return Verdict(0, 1, 1, reason="nothing tells")
         about = named if named.categories or named.products else subject.mention
-        among = self._among(named, subject)
+        among = self._among(text, named, subject)
         bounds, rest = self._bounds(text)
+        if self.other_money.search(rest):
+            return Verdict(1, 0, 1, reason="another currency")
+        if self._other_goods(text, named):
+            return Verdict(1, 0, 1, reason="unknown goods")
         # What is asked of the products: each narrows them.
         left, asked = among, set()
         for brand in named.brands:
@@ -232,7 +255,10 @@ class Rules:
             asked |= {*brand}
         if not left:
             return Verdict(1, 0, 1, reason="brand not sold here")
-        for chunk in self._chunks(rest, named.words):
+        one = named.products or (not named.categories and not named.brands)
+        describes = bool(bounds)  # a feature; what only names an attribute asks for its value
+        # Goods that were spoken of are no feature: "Which sofas would suit my new armchair?"
+        for chunk in self._chunks(rest, named.words | subject.mention.words):
             known = [(word, products) for word, _ in chunk
                      if (products := catalogue.known(word, among))]
             asked |= {word for word, _ in chunk if word in lexicon()["words"]["soft"]}
@@ -240,34 +266,54 @@ class Rules:
             if not chunk:
                 continue
             strange = [raw for word, raw in chunk if word not in dict(known)]
-            if any(raw[0].isupper() and not raw.isupper() for raw in strange):
+            # In capitals too, where names are written so: what nothing here is called.
+            if any(raw[0].isupper() and (not raw.isupper() or self.loud and not catalogue.known(
+                    stem(raw), {*range(len(catalogue.products))})) for raw in strange):
                 return Verdict(1, 0, 1, reason="unknown name")
-            if not known and not {word for word, _ in chunk} <= subject.said:
-                one = named.products or (not named.categories and not named.brands)
-                who = re.match(r"(?i)(?:who|how many|what do|why|when|where)\b", text)
-                return (Verdict(0, 1, 1, reason="nothing tells") if one or who
+            if not known or strange and (self.described or any(map(str.isdigit, strange))):
+                what = re.match(r"(?i)(?:how many|what do)\b", text)
+                return (Verdict(0, 1, 1, reason="nothing tells") if one or what
                         else Verdict(1, 0, 1, reason="unknown feature"))
             for word, products in known:
-                left = left & products if left & products else left
+                left, describes = left & products, True
                 asked.add(word)
+        names = _measures(rest, named.words)
+        if names & {"stock"} or names and not describes:
+            left = {i for i in left if names & self._attributes(i)}
+            if not left:
+                return Verdict(0, 1, 1, reason="nothing tells")
         for bound in bounds:
             left = {i for i in left if self._holds(i, bound)}
             asked.add(f"{bound}")
         if not left:
             return Verdict(1, 0, 1, reason="no such product")
         reason = self._uninformative(text, named, subject, asked, usage)
-        return Verdict(1, 1, float(not reason), self._source(left, about, asked, bounds), reason)
+        source = self._source(left, about, asked | names, bounds)
+        return Verdict(1, 1, float(not reason), source, reason)
 
-    def _among(self, named: Mention, subject: Subject) -> set[int]:
+    def _among(self, text: str, named: Mention, subject: Subject) -> set[int]:
         """Numbers of the products that a suggestion is about."""
-        catalogue = self.catalogue
-        if named.products:
-            return {*named.products}
-        for categories in (named.categories, subject.mention.categories,
-                           self._categories(subject.mention) if not named.brands else ()):
-            if categories:
-                return set().union(*(catalogue.of_category[c] for c in categories))
-        return {*range(len(catalogue.products))}
+        catalogue, said = self.catalogue, subject.mention
+        if named.products:  # a bookcase of that name, or whatever has it
+            return {*named.products} & named.goods or {*named.products}
+        if said.products and lexicon()["patterns"]["it"].search(text):
+            return {*said.products} & said.goods or {*said.products}
+        others = self._categories(said) if not named.brands else ()
+        return (named.goods or said.goods or set().union(
+            *(catalogue.of_category[c] for c in others)) or {*range(len(catalogue.products))})
+
+    def _other_goods(self, text: str, named: Mention) -> bool:
+        """Whether a text asks for goods that nothing here is called: toys, where there is a storage
+        for toys."""
+        words = lexicon()["words"]
+        match = lexicon()["patterns"]["goods"].match(text)
+        if not match or named.categories or named.products or named.brands:
+            return False
+        goods = [*itertools.takewhile(lambda word: word not in words["between"],
+                                      stems(text[match.end() :]))]
+        # A shop is none of its goods.
+        known = (words["shop"] | words["stop"] | self.catalogue.called) - {*stems("shop store")}
+        return bool(goods) and not {*goods} & known
 
     def _chunks(self, text: str, ignored: set[str]) -> list[list[tuple[str, str]]]:
         """Runs of content words, as (stem, word): of "an active noise filter" one, of three."""
@@ -276,9 +322,16 @@ class Rules:
         pairs = [(stem(raw), raw) for raw in tokens(text)]
         groups = itertools.groupby(pairs, lambda pair: pair[0] in words["between"] | ignored)
         chunks = [[(word, raw) for word, raw in group
-                   if word not in dull and len(word) > 1 and not raw.isdigit()]
+                   if word not in dull and (len(word) > 1 or raw.isdigit())]
                   for parts, group in groups if not parts]
         return [chunk for chunk in chunks if chunk]
+
+    def _attributes(self, i: int) -> set[str]:
+        """Stems of the names of what is told of a product."""
+        product = self.catalogue.products[i]
+        told = [name for name in ("brand", "stock") if getattr(product, name) is not None]
+        return {word for name in (*told, *product.attributes)
+                for word in stems(name.replace("_", " "))}
 
     def _holds(self, i: int, bound: Bound) -> bool:
         product = self.catalogue.products[i]
@@ -318,9 +371,11 @@ class Rules:
         return bool(groups(categories) & groups(others))
 
     def _source(self, left: set[int], about: Mention, asked: set[str], bounds: list[Bound]) -> str:
-        """The cheapest product that answers, and by which attributes."""
-        product = min((self.catalogue.products[i] for i in left), key=lambda p: p.price or 0)
+        """A product that answers, and by which attributes: the cheapest where the price is asked
+        for, else one in the middle, as the cheapest in a category of beds is a knob."""
+        some = sorted((self.catalogue.products[i] for i in left), key=lambda p: p.price or 0)
         units = {bound.unit for bound in bounds}
+        product = some[0 if "price" in units else len(some) // 2]
         facts = [f"{name} {value}" for name, value in product.attributes.items()
                  if asked & {*stems(name.replace("_", " ")), *stems(str(value))}
                  or name.rsplit("_", 1)[-1] in units]
@@ -332,6 +387,16 @@ def _asked(text: str) -> list[str]:
     """Stems, with one word for what something costs."""
     price = lexicon()["words"]["price"]
     return ["price" if word in price else word for word in stems(text)]
+
+
+def _measures(text: str, ignored: set[str]) -> set[str]:
+    """Stems of the attributes that a text asks for: width of "How wide is it?"."""
+    words = lexicon()
+    asked = {*stems(text)} & words["words"]["attribute"] - words["words"]["price"] - ignored
+    for pattern, names in words["measures"].items():
+        if re.search(rf"(?i)\b(?:{pattern})\b", text):
+            asked |= {*stems(names)}
+    return asked
 
 
 def _amount(text: str) -> float:

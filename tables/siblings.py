@@ -50,9 +50,9 @@ def reproduce(paper: Paper, seeds: int, path: str | None, words: list[str], quic
                      for v in changes}
             for number in range(first, first + seeds)}
     config = runs[first][MAIN]
-    if config.run.method != name or config.data.dialogues:
+    if config.run.method != name or config.data.dialogues or config.data.catalogue:
         raise UserError(f"--reproduce {name}: needs run.method={name}, and what only the simulated "
-                        "world can tell: no data.dialogues")
+                        "world can tell: no data.dialogues, no data.catalogue")
     values, about = measured(runs, paper.train_run, paper.measure_seed)
     out = report_folder(config).parent.parent / ("quick" if quick else "partial") / "report"
     out = ROOT / "results" if whole else out

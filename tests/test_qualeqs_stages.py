@@ -363,6 +363,7 @@ def test_a_server_shows_only_what_the_shop_answers(whole, model_folder, monkeypa
 
 @pytest.mark.parametrize("words, fault", [
     (["data.catalogue=", "data.policies="], "all three, or none"),
+    (["data.dialogues=", "data.policies="], "all three, or none"),
     (["data.policies=gone.yaml"], "data.policies=gone.yaml: no such file"),
     (["quality.share=1.5"], "quality.share"),
     (["quality.ablations=[mined]"], "quality.ablations"),
@@ -380,6 +381,23 @@ def test_a_log_without_a_click_is_refused_in_a_line(model_folder, tmp_path):
     data.write_dialogues(path, rows)
     with pytest.raises(UserError, match="silent.jsonl: no context with a click"):
         train.run_stages(small(tmp_path, model_folder, f"data.dialogues={path}"), ["sft"])
+
+
+def test_a_catalogue_without_a_log_is_trained_on_by_simulated_shoppers(model_folder, tmp_path):
+    config = small(tmp_path, model_folder, "data.dialogues=", "shop.contexts=60", "shop.seed=101")
+    train.run_stages(config, ["dialogues"])
+    run, _, _ = opened(config)
+    assert run.folder.figures("world")["products"] == len(GOODS)
+    text = (run.folder / "world" / "dialogues.jsonl").read_text()
+    assert "Ovo Luna 300" in text and "Brenwick" not in text
+    key = train.stage_key(run, "world")
+    path = model_folder.parent / "catalogue.jsonl"
+    lines = path.read_text()
+    try:  # another catalogue, other shoppers
+        path.write_text(lines.replace("Ovo Luna 300", "Ovo Luna 301"))
+        assert train.stage_key(run, "world") != key
+    finally:
+        path.write_text(lines)
 
 
 def test_general_rows_are_in_the_language_of_the_shop(whole, model_folder):

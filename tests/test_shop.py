@@ -15,7 +15,7 @@ import garm
 from config import ShopConfig
 from files import ROOT, read_json
 from world import __main__ as command
-from world import dialogue_clicks, shop
+from world import dialogue_clicks, shop, shop_goods
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,28 @@ def test_other_shops_names_of_fields_are_read(tmp_path, capsys):
         assert one.id == ("7" if "id" in own else "p1")
         assert one.category == (["Tables", "Bar"] if "category" in own else ["kettles"])
         assert "product.rating (1 times)" in capsys.readouterr().err
+
+
+def test_html_of_a_shops_page_is_read_as_it_shows(tmp_path):
+    row = product(name="Tom &amp; Co <b>Rest</b>", category="Chairs &amp; pads",
+                  description="Chair,<br/>width < 50 cm &nbsp;<!-- old -->", brand=None, price=None,
+                  attributes={"note": "a<br>b", "sizes": ["S&#47;M"], "x": None})
+    [one] = data.read_catalogue(write(tmp_path / "a.jsonl", [row]))
+    assert (one.name, one.category) == ("Tom & Co Rest", ["Chairs & pads"])
+    assert one.description == "Chair, width < 50 cm" and one.price is None
+    assert one.attributes == {"note": "a b", "sizes": ["S/M"]}
+    (tmp_path / "p.yaml").write_text("a:\n  b: <p>Within 30&nbsp;days.</p>")
+    assert data.read_policies(tmp_path / "p.yaml")[0].text == "Within 30 days."
+
+
+@pytest.mark.parametrize("changes, field", [
+    ({"currency": "SAR"}, "currency: not that of the lines above"),  # prices are compared
+    ({"name": "<p></p>"}, "name"), ({"price": "1,299.00 EUR"}, "price"), ({"id": "p1"}, "id"),
+])  # fmt: skip
+def test_what_a_real_catalogue_may_hold_is_refused_by_line_and_field(tmp_path, changes, field):
+    rows = [product(1), product(2, currency=None), product(3) | changes]
+    with pytest.raises(data.DataError, match=re.escape(f"{tmp_path}/c.jsonl:3: {field}")):
+        data.read_catalogue(write(tmp_path / "c.jsonl", rows))
 
 
 def test_stock_decides_what_is_sold():
@@ -250,3 +272,65 @@ def test_text_forms_stand_nowhere_else():
                 yield from texts(value)
 
     assert [t for t in texts(forms) if len(t.split()) > 3 and t.lower() in elsewhere] == []
+
+
+# ------------------------------------------------------------------------------ one's own catalogue
+
+
+def own_goods(**changes):
+    """Rows as real catalogues have them: a name twice, no price, nothing in stock, no numbers."""
+    rows = [("Bar furniture", "MOLN", "Bar stool with backrest, 63 cm", 70.0, 3),
+            ("Bar furniture", "MOLN", "Bar table", 300.0, None),
+            ("TV & media furniture", "RAND", None, 450.0, None), ("Benches", "LAV", None, 90.0, 1),
+            ("Benches", "SKY", None, None, 1), ("Boxes of oak", "UTE", None, 20.0, 0)]
+    products = [data.Product(
+        id=str(i), name=name, category=[category], description=text, price=price, currency="SAR",
+        stock=stock, attributes={"width_cm": 40.0 + i, "designer": "Eva Lind", "colour": "white",
+                                 "foldable": i % 2 == 0} if i < 2 else {})
+        for i, (category, name, text, price, stock) in enumerate(rows)]
+    policies = [data.Policy(section="returns", name="window", text="Within 30 days.",
+                            keywords=["sending back"])]
+    return shop_goods.goods_of([p.model_copy(update=changes) for p in products], policies)
+
+
+def test_goods_are_called_as_people_call_them():
+    own = own_goods()
+    assert [p.name for p in own.products] == [
+        "MOLN bar stool with backrest", "MOLN bar table", "RAND", "LAV"]
+    assert {c: (spec["many"], spec["a_one"]) for c, spec in own.categories.items()} == {
+        "Bar furniture": ("bar furniture", "some bar furniture"),
+        "TV & media furniture": ("TV & media furniture", "some TV & media furniture"),
+        "Benches": ("benches", "a bench")}
+    said = shop_goods._said
+    assert said("Chests of drawers & units")["a_one"] == "a chest of drawers"
+    assert said("TV & media furniture") == {"many": "TV & media furniture",
+                                            "one": "TV & media furniture",
+                                            "a_one": "some TV & media furniture"}
+    assert said("Armchairs")["a_one"] == "an armchair" and said("Bodies")["one"] == "body"
+
+
+def test_simulated_shoppers_talk_of_ones_own_goods_alone(tmp_path):
+    one = shop.Shop(ShopConfig(contexts=160, seed=101), own_goods())
+    said = [turn.content for row in [*one.log, *one.test] for turn in row.turns]
+    text = "\n".join(said)
+    assert "MOLN bar table" in text and "SAR" in text and "€" not in text.replace("€ ", "")
+    assert not re.search(r"SKY|UTE|kettles|None|Brenwick", text)  # no price, no stock; not sold
+    shown = "\n".join(s for row in one.log for s in row.suggestions)
+    assert "designer Eva Lind" in shown and "white bar furniture" in shown and "None" not in shown
+    assert "window" in text and "sending back" in shown
+    one.write(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "dialogues.jsonl", "evaluation.jsonl", "truth"}  # catalogue and policies are the owner's
+
+
+def test_brands_that_are_sold_are_not_among_the_unknown():
+    forms = own_goods(brand="Sony").forms(
+        yaml.safe_load((ROOT / "world" / "shop_forms.yaml").read_text("utf-8")))
+    assert "Sony" not in forms["impossible"]["brands"]["log"]
+    assert "Bosch" in forms["impossible"]["brands"]["log"]
+    assert forms["policies"]["returns.window"]["log"][0] == "What is your policy on window?"
+
+
+def test_a_catalogue_without_a_price_is_refused_in_a_line():
+    with pytest.raises(data.DataError, match="price: no product in stock has one"):
+        own_goods(price=None)

@@ -14,7 +14,7 @@ whether anything was clicked, in the paper's proportions. What `fault` names nev
 what repeats an earlier context; in the test set no two queries share over NEAR of their bigrams.
 """
 
-import math
+import functools
 import re
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -28,14 +28,15 @@ from config import ShopConfig
 from files import ROOT, read_json, read_yaml, write_json, write_text
 from world.dialogue_clicks import stems, words_of
 from world.shop_clicks import Truth
+from world.shop_goods import CURRENCY, DEPARTMENT, Goods, ceiling, money, told
 
 INTENTS = ("small talk", "product recommendation", "product QA", "platform QA")
 PARTS = {"clicked": 5914, "unclicked": 10535, "test": 500}  # contexts of the EQS-Benchmark
 PER_CATEGORY = 84  # products; 2,436 in all
-CURRENCY = "EUR"
 POLICIES = ROOT / "world" / "shop_policies.yaml"
 NEAR = 0.8  # of the bigrams of the shorter of two test queries: nearly the same
 NOISE = 0.04  # of raw queries are fragments, garbled or without a word
+TRIES = 50  # drawn for a place at most
 EXCHANGES = (0.55, 0.3, 0.15)  # share of contexts with none, one or two exchanges before
 START = datetime(2026, 3, 2)
 NEEDS = (1.0, 0.7, 0.45)  # what the most wanted next query is worth, the second and the third
@@ -105,17 +106,6 @@ def fault(query: str) -> str | None:
     return "garbled" if len(odd) * 4 >= len(words) else None
 
 
-def money(amount: float, style: int = 0) -> str:
-    amount = f"{amount:.2f}".removesuffix(".00")
-    return (f"€{amount}", f"{amount} euros", f"{amount} EUR")[style]
-
-
-def _ceiling(price: float) -> int:
-    """A round number just above a price, as people say it."""
-    step = 5 if price < 50 else 10 if price < 200 else 50 if price < 1000 else 100
-    return step * math.ceil((price + 0.01) / step)
-
-
 def _upper(text: str) -> str:
     return text[:1].upper() + text[1:]
 
@@ -123,20 +113,26 @@ def _upper(text: str) -> str:
 class Shop:
     """A shop and its hidden state; the same settings give the same bytes.
 
-    Seeds from 100 on are for tuning: their cases have `log` forms only.
+    Seeds from 100 on are for tuning: their cases have `log` forms only. own: what is sold instead.
     """
 
-    def __init__(self, settings: ShopConfig):
+    def __init__(self, settings: ShopConfig, own: Goods | None = None):
         # Trap: one generator draws everything, so a draw moved or left out gives another shop.
         self.rng, self.seed = np.random.default_rng(settings.seed), settings.seed
         goods, self.forms = (read_yaml(f"world/shop_{name}.yaml") for name in ("goods", "forms"))
         self.departments = {department: list(tree["categories"])
                             for department, tree in goods["departments"].items()}
-        self.categories = {category: {**spec, "department": department}
+        self.categories = {category: {"many": category, **spec, "department": department}
                            for department, tree in goods["departments"].items()
                            for category, spec in tree["categories"].items()}
-        self.policies = data.read_policies(POLICIES)
-        self.products = self._catalogue(goods)
+        if own:
+            self.categories, self.departments = own.categories, {DEPARTMENT: [*own.categories]}
+            self.forms, self.policies = own.forms(self.forms), own.policies
+        else:
+            self.policies = data.read_policies(POLICIES)
+        self.own, self.products = own, own.products if own else self._catalogue(goods)
+        self._money = functools.partial(
+            money, next((p.currency for p in self.products if p.currency), CURRENCY))
         self.by_category = {c: [p for p in self.products if p.category[0] == c and p.in_stock]
                             for c in self.categories}
         self.truth = Truth({"dialogues": {}})
@@ -144,11 +140,13 @@ class Shop:
 
     def write(self, folder: str | Path) -> None:
         folder = Path(folder)
-        data.write_catalogue(folder / "catalogue.jsonl", self.products)
         data.write_dialogues(folder / "dialogues.jsonl", self.log)
         data.write_dialogues(folder / "evaluation.jsonl", self.test)
-        write_text(folder / "policies.yaml", POLICIES.read_text(encoding="utf-8"))
         write_json(folder / "truth" / "shop.json", {"dialogues": self.truth.dialogues})
+        if self.own:
+            return  # their files are there; of real goods nobody knows a suggestion's quality
+        data.write_catalogue(folder / "catalogue.jsonl", self.products)
+        write_text(folder / "policies.yaml", POLICIES.read_text(encoding="utf-8"))
         cases = [case._asdict() | {"dialogue": case.dialogue.model_dump(mode="json")}
                  for case in self.cases(500)]
         write_json(folder / "truth" / "cases.json", cases)
@@ -204,7 +202,7 @@ class Shop:
         if self.rng.random() < NOISE:
             text = self._pick(self.forms["noise"]).format(
                 one=self.categories[self._pick(list(self.categories))]["one"],
-                brand=self._pick(self.products).brand)
+                brand=self._pick(self.products).brand or "")
             exchange = (text, exchange[1])
         return Context(intent, [*turns, exchange], category, product, asked)
 
@@ -231,30 +229,40 @@ class Shop:
             models = {f"model{i}": self._pick(shown).name for i in (2, 3)}
             user = self._pick(self.forms["recommendation"][part]).format(**slots)
             reply = self._pick(answers["recommendation"]).format(
-                n=len(shown), low=money(prices[0]), high=money(prices[-1]), **slots, **models)
+                n=len(shown), low=self._money(prices[0]), high=self._money(prices[-1]),
+                **slots | models)
             return (_upper(user) if self.rng.random() < 0.7 else user, reply), category, None, asked
-        spec, what = self.categories[category], self._pick(["feature", "number", "price"])
-        name = {"feature": lambda: self._pick(list(spec["yes_no"])), "price": lambda: "price",
-                "number": lambda: self._pick(list(spec["number"]))}[what]()
+        spec = self.categories[category]
+        names = {"feature": told(spec, "yes_no", product),
+                 "number": told(spec, "number", product), "price": ["price"]}
+        what = self._pick([what for what in names if names[what]])
+        name = self._pick(names[what]) if what != "price" else "price"
         slots |= self._named(spec, product, name)
         user = self._pick(self.forms["product"][what][part]).format(**slots)
         reply = what if what != "feature" else "has" if product.attributes[name] else "lacks"
-        slots["price"] = money(product.price)
+        slots["price"] = self._money(product.price)
         return (user, self._pick(answers[reply]).format(**slots)), category, product, (what, name)
 
     def _slots(self, category: str, product: data.Product, fresh=lambda name: True) -> dict:
         """What forms may say of a category, all of it true of one product in stock."""
         spec = self.categories[category]
-        one, others = spec["one"], [c for c in self.departments[spec["department"]]
-                                    if c != category]
-        slots = {"many": category, "one": one, "brand": product.brand, "model": product.name,
-                 "a_one": f"{'an' if one[0] in 'aeiou' else 'a'} {one}",
-                 "price": money(_ceiling(product.price), self._pick([0, 1, 2])),
+        one, others = spec["one"], [self.categories[c]["many"] for c in self.departments[
+            spec["department"]] if c != category]
+        slots = {"many": spec["many"], "one": one, "brand": product.brand or "",
+                 "model": product.name,
+                 "a_one": spec.get("a_one", f"{'an' if one[0] in 'aeiou' else 'a'} {one}"),
+                 "price": self._money(ceiling(product.price), self._pick([0, 1, 2])),
                  "usage": self._pick(self.forms["usages"][spec["department"]]),
-                 "other": self._pick(others), "choice": self._pick(list(spec["choice"]))}
-        slots["choice"] = product.attributes[slots["choice"]]
-        names = [name for name in spec["yes_no"] if product.attributes[name] and fresh(name)]
-        numbers = [name for name in spec["number"] if fresh(name)]
+                 "other": self._pick(others) if others else ""}
+        if choices := told(spec, "choice", product):
+            choice = self._pick(choices)
+            called = spec.get("called", {}).get(choice)
+            value = product.attributes[choice]
+            slots["choice"] = {"named": f"{called} {value}"} if called else {"value": value}
+        # A form that needs what is not told is left out.
+        slots = {name: said for name, said in slots.items() if said}
+        names = [n for n in spec["yes_no"] if product.attributes.get(n) and fresh(n)]
+        numbers = [name for name in told(spec, "number", product) if fresh(name)]
         for pool in (names, numbers):
             slots |= self._named(spec, product, self._pick(pool)) if pool else {}
         return slots
@@ -263,7 +271,7 @@ class Shop:
     def _named(spec: dict, product: data.Product, name: str, times: int = 1) -> dict:
         if name in spec["yes_no"]:
             return {"feature": spec["yes_no"][name]}
-        if name not in spec["number"]:
+        if name not in told(spec, "number", product):
             return {}
         attr, unit, _ = spec["number"][name]
         return {"attr": attr, "value": f"{product.attributes[name] * times:g} {unit}"}
@@ -277,11 +285,14 @@ class Shop:
         department = self.categories[category]["department"]
         form_kind = kind
         if kind == "off topic":
-            category = self._pick([c for c, spec in self.categories.items()
-                                   if spec["department"] != department])
+            others = [c for c, spec in self.categories.items() if spec["department"] != department]
+            if not others:
+                return None  # all is one subject
+            category = self._pick(others)
             form_kind = self._pick(["brand", "price", "feature"])
         elif kind in ("policy", "policy aside"):
-            name = self._pick([p.id for p in self.policies if p.id != context.asked[1]])
+            ids = [p.id for p in self.policies]
+            name = self._pick([name for name in ids if name != context.asked[1]] or ids)
             return self._pick(self.forms["policies"][name][part])
         elif kind == "repetition":
             return self._repetition(context, part)
@@ -291,19 +302,24 @@ class Shop:
             category = product.category[0]
         slots = self._slots(category, product, lambda name: name != context.asked[1])
         if kind == "choice":
-            slots["value"] = slots["choice"]
+            slots.pop("value", None)
+            slots |= slots.get("choice", {})
         elif kind == "impossible price":
             low = min(p.price for p in self.by_category[category])
             amount = max(1, round(low * self.rng.uniform(0.02, 0.4)))
-            form_kind, slots["price"] = "price", money(amount, self._pick([0, 1, 2]))
+            form_kind, slots["price"] = "price", self._money(amount, self._pick([0, 1, 2]))
         elif kind == "impossible number":
             spec, form_kind = self.categories[category], "number"
-            slots |= self._named(spec, product, self._pick(list(spec["number"])), 40)
+            if not (numbers := told(spec, "number", product)):
+                return None
+            slots |= self._named(spec, product, self._pick(numbers), 40)
         elif kind == "unknown brand":
             form_kind, slots["brand"] = "brand", self._pick(impossible["brands"][part])
         elif kind == "brand without it":
             sold = {p.brand for p in self.by_category[category]}
-            brands = sorted({p.brand for p in self.products} - sold)
+            brands = sorted({p.brand for p in self.products if p.brand} - sold)
+            if not brands:
+                return None
             form_kind, slots["brand"] = "brand", self._pick(brands)
         elif kind == "impossible feature":
             cannot, cannots = self._pick(impossible["cannot"][part])
@@ -366,7 +382,9 @@ class Shop:
         for i, intent in enumerate(INTENTS, 1):
             places = {part: round(contexts * n / whole * i / 4) for part, n in PARTS.items()}
             grams = []  # of this intent's test queries
-            while any(len(rows[part]) < places[part] for part in PARTS):
+            for _ in range(TRIES * sum(places.values())):  # a small shop has little to say
+                if all(len(rows[part]) >= places[part] for part in PARTS):
+                    break
                 test = len(rows["test"]) < places["test"]
                 context = self.context(intent, "held_out" if test else "log")
                 said = " / ".join(user.lower() for user, _ in context.turns)
