@@ -8,7 +8,6 @@ the content of the row: these are people's histories. Models see the fields belo
 
 import bisect
 import contextlib
-import functools
 import hashlib
 import html
 import itertools
@@ -358,11 +357,24 @@ def in_time_order(user: User) -> User:
     return user.model_copy(update={"sessions": sorted(user.sessions, key=lambda s: s.timestamp)})
 
 
-# Rows of a file in its order, likewise.
-read_impressions = functools.partial(read_rows, record=Impression)
-read_dialogues = functools.partial(read_rows, record=Dialogue)
-read_catalogue = functools.partial(read_rows, record=Product)
-read_quality_cases = functools.partial(read_rows, record=QualityCase)
+def read_impressions(path: str | Path) -> list[Impression]:
+    """Shown lists of a file in its order; raises DataError that lists every bad line."""
+    return read_rows(path, Impression)
+
+
+def read_dialogues(path: str | Path) -> list[Dialogue]:
+    """Conversations of a file in its order; raises DataError that lists every bad line."""
+    return read_rows(path, Dialogue)
+
+
+def read_catalogue(path: str | Path) -> list[Product]:
+    """Products of a file in its order; raises DataError that lists every bad line."""
+    return read_rows(path, Product)
+
+
+def read_quality_cases(path: str | Path) -> list[QualityCase]:
+    """Labelled suggestions of a file in its order; raises DataError that lists every bad line."""
+    return read_rows(path, QualityCase)
 
 
 def read_policies(path: str | Path) -> list[Policy]:
