@@ -1,7 +1,8 @@
-"""Below HTTP: how many connections there may be, for how long one may say nothing, what it logs.
+"""Below HTTP: how many connections there may be, for how long one may say or read nothing, its log.
 
-uvicorn bounds neither: some hundred clients that each send half a request's head would keep all
-others out, and where no file descriptor is left, asyncio writes a traceback for every try.
+uvicorn bounds none: some hundred clients that each send half a request's head, or never read what
+they asked for, would keep all others out, and where no file descriptor is left, asyncio writes a
+traceback for every try.
 """
 
 import logging
@@ -13,6 +14,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_SECONDS = 10.0  # for the head of a request, from the first byte or the connection on
+READ_SECONDS = 30.0  # in which a client must read what fills a buffer (asyncio's: 48 kB)
 TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 LOG_SECONDS = 10.0  # between two equal warnings of libraries
 
@@ -37,10 +39,12 @@ def limited(app, limit: int, **settings) -> uvicorn.Config:
 
 
 class Connection(H11Protocol):
-    """One that is closed where a head takes too long, or where another needs its place."""
+    """One that is closed where a head takes too long, where its answer is not read, or where
+    another needs its place."""
 
     most_connections = 1000
     timer = None  # runs while no request is under way
+    unread = None  # runs while the buffer of what is sent is full
 
     @property
     def silent(self) -> "dict[Connection, None]":
@@ -63,9 +67,19 @@ class Connection(H11Protocol):
         super().on_response_complete()
         self._watch()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.unread = self.loop.call_later(READ_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.unread.cancel()
+
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._watch(lost=True)
+        if self.unread:
+            self.unread.cancel()
 
     def _watch(self, lost: bool = False) -> None:
         if self.conn.their_state is h11.IDLE and not lost:
