@@ -17,6 +17,7 @@ from roles.text import unfit
 from stages.rid import Distiller
 
 SUMMARIES = yaml.safe_load((ROOT / "tests" / "safety.yaml").read_text(encoding="utf-8"))
+KINDS = ("sensitive", "harmless")
 CPP = ["std::vector vs std::array in C++", "How does std::move work?", "Using std::optional well",
        "std::variant and visit"]  # fmt: skip
 
@@ -30,21 +31,19 @@ def rate(texts: list[str], encode) -> float:
     return sum(reason is not None for reason in unfit(texts, encode)) / len(texts)
 
 
-# Measured on the held-out halves when the lists were done: English .97 and .10, Chinese .89 and
-# .17. In Chinese, words alone judge: MiniLM gives any two Chinese texts much the same cosine.
-@pytest.mark.parametrize("lang, least, most", [("en", 0.90, 0.15), ("zh", 0.85, 0.20)])
-def test_sensitive_summaries_are_told_from_harmless_ones(encode, lang, least, most):
-    tuned, held = (
-        [rate(SUMMARIES[kind][lang][start::2], encode) for kind in ("sensitive", "harmless")]
-        for start in (0, 1)
-    )
-    print(f"{lang}: held out, of sensitive ones {held[0]:.2f} are told, of harmless {held[1]:.2f}")
-    assert tuned[0] >= 0.95 and tuned[1] == 0
-    assert held[0] >= least and held[1] <= most
+# What the lists told when the examples were written, before new words: English .65 of sensitive and
+# .07 of harmless ones, Chinese .34 and .08, other languages next to nothing.
+@pytest.mark.parametrize("lang", SUMMARIES["sensitive"])
+def test_sensitive_summaries_are_told_from_harmless_ones(encode, lang):
+    told, wrongly = (rate(some[lang][1::2], encode) for some in map(SUMMARIES.get, KINDS))
+    print(f"{lang}: held out, of sensitive ones {told:.2f} are told, of harmless {wrongly:.2f}")
+    assert told >= {"en": 0.60, "zh": 0.30}.get(lang, 0) and wrongly <= 0.10
 
 
 def test_there_are_enough_of_both():
-    assert all(sum(map(len, some.values())) >= 60 for some in SUMMARIES.values())
+    """In every language, so that one of the held-out harmless ones is less than 3 %."""
+    for kind, least in (("sensitive", 64), ("harmless", 72)):
+        assert all(len(some) >= least for some in SUMMARIES[kind].values())
 
 
 def test_a_harmless_word_takes_no_history_and_no_starter(encode):
