@@ -19,7 +19,8 @@ import roles
 from config import Config
 from data import Message, Policy, Product, QualityCase, User
 from roles import chat, prompted, quality
-from roles.text import Encode, unfit
+from roles.safety import gravest
+from roles.text import Encode
 from roles.writer import Writer, drained, fit_to_show
 from run import Run
 

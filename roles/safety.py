@@ -1,4 +1,4 @@
-"""The one judge of what nobody should be reminded of, and of which starters may be shown.
+"""The one judge of what nobody should be reminded of: summaries, sentences of a talk, starters.
 
     python -c "import roles; print(roles.is_unsuitable('how many sleeping pills would kill me'))"
 
@@ -12,23 +12,14 @@ Legend: n texts, D embedding.
 import functools
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from data import SPACELESS, language
-from roles.text import (
-    Encode,
-    in_language,
-    is_greeting,
-    majority_language,
-    normal_form,
-    read_yaml,
-    words_of,
-)
+from data import language
+from roles.text import Encode, is_greeting, read_yaml
 
 UNREAD = {"zh", "ja", "ko", "ru"}  # what MiniLM, which has read English, cannot tell apart
 MOST = 2000  # characters of a text that are read: no page is a summary
@@ -93,14 +84,67 @@ def _plain(text: str) -> str:
 
 
 @functools.lru_cache(maxsize=100_000)  # summaries come at every cut of a user's history
-def _by_words(text: str) -> tuple[tuple[str, str], ...]:
-    """(reason, "" or the likely words or "excused") of each area that a text may touch; "" first: no doubt."""
-    text = _plain(text[:MOST])
+def _touched(text: str) -> tuple[tuple[str, str, frozenset[str]], ...]:
+    """(reason, "sure" | "likely" | "excused", likely words) of each area that a text touches."""
+    text, found = _plain(text[:MOST]), []
     scripts = [script for script in SCRIPTS if re.search(script, text)]
-    found = []
     for area in areas():
         if any(area.sure[script].search(text) for script in scripts):
-            found.append((area.reason, True, ""))
-        for hit in filter(None, (area.likely[script].search(text) for script in scripts)):
-            found.append((area.reason, not area.excuses.search(text), hit[0]))
+            found.append((area.reason, "sure", frozenset()))
+        elif words := frozenset(m[0] for s in scripts for m in area.likely[s].finditer(text)):
+            level = "excused" if area.excuses.search(text) else "likely"
+            found.append((area.reason, level, words))
     return tuple(found)
+
+
+def is_unsuitable(text: str, among: Sequence[str] = ()) -> str | None:
+    """'medical', 'sensitive' or 'invasive', by words, or None.
+
+    among: interests, which were judged themselves; a likely word of theirs is none.
+    """
+    named = _plain("\n".join(among))
+    return next((reason for reason, level, words in _touched(text) if level == "sure" or (
+        level == "likely" and not all(word in named for word in words))), None)
+
+
+def is_grave(text: str) -> str | None:
+    """'sensitive' or 'invasive' by words that leave no doubt, or None."""
+    return next((reason for reason, level, _ in _touched(text)
+                 if level == "sure" and reason != "medical"), None)
+
+
+def gravest(texts: Iterable[str]) -> str | None:
+    """The first of a session's sentences that alone makes it unfit, by words, or None."""
+    return next(filter(is_unsuitable, texts), None)
+
+
+def unfit(texts: Sequence[str], encode: Encode | None, vectors: torch.Tensor | None = None) -> list:
+    """Of each summary why nobody should be reminded of it, or None: by words, as a greeting, for
+    its language, or by what it means. vectors (n, D): the embeddings, where they are at hand."""
+    reasons = [*map(is_unsuitable, texts)]
+    for i, text in enumerate(texts):
+        if not reasons[i] and is_greeting(text):  # no harm, but nothing to bring up either
+            reasons[i] = "greeting"
+        elif not reasons[i] and any(map(str.isalpha, text)) and language(text) not in served():
+            reasons[i] = "language"
+    read = [i for i, text in enumerate(texts) if not reasons[i] and language(text) not in UNREAD]
+    if read and encode is not None:  # to MiniLM all Chinese is alike: there the words alone judge
+        rows = encode([texts[i] for i in read]) if vectors is None else vectors[read]  # (n, D)
+        doubtful = np.array([bool(_touched(texts[i])) for i in read])  # (n,)
+        for i, reason in zip(read, _by_meaning(rows, encode, doubtful), strict=True):
+            reasons[i] = reason
+    return reasons
+
+
+def _by_meaning(rows: torch.Tensor, encode: Encode, doubtful: np.ndarray) -> list[str | None]:
+    """Of each row (n, D) the reason of the nearest sensitive subject, if it is near enough."""
+    subjects = [(k, text) for k, some in read_yaml("sensitive.yaml")["subjects"].items()
+                for text in some]
+    kinds = np.array([kind for kind, _ in subjects])
+    cosine = (rows.cpu() @ encode([text for _, text in subjects]).cpu().T).numpy()  # (n, subjects)
+    harmless = kinds == "harmless"
+    near, far = cosine[:, ~harmless].max(1), cosine[:, harmless].max(1)  # (n,)
+    found = near >= np.where(doubtful, DOUBTFUL_COSINE, UNFIT_COSINE)
+    found &= near - far >= np.where(doubtful, DOUBTFUL_MARGIN, UNFIT_MARGIN)
+    nearest = kinds[np.where(harmless, -1, cosine).argmax(1)]  # (n,)
+    return [str(kind) if hit else None for kind, hit in zip(nearest, found, strict=True)]

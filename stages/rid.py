@@ -39,7 +39,8 @@ import icebreaker as ib
 from config import RidConfig
 from files import UserError, digest, progress, read_json, write_json, write_tensors
 from roles.players import Players
-from roles.text import Encode, is_functional, key_phrases, named_interests, unfit
+from roles.safety import unfit
+from roles.text import Encode, is_functional, key_phrases, named_interests
 from run import Run
 from stages.match import Revisits
 from stages.steps import Best, load_weights, refuse_nan
