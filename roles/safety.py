@@ -27,7 +27,6 @@ MOST = 2000  # characters of a text that are read: no page is a summary
 # By hand, for MiniLM, on half of tests/safety.yaml: cosine to the nearest subject that is unfit,
 # and how much nearer it is than the nearest harmless one.
 UNFIT_COSINE, UNFIT_MARGIN = 0.40, 0.16
-DOUBTFUL_COSINE, DOUBTFUL_MARGIN = 0.30, 0.05  # where a likely word stands in the text
 
 
 @dataclass(frozen=True)
@@ -84,16 +83,16 @@ def _plain(text: str) -> str:
 
 
 @functools.lru_cache(maxsize=100_000)  # summaries come at every cut of a user's history
-def _touched(text: str) -> tuple[tuple[str, str, frozenset[str]], ...]:
-    """(reason, "sure" | "likely" | "excused", likely words) of each area that a text touches."""
+def _touched(text: str) -> tuple[tuple[str, frozenset[str]], ...]:
+    """(reason, likely words; none: no doubt) of each area that a text touches, unless excused."""
     text, found = _plain(text[:MOST]), []
     scripts = [script for script in SCRIPTS if re.search(script, text)]
     for area in areas():
         if any(area.sure[script].search(text) for script in scripts):
-            found.append((area.reason, "sure", frozenset()))
+            found.append((area.reason, frozenset()))
         elif words := frozenset(m[0] for s in scripts for m in area.likely[s].finditer(text)):
-            level = "excused" if area.excuses.search(text) else "likely"
-            found.append((area.reason, level, words))
+            if not area.excuses.search(text):
+                found.append((area.reason, words))
     return tuple(found)
 
 
@@ -103,14 +102,14 @@ def is_unsuitable(text: str, among: Sequence[str] = ()) -> str | None:
     among: interests, which were judged themselves; a likely word of theirs is none.
     """
     named = _plain("\n".join(among))
-    return next((reason for reason, level, words in _touched(text) if level == "sure" or (
-        level == "likely" and not all(word in named for word in words))), None)
+    return next((reason for reason, words in _touched(text)
+                 if not words or not all(word in named for word in words)), None)
 
 
 def is_grave(text: str) -> str | None:
     """'sensitive' or 'invasive' by words that leave no doubt, or None."""
-    return next((reason for reason, level, _ in _touched(text)
-                 if level == "sure" and reason != "medical"), None)
+    return next((reason for reason, words in _touched(text)
+                 if not words and reason != "medical"), None)
 
 
 def gravest(texts: Iterable[str]) -> str | None:
@@ -130,13 +129,12 @@ def unfit(texts: Sequence[str], encode: Encode | None, vectors: torch.Tensor | N
     read = [i for i, text in enumerate(texts) if not reasons[i] and language(text) not in UNREAD]
     if read and encode is not None:  # to MiniLM all Chinese is alike: there the words alone judge
         rows = encode([texts[i] for i in read]) if vectors is None else vectors[read]  # (n, D)
-        doubtful = np.array([bool(_touched(texts[i])) for i in read])  # (n,)
-        for i, reason in zip(read, _by_meaning(rows, encode, doubtful), strict=True):
+        for i, reason in zip(read, _by_meaning(rows, encode), strict=True):
             reasons[i] = reason
     return reasons
 
 
-def _by_meaning(rows: torch.Tensor, encode: Encode, doubtful: np.ndarray) -> list[str | None]:
+def _by_meaning(rows: torch.Tensor, encode: Encode) -> list[str | None]:
     """Of each row (n, D) the reason of the nearest sensitive subject, if it is near enough."""
     subjects = [(k, text) for k, some in read_yaml("sensitive.yaml")["subjects"].items()
                 for text in some]
@@ -144,7 +142,6 @@ def _by_meaning(rows: torch.Tensor, encode: Encode, doubtful: np.ndarray) -> lis
     cosine = (rows.cpu() @ encode([text for _, text in subjects]).cpu().T).numpy()  # (n, subjects)
     harmless = kinds == "harmless"
     near, far = cosine[:, ~harmless].max(1), cosine[:, harmless].max(1)  # (n,)
-    found = near >= np.where(doubtful, DOUBTFUL_COSINE, UNFIT_COSINE)
-    found &= near - far >= np.where(doubtful, DOUBTFUL_MARGIN, UNFIT_MARGIN)
+    found = (near >= UNFIT_COSINE) & (near - far >= UNFIT_MARGIN)
     nearest = kinds[np.where(harmless, -1, cosine).argmax(1)]  # (n,)
     return [str(kind) if hit else None for kind, hit in zip(nearest, found, strict=True)]
