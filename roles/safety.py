@@ -13,7 +13,6 @@ import functools
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -29,37 +28,25 @@ MOST = 2000  # characters of a text that are read: no page is a summary
 UNFIT_COSINE, UNFIT_MARGIN = 0.40, 0.16
 
 
-@dataclass(frozen=True)
-class Area:
-    """Expressions of sensitive.yaml, by script; of each script all its languages together."""
-
-    reason: str
-    sure: dict[str, re.Pattern]
-    likely: dict[str, re.Pattern]
-    excuses: re.Pattern
-
-
+# Of each script all languages together: people mix them, and a short text tells none.
 SCRIPTS = {"[a-z]": "en es de fr", "[а-я]": "ru", "[぀-ヿ㐀-鿿]": "zh ja", "[가-힣]": "ko"}
 
 
+@functools.cache  # once a process, when a text of that script is first judged
+def _expressions(script: str, level: str) -> re.Pattern:
+    """All areas' "sure" or "likely" expressions, each area's as a group of its name."""
+    groups = []
+    for name, area in read_yaml("sensitive.yaml")["areas"].items():
+        lines = "\n".join(area[level][lang].strip() for lang in SCRIPTS[script].split())
+        groups.append(f"(?P<{name}>{'|'.join(_plain(lines).splitlines())})")
+    # Where words are parted, an expression begins where a word begins.
+    start = "" if SCRIPTS[script] in ("zh ja", "ko") else r"(?<!\w)"
+    return re.compile(f"{start}(?:{'|'.join(groups)})")
+
+
 @functools.cache
-def areas() -> list[Area]:
-    lists = read_yaml("sensitive.yaml")
-
-    def compiled(lines: str) -> re.Pattern:
-        return re.compile("|".join(_plain(lines).splitlines()))
-
-    def by_script(some: dict[str, str]) -> dict[str, re.Pattern]:
-        # Where words are parted, an expression begins where a word begins.
-        parted = {lang: "|".join(lines.splitlines()) for lang, lines in some.items()}
-        parted |= {lang: rf"(?<!\w)(?:{parted[lang]})" for lang in ("en", "es", "de", "fr", "ru")}
-        return {script: compiled("\n".join(parted[lang] for lang in langs.split()))
-                for script, langs in SCRIPTS.items()}
-
-    return [Area(area["reason"], by_script(area["sure"]), by_script(area["likely"]),
-                 compiled("\n".join(lists["contexts"][name].strip()
-                                    for name in area["excuses"].split())))
-            for area in lists["areas"].values()]
+def _context(name: str) -> re.Pattern:
+    return re.compile("|".join(_plain(read_yaml("sensitive.yaml")["contexts"][name]).splitlines()))
 
 
 @functools.cache
@@ -83,17 +70,19 @@ def _plain(text: str) -> str:
 
 
 @functools.lru_cache(maxsize=100_000)  # summaries come at every cut of a user's history
-def _touched(text: str) -> tuple[tuple[str, frozenset[str]], ...]:
-    """(reason, likely words; none: no doubt) of each area that a text touches, unless excused."""
-    text, found = _plain(text[:MOST]), []
+def _touched(text: str) -> tuple[tuple[str, str], ...]:
+    """(reason, likely word; "" where there is no doubt) of what a text touches, unless excused."""
+    text, areas = _plain(text[:MOST]), read_yaml("sensitive.yaml")["areas"]
     scripts = [script for script in SCRIPTS if re.search(script, text)]
-    for area in areas():
-        if any(area.sure[script].search(text) for script in scripts):
-            found.append((area.reason, frozenset()))
-        elif words := frozenset(m[0] for s in scripts for m in area.likely[s].finditer(text)):
-            if not area.excuses.search(text):
-                found.append((area.reason, words))
-    return tuple(found)
+    sure, likely = ([match for script in scripts
+                     for match in _expressions(script, level).finditer(text)]
+                    for level in ("sure", "likely"))
+    named = {match.lastgroup for match in likely}
+    contexts = {context for area in named for context in areas[area]["excuses"].split()}
+    about = {context for context in contexts if _context(context).search(text)}
+    return (*((areas[match.lastgroup]["reason"], "") for match in sure),
+            *((areas[match.lastgroup]["reason"], match[0]) for match in likely
+              if about.isdisjoint(areas[match.lastgroup]["excuses"].split())))
 
 
 def is_unsuitable(text: str, among: Sequence[str] = ()) -> str | None:
@@ -102,14 +91,13 @@ def is_unsuitable(text: str, among: Sequence[str] = ()) -> str | None:
     among: interests, which were judged themselves; a likely word of theirs is none.
     """
     named = _plain("\n".join(among))
-    return next((reason for reason, words in _touched(text)
-                 if not words or not all(word in named for word in words)), None)
+    return next((reason for reason, word in _touched(text) if not word or word not in named), None)
 
 
 def is_grave(text: str) -> str | None:
     """'sensitive' or 'invasive' by words that leave no doubt, or None."""
-    return next((reason for reason, words in _touched(text)
-                 if not words and reason != "medical"), None)
+    return next((reason for reason, word in _touched(text)
+                 if not word and reason != "medical"), None)
 
 
 def gravest(texts: Iterable[str]) -> str | None:
