@@ -46,7 +46,9 @@ def _expressions(script: str, level: str) -> re.Pattern:
 
 @functools.cache
 def _context(name: str) -> re.Pattern:
-    return re.compile("|".join(_plain(read_yaml("sensitive.yaml")["contexts"][name]).splitlines()))
+    """Of sensitive.yaml's contexts, or "personal"."""
+    lists = read_yaml("sensitive.yaml")
+    return re.compile("|".join(_plain({**lists, **lists["contexts"]}[name]).splitlines()))
 
 
 @functools.cache
@@ -72,17 +74,16 @@ def _plain(text: str) -> str:
 @functools.lru_cache(maxsize=100_000)  # summaries come at every cut of a user's history
 def _touched(text: str) -> tuple[tuple[str, str], ...]:
     """(reason, likely word; "" where there is no doubt) of what a text touches, unless excused."""
-    text, areas = _plain(text[:MOST]), read_yaml("sensitive.yaml")["areas"]
+    text, areas, found = _plain(text[:MOST]), read_yaml("sensitive.yaml")["areas"], []
     scripts = [script for script in SCRIPTS if re.search(script, text)]
-    sure, likely = ([match for script in scripts
-                     for match in _expressions(script, level).finditer(text)]
-                    for level in ("sure", "likely"))
-    named = {match.lastgroup for match in likely}
-    contexts = {context for area in named for context in areas[area]["excuses"].split()}
-    about = {context for context in contexts if _context(context).search(text)}
-    return (*((areas[match.lastgroup]["reason"], "") for match in sure),
-            *((areas[match.lastgroup]["reason"], match[0]) for match in likely
-              if about.isdisjoint(areas[match.lastgroup]["excuses"].split())))
+    for level in ("sure", "likely"):
+        for match in (m for s in scripts for m in _expressions(s, level).finditer(text)):
+            area, sure = areas[match.lastgroup], level == "sure"
+            excused = any(_context(name).search(text) for name in area["excuses"].split())
+            personal = bool(_context("personal").search(text))
+            if (personal or not excused) if sure else (personal and not excused):
+                found.append((area["reason"], "" if sure else match[0]))
+    return tuple(found)
 
 
 def is_unsuitable(text: str, among: Sequence[str] = ()) -> str | None:
