@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from data import language
+from data import LATIN, language
 from roles.text import Encode, is_greeting, read_yaml
 
 UNREAD = {"zh", "ja", "ko", "ru"}  # what MiniLM, which has read English, cannot tell apart
@@ -52,10 +52,27 @@ def _context(name: str) -> re.Pattern:
 
 
 @functools.cache
-def served() -> frozenset[str]:
-    """Languages that every area has: in others nothing can be judged, so nothing is shown."""
+def _served() -> frozenset[str]:
     every = read_yaml("sensitive.yaml")["areas"].values()
     return frozenset.intersection(*(frozenset(area["sure"]) for area in every))
+
+
+@functools.lru_cache(maxsize=100_000)
+def is_served(text: str) -> bool:
+    """Whether it is in a language that every area has; in others nothing can be judged, so nothing
+    is shown. A text that tells no language is."""
+    first, *rest = re.findall(r"[^\W\d_]+", text[:MOST]) or [""]
+    words = {first.lower(), *rest}  # a set: one word again and again is a name
+    if not first or language(text) not in _served():
+        return not first
+    hits = sum(bool(_unserved().fullmatch(word)) for word in words)
+    told = any(word in known for word in words for known in LATIN.values())
+    return not (hits > 1 or (hits == 1 and len(words) > 2 and not told))
+
+
+@functools.cache
+def _unserved() -> re.Pattern:
+    return re.compile("|".join(read_yaml("sensitive.yaml")["unserved"].splitlines()))
 
 
 @functools.cache
@@ -103,7 +120,8 @@ def is_grave(text: str) -> str | None:
 
 def gravest(texts: Iterable[str]) -> str | None:
     """The first of a session's sentences that alone makes it unfit, by words, or None."""
-    return next(filter(is_unsuitable, texts), None)
+    parts = (part for text in texts for part in re.split(r"(?<=[.?!。？！])\s*", text) if part)
+    return next((part[:200] for part in parts if is_unsuitable(part[:200])), None)
 
 
 def unfit(texts: Sequence[str], encode: Encode | None, vectors: torch.Tensor | None = None) -> list:
@@ -113,7 +131,7 @@ def unfit(texts: Sequence[str], encode: Encode | None, vectors: torch.Tensor | N
     for i, text in enumerate(texts):
         if not reasons[i] and is_greeting(text):  # no harm, but nothing to bring up either
             reasons[i] = "greeting"
-        elif not reasons[i] and any(map(str.isalpha, text)) and language(text) not in served():
+        elif not reasons[i] and not is_served(text):
             reasons[i] = "language"
     read = [i for i, text in enumerate(texts) if not reasons[i] and language(text) not in UNREAD]
     if read and encode is not None:  # to MiniLM all Chinese is alike: there the words alone judge

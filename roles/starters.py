@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from data import SPACELESS, language
-from roles.safety import is_grave, is_unsuitable, served
+from roles.safety import is_grave, is_served, is_unsuitable
 from roles.text import Encode, cosines, in_language, majority_language, normal_form, words_of
 
 # Markup, links (which a history can ask a model to write), letters that turn a line around.
@@ -29,7 +29,7 @@ def _fault(starter: str, wanted: str) -> str | None:
             or any(unicodedata.category(c) in ("Cc", "Cs") for c in starter)
             or any(a == b == c for a, b, c in zip(words, words[1:], words[2:], strict=False))):
         return "malformed"  # markup, control characters, or a model that has begun to stammer
-    if wanted and (wanted not in served() or not in_language(starter, wanted)):
+    if wanted and not (in_language(starter, wanted) and is_served(starter)):
         return "language"
     return None
 
@@ -43,6 +43,8 @@ def filter_starters(starters: Iterable[str], interests: Sequence[str], seen: Ite
     subjects: next queries of a talk, which may be medical as the talk is, and use doubtful words.
     """
     wanted, shown = majority_language(interests), set(map(normal_form, seen))
+    if sum(map(is_served, interests)) * 2 < len(interests):
+        wanted = "other"  # in which there are no starters
     kept, dropped = [], Counter()
     for starter in starters:
         normal, reason = normal_form(starter), _fault(starter, wanted)

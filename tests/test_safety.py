@@ -3,6 +3,8 @@
     python -m pytest tests/test_safety.py -s     # prints the rates
 """
 
+import time
+
 import pytest
 import torch
 import yaml
@@ -10,14 +12,17 @@ import yaml
 import icebreaker as ib
 import llm
 import roles
-from config import RidConfig
+from config import RidConfig, load_config
+from data import Message, Session, User
 from files import ROOT
 from llm.encoder import Encoder
-from roles.text import unfit
+from roles.players import Players
+from roles.safety import is_served, unfit
 from stages.rid import Distiller
 
 SUMMARIES = yaml.safe_load((ROOT / "tests" / "safety.yaml").read_text(encoding="utf-8"))
 KINDS = ("sensitive", "harmless")
+LEAST_TOLD = dict(nl=5, pl=5, tr=5, vi=5, sv=5, it=5, pt=5, other=5)  # of 10
 CPP = ["std::vector vs std::array in C++", "How does std::move work?", "Using std::optional well",
        "std::variant and visit"]  # fmt: skip
 
@@ -53,9 +58,50 @@ def test_a_harmless_word_takes_no_history_and_no_starter(encode):
     starters = ["Explain std::move in one page", "Which password hashing is slow enough?"]
     assert roles.filter_starters(starters, interests) == (starters, {})
     assert "std::move" in roles.Rules(encode).write([CPP], 4, [0])[0]
-    # The same word where nobody has asked for it.
-    assert roles.filter_starters(starters, CPP)[1] == {"invasive": 1}
+    # Elsewhere too, but not somebody's own password, nor an illness.
+    assert roles.filter_starters(starters[1:], CPP) == (starters[1:], {})
+    assert roles.filter_starters(["Guess my ex's password"], CPP)[1] == {"invasive": 1}
     assert roles.filter_starters(["Is it an STD or a rash?"], ["Dune novels"])[1] == {"medical": 1}
+
+
+def test_no_history_is_deleted_and_the_gravest_sentence_decides():
+    """A session in distress never becomes a game, whatever it began with; it stays in the log."""
+    said = ["What is Dune about? I want to die.", "What is Dune about? Tell me."]
+    sessions = [Session(session_id=str(i), messages=[Message(role="user", content=text)])
+                for i, text in enumerate(said)]
+    sessions.append(Session(session_id="2", summary="my mother died yesterday"))
+    players = Players(load_config(), None, None)
+    user = players.summarised(User(user_id="a", sessions=sessions))
+    lines = [session.summary for session in user.sessions]
+    assert lines == ["I want to die.", "What is Dune about?", "my mother died yesterday"]
+    assert unfit(lines, None) == ["sensitive", None, "sensitive"]
+
+
+@pytest.mark.parametrize("lang", SUMMARIES["unserved"])
+def test_a_language_without_lists_gets_no_starters(lang):
+    """Dutch is no English: held-out halves are recognised as far as their words tell."""
+    texts = SUMMARIES["unserved"][lang]
+    told = [text for text in texts if not is_served(text)]
+    print(f"{lang}: {len(told)} of {len(texts)} are told")
+    assert len(told) >= LEAST_TOLD[lang]
+    assert unfit(told, None) == ["language"] * len(told)
+    assert roles.filter_starters(["What is a quantum computer?", told[0]], told)[0] == []
+    assert llm.parse_starters(roles.Rules(None).write([told], 4, [0])[0]).starters == []
+
+
+def test_a_served_language_is_never_taken_for_another():
+    texts = [text for kind in KINDS for some in SUMMARIES[kind].values() for text in some]
+    assert [text for text in texts if not is_served(text)] == []
+    assert all(map(is_served, ("2048", "", "El Niño", "Malmö travel", "Dvořák symphonies")))
+
+
+@pytest.mark.parametrize("text", ["a ", "我", "(", "my ", "want to ", "死", "я ", "가"])
+def test_no_text_takes_long(text):
+    """2,000 characters take milliseconds; once, as a first one compiles the expressions."""
+    unfit([text], None)
+    begun = time.process_time()
+    unfit([(text * 2000)[:2000]], None)
+    assert time.process_time() - begun < 0.5
 
 
 def test_distress_reaches_neither_generator_nor_template(encode):
