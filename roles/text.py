@@ -282,7 +282,7 @@ def named_interests(starter: str, interests: Iterable[str]) -> list[str]:
         for subject in subjects)]
 
 
-# ---------------------------------------------------------------------------------------languages
+# -------------------------------------------------------------------------------------- languages
 
 
 def majority_language(interests: Sequence[str]) -> str:

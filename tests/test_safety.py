@@ -22,7 +22,7 @@ from stages.rid import Distiller
 
 SUMMARIES = yaml.safe_load((ROOT / "tests" / "safety.yaml").read_text(encoding="utf-8"))
 KINDS = ("sensitive", "harmless")
-LEAST_TOLD = dict(nl=5, pl=5, tr=5, vi=5, sv=5, it=5, pt=5, other=5)  # of 10
+LEAST_TOLD = dict(nl=7, pl=7, tr=8, vi=10, sv=8, it=5, pt=7, other=10)  # of 10
 CPP = ["std::vector vs std::array in C++", "How does std::move work?", "Using std::optional well",
        "std::variant and visit"]  # fmt: skip
 
@@ -36,13 +36,18 @@ def rate(texts: list[str], encode) -> float:
     return sum(reason is not None for reason in unfit(texts, encode)) / len(texts)
 
 
-# What the lists told when the examples were written, before new words: English .65 of sensitive and
-# .07 of harmless ones, Chinese .34 and .08, other languages next to nothing.
+# Reached on the held-out halves: least that is told of sensitive ones, most of harmless ones. What was
+# aimed at: .95 in English and Chinese, .90 elsewhere; .03.
+REACHED = {"en": (0.95, 0.04), "zh": (0.86, 0.06), "ja": (0.93, 0.03), "ko": (0.87, 0.06),
+           "ru": (0.84, 0.06), "es": (0.87, 0.03), "de": (0.90, 0.06), "fr": (0.84, 0.09)}  # fmt: skip
+
+
 @pytest.mark.parametrize("lang", SUMMARIES["sensitive"])
 def test_sensitive_summaries_are_told_from_harmless_ones(encode, lang):
     told, wrongly = (rate(some[lang][1::2], encode) for some in map(SUMMARIES.get, KINDS))
     print(f"{lang}: held out, of sensitive ones {told:.2f} are told, of harmless {wrongly:.2f}")
-    assert told >= {"en": 0.60, "zh": 0.30}.get(lang, 0) and wrongly <= 0.10
+    least, most = REACHED[lang]
+    assert told >= least and wrongly <= most
 
 
 def test_there_are_enough_of_both():
