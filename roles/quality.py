@@ -18,7 +18,6 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from data import Dialogue, Policy, Product
-from roles import text as texts
 from roles.catalogue import Catalogue, Mention, content, lexicon, stem, stems, tokens
 from roles.safety import is_unsuitable
 

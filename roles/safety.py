@@ -77,8 +77,7 @@ def _unserved() -> re.Pattern:
 
 @functools.cache
 def _simplified() -> dict[int, str]:
-    pairs = read_yaml("sensitive.yaml")["traditional"].split()
-    return {ord(traditional): simple for traditional, simple in pairs}
+    return str.maketrans(dict(read_yaml("sensitive.yaml")["traditional"].split()))
 
 
 def _plain(text: str) -> str:
@@ -92,13 +91,14 @@ def _plain(text: str) -> str:
 def _touched(text: str) -> tuple[tuple[str, str], ...]:
     """(reason, likely word; "" where there is no doubt) of what a text touches, unless excused."""
     text, areas, found = _plain(text[:MOST]), read_yaml("sensitive.yaml")["areas"], []
+    personal = bool(_context("personal").search(text))
     scripts = [script for script in SCRIPTS if re.search(script, text)]
     for level in ("sure", "likely"):
         for match in (m for s in scripts for m in _expressions(s, level).finditer(text)):
             area, sure = areas[match.lastgroup], level == "sure"
             excused = any(_context(name).search(text) for name in area["excuses"].split())
-            personal = bool(_context("personal").search(text))
-            if (personal or not excused) if sure else (personal and not excused):
+            meant = personal or sure or len(text) <= 2 * len(match[0])  # says little else
+            if meant and not (excused and not (sure and personal)):
                 found.append((area["reason"], "" if sure else match[0]))
     return tuple(found)
 
@@ -114,8 +114,7 @@ def is_unsuitable(text: str, among: Sequence[str] = ()) -> str | None:
 
 def is_grave(text: str) -> str | None:
     """'sensitive' or 'invasive' by words that leave no doubt, or None."""
-    return next((reason for reason, word in _touched(text)
-                 if not word and reason != "medical"), None)
+    return next((why for why, word in _touched(text) if not word and why != "medical"), None)
 
 
 def gravest(texts: Iterable[str]) -> str | None:

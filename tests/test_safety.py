@@ -36,10 +36,10 @@ def rate(texts: list[str], encode) -> float:
     return sum(reason is not None for reason in unfit(texts, encode)) / len(texts)
 
 
-# Reached on the held-out halves: least that is told of sensitive ones, most of harmless ones. What was
-# aimed at: .95 in English and Chinese, .90 elsewhere; .03.
+# Reached on the held-out halves: of sensitive ones at least, of harmless ones at most. Aimed at
+# were .95 in English and Chinese, .90 elsewhere; and .03.
 REACHED = {"en": (0.95, 0.04), "zh": (0.86, 0.06), "ja": (0.93, 0.03), "ko": (0.87, 0.06),
-           "ru": (0.84, 0.06), "es": (0.87, 0.03), "de": (0.90, 0.06), "fr": (0.84, 0.09)}  # fmt: skip
+           "ru": (0.84, 0.06), "es": (0.87, 0.03), "de": (0.90, 0.06), "fr": (0.84, 0.09)}
 
 
 @pytest.mark.parametrize("lang", SUMMARIES["sensitive"])
@@ -91,7 +91,7 @@ def test_a_language_without_lists_gets_no_starters(lang):
     assert len(told) >= LEAST_TOLD[lang]
     assert unfit(told, None) == ["language"] * len(told)
     assert roles.filter_starters(["What is a quantum computer?", told[0]], told)[0] == []
-    assert llm.parse_starters(roles.Rules(None).write([told], 4, [0])[0]).starters == []
+    assert llm.parse_starters(roles.Rules(None).write([told], 4, [0])[0]).starters == ()
 
 
 def test_a_served_language_is_never_taken_for_another():
