@@ -65,9 +65,9 @@ def is_served(text: str) -> bool:
     words = {first.lower(), *rest}  # a set: one word again and again is a name
     if not first or language(text) not in _served():
         return not first
-    hits = sum(bool(_unserved().fullmatch(word)) for word in words)
-    told = any(word in known for word in words for known in LATIN.values())
-    return not (hits > 1 or (hits == 1 and len(words) > 2 and not told))
+    hits = sum(word.islower() and bool(_unserved().fullmatch(word)) for word in words)
+    told = sum(any(word in LATIN.get(name, ()) for name in _served()) for word in words)
+    return hits <= told or hits * 3 < len(words) or len(words) < 3
 
 
 @functools.cache

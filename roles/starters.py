@@ -38,8 +38,9 @@ def filter_starters(starters: Iterable[str], interests: Sequence[str], seen: Ite
                     repeats: bool = False, subjects: bool = False) -> tuple[list[str], Counter]:
     """(starters fit to show, in order; how many fell for which reason).
 
-    Reasons: length, malformed, language (not that of most interests, or one that is not served), medical, sensitive, invasive,
-    duplicate (of an earlier one or of `seen`, but for case and punctuation; not with `repeats`).
+    Reasons: length, malformed, language (not that of most interests, or one that is not served),
+    medical, sensitive, invasive, duplicate (of an earlier one or of `seen`, but for case and
+    punctuation; not with `repeats`).
     subjects: next queries of a talk, which may be medical as the talk is, and use doubtful words.
     """
     wanted, shown = majority_language(interests), set(map(normal_form, seen))
