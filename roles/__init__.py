@@ -8,6 +8,12 @@ by an LLM, which chat.py asks; players.py chooses who plays, writer.py draws lis
 # What other rooms use. Not chat.py and prompted.py: openai's client takes half a second to load;
 # who asks an LLM imports them.
 from roles.rules import Rules
+from roles.safety import is_unsuitable, unfit
+from roles.starters import covering, filter_starters
 from roles.text import (
-    covering, filter_starters, grounded, is_unsuitable, key_phrases, majority_language,
-    named_interests, normal_form)
+    grounded, key_phrases, majority_language, named_interests, normal_form)
+
+__all__ = [
+    "Rules", "covering", "filter_starters", "grounded", "is_unsuitable", "key_phrases",
+    "majority_language", "named_interests", "normal_form", "unfit",
+]

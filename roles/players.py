@@ -19,7 +19,8 @@ import roles
 from config import Config
 from data import Message, Policy, Product, QualityCase, User
 from roles import chat, prompted, quality
-from roles.text import Encode, unfit
+from roles.safety import gravest
+from roles.text import Encode
 from roles.writer import Writer, drained, fit_to_show
 from run import Run
 
@@ -80,20 +81,22 @@ class Players:
         return shop.quality if rules else partial(judge.quality, shop=shop, cases=cases)
 
     def summarise(self, sessions: list[list[Message]]) -> list[str | None]:
-        """A line for each session's messages; None where there is none."""
-        return self._player("summariser").summarise(sessions)
+        """A line for each session's messages; None where there is none. What somebody said in
+        distress stands for the whole session, which is thereby no subject of a starter."""
+        lines = self._player("summariser").summarise(sessions)
+        said = ([m.content for m in messages if m.role == "user"] for messages in sessions)
+        return [line and (gravest(texts) or line)
+                for line, texts in zip(lines, said, strict=True)]
 
     def summarised(self, user: User) -> User:
-        """The user with a summary of every session, and without what nobody should be reminded
-        of: somebody of whom no stage has learned."""
+        """The user with a summary of every session: somebody of whom no stage has learned."""
         bare = [s for s in user.sessions if not s.summary]
         summaries = iter(self.summarise([s.messages for s in bare]) if bare else [])
         sessions = [s if s.summary else s.model_copy(update={"summary": next(summaries)})
                     for s in user.sessions]
-        # A summariser's call may have failed: that session is left out. Only words that leave no
-        # doubt count here; what the others mean is judged with its embedding (stages/rid.py).
-        fit = [s for s in sessions if s.summary and not unfit([s.summary], None)[0]]
-        return user.model_copy(update={"sessions": fit})
+        # A summariser's call may have failed: that session is left out. Nothing is for what it
+        # says: who may be reminded of it is judged with trigger interests (stages/rid.py).
+        return user.model_copy(update={"sessions": [s for s in sessions if s.summary]})
 
     def calls(self) -> dict[str, int]:
         """What became of this process's calls to LLMs since this was last asked."""

@@ -18,8 +18,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from data import Dialogue, Policy, Product
-from roles import text as texts
 from roles.catalogue import Catalogue, Mention, content, lexicon, stem, stems, tokens
+from roles.safety import is_unsuitable
 
 COVERED = 0.65  # of a question's words, by weight, that policies must have to answer it
 UNKNOWN = 0.7  # weight of a word that none has; of one in n policies it is 1 / n
@@ -148,7 +148,7 @@ class Rules:
         for name in ("privacy", "assistant", "scope"):
             if patterns[name].search(text):
                 return Verdict(0, 1, 1, reason=name)
-        if texts.is_unsuitable(text):
+        if is_unsuitable(text):
             return Verdict(0, 1, 1, reason="unsuitable")
         rest, usage = _usage(text, self.catalogue)
         named = self.catalogue.mention(rest)

@@ -19,6 +19,8 @@ from data import SPACELESS, Message, language
 from files import progress
 from llm import clean_starter, format_starters
 from roles import text
+from roles.safety import unfit
+from roles.starters import filter_starters
 from roles.text import Encode, cosines, is_functional, key_phrases, normal_form
 
 # By hand, for MiniLM. Against the hidden subjects of 200 simulated people (world.seed=1000) these
@@ -135,7 +137,7 @@ class Rules:
     def _subjects(self, interests: list[str]) -> list[tuple[list[str], str]]:
         """(short key phrases, kind) of each usable interest; chores only if all are."""
         subjects, taken = {False: [], True: []}, set()  # by whether it is a chore
-        for interest, reason in zip(interests, text.unfit(interests, self.encode), strict=True):
+        for interest, reason in zip(interests, unfit(interests, self.encode), strict=True):
             phrases = [_subject(phrase, interest) for phrase in _best_first(key_phrases(interest))]
             phrases = [p for p in phrases if p and len(p) <= 60 and normal_form(p) not in taken]
             if phrases and not reason:
@@ -158,7 +160,7 @@ class Rules:
         candidates.sort(key=lambda candidate: not _is_brief(candidate[3]))
         for _, angle, template, starter in candidates:
             starter = starter[:1].upper() + starter[1:]
-            if text.filter_starters([starter], interests, seen=starters)[0]:
+            if filter_starters([starter], interests, seen=starters)[0]:
                 angle.remove(template)
                 angles.remove(angle)
                 angles.append(angle)  # least recently used comes first
@@ -210,7 +212,7 @@ class Rules:
         """(a person's queries, a next query) -> 1.0 if it is fit to be offered, else 0.0."""
         # Meaning is beyond a rule: what reads badly or asks again is bad, the rest is good.
         self.encode([*dict.fromkeys(y for queries, new in rows for y in (*queries, new))])
-        return [float(not text.filter_starters([new], queries[-1:], queries, subjects=True)[1]
+        return [float(not filter_starters([new], queries[-1:], queries, subjects=True)[1]
                       and cosines(self.encode, [new], queries).max() < MATCH_COSINE_ALONE)
                 for queries, new in rows]
 

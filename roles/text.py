@@ -1,4 +1,4 @@
-"""Texts about interests: which subjects they name, which are chores, which starters may be shown.
+"""Texts about interests: which subjects they name, which are chores, in which language.
 
     python -c "import roles; print(roles.key_phrases('Where to start with Baldur\'s Gate 3?'))"
 
@@ -18,10 +18,9 @@ import numpy as np
 import torch
 import yaml
 
-from data import LATIN, SPACELESS, language
+from data import LATIN, language
 
 Encode = Callable[[list[str]], torch.Tensor]  # n texts -> (n, D), unit rows
-UNREAD = {"zh", "ja", "ko", "ru", "other"}  # what MiniLM, which has read English, cannot tell apart
 
 _TOKEN = re.compile(r"\w+(?:(?:['\-./]|::)\w+)*(?:\+\+|#)?")  # wall-e, isn't, 3.5, std::move, C++
 _MATHS = re.compile(r"\$[^$]*\$|\\\w+")  # TeX, common in forums: no words
@@ -38,10 +37,10 @@ def read_yaml(name: str) -> dict:
 
 @functools.cache
 def lexicon() -> dict[str, dict]:
-    """words.yaml: "words" -> name -> set; "subjects" -> name -> texts; else regular expressions."""
+    """words.yaml: "words" -> name -> set; other sections -> name -> regular expression."""
     sections = dict(read_yaml("words.yaml"))
     words = {name: frozenset(words.split()) for name, words in sections.pop("words").items()}
-    return {"words": words, "subjects": sections.pop("subjects")} | {
+    return {"words": words} | {
         section: {name: re.compile("|".join(lines.splitlines()), re.IGNORECASE)
                   for name, lines in patterns.items()} for section, patterns in sections.items()}
 
@@ -283,59 +282,7 @@ def named_interests(starter: str, interests: Iterable[str]) -> list[str]:
         for subject in subjects)]
 
 
-# ---------------------------------------------------------------------------------------- filters
-
-
-# By hand, for MiniLM, on half of tests/safety.yaml: cosine to the nearest subject that is unfit,
-# and how much nearer it is than the nearest harmless one.
-UNFIT_COSINE, UNFIT_MARGIN = 0.40, 0.16
-DOUBTFUL_COSINE, DOUBTFUL_MARGIN = 0.30, 0.05  # where a doubtful word stands in the text
-
-
-def is_unsuitable(text: str, among: Sequence[str] = ()) -> str | None:
-    """'medical', 'sensitive' or 'invasive', by words, or None.
-
-    among: interests, which were judged themselves; a doubtful word of theirs is none.
-    """
-    if reason := kind_of(text, "unsuitable"):
-        return reason
-    named = "\n".join(among).casefold()
-    for reason, pattern in lexicon()["doubtful"].items():
-        if any(match[0].casefold() not in named for match in pattern.finditer(text)):
-            return reason
-    return None
-
-
-def _is_grave(text: str) -> str | None:
-    """'sensitive' or 'invasive' by words that leave no doubt, or None."""
-    patterns = lexicon()["unsuitable"]
-    return next((kind for kind in ("sensitive", "invasive") if patterns[kind].search(text)), None)
-
-
-def unfit(texts: Sequence[str], encode: Encode | None, vectors: torch.Tensor | None = None) -> list:
-    """Of each summary why nobody should be reminded of it, or None: by words that leave no doubt,
-    or by what it means. vectors (n, D): the texts' embeddings, where they are at hand."""
-    # A greeting is no harm, but nothing to bring up either.
-    reasons = [kind_of(text, "unsuitable") or ("greeting" if is_greeting(text) else None)
-               for text in texts]
-    # To MiniLM all Chinese is alike: there the words alone judge.
-    read = [i for i, text in enumerate(texts) if not reasons[i] and language(text) not in UNREAD]
-    if not read or encode is None:
-        return reasons
-    subjects = [(kind, text) for kind, some in lexicon()["subjects"].items() for text in some]
-    kinds = np.array([kind for kind, _ in subjects])
-    rows = encode([texts[i] for i in read]) if vectors is None else vectors[read]  # (n, D)
-    cosine = (rows.cpu() @ encode([text for _, text in subjects]).cpu().T).numpy()  # (n, subjects)
-    harmless = kinds == "harmless"
-    doubtful = np.array([kind_of(texts[i], "doubtful") is not None for i in read])  # (n,)
-    nearest = np.where(harmless, -1, cosine).argmax(1)  # (n,)
-    near, far = cosine[:, ~harmless].max(1), cosine[:, harmless].max(1)  # (n,)
-    found = np.where(
-        doubtful, (near >= DOUBTFUL_COSINE) & (near - far >= DOUBTFUL_MARGIN),
-        (near >= UNFIT_COSINE) & (near - far >= UNFIT_MARGIN))
-    for i in found.nonzero()[0]:
-        reasons[read[i]] = str(kinds[nearest[i]])
-    return reasons
+# -------------------------------------------------------------------------------------- languages
 
 
 def majority_language(interests: Sequence[str]) -> str:
@@ -353,57 +300,3 @@ def majority_language(interests: Sequence[str]) -> str:
 def in_language(text: str, wanted: str) -> bool:
     """Whether the text is in a language; one in Latin script may be undecided."""
     return language(text, wanted if wanted in LATIN else "en") == wanted
-
-
-# Markup, links (which a history can ask a model to write), letters that turn a line around.
-_NOT_PLAIN = re.compile(
-    r"</?\w|<\||\|>|&&|//\w|\bwww\.|\]\(|\b(?:https?|javascript|data|file|mailto):\S|"
-    r"\b(?:href|src|on\w+)=|[\u202a-\u202e\u2066-\u2069]", re.IGNORECASE)
-
-
-def _fault(starter: str, wanted: str) -> str | None:
-    """Why a starter cannot be shown to somebody who reads `wanted`, whatever it is about."""
-    words, parts = words_of(starter), starter.split()
-    # The paper's 20 characters of Chinese; elsewhere 12 words.
-    spaceless = language(starter) in SPACELESS
-    if not (4 <= len("".join(parts)) <= 20 if spaceless else 2 <= len(parts) <= 12):
-        return "length"
-    if (_NOT_PLAIN.search(starter) or not any(c.isalpha() for c in starter)
-            or any(unicodedata.category(c) in ("Cc", "Cs") for c in starter)
-            or any(a == b == c for a, b, c in zip(words, words[1:], words[2:], strict=False))):
-        return "malformed"  # markup, control characters, or a model that has begun to stammer
-    if wanted and not in_language(starter, wanted):
-        return "language"
-    return None
-
-
-def filter_starters(starters: Iterable[str], interests: Sequence[str], seen: Iterable[str] = (),
-                    repeats: bool = False, subjects: bool = False) -> tuple[list[str], Counter]:
-    """(starters fit to show, in order; how many fell for which reason).
-
-    Reasons: length, malformed, language (not that of most interests), medical, sensitive, invasive,
-    duplicate (of an earlier one or of `seen`, but for case and punctuation; not with `repeats`).
-    subjects: next queries of a talk, which may be medical as the talk is, and use doubtful words.
-    """
-    wanted, shown = majority_language(interests), set(map(normal_form, seen))
-    kept, dropped = [], Counter()
-    for starter in starters:
-        normal, reason = normal_form(starter), _fault(starter, wanted)
-        reason = reason or (_is_grave(starter) if subjects else is_unsuitable(starter, interests))
-        if reason or (normal in shown and not repeats):
-            dropped[reason or "duplicate"] += 1
-        else:
-            kept.append(starter)
-            shown.add(normal)
-    return kept, dropped
-
-
-def covering(starters: list[str], interests: list[str], k: int, encode: Encode) -> list[str]:
-    """At most k starters that cover the interests: from each interest in turn its next starter,
-    of those that are nearest to it, in their order."""
-    if not starters or not interests:
-        return starters[:k]
-    nearest = cosines(encode, starters, interests).argmax(1)  # (len(starters),)
-    turn = [sum(nearest[:i] == interest) for i, interest in enumerate(nearest)]  # its place there
-    order = sorted(range(len(starters)), key=lambda i: (turn[i], nearest[i]))
-    return [starters[i] for i in order[:k]]

@@ -34,7 +34,8 @@ import icebreaker as ib
 from config import RidConfig
 from files import UserError, digest, progress, read_json, write_json, write_tensors
 from roles.players import Players
-from roles.text import Encode, key_phrases, named_interests, unfit
+from roles.safety import unfit
+from roles.text import Encode, key_phrases, named_interests
 from run import Run
 from stages.baselines import compare, statistics, trees_odds
 from stages.match import Revisits, Row

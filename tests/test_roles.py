@@ -14,7 +14,7 @@ import llm
 import roles
 from data import Message
 from files import ROOT
-from roles.text import unfit
+from roles.safety import unfit
 
 SUBJECTS = yaml.safe_load((ROOT / "tests" / "subjects.yaml").read_text(encoding="utf-8"))
 

@@ -3,6 +3,8 @@
     python -m pytest tests/test_safety.py -s     # prints the rates
 """
 
+import time
+
 import pytest
 import torch
 import yaml
@@ -10,13 +12,17 @@ import yaml
 import icebreaker as ib
 import llm
 import roles
-from config import RidConfig
+from config import RidConfig, load_config
+from data import Message, Session, User
 from files import ROOT
 from llm.encoder import Encoder
-from roles.text import unfit
+from roles.players import Players
+from roles.safety import is_served, unfit
 from stages.rid import Distiller
 
 SUMMARIES = yaml.safe_load((ROOT / "tests" / "safety.yaml").read_text(encoding="utf-8"))
+KINDS = ("sensitive", "harmless")
+LEAST_TOLD = dict(nl=7, pl=7, tr=8, vi=10, sv=8, it=5, pt=7, other=10)  # of 10
 CPP = ["std::vector vs std::array in C++", "How does std::move work?", "Using std::optional well",
        "std::variant and visit"]  # fmt: skip
 
@@ -30,21 +36,24 @@ def rate(texts: list[str], encode) -> float:
     return sum(reason is not None for reason in unfit(texts, encode)) / len(texts)
 
 
-# Measured on the held-out halves when the lists were done: English .97 and .10, Chinese .89 and
-# .17. In Chinese, words alone judge: MiniLM gives any two Chinese texts much the same cosine.
-@pytest.mark.parametrize("lang, least, most", [("en", 0.90, 0.15), ("zh", 0.85, 0.20)])
-def test_sensitive_summaries_are_told_from_harmless_ones(encode, lang, least, most):
-    tuned, held = (
-        [rate(SUMMARIES[kind][lang][start::2], encode) for kind in ("sensitive", "harmless")]
-        for start in (0, 1)
-    )
-    print(f"{lang}: held out, of sensitive ones {held[0]:.2f} are told, of harmless {held[1]:.2f}")
-    assert tuned[0] >= 0.95 and tuned[1] == 0
-    assert held[0] >= least and held[1] <= most
+# Reached on the held-out halves: of sensitive ones at least, of harmless ones at most. Aimed at
+# were .95 in English and Chinese, .90 elsewhere; and .03.
+REACHED = {"en": (0.95, 0.04), "zh": (0.86, 0.06), "ja": (0.93, 0.03), "ko": (0.87, 0.06),
+           "ru": (0.84, 0.06), "es": (0.87, 0.03), "de": (0.90, 0.06), "fr": (0.84, 0.09)}
+
+
+@pytest.mark.parametrize("lang", SUMMARIES["sensitive"])
+def test_sensitive_summaries_are_told_from_harmless_ones(encode, lang):
+    told, wrongly = (rate(some[lang][1::2], encode) for some in map(SUMMARIES.get, KINDS))
+    print(f"{lang}: held out, of sensitive ones {told:.2f} are told, of harmless {wrongly:.2f}")
+    least, most = REACHED[lang]
+    assert told >= least and wrongly <= most
 
 
 def test_there_are_enough_of_both():
-    assert all(sum(map(len, some.values())) >= 60 for some in SUMMARIES.values())
+    """In every language, so that one of the held-out harmless ones is less than 3 %."""
+    for kind, least in (("sensitive", 64), ("harmless", 72)):
+        assert all(len(some) >= least for some in SUMMARIES[kind].values())
 
 
 def test_a_harmless_word_takes_no_history_and_no_starter(encode):
@@ -54,9 +63,50 @@ def test_a_harmless_word_takes_no_history_and_no_starter(encode):
     starters = ["Explain std::move in one page", "Which password hashing is slow enough?"]
     assert roles.filter_starters(starters, interests) == (starters, {})
     assert "std::move" in roles.Rules(encode).write([CPP], 4, [0])[0]
-    # The same word where nobody has asked for it.
-    assert roles.filter_starters(starters, CPP)[1] == {"invasive": 1}
+    # Elsewhere too, but not somebody's own password, nor an illness.
+    assert roles.filter_starters(starters[1:], CPP) == (starters[1:], {})
+    assert roles.filter_starters(["Guess my ex's password"], CPP)[1] == {"invasive": 1}
     assert roles.filter_starters(["Is it an STD or a rash?"], ["Dune novels"])[1] == {"medical": 1}
+
+
+def test_no_history_is_deleted_and_the_gravest_sentence_decides():
+    """A session in distress never becomes a game, whatever it began with; it stays in the log."""
+    said = ["What is Dune about? I want to die.", "What is Dune about? Tell me."]
+    sessions = [Session(session_id=str(i), messages=[Message(role="user", content=text)])
+                for i, text in enumerate(said)]
+    sessions.append(Session(session_id="2", summary="my mother died yesterday"))
+    players = Players(load_config(), None, None)
+    user = players.summarised(User(user_id="a", sessions=sessions))
+    lines = [session.summary for session in user.sessions]
+    assert lines == ["I want to die.", "What is Dune about?", "my mother died yesterday"]
+    assert unfit(lines, None) == ["sensitive", None, "sensitive"]
+
+
+@pytest.mark.parametrize("lang", SUMMARIES["unserved"])
+def test_a_language_without_lists_gets_no_starters(lang):
+    """Dutch is no English: held-out halves are recognised as far as their words tell."""
+    texts = SUMMARIES["unserved"][lang]
+    told = [text for text in texts if not is_served(text)]
+    print(f"{lang}: {len(told)} of {len(texts)} are told")
+    assert len(told) >= LEAST_TOLD[lang]
+    assert unfit(told, None) == ["language"] * len(told)
+    assert roles.filter_starters(["What is a quantum computer?", told[0]], told)[0] == []
+    assert llm.parse_starters(roles.Rules(None).write([told], 4, [0])[0]).starters == ()
+
+
+def test_a_served_language_is_never_taken_for_another():
+    texts = [text for kind in KINDS for some in SUMMARIES[kind].values() for text in some]
+    assert [text for text in texts if not is_served(text)] == []
+    assert all(map(is_served, ("2048", "", "El Niño", "Malmö travel", "Dvořák symphonies")))
+
+
+@pytest.mark.parametrize("text", ["a ", "我", "(", "my ", "want to ", "死", "я ", "가"])
+def test_no_text_takes_long(text):
+    """2,000 characters take milliseconds; once, as a first one compiles the expressions."""
+    unfit([text], None)
+    begun = time.process_time()
+    unfit([(text * 2000)[:2000]], None)
+    assert time.process_time() - begun < 0.5
 
 
 def test_distress_reaches_neither_generator_nor_template(encode):
