@@ -9,6 +9,7 @@ the content of the row: these are people's histories. Models see the fields belo
 from __future__ import annotations
 
 import bisect
+import contextlib
 import hashlib
 import itertools
 import json
@@ -23,6 +24,7 @@ from typing import Annotated, BinaryIO, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
+from pydantic.functional_validators import WrapValidator
 from pydantic_core import ValidationError
 
 from files import UserError, atomic_path
@@ -66,7 +68,7 @@ Slot = Annotated[int, Field(ge=0)]  # place in a shown list, from 0
 
 
 # Strict: 1.0 is no index and "true" no number, and a log that has them is broken.
-class Record(BaseModel, frozen=True, extra="ignore", strict=True):
+class Record(BaseModel, frozen=True, extra="ignore", strict=True, allow_inf_nan=False):
     @model_validator(mode="before")
     @classmethod
     def _count_extra(cls, value, info):
@@ -158,6 +160,16 @@ def _told(value):
     return {key: v for key, v in value.items() if v is not None} if told else value
 
 
+def wanted(said: str) -> WrapValidator:
+    """One fault for a value that may be of several types, not one for each type."""
+    def check(value, inner):
+        with contextlib.suppress(ValidationError):
+            return inner(value)
+        raise ValueError(f"wants {said}")
+
+    return WrapValidator(check)
+
+
 class Product(Record):
     """A row of a shop's catalogue; product_id and categories are taken for id and category."""
 
@@ -170,17 +182,20 @@ class Product(Record):
     price: Annotated[float, Field(ge=0)] | None = None
     currency: Name | None = None
     # A unit ends the name: {"battery_mah": 5000, "waterproof": true, "material": "steel"}.
-    attributes: Annotated[dict[Name, bool | int | float | Text | list[Text]],
-                          BeforeValidator(_told)] = {}
-    stock: Annotated[int, Field(ge=0)] | bool | None = None  # None: not told
+    attributes: Annotated[dict[Name, Annotated[
+        bool | int | float | Text | list[Text],
+        wanted("a number, a text, true or false, or a list of texts"),
+    ]], BeforeValidator(_told)] = {}
+    stock: Annotated[Slot | bool | None, wanted("a number from 0 on, true, false or null")] = None
     description: Text | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _other_names(cls, value):
-        names = {"product_id": "id", "categories": "category"}
-        if not isinstance(value, dict) or any(name in value for name in names.values()):
+        if not isinstance(value, dict):
             return value
+        others = {"product_id": "id", "categories": "category"}
+        names = {other: name for other, name in others.items() if name not in value}
         return {names.get(key, key): v for key, v in value.items()}
 
     @property
@@ -321,11 +336,15 @@ def _read(path: str | Path, record: type[Record]) -> list:
     faults.refuse()
     if not rows:
         raise DataError(f"{path}:1: line: the file holds no rows")
+    _tell(path, extra)
+    return rows
+
+
+def _tell(path: str | Path, extra: Counter) -> None:
     if extra:  # names of keys only, on stderr: stdout is for figures
         keys = [f"{name} ({count} times)" for name, count in extra.most_common(20)]
         keys += [f"{len(extra) - 20} more"] * (len(extra) > 20)
         print(f"{path}: ignored keys: {', '.join(keys)}", file=sys.stderr)
-    return rows
 
 
 def read_users(path: str | Path) -> list[User]:
@@ -363,15 +382,22 @@ def read_quality_cases(path: str | Path) -> list[QualityCase]:
 def read_policies(path: str | Path) -> list[Policy]:
     """A shop's policies from YAML; raises DataError with the line of every fault.
 
-    {section: {name: text}}, or {text, keywords: [..]} in place of a text.
+    {section: {name: text}}, or {text, keywords: [..]} in place of a text; no aliases.
     """
     # Nodes, not values: they know their lines, and YAML takes `no` or `14` for no text.
-    rows, faults = [], Faults()
+    rows, faults, extra = [], Faults(), Counter()
     try:
-        with open(path, encoding="utf-8") as file:
-            root = yaml.compose(file, yaml.SafeLoader)
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8
-        raise DataError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+        text = Path(path).read_bytes().decode()
+        root = yaml.compose(text, yaml.SafeLoader)
+        for token in yaml.scan(text):  # behind it, as it takes long where all is nested deeply
+            if isinstance(token, yaml.AliasToken):  # copies of copies fill any memory
+                raise yaml.MarkedYAMLError(
+                    problem="an alias; write out what it is", problem_mark=token.start_mark)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}:{line}: line: not UTF-8") from None
     except (yaml.YAMLError, RecursionError) as error:
         line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
         reason = getattr(error, "problem", None) or "not readable"
@@ -381,11 +407,12 @@ def read_policies(path: str | Path) -> list[Policy]:
             place = f"{path}:{entry.start_mark.line + 1}"
             fields = {"section": section.value, "name": name.value} | _fields(entry)
             try:
-                rows.append(Policy.model_validate(fields))
+                rows.append(Policy.model_validate(fields, context=extra))
             except ValueError as error:
                 where = label(f"{section.value}.{name.value}")
                 faults.add(f"{place}: {where}", error)
     faults.refuse()  # a mapping has an entry, so there are rows or faults
+    _tell(path, extra)
     return rows
 
 

@@ -1,6 +1,7 @@
 """The simulated shop: its benchmark's proportions and rules; catalogue and policy files."""
 
 import json
+import math
 import re
 import sys
 from collections import Counter
@@ -40,13 +41,18 @@ def write(path, rows):
     ({"id": ""}, "id"), ({"name": None}, "name"), ({"category": []}, "category"),
     ({"price": -1}, "price"), ({"price": "9"}, "price"), ({"stock": -1}, "stock"),
     ({"attributes": {"a": {"b": 1}}}, "attributes.a"), ({"attributes": [1]}, "attributes"),
-    ({"id": "p0"}, "id"),
+    ({"id": "p0"}, "id"), ({"attributes": {"sizes": [1, {}]}}, "attributes.sizes"),
+    ({"stock": "many"}, "stock"), ({"stock": 1.5}, "stock"),
+    ({"price": math.inf}, "price"), ({"attributes": {"a": math.inf}}, "attributes.a"),
 ])  # fmt: skip
 def test_a_malformed_product_is_refused_by_its_line_and_field(tmp_path, changes, field):
+    """One fault for one value, whatever types it may be of."""
     path = write(tmp_path / "c.jsonl", [product(0), product(1) | changes])
+    path.write_text(path.read_text().replace("Infinity", "1e999"))  # which is JSON, and no number
     with pytest.raises(data.DataError) as caught:
         data.read_catalogue(path)
-    assert str(caught.value).splitlines()[0].startswith(f"{path}:2: {field}")
+    [fault] = str(caught.value).splitlines()
+    assert fault.startswith(f"{path}:2: {field}: ")
 
 
 def test_a_product_reads_back_equal_and_without_what_is_not_told(tmp_path):
@@ -59,10 +65,12 @@ def test_a_product_reads_back_equal_and_without_what_is_not_told(tmp_path):
 
 def test_other_shops_names_of_fields_are_read(tmp_path, capsys):
     row = product() | {"product_id": "7", "categories": ["Tables", "Bar"], "rating": 3}
-    del row["id"], row["category"]
-    [one] = data.read_catalogue(write(tmp_path / "a.jsonl", [row]))
-    assert one.id == "7" and one.category == ["Tables", "Bar"]
-    assert "product.rating (1 times)" in capsys.readouterr().err
+    for own in (["id", "category"], ["id"], ["category"]):
+        some = {key: value for key, value in row.items() if key not in own}
+        [one] = data.read_catalogue(write(tmp_path / "a.jsonl", [some]))
+        assert one.id == ("7" if "id" in own else "p1")
+        assert one.category == (["Tables", "Bar"] if "category" in own else ["kettles"])
+        assert "product.rating (1 times)" in capsys.readouterr().err
 
 
 def test_stock_decides_what_is_sold():
@@ -74,6 +82,8 @@ POLICIES = [
     ("", "1: file"), ("a: [", "1: line: not YAML"), ("- 1", "1: file"),
     ("a:\n  b: c\n  b: d", "2: a"), ("a:\n  b:\n    keywords: [x]", "3: a.b: text"),
     ("a:\n  b: c\n  d: ''", "3: a.d: text"), ("a:\n  b: [1]", "2: a.b: text"), ("a: b", "1: a"),
+    ("a: &a\n  b: c\nd: *a", "3: line: not YAML (an alias"),
+    ("a: !!python/object/apply:os.getcwd []", "1: a"),
 ]  # fmt: skip
 
 
@@ -84,6 +94,21 @@ def test_a_malformed_policy_is_refused_by_its_line_and_field(tmp_path, text, fau
         data.read_policies(tmp_path / "p.yaml")
 
 
+def test_a_policy_file_of_copies_of_copies_costs_nothing(tmp_path):
+    """30 kB that would be 1.2 billion keywords."""
+    lines = ["a: &a", f"  p: &p {{text: x, keywords: [{', '.join(['k'] * 2000)}]}}",
+             *(f"  p{i}: *p" for i in range(2000)), *(f"a{i}: *a" for i in range(300))]
+    (tmp_path / "p.yaml").write_text("\n".join(lines))
+    with pytest.raises(data.DataError, match=r"p.yaml:3: line: not YAML \(an alias"):
+        data.read_policies(tmp_path / "p.yaml")
+
+
+def test_a_key_that_no_policy_has_is_told(tmp_path, capsys):
+    (tmp_path / "p.yaml").write_text("a:\n  b: {text: c, keyword: [d]}")
+    assert data.read_policies(tmp_path / "p.yaml")[0].keywords == []
+    assert "p.yaml: ignored keys: policy.keyword (1 times)" in capsys.readouterr().err
+
+
 def test_policies_keep_their_words(tmp_path):
     (tmp_path / "p.yaml").write_text("returns:\n  days: 14\n  fee: {text: no, keywords: [off, 2]}")
     days, fee = data.read_policies(tmp_path / "p.yaml")
@@ -91,12 +116,15 @@ def test_policies_keep_their_words(tmp_path):
     assert (fee.text, fee.keywords) == ("no", ["off", "2"])
 
 
-@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"])
-def test_policies_that_cannot_be_read_are_one_line(tmp_path, content):
+@pytest.mark.parametrize("content, place", [
+    (None, ""), (b"\xff\xfe\x00", ":1: line"), (b"a:\n  b: caf\xe9\n", ":2: line"),
+])
+def test_policies_that_cannot_be_read_are_one_line(tmp_path, content, place):
     if content:
         (tmp_path / "p.yaml").write_bytes(content)
-    with pytest.raises(data.DataError):
+    with pytest.raises(data.DataError, match=f"p.yaml{place}: ") as caught:
         data.read_policies(tmp_path / "p.yaml")
+    assert "\n" not in str(caught.value)
 
 
 # -------------------------------------------------------------------------------------- benchmark
