@@ -42,6 +42,8 @@ def encode_conversation(
     turns: (role, text), at least one of the user; room: tokens of all turns. What does not fit is
     left out from the front by whole turns; of the last exchange, which stays, the ends are.
     """
+    if room < 2:  # of a query and an answer; else all conversations would read alike
+        raise UserError("generator.max_prompt_tokens: no room for a conversation; raise it")
     head, tail = user_turn(tokenizer, begin, end)
     lines = [encode_text(tokenizer, f"\n{who.capitalize()}: {plain(text)}") for who, text in turns]
     last = max(i for i, (role, _) in enumerate(turns) if role == "user")

@@ -296,6 +296,9 @@ def test_a_long_conversation_is_cut_from_the_front(model_folder, tmp_path):
     text = suggester.tokenizer.decode(ids)
     assert len(ids) <= 90 and cut > 30
     assert "number38" in text and "number39" in text and "number0 " not in text
+    tight = small(tmp_path, model_folder, "generator.max_prompt_tokens=10")
+    with pytest.raises(UserError, match="max_prompt_tokens: no room for a conversation"):
+        train.run_stages(tight, ["dialogues"])  # before anything is trained
     # One exchange beyond the limit: its ends are cut, the query keeps half of the room.
     ids, cut = suggester.prompt_and_cut(context("tea " * 300, "maps " * 300).turns)
     text = suggester.tokenizer.decode(ids)
