@@ -104,6 +104,7 @@ async def refuse(request: Request, error: RequestValidationError) -> JSONRespons
               for fault in error.errors()[:20]]  # of a body with thousands of faults
     if request.url.path in openwebui.PATHS:
         place = ".".join(map(str, faults[0]["loc"][1:]))
+        place = "body" if place[:1] in "0123456789" else place  # no JSON, from a character on
         return refusal(request.url.path, HTTPException(400, f"{place}: {faults[0]['msg']}"))
     return JSONResponse({"detail": faults}, 422)
 

@@ -4,9 +4,9 @@
 
 Open WebUI sends a task as one message: what to do, the JSON to answer with, then the conversation
 between <chat_history> tags, a line `USER: ...` or `ASSISTANT: ...` a message. The task is told by
-the key of that JSON, looked for before the conversation alone, so that no text of a user chooses
-it, and so that a template in other words or another language is understood too. A message that
-has such a line itself is read as several: it is the user's own conversation.
+the key of that JSON, looked for before and behind the conversation, so that no text of a user
+chooses it, and so that a template in other words or another language is understood too. A message
+that has such a line itself is read as several: it is the user's own conversation.
 
 Nothing is kept of these requests: they name no user whose data could be deleted later. What Open
 WebUI caches for everybody, the list of models, is a constant.
@@ -37,7 +37,7 @@ SPEAKER = re.compile(r"^(USER|ASSISTANT|SYSTEM|TOOL): ?", re.MULTILINE)
 
 class Part(BaseModel):
     type: str
-    text: str = ""
+    text: str | None = ""
 
 
 class ChatMessage(BaseModel):
@@ -47,7 +47,7 @@ class ChatMessage(BaseModel):
     @property
     def text(self) -> str:
         if isinstance(self.content, list):
-            return "\n".join(part.text for part in self.content if part.type == "text")
+            return "\n".join(part.text or "" for part in self.content if part.type == "text")
         return self.content or ""
 
 
@@ -55,7 +55,7 @@ class ChatMessage(BaseModel):
 class ChatBody(BaseModel):
     model: str = Field(max_length=200)
     messages: list[ChatMessage] = Field(min_length=1, max_length=1000)
-    stream: bool = False
+    stream: bool | None = False  # null: as where it is left out
 
 
 class ChatFault(BaseModel):
@@ -66,18 +66,18 @@ def read_task(prompt: str) -> tuple[str | None, list[data.Turn]]:
     """(key of the JSON that a task prompt asks for, None if it is none of ours; its turns)."""
     task, _, rest = prompt.partition("<chat_history>")
     # The last tag ends it: a message may hold one.
-    history, closed, _ = rest.rpartition("</chat_history>")
+    history, closed, behind = rest.rpartition("</chat_history>")
     parts = SPEAKER.split(history if closed else rest)[1:][-2 * MOST_TURNS :]
     # Role, text, role, text, ...
     pairs = zip(parts[::2], map(data.one_line, parts[1::2]), strict=True)
     turns = [data.Turn(role=role.lower(), content=text) for role, text in pairs
              if text and role in ("USER", "ASSISTANT")]
     # The first key: examples of an answer follow it.
-    found = TASK.search(task)
-    return found and found[1], turns
+    found = TASK.search(task) or (closed and TASK.search(behind))
+    return found[1] if found else None, turns
 
 
-def completion(content: dict, request_id: str, stream: bool) -> Response:
+def completion(content: dict, request_id: str, stream: bool | None) -> Response:
     """A reply that says this JSON; stream: in one piece, as it is whole when it is sent."""
     text = json.dumps(content, ensure_ascii=False)
     head = {"id": f"chatcmpl-{request_id}", "created": int(time.time()), "model": MODEL}

@@ -349,6 +349,31 @@ def test_anything_else_is_one_error_in_the_shape_of_openai(server, body, status)
     assert not server.engine.asked
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"[", b"null", b'{"messages": nul}'])
+def test_what_is_no_body_is_said_of_the_body(server, content):
+    reply = server.client.post("/v1/chat/completions", content=content,
+                               headers={"Content-Type": "application/json"})
+    assert reply.status_code == 400 and reply.json()["error"]["message"].startswith("body: ")
+
+
+def test_the_answers_form_may_stand_behind_the_conversation(server):
+    asked = f"Suggest what to ask.\n<chat_history>\n{TALK}\n</chat_history>\nAs {{ \"%s\": [] }}"
+    bodies = [{"model": openwebui.MODEL, "messages": [{"role": "user", "content": asked % key}]}
+              for key in ("follow_ups", "tags", "queries")]
+    assert len(content(chat(server, **bodies[0]))["follow_ups"]) == 3
+    assert content(chat(server, **bodies[1])) == {"tags": []}
+    chat(server, 400, **bodies[2])
+    open_end = bodies[0]["messages"][0]["content"].replace("</chat_history>", "")
+    chat(server, 400, **{**bodies[0], "messages": [{"role": "user", "content": open_end}]})
+
+
+def test_nulls_where_openai_allows_them_are_as_what_is_left_out(server):
+    parts = [{"type": "text", "text": prompt()}, {"type": "image_url", "text": None}]
+    body = follow_up(stream=None, temperature=None, max_tokens=None)
+    body["messages"] = [{"role": "user", "content": parts}]
+    assert content(chat(server, **body)) == content(chat(server, **follow_up()))
+
+
 def test_errors_before_a_route_have_that_shape_too(server, tmp_path, monkeypatch):
     reply = server.client.get("/v1/chat/completions")
     assert reply.status_code == 405 and reply.json()["error"]["message"] == "Method Not Allowed"
