@@ -5,8 +5,7 @@ words on the command line override the file:
 
     python train.py --stage dpo --config configs/smollm2.yaml dpo.beta=0.2
 
-What is unknown is refused with the nearest valid name, a wrong value with the file or word it came
-from.
+What is unknown is refused with the nearest valid name, a wrong value with its file or word.
 """
 
 from __future__ import annotations
@@ -121,8 +120,7 @@ class RidConfig(Section):
     activity_groups: Count = 3
     min_keep: Count = 3  # with fewer, five starters say the same thing again
     max_keep: Count = 6
-    # Trigger interests nearer than this collapse to the latest.
-    duplicate_cosine: Annotated[float, Field(gt=0, le=1)] = 0.9
+    duplicate_cosine: Annotated[float, Field(gt=0, le=1)] = 0.9  # nearer: only the latest is kept
 
 
 class RankerConfig(Section):
@@ -150,8 +148,7 @@ class GeneratorConfig(Section):
     lora_rank: Count = 16
     lora_alpha: Count = 32
     instruction: Annotated[str, Field(pattern=r"\{n\}")] = (
-        "Suggest {n} conversation starters about these interests."
-    )
+        "Suggest {n} conversation starters about these interests.")
     # The same at length, for the methods without training; `{interests}`: where they are to stand,
     # else behind it. Empty: as prompts.yaml has it.
     prompting: Annotated[str, Field(pattern=r"^$|\{n\}")] = ""
@@ -300,10 +297,8 @@ class ServeConfig(Section):  # serve.py
     batch: Count = 32  # requests decoded together
     queue: Count = 64  # requests that wait; the next one is refused with 429
     timeout: Positive = 30.0  # seconds of a request
-    # A starter that was shown is not shown again for so long.
-    repeat_days: Annotated[float, Field(ge=0)] = 7.0
-    # Methods that users are split over.
-    arms: list[Literal["PE", "SFT", "IceBreaker"]] = Field(["IceBreaker"], min_length=1)
+    repeat_days: NotNegative = 7.0  # a starter that was shown is not shown again for so long
+    arms: list[Literal["PE", "SFT", "IceBreaker"]] = Field(["IceBreaker"], min_length=1)  # by user
     max_sessions: Count = 500  # kept of a user, and taken in one request
 
 
@@ -373,6 +368,11 @@ class _Loader(yaml.SafeLoader):
     """Reads every scalar as text: the fields know the types, and YAML takes `on` for true."""
 
     yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}  # <<: *anchor
+
+    def construct_mapping(self, node, deep=False):
+        if len({str(key.value) for key, _ in node.value}) < len(node.value):  # YAML drops the first
+            raise yaml.MarkedYAMLError(problem="a name stands twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def load_config(path: str | Path | None = None, words: list[str] = ()) -> Config:

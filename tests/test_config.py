@@ -333,6 +333,13 @@ def test_a_value_that_cannot_work_is_refused_at_its_field(word, reason):
         load_config(None, [word])
 
 
+@pytest.mark.parametrize("text", ["rl: {group: 4}\nrl: {steps: 3}", "rl:\n  steps: 3\n  steps: 4"])
+def test_a_file_that_says_a_name_twice_is_refused(text, tmp_path):
+    (tmp_path / "twice.yaml").write_text(text)  # YAML would forget the first without a word
+    with pytest.raises(UserError, match="twice.yaml: .*a name stands twice.*line [12]"):
+        load_config(tmp_path / "twice.yaml")
+
+
 @pytest.mark.parametrize("word, methods", [
     ("data.users=x", "icebreaker"), ("data.feedback=x", "icebreaker"),
     ("generator.endpoint=x", "icebreaker"), ("data.dialogues=x", "garm or qualeqs"),
