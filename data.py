@@ -380,7 +380,7 @@ def read_quality_cases(path: str | Path) -> list[QualityCase]:
 def read_policies(path: str | Path) -> list[Policy]:
     """A shop's policies from YAML; raises DataError with the line of every fault.
 
-    {section: {name: text}}, or {text, keywords: [..]} in place of a text.
+    {section: {name: text}}, or {text, keywords: [..]} in place of a text; no aliases.
     """
     # Nodes, not values: they know their lines, and YAML takes `no` or `14` for no text.
     rows, faults, extra = [], Faults(), Counter()

@@ -231,7 +231,8 @@ def refuse_changes(config: Config, named: list[str]) -> None:
         now = json.loads(json.dumps(stage_inputs(run, name))) if before else {}
         changed = [key for key in before | now if now.get(key, "") != before.get(key, "")]
         begun = changed and not run.folder.has_run(name)
-        if not changed or (name in named and not begun):
+        # Of `world` begun alone nothing is trained: a file that it has refused may be mended.
+        if not changed or (begun and name == "world") or (name in named and not begun):
             continue
         key = changed[0]
         then, said = (json.dumps(settings.get(key, "")) for settings in (before, now))

@@ -1,6 +1,7 @@
 """A run folder under faults, without models: damage, kills, changed settings, NaN, full disks, long
 lines. `python -m benchmarks.faults` breaks whole runs."""
 
+import contextlib
 import errno
 import json
 import os
@@ -174,6 +175,20 @@ def test_other_content_of_the_same_file_is_a_change(tmp_path):
     users.write_text('{"user_id": "b", "sessions": []}\n')
     with pytest.raises(UserError, match="data.users, the content"):
         train.refuse_changes(of(tmp_path, f"data.users={users}"), [])
+
+
+def test_a_file_that_was_refused_may_be_mended(tmp_path):
+    users = tmp_path / "users.jsonl"
+    config = of(tmp_path, f"data.users={users}")
+    for text in ('{"user_id": 3}\n', '{"user_id": "a"}\n', '{"user_id": "a", "sessions": []}\n'):
+        users.write_text(text)
+        train.refuse_changes(config, [])
+        fault = pytest.raises(UserError, match="users.jsonl:1: ")
+        with fault if "[]" not in text else contextlib.nullcontext():
+            train.run_stages(config, ["world"])
+    users.write_text('{"user_id": "b", "sessions": []}\n')
+    with pytest.raises(UserError, match="data.users, the content"):  # as it was read to the end
+        train.refuse_changes(config, [])
 
 
 def test_stages_that_the_settings_do_not_describe_are_withdrawn(tmp_path, monkeypatch):
