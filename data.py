@@ -490,7 +490,10 @@ _NOT_JAPANESE = re.compile("[吗呢们这么怎没给让说讲读谁哪你您她
 # Words that tell languages of Latin script apart, and endings of words; none is an English one.
 _WORDS = {
     "en": "the of and to in is are was how what which why where when who for with on an my do does "
-          "can should about from at that this i me it not be or by as vs your their more best",
+          "can should about from at that this i me it not be or by as vs your their more best "
+          "around behind between without into over after before through like something other "
+          "another some any each every two three first new make makes take takes need know find "
+          "learn than then these those them they we our had been would could while there",
     "es": "el los las del un una unos cómo como qué que por para con es mi mis y dónde cuál "
           "cuáles hacer sobre mejor mejores más de la en al hay puedo quiero ¿ ¡ receta recetas "
           "viaje historia aprender libros años -ción -ciones -miento -dad -ía -ías -ado -ismo -ño "

@@ -129,7 +129,8 @@ class Front:
             wanted = {"WWW-Authenticate": 'Basic realm="IceBreaker, key as password"'}
             raise HTTPException(401, "the server's key is needed: Authorization: Bearer", wanted)
         # Without a key: asked on this machine, by a name of it, and not passed on by a proxy.
-        proxied = b"x-forwarded-for" in headers or b"forwarded" in headers
+        proxied = any(name in (b"forwarded", b"via", b"x-real-ip")
+                      or name.startswith(b"x-forwarded-") for name in headers)
         here = self.local and not proxied and is_loopback((scope.get("server") or [""])[0])
         if not self.key and not (here and is_loopback(_name_of(host))):
             raise HTTPException(403, "Host: use 127.0.0.1 or localhost, or set a key")

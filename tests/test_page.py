@@ -460,7 +460,7 @@ def test_each_starter_has_one_reason_that_holds(page, server):
     server.interests = [i | {"text": None} for i in server.interests[:4]]  # it names none
     reload(page, server)
     expect(reasons.nth(0)).to_have_text(
-        "Because of your past subjects together; it names none of them")
+        "Because of your past subjects together; no single one of them")
     server.interests = [i | {"kept": False} for i in server.interests]  # nothing fit
     reload(page, server)
     expect(reasons.nth(0)).to_have_text(

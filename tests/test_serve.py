@@ -915,6 +915,9 @@ def test_another_address_without_a_key_is_refused_at_start(tmp_path, monkeypatch
     ({"Sec-Fetch-Site": "same-origin"}, 200),
     ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}, 200),  # a link to the page
     ({"X-Forwarded-For": "10.0.0.1"}, 403),
+    ({"X-Forwarded-Host": "a.example"}, 403),
+    ({"X-Real-IP": "10.0.0.1"}, 403),
+    ({"Via": "1.1 Caddy"}, 403),
 ])  # fmt: skip
 def test_no_other_site_may_use_a_server_on_this_machine(tmp_path, headers, status, monkeypatch):
     monkeypatch.delenv("ICEBREAKER_KEY", raising=False)

@@ -178,8 +178,8 @@ function because({ interest }, chinese) {
     return chinese ? `因为你问过“${interest}”` : `Because you asked about “${interest}”`;
   }
   if (state.interests.some(({ kept }) => kept)) {
-    return chinese ? "因为你以往的话题；它没有点名其中哪一个"
-      : "Because of your past subjects together; it names none of them";
+    return chinese ? "因为你以往的话题；不单指其中哪一个"
+      : "Because of your past subjects together; no single one of them";
   }
   return chinese ? "因为还没有可提起的历史；它在其他人中受欢迎"
     : "Because there is no history to bring up yet, and it is popular with others";
