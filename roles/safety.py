@@ -67,7 +67,7 @@ def is_served(text: str) -> bool:
         return not first
     hits = sum(word.islower() and bool(_unserved().fullmatch(word)) for word in words)
     told = sum(any(word in LATIN.get(name, ()) for name in _served()) for word in words)
-    return hits <= told or hits * 3 < len(words) or len(words) < 3
+    return hits <= told or hits * 5 < len(words) or len(words) < 3
 
 
 @functools.cache
