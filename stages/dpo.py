@@ -98,9 +98,10 @@ def train_round(run: Run, players: Players, number: int | str, model, adapter: P
                 keep: bool = True) -> tuple[dict, list[dict]]:
     """Sample, search, mine and align, in place; returns figures and the pairs that were mined.
 
-    model: the policy saved in `adapter`; states: whom it writes for; others: users on whom the best
-    checkpoint is chosen; earlier: pairs that join the new ones; keep: what was sampled may stay in
-    a file.
+    number: of the round, or the name of one on a server's taps (serving/feedback.py); model: the
+    policy saved in `adapter`; states: whom it writes for; others: users on whom the best checkpoint
+    is chosen; earlier: pairs that join the new ones, {interests, chosen, rejected: {why: list}}
+    each; keep: what was sampled may stay in a file.
     """
     label, writer = f"round {number}", players.writer
     written = sample(run, writer, number, model, adapter, states, keep)  # dpo.samples lists a user
@@ -109,6 +110,7 @@ def train_round(run: Run, players: Players, number: int | str, model, adapter: P
     # A weak policy alone would have a pool of its own mistakes.
     lists = [policy + teacher for policy, teacher in zip(sampled, taught, strict=True)]
     searched = search(run, ranker, share(states), share(lists))  # Algorithm 1
+    # Of `written`, unlike `sampled`, a list that may not be shown whole is rejected for that.
     mined, counts = mine(run, searched, share(written))  # Eq. (8)
     pairs = [pair for pair in gather(mined) if pair]  # of all processes, in the order of users
     if not earlier + pairs:
