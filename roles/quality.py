@@ -244,6 +244,9 @@ class Rules:
         about = named if named.categories or named.products else subject.mention
         among = self._among(text, named, subject)
         bounds, rest = self._bounds(text)
+        # "Shelf 60x30 cm" is a name, and asks for no size.
+        called = {b for i in named.products for b in self._bounds(catalogue.products[i].name)[0]}
+        bounds = [bound for bound in bounds if bound not in called]
         if self.other_money.search(rest):
             return Verdict(1, 0, 1, reason="another currency")
         if self._other_goods(text, named):

@@ -29,7 +29,7 @@ from scipy import stats
 import data
 import garm
 from config import load_config
-from files import ROOT, UserError, file_digest, script
+from files import ROOT, UserError, file_digest, script, write_json
 from roles.players import players_of
 from roles.quality import Rules
 from roles.suggester import Suggester
@@ -219,6 +219,10 @@ def write_catalogue(folder: Path, n: int, marks: Path | None, out: Path) -> None
             "is, and what true, false and open mean, tables/facts.py says; brackets are Wilson's "
             "95 % intervals.\n\n")
     text = page(head, rows, checked, marked)
+    values = [{"number": row["number"], "text": digest_of(row["text"]), "shown": row["shown"],
+               "check": one.verdict, "reader": mark or None}
+              for row, one, mark in zip(rows, checked, marked or [""] * n, strict=True)]
+    write_json(out.parent / "values" / f"{out.stem}.json", values)
     write_pages(out.parent, {out.name: text})
     print(f"{text}\n{out}; to be marked: {run.folder.path / 'catalogue.jsonl'}")
 

@@ -27,7 +27,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,6 +64,7 @@ class Word(NamedTuple):
     form: str  # folded and singular
     raw: str
     first: bool  # of its sentence
+    end: int  # in the text
 
 
 def fold(text: str) -> str:
@@ -89,8 +90,8 @@ def words_of(text: str) -> list[Word]:
         # There a capital tells nothing.
         first = not result or bool(re.search(r"[.?!:]", text[end : match.start()]))
         bare = re.sub("['’]s$|(?<=[A-Z]{2})s$", "", match[0])  # children's, TVs
-        result.append(Word(singular(fold(bare)), bare, first))
         end = match.end()
+        result.append(Word(singular(fold(bare)), bare, first, end))
     return result
 
 
@@ -122,7 +123,7 @@ class Facts:
             for name, value in row.attributes.items():
                 if value is True:  # a False tells what a row lacks
                     self.values[forms(name.replace("_", " "))].add(i)
-                for word in forms(name.replace("_", " ")):
+                for word in {*forms(name.replace("_", " "))} - {*_lists()["units"]}:
                     self.told[word].add(i)
             for word in forms(" ".join([row.name, row.description or "", row.brand or "",
                                         *row.category, *map(str, row.attributes.values())])):
@@ -189,7 +190,7 @@ class Facts:
 
     def claims(self, text: str) -> list[Claim]:
         """All claims in the order of KINDS, each once."""
-        numbers, rest = self._numbers(text)
+        numbers, rest = self._numbers(self._without_numbers_of_names(text))
         words, found, used = words_of(rest), [], set()
         # The longest first: a bar stool before a stool.
         for n in range(min(MOST, len(words)), 0, -1):
@@ -200,9 +201,9 @@ class Facts:
                     found.append((i, claim))
                     used |= {*span}
         found = self._parts(sorted(found, key=lambda pair: pair[0]), words)
-        for number, noun in pairwise(words):
+        for i, (number, noun) in enumerate(pairwise(words)):
             # "9 drawers" is more than that it has drawers.
-            if number.form.isdigit() and noun.form not in _lists()["empty"]:
+            if number.form.isdigit() and i not in used and noun.form not in _lists()["empty"]:
                 said = f"{number.form} {noun.form}"
                 found.append(Claim("feature", said, frozenset(self.text.get(said, ())) or None))
         # Else the words are about anything: "Who is the president?"
@@ -210,6 +211,18 @@ class Facts:
         found += self._words([w for i, w in enumerate(words) if i not in used], bool(about))
         claims = dict.fromkeys([*found, *numbers])
         return sorted(claims, key=lambda claim: KINDS.index(claim.kind))
+
+    def _without_numbers_of_names(self, text: str) -> str:
+        """"Shelf 60x30 cm" of which the catalogue has the name: nothing is claimed of its size."""
+        words = words_of(text)
+        for i, j in combinations(range(len(words) + 1), 2):
+            said = tuple(word.form for word in words[i:j])
+            if said in self.names and any(map(str.isdigit, said)):
+                start = words[i].end - len(words[i].raw)
+                # The name stays, as words that no unit is beside.
+                name = re.sub(r"(?<=\d)(?=\s*[^\W\d])", " ,", text[start : words[j - 1].end])
+                return text[:start] + name + text[words[j - 1].end :]
+        return text
 
     def _parts(self, found: list[tuple[int, Claim]], words: list[Word]) -> list[Claim]:
         """Of several kinds the first is what is spoken of; what it has is a feature."""
@@ -237,8 +250,8 @@ class Facts:
         """Claims of single words."""
         lists = _lists()
         for word in words:
-            if word.form in lists["empty"] or word.form.isdigit() or word.form in self.policies:
-                continue
+            if word.form in lists["empty"] | self.policies or not word.form[1:].isalpha():
+                continue  # the last: numbers, and the x of 60x30
             # In capitals also where a sentence begins: that is how names are written.
             name = word.raw[0].isupper() and (not word.first or word.raw[1:].isupper())
             if word.form in self.told or word.form in lists["asked"]:

@@ -9,6 +9,7 @@ import data
 import garm
 from config import load_config
 from files import ROOT, UserError
+from roles import quality
 from run import RunFolder
 from tables import catalogue
 from tables.facts import Facts
@@ -75,6 +76,19 @@ def test_the_check_shares_nothing_with_the_judge():
     assert "data" in imported and not {m for m in imported if m.split(".")[0] == "roles"}
 
 
+def test_a_number_in_a_name_claims_no_size():
+    shelf = data.Product(id="s", name="Shelf 60 x 30 cm", category=["Shelves"], price=20,
+                         currency="SEK", attributes={"depth_cm": 25.0})
+    facts = Facts([shelf])
+    checked = facts.check("Show me the Shelf 60 x 30 cm under 50 SEK")
+    assert (checked.verdict, [c.kind for c in checked.claims]) == ("true", ["product", "price"])
+    assert facts.check("Which shelves are 30 cm deep?").verdict == "false"
+    judge = quality.Rules([shelf], [])
+    [verdicts] = judge.quality([(talk("hi"), ["Is the Shelf 60 x 30 cm under 50 SEK?",
+                                              "Shelves of 30 cm"])])
+    assert [v.factual for v in verdicts] == [1, 0]
+
+
 def test_a_shop_without_descriptions_has_its_categories(facts):
     bare = Facts([p.model_copy(update={"description": None}) for p in PRODUCTS])
     assert bare.check("Which chairs are under 20 SAR?").verdict == "true"
@@ -136,6 +150,9 @@ def test_the_page_has_shares_of_false_facts_and_a_readers_agreement(folder, tmp_
     text = out.read_text("utf-8")
     assert "| a reader, as the policy writes | 6 | 6 | 3 | 1 | 0.60 [" in text
     assert "| the same of four | 0.83 [" in text and "| false or not | 0.83 [" in text
+    values = json.loads((tmp_path / "out" / "values" / "catalogue.json").read_text())
+    assert [v["check"] for v in values] == ["true", "false", "open"] * 2
+    assert {*values[0]} == {"number", "text", "shown", "check", "reader"}  # no product's text
     assert "| 0.67 |" in text  # kappa by hand: (5/6 - 1/2) / (1 - 1/2)
 
 
