@@ -617,6 +617,7 @@ def test_forget_me_clears_the_page(page):
     for part in ("#starters", "#interests", "#columns", "#chat"):
         expect(page.locator(part)).to_be_empty()
     expect(page.locator("#status")).to_have_text("Choose a person to see starters.")
+    expect(page.locator("#reasons")).to_be_hidden()
     expect(page.get_by_label("Past sessions")).to_have_value("")
     expect(page.locator("#refresh")).to_be_disabled()
 

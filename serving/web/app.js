@@ -124,6 +124,7 @@ function choosePerson(user, name = "", profile = null) {
   $("say").value = "";
   $("refresh").disabled = !user; // a newcomer has the same popular ones again
   $("compare").disabled = !name;
+  $("reasons").hidden = !name; // of nobody there is nothing to tell
 }
 
 async function showStarters(refresh = false) {
@@ -382,7 +383,7 @@ const offerToForget = () => ($("pasted").hidden = !localStorage.getItem("user"))
 // ---- next queries, where the run has no starters ----
 
 function converseInstead() {
-  for (const id of ["person", "reasons", "others"]) $(id).hidden = true;
+  for (const id of ["person", "others"]) $(id).hidden = true;
   document.querySelector("main").className = "alone";
   $("over").hidden = false;
   $("say").placeholder = "Say something";
