@@ -123,6 +123,20 @@ def test_what_names_no_interest_is_dropped_where_enough_others_remain(engine, sc
             assert all((s.interest is not None) == (s.text in named) for s in answer.starters)
 
 
+def test_an_english_frame_around_a_foreign_title_is_not_their_language(engine, scripted, all_kept):
+    history = ["Rutas de senderismo", "Alquilar un piso en Madrid", "Receta de paella"]
+    good = ["¿Qué rutas de senderismo hay en Madrid?", "Rutas de senderismo fáciles"]
+    scripted(sug("Books on Rutas de senderismo", good[0]), sug(good[1], "The story behind paella"),
+             sug("Plan a day around alquilar un piso en Madrid"))
+    (answer,) = engine.write([Ask(person(*history), 5)])
+    assert {*texts(answer)} == {*good}
+    # To who writes English a foreign title is a subject like others.
+    history = ["How to cook Receta de paella", "The best of Rutas de senderismo"]
+    scripted(sug("Where to find Rutas de senderismo", "Cook Receta de paella"))
+    (answer,) = engine.write([Ask(person(*history), 5)])
+    assert len(answer.starters) == 2
+
+
 def test_subjects_that_the_encoder_cannot_read_do_not_merge(engine):
     names = ["罗马的历史", "威尼斯的历史", "京都的历史"]
     vectors = engine.run.encoder(names)
