@@ -26,7 +26,7 @@ MOST = 2000  # characters of a text that are read: no page is a summary
 # By hand, for MiniLM, on half of tests/safety.yaml: cosine to the nearest subject that is unfit,
 # and how much nearer it is than the nearest harmless one.
 UNFIT_COSINE, UNFIT_MARGIN = 0.40, 0.16
-
+_SENTENCE = re.compile(rf"[^.?!。？！]{{1,{MOST}}}[.?!。？！]*")  # and no longer than is read
 
 # Of each script all languages together: people mix them, and a short text tells none.
 SCRIPTS = {"[a-z]": "en es de fr", "[а-я]": "ru", "[぀-ヿ㐀-鿿]": "zh ja", "[가-힣]": "ko"}
@@ -46,8 +46,7 @@ def _expressions(script: str, level: str) -> re.Pattern:
 
 @functools.cache
 def _context(name: str) -> re.Pattern:
-    """Of sensitive.yaml's contexts, or "personal"."""
-    lists = read_yaml("sensitive.yaml")
+    lists = read_yaml("sensitive.yaml")  # "personal" stands beside the contexts
     return re.compile("|".join(_plain({**lists, **lists["contexts"]}[name]).splitlines()))
 
 
@@ -64,13 +63,13 @@ def is_served(text: str) -> bool:
     first, *rest = re.findall(r"[^\W\d_]+", text[:MOST]) or [""]
     words = {first.lower(), *rest}  # a set: one word again and again is a name
     if not first or language(text) not in _served():
-        return not first
+        return not first  # "2048" is of no language
     hits = sum(word.islower() and bool(_unserved().fullmatch(word)) for word in words)
     told = sum(any(word in LATIN.get(name, ()) for name in _served()) for word in words)
-    return hits <= told or hits * 5 < len(words) or len(words) < 3
+    return hits <= told or hits * 5 < len(words) or len(words) < 3  # a loan word or two
 
 
-@functools.cache
+@functools.cache  # as it stands: accents tell languages
 def _unserved() -> re.Pattern:
     return re.compile("|".join(read_yaml("sensitive.yaml")["unserved"].splitlines()))
 
@@ -82,8 +81,8 @@ def _simplified() -> dict[int, str]:
 
 def _plain(text: str) -> str:
     """Without case, accents, full-width and traditional characters: as expressions are compared."""
-    text = unicodedata.normalize("NFKC", text).replace("’", "'").casefold()
-    bare = re.sub("[\u0300-\u036f]", "", unicodedata.normalize("NFD", text))
+    text = unicodedata.normalize("NFKC", text).replace("’", "'").casefold()  # ＤＶ is dv
+    bare = re.sub("[\u0300-\u036f]", "", unicodedata.normalize("NFD", text))  # but not が
     return unicodedata.normalize("NFC", bare).translate(_simplified())
 
 
@@ -98,7 +97,7 @@ def _touched(text: str) -> tuple[tuple[str, str], ...]:
             area, sure = areas[match.lastgroup], level == "sure"
             excused = any(_context(name).search(text) for name in area["excuses"].split())
             meant = personal or sure or len(text) <= 2 * len(match[0])  # says little else
-            if meant and not (excused and not (sure and personal)):
+            if meant and not (excused and not (sure and personal)):  # no film is about me
                 found.append((area["reason"], "" if sure else match[0]))
     return tuple(found)
 
@@ -114,13 +113,14 @@ def is_unsuitable(text: str, among: Sequence[str] = ()) -> str | None:
 
 def is_grave(text: str) -> str | None:
     """'sensitive' or 'invasive' by words that leave no doubt, or None."""
+    # A talk about medicine goes on about medicine.
     return next((why for why, word in _touched(text) if not word and why != "medical"), None)
 
 
 def gravest(texts: Iterable[str]) -> str | None:
     """The first of a session's sentences that alone makes it unfit, by words, or None."""
-    parts = (part for text in texts for part in re.split(r"(?<=[.?!。？！])\s*", text) if part)
-    return next((part[:200] for part in parts if is_unsuitable(part[:200])), None)
+    parts = (part.strip() for text in texts for part in _SENTENCE.findall(text))
+    return next(filter(is_unsuitable, parts), None)
 
 
 def unfit(texts: Sequence[str], encode: Encode | None, vectors: torch.Tensor | None = None) -> list:
@@ -142,11 +142,10 @@ def unfit(texts: Sequence[str], encode: Encode | None, vectors: torch.Tensor | N
 
 def _by_meaning(rows: torch.Tensor, encode: Encode) -> list[str | None]:
     """Of each row (n, D) the reason of the nearest sensitive subject, if it is near enough."""
-    subjects = [(k, text) for k, some in read_yaml("sensitive.yaml")["subjects"].items()
-                for text in some]
-    kinds = np.array([kind for kind, _ in subjects])
-    cosine = (rows.cpu() @ encode([text for _, text in subjects]).cpu().T).numpy()  # (n, subjects)
-    harmless = kinds == "harmless"
+    subjects = read_yaml("sensitive.yaml")["subjects"]
+    kinds = np.repeat([*subjects], [*map(len, subjects.values())])  # of each subject
+    cosine = (rows.cpu() @ encode(sum(subjects.values(), [])).cpu().T).numpy()  # (n, subjects)
+    harmless = kinds == "harmless"  # near misses, which are as near to some sensitive subject
     near, far = cosine[:, ~harmless].max(1), cosine[:, harmless].max(1)  # (n,)
     found = (near >= UNFIT_COSINE) & (near - far >= UNFIT_MARGIN)
     nearest = kinds[np.where(harmless, -1, cosine).argmax(1)]  # (n,)
