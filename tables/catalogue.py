@@ -13,8 +13,6 @@ RUN/catalogue.jsonl has every suggestion with its number, to be read and marked,
 {"number": 1, "text": as it stands there, "mark": "true", "false", "open" or "none"}.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json
@@ -29,7 +27,7 @@ from scipy import stats
 import data
 import garm
 from config import load_config
-from files import ROOT, UserError, file_digest, script, write_json
+from files import ROOT, UserError, file_digest, script, write_json, write_text
 from roles.players import players_of
 from roles.quality import Rules
 from roles.suggester import Suggester
@@ -37,7 +35,7 @@ from run import Run, environment
 from serving.engine import Ask
 from serving.suggest import by_shop, fit_suggestions, policies
 from stages.garm_eval import held_out
-from stages.metrics import escape, markdown_table, write_pages
+from stages.metrics import escape, markdown_table
 from tables.facts import KINDS, Checked, Facts
 
 VERDICTS = ("true", "false", "open", "none")
@@ -201,15 +199,15 @@ def write_catalogue(folder: Path, n: int, marks: Path | None, out: Path) -> None
     key = file_digest(run.adapter(policy) / "adapter_model.safetensors") + str(n)
     path = run.folder / "catalogue" / "answers.jsonl"
     if run.folder.begin("catalogue", key):
-        write_pages(path.parent, {path.name: lines(answers_of(run, facts, policy, n))})
+        write_text(path, lines(answers_of(run, facts, policy, n)))
         run.folder.mark_done("catalogue", key)
     rows = suggestions_of([row for _, row in data.json_objects(path, data.Faults())],
                           Rules(*shop), n)
     checked = [facts.check(row["text"], row["turns"]) for row in rows]
     # To be marked by hand: nothing of what the check says, or it would be believed.
-    write_pages(run.folder.path, {"catalogue.jsonl": lines(
+    write_text(run.folder / "catalogue.jsonl", lines(
         {"number": row["number"], "text": digest_of(row["text"]), "suggestion": row["text"],
-         "after": [turn.content for turn in row["turns"]]} for row in rows)})
+         "after": [turn.content for turn in row["turns"]]} for row in rows))
     marked = read_marks(marks, rows) if marks else []
     about = environment(config)
     head = (f"# Suggestions on a catalogue\n\n`python -m tables.catalogue`: {len(rows)} suggestions"
@@ -223,7 +221,7 @@ def write_catalogue(folder: Path, n: int, marks: Path | None, out: Path) -> None
                "check": one.verdict, "reader": mark or None}
               for row, one, mark in zip(rows, checked, marked or [""] * n, strict=True)]
     write_json(out.parent / "values" / f"{out.stem}.json", values)
-    write_pages(out.parent, {out.name: text})
+    write_text(out, text)
     print(f"{text}\n{out}; to be marked: {run.folder.path / 'catalogue.jsonl'}")
 
 

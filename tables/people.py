@@ -26,6 +26,7 @@ from pydantic import create_model
 import data
 import icebreaker as ib
 import llm
+import roles
 import train
 from config import Config
 from files import UserError, read_json, read_yaml, write_json, write_lines, write_text
@@ -77,7 +78,7 @@ def judged(run: Run, players: Players, file: str, users: list[data.User], least:
     most = n or len(users) * (setting == "max_users")  # of which 0 means all
     # One at a time: an LLM may be asked for the summaries.
     summarised = map(without_lent, map(players.summarised, in_order(run, users, halves)))
-    fit = [*itertools.islice((user for user in summarised if len(user.sessions) >= least), most)]
+    fit = [*itertools.islice((user for user in summarised if fit_sessions(user) >= least), most)]
     if not fit:
         odd = ", an odd SHA-256 of the user_id" * (halves == 1)
         raise UserError(f"{file}: nobody has {least} sessions{odd} and no part in the run's "
@@ -85,6 +86,11 @@ def judged(run: Run, players: Players, file: str, users: list[data.User], least:
     if len(fit) < n:
         print(f"{file}: only {len(fit)} people fit (eval.{setting}={n})", file=sys.stderr)
     return fit
+
+
+def fit_sessions(user: data.User) -> int:
+    """How many of their sessions anybody may be reminded of."""
+    return sum(not roles.is_unsuitable(session.summary) for session in user.sessions)
 
 
 def without_lent(user: data.User) -> data.User:

@@ -525,7 +525,7 @@ def test_half_of_the_answers_decline(engine, monkeypatch):
 
 
 def test_what_may_not_be_shown_is_left_out_and_nothing_is_padded(engine, monkeypatch):
-    bad = ["How is oolong made?", "HOW IS OOLONG MADE", "<b>What is tea?</b>",
+    bad = ["How is oolong made?", "HOW IS OOLONG MADE", "What is http://tea.example?",
            "怎么泡乌龙茶最好喝？",
            "one two three four five six seven eight nine ten eleven twelve thirteen?",
            "JoJoJoJoJoJo tea?", "Tea"]
