@@ -10,7 +10,7 @@ import garm
 from config import load_config
 from files import ROOT, UserError
 from roles import quality
-from run import RunFolder
+from run import Run
 from tables import catalogue
 from tables.facts import Facts
 from tests.test_quality import RETAIL, talk
@@ -106,7 +106,7 @@ def folder(tmp_path, monkeypatch):
     config = load_config(None, [
         "run.method=qualeqs", "run.name=q", f"run.root={tmp_path}", "eval.max_users=1",
         f"data.catalogue={tmp_path}/c.jsonl", f"data.policies={tmp_path}/p.yaml"])
-    run = RunFolder(config)
+    run = Run(config).folder
     told = ["Show me a HÅRSTA bar stool", "I need a swivel chair", "how are you?"]  # the last: none
     data.write_dialogues(run / "world" / "evaluation.jsonl", [
         talk(text, "Sure.").model_copy(update={"dialogue_id": f"t{i}"})
@@ -171,6 +171,6 @@ def test_marks_of_other_suggestions_are_refused(folder, tmp_path, change, fault)
 def test_too_few_contexts_and_other_runs_are_one_line(folder, tmp_path):
     with pytest.raises(UserError, match="6 suggestions for 2 contexts that name goods: raise"):
         catalogue.write_catalogue(folder, 7, None, tmp_path / "c.md")
-    other = RunFolder(load_config(None, [f"run.root={tmp_path}", "run.name=i"]))
+    other = Run(load_config(None, [f"run.root={tmp_path}", "run.name=i"])).folder
     with pytest.raises(UserError, match="a run of qualeqs is wanted"):
         catalogue.write_catalogue(other.path, 3, None, tmp_path / "c.md")
