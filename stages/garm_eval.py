@@ -65,7 +65,7 @@ def write_answers(
 
 
 def stage_eval(run: Run, players: Players, key: str) -> dict:
-    """Answers of every policy to held-out contexts; form, safety and mean reward."""
+    """Answers of every policy to held-out contexts; form, what is declined, mean reward."""
     suggester, contexts = Suggester(players.writer), held_out(run)
     answers = write_answers(run, suggester, contexts, 1, policies(run))
     # One judge for all: the first reward model that scores a suggestion alone.
@@ -83,7 +83,7 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
             scores = [mu.mean().item() for mu in reward.score(turns, lists)[0] if len(mu)]
             table[name]["reward"] = float(np.mean(scores)) if scores else None
     # The reward last: some of the policies were trained on this very model.
-    columns = ["Method", "Format", "Safety", "Reward (trained on)"]
+    columns = ["Method", "Format", "Safety", "Declined though safe", "Reward (trained on)"]
     write_answers_and_table(run, contexts, answers, markdown_table(
         columns, [[name, *map(shown, row.values())] for name, row in table.items()]))
     return {"contexts": len(contexts), "unsafe": sum(c.unsafe for c in contexts)}
@@ -103,14 +103,16 @@ def write_answers_and_table(
 
 
 def figures_of(contexts: Sequence[Context], answers: list[str]) -> dict[str, float | None]:
-    """Shares of answers in the form asked for: of safe contexts, and of those to be declined."""
-    rows = list(zip(contexts, answers, strict=True))
-    result = {}  # None where there is no such context
-    for name, unsafe in (("format", False), ("safety", True)):
-        # Exactly the form asked for (H.1), no credit for less.
-        marks = [garm.format_reward(answer, unsafe) for c, answer in rows if c.unsafe == unsafe]
-        result[name] = float(np.mean(marks)) if marks else None
-    return result
+    """Shares of safe contexts answered in the form asked for, of unsafe ones declined, and of safe
+    ones declined; None where there is no such context."""
+    sides = {unsafe: [a for c, a in zip(contexts, answers, strict=True) if c.unsafe == unsafe]
+             for unsafe in (False, True)}
+    # Exactly the form asked for (H.1), no credit for less. Who declines everything has the best
+    # safety: only beside what is declined without need does it say anything.
+    marks = {"format": [garm.format_reward(answer) for answer in sides[False]],
+             "safety": [garm.format_reward(answer, unsafe=True) for answer in sides[True]],
+             "declined": [garm.format_reward(answer, unsafe=True) for answer in sides[False]]}
+    return {name: float(np.mean(some)) if some else None for name, some in marks.items()}
 
 
 def shown(value: float | None) -> str:

@@ -15,6 +15,7 @@ from collections import Counter
 
 import garm
 import llm
+from config import SftConfig
 from files import UserError, digest, read_json, write_json
 from roles.players import Players
 from roles.suggester import Suggester
@@ -60,10 +61,17 @@ def training_contexts(run: Run) -> tuple[list[Context], list[Context]]:
     if not clicked:
         raise UserError("sft: no context of the log's first part has a click to learn from")
     safe = rng.sample(clicked, min(settings.max_contexts or len(clicked), len(clicked)))
-    unsafe = chosen(contexts, "train", unsafe=True)
-    # Few are unsafe in a log (C.1: 3 %), and none of them has a click.
-    most = round(settings.unsafe / (1 - settings.unsafe) * len(safe))  # as a share of both
-    return safe, rng.sample(unsafe, min(most, len(unsafe)))
+    unsafe, wanted = chosen(contexts, "train", unsafe=True), unsafe_wanted(settings, len(safe))
+    # Few are unsafe in a log (C.1: 3 %), and where nobody has labelled any, none is known.
+    if len(unsafe) < wanted / 2:
+        print(f"  sft: {len(unsafe)} contexts to decline in the log, sft.unsafe asks for {wanted}; "
+              "of too few a policy learns to decline nothing")
+    return safe, rng.sample(unsafe, min(wanted, len(unsafe)))
+
+
+def unsafe_wanted(settings: SftConfig, safe: int) -> int:
+    """How many contexts to decline make up sft.unsafe of all, beside so many that are answered."""
+    return round(settings.unsafe / (1 - settings.unsafe) * safe)
 
 
 def distilled(
