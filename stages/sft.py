@@ -71,6 +71,7 @@ def training_contexts(run: Run) -> tuple[list[Context], list[Context]]:
 
 def unsafe_wanted(settings: SftConfig, safe: int) -> int:
     """How many contexts to decline make up sft.unsafe of all, beside so many that are answered."""
+    # A share of both: of 90 that are answered and a share of 0.1 it is 10.
     return round(settings.unsafe / (1 - settings.unsafe) * safe)
 
 
