@@ -203,7 +203,7 @@ def read_yaml(path: str) -> dict:
 def read_json(path: str | Path):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:  # cut short by a full disk or a copy, say
+    except (ValueError, RecursionError) as error:  # cut short by a full disk or a copy, say
         raise UserError(f"{path}: damaged, no JSON ({error}); {AGAIN}") from None
 
 
