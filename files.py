@@ -16,16 +16,25 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NotRequired  # pydantic takes no others before 3.12
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter, ValidationError, conlist
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 ROOT = Path(__file__).resolve().parent  # of the checkout: scripts run from anywhere
 
 
 class UserError(Exception):
     """Something the user can mend: scripts print the message alone and exit with 2."""
+
+
+class Missing(UserError, FileNotFoundError):
+    """A file that an earlier stage has written and that is gone."""
+
+    def __init__(self, path: str | Path):
+        super().__init__(f"{path}: is missing; bring back a copy, or run what writes it again")
 
 
 def digest(*parts) -> str:
@@ -190,8 +199,8 @@ def write_lines(path: str | Path, rows: Iterable) -> None:
 
 def read_lines(path: str | Path) -> list:
     """Rows of write_lines."""
-    with open(path, encoding="utf-8") as file:  # str.splitlines would part a text at U+2028
-        return [*map(json.loads, file)]
+    with _readable(path), open(path, encoding="utf-8") as file:
+        return [*map(json.loads, file)]  # str.splitlines would part a text at U+2028
 
 
 @functools.cache
@@ -200,11 +209,33 @@ def read_yaml(path: str) -> dict:
     return yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))
 
 
-def read_json(path: str | Path):
+@contextlib.contextmanager
+def _readable(path: str | Path):
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        yield
+    except FileNotFoundError:
+        raise Missing(path) from None
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]  # the first one and where it is
+        place = "".join(f"{part}: " for part in fault["loc"])
+        raise UserError(f"{path}: of another shape ({place}{fault['msg']}); {AGAIN}") from None
     except (ValueError, RecursionError) as error:  # cut short by a full disk or a copy, say
         raise UserError(f"{path}: damaged, no JSON ({error}); {AGAIN}") from None
+
+
+def read_json(path: str | Path, shape=object):
+    """What write_json wrote; raises UserError where it is missing, no JSON or not of the shape, a
+    type as pydantic knows them, which a file without a digest of a stage must have."""
+    with _readable(path):
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        TypeAdapter(shape).validate_python(value, strict=True)  # "0.5" is no number
+        return value
+
+
+def read_kept(path: str | Path, key: str, shape=dict) -> dict | None:
+    """What was written with this key; None where it was with another one, or nothing was."""
+    value = read_json(path, shape) if Path(path).is_file() else {}
+    return value if value.get("key") == key else None
 
 
 def write_tensors(path: str | Path, tensors: dict) -> None:
@@ -215,14 +246,24 @@ def write_tensors(path: str | Path, tensors: dict) -> None:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
 
 
-def read_tensors(path: str | Path) -> dict:
+def read_tensors(path: str | Path, like: dict | None = None) -> dict:
+    """Tensors by name; raises UserError where they are missing, no finite numbers, or not of the
+    names and shapes of `like`."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         tensors = load_file(path)
-    except SafetensorError as error:
+    except FileNotFoundError:
+        raise Missing(path) from None
+    except (SafetensorError, OSError) as error:  # the latter of a folder
         raise UserError(f"{path}: damaged, no weights ({error}); {AGAIN}") from None
+    shapes, wanted = ({name: tuple(t.shape) for name, t in some.items()}
+                      for some in (tensors, tensors if like is None else like))
+    for name in sorted(shapes.keys() | wanted.keys()):
+        if shapes.get(name) != wanted.get(name):
+            raise UserError(f"{path}: weights of another shape ({name}: {shapes.get(name)} in place"
+                            f" of {wanted.get(name)}); {AGAIN}")
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise UserError(f"{path}: weights that are no finite numbers; {AGAIN}")
     return tensors
@@ -242,6 +283,16 @@ def one_line(figures: dict) -> str:
         return "[" + ", ".join(map(show, value)) + "]" if isinstance(value, list) else str(value)
 
     return ", ".join(f"{name} {show(value)}" for name, value in figures.items())
+
+
+# What done.json and begun.json hold beside figures; of a stage written before the records less.
+class NOTES(TypedDict, total=False):
+    files: dict[str, str]
+    settings: dict
+    log: conlist(str | int, min_length=2, max_length=2)
+class RAN(TypedDict):
+    key: str
+    record: NotRequired[NOTES]
 
 
 class RunFolder:
@@ -284,10 +335,22 @@ class RunFolder:
         for name, written in self.record(stage).get("files", {}).items():
             path = self.path / stage / name
             if not path.is_file():
+                if name.startswith("truth/"):  # a simulated world's hidden state: none needs it
+                    continue
                 return False
             if file_digest(path) != written:
                 raise UserError(f"{path}: has changed since stage {stage} wrote it; {AGAIN}")
         return True
+
+    def require(self, *stages: str) -> None:
+        """Raise UserError unless these have run, and all that they wrote is as they wrote it."""
+        for stage in stages:
+            if not self.has_run(stage):
+                raise UserError(f"{self.path}: stage {stage} has not run; python train.py first")
+            if not self.is_whole(stage):
+                paths = (self.path / stage / name for name in self.record(stage)["files"]
+                         if not name.startswith("truth/"))
+                raise Missing(next(path for path in paths if not path.is_file()))
 
     def begin(self, stage: str, key: str, **record) -> bool:
         """Has the stage, or a part of one, to run with this key? Then what tells of another run of
@@ -320,7 +383,8 @@ class RunFolder:
         """Leave in metrics.jsonl what stood there when a stage, or a part of one, was last done."""
         log, here, length = self.path / "metrics.jsonl", self.path.name, 0
         for done in self.path.rglob("done.json"):  # a variant starts as a copy, with its own log
-            folder, written = read_json(done).get("record", {}).get("log", (here, 2**60))
+            notes = (self._read(done.parent, "done") or {}).get("record", {})
+            folder, written = notes.get("log", (here, 2**60))
             length = max(length, written) if folder == here else length
         if log.is_file() and log.stat().st_size > length:
             os.truncate(log, length)
@@ -332,11 +396,9 @@ class RunFolder:
             folder, log = self.path / stage, self.path / "metrics.jsonl"
             begun, own = folder / "begun.json", ["done.json", "begun.json"]
             # sampled.json has its own key: what the next stage sampled, beside the policy.
-            # Without a simulated world's hidden state, which may be taken away: none needs it.
             files = {name: file_digest(path) for path in sorted(folder.rglob("*"))
                      if path.is_file() and (name := str(path.relative_to(folder))) not in own
-                     and path.name != "sampled.json" and not name.endswith(".tmp")
-                     and not name.startswith("truth/")}
+                     and path.name != "sampled.json" and not name.endswith(".tmp")}
             record = self.record(stage) | {"files": files}
             record["log"] = [self.path.name, log.stat().st_size if log.is_file() else 0]
             # As it is read again: JSON has no tuples.
@@ -350,13 +412,13 @@ class RunFolder:
         last = self._read(stage, "done") or self._read(stage, "begun") or {}
         return last.get("record", {})
 
-    def _read(self, stage: str, name: str) -> dict | None:
+    def _read(self, stage: str | Path, name: str) -> dict | None:
         path = self.path / stage / f"{name}.json"
         try:
-            value = read_json(path)
-        except FileNotFoundError:  # or another process has just withdrawn it
+            value = read_json(path, RAN)
+        except Missing:  # or another process has just withdrawn it
             return None
-        written = value.pop("digest", None) if isinstance(value, dict) else ""
+        written = value.pop("digest", None)
         if written is not None and written != digest(value):
             raise UserError(f"{path}: has changed since it was written; {AGAIN}")
         return value

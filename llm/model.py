@@ -166,10 +166,13 @@ def whole_adapter(folder: str | Path):
     """Loads an adapter inside; raises UserError where its files are damaged or hold no numbers."""
     read_tensors(Path(folder) / "adapter_model.safetensors")  # refuses what is damaged
     try:
-        yield
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:  # as the files may be broken
-        if isinstance(error, torch.OutOfMemoryError):  # explained where the stage is known
-            raise
+        # PEFT warns of missing weights alone, and goes on with random ones.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            yield
+    except torch.OutOfMemoryError:  # explained where the stage is known
+        raise
+    except Exception as error:  # as many as there are ways to break a file
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: no adapter of this model ({reason}); {AGAIN}") from None
 
@@ -193,10 +196,11 @@ def adapter_weights(model, folder: str | Path | None = None) -> dict[str, torch.
     if folder is None:
         return {name: weight.detach().clone()
                 for name, weight in model.named_parameters() if "lora_" in name}
-    stored = read_tensors(Path(folder) / "adapter_model.safetensors")
     # PEFT leaves the adapter's own name out of a file.
-    return {name: stored[name.replace(".default.", ".")].to(weight.device)
-            for name, weight in model.named_parameters() if "lora_" in name}
+    own = {name: (name.replace(".default.", "."), weight)
+           for name, weight in model.named_parameters() if "lora_" in name}
+    stored = read_tensors(Path(folder) / "adapter_model.safetensors", dict(own.values()))
+    return {name: stored[saved].to(weight.device) for name, (saved, weight) in own.items()}
 
 
 @contextlib.contextmanager

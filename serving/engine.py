@@ -115,10 +115,9 @@ class Engine:
     def __init__(self, config: Config):
         llm.settle_libraries()
         self.config, self.run = config, Run(config, describe=False)
-        for stage in ("rid", "sit"):
-            if not self.run.folder.has_run(stage):
-                raise UserError(f"{self.run.folder.path}: stage {stage} has not run; "
-                                "python train.py first")
+        # First: what has changed fails anywhere, or loads as well as any other.
+        folder = self.run.folder
+        folder.require("rid", "sit", *filter(folder.has_run, ("summarize", "ranker", "dpo")))
         # In memory: what was written for a user is kept in the store alone.
         self.writer = Writer(config, answers=Path(":memory:"))
         self.players = Players(config, self.run.encoder, self.writer)
@@ -143,8 +142,6 @@ class Engine:
         ends = {i for text, i in tokenizer.get_vocab().items() if "&" in text or ">" in text}
         # Only these can complete a starter.
         self._ends = torch.tensor(sorted(ends - {*tokenizer.all_special_ids}))
-        for stage in ("rid", "ranker", "sit", "dpo"):  # a flipped bit loads as well as any other
-            self.run.folder.is_whole(stage)
         if self.model:  # what loads or compiles at the first use, does so now
             session = data.Session(session_id="1", summary="warming up")
             self.write([Ask(data.User(user_id="nobody", sessions=[session]), 1, method="SFT")])

@@ -79,6 +79,7 @@ class Suggestions:
         if not trained or not (kinds or in_shop):
             raise UserError(f"{folder.path}: stage {'reward' if trained else 'sft'} has not run; "
                             f"python train.py --config {folder.path}/config.yaml first")
+        folder.require(trained[0], *(f"reward/{kind}" for kind in kinds[:1] if not in_shop))
         method, adapter = trained[0].rpartition("/")[2], folder / trained[0] / "adapter"
         self.methods = (method,)
         self.writer = Writer(config, answers=Path(":memory:"))
@@ -90,8 +91,6 @@ class Suggestions:
         else:
             self.rate = partial(by_reward, load_reward(run, self.suggester, kinds[0], self.model))
         self.version = f"{method}-{file_digest(adapter / 'adapter_model.safetensors')[:8]}"
-        for stage in (trained[0], *(f"reward/{kind}" for kind in kinds[:1] if not in_shop)):
-            folder.is_whole(stage)
         # What loads or compiles at the first use, does so now.
         warm = data.Turn(role="user", content="warming up")
         self.write([Ask(data.User(user_id="nobody", sessions=[]), 1, turns=[warm])])

@@ -63,8 +63,9 @@ def finished_run(config: Config) -> tuple[Run, Players]:
     """The run of these settings and who writes in it; raises UserError if it is not finished."""
     llm.settle_libraries()
     run = Run(config, describe=False)
-    if not run.folder.is_done("dpo", train.stage_key(run, "dpo")):  # it needs all the others
+    if run.folder.key("dpo") != train.stage_key(run, "dpo"):
         raise UserError(f"{run.folder.path}: no finished run of these settings; train.py first")
+    run.folder.require("summarize", "rid", "ranker", "sit", "dpo")
     return run, players_of(run)
 
 
