@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import llm
 
@@ -176,3 +178,59 @@ def test_signs_of_markup_in_an_honest_starter_are_its_own(starter):
 def test_where_there_is_no_starter_there_is_a_reason(text):
     parsed = llm.parse_starters(text)
     assert not parsed.starters and parsed.reason
+
+
+# Forms of a list in one line, by how an item looks at its place (0, 1, 2); what stands between.
+IN_A_LINE = {
+    **{form: (lambda i, text, form=form: form.format(i + 1) + text, " ") for form in (
+        "[{}] ", "{}. ", "{}) ", "({}) ", "{}: ", "#{} ", "{} - ", "{} – ", "【{}】", "［{}］",
+        "**{}.** ", "{}、", "{}．", "{}）")},
+    **{signs: (lambda i, text, signs=signs: signs[i] + text, "") for signs in (
+        "①②③", "❶❷❸", "⒈⒉⒊", "㈠㈡㈢")},
+    "full-width": (lambda i, text: "１２３"[i] + "．" + text, ""),
+    "full-width, bracket": (lambda i, text: "１２３"[i] + "）" + text, " "),
+    **{f"{pair} {between}": (lambda i, text, pair=pair: pair[0] + text + pair[1], between)
+       for pair in ('""', "“”", "「」", "『』", "«»", "„“", "《》", "【】")
+       for between in ("", " ", ", ", "、", " | ", " - ", " and ")
+       if between or pair[0] != pair[1]},
+    "»": (lambda i, text: "» " + text, " "), "» lines": (lambda i, text: "» " + text, "\n"),
+    "《》 lines": (lambda i, text: f"《{text}》", "\n"),
+}
+VERBS = ("Explain", "Plan", "Quiz me on", "How do I begin with", "Compare", "Write about")
+THINGS = ("dune sea", "the Zelda games", "sourdough and rye", "C++ templates", "trams of the 1950s",
+          "Go 1.22 modules", "a 10-day hike", "Half-Life 2", "rock, paper, scissors", "my garden")
+CLAUSES = ("三体的故事梗概", "塞尔达攻略推荐", "围棋入门练习", "如何规划京都之旅")
+
+
+@st.composite
+def three(draw):
+    latin = st.builds("{} {}{}".format, st.sampled_from(VERBS), st.sampled_from(THINGS),
+                      st.sampled_from(["", "?", " today", " in short"]))
+    chinese = st.builds("{}{}".format, st.sampled_from(CLAUSES), st.sampled_from(["", "？"]))
+    return tuple(draw(st.lists(draw(st.sampled_from([latin, chinese])), min_size=3, max_size=3)))
+
+
+@given(three(), st.sampled_from([*IN_A_LINE]))
+def test_what_was_joined_in_a_line_is_parted(starters, form):
+    item, between = IN_A_LINE[form]
+    line = between.join(item(i, text) for i, text in enumerate(starters))
+    for text in (f"<sug> {line} </sug>", f"<sug>{line}\n</sug>", f"{line}\n", f"Here:\n{line}\n"):
+        assert llm.parse_starters(text).starters == starters, text
+
+
+@given(three(), st.sampled_from([" - ", " – ", " — ", " » ", ", "]))
+def test_where_a_sentence_has_the_sign_too_nothing_is_glued_of_three_clauses(starters, between):
+    read = llm.parse_starters(f"<sug> {between.join(starters)} </sug>")
+    assert read.starters in (starters, ()) and (read.starters or read.reason)
+
+
+@given(st.sampled_from(VERBS), st.lists(st.sampled_from([
+    *THINGS, "Dune - the book", "Dune – the first part – in short", "steps 1, 2 and 3",
+    "chapter 2: the war", "rule [2] of chess", "#1 hits", "items (1) and (2)", "the letter «a»",
+    'the word "set"', "1984", "1. FC Köln", "versions 1.5 to 2.0", "“Emma” and “Persuasion”",
+    "apples, pears and plums", "tea » water", "《三体》", "a 3-2-1 plan", "the ① sign"]),
+    min_size=1, max_size=3))
+def test_a_lone_sentence_with_such_signs_stays_one(verb, things):
+    text = f"{verb} {' with '.join(things)}"
+    for end in ("", "?", " today"):
+        assert llm.parse_starters(f"<sug> {text}{end} </sug>").starters == (text + end,)
