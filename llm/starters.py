@@ -238,7 +238,7 @@ _JOINTS = [(re.compile(joint, re.IGNORECASE), parts, words) for joint, parts, wo
     (_SIGN, 3, 3), (r"(?<=[?？])\s*(?=[\w¿])", 3, 2),
     (rf"\s[-–—]\s(?={_CAPITAL}(?:(?<=[㐀-鿿])|(?:(?!\s[-–—]\s).){{0,99}}\s(?-i:[^\W\dA-Z_])))",
      3, 2))]  # fmt: skip
-_COMMA = re.compile(rf",\s(?={_CAPITAL})")
+_UNSURE = re.compile(rf"(?:,|\s[-–—»›])\s(?={_CAPITAL})")
 _QUESTION = re.compile(r"[^.!。！]*[?？]\s*")
 
 
@@ -249,7 +249,7 @@ def _joined(item: str) -> list[str]:
         parts = [part for part in joint.split(item) if part.strip()]
         if len(parts) >= least and all(_says(part, words) for part in parts):
             found = max(found, parts, key=len)
-    parts = _COMMA.split(item)  # three such clauses may be one or three: neither is shown
+    parts = _UNSURE.split(item)  # three such clauses may be one or three: neither is shown
     several = len(parts) > max(2, len(found)) and all(_says(part, 3) for part in parts)
     return [] if several else found
 
