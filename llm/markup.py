@@ -230,7 +230,7 @@ JSON_BEGINS = re.compile(rf"[\[{{]\s*[\[{{{QUOTES}]")
 _JSON = re.compile(rf"(?:^|[:=>!.。])[ \t`]*(?={JSON_BEGINS.pattern})", re.MULTILINE)
 _TOKEN = re.compile(
     r"\s*(?:(\"[^\"\\]*(?:\\.[^\"\\]*)*\\?\"?)|([\[\]{}:,])|//[^\n]*|[\w.+-]+)", re.DOTALL)
-_BETWEEN = re.compile(rf"[{QUOTES}]\s?[,，、;；]\s?[{QUOTES}]")
+_BETWEEN = re.compile(rf"[{QUOTES}]\s?[,，、;；|/–-]\s?[{QUOTES}]|[\"”“」』»]\s?[\"“„「『«]")
 
 
 def quoted_parts(text: str) -> list[str]:

@@ -38,8 +38,7 @@ SEPARATOR = re.compile(rf"(?:{_AMPERSAND}){{2,}}", re.IGNORECASE)
 # Numbers that are one character, in circles or with brackets and dots.
 _CIRCLED = "[①-⒛⓵-⓾❶-❿➀-➓㈠-㈩㊀-㊉]"
 _NUMBER = (
-    # 1. (1) １． 1、 [1]. 【1】; not the 3 of "3.5 mm jacks"
-    r"(?:[(（\[【［#]?\d{1,2}[.)．、）\]】］：]+(?!\d)"
+    r"(?:[(（\[【［#]?\d{1,2}[.)．、）\]】］：]+(?!\d)"  # 1. (1) １． 1、 [1].; not of "3.5 mm"
     rf"|#?\d{{1,2}}:\s|\d️?⃣|{_CIRCLED}|[一二三四五六七八九十]{{1,3}}[、．.]"
     r"|(?:question|starter|suggestion|request|prompt|问题|建议|q)\s?#?\d{1,2}\s?[.):：、-])"
 )
@@ -52,7 +51,7 @@ _LABEL = (
     r"|(?:you (?:can|could|may|might)|try|ask me|how about|what about|next)[^:：\n.?!]{0,30}"
     r"|问|答|问题|回答|建议|用户|你可以(?:问|这样问)我?)\s?(?:：|:(?!\w)))"
 )
-_BULLET = r"(?:[•·●○◦‣▪■□◆★☆✦✓✔➤→▶]|[-–—*+](?=\s)|\[[ xX]?\](?=\s))"
+_BULLET = r"(?:[•·●○◦‣▪■□◆★☆✦✓✔➤→▶]|[-–—*+»›](?=\s)|\[[ xX]?\](?=\s))"
 # A run of spaces, quotes, bullets, heading marks, numbering and labels.
 LEAD = re.compile(
     rf"(?:[\s{QUOTES}\-*•·–—`&]|#{{1,6}}\s|>\s|{_BULLET}|{_NUMBER}|{_LETTER}|(?<!\w){_LABEL})+",
@@ -155,7 +154,10 @@ def parse_starters(text: str) -> Parsed:
         return Parsed(starters, None)
     if not fields:
         return Parsed((), "no <sug> field and no list")
-    return Parsed((), "empty <sug> field" if fields[-1][1] else "unclosed <sug> field")
+    text, closed = fields[-1]
+    if closed and any(map(str.isalnum, text)):
+        return Parsed((), "no starters that can be told apart")
+    return Parsed((), "empty <sug> field" if closed else "unclosed <sug> field")
 
 
 # A topic, or a starter with what is said about it: bold alone tells them apart.
@@ -221,42 +223,36 @@ def _loose_items(answer: str) -> list[str]:
         asked = _joined(lines[0]) if len(lines) == 1 else []
         prose = not asked[1:] or not all(map(_QUESTION.fullmatch, asked))
         items = (_marked(lines) or _bare(lines)) if prose else asked
-        items = _joined(items[0]) if len(items) == 1 else items
     return [item for item in items if len(item) <= LONGEST and item.count("`") != 1]
 
 
 # What else stands between the starters of a list, in how many parts at least and of how many words.
 # An honest starter has these signs too, but not between whole sentences: "New York → Los Angeles",
 # "Tom & Jerry", "What? Why me?", "What does [SEP] do in BERT?".
-_SIGN = (r"[;；|]|\\n|\s(?:[/·*~⋅¦‖◆•#»›]{1,3}|---)\s"
+_SIGN = (r"[;；|]|\\n|\s(?:[/·*~⋅¦‖◆•#]{1,3}|---)\s"
          r"|\[SEP\]|<[|｜/]?sep ?[|｜/]?>")
-# Or a letter without case: "Dune – the book – in short" is one, and so is a title in capitals.
-_CAPITAL = "(?-i:[A-ZÀ-ÞА-Я぀-鿿가-힣])"
 _JOINTS = [(re.compile(joint, re.IGNORECASE), parts, words) for joint, parts, words in (
     (r"\t", 2, 2),
     (rf"(?<=[?？])\s?(?:{_SIGN}|[^\w\s{QUOTES}?？!…()\[\]（）]{{1,3}}|(?-i:AND))\s?(?=\S)", 2, 2),
-    (_SIGN, 3, 3), (r"(?<=[?？])\s*(?=[\w¿])", 3, 2),
-    (rf"\s[-–—]\s(?={_CAPITAL}(?:(?<=[㐀-鿿])|(?:(?!\s[-–—]\s).){{0,99}}\s(?-i:[^\W\dA-Z_])))",
-     3, 2))]  # fmt: skip
-_UNSURE = re.compile(rf"(?:,|\s[-–—»›])\s(?={_CAPITAL})")
+    (_SIGN, 3, 3), (r"(?<=[?？])\s*(?=[\w¿])", 3, 2))]  # fmt: skip
+# Three clauses, "Plan a trip, Quiz me on it, Explain it again", may be one starter or several.
+_UNSURE = re.compile(r",\s(?=[A-ZÀ-ÞА-Я぀-鿿가-힣])")
+_JOINTS += [(_UNSURE, 3, 3)]
 _QUESTION = re.compile(r"[^.!。！]*[?？]\s*")
 
 
 def _joined(item: str) -> list[str]:
     """The only item of a list as several, where it holds a list by one of these signs."""
-    found = [item]
+    found, sign = [item], None
     for joint, least, words in _JOINTS:
         parts = [part for part in joint.split(item) if part.strip()]
-        if len(parts) >= least and all(_says(part, words) for part in parts):
-            found = max(found, parts, key=len)
-    parts = _UNSURE.split(item)  # three such clauses may be one or three: neither is shown
-    several = len(parts) > max(2, len(found)) and all(_says(part, 3) for part in parts)
-    return [] if several else found
+        if len(parts) >= max(least, len(found) + 1) and all(_says(part, words) for part in parts):
+            found, sign = parts, joint
+    return [] if sign is _UNSURE else found
 
 
 def _says(part: str, words: int) -> bool:
-    return (len(re.findall(r"[^\W\d_]{2,}", part)) >= words
-            or len(re.findall("[㐀-鿿]", part)) > 3)  # fmt: skip
+    return len(re.findall(r"[^\W\d_]{2,}", part)) >= words or len(re.findall("[㐀-鿿]", part)) > 3
 
 
 LONGEST = 160  # characters of a starter that stands in no field: a paragraph is none
@@ -413,18 +409,12 @@ def _split_line(line: str) -> list[str]:
         return [line]
     if len(parts := _numbered_parts(line)) > 1:
         return parts
-    apart = _PAIR.sub("", line)
-    if len(pairs := _PAIR.findall(line)) > 1 and (
-            _JOINT.fullmatch(apart) or _AND.fullmatch(apart) and all(_says(x, 2) for x in pairs)):
-        return pairs  # "a" "b", 「a」「b」, 《a》《b》
-    if line.lstrip()[:1] in ("»", "›") and not {*line} & {*"«‹"}:  # no quotes but bullets
-        return [f"• {part}" for part in re.split("[»›]", line) if part.strip()]
     if line.strip()[:1] in tuple(QUOTES):  # "a", "b"
         *parts, last = quoted_parts(line)
         if parts:
             end = '"' * (line.rstrip(" ,")[-1] in PARTNERS.get(line.strip()[0], ""))
             return [*(f'"{part}"' for part in parts), f'"{last}{end}']
-    for sign in ("•", " | ", "||"):
+    for sign in ("•", " | ", "||", *["» "] * line.lstrip().startswith("» ")):
         if line.count(sign) > 1:
             return line.split(sign)
     return [line]
@@ -433,7 +423,6 @@ def _split_line(line: str) -> list[str]:
 def _numbered_parts(line: str) -> list[str]:
     """1. a 2. b 3. c, or 2. a? 4. b: the parts behind each number; else the line as it is."""
     begin = lead.end() if (lead := LEAD.match(line)) else 0  # with its first number
-    found = [line]
     for numbers in _NUMBERS_WITHIN:
         cuts, last = [], 0
         for number in numbers.finditer(line):
@@ -448,28 +437,11 @@ def _numbered_parts(line: str) -> list[str]:
                 cuts.append(number.start())
                 last = value
         parts = [line[a:b] for a, b in itertools.pairwise([*cuts, len(line)])]
-        if len(cuts) > 1:  # a number is no list
-            sure = numbers not in _NUMBERS_ALONE and cuts[0] <= begin
-            if numbers in _NUMBERS_ALONE:
-                parts = [f"{i}. {numbers.sub('', part, 1)}" for i, part in enumerate(parts, 1)]
-            if sure or all(_says(part, 2) for part in parts):  # not of "items (1) and (2)"
-                found = max(found, parts, key=len)
-    return found
+        if len(cuts) > 1 and (cuts[0] <= begin or all(_says(part, 2) for part in parts)):
+            return parts  # a number is no list, nor are "items (1) and (2)"
+    return [line]
 
 
 _NUMBERS_WITHIN = [re.compile(pattern, re.IGNORECASE) for pattern in (
-    r"(?:^|(?<=[\s?？！。；]))[(（*]{0,3}(\d{1,2})[.)．、）：]+(?=\s?[^\s\d])", r"(\d)️?⃣",
-    f"({_CIRCLED})", r"(?:^|(?<=\s))[(（*]{0,3}([a-h])[)）](?=\s)")]  # fmt: skip
-# Where a sentence may have such numbers too: between what says something by itself alone.
-_NUMBERS_ALONE = [re.compile(pattern) for pattern in (
-    r"[\[【［](\d{1,2})[\]】］]", r"(?<![\d.,])(\d{1,2})[．、](?=[^\s\d])",
-    r"(?:^|(?<=\s))(\d{1,2}):(?=\s)", r"(?:^|(?<=\s))#(\d{1,2})(?=\s)",
-    r"(?:^|(?<=\s))(\d{1,2})\s?[-–—](?=\s)")]  # fmt: skip
-_NUMBERS_WITHIN += _NUMBERS_ALONE
-# In quotes and brackets side by side; of single quotes apostrophes are none.
-_PAIR = re.compile("|".join([
-    *(f"{a}[^{a}{b}]{{1,300}}{b}" for a, b in ("\"\"", "“”", "„“", "«»", "»«", "「」", "『』",
-                                               "｢｣", "《》", "【】", "〝〞", "＂＂")),
-    r"(?<!\w)['‘](?=\S)[^\n]{1,200}?['’](?!\w)"]))
-_JOINT = re.compile(r"[\s,，、;；|/&·•*.\-–—]*")
-_AND = re.compile(rf"(?:{_JOINT.pattern[:-1]}|and|or|und|oder|et|ou|y|和|与)*")
+    r"(?:^|(?<=[\s?？！。；㐀-鿿]))[(（\[【［*#]{0,3}(\d{1,2})[.)．、）\]】］：]+(?=\s?[^\s\d])",
+    r"(\d)️?⃣", f"({_CIRCLED})", r"(?:^|(?<=\s))[(（*]{0,3}([a-h])[)）](?=\s)")]  # fmt: skip
