@@ -16,25 +16,16 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NotRequired  # pydantic takes no others before 3.12
 
 import yaml
-from pydantic import BaseModel, TypeAdapter, ValidationError, conlist
+from pydantic import BaseModel
 from tqdm import tqdm
-from typing_extensions import TypedDict
 
 ROOT = Path(__file__).resolve().parent  # of the checkout: scripts run from anywhere
 
 
 class UserError(Exception):
     """Something the user can mend: scripts print the message alone and exit with 2."""
-
-
-class Missing(UserError, FileNotFoundError):
-    """A file that an earlier stage has written and that is gone."""
-
-    def __init__(self, path: str | Path):
-        super().__init__(f"{path}: is missing; bring back a copy, or run what writes it again")
 
 
 def digest(*parts) -> str:
@@ -199,8 +190,8 @@ def write_lines(path: str | Path, rows: Iterable) -> None:
 
 def read_lines(path: str | Path) -> list:
     """Rows of write_lines."""
-    with _readable(path), open(path, encoding="utf-8") as file:
-        return [*map(json.loads, file)]  # str.splitlines would part a text at U+2028
+    with open(path, encoding="utf-8") as file:  # str.splitlines would part a text at U+2028
+        return [*map(json.loads, file)]
 
 
 @functools.cache
@@ -209,33 +200,16 @@ def read_yaml(path: str) -> dict:
     return yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))
 
 
-@contextlib.contextmanager
-def _readable(path: str | Path):
+def read_json(path: str | Path, **kinds):
+    """What write_json wrote; raises UserError if damaged, or no object with `kinds` of values."""
     try:
-        yield
-    except FileNotFoundError:
-        raise Missing(path) from None
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]  # the first one and where it is
-        place = "".join(f"{part}: " for part in fault["loc"])
-        raise UserError(f"{path}: of another shape ({place}{fault['msg']}); {AGAIN}") from None
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # cut short by a full disk or a copy, say
         raise UserError(f"{path}: damaged, no JSON ({error}); {AGAIN}") from None
-
-
-def read_json(path: str | Path, shape=object):
-    """What write_json wrote; raises UserError where it is missing, no JSON or not of the shape, a
-    type as pydantic knows them, which a file without a digest of a stage must have."""
-    with _readable(path):
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-        TypeAdapter(shape).validate_python(value, strict=True)  # "0.5" is no number
-        return value
-
-
-def read_kept(path: str | Path, key: str, shape=dict) -> dict | None:
-    """What was written with this key; None where it was with another one, or nothing was."""
-    value = read_json(path, shape) if Path(path).is_file() else {}
-    return value if value.get("key") == key else None
+    if kinds and not (isinstance(value, dict) and all(
+            isinstance(value.get(name), kind) for name, kind in kinds.items())):
+        raise UserError(f"{path}: of another shape, without {', '.join(kinds)}; {AGAIN}")
+    return value
 
 
 def write_tensors(path: str | Path, tensors: dict) -> None:
@@ -246,24 +220,14 @@ def write_tensors(path: str | Path, tensors: dict) -> None:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
 
 
-def read_tensors(path: str | Path, like: dict | None = None) -> dict:
-    """Tensors by name; raises UserError where they are missing, no finite numbers, or not of the
-    names and shapes of `like`."""
+def read_tensors(path: str | Path) -> dict:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         tensors = load_file(path)
-    except FileNotFoundError:
-        raise Missing(path) from None
-    except (SafetensorError, OSError) as error:  # the latter of a folder
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged, no weights ({error}); {AGAIN}") from None
-    shapes, wanted = ({name: tuple(t.shape) for name, t in some.items()}
-                      for some in (tensors, tensors if like is None else like))
-    for name in sorted(shapes.keys() | wanted.keys()):
-        if shapes.get(name) != wanted.get(name):
-            raise UserError(f"{path}: weights of another shape ({name}: {shapes.get(name)} in place"
-                            f" of {wanted.get(name)}); {AGAIN}")
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise UserError(f"{path}: weights that are no finite numbers; {AGAIN}")
     return tensors
@@ -283,16 +247,6 @@ def one_line(figures: dict) -> str:
         return "[" + ", ".join(map(show, value)) + "]" if isinstance(value, list) else str(value)
 
     return ", ".join(f"{name} {show(value)}" for name, value in figures.items())
-
-
-# What done.json and begun.json hold beside figures; of a stage written before the records less.
-class NOTES(TypedDict, total=False):
-    files: dict[str, str]
-    settings: dict
-    log: conlist(str | int, min_length=2, max_length=2)
-class RAN(TypedDict):
-    key: str
-    record: NotRequired[NOTES]
 
 
 class RunFolder:
@@ -327,30 +281,24 @@ class RunFolder:
 
     def is_done(self, stage: str, key: str) -> bool:
         """Did it run with this key, and is what it wrote still there? UserError if damaged."""
-        return self.key(stage) == key and self.is_whole(stage)
+        return self.key(stage) == key and not self.lost(stage)
 
-    def is_whole(self, stage: str) -> bool:
-        """Are all files there that the stage has written? UserError if one has changed since."""
+    def lost(self, stage: str) -> list[Path]:
+        """Files of the stage that are no longer there. UserError if one has changed since."""
         # A missing one is made again; what has changed may be the work of hours, or of somebody.
-        for name, written in self.record(stage).get("files", {}).items():
-            path = self.path / stage / name
-            if not path.is_file():
-                if name.startswith("truth/"):  # a simulated world's hidden state: none needs it
-                    continue
-                return False
-            if file_digest(path) != written:
+        files = self.record(stage).get("files", {})
+        paths = {self.path / stage / name: written for name, written in files.items()}
+        for path, written in paths.items():
+            if path.is_file() and file_digest(path) != written:
                 raise UserError(f"{path}: has changed since stage {stage} wrote it; {AGAIN}")
-        return True
+        return [path for path in paths if not path.is_file()]
 
     def require(self, *stages: str) -> None:
         """Raise UserError unless these have run, and all that they wrote is as they wrote it."""
         for stage in stages:
-            if not self.has_run(stage):
-                raise UserError(f"{self.path}: stage {stage} has not run; python train.py first")
-            if not self.is_whole(stage):
-                paths = (self.path / stage / name for name in self.record(stage)["files"]
-                         if not name.startswith("truth/"))
-                raise Missing(next(path for path in paths if not path.is_file()))
+            self.figures(stage)  # that it has run
+            if lost := self.lost(stage):
+                raise UserError(f"{lost[0]}: is missing; {AGAIN}")
 
     def begin(self, stage: str, key: str, **record) -> bool:
         """Has the stage, or a part of one, to run with this key? Then what tells of another run of
@@ -383,8 +331,7 @@ class RunFolder:
         """Leave in metrics.jsonl what stood there when a stage, or a part of one, was last done."""
         log, here, length = self.path / "metrics.jsonl", self.path.name, 0
         for done in self.path.rglob("done.json"):  # a variant starts as a copy, with its own log
-            notes = (self._read(done.parent, "done") or {}).get("record", {})
-            folder, written = notes.get("log", (here, 2**60))
+            folder, written = self.record(done.parent).get("log", (here, 2**60))
             length = max(length, written) if folder == here else length
         if log.is_file() and log.stat().st_size > length:
             os.truncate(log, length)
@@ -396,9 +343,11 @@ class RunFolder:
             folder, log = self.path / stage, self.path / "metrics.jsonl"
             begun, own = folder / "begun.json", ["done.json", "begun.json"]
             # sampled.json has its own key: what the next stage sampled, beside the policy.
+            # Without a simulated world's hidden state, which may be taken away: none needs it.
             files = {name: file_digest(path) for path in sorted(folder.rglob("*"))
                      if path.is_file() and (name := str(path.relative_to(folder))) not in own
-                     and path.name != "sampled.json" and not name.endswith(".tmp")}
+                     and path.name != "sampled.json" and not name.endswith(".tmp")
+                     and not name.startswith("truth/")}
             record = self.record(stage) | {"files": files}
             record["log"] = [self.path.name, log.stat().st_size if log.is_file() else 0]
             # As it is read again: JSON has no tuples.
@@ -407,7 +356,7 @@ class RunFolder:
             begun.unlink(missing_ok=True)
         meet()
 
-    def record(self, stage: str) -> dict:
+    def record(self, stage: str | Path) -> dict:
         """What `begin` and mark_done have noted of a stage that is done or was begun."""
         last = self._read(stage, "done") or self._read(stage, "begun") or {}
         return last.get("record", {})
@@ -415,8 +364,8 @@ class RunFolder:
     def _read(self, stage: str | Path, name: str) -> dict | None:
         path = self.path / stage / f"{name}.json"
         try:
-            value = read_json(path, RAN)
-        except Missing:  # or another process has just withdrawn it
+            value = read_json(path, key=str, record=dict | None)
+        except FileNotFoundError:  # or another process has just withdrawn it
             return None
         written = value.pop("digest", None)
         if written is not None and written != digest(value):

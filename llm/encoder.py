@@ -34,8 +34,8 @@ class Encoder:
         if self.cache and self.cache.is_file():
             stored = read_tensors(self.cache)
             keys, vectors = (stored.get(name, torch.zeros(1)) for name in ("keys", "vectors"))
-            if (keys.dtype, keys.dim(), vectors.dim()) != (torch.uint8, 2, 2) or (
-                    len(keys) != len(vectors)):
+            shapes = keys.dtype, keys.dim(), vectors.dim()
+            if shapes != (torch.uint8, 2, 2) or len(keys) != len(vectors):
                 raise UserError(f"{self.cache}: no cache of embeddings; delete it, and it is made "
                                 "again")
             self._vectors = dict(zip(map(bytes, keys.numpy()), vectors, strict=True))
@@ -77,9 +77,6 @@ class Encoder:
             rows = self.model.encode(
                 [texts[key] for key in part], batch_size=BATCH, normalize_embeddings=True,
                 convert_to_tensor=True, show_progress_bar=False)
-            if self._saved and rows.shape[1] != self.dim:
-                raise UserError(f"{self.cache}: vectors of another encoder; delete it, and it is "
-                                "made again")
             vectors.update(zip(part, rows.float().cpu(), strict=True))  # (D,) each
         return vectors
 

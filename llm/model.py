@@ -166,8 +166,7 @@ def whole_adapter(folder: str | Path):
     """Loads an adapter inside; raises UserError where its files are damaged or hold no numbers."""
     read_tensors(Path(folder) / "adapter_model.safetensors")  # refuses what is damaged
     try:
-        # PEFT warns of missing weights alone, and goes on with random ones.
-        with warnings.catch_warnings():
+        with warnings.catch_warnings():  # PEFT goes on with random weights in place of missing ones
             warnings.filterwarnings("error", "Found missing adapter keys")
             yield
     except torch.OutOfMemoryError:  # explained where the stage is known
@@ -196,11 +195,10 @@ def adapter_weights(model, folder: str | Path | None = None) -> dict[str, torch.
     if folder is None:
         return {name: weight.detach().clone()
                 for name, weight in model.named_parameters() if "lora_" in name}
+    stored = read_tensors(Path(folder) / "adapter_model.safetensors")
     # PEFT leaves the adapter's own name out of a file.
-    own = {name: (name.replace(".default.", "."), weight)
-           for name, weight in model.named_parameters() if "lora_" in name}
-    stored = read_tensors(Path(folder) / "adapter_model.safetensors", dict(own.values()))
-    return {name: stored[saved].to(weight.device) for name, (saved, weight) in own.items()}
+    return {name: stored[name.replace(".default.", ".")].to(weight.device)
+            for name, weight in model.named_parameters() if "lora_" in name}
 
 
 @contextlib.contextmanager

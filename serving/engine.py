@@ -160,7 +160,7 @@ class Engine:
         adapter, file = self.run.folder / newest["adapter"], Path(newest["ranker"])
         ranker = load_ranker(self.run, file.stem, str(file.parent))
         if self.model:
-            name = newest["version"].replace(".", "-")  # PEFT takes a dot for a path
+            name = "newest " + newest["version"].replace(".", "-")  # no "default", no path
             with llm.whole_adapter(adapter):
                 self.model.load_adapter(str(adapter), adapter_name=name)
             if self.adapter:

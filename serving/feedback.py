@@ -22,11 +22,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-from pydantic import StringConstraints
-from typing_extensions import TypedDict
 
 import llm
 from config import Config, load_config
@@ -46,17 +43,6 @@ LISTS_PER_USER = 20  # for a ranker: about as many as people of the simulated lo
 MARGIN = 0.05  # of a figure's value before; a fall of more refuses the round
 # Sections in which a further round must agree with its run, beside dpo.rounds and run.seed.
 AGREED = ("data", "world", "encoder", "rid", "generator", "sit")
-NAME = Annotated[str, StringConstraints(pattern=r"^[\w./ -]+$")]  # no NUL, which is in no path
-class POLICY(TypedDict):
-    adapter: NAME
-    ranker: NAME
-    version: NAME
-PUBLISHED = TypedDict("PUBLISHED", {**POLICY.__annotations__, "run": str})
-class VERDICT(TypedDict):
-    reason: str
-class BEGUN(TypedDict):
-    key: str
-    start: POLICY
 
 
 def current(run: Run) -> dict | None:
@@ -67,19 +53,15 @@ def current(run: Run) -> dict | None:
         return None
     published = run.folder / "feedback" / "current.json"
     # Unless the run's own rounds of DPO were trained again since.
-    if published.is_file() and (
-            newest := read_json(published, PUBLISHED))["run"] == run.folder.key("dpo"):
-        return inside(run, published, newest)
+    newest = read_json(published, run=str) if published.is_file() else {}
+    if newest.get("run") == run.folder.key("dpo"):
+        for name in map(newest.get, ("adapter", "ranker", "version")):  # perhaps a stranger's
+            if not isinstance(name, str) or not name.isprintable() or not (
+                    run.folder / name).resolve().is_relative_to(run.folder.path.resolve()):
+                raise UserError(f"{published}: {name} leads out of the run; delete the file")
+        return newest
     return {"adapter": f"dpo/round{rounds}/adapter", "ranker": "ranker/train.safetensors",
             "version": f"round{rounds}-{_weights(adapter)[:8]}"}
-
-
-def inside(run: Run, file: Path, policy: dict) -> dict:
-    """The policy that a file of the run names, perhaps a stranger's; UserError if it leads out."""
-    for name in (policy["adapter"], policy["ranker"]):
-        if not (run.folder / name).resolve().is_relative_to(run.folder.path.resolve()):
-            raise UserError(f"{file}: {name} leads out of the run")
-    return policy
 
 
 def _weights(adapter: Path) -> str:
@@ -115,7 +97,6 @@ def feedback_round(config: Config, wanted: list[str], free: Iterable[str]) -> No
     refuse_unready(config, wanted, free)
     # describe: config.yaml stays as the run was trained.
     run, started, first = Run(config, describe=False), time.time(), processes()[0] == 0
-    run.folder.require("summarize", "rid", "ranker", "sit", "dpo")
     if not current(run):
         raise UserError(f"{run.folder.path}: was trained without impressions (data.impressions), "
                         "so it has no ranker and no DPO round to go on from")
@@ -130,14 +111,13 @@ def feedback_round(config: Config, wanted: list[str], free: Iterable[str]) -> No
     settings = config.ranker, config.dpo, config.run.seed, config.roles, config.serve.candidates
     key = digest(rows, *settings, config.eval.bootstrap, run.folder.key("dpo"))
     number = gather([begin(run, key)] if first else [])[0]  # of several processes, as above
-    begun = run.folder / f"feedback/round{number}/round.json"
-    start = inside(run, begun, read_json(begun, BEGUN)["start"])
+    start = read_json(run.folder / f"feedback/round{number}/round.json", start=dict)["start"]
     # In memory: an LLM's answers for the store's users are not kept either.
     players = Players(config, run.encoder, Writer(config, answers=Path(":memory:")))
     new, name = Round(run, players, number, start, lists), f"feedback round {number}"
     if (end := run.folder / new.folder / "verdict.json").is_file():
         print(f"{name}: already done with this store and these settings: "
-              f"{read_json(end, VERDICT)['reason']}")
+              f"{read_json(end, reason=str)['reason']}")
         return
     users, taps = len({row["user_id"] for row in rows}), sum(len(row["clicked"]) for row in rows)
     print(f"{name}: {len(rows)} lists of {users} users, {taps} taps; from {start['version']}")
@@ -194,10 +174,7 @@ def refuse_unready(config: Config, wanted: list[str], free: Iterable[str]) -> No
     if not Path(store).is_file():
         raise UserError(f"data.feedback={store}: no such file; it is the store of a server "
                         "(serve.py), serve.sqlite in its run's folder unless serve.store says so")
-    for stage in ("rid", "ranker", "sit", "dpo"):
-        if not (folder / stage / "done.json").is_file():
-            raise UserError(f"{folder}: stage {stage} has not run, and data.feedback goes on from "
-                            "a finished run; python train.py --stage dpo first, without it")
+    Run(config, describe=False).folder.require("rid", "ranker", "sit", "dpo")
     saved = load_config(folder / "config.yaml")
     agreed = {"dpo": ["rounds"], "run": ["seed"]}
     agreed |= {section: type(getattr(config, section)).model_fields for section in AGREED}
@@ -237,8 +214,8 @@ def by_split(run: Run, rows: list[dict]) -> dict[str, list[Shown]]:
 def begin(run: Run, key: str) -> int:
     """The number of the round with this key, which is new or was begun before."""
     folder, newest = run.folder / "feedback", current(run)
-    begun = {int(f.parent.name[5:]): read_json(f, BEGUN)["key"]
-             for f in folder.glob("round*/round.json") if f.parent.name[5:].isdecimal()}
+    begun = {int(f.parent.name[5:]): read_json(f, key=str)["key"]
+             for f in folder.glob("round*/round.json")}
     if key in begun.values():  # killed or finished: the same round
         return next(number for number, other in begun.items() if other == key)
     last = max(begun, default=0)  # rounds are numbered from 1

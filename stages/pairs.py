@@ -16,19 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from typing_extensions import TypedDict
 
 import icebreaker as ib
 import roles
-from files import digest, file_digest, processes, read_kept, write_json
+from files import digest, file_digest, processes, read_json, write_json
 from roles.writer import Writer
 from run import Run, UserState
 from stages.pools import best_lists, score_pools
 
-
-class KEPT(TypedDict):
-    key: str
-    lists: list[list[list[str]]]  # sampled.json
 RANDOM_LISTS = 8  # random draws from a pool among the lists from which pairs are mined
 
 
@@ -44,8 +39,7 @@ def sample(run: Run, writer: Writer, number: int | str, model, adapter: Path,
     # All that the lists hang on: a file of another training is not taken for this one's.
     key = digest(writer.model_path, weights, run.config.generator, inputs, n, seed)
     path = adapter.parent / "sampled.json"
-    kept = read_kept(path, key, KEPT)
-    if kept and len(kept["lists"]) == len(states):
+    if path.is_file() and (kept := read_json(path, key=str, lists=list))["key"] == key:
         return kept["lists"]
     lists = writer.write(adapter, inputs, n, seed, model, raw=True)
     # What a server said stays in the cache of answers instead.

@@ -65,21 +65,11 @@ class Distiller:
         """As stage `rid` saved it."""
         scorer, path = new_scorer(run), run.folder / "rid" / "gate.json"
         load_weights(scorer, run.folder / "rid" / "scorer.safetensors")
-        gate = read_json(path)
-        try:
-            folds = {user: int(tower) for user, tower in gate["folds"].items()}
-            odds, edges, lines = (
-                np.asarray(gate[name], float) for name in ("odds", "edges", "thresholds"))
-            whole = lines.shape == (len(edges) + 1,) and odds.shape == (ib.GATE_INPUTS + 1,)
-            whole = whole and np.isfinite([*odds, *edges, *lines]).all()
-            whole = whole and {*folds.values()} <= {*range(run.config.rid.towers)}
-        except (AttributeError, KeyError, TypeError, ValueError):
-            whole = False
-        if not whole:
-            raise UserError(f"{path}: holds no odds, edges and thresholds, or folds of more "
-                            "towers than rid.towers; run stage rid again")
-        numbers = (values.tolist() for values in (odds, edges, lines))
-        return cls(scorer, folds, *numbers, run.config.rid, run.encoder)
+        gate = read_json(path, folds=dict, odds=list, edges=list, thresholds=list)
+        if not {*gate["folds"].values()} <= {*range(run.config.rid.towers)}:
+            raise UserError(f"{path}: folds of more towers than rid.towers; run stage rid again")
+        numbers = (gate[name] for name in ("odds", "edges", "thresholds"))
+        return cls(scorer, gate["folds"], *numbers, run.config.rid, run.encoder)
 
     def scores(self, histories: list[ib.History], profiles: torch.Tensor,
                users: list[str] = ()) -> list[np.ndarray]:

@@ -12,12 +12,17 @@ from pathlib import Path
 
 import torch
 
-from files import UserError, processes, read_tensors, share
+from files import AGAIN, UserError, processes, read_tensors, share
 
 
 def load_weights(module: torch.nn.Module, path: Path) -> None:
     """Take a file's weights, for use; raises UserError where they fit no such module."""
-    module.load_state_dict(read_tensors(path, module.state_dict()))
+    tensors = read_tensors(path)
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: weights of another shape ({reason}); {AGAIN}") from None
     module.eval()
 
 

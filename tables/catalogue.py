@@ -190,8 +190,7 @@ def write_catalogue(folder: Path, n: int, marks: Path | None, out: Path) -> None
     run = Run(config, describe=False)
     # As the server chooses: the policy of the last round that is there.
     trained = [name for name in policies(config) if run.folder.has_run(name)]
-    if not trained:
-        raise UserError(f"{folder}: stage sft has not run")
+    run.folder.require(*trained[:1] or ["sft"])
     products = data.read_catalogue(run.catalogue_file)
     shop = products, data.read_policies(run.policies_file)
     facts, policy = Facts(*shop), trained[0]

@@ -25,7 +25,7 @@ import garm
 import llm
 import train
 from config import Config
-from files import digest, read_json, read_kept, write_json
+from files import digest, read_json, write_json
 from roles.players import Players, players_of
 from roles.suggester import Suggester, read_kindly
 from run import Run
@@ -94,7 +94,7 @@ def write_answers(config: Config, variant: str) -> None:
     run, path, changed = Run(config), report_folder(config) / "answers.json", variants()
     stage = changed[variant].stage if variant else "rl"
     key = digest(train.stage_key(run, stage), config.eval)
-    if read_kept(path, key):  # by the same policies, as many
+    if path.is_file() and read_json(path, key=str)["key"] == key:  # by the same policies, as many
         return
     policies = garm_eval.policies(run)
     if variant:

@@ -15,7 +15,7 @@ import numpy as np
 import llm
 import train
 from config import Config
-from files import digest, read_json, read_kept, read_yaml, write_json
+from files import digest, read_json, read_yaml, write_json
 from roles.players import Players, players_of
 from run import Run, environment
 from stages import eval as evaluation
@@ -43,7 +43,7 @@ def write_starters(config: Config, variant: str) -> None:
     methods = {n: m for n, m in experiments.methods().items() if m.variant == variant}
     key = digest(train.stage_key(run, "dpo"), settings.lists, settings.searched,
                  {name: vars(method) for name, method in methods.items()})
-    if read_kept(path, key):  # by the same policies, as many lists
+    if path.is_file() and read_json(path, key=str)["key"] == key:  # by the same policies, as many
         return
     writer, lists = players_of(run).writer, {}
     pools = -(-settings.lists // controls.better_half(settings.searched))  # that list search needs
@@ -86,7 +86,7 @@ def keep_values(config: Config, written: list[dict], measure: Callable[[], dict]
     path, key, env = report_folder(config) / "values.json", None, environment(config)
     if env["uncommitted_changes"] is False:  # else the commit does not tell which code measured
         key = digest(env["commit"], env["versions"], config, [one["key"] for one in written])
-        if read_kept(path, key):
+        if path.is_file() and read_json(path, key=str | None).get("key") == key:
             return
     write_json(path, {"key": key, **measure()})
 

@@ -11,21 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
-from typing_extensions import TypedDict
 
 from config import Config
-from files import ROOT, RunFolder, UserError, read_json, read_yaml, write_text
+from files import ROOT, UserError, read_json, read_yaml, write_text
 from run import commit_of
 from stages.metrics import LIFTS, bootstrap, escape, markdown_table
 from tables.claims import claims_parts, counted, judged, paired, per_seed
 from tables.report import in_all
 from tables.verdicts import EFFECT, HOLDS, NOT, RULE, UNDECIDED, narrow, sign_flip, verdicts
-
-
-class ABOUT(TypedDict):
-    commit: str | None
-    uncommitted_changes: bool | None
-    processors: int | None
 
 
 class SeedRun(BaseModel, extra="forbid", allow_inf_nan=False):
@@ -69,13 +62,12 @@ def read_run(path: str | Path) -> SeedRun:
     folder = Path(path)
     if folder.is_file():
         return read_kept(SeedRun, path)
-    done = {file.parent.name: read_json(file, dict) for file in folder.glob("*/done.json")}
+    done = {file.parent.name: read_json(file, key=str) for file in folder.glob("*/done.json")}
     if "eval" not in done or not (folder / "eval" / "values.json").is_file():
         raise UserError(f"{path}: no finished run: eval/ lacks done.json or values.json; remove "
                         "it, and start train.py with the run's settings again")
-    RunFolder(folder).require("base", "eval")
     values, settings = (read_json(folder / "eval" / f"{n}.json") for n in ("values", "settings"))
-    about = read_json(folder / "environment.json", ABOUT)  # of the last start
+    about = read_json(folder / "environment.json", versions=dict)  # of the last start
     return SeedRun(
         name=folder.resolve().name, generator=Path(done["base"]["model"]).name,
         seeds=(settings["world"]["seed"], settings["run"]["seed"]),

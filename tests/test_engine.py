@@ -207,8 +207,9 @@ def flip(path):
     ("rid/scorer.safetensors", flip, "has changed since stage rid wrote it"),
     ("dpo/round2/adapter/adapter_model.safetensors", flip, "has changed since stage dpo"),
     ("rid/gate.json", lambda f: f.write_text('{"edges": [1'), "no JSON"),
-    ("rid/gate.json", lambda f: f.write_text('{"edges": [1.0]}'), "holds no odds, edges"),
-    ("rid/gate.json", lambda f: f.write_text('{"edges": [], "thresholds": [NaN]}'), "no odds"),
+    ("rid/gate.json", lambda f: f.write_text('{"edges": [1.0]}'), "without folds, odds"),
+    ("rid/gate.json", lambda f: write_json(f, read_json(f) | {"thresholds": [float("nan")]}),
+     "has changed since stage rid"),
     ("rid/gate.json", lambda f: write_json(f, read_json(f) | {"folds": {"u": 9}}), "folds of more"),
     ("rid/scorer.safetensors", lambda f: f.write_bytes(f.read_bytes()[:-9]), "no weights"),
     ("rid/scorer.safetensors", lambda f: f.write_bytes(b"x"), "no weights"),
@@ -229,7 +230,7 @@ def test_a_damaged_file_of_the_run_is_one_line(
     with pytest.raises(UserError, match=f"{name}: has changed since stage"):
         Engine(micro(tmp_path / "runs"))
     if "has changed" not in message:  # where no digest tells, who reads it does
-        monkeypatch.setattr(RunFolder, "is_whole", lambda *_: True)
+        monkeypatch.setattr(RunFolder, "lost", lambda *_: [])
     with pytest.raises(UserError, match=message) as raised:
         Engine(micro(tmp_path / "runs"))
     assert name.rpartition("/")[0] in str(raised.value) and "\n" not in str(raised.value)
@@ -347,7 +348,7 @@ def test_each_method_writes_with_its_own_policy(finished, tmp_path, monkeypatch)
         weights = read_tensors(adapter / "adapter_model.safetensors")
         larger = {k: x * factor if "lora_B" in k else x for k, x in weights.items()}
         write_tensors(adapter / "adapter_model.safetensors", larger)
-    monkeypatch.setattr(RunFolder, "is_whole", lambda *_: True)  # weights that no stage wrote
+    monkeypatch.setattr(RunFolder, "lost", lambda *_: [])  # weights that no stage wrote
     engine = Engine(micro(tmp_path / "runs"))
     (case,) = distilled(engine, Ask(person(*SUMMARIES), 3))
     prompt = engine.writer.prompt(case.state.interests)
