@@ -409,26 +409,26 @@ def test_samples_in_a_loop_are_given_up():
     assert not in_a_loop(loop[..., :10]).any()
 
 
-def test_an_accepted_round_is_taken_up_and_nothing_else(finished, tmp_path):
+@pytest.mark.parametrize("version", ["feedback1.0abc", "default"])  # PEFT's name of SFT's
+def test_an_accepted_round_is_taken_up_and_nothing_else(finished, tmp_path, version):
     shutil.copytree(finished.parent, tmp_path / "runs")
     engine = Engine(micro(tmp_path / "runs"))
     run, before = engine.run.folder, engine.version
     assert before.startswith("round2-") and not engine.refresh()
     write_json(run / "feedback" / "current.json", {
-        "round": 1, "adapter": "dpo/round1/adapter", "version": "feedback1.0abc",
+        "round": 1, "adapter": "dpo/round1/adapter", "version": version,
         "ranker": "ranker/judge.safetensors", "run": read_json(run / "dpo" / "done.json")["key"],
     })
-    assert engine.refresh() and engine.version == "feedback1.0abc" and not engine.refresh()
+    assert engine.refresh() and engine.version == version and not engine.refresh()
     judge = load_ranker(engine.run, "judge").state_dict()
     assert all(torch.equal(x, judge[k]) for k, x in engine.ranker.state_dict().items())
     assert engine.write([Ask(person(*SUMMARIES), 3)])[0] is not None
-    with engine._policy("IceBreaker") as (model, _):
-        own = {k: v for k, v in model.state_dict().items() if "feedback1" in k}
-    saved = engine.writer.policy(run / "dpo/round1/adapter").state_dict()
-    assert own and all(
-        torch.equal(v, saved[k.replace("feedback1-0abc", "default")]) for k, v in own.items()
-    )
-    assert Engine(micro(tmp_path / "runs")).version == "feedback1.0abc"
+    state = engine.model.state_dict()
+    for method, adapter in (("IceBreaker", "dpo/round1/adapter"), ("SFT", "sit/adapter")):
+        name, saved = engine._names[method], engine.writer.policy(run / adapter).state_dict()
+        own = {k.replace(name, "default"): v for k, v in state.items() if f".{name}." in k}
+        assert own and all(torch.equal(v, saved[k]) for k, v in own.items())
+    assert Engine(micro(tmp_path / "runs")).version == version
 
 
 def test_what_is_forgotten_leaves_memory(engine):
