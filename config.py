@@ -186,7 +186,7 @@ class DpoConfig(Section):
     # unfit: a sampled list of which fewer than K starters may be shown.
     negatives: list[Negatives] = Field(["utility", "diversity", "joint", "unfit"], min_length=1)
     beta: Positive = 0.1
-    learning_rate: Positive = 2e-4
+    learning_rate: Positive = 1e-3
     passes: Count = 2  # over the accumulated pairs, per round
     batch_users: Count = 4
     reference: Literal["round", "sit"] = "round"  # the policy at the round's start, or after SIT
