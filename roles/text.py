@@ -290,11 +290,24 @@ def majority_language(interests: Sequence[str]) -> str:
     written = [interest for interest in interests if any(map(str.isalpha, interest))]
     if not written:
         return ""
-    most = Counter(map(language, written)).most_common(1)[0][0]
+    counts = Counter(map(language, written))
+    for other, codec in {"ja": "shift_jis", "ko": "euc_kr"}.items():
+        # Characters alone, such as 京都, are Chinese, or of one who writes the rest in kana.
+        bare = sum(language(text) == "zh" and _spelt(text, codec) for text in written)
+        if counts["zh"] - bare < counts[other] >= bare / 2:
+            counts += Counter({other: bare, "zh": -bare})
+    most = counts.most_common(1)[0][0]
     if most not in LATIN:
         return most
     # A name alone tells no language of this script, all texts together do.
     return language(" ".join(text for text in written if language(text) in LATIN))
+
+
+def _spelt(text: str, codec: str) -> bool:
+    """Whether an East Asian character set has all Chinese characters of a text: none but China's
+    has simplified ones."""
+    characters = "".join(re.findall("[㐀-鿿]", text))
+    return len(characters.encode(codec, "ignore")) == 2 * len(characters)
 
 
 def in_language(text: str, wanted: str) -> bool:

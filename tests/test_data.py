@@ -413,6 +413,16 @@ def test_titles_tell_their_language_together(expected, titles):
         assert data.language(title, expected) == expected
 
 
+@pytest.mark.parametrize("expected, titles", [
+    ("ja", "日本料理|京都|北海道のラーメン"), ("ja", "京都|日本料理|ラーメン|桜の名所|Python"),
+    ("zh", "三体|京都|火锅做法|北海道のラーメン"), ("zh", "量子計算|宋朝|臺灣美食|東京の桜"),
+    ("zh", "京都|日本料理"), ("ko", "漢字|論語|한국 역사"), ("zh", "三体|京都|방탄소년단 콘서트"),
+    ("en", "Dune novels|京都|Elden Ring|日本料理|Chess"),
+])
+def test_characters_alone_are_of_whoever_writes_the_rest_in_kana_or_hangul(expected, titles):
+    assert roles.majority_language(titles.split("|")) == expected
+
+
 def test_no_real_english_summary_is_taken_for_another_language():
     corpus = (ROOT / "configs" / "teacher_corpus.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [text for row in corpus for text in json.loads(row)["starters"]]
