@@ -397,13 +397,7 @@ def fit_to_show(texts: Sequence[str], like: Sequence[str], avoid: Sequence[str],
     fit = roles.filter_starters(texts, like, avoid, subjects=subjects)[0]
     # The filter lets everything pass to who writes neither Chinese nor in Latin letters.
     other = {data.language(text) for text in like} == {"other"}
-    wanted, told = roles.majority_language(like), {*" ".join(like).casefold().split()}
-
-    def around(text: str) -> str:  # without their own words: "Books on Rutas de senderismo"
-        return " ".join(word for word in text.split() if word.strip(".,?!").casefold() not in told)
-
-    return [y for y in fit if not LOST.search(y) and (data.language(y) == "other" or not other)
-            and (wanted not in data.LATIN or data.language(around(y), wanted) in (wanted, "other"))]
+    return [y for y in fit if not LOST.search(y) and (data.language(y) == "other" or not other)]
 
 
 def with_reasons(starters: list[Starter], n: int) -> list[Starter]:

@@ -278,3 +278,22 @@ def test_who_writes_another_language_is_answered_in_it_or_not_at_all(interests):
 ])  # fmt: skip
 def test_starters_in_the_readers_language_pass(interests, starter):
     assert roles.filter_starters([starter], interests) == ([starter], {})
+
+
+@pytest.mark.parametrize("interests, good, bad", [
+    (["Rutas de senderismo", "Recetas de cocina japonesa"], "Rutas de senderismo con niños",
+     "Books on Rutas de senderismo"),
+    (["Wie lerne ich Gitarre?", "Wandern in Tirol"], "Wandern in Tirol mit Kindern",
+     "What to pack for Wandern in Tirol"),
+    (["推荐三体小说", "北京烤鸭"], "三体小说的结局怎么理解", "Books on 三体小说"),
+    (["北海道のラーメン", "京都"], "北海道のラーメン入門", "Best of 北海道のラーメン"),
+    (["Рецепты борща", "История Москвы"], "Рецепты борща с грибами", "Books on Рецепты борща"),
+    # English about a title that is none, which may be more words than the rest.
+    (["Films like La vita è bella", "How do heat pumps work?"], "Quiz me on La vita è bella.",
+     "La vita è bella per bambini e nonni"),
+    (["Where to start with Les Misérables?", "Amélie", "Dune"], "What is Amélie's theme?",
+     "Les Misérables pour les enfants"),
+    (["Dune novels"], "Name two works like La forza del destino.", "Wie lerne ich gut kochen?"),
+])  # fmt: skip
+def test_what_stands_around_a_title_tells_the_language(interests, good, bad):
+    assert roles.filter_starters([good, bad], interests) == ([good], {"language": 1})
