@@ -136,12 +136,14 @@ class Rules:
 
     def _subjects(self, interests: list[str]) -> list[tuple[list[str], str]]:
         """(short key phrases, kind) of each usable interest; chores only if all are."""
-        subjects, taken = {False: [], True: []}, set()  # by whether it is a chore
+        subjects, taken = {False: [], True: []}, []  # by whether it is a chore
         for interest, reason in zip(interests, unfit(interests, self.encode), strict=True):
             phrases = [_subject(phrase, interest) for phrase in _best_first(key_phrases(interest))]
-            phrases = [p for p in phrases if p and len(p) <= 60 and normal_form(p) not in taken]
+            # Once each: neither "an AI" nor "rumours about AI" beside "AI".
+            phrases = [p for p in phrases if p and len(p) <= 60
+                       and not any(text.says(p, other) for other in taken)]
             if phrases and not reason:
-                taken.add(normal_form(phrases[0]))
+                taken.append(phrases[0])
                 subjects[is_functional(interest)].append((phrases, interest))
         return subjects[False] or subjects[True]
 

@@ -54,6 +54,13 @@ def encode(texts):
         ("Which washing machine for a flat?", "washing machine"),
         ("Is Google Translate any good?", "Google Translate"),
         ("抹茶ケーキの作り方", "抹茶ケーキ"),
+        ('Why are so few "real" samovars sold?', "samovars"),
+        ("Samovar, the collector's view", "Samovar"),
+        ("Samovar, in a hurry", "Samovar"),
+        ("samovars from spain", "samovars"),
+        ("The Mott–Hubbard model", "The Mott-Hubbard"),
+        ("read src/llm/logps.py, then describe the samovar", "samovar"),
+        ("samovars that wept and were shorn of brass", "brass"),
     ],
 )
 def test_key_phrases(text, first):
@@ -64,7 +71,9 @@ def test_key_phrases(text, first):
 @pytest.mark.parametrize("frame", [
     "smitten with {x}", "Smitten with {x}, honestly", "I got fascinated by {x}", "dabbling in {x}",
     "how to polish {x}", "who embroidered {x}", "just varnish the {x}", "Is {x} breakable?",
-    "my {x} got dented", "thanks, {x} please", "hello, {x}!", "where to haggle over {x}",
+    "my {x} got dented", "shorn of {x}", "distraught at {x}", "is it safer to polish {x}?",
+    "{x}, the collector's view", "narrowing down {x}", "see https://a.org/b about {x}",
+    "thanks, {x} please", "hello, {x}!", "where to haggle over {x}",
 ])
 @pytest.mark.parametrize("x", ["samovar", "brass samovar", "Elden Ring", "washing machine"])
 def test_what_frames_a_subject_is_none(frame, x):
@@ -133,6 +142,9 @@ def test_a_starter_is_grounded_that_names_a_subject_whole():
     ("Games for two children", ["kyoto with two children"], []),
     ("Temples of Kyoto", ["kyoto with two children"], ["kyoto with two children"]),
     ("Famous football club players", ["chess openings for club players"], []),
+    # A place that is the subject tells; one that is a word of it does not.
+    ("Best food in Rome", ["museums in Rome"], ["museums in Rome"]),
+    ("Best food in Rome", ["Ancient Rome history"], []),
     ("Is gold a safe haven?", ["price of gold"], ["price of gold"]),
     ("Debussy and the sea", ["Debussy", "secrets of debussy"], ["Debussy", "secrets of debussy"]),
     # What several sessions have in common tells none of them, unless all of it is about that.
@@ -204,6 +216,12 @@ def test_teacher_writes_n_fit_starters_the_same_each_time(interests):
     assert roles.filter_starters(starters, interests) == (starters, {}) and len(starters) == 10
     assert raw == roles.Rules(None).write([interests], 10, [3])[0]
     assert len(interests) == 1 or "email" not in raw
+
+
+def test_the_teacher_takes_a_subject_once():
+    interests = ["Samovar", "Whispers around the samovar", "an old samovar", "Elden Ring"]
+    subjects = roles.Rules(None)._subjects(interests)
+    assert [phrases[0] for phrases, _ in subjects] == ["Samovar", "Elden Ring"]
 
 
 def test_matcher_needs_a_subject_and_a_cosine():
