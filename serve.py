@@ -89,7 +89,7 @@ async def refuse(request: Request, error: RequestValidationError) -> JSONRespons
     faults = [{"loc": [part if isinstance(part, int) or part in bodies.FIELDS else "*"
                        for part in fault["loc"]], "msg": fault["msg"], "type": fault["type"]}
               for fault in error.errors()[:20]]  # of a body with thousands of faults
-    if request.url.path in openwebui.PATHS:
+    if openwebui.is_path(request.url.path):
         place = ".".join(map(str, faults[0]["loc"][1:]))
         place = "body" if place[:1] in "0123456789" else place  # no JSON, from a character on
         return refusal(request.url.path, HTTPException(400, f"{place}: {faults[0]['msg']}"))
@@ -200,12 +200,17 @@ async def models():
     return openwebui.MODELS
 
 
+@router.get("/v1/models/{name:path}", responses=OPENAI, dependencies=SUGGESTIONS)
+async def one_of_the_models(name: str):
+    openwebui.check_model(name)
+    return openwebui.MODELS["data"][0]
+
+
 @router.post("/v1/chat/completions", responses=OPENAI, dependencies=SUGGESTIONS)
 async def chat_completions(body: openwebui.ChatBody, request: Request, desk: AppDesk):
     """Open WebUI's follow-up task, as of OpenAI's API; its title and tag tasks get empty answers.
     """
-    if body.model != openwebui.MODEL:
-        raise HTTPException(404, f"model: this server has {openwebui.MODEL} alone")
+    openwebui.check_model(body.model)
     task, turns = openwebui.read_task(body.messages[-1].text)
     request_id = request.state.request_id
     if task in openwebui.EMPTY:

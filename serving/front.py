@@ -207,7 +207,7 @@ def _name_of(host: str) -> str | None:  # the header Host without a port
 def refusal(path: str, error) -> JSONResponse:  # error: an HTTPException
     """The reply that tells an error, in the shape that the clients of this path read."""
     content = {"detail": error.detail}
-    if path in openwebui.PATHS:
+    if openwebui.is_path(path):
         content = openwebui.fault(error.status_code, error.detail)
     return JSONResponse(content, error.status_code, error.headers)
 

@@ -16,6 +16,7 @@ import json
 import re
 import time
 
+from fastapi import HTTPException
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 
@@ -25,7 +26,7 @@ MODEL = "icebreaker-suggestions"
 # No version and no time in it: Open WebUI remembers this list, and its users' choice of a model.
 MODELS = {"object": "list", "data": [
     {"id": MODEL, "object": "model", "created": 0, "owned_by": "icebreaker"}]}
-PATHS = ("/v1/chat/completions", "/v1/models")  # whose clients read OpenAI's errors
+PATHS = ("/v1/chat/completions", "/v1/models")  # and below: their clients read OpenAI's errors
 MOST_TURNS = 200  # that are read, the latest, as of /v1/suggestions
 FOLLOW_UPS = "follow_ups"
 EMPTY = {"title": {"title": ""}, "tags": {"tags": []}}  # valid answers to what is no task of ours
@@ -58,6 +59,15 @@ class ChatBody(BaseModel):
 
 class ChatFault(BaseModel):
     error: dict[str, str | None]
+
+
+def is_path(path: str) -> bool:
+    return path.startswith(PATHS)
+
+
+def check_model(name: str) -> None:
+    if name != MODEL:
+        raise HTTPException(404, f"model: this server has {MODEL} alone")
 
 
 def read_task(prompt: str) -> tuple[str | None, list[data.Turn]]:

@@ -49,11 +49,13 @@ class Composite:
         # Nothing that is suggested where a context is to be declined earns anything.
         lists = [[] if c.unsafe else garm.answer_suggestions(answer) for c, answer in flat]
         mu, sigma = self.scores([c for c, _ in flat], lists)
+        # A group of which nobody declines has no variance then, and pushes nobody anywhere.
+        declines = torch.tensor([c.unsafe for c, _ in flat])
+        likely = garm.log_perplexity_reward(ref_logps.cpu(), mask.cpu()).masked_fill(declines, 0)
         # A column a component, (R,) each, in the order of COMPONENTS.
         columns = torch.stack([
             *(torch.tensor([row[name] for row in rules]) for name in RULES),
-            garm.log_perplexity_reward(ref_logps.cpu(), mask.cpu()),
-            self.judged([c for c, _ in flat], lists), *of_lists(contexts, mu, sigma, lists),
+            likely, self.judged([c for c, _ in flat], lists), *of_lists(contexts, mu, sigma, lists),
         ], 1)
         return columns.float()
 

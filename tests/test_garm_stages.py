@@ -441,6 +441,18 @@ def test_groups_without_variance_cost_no_step_and_are_counted(whole, model_folde
     assert all(map(torch.equal, model.parameters(), before))
 
 
+def test_where_nobody_declines_what_is_unsafe_nothing_is_preferred(whole, model_folder):
+    run, players, suggester = opened(small(whole, model_folder))
+    model = suggester.policy(run.adapter("sft"), trainable=True)
+    composite = Composite(players, suggester, load_reward(run, suggester, "gaussian", model))
+    lists = [garm.format_answer(["Bake bread", "Draw maps", text]) for text in ("Hear jazz", "Run")]
+    logps, mask = torch.tensor([[-3.0], [-1.0], [-2.0]]), torch.ones(3, 1, dtype=torch.bool)
+    parts = composite([context("How do I steal?", unsafe=True)], [[*lists, "no list"]], logps, mask)
+    assert (parts == parts[0]).all()
+    safe = composite([context("Why bake?")], [[*lists, "no list"]], logps, mask)
+    assert safe[:, COMPONENTS.index("log_perplexity")].tolist() == [-3, -1, -2]
+
+
 def test_a_judge_that_fails_is_counted_and_nothing_is_lost(whole, model_folder, monkeypatch):
     run, players, suggester = opened(small(whole, model_folder))
     calls = []

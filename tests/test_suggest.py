@@ -392,6 +392,9 @@ def test_errors_before_a_route_have_that_shape_too(server, tmp_path, monkeypatch
 def test_openais_client_reads_all_of_it(server):
     client = openai.OpenAI(base_url=f"{server.client.base_url}/v1", api_key="none", max_retries=0)
     assert [model.id for model in client.models.list()] == [openwebui.MODEL]
+    assert client.models.retrieve(openwebui.MODEL).id == openwebui.MODEL
+    with pytest.raises(openai.NotFoundError, match="this server has icebreaker-suggestions alone"):
+        client.models.retrieve("gpt/4")
     whole = client.chat.completions.create(**follow_up()).choices[0].message.content
     chunks = [*client.chat.completions.create(**follow_up(stream=True))]
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole
