@@ -313,8 +313,13 @@ def majority_language(interests: Sequence[str]) -> str:
     most = counts.most_common(1)[0][0]
     if most not in LATIN:
         return most
-    # A name alone tells no language of this script, all texts together do.
-    return language(" ".join(text for text in written if language(text) in LATIN))
+    # A name alone tells no language of this script, all texts together do, unless those that are
+    # not English by themselves do not: a long title in an English question.
+    latin = sorted((text for text in written if language(text) in LATIN),
+                   key=lambda text: language(text, "other") == "en")
+    rest = [text for text in latin if language(text, "other") != "en"]
+    told = {language(" ".join(texts)) for texts in (latin, rest)}
+    return told.pop() if len(told) == 1 else "en"
 
 
 def in_language(text: str, wanted: str) -> bool:
