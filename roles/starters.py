@@ -16,6 +16,8 @@ from roles.text import Encode, cosines, in_language, majority_language, normal_f
 _NOT_PLAIN = re.compile(
     r"</?\w|<\||\|>|&&|//\w|\bwww\.|\]\(|\b(?:https?|javascript|data|file|mailto):\S|"
     r"\b(?:href|src|on\w+)=|[\u202a-\u202e\u2066-\u2069]", re.IGNORECASE)
+# "JoJoJoJo", or half a character: a small generator has lost its thread.
+_LOST = re.compile(r"([^\W\d]{2,6}?)\1{3}|([^\W\d])\2{5}|\ufffd")
 
 
 def _fault(starter: str, wanted: str, told: set[str]) -> str | None:
@@ -26,7 +28,7 @@ def _fault(starter: str, wanted: str, told: set[str]) -> str | None:
     spaceless = language(starter) in SPACELESS
     if not (4 <= len("".join(parts)) <= 20 if spaceless else 2 <= len(parts) <= 12):
         return "length"
-    if (_NOT_PLAIN.search(starter) or not any(c.isalpha() for c in starter)
+    if (_NOT_PLAIN.search(starter) or _LOST.search(starter) or not any(c.isalpha() for c in starter)
             or any(unicodedata.category(c) in ("Cc", "Cs") for c in starter)
             or any(a == b == c for a, b, c in zip(words, words[1:], words[2:], strict=False))):
         return "malformed"  # markup, control characters, or a model that has begun to stammer

@@ -180,7 +180,7 @@ def test_filters_name_their_reasons():
 @pytest.mark.parametrize("text", [
     "Visit https://evil.example now", "See HTTP://a.b today", "[Click](x) to win",
     "Try //a.b/c now", "www.evil.example offers", "javascript:alert(1) is fun",
-    "(a href='x') is fun", "Read \u202eelif",
+    "(a href='x') is fun", "Read \u202eelif", "JoJoJoJo tea", "Half a \ufffd tea",
 ])
 def test_no_starter_leads_anywhere(text):
     assert roles.filter_starters([text], ["Fun"])[1] == {"malformed": 1}
