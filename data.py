@@ -512,6 +512,8 @@ _WORDS = {
 }
 LATIN = {language: frozenset(words.split()) for language, words in _WORDS.items()}
 _ENDS = {name: tuple(x[1:] for x in words if x[0] == "-") for name, words in LATIN.items()}
+# An English question, whatever title it is about; no other language begins a text with these.
+_ASKS = {"how", "what", "which", "why", "where", "when", "who", "is", "are", "does", "should"}
 
 
 def language(text: str, undecided: str = "en") -> str:
@@ -533,6 +535,8 @@ def _of_latin(text: str, undecided: str) -> str:
     first, *rest = re.findall(rf"[{_LATIN}]+(?:[./@][{_LATIN}]+)*|[¿¡]", text)
     if first in "¿¡" and rest:
         rest[0] = rest[0].lower()  # it begins the sentence
+    if first.lower() in _ASKS:
+        return "en"
     words = {first.lower(), *rest}  # a set: one word again and again is a name too
     small = {word for word in words if word.islower()}
     hits = Counter({name: len(words & known | {w for w in words & small if w.endswith(_ENDS[name])})

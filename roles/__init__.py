@@ -10,8 +10,7 @@ by an LLM, which chat.py asks; players.py chooses who plays, writer.py draws lis
 from roles.rules import Rules
 from roles.safety import is_unsuitable, unfit
 from roles.starters import covering, filter_starters
-from roles.text import (
-    grounded, key_phrases, majority_language, named_interests, normal_form)
+from roles.text import grounded, key_phrases, majority_language, named_interests, normal_form
 
 __all__ = [
     "Rules", "covering", "filter_starters", "grounded", "is_unsuitable", "key_phrases",

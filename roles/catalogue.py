@@ -22,14 +22,14 @@ from roles import text as texts
 
 @functools.cache
 def lexicon() -> dict[str, dict]:
-    """quality.yaml: patterns, units and currencies as regular expressions, words as stems."""
+    """quality.yaml: patterns as regular expressions, words as stems, the rest as it stands."""
     sections = texts.read_yaml("quality.yaml")
-    compiled = {name: {key: re.compile("|".join(lines.splitlines()), re.IGNORECASE)
-                       for key, lines in sections[name].items()} for name in ("patterns",)}
+    patterns = {key: re.compile("|".join(lines.splitlines()), re.IGNORECASE)
+                for key, lines in sections["patterns"].items()}
     words = {key: {stem(word) for word in lines.split()}
              for key, lines in sections["words"].items()}
     words["stop"] = {stem(word) for word in texts.lexicon()["words"]["stop"]} - {"case"}
-    return sections | compiled | {"words": words}
+    return sections | {"patterns": patterns, "words": words}
 
 
 def fold(word: str) -> str:

@@ -85,8 +85,7 @@ class Players:
         distress stands for the whole session, which is thereby no subject of a starter."""
         lines = self._player("summariser").summarise(sessions)
         said = ([m.content for m in messages if m.role == "user"] for messages in sessions)
-        return [line and (gravest(texts) or line)
-                for line, texts in zip(lines, said, strict=True)]
+        return [line and (gravest(y) or line) for line, y in zip(lines, said, strict=True)]
 
     def summarised(self, user: User) -> User:
         """The user with a summary of every session: somebody of whom no stage has learned."""

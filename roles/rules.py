@@ -40,22 +40,17 @@ def _angles(lang: str) -> list[list[tuple[str, str]]]:
             for items in text.read_yaml("templates.yaml").get(lang, {}).values()]
 
 
-def _unit(phrase: str) -> str:
-    """A phrase as the matcher compares it: lower-case words, or the Chinese text as it is."""
-    return phrase.casefold() if language(phrase) in SPACELESS else normal_form(phrase)
-
-
 def _spans(phrase: str) -> set[str]:
     """Every run of whole words in a phrase; of two or more characters in Chinese."""
     zh = language(phrase) in SPACELESS
-    words = (list(_unit(phrase)) if zh else _unit(phrase).split())[:12]  # there are n^2 / 2 spans
+    words = (list if zh else str.split)(normal_form(phrase))[:12]  # there are n^2 / 2 spans
     ends, least = itertools.combinations(range(len(words) + 1), 2), 2 if zh else 1
     return {("" if zh else " ").join(words[i:j]) for i, j in ends if j - i >= least}
 
 
 def _themes(histories: Iterable[Iterable[str]]) -> set[str]:
     """Phrases that more than THEME_SHARE of the people use (and than five): no subjects."""
-    people = [{_unit(phrase) for summary in set(summaries) for phrase in key_phrases(summary)}
+    people = [{normal_form(phrase) for summary in {*summaries} for phrase in key_phrases(summary)}
               for summaries in histories]
     users = Counter(itertools.chain.from_iterable(people))
     return {phrase for phrase, n in users.items() if n > max(5, THEME_SHARE * len(people))}
@@ -136,12 +131,14 @@ class Rules:
 
     def _subjects(self, interests: list[str]) -> list[tuple[list[str], str]]:
         """(short key phrases, kind) of each usable interest; chores only if all are."""
-        subjects, taken = {False: [], True: []}, set()  # by whether it is a chore
+        subjects, taken = {False: [], True: []}, []  # by whether it is a chore
         for interest, reason in zip(interests, unfit(interests, self.encode), strict=True):
             phrases = [_subject(phrase, interest) for phrase in _best_first(key_phrases(interest))]
-            phrases = [p for p in phrases if p and len(p) <= 60 and normal_form(p) not in taken]
+            # Once each: neither "an AI" nor "rumours about AI" beside "AI".
+            phrases = [p for p in phrases if p and len(p) <= 60
+                       and not any(text.says(p, other) for other in taken)]
             if phrases and not reason:
-                taken.add(normal_form(phrases[0]))
+                taken.append(phrases[0])
                 subjects[is_functional(interest)].append((phrases, interest))
         return subjects[False] or subjects[True]
 
@@ -187,7 +184,7 @@ class Rules:
         """(len(whole), len(parts)): some key phrase of the whole contains one of the part."""
         # A unit within a span, without a loop over pairs of phrases.
         spans = [set().union(*map(_spans, key_phrases(summary))) for summary in whole]
-        units = [{*map(_unit, key_phrases(summary))} - self.themes for summary in parts]
+        units = [{*map(normal_form, key_phrases(summary))} - self.themes for summary in parts]
         return np.array([[not unit.isdisjoint(span) for unit in units] for span in spans])
 
     def compare(self, rows: Sequence[tuple[list[str], list[str], list[str]]]) -> list[float]:

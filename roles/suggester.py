@@ -14,7 +14,7 @@ Departure: the base without an adapter, the method PE, is told at length what to
 Legend: n answers of each context.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import garm
@@ -38,13 +38,11 @@ class Suggester:
     def __init__(self, writer: Writer, task: str = "three"):
         """task: of TASKS, what a policy is asked for where nothing else is said."""
         self.writer, self.config, self.task = writer, writer.config, task
+        self.policy, self.cut_prompts = writer.policy, writer.cut_prompts  # as Writer's
 
     @property
     def tokenizer(self):
         return self.writer.tokenizer
-
-    def policy(self, adapter: Path | None, trainable: bool = False):
-        return self.writer.policy(adapter, trainable)
 
     def prompt(self, turns: Sequence[Turn], task: str = "") -> Ids:
         """Tokens that a model continues; of a long conversation the latest turns."""
@@ -71,10 +69,6 @@ class Suggester:
         if cut:  # counted where a stage asks, as what is left out may matter
             self.writer.cut.add(tuple(prompt))
         return prompt, [self.completion(answer) for answer in answers]
-
-    def cut_prompts(self, prompts: Iterable[Ids]) -> int:
-        """How many of these prompts of `encoded` lack turns, for generator.max_prompt_tokens."""
-        return self.writer.cut_prompts(prompts)
 
     def rollouts(self, model, contexts: Sequence[Sequence[Turn]], n: int, seed: int, task: str = "",
                  **how) -> list[list[Ids]]:

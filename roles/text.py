@@ -23,7 +23,12 @@ from data import LATIN, language
 Encode = Callable[[list[str]], torch.Tensor]  # n texts -> (n, D), unit rows
 
 _TOKEN = re.compile(r"\w+(?:(?:['\-./]|::)\w+)*(?:\+\+|#)?")  # wall-e, isn't, 3.5, std::move, C++
-_MATHS = re.compile(r"\$[^$]*\$|\\\w+")  # TeX, common in forums: no words
+# TeX; links and paths, but not he/she/they.
+_NO_WORDS = re.compile(
+    r"\$[^$]*\$|(?<![!-~])(?=[!-~]*[.:~@_\\]|/)[!-~]*(?:[/\\][!-~]*){2}|\\\w+")
+# Said of what stands before: tea, the finer points.
+_ASIDE = re.compile(r", (?:the|my|our)(?: [a-z'\-]+){1,3}\W*$")
+_BESIDE = re.compile(r"\b(?:from|in an?) ([a-z]+)\W*$")  # tea from a bag, in a hurry
 _QUOTED = re.compile(r"[\"“「《]([^\"“”「」《》]{2,60})[\"”」》]")
 
 
@@ -53,8 +58,9 @@ def kind_of(text: str, section: str) -> str | None:
 
 
 def _one_spelling(text: str) -> str:
-    """Text without full-width letters, ligatures and curly apostrophes."""
-    return unicodedata.normalize("NFKC", text).replace("’", "'")
+    """Text without full-width letters, ligatures, curly apostrophes and long hyphens."""
+    text = unicodedata.normalize("NFKC", text).replace("’", "'")
+    return re.sub(r"(?<=\w)[‐–](?=\w)", "-", text)
 
 
 def words_of(text: str) -> list[str]:
@@ -180,8 +186,11 @@ def _split(tokens: list[str | None]) -> list[list[str]]:
 @functools.lru_cache(maxsize=100_000)  # a run asks for the same summaries again and again
 def key_phrases(text: str) -> tuple[str, ...]:
     """Specific subjects of a text, best first: quoted, names, then other noun phrases, whole."""
-    text = _MATHS.sub(" , ", _one_spelling(text[:2000]))  # no page is a summary
+    text = _NO_WORDS.sub(" , ", _one_spelling(text[:2000]))  # no page is a summary
     phrases, lang = [quoted.strip() for quoted in _QUOTED.findall(text)], language(text)
+    # Last what is no name though it stands in quotes, few "real" fans, or how: in a hurry.
+    last = {phrase for phrase in phrases if phrase.islower() and " " not in phrase}
+    last.update(_BESIDE.findall(text))
     if lang == "ja":  # names stand in characters and katakana, the rest in hiragana
         phrases += sorted(re.findall("[㐀-鿿々ァ-ヺー]{2,}", text), key=len, reverse=True)
     elif lang == "zh":  # no spaces and no capitals: what the words of asking leave
@@ -190,8 +199,11 @@ def key_phrases(text: str) -> tuple[str, ...]:
         phrases += sorted((part for part in parts if len(part) > 1), key=len, reverse=True)
     else:
         text = _QUOTED.sub(" , ", text)
-        tries = (_phrases(text, lang == "en", by_place) for by_place in (lang == "en", False))
+        cut = _ASIDE.sub("", text) if text.count(",") == 1 else text
+        tries = (_phrases(part, lang == "en", by_place) for part in (cut, text)
+                 for by_place in (lang == "en", False))
         phrases += next((found for found in tries if any(map(_is_specific, found))), [])
+    phrases.sort(key=last.__contains__)
     kept: dict[str, str] = {}
     for phrase in phrases:
         low = phrase.casefold()
@@ -260,7 +272,7 @@ def _subjects(interest: str) -> tuple[str, ...]:
     return tuple(part for phrase in subjects for part in phrase.split(" and "))  # either will do
 
 
-def _says(text: str, phrase: str) -> bool:
+def says(text: str, phrase: str) -> bool:
     """Whether a text has all words of a phrase. Where words are not parted, or bend at their ends,
     as they stand or in two parts: 中国的历史 says 中国历史."""
     if language(phrase) in LATIN:
@@ -274,11 +286,11 @@ def _says(text: str, phrase: str) -> bool:
 def named_interests(starter: str, interests: Iterable[str]) -> list[str]:
     """The interests of which a starter says a whole subject; one word alone only where no other
     interest has it too: of "Python" and "Python snakes", decorators name neither."""
-    said = {interest: [subject for subject in _subjects(interest) if _says(starter, subject)]
+    said = {interest: [subject for subject in _subjects(interest) if says(starter, subject)]
             for interest in interests}
     others = [interest for interest, subjects in said.items() if not subjects]
     return [interest for interest, subjects in said.items() if any(
-        " " in subject or not any(_says(other, subject) for other in others)
+        " " in subject or not any(says(other, subject) for other in others)
         for subject in subjects)]
 
 
@@ -290,11 +302,24 @@ def majority_language(interests: Sequence[str]) -> str:
     written = [interest for interest in interests if any(map(str.isalpha, interest))]
     if not written:
         return ""
-    most = Counter(map(language, written)).most_common(1)[0][0]
+    counts = Counter(map(language, written))
+    hans = ["".join(re.findall("[㐀-鿿]", text)) for text in written if language(text) == "zh"]
+    for other, codec in {"ja": "shift_jis", "ko": "euc_kr"}.items():
+        # Characters alone, such as 京都, are Chinese, or of one who writes the rest in kana, unless
+        # that language's character set lacks some (two bytes each), as it does simplified ones.
+        bare = sum(len(han.encode(codec, "ignore")) == 2 * len(han) for han in hans)
+        if counts["zh"] - bare < counts[other] >= bare / 2:
+            counts += Counter({other: bare, "zh": -bare})
+    most = counts.most_common(1)[0][0]
     if most not in LATIN:
         return most
-    # A name alone tells no language of this script, all texts together do.
-    return language(" ".join(text for text in written if language(text) in LATIN))
+    # A name alone tells no language of this script, all texts together do, unless those that are
+    # not English by themselves do not: a long title in an English question.
+    latin = sorted((text for text in written if language(text) in LATIN),
+                   key=lambda text: language(text, "other") == "en")
+    rest = [text for text in latin if language(text, "other") != "en"]
+    told = {language(" ".join(texts)) for texts in (latin, rest)}
+    return told.pop() if len(told) == 1 else "en"
 
 
 def in_language(text: str, wanted: str) -> bool:

@@ -143,7 +143,8 @@ class Writer:
         k, places = self.config.generator.list_size, share(range(len(inputs)))
         texts = draw([inputs[i] for i in places], places)
         return gather([  # in the order of the inputs
-            [parsed(text) if raw else fit_to_show(text, inputs[i])[:k] for text in row]
+            [[*llm.parse_starters(text).starters] if raw else fit_to_show(text, inputs[i])[:k]
+             for text in row]
             for i, row in zip(places, texts, strict=True)])
 
     # ------------------------------------------------------------------------- generator.endpoint
@@ -186,14 +187,9 @@ class Writer:
         return drained(server.chat for server in self._servers.values())
 
 
-def parsed(text: str) -> list[str]:
-    """The starters of a completion."""
-    return [*llm.parse_starters(text).starters]
-
-
 def fit_to_show(text: str, interests: list[str]) -> list[str]:
-    """Those of them that may be shown to somebody with these interests."""
-    return roles.filter_starters(parsed(text), interests)[0]
+    """The starters of a completion that may be shown to somebody with these interests."""
+    return roles.filter_starters(llm.parse_starters(text).starters, interests)[0]
 
 
 def drained(chats) -> Counter:

@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -41,8 +40,6 @@ from stages.ranker import load_ranker, utilities
 from stages.rid import Distiller
 
 METHODS = ("PE", "SFT", "IceBreaker")
-# "JoJoJoJo", or half a character: a small generator has lost its thread.
-LOST = re.compile(r"([^\W\d]{2,6}?)\1{3}|([^\W\d])\2{5}|\ufffd")
 MOST_VECTORS = 100_000  # embeddings in memory, 1.5 kB each with MiniLM
 # Characters of an ask's history that are embedded, the latest: 500 short summaries. MiniLM reads
 # some 10,000 a second and core, and everybody waits for it.
@@ -291,7 +288,7 @@ class Engine:
             case.lists = [self._fit(llm.parse_starters(text).starters, case)[:k] for text in row]
 
     def _fit(self, starters: Sequence[str], case: Case) -> list[str]:
-        return fit_to_show(starters, case.state.interests, case.ask.avoid)
+        return roles.filter_starters(starters, case.state.interests, case.ask.avoid)[0]
 
     def _watch(self, tokens: torch.Tensor, cases: list[Case]) -> torch.Tensor:
         """After each step: emit what the first lists have completed; which samples to give up?
@@ -311,12 +308,9 @@ class Engine:
         return left[:, None] | in_a_loop(tokens)
 
     def _emit(self, case: Case, starters: Sequence[str]) -> None:
-        emitted = {starter.text for starter in case.emitted}
-        old = {*map(roles.normal_form, case.ask.again)}
+        old = {roles.normal_form(y) for y in (*case.ask.again, *(s.text for s in case.emitted))}
         for text in self._fit(starters, case):
-            if roles.normal_form(text) in old:
-                continue
-            if text not in emitted and len(case.emitted) < case.ask.n:
+            if roles.normal_form(text) not in old and len(case.emitted) < case.ask.n:
                 utility = float(utilities(self.ranker, case.state, self.run.encoder([text])))
                 starter = self._starter(case, text, utility)
                 if starter.interest is not None:  # the others may be dropped in the end
@@ -383,24 +377,6 @@ class Engine:
         texts = texts[: case.ask.n * (1 + self.config.serve.ahead)]
         rated = zip(texts, utilities(self.ranker, case.state, self.run.encoder(texts)), strict=True)
         return [Starter(text, float(utility), None, "cold start") for text, utility in rated]
-
-
-def fit_to_show(texts: Sequence[str], like: Sequence[str], avoid: Sequence[str],
-                subjects: bool = False) -> list[str]:
-    """Those that may be shown to somebody who writes as `like`: none of `avoid`, none twice.
-
-    subjects: as of roles.filter_starters.
-    """
-    fit = roles.filter_starters(texts, like, avoid, subjects=subjects)[0]
-    # The filter lets everything pass to who writes neither Chinese nor in Latin letters.
-    other = {data.language(text) for text in like} == {"other"}
-    wanted, told = roles.majority_language(like), {*" ".join(like).casefold().split()}
-
-    def around(text: str) -> str:  # without their own words: "Books on Rutas de senderismo"
-        return " ".join(word for word in text.split() if word.strip(".,?!").casefold() not in told)
-
-    return [y for y in fit if not LOST.search(y) and (data.language(y) == "other" or not other)
-            and (wanted not in data.LATIN or data.language(around(y), wanted) in (wanted, "other"))]
 
 
 def with_reasons(starters: list[Starter], n: int) -> list[Starter]:

@@ -25,13 +25,14 @@ import torch
 import data
 import garm
 import llm
+import roles
 from config import Config
 from files import UserError, digest, file_digest
 from roles.quality import Rules, without_repeats
 from roles.suggester import Suggester, read_kindly
 from roles.writer import Writer
 from run import Run
-from serving.engine import Ask, fit_to_show, in_a_loop
+from serving.engine import Ask, in_a_loop
 from stages.mine import FIRST, WARM
 from stages.reward import RewardModel, load_reward
 
@@ -184,8 +185,8 @@ def fit_suggestions(ask: Ask, answers: Sequence[str]) -> list[str]:
     written = [query for query in queries if any(map(str.isalpha, query))]
     like = [query for query in written if garm.script_of(query) == garm.script_of(written[-1])]
     # A talk about medicine goes on about medicine; what is to be declined, the policy declines.
-    return fit_to_show(
-        texts, [LIKE[ask.language]] if ask.language else like, queries, subjects=True)
+    like = [LIKE[ask.language]] if ask.language else like
+    return roles.filter_starters(texts, like, queries, subjects=True)[0]
 
 
 def last_turns(turns: Sequence[data.Turn], room: int) -> list[data.Turn]:

@@ -39,10 +39,8 @@ class Composite:
         LoRA, whose weights it swaps for its own while it scores."""
         self.players, self.suggester, self.reward = players, suggester, reward
 
-    def __call__(
-        self, contexts: Sequence[Context], answers: list[list[str]], ref_logps: Tensor,
-        mask: Tensor,
-    ) -> Tensor:
+    def __call__(self, contexts: Sequence[Context], answers: list[list[str]], ref_logps: Tensor,
+                 mask: Tensor) -> Tensor:
         """Components (R, J) of G answers to each context; log-probs under the reference (R, T)."""
         flat = [(c, answer) for c, some in zip(contexts, answers, strict=True) for answer in some]
         rules = [garm.rule_rewards(answer, c.queries[-1], c.unsafe) for c, answer in flat]

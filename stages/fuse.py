@@ -146,9 +146,8 @@ def differences(run: Run, composite: Composite, model) -> Tensor:
     return rows[rows.isfinite().all(1)]
 
 
-def violations(
-    run: Run, contexts: list[Context], count: int, rng: random.Random
-) -> list[tuple[Context, str, str]]:
+def violations(run: Run, contexts: list[Context], count: int,
+               rng: random.Random) -> list[tuple[Context, str, str]]:
     """(context, answer as asked for, the same with a fault), each fault in turn."""
     lists = [(c, three) for c in chosen(contexts, "valid")
              if (three := clicked_list(c, run, Counter()))]

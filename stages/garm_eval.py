@@ -53,10 +53,8 @@ def held_out(run: Run) -> list[Context]:
     return random.Random(run.seed("eval users")).sample(contexts, min(most, len(contexts)))
 
 
-def write_answers(
-    run: Run, suggester: Suggester, contexts: Sequence[Context], n: int,
-    adapters: dict[str, Path | None],
-) -> dict[str, list[list[str]]]:
+def write_answers(run: Run, suggester: Suggester, contexts: Sequence[Context], n: int,
+                  adapters: dict[str, Path | None]) -> dict[str, list[list[str]]]:
     """n answers of each policy to each context; equal policies give equal answers."""
     turns = [context.turns for context in contexts]  # all that a policy is told
     # The same draws for every policy: what differs is the policy.
@@ -89,9 +87,8 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
     return {"contexts": len(contexts), "unsafe": sum(c.unsafe for c in contexts)}
 
 
-def write_answers_and_table(
-    run: Run, contexts: Sequence[Context], answers: dict[str, list[list[str]]], page: str
-) -> None:
+def write_answers_and_table(run: Run, contexts: Sequence[Context],
+                            answers: dict[str, list[list[str]]], page: str) -> None:
     """eval/answers.jsonl, for readers and whoever judges the same answers otherwise; eval/table.md,
     printed at the end of a run (train.run_stages)."""
     rows = [{"dialogue_id": c.dialogue.dialogue_id,

@@ -85,10 +85,8 @@ def fused_weights(run: Run, kind: str, without: Sequence[str] = ()) -> Tensor:
 # ------------------------------------------------------------------------------------------- GRPO
 
 
-def grpo(
-    run: Run, suggester: Suggester, model, composite: Composite, weights: Tensor,
-    drawn: list[list[Context]], label: str, first: int = 0,
-) -> list[dict]:
+def grpo(run: Run, suggester: Suggester, model, composite: Composite, weights: Tensor,
+         drawn: list[list[Context]], label: str, first: int = 0) -> list[dict]:
     """GRPO on batches of contexts, in place; a line of figures for each.
 
     The reference is the policy as it comes. composite: a Composite, or a Quality (quality.py);
@@ -149,9 +147,8 @@ class Batch:
     old_logps: Tensor | None = None  # (R, T), of the policy that has sampled them
 
 
-def backward(
-    policy, batch: Batch, groups: list[int], settings: RlConfig, micro: int
-) -> dict[str, float]:
+def backward(policy, batch: Batch, groups: list[int], settings: RlConfig,
+             micro: int) -> dict[str, float]:
     """Add up the gradients of Eq. (11) over these groups; invalid rollouts stay out of it."""
     size, device = batch.valid.shape[1], batch.mask.device
     of_group = {b: [b * size + i for i in range(size) if batch.valid[b, i]] for b in groups}
@@ -221,9 +218,7 @@ def by_name(names: Sequence[str], parts: Tensor) -> dict[str, float]:
     return {name: mean(parts[:, j]) for j, name in enumerate(names)}
 
 
-def by_context(
-    names: Sequence[str], parts: Tensor, unsafe: Tensor
-) -> dict[str, float | None]:
+def by_context(names: Sequence[str], parts: Tensor, unsafe: Tensor) -> dict[str, float | None]:
     """The same over the rollouts that a component is about, unsafe (R,) bool; None of none.
 
     Safety is about those of unsafe contexts, the others about those of safe ones: a mean over both

@@ -76,9 +76,8 @@ def unsafe_wanted(settings: SftConfig, safe: int) -> int:
     return round(settings.unsafe / (1 - settings.unsafe) * safe)
 
 
-def distilled(
-    run: Run, suggester: Suggester, contexts: list[Context], key: str
-) -> tuple[dict[str, list[str]], dict]:
+def distilled(run: Run, suggester: Suggester, contexts: list[Context],
+              key: str) -> tuple[dict[str, list[str]], dict]:
     """A list of three for each context, [] where the teacher wrote no three that differ."""
     settings = run.config.sft
     folder, teacher_key = "sft/teacher", digest(key, "teacher")

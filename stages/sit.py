@@ -92,11 +92,8 @@ def draw_corpus(run: Run, languages: Counter, limit: int,
             by_language.setdefault(row.language, []).append(row)
     total, drawn, left_out = sum(languages[lang] for lang in by_language), [], 0
     for lang, rows in by_language.items():
-        usable = [
-            row
-            for row in rows
-            if len(row.starters) >= run.config.generator.list_size
-            and row.source.removeprefix("stackexchange:") not in tested]
+        usable = [row for row in rows if len(row.starters) >= run.config.generator.list_size
+                  and row.source.removeprefix("stackexchange:") not in tested]
         left_out += len(rows) - len(usable)
         quota = round(limit * languages[lang] / total)
         drawn += rng.sample(usable, min(quota, len(usable)))
@@ -177,10 +174,8 @@ def taught_lists(run: Run, players: Players, states: list[UserState], n: int,
     """
     if not n:
         return [[] for _ in states]
-    orders = [
-        (s.interests, run.seed("teacher", purpose, s.interests, i))
-        for s in share(states)
-        for i in range(n)]
+    orders = [(s.interests, run.seed("teacher", purpose, s.interests, i))
+              for s in share(states) for i in range(n)]
     inputs, seeds = [interests for interests, _ in orders], [seed for _, seed in orders]
     lists = players.teach(inputs, seeds)  # None where the call failed
     return gather([[x for x in lists[i : i + n] if x is not None] for i in range(0, len(lists), n)])

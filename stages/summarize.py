@@ -11,11 +11,8 @@ from run import Run
 def stage_summarize(run: Run, players: Players, key: str) -> dict:
     """Write a summary of every session that came with messages alone."""
     # Real exports have messages; logs of the simulated platform have summaries.
-    missing = [
-        (user.user_id, i, session.messages)
-        for user in run.logged_users
-        for i, session in enumerate(user.sessions)
-        if not session.summary]
+    missing = [(user.user_id, i, session.messages) for user in run.logged_users
+               for i, session in enumerate(user.sessions) if not session.summary]
     written = players.summarise([messages for *_, messages in missing])
     summaries: dict[str, dict[str, str]] = {}  # user -> number of a session -> its summary
     for (user_id, i, _), text in zip(missing, written, strict=True):

@@ -1,5 +1,6 @@
 """Readers refuse what cannot be used, line by line; splits and cuts keep their promises."""
 
+import itertools
 import json
 import random
 from datetime import datetime
@@ -375,6 +376,7 @@ def test_cut_rounds_up_but_not_past_a_whole_number():
         ("Как работает iPhone?", "ru"),
         ("¿Qué es café?", "es"),
         ("Wie lerne ich Gitarre?", "de"),
+        ("Is Cien años de soledad worth reading?", "en"),  # a question about a title
         ("La La Land vs Moulin Rouge", "en"),  # capitals are names
         ("Monday.com broke again scheduling: Monday.com", "en"),  # "com" is no word of it
         ("tasks on und.das.de and info@como.per.it", "en"),
@@ -411,6 +413,26 @@ def test_titles_tell_their_language_together(expected, titles):
     assert roles.majority_language(titles) == expected
     for title in titles:
         assert data.language(title, expected) == expected
+
+
+@pytest.mark.parametrize("expected, titles", [
+    ("en", "Is Cien años de soledad worth reading?|How to reread Dune|Amélie"),
+    ("en", "Does La vita è bella stay a film che fa piangere?|Amélie|Dune"),
+    ("es", "How to learn React|Vinos de la Rioja|Museos en Madrid|Poda con tijeras"),
+])
+def test_one_long_title_in_a_question_outweighs_no_others(expected, titles):
+    for order in itertools.permutations(titles.split("|")):
+        assert roles.majority_language(order) == expected
+
+
+@pytest.mark.parametrize("expected, titles", [
+    ("ja", "日本料理|京都|北海道のラーメン"), ("ja", "京都|日本料理|ラーメン|桜の名所|Python"),
+    ("zh", "三体|京都|火锅做法|北海道のラーメン"), ("zh", "量子計算|宋朝|臺灣美食|東京の桜"),
+    ("zh", "京都|日本料理"), ("ko", "漢字|論語|한국 역사"), ("zh", "三体|京都|방탄소년단 콘서트"),
+    ("en", "Dune novels|京都|Elden Ring|日本料理|Chess"),
+])
+def test_characters_alone_are_of_whoever_writes_the_rest_in_kana_or_hangul(expected, titles):
+    assert roles.majority_language(titles.split("|")) == expected
 
 
 def test_no_real_english_summary_is_taken_for_another_language():

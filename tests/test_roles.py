@@ -54,6 +54,13 @@ def encode(texts):
         ("Which washing machine for a flat?", "washing machine"),
         ("Is Google Translate any good?", "Google Translate"),
         ("抹茶ケーキの作り方", "抹茶ケーキ"),
+        ('Why are so few "real" samovars sold?', "samovars"),
+        ("Samovar, the collector's view", "Samovar"),
+        ("Samovar, in a hurry", "Samovar"),
+        ("samovars from spain", "samovars"),
+        ("The Mott–Hubbard model", "The Mott-Hubbard"),
+        ("read src/llm/logps.py, then describe the samovar", "samovar"),
+        ("samovars that wept and were shorn of brass", "brass"),
     ],
 )
 def test_key_phrases(text, first):
@@ -64,7 +71,9 @@ def test_key_phrases(text, first):
 @pytest.mark.parametrize("frame", [
     "smitten with {x}", "Smitten with {x}, honestly", "I got fascinated by {x}", "dabbling in {x}",
     "how to polish {x}", "who embroidered {x}", "just varnish the {x}", "Is {x} breakable?",
-    "my {x} got dented", "thanks, {x} please", "hello, {x}!", "where to haggle over {x}",
+    "my {x} got dented", "shorn of {x}", "distraught at {x}", "is it safer to polish {x}?",
+    "{x}, the collector's view", "narrowing down {x}", "see https://a.org/b about {x}",
+    "thanks, {x} please", "hello, {x}!", "where to haggle over {x}",
 ])
 @pytest.mark.parametrize("x", ["samovar", "brass samovar", "Elden Ring", "washing machine"])
 def test_what_frames_a_subject_is_none(frame, x):
@@ -133,6 +142,9 @@ def test_a_starter_is_grounded_that_names_a_subject_whole():
     ("Games for two children", ["kyoto with two children"], []),
     ("Temples of Kyoto", ["kyoto with two children"], ["kyoto with two children"]),
     ("Famous football club players", ["chess openings for club players"], []),
+    # A place that is the subject tells; one that is a word of it does not.
+    ("Best food in Rome", ["museums in Rome"], ["museums in Rome"]),
+    ("Best food in Rome", ["Ancient Rome history"], []),
     ("Is gold a safe haven?", ["price of gold"], ["price of gold"]),
     ("Debussy and the sea", ["Debussy", "secrets of debussy"], ["Debussy", "secrets of debussy"]),
     # What several sessions have in common tells none of them, unless all of it is about that.
@@ -168,7 +180,7 @@ def test_filters_name_their_reasons():
 @pytest.mark.parametrize("text", [
     "Visit https://evil.example now", "See HTTP://a.b today", "[Click](x) to win",
     "Try //a.b/c now", "www.evil.example offers", "javascript:alert(1) is fun",
-    "(a href='x') is fun", "Read \u202eelif",
+    "(a href='x') is fun", "Read \u202eelif", "JoJoJoJo tea", "Half a \ufffd tea",
 ])
 def test_no_starter_leads_anywhere(text):
     assert roles.filter_starters([text], ["Fun"])[1] == {"malformed": 1}
@@ -204,6 +216,12 @@ def test_teacher_writes_n_fit_starters_the_same_each_time(interests):
     assert roles.filter_starters(starters, interests) == (starters, {}) and len(starters) == 10
     assert raw == roles.Rules(None).write([interests], 10, [3])[0]
     assert len(interests) == 1 or "email" not in raw
+
+
+def test_the_teacher_takes_a_subject_once():
+    interests = ["Samovar", "Whispers around the samovar", "an old samovar", "Elden Ring"]
+    subjects = roles.Rules(None)._subjects(interests)
+    assert [phrases[0] for phrases, _ in subjects] == ["Samovar", "Elden Ring"]
 
 
 def test_matcher_needs_a_subject_and_a_cosine():
@@ -278,3 +296,22 @@ def test_who_writes_another_language_is_answered_in_it_or_not_at_all(interests):
 ])  # fmt: skip
 def test_starters_in_the_readers_language_pass(interests, starter):
     assert roles.filter_starters([starter], interests) == ([starter], {})
+
+
+@pytest.mark.parametrize("interests, good, bad", [
+    (["Rutas de senderismo", "Recetas de cocina japonesa"], "Rutas de senderismo con niños",
+     "Books on Rutas de senderismo"),
+    (["Wie lerne ich Gitarre?", "Wandern in Tirol"], "Wandern in Tirol mit Kindern",
+     "What to pack for Wandern in Tirol"),
+    (["推荐三体小说", "北京烤鸭"], "三体小说的结局怎么理解", "Books on 三体小说"),
+    (["北海道のラーメン", "京都"], "北海道のラーメン入門", "Best of 北海道のラーメン"),
+    (["Рецепты борща", "История Москвы"], "Рецепты борща с грибами", "Books on Рецепты борща"),
+    # English about a title that is none, which may be more words than the rest.
+    (["Films like La vita è bella", "How do heat pumps work?"], "Quiz me on La vita è bella.",
+     "La vita è bella per bambini e nonni"),
+    (["Where to start with Les Misérables?", "Amélie", "Dune"], "What is Amélie's theme?",
+     "Les Misérables pour les enfants"),
+    (["Dune novels"], "Name two works like La forza del destino.", "Wie lerne ich gut kochen?"),
+])  # fmt: skip
+def test_what_stands_around_a_title_tells_the_language(interests, good, bad):
+    assert roles.filter_starters([good, bad], interests) == ([good], {"language": 1})
