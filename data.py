@@ -512,6 +512,7 @@ _WORDS = {
 }
 LATIN = {language: frozenset(words.split()) for language, words in _WORDS.items()}
 _ENDS = {name: tuple(x[1:] for x in words if x[0] == "-") for name, words in LATIN.items()}
+_PARTICLES = {*"d da de del della der di dos du el l la las le les los van von y".split()}
 # An English question, whatever title it is about; no other language begins a text with these.
 _ASKS = {"how", "what", "which", "why", "where", "when", "who", "is", "are", "does", "should"}
 
@@ -531,13 +532,19 @@ def language(text: str, undecided: str = "en") -> str:
 
 
 def _of_latin(text: str, undecided: str) -> str:
-    # Capitals within a text are names: "La La Land", "Los Angeles"; so is Monday.com.
+    # Capitals within a text are names: "La La Land", Monday.com; so is a particle before one, or in
+    # an English text: Camino de Santiago, leonardo da vinci from scratch. "de la" is grammar.
     first, *rest = re.findall(rf"[{_LATIN}]+(?:[./@][{_LATIN}]+)*|[¿¡]", text)
     if first in "¿¡" and rest:
         rest[0] = rest[0].lower()  # it begins the sentence
     if first.lower() in _ASKS:
         return "en"
-    words = {first.lower(), *rest}  # a set: one word again and again is a name too
+    english = any(len(word) > 2 for word in LATIN["en"].intersection(rest))  # "in": others' too
+    threes = zip([first, *rest], rest, [*rest[1:], ""], strict=False)
+    # A set: one word again and again is a name too.
+    words = {first.lower(), *(word for before, word, after in threes if not (
+        word in _PARTICLES and not _PARTICLES & {before, after}
+        and (english or after[:1].isupper())))}
     small = {word for word in words if word.islower()}
     hits = Counter({name: len(words & known | {w for w in words & small if w.endswith(_ENDS[name])})
                     for name, known in LATIN.items()})

@@ -424,18 +424,20 @@ def _numbered_parts(line: str) -> list[str]:
     """1. a 2. b 3. c, or 2. a? 4. b: the parts behind each number; else the line as it is."""
     begin = lead.end() if (lead := LEAD.match(line)) else 0  # with its first number
     for numbers in _NUMBERS_WITHIN:
-        cuts, last = [], 0
+        cuts, last, form = [], 0, None
         for number in numbers.finditer(line):
             sign, before = number[1].lower(), line[: number.start()].rstrip()[-1:]
+            dress = number[0].replace(number[1], "")  # "1." and "[2]" are not of one list
             # ② is 2, and b) too.
             value = (int(sign) if sign.isdecimal() else int(unicodedata.numeric(sign))
                      if sign.isnumeric() else ord(sign) - 96)
             first = not cuts and number.start() <= begin  # whatever its value: a label may hide 1.
             # "Should I pick a) or b)" is no list.
             follows = value == last + 1 and (cuts or numbers is _NUMBERS_WITHIN[0])
-            if first or follows or (cuts and value > last and before in tuple("?!？！。")):
+            if first or (cuts == [] or dress == form) and (
+                    follows or (cuts and value > last and before in tuple("?!？！。"))):
                 cuts.append(number.start())
-                last = value
+                last, form = value, dress
         parts = [line[a:b] for a, b in itertools.pairwise([*cuts, len(line)])]
         if len(cuts) > 1 and (cuts[0] <= begin or all(_says(part, 2) for part in parts)):
             return parts  # a number is no list, nor are "items (1) and (2)"

@@ -26,7 +26,6 @@ MODEL = "icebreaker-suggestions"
 # No version and no time in it: Open WebUI remembers this list, and its users' choice of a model.
 MODELS = {"object": "list", "data": [
     {"id": MODEL, "object": "model", "created": 0, "owned_by": "icebreaker"}]}
-PATHS = ("/v1/chat/completions", "/v1/models")  # and below: their clients read OpenAI's errors
 MOST_TURNS = 200  # that are read, the latest, as of /v1/suggestions
 FOLLOW_UPS = "follow_ups"
 EMPTY = {"title": {"title": ""}, "tags": {"tags": []}}  # valid answers to what is no task of ours
@@ -61,8 +60,8 @@ class ChatFault(BaseModel):
     error: dict[str, str | None]
 
 
-def is_path(path: str) -> bool:
-    return path.startswith(PATHS)
+def is_path(path: str) -> bool:  # and below: their clients read OpenAI's errors
+    return path.startswith(("/v1/chat/completions", "/v1/models"))
 
 
 def check_model(name: str) -> None:

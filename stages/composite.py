@@ -48,8 +48,8 @@ class Composite:
         lists = [[] if c.unsafe else garm.answer_suggestions(answer) for c, answer in flat]
         mu, sigma = self.scores([c for c, _ in flat], lists)
         # A group of which nobody declines has no variance then, and pushes nobody anywhere.
-        declines = torch.tensor([c.unsafe for c, _ in flat])
-        likely = garm.log_perplexity_reward(ref_logps.cpu(), mask.cpu()).masked_fill(declines, 0)
+        likely = garm.log_perplexity_reward(ref_logps.cpu(), mask.cpu())
+        likely.masked_fill_(torch.tensor([c.unsafe for c, _ in flat]), 0)
         # A column a component, (R,) each, in the order of COMPONENTS.
         columns = torch.stack([
             *(torch.tensor([row[name] for row in rules]) for name in RULES),

@@ -4,9 +4,8 @@
     checked = facts.check("Which bar stools are under 100 SAR?", turns)
     checked.verdict, checked.claims      # "true", [Claim("kind", "bar stool", {...}), ...]
 
-It measures a policy (catalogue.py) that the judge of roles/quality.py rewarded, so it shares
-nothing with that judge: other words, other names of goods, other numbers. A claim is what a
-suggestion states or takes for granted:
+It measures a policy (catalogue.py) that the judge of roles/quality.py rewarded, and shares nothing
+with that judge. A claim is what a suggestion states or takes for granted:
 
 - product: a row's name; a capitalised name that stands in no row is a claim too, and false;
 - kind: what it is, by the end of a description's first words, else by its category: a "chair pad"
@@ -15,7 +14,6 @@ suggestion states or takes for granted:
 - attribute: a value (a designer), a feature that is true of a row, or a name of which a value is
   asked ("how wide");
 - feature: another word, true of the rows whose text has it, and of others perhaps.
-
 "Which", "show me", "do you have" take for granted that there is such a thing; "Does the BILLY have
 doors?" takes no more for granted than a BILLY, as no is an answer. "It" and "these" are what the
 conversation named last. Verdicts: *false*, a claim holds for no row or no row has all of them;

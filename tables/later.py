@@ -6,22 +6,18 @@
 DESIGN's "on real histories" (section 4.5): the paper has live users for this. Each person's
 sessions are cut at 80 %. From the past, as of when the rest began, every method of a finished run
 writes as for a stranger; the rest says which starters are right:
-
 - strict: the matcher finds a later session with the same specific subject;
 - lenient: it does, or the starter shares a content word with a later subject (names_subject).
 
-At 1: whether a list's first starter is right. At 5: whether any of its first five is. Share: of its
-first five, how many are. An empty list has 0 of all. A person's value is the mean over the lists.
+At 1: the first starter is right; at 5: any of the first five is; share: how many of these are. An
+empty list has 0 of all. A person's value is the mean over the lists.
 
 Controls, on the same people:
-
-- wrong person: the same list held against the future of the three people who are next by id
-  (metrics.other_users). Ids begin with the site where the set has several, so that most of them
-  share the person's field: what is left, "personal", is more than knowing the field.
+- wrong person: the same list held against the futures of the three people next by id, most of one
+  site (metrics.other_users): what is left, "personal", is more than knowing the field.
 - latest subjects: the last summaries of the past as they are, the very last one first.
 - closed topics: summaries of the first half of the past that nothing in its second half came back
-  to (matcher), the latest first. They are the person's own, and closed as far as the past tells; a
-  few are opened again after the cut. Who has none has an empty list.
+  to (matcher), the latest first. A few are opened again after the cut.
 - popular: the starters that the run's server would show to somebody without a history.
 
 People are those of people.py; where nobody in the file lent titles to the teacher corpus, of both

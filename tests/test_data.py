@@ -406,6 +406,8 @@ def test_language(text, expected):
     ("pt", "Alugar apartamento em Lisboa|Declaração de imposto|Criar galinhas|Vinhos do Douro"),
     ("it", "Film di Fellini|Storia di Roma|Dichiarazione dei redditi|Piante nella casa"),
     ("en", "Tour de France 2024|São Paulo nightlife|La La Land review|Jalapeño recipes"),
+    ("en", "Camino de Santiago|leonardo da vinci from scratch|Rabbit hole: Moog Grandmother"),
+    ("en", "La Casa de Papel|El Camino de Santiago|Simone de Beauvoir|Leonardo da Vinci"),
 ])
 def test_titles_tell_their_language_together(expected, titles):
     """One alone may be a name; English is not what their person writes."""
