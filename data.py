@@ -541,8 +541,7 @@ def _of_latin(text: str, undecided: str) -> str:
         return "en"
     english = any(len(word) > 2 for word in LATIN["en"].intersection(rest))  # "in": others' too
     threes = zip([first, *rest], rest, [*rest[1:], ""], strict=False)
-    # A set: one word again and again is a name too.
-    words = {first.lower(), *(word for before, word, after in threes if not (
+    words = {first.lower(), *(word for before, word, after in threes if not (  # each word once
         word in _PARTICLES and not _PARTICLES & {before, after}
         and (english or after[:1].isupper())))}
     small = {word for word in words if word.islower()}
