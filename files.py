@@ -258,8 +258,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.path = Path(path)  # made by who writes there: a mistyped name leaves none
 
     def describe(self, settings: dict, about: dict) -> None:
         """Write config.yaml and environment.json; what killed processes have left is cleared."""
@@ -383,6 +382,7 @@ class RunFolder:
         """Append one line to metrics.jsonl."""
         line = json.dumps({"time": round(time.time(), 1), "stage": stage, **figures})
         if processes()[0] == 0:
+            self.path.mkdir(parents=True, exist_ok=True)
             with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
