@@ -26,7 +26,7 @@ _TOKEN = re.compile(r"\w+(?:(?:['\-./]|::)\w+)*(?:\+\+|#)?")  # wall-e, isn't, 3
 # TeX; links and paths, but not he/she/they.
 _NO_WORDS = re.compile(
     r"\$[^$]*\$|(?<![!-~])(?=[!-~]*[.:~@_\\]|/)[!-~]*(?:[/\\][!-~]*){2}|\\\w+")
-# Said of what stands before: tea, the finer points.
+# Said of what stands before: tea, my evening drink.
 _ASIDE = re.compile(r", (?:the|my|our)(?: [a-z'\-]+){1,3}\W*$")
 _BESIDE = re.compile(r"\b(?:from|in an?) ([a-z]+)\W*$")  # tea from a bag, in a hurry
 _QUOTED = re.compile(r"[\"“「《]([^\"“”「」《》]{2,60})[\"”」》]")

@@ -1368,7 +1368,7 @@ def test_no_request_that_the_document_suggests_fails(server, monkeypatch):
                                    suppress_health_check=list(hypothesis.HealthCheck))
     schema = schemathesis.openapi.from_url(f"{server.client.base_url}/openapi.json")
     operations = [result.ok() for result in schema.get_all_operations()]
-    assert len(operations) == 14
+    assert len(operations) == 15
     for operation in operations:
         for kind in kinds[: 1 if operation.method == "get" else 2]:  # there is no bad GET
             cases = operation.as_strategy(generation_mode=kind)
