@@ -104,6 +104,7 @@ def test_a_kill_behind_the_last_file_leaves_nothing_either(folder):
 def test_leftovers_of_the_dead_are_cleared_away(folder, tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
+    folder.path.mkdir()
     for number in (dead.pid, os.getpid()):
         (folder / f".a.{number}.tmp").write_text("half")
         (folder / f".b.{number}.old.tmp").mkdir()
