@@ -324,6 +324,8 @@ def settings(bench: Bench, row) -> None:
         for name, word in CHANGES[system.method].items():
             for state in ("finished", "begun"):
                 put(snapshots["" if state == "finished" else name], system.run)
+                if state == "begun" and name == "world":  # nothing is lost: train.refuse_changes
+                    continue
                 if state == "begun":  # killed near its end
                     forked(system, stage(system, name), 0.9 * bench.costs[system.method, name])
                     if (system.run / name / "done.json").is_file():
