@@ -187,7 +187,7 @@ def test_wrong_inputs_are_refused_in_one_line(finished, page, tmp_path, monkeypa
             command(monkeypatch, finished.parent, "--people", file, "--out", tmp_path, *words)
         text = str(error.value)
         assert reason in text and "\n" not in text and "secret" not in text
-    (finished.parent / "other").rmdir()
+    assert not (finished.parent / "other").exists()  # a mistyped name leaves no folder
     assert not (tmp_path / "people.md").exists()
 
 
