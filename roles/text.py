@@ -200,7 +200,7 @@ def key_phrases(text: str) -> tuple[str, ...]:
     else:
         text = _QUOTED.sub(" , ", text)
         cut = _ASIDE.sub("", text) if text.count(",") == 1 else text
-        tries = (_phrases(part, lang == "en", by_place) for part in (cut, text)
+        tries = (_phrases(part, lang == "en", by_place) for part in dict.fromkeys((cut, text))
                  for by_place in (lang == "en", False))
         phrases += next((found for found in tries if any(map(_is_specific, found))), [])
     phrases.sort(key=last.__contains__)
