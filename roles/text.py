@@ -26,9 +26,6 @@ _TOKEN = re.compile(r"\w+(?:(?:['\-./]|::)\w+)*(?:\+\+|#)?")  # wall-e, isn't, 3
 # TeX; links and paths, but not he/she/they.
 _NO_WORDS = re.compile(
     r"\$[^$]*\$|(?<![!-~])(?=[!-~]*[.:~@_\\]|/)[!-~]*(?:[/\\][!-~]*){2}|\\\w+")
-# Said of what stands before: tea, my evening drink.
-_ASIDE = re.compile(r", (?:the|my|our)(?: [a-z'\-]+){1,3}\W*$")
-_BESIDE = re.compile(r"\b(?:from|in an?) ([a-z]+)\W*$")  # tea from a bag, in a hurry
 _QUOTED = re.compile(r"[\"“「《]([^\"“”「」《》]{2,60})[\"”」》]")
 
 
@@ -188,9 +185,8 @@ def key_phrases(text: str) -> tuple[str, ...]:
     """Specific subjects of a text, best first: quoted, names, then other noun phrases, whole."""
     text = _NO_WORDS.sub(" , ", _one_spelling(text[:2000]))  # no page is a summary
     phrases, lang = [quoted.strip() for quoted in _QUOTED.findall(text)], language(text)
-    # Last what is no name though it stands in quotes, few "real" fans, or how: in a hurry.
+    # Last what is no name though it stands in quotes: few "real" fans.
     last = {phrase for phrase in phrases if phrase.islower() and " " not in phrase}
-    last.update(_BESIDE.findall(text))
     if lang == "ja":  # names stand in characters and katakana, the rest in hiragana
         phrases += sorted(re.findall("[㐀-鿿々ァ-ヺー]{2,}", text), key=len, reverse=True)
     elif lang == "zh":  # no spaces and no capitals: what the words of asking leave
@@ -199,9 +195,7 @@ def key_phrases(text: str) -> tuple[str, ...]:
         phrases += sorted((part for part in parts if len(part) > 1), key=len, reverse=True)
     else:
         text = _QUOTED.sub(" , ", text)
-        cut = _ASIDE.sub("", text) if text.count(",") == 1 else text
-        tries = (_phrases(part, lang == "en", by_place) for part in dict.fromkeys((cut, text))
-                 for by_place in (lang == "en", False))
+        tries = (_phrases(text, lang == "en", by_place) for by_place in (lang == "en", False))
         phrases += next((found for found in tries if any(map(_is_specific, found))), [])
     phrases.sort(key=last.__contains__)
     kept: dict[str, str] = {}

@@ -55,9 +55,6 @@ def encode(texts):
         ("Is Google Translate any good?", "Google Translate"),
         ("抹茶ケーキの作り方", "抹茶ケーキ"),
         ('Why are so few "real" samovars sold?', "samovars"),
-        ("Samovar, the collector's view", "Samovar"),
-        ("Samovar, in a hurry", "Samovar"),
-        ("samovars from spain", "samovars"),
         ("The Mott–Hubbard model", "The Mott-Hubbard"),
         ("read src/llm/logps.py, then describe the samovar", "samovar"),
         ("samovars that wept and were shorn of brass", "brass"),
@@ -72,7 +69,7 @@ def test_key_phrases(text, first):
     "smitten with {x}", "Smitten with {x}, honestly", "I got fascinated by {x}", "dabbling in {x}",
     "how to polish {x}", "who embroidered {x}", "just varnish the {x}", "Is {x} breakable?",
     "my {x} got dented", "shorn of {x}", "distraught at {x}", "is it safer to polish {x}?",
-    "{x}, the collector's view", "narrowing down {x}", "see https://a.org/b about {x}",
+    "narrowing down {x}", "see https://a.org/b about {x}",
     "thanks, {x} please", "hello, {x}!", "where to haggle over {x}",
 ])
 @pytest.mark.parametrize("x", ["samovar", "brass samovar", "Elden Ring", "washing machine"])
