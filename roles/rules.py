@@ -15,10 +15,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from data import SPACELESS, Message, language
+from data import Message
 from files import progress
 from llm import clean_starter, format_starters
 from roles import text
+from roles.languages import SPACELESS, language
 from roles.safety import unfit
 from roles.starters import filter_starters
 from roles.text import Encode, cosines, is_functional, key_phrases, normal_form

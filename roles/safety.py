@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from data import LATIN, language
+from roles.languages import LATIN, language
 from roles.text import Encode, is_greeting, read_yaml
 
 UNREAD = {"zh", "ja", "ko", "ru"}  # what MiniLM, which has read English, cannot tell apart

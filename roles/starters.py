@@ -8,7 +8,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from data import LATIN, SPACELESS, language
+from roles.languages import LATIN, SPACELESS, language
 from roles.safety import is_grave, is_served, is_unsuitable
 from roles.text import Encode, cosines, in_language, majority_language, normal_form, words_of
 

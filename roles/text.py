@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import yaml
 
-from data import LATIN, language
+from roles.languages import LATIN, language
 
 Encode = Callable[[list[str]], torch.Tensor]  # n texts -> (n, D), unit rows
 

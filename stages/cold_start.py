@@ -16,7 +16,7 @@ from stages.pools import list_order
 SHRINKAGE = 20  # shown starters: a tap on a starter that was shown twice says little
 PEOPLE = 5  # distinct ones must have been shown a starter, or it is not shown to a stranger
 LIKE_MINDED = 5.0  # weight of a tap by somebody who shares a field of the profile
-# What profiles call the languages that data.language tells apart, beside their codes.
+# What profiles call the languages that roles.languages tells apart, beside their codes.
 LANGUAGES = {
     "en": "english", "zh": "chinese mandarin 中文 汉语 简体中文 繁體中文", "ja": "japanese 日本語",
     "ko": "korean 한국어", "ru": "russian русский", "es": "spanish español", "de": "german deutsch",
@@ -25,7 +25,7 @@ LANGUAGES = {
 
 
 def profile_language(profile: dict[str, str]) -> str:
-    """The language that a profile names ("de-DE", "German"), as data.language calls it; as it
+    """The language that a profile names ("de-DE", "German"), as roles.languages calls it; as it
     stands there where that tells no such language, and "" where the profile names none."""
     named = profile.get("language", "").strip().lower()
     first = re.split(r"[\s_(-]", named)[0]

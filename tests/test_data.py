@@ -1,6 +1,5 @@
 """Readers refuse what cannot be used, line by line; splits and cuts keep their promises."""
 
-import itertools
 import json
 import random
 from datetime import datetime
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 
 import data
 import llm
-import roles
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRET = "zebra-crossing"  # stands in every text of a valid row and must never reach a message
@@ -333,7 +331,7 @@ def test_what_is_written_reads_back_equal(tmp_path_factory, users, impressions):
         assert len(records) == len(rows) and read(folder / "second.jsonl") == records
 
 
-# ----------------------------------------------------------------------- splits, cuts, language
+# --------------------------------------------------------------------------------- splits, cuts
 
 SHARES = {"train": 0.5, "valid": 0.1, "judge": 0.25, "test": 0.15}
 
@@ -364,83 +362,6 @@ def test_cut_rounds_up_but_not_past_a_whole_number():
     assert len(data.cut_sessions(user(5), 0.5)[0]) == 3
     assert len(data.cut_sessions(user(100), 0.55)[0]) == 55
     assert data.cut_time(user(4, stamps=False), 0.5) is None
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        ("How do tides work?", "en"),
-        ("如何学习Python", "zh"),
-        ("比较Kyoto和Osaka", "zh"),
-        ("使用 iPhone and a Mac with it", "en"),
-        ("Как работает iPhone?", "ru"),
-        ("¿Qué es café?", "es"),
-        ("Wie lerne ich Gitarre?", "de"),
-        ("Is Cien años de soledad worth reading?", "en"),  # a question about a title
-        ("La La Land vs Moulin Rouge", "en"),  # capitals are names
-        ("Monday.com broke again scheduling: Monday.com", "en"),  # "com" is no word of it
-        ("tasks on und.das.de and info@como.per.it", "en"),
-        ("chords of una, una by una", "en"),  # one word again and again is a name
-        ("El Niño", "en"),
-        ("São Paulo nightlife", "en"),
-        ("Recetas de cocina japonesa", "es"),  # titles: few function words
-        ("Rutas de senderismo", "es"),
-        ("Vins de la Loire", "es"),  # or French: no English at any rate
-        ("東京の桜の名所を教えて", "ja"),
-        ("京都旅行の計画", "ja"),  # one character of kana is enough
-        ("「ありがとう」怎么用", "zh"),  # but in a Chinese question
-        ("서울에서 맛집 추천", "ko"),
-        ("مرحبا", "other"),
-        ("2 + 2 = ?", "other"),
-        ("", "other"),
-    ],
-)
-def test_language(text, expected):
-    assert data.language(text) == expected
-
-
-@pytest.mark.parametrize("expected, titles", [
-    ("es", "Clases de inglés en línea|Alquilar un piso en Madrid|Poda de rosales|Cuidado de gatos"),
-    ("de", "Wohnung in Berlin mieten|Hochzeit planen|Hühner halten|Kleine Geschichte der Hanse"),
-    ("fr", "Films de Truffaut|Tailler les rosiers|Déclaration de revenus|Randonnées en Corse"),
-    ("pt", "Alugar apartamento em Lisboa|Declaração de imposto|Criar galinhas|Vinhos do Douro"),
-    ("it", "Film di Fellini|Storia di Roma|Dichiarazione dei redditi|Piante nella casa"),
-    ("en", "Tour de France 2024|São Paulo nightlife|La La Land review|Jalapeño recipes"),
-    ("en", "Camino de Santiago|leonardo da vinci from scratch|Rabbit hole: Moog Grandmother"),
-    ("en", "La Casa de Papel|El Camino de Santiago|Simone de Beauvoir|Leonardo da Vinci"),
-])
-def test_titles_tell_their_language_together(expected, titles):
-    """One alone may be a name; English is not what their person writes."""
-    titles = titles.split("|")
-    assert roles.majority_language(titles) == expected
-    for title in titles:
-        assert data.language(title, expected) == expected
-
-
-@pytest.mark.parametrize("expected, titles", [
-    ("en", "Is Cien años de soledad worth reading?|How to reread Dune|Amélie"),
-    ("en", "Does La vita è bella stay a film che fa piangere?|Amélie|Dune"),
-    ("es", "How to learn React|Vinos de la Rioja|Museos en Madrid|Poda con tijeras"),
-])
-def test_one_long_title_in_a_question_outweighs_no_others(expected, titles):
-    for order in itertools.permutations(titles.split("|")):
-        assert roles.majority_language(order) == expected
-
-
-@pytest.mark.parametrize("expected, titles", [
-    ("ja", "日本料理|京都|北海道のラーメン"), ("ja", "京都|日本料理|ラーメン|桜の名所|Python"),
-    ("zh", "三体|京都|火锅做法|北海道のラーメン"), ("zh", "量子計算|宋朝|臺灣美食|東京の桜"),
-    ("zh", "京都|日本料理"), ("ko", "漢字|論語|한국 역사"), ("zh", "三体|京都|방탄소년단 콘서트"),
-    ("en", "Dune novels|京都|Elden Ring|日本料理|Chess"),
-])
-def test_characters_alone_are_of_whoever_writes_the_rest_in_kana_or_hangul(expected, titles):
-    assert roles.majority_language(titles.split("|")) == expected
-
-
-def test_no_real_english_summary_is_taken_for_another_language():
-    corpus = (ROOT / "configs" / "teacher_corpus.jsonl").read_text(encoding="utf-8").splitlines()
-    texts = [text for row in corpus for text in json.loads(row)["starters"]]
-    assert {*map(data.language, texts)} == {"en", "zh"} and len(texts) > 1000
 
 
 # ----------------------------------------------------------------------- what the generator reads

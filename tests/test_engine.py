@@ -13,6 +13,7 @@ import data
 import llm
 import serving.engine
 from files import RunFolder, UserError, read_json, read_tensors, write_json, write_tensors
+from roles.languages import language
 from roles.prompted import ROOM
 from serving.engine import Ask, Engine, in_a_loop, latest
 from stages.pools import list_order
@@ -103,7 +104,7 @@ def test_the_reason_of_a_starter_is_an_interest_that_it_names(
     engine, scripted, all_kept, starter, interest
 ):
     summaries = [*SUMMARIES, "罗马的历史", "威尼斯的历史"]
-    if data.language(starter) == "zh":
+    if language(starter) == "zh":
         summaries = summaries[-2:]
     told = scripted(sug(starter))
     (answer,) = engine.write([Ask(person(*summaries), 1)])
@@ -308,12 +309,12 @@ def test_somebody_new_gets_popular_starters_of_the_profiles_language(engine):
     chinese = person(language="zh-CN"), person(language="Chinese"), person("我的抑郁症怎么治疗")
     for user in chinese:
         (answer,) = engine.write([Ask(user, 3)])
-        assert {data.language(x) for x in texts(answer)} == {"zh"} and answer.interests == []
+        assert {language(x) for x in texts(answer)} == {"zh"} and answer.interests == []
     (answer,) = engine.write([Ask(person(language="en-US"), 3)])
-    assert {data.language(x) for x in texts(answer)} == {"en"}
+    assert {language(x) for x in texts(answer)} == {"en"}
     # Of a language in which nothing is popular, or that is told from no other: none.
-    for language in ("de-DE", "Russian", "uk", "tr", "ja"):
-        assert not engine.write([Ask(person(language=language), 3)])[0].starters
+    for named in ("de-DE", "Russian", "uk", "tr", "ja"):
+        assert not engine.write([Ask(person(language=named), 3)])[0].starters
 
 
 def test_popular_starters_are_those_of_the_profiles_language(engine, monkeypatch):
@@ -321,9 +322,9 @@ def test_popular_starters_are_those_of_the_profiles_language(engine, monkeypatch
            "ja": "パンの作り方は？", "en": "Best sourdough bread", "zh": "怎么做面包"}
     monkeypatch.setattr(engine.popular, "ranked", lambda profile, keep: keep([*own.values()]))
     names = {"de": "Deutsch", "ru": "ru-RU", "ja": "ja", "en": "English (US)", "zh": "中文"}
-    for code, language in names.items():
-        (answer,) = engine.write([Ask(person(language=language), 3)])
-        assert texts(answer) == [own[code]], language
+    for code, named in names.items():
+        (answer,) = engine.write([Ask(person(language=named), 3)])
+        assert texts(answer) == [own[code]], named
 
 
 def test_a_batch_answers_each_ask_as_if_it_were_alone(engine):

@@ -25,6 +25,7 @@ import llm
 import serve
 from config import load_config
 from files import ROOT, RunFolder, UserError, write_tensors
+from roles.languages import language
 from run import Run
 from serving import bodies, openwebui, suggest
 from serving.engine import Ask
@@ -548,7 +549,7 @@ def test_what_may_not_be_shown_is_left_out_and_nothing_is_padded(engine, monkeyp
         assert [s.text for s in answer.suggestions] == [spanish]
     (answer,) = written(engine, monkeypatch, answers, an_ask("2 + 2?"))
     assert {s.text for s in answer.suggestions} == {spanish, TEXTS[0]}
-    assert {name: data.language(text) for name, text in suggest.LIKE.items()} == {
+    assert {name: language(text) for name, text in suggest.LIKE.items()} == {
         name: name for name in suggest.LIKE}
     (answer,) = written(engine, monkeypatch, ["prose alone"], an_ask("Tea?"))
     assert answer.suggestions == [] and not answer.declined

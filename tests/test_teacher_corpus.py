@@ -12,8 +12,9 @@ from test_roles import encode
 
 import llm
 import roles
-from data import DataError, language
+from data import DataError
 from files import read_json
+from roles.languages import language
 from roles.players import players_of
 from roles.text import kind_of, lexicon, read_yaml
 from run import Run

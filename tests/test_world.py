@@ -17,6 +17,7 @@ import train
 from config import WorldConfig, load_config
 from files import ROOT, UserError, read_json, write_json
 from roles import text as roles
+from roles.languages import language
 from roles.safety import is_unsuitable
 from run import Run
 from stages import metrics
@@ -83,7 +84,7 @@ def test_sessions_look_like_a_real_log(made):
     assert counts.min() >= 1
     lengths = [len(t) for row in summaries for t in row]
     assert min(lengths) <= 6 and 300 < max(lengths) <= 900
-    chinese = np.mean([data.language(" ".join(t)) == "zh" for t in summaries])
+    chinese = np.mean([language(" ".join(t)) == "zh" for t in summaries])
     assert 0.01 < chinese < 0.08
     untimed = np.mean([all(s.timestamp is None for s in u.sessions) for u in made.users])
     assert 0 < untimed < 0.06

@@ -17,8 +17,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-import data
 from files import read_yaml
+from roles.languages import language
 from world.click_model import EXAMINATION
 
 # Cosines of MiniLM between a suggestion and the phrasings of a fact: of the same one .65 to .95, of
@@ -55,7 +55,7 @@ def _ramp(values: np.ndarray, ends: tuple[float, float]) -> np.ndarray:
 def fitness(text: str) -> float:
     """In [0, 1]: how far a text can be used at all, whatever it is about (appendix A, H.1)."""
     words = words_of(text)
-    if not words or len(text) > MOST_CHARACTERS or data.language(text) != "en":
+    if not words or len(text) > MOST_CHARACTERS or language(text) != "en":
         return 0.0
     foreign = sum(word in FOREIGN for word in words)
     if foreign >= 2 and foreign >= 0.3 * len(words):  # "die" or "las" alone may stand in a name

@@ -1,0 +1,82 @@
+"""Which language a text is in, by its script; of Latin script by small words and endings."""
+
+import re
+from collections import Counter
+
+SPACELESS = {"zh", "ja"}  # languages that put no spaces between words
+_LATIN = r"A-Za-z\u00c0-\u024f"
+_SCRIPTS = {
+    "zh": re.compile(r"[\u3400-\u9fff]"),  # a character of Chinese says what a word does
+    "en": re.compile(rf"[{_LATIN}]+"),  # Latin script, by words: which language is asked below
+    "ko": re.compile(r"[\uac00-\ud7a3]+"),
+    "ru": re.compile(r"[\u0400-\u04ff]+"),  # all Cyrillic
+    "other": re.compile(rf"[^\W\d_{_LATIN}\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3\u0400-\u04ff]+"),
+}
+_KANA = re.compile(r"[\u3041-\u3096\u30a1-\u30fa]")
+# A Chinese text about a name in kana.
+_NOT_JAPANESE = re.compile("[吗呢们这么怎没给让说讲读谁哪你您她语别习汉书车问间时对发样过还进关]")
+# Words that tell languages of Latin script apart, and endings of words; none is an English one.
+_WORDS = {
+    "en": "the of and to in is are was how what which why where when who for with on an my do does "
+          "can should about from at that this i me it not be or by as vs your their more best "
+          "around behind between without into over after before through like something other "
+          "another some any each every two three first new make makes take takes need know find "
+          "learn than then these those them they we our had been would could while there",
+    "es": "el los las del un una unos cómo como qué que por para con es mi mis y dónde cuál "
+          "cuáles hacer sobre mejor mejores más de la en al hay puedo quiero ¿ ¡ receta recetas "
+          "viaje historia aprender libros años -ción -ciones -miento -dad -ía -ías -ado -ismo -ño "
+          "-ña -ños",
+    "de": "der das und ist nicht ein eine einen einem wie ich mit für auf den dem von zu welche "
+          "welcher wo im bei oder kann über nach mein meine am zum zur sind beste besten rezept "
+          "rezepte reise geschichte lernen machen schreiben planen kaufen -ung -ungen -keit -lich "
+          "-ieren -schaft -isch -ische",
+    "fr": "le les des du une et est comment je pour avec dans sur mon ma mes que qui quel quelle "
+          "quels où pourquoi de la en à au aux un meilleur meilleurs recette recettes histoire "
+          "apprendre livres enfants d l -eaux -eux -euse -ées -ée -oire -aine -ière -ième",
+    "pt": "o os uma como que para com é meu minha e do da dos das em no na não melhor fazer são de "
+          "receita receitas viagem história aprender livros anos -ção -ções -ão -ões -inho -dade",
+    "it": "il lo gli della del di un una come che per con è mio mia e nel sono migliore fare quale "
+          "ricetta ricette viaggio storia imparare libri bambini nella alla dei -zione -zioni -ità",
+}
+LATIN = {language: frozenset(words.split()) for language, words in _WORDS.items()}
+_ENDS = {name: tuple(x[1:] for x in words if x[0] == "-") for name, words in LATIN.items()}
+_PARTICLES = {*"d da de del della der di dos du el l la las le les los van von y".split()}
+# An English question, whatever title it is about; no other language begins a text with these.
+_ASKS = {"how", "what", "which", "why", "where", "when", "who", "is", "are", "does", "should"}
+
+
+def language(text: str, undecided: str = "en") -> str:
+    """The language of a text: "zh", "ja", "ko", "ru" (Cyrillic), one of LATIN, or "other".
+
+    undecided: of a text in Latin script whose words do not tell, such as "Dune novels".
+    """
+    # Counts, not shares: "iPhone 15 怎么样" is a Chinese question about a Latin name.
+    counts = {name: len(script.findall(text)) for name, script in _SCRIPTS.items()}
+    kana = len(_KANA.findall(text))
+    counts["ja"] = (kana + counts["zh"]) if kana and not _NOT_JAPANESE.search(text) else 0
+    counts["zh"] -= counts["ja"] > 0  # the same characters: a tie is Japanese
+    script = max(counts, key=counts.get) if any(counts.values()) else "other"
+    return _of_latin(text, undecided) if script == "en" else script
+
+
+def _of_latin(text: str, undecided: str) -> str:
+    # Capitals within a text are names: "La La Land", Monday.com; so is a particle before one, or in
+    # an English text: Camino de Santiago, leonardo da vinci from scratch. "de la" is grammar.
+    first, *rest = re.findall(rf"[{_LATIN}]+(?:[./@][{_LATIN}]+)*|[¿¡]", text)
+    if first in "¿¡" and rest:
+        rest[0] = rest[0].lower()  # it begins the sentence
+    if first.lower() in _ASKS:
+        return "en"
+    english = any(len(word) > 2 for word in LATIN["en"].intersection(rest))  # "in": others' too
+    threes = zip([first, *rest], rest, [*rest[1:], ""], strict=False)
+    words = {first.lower(), *(word for before, word, after in threes if not (  # each word once
+        word in _PARTICLES and not _PARTICLES & {before, after}
+        and (english or after[:1].isupper())))}
+    small = {word for word in words if word.islower()}
+    hits = Counter({name: len(words & known | {w for w in words & small if w.endswith(_ENDS[name])})
+                    for name, known in LATIN.items()})
+    (best, most), (_, second) = hits.most_common(2)  # of equals English: it stands first
+    if most < (1 if best == "en" else 2) or most == hits[undecided] or (
+            best == "en" and most == second):
+        return undecided
+    return best  # Spanish or French: not English at any rate
