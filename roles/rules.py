@@ -135,12 +135,14 @@ class Rules:
         subjects, taken = {False: [], True: []}, []  # by whether it is a chore
         for interest, reason in zip(interests, unfit(interests, self.encode), strict=True):
             phrases = [_subject(phrase, interest) for phrase in _best_first(key_phrases(interest))]
-            # Once each: neither "an AI" nor "rumours about AI" beside "AI".
-            phrases = [p for p in phrases if p and len(p) <= 60
-                       and not any(text.says(p, other) for other in taken)]
-            if phrases and not reason:
-                taken.append(phrases[0])
-                subjects[is_functional(interest)].append((phrases, interest))
+            phrases = [p for p in phrases if p and len(p) <= 60]
+            # Once each: no "old AI" beside "AI"; and in "AI in a nutshell" the rest is its frame.
+            fresh = [p for p in phrases if not any(text.says(p, other) for other in taken)]
+            if len(fresh) < len(phrases):  # but for a name
+                fresh = [p for p in fresh if not p.islower() and not interest.startswith(p)]
+            if fresh and not reason:
+                taken.append(fresh[0])
+                subjects[is_functional(interest)].append((fresh, interest))
         return subjects[False] or subjects[True]
 
     @staticmethod
