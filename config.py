@@ -162,9 +162,9 @@ class GeneratorConfig(Section):
 
 
 class SitConfig(Section):
-    max_rows: CountFromZero = 80  # users at a cut that the teacher writes for; 0: all there are
+    max_rows: CountFromZero = 160  # users at a cut that the teacher writes for; 0: all there are
     lists_per_row: Count = 1
-    corpus_rows: CountFromZero = 80  # of configs/teacher_corpus.jsonl, at random; 0: none
+    corpus_rows: CountFromZero = 120  # of configs/teacher_corpus.jsonl, at random; 0: none
     own_lists: CountFromZero = 0  # above 0: tuned again with so many lists a row of the policy
     epochs: Count = 2
     learning_rate: Positive = 2e-3
