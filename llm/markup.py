@@ -97,7 +97,8 @@ _INLINE = re.compile(
     rf"<(b|strong|i|em|u|code|span|mark|small){_ATTRIBUTES}>([^<>]*)</\1>", re.IGNORECASE)
 # What begins a line, an item, or a cell.
 _BLOCK = re.compile(
-    rf"<(/?)(br|ol|ul|li|p|div|html|body|h[1-6]|table|tr|t[dh]){_ATTRIBUTES}/?>", re.IGNORECASE)
+    rf"<(/?)(br|ol|ul|li|p|div|html|body|h[1-6]|table|tr|t[dh]|answer|final|output|response|starters"
+    rf"|suggestions){_ATTRIBUTES}/?>", re.IGNORECASE)
 # An element without others in it.
 _LEAF = re.compile(rf"<([a-z][\w-]{{0,30}}){_ATTRIBUTES}>([^<>]*)</\1>", re.IGNORECASE)
 # Tokens of a chat template that a server has left; <sep> may part starters.
@@ -131,7 +132,7 @@ def in_lines(answer: str) -> str:
 _TEXT_FIELDS = (
     "starter", "suggestion", "question", "request", "开场白", "问题", "問題", "建议", "質問",
     "提案", "질문", "제안", "vorschlag", "frage", "pregunta", "вопрос", "text", "prompt", "query",
-    "opener", "icebreaker", "title", "content", "message", "idea", "item", "sug", "q",
+    "opener", "icebreaker", "message", "title", "content", "idea", "item", "sug", "q",
     "user", "human", "问", "")  # fmt: skip
 
 
@@ -243,11 +244,10 @@ def _json_items(text: str) -> list[str] | None:
         return None
     values, listed, at, closed = _json_strings(text, begin.end())
     if not closed and text[at:].strip():  # not JSON, though Python writes it: ['a', "b"]
-        inner, closed, _ = text[begin.end() + 1 :].partition("]")
+        inner, closed, _ = text[begin.end() :].partition("[")[2].partition("]")
         parts = quoted_parts(inner.replace("\\", ""))
-        parts = parts if closed else parts[:-1]
         # What stands in two lines may be two.
-        return [p for p in parts if "\n" not in p] if text[begin.end()] == "[" else []
+        return [p for p in (parts if closed else parts[:-1]) if "\n" not in p]
     # In lists by interest, whatever their names: sentences, no tags.
     found = _told(values) or (closed and _alike(values)) or [x for x in listed if len(x) > 9]
     return [part for value in found for line in value.splitlines() for part in line.split("&&")]

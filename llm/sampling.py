@@ -44,9 +44,15 @@ WORTH_READING = 32  # tokens: what shorter common beginnings save, a pass of the
 
 
 def sample(model, tokenizer, prompts: list[Ids], n: int, **settings) -> list[list[str]]:
-    """Token ids of prompts -> n completions of each, as text; settings as of sample_ids."""
+    """Token ids of prompts -> n completions of each, as text; settings as of sample_ids.
+
+    One that was not cut short by max_new_tokens ends with a line's end, which tells a parser so.
+    """
     drawn = sample_ids(model, tokenizer, prompts, n, **settings)
-    return [tokenizer.batch_decode(tokens, skip_special_tokens=True) for tokens in drawn]
+    ends = end_tokens(model, tokenizer) | {tokenizer.pad_token_id}
+    texts = (tokenizer.batch_decode(tokens, skip_special_tokens=True) for tokens in drawn)
+    return [[text + "\n" * (ids[-1].item() in ends) for text, ids in zip(row, tokens, strict=True)]
+            for row, tokens in zip(texts, drawn, strict=True)]
 
 
 @torch.no_grad()

@@ -28,7 +28,9 @@ from llm.markup import (
 
 # Single ones may be apostrophes.
 NO_DOUBLE_QUOTES = str.maketrans("", "", "\"“”«»„「」『』｢｣〝〞＂")
-SENTENCE_END = re.compile(rf"(?:[?!？！。]|(?<!\d)\.)[*_`{QUOTES} ]*$")  # not that of a cut "3.5"
+# With quotes, an emoji or a remark in brackets behind it; not that of a cut "3.5".
+SENTENCE_END = re.compile(
+    r"(?:[?!？！。]|(?<!\d)\.)(?:\s?[(（][^()（）\n]{1,30}[)）])?(?:[^\w(（\[&＆<＜/]|_)*$")
 _AMPERSAND = r"[&＆](?:amp;|#0{0,5}38;|#x0{0,5}26;)*"  # full-width, or escaped for HTML
 AMPERSAND = re.compile(_AMPERSAND, re.IGNORECASE)
 SEPARATOR = re.compile(rf"(?:{_AMPERSAND}){{2,}}", re.IGNORECASE)
@@ -135,7 +137,8 @@ def parse_starters(text: str) -> Parsed:
     The last complete field behind the reasoning counts, or all of them where each holds a single
     starter. In a field, and in a text without one, starters stand between `&&`, a line each, in
     JSON or behind numbers in one line. Of a list without an end the last item is taken for cut
-    short, unless it ends like a sentence. Prose is no list. Never raises; linear time.
+    short, unless it ends like a sentence or none does; behind a line's end it is whole. Prose is no
+    list. Never raises; linear time.
     """
     answer = after_reasoning(normalised(text))
     if answer is None:
@@ -233,7 +236,8 @@ _SIGN = (r"[;；|]|\\n|\s(?:[/·*~⋅¦‖◆•#]{1,3}|---)\s"
          r"|\[SEP\]|<[|｜/]?sep ?[|｜/]?>")
 _JOINTS = [(re.compile(joint, re.IGNORECASE), parts, words) for joint, parts, words in (
     (r"\t", 2, 2),
-    (rf"(?<=[?？])\s?(?:{_SIGN}|[^\w\s{QUOTES}?？!…()\[\]（）]{{1,3}}|(?-i:AND))\s?(?=\S)", 2, 2),
+    (rf"(?<=[?？])\s?(?:{_SIGN}|[^\w\s{QUOTES}?？!…()\[\]（）]{{1,3}}|(?-i:AND|(?:and|or)(?=\s[A-Z])))\s?(?=\S)", 2, 2),
+    (r"(?<=[?？])[、；]|[、；](?=[^、；]+[?？]$)", 3, 2),
     (_SIGN, 3, 3), (r"(?<=[?？])\s*(?=[\w¿])", 3, 2))]  # fmt: skip
 # Three clauses, "Plan a trip, Quiz me on it, Explain it again", may be one starter or several.
 _UNSURE = re.compile(r",\s(?=[A-ZÀ-ÞА-Я぀-鿿가-힣])")
@@ -306,7 +310,7 @@ def _bare(lines: list[str]) -> list[str]:
              and not line.lstrip().startswith("#")]  # fmt: skip
     questions = [line for line in lines if line.rstrip().endswith(("?", "？"))]
     if len(questions) > 1 and len(questions) >= len(lines) - 2:  # a preface, and a remark behind
-        return questions
+        return lines[lines.index(questions[0]) : len(lines) - lines[::-1].index(questions[-1])]
     ends = tuple("!.！。,;—…，；")
     titles = [text[:1].isalnum() and not text.endswith(ends)
               for text in (line.strip("*_ ") for line in lines)]
@@ -384,7 +388,7 @@ def _whole(text: str, closed: bool) -> list[str]:
     """The lines of a text but the last one, if it may have been cut short."""
     lines = text.splitlines()
     ended = closed or text.splitlines(keepends=True)[-1:] != lines[-1:]
-    if lines and not ended and not SENTENCE_END.search(lines[-1][-9:]) and lines[-1][-1:] != "|":
+    if lines and not ended and not SENTENCE_END.search(lines[-1][-40:]) and lines[-1][-1:] != "|":
         lines.pop()
     return lines
 
@@ -397,7 +401,8 @@ def _lines(text: str, closed: bool) -> list[str]:
         whole, separator, last = lines[-1].rpartition("&&")
         last = last.strip(" ,")
         quoted = last[1:] and last[-1] in PARTNERS.get(last[0], "")
-        if not quoted and not SENTENCE_END.search(last[-9:]):
+        titles = len(lines) > 2 and not any(SENTENCE_END.search(line[-40:]) for line in lines)
+        if not quoted and not titles and not SENTENCE_END.search(last[-40:]):
             lines[-1] = whole + separator  # max_new_tokens ran out in it
     return _listed([line for line in lines if (any(map(str.isalnum, line)) or "&&" in line)
                     and not _FENCE.fullmatch(line)])

@@ -168,7 +168,10 @@ class Endpoint:
         if self.whole and end == "length":
             return "", "cut short", ""
         empty = not isinstance(text, str) or (self.whole and not text.strip())
-        return ("", "empty", "") if empty else (encodable(text), "", "")
+        if empty:
+            return "", "empty", ""
+        # Of a sample that is not cut short the parser of lists is told so.
+        return encodable(text) + "\n" * (not self.whole and end == "stop"), "", ""
 
     def _failure(self, error: openai.APIStatusError) -> str:
         """The reason of one call. Raises UserError where every other call would fail like it."""

@@ -61,10 +61,11 @@ def word_reader(values: dict) -> Callable:
 
 
 def read_starters(text: str) -> str:
-    """The text itself, if llm.parse_starters finds starters in it."""
-    if reason := llm.parse_starters(text).reason:
+    """The text itself, if llm.parse_starters finds starters in it, and the line's end of a whole
+    one: an answer that was cut short has failed."""
+    if reason := llm.parse_starters(f"{text}\n").reason:
         raise ValueError(reason)  # not kept: asked again
-    return text
+    return f"{text}\n"
 
 
 def read_line(text: str) -> str:
