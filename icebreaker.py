@@ -270,11 +270,8 @@ def distillation_loss(scores: Tensor, taught: Tensor, mask: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------- RID: gate
 
 
-GATE_INPUTS = 6
-
-
 def gate_inputs(scores, history: History) -> np.ndarray:
-    """What tells the odds of a revisit (N, GATE_INPUTS): s(u, h), and the user's own base rate.
+    """What tells the odds of a revisit (N, 6): s(u, h), and the user's own base rate.
 
     Eq. (3) compares within a user alone, so that equal scores of two users may mean different
     odds. A linear function of these keeps the order within a user.

@@ -44,10 +44,8 @@ WORTH_READING = 32  # tokens: what shorter common beginnings save, a pass of the
 
 
 def sample(model, tokenizer, prompts: list[Ids], n: int, **settings) -> list[list[str]]:
-    """Token ids of prompts -> n completions of each, as text; settings as of sample_ids.
-
-    One that was not cut short by max_new_tokens ends with a line's end, which tells a parser so.
-    """
+    """Token ids of prompts -> n completions of each, as text, with a line's end behind those that
+    max_new_tokens did not cut short, for the parser to know; settings as of sample_ids."""
     drawn = sample_ids(model, tokenizer, prompts, n, **settings)
     ends = end_tokens(model, tokenizer) | {tokenizer.pad_token_id}
     texts = (tokenizer.batch_decode(tokens, skip_special_tokens=True) for tokens in drawn)

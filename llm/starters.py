@@ -236,9 +236,10 @@ _SIGN = (r"[;；|]|\\n|\s(?:[/·*~⋅¦‖◆•#]{1,3}|---)\s"
          r"|\[SEP\]|<[|｜/]?sep ?[|｜/]?>")
 _JOINTS = [(re.compile(joint, re.IGNORECASE), parts, words) for joint, parts, words in (
     (r"\t", 2, 2),
-    (rf"(?<=[?？])\s?(?:{_SIGN}|[^\w\s{QUOTES}?？!…()\[\]（）]{{1,3}}|(?-i:AND|(?:and|or)(?=\s[A-Z])))\s?(?=\S)", 2, 2),
-    (r"(?<=[?？])[、；]|[、；](?=[^、；]+[?？]$)", 3, 2),
-    (_SIGN, 3, 3), (r"(?<=[?？])\s*(?=[\w¿])", 3, 2))]  # fmt: skip
+    (rf"(?<=[?？])\s?(?:{_SIGN}|[^\w\s{QUOTES}?？!…()\[\]（）]{{1,3}}"
+     r"|(?-i:AND|(?:and|or)(?=\s[A-Z])))\s?(?=\S)", 2, 2),
+    (r"(?<=[?？])[、；]|[、；](?=[^、；]+[?？]$)", 3, 2), (_SIGN, 3, 3),
+    (r"(?<=[?？])\s*(?=[\w¿])", 3, 2))]  # fmt: skip
 # Three clauses, "Plan a trip, Quiz me on it, Explain it again", may be one starter or several.
 _UNSURE = re.compile(r",\s(?=[A-ZÀ-ÞА-Я぀-鿿가-힣])")
 _JOINTS += [(_UNSURE, 3, 3)]
@@ -401,8 +402,8 @@ def _lines(text: str, closed: bool) -> list[str]:
         whole, separator, last = lines[-1].rpartition("&&")
         last = last.strip(" ,")
         quoted = last[1:] and last[-1] in PARTNERS.get(last[0], "")
-        titles = len(lines) > 2 and not any(SENTENCE_END.search(line[-40:]) for line in lines)
-        if not quoted and not titles and not SENTENCE_END.search(last[-40:]):
+        ends = [SENTENCE_END.search(line[-40:]) for line in lines]
+        if not quoted and not SENTENCE_END.search(last[-40:]) and (any(ends) or len(ends) < 3):
             lines[-1] = whole + separator  # max_new_tokens ran out in it
     return _listed([line for line in lines if (any(map(str.isalnum, line)) or "&&" in line)
                     and not _FENCE.fullmatch(line)])

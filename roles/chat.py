@@ -168,10 +168,9 @@ class Endpoint:
         if self.whole and end == "length":
             return "", "cut short", ""
         empty = not isinstance(text, str) or (self.whole and not text.strip())
-        if empty:
-            return "", "empty", ""
-        # Of a sample that is not cut short the parser of lists is told so.
-        return encodable(text) + "\n" * (not self.whole and end == "stop"), "", ""
+        # The parser of lists is told of a sample that it is not cut short.
+        line_end = "\n" * (not self.whole and end == "stop")
+        return ("", "empty", "") if empty else (encodable(text) + line_end, "", "")
 
     def _failure(self, error: openai.APIStatusError) -> str:
         """The reason of one call. Raises UserError where every other call would fail like it."""

@@ -61,11 +61,10 @@ def word_reader(values: dict) -> Callable:
 
 
 def read_starters(text: str) -> str:
-    """The text itself, if llm.parse_starters finds starters in it, and the line's end of a whole
-    one: an answer that was cut short has failed."""
-    if reason := llm.parse_starters(f"{text}\n").reason:
+    """The text with the line's end of a whole one, if llm.parse_starters finds starters in it."""
+    if reason := llm.parse_starters(text := f"{text}\n").reason:  # what is cut short has failed
         raise ValueError(reason)  # not kept: asked again
-    return f"{text}\n"
+    return text
 
 
 def read_line(text: str) -> str:

@@ -13,9 +13,7 @@ with that of the rejected ones; of several checkpoints of a round (dpo.checkpoin
 best held-out utility and diversity stays; some of a pool's lists are the teacher's; a list that may
 not be shown whole is rejected too, or nothing would speak against starters that are too long.
 
-SIT's policy is the baseline SFT.
-
-Legend: K slots, P pairs of a chosen and a rejected list, D embedding.
+SIT's policy is the baseline SFT. Legend: K slots, P pairs of a chosen and a rejected list.
 """
 
 import itertools

@@ -10,7 +10,6 @@ the ones that are there.
 
 Departures: qualeqs.py's. KL is to the policy at the start of a round. The ablation without warm
 start answers the long prompt (prompts.yaml), as a base that knows no form earns no reward.
-
 Legend: B contexts, G answers of each, K suggestions of an answer.
 """
 

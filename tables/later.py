@@ -1,18 +1,14 @@
 """Real people as judges: does a person really ask later what a starter is about?
 
     python eval.py --later users.jsonl chats.jsonl eval.max_users=60    # results/later.md
-    python eval.py --later results/values/later-*.json                  # the same page
 
-DESIGN's "on real histories" (section 4.5): the paper has live users for this. Each person's
-sessions are cut at 80 %. From the past, as of when the rest began, every method of a finished run
-writes as for a stranger; the rest says which starters are right:
+The paper has live users for this. Each person's sessions are cut at 80 %. From the past, as of
+when the rest began, every method of a run writes as for a stranger; the rest says what is right:
 - strict: the matcher finds a later session with the same specific subject;
 - lenient: it does, or the starter shares a content word with a later subject (names_subject).
 
 At 1: the first starter is right; at 5: any of the first five is; share: how many of these are. An
-empty list has 0 of all. A person's value is the mean over the lists.
-
-Controls, on the same people:
+empty list has 0 of all. A person's value is the mean over the lists. Controls, on the same people:
 - wrong person: the same list held against the futures of the three people next by id, most of one
   site (metrics.other_users): what is left, "personal", is more than knowing the field.
 - latest subjects: the last summaries of the past as they are, the very last one first.
@@ -20,8 +16,8 @@ Controls, on the same people:
   to (matcher), the latest first. A few are opened again after the cut.
 - popular: the starters that the run's server would show to somebody without a history.
 
-People are those of people.py; where nobody in the file lent titles to the teacher corpus, of both
-halves. Legend: B people, N summaries of a person.
+People are those of people.py, of both halves where none lent titles to the corpus. Legend: B
+people, N summaries of a person.
 """
 
 from itertools import product

@@ -9,9 +9,7 @@ needs no training: the longer option, the one shown earlier, the likelier one un
 right option of a pair is the one that drew more of the clicks on its pane.
 
 Departure: clicks are shares over people, not one person's; what a pane asks is left out. A small
-set: the intervals over queries say how much it bears.
-
-Legend: R options of several panes, T tokens.
+set. Legend: R options of several panes, T tokens.
 """
 
 import argparse

@@ -168,6 +168,41 @@ def test_requests_without_a_mark_at_their_end(form):
     assert read in (tuple(starters), tuple(starters[:2]))  # the last one may have been cut
 
 
+ASKED = ("What makes ramen rich?", "Plan a rainy day in Kyoto", "Why is Dune long?")
+
+
+@pytest.mark.parametrize("text", [
+    "{}\n{}\n{}", "{} | {} | {}", "<answer>\n1. {}\n2. {}\n3. {}</answer>",
+    '{{"starters": [{{"title": "a", "message": "{}"}}, {{"title": "b", "message": "{}"}},'
+    ' {{"title": "c", "message": "{}"}}]}}',
+    "{{'starters': ['{}', \"{}\", '{}']}}",
+])
+def test_a_request_between_questions_is_one_of_the_list(text):
+    assert llm.parse_starters(text.format(*ASKED)).starters == ASKED
+
+
+@pytest.mark.parametrize("end", [" 🍜", " (food)", "", '"', " :)"])
+def test_what_stands_behind_a_sentence_does_not_cut_it(end):
+    assert len(llm.parse_starters(f"1. {ASKED[0]}{end}\n2. {ASKED[2]}{end}").starters) == 2
+
+
+def test_a_last_item_without_an_end_is_cut_unless_none_has_one():
+    cut, titles = f"1. {ASKED[0]}\n2. {ASKED[1]}", "- Dune novels\n- Kyoto in rain\n- Ramen broth"
+    assert llm.parse_starters(cut).starters == ASKED[:1]
+    assert llm.parse_starters(f"{cut}\n").starters == ASKED[:2]  # as samplers say of a whole one
+    assert len(llm.parse_starters(titles).starters) == 3
+
+
+@pytest.mark.parametrize("text", [
+    f"<sug>{ASKED[0]} and {ASKED[2]}</sug>", f"<sug>{ASKED[0]} or {ASKED[2]}</sug>",
+    "<sug>拉面的汤为什么浓？、给我讲讲三体的世界、周末去哪里玩？</sug>",
+])
+def test_questions_that_a_word_or_a_comma_joins_are_not_one(text):
+    starters = llm.parse_starters(text).starters
+    assert len(starters) > 1 and all(starter.count("?") < 2 for starter in starters)
+    assert not any("、" in starter for starter in starters)
+
+
 @pytest.mark.parametrize("text", [
     "I'm sorry, but I can't help with that.", "I cannot do this.\n\nPlease ask again.",
     "Who made jazz? It was made in bars. Who came? Few people. Who paid for it?",

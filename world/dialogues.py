@@ -7,9 +7,8 @@ holds dialogues.jsonl, all that a real log would hold; evaluation.jsonl, context
 shown, half of them unsafe; and apart from both truth/dialogues.json, the hidden state
 (dialogue_clicks.py), which only the evaluation may read.
 
-Of the evaluation topics, unsafe acts and all that the user says are held out, and so are refusals.
-What else the assistant says is not: its answers, results and kinds of text have the log's forms,
-and talks of three exchanges or more begin on a topic of the log.
+Of the evaluation topics, unsafe acts, refusals and all that the user says are held out; what else
+the assistant says has the log's forms, and longer talks begin on a topic of the log.
 
 A person talks with an assistant about a topic in one to five exchanges, with one of the four
 intents. Then a prompted writer, who does not know what the person needs next, suggests three
