@@ -43,13 +43,13 @@ NO_PREFIX = Prefix([], [])
 WORTH_READING = 32  # tokens: what shorter common beginnings save, a pass of their own costs
 
 
-def sample(model, tokenizer, prompts: list[Ids], n: int, **settings) -> list[list[str]]:
-    """Token ids of prompts -> n completions of each, as text, with a line's end behind those that
-    max_new_tokens did not cut short, for the parser to know; settings as of sample_ids."""
+def sample(model, tokenizer, prompts: list[Ids], n: int, whole="", **settings) -> list[list[str]]:
+    """Token ids of prompts -> n completions of each, as text; settings as of sample_ids.
+    whole: stands behind those that max_new_tokens did not cut short."""
     drawn = sample_ids(model, tokenizer, prompts, n, **settings)
     ends = end_tokens(model, tokenizer) | {tokenizer.pad_token_id}
     texts = (tokenizer.batch_decode(tokens, skip_special_tokens=True) for tokens in drawn)
-    return [[text + "\n" * (ids[-1].item() in ends) for text, ids in zip(row, tokens, strict=True)]
+    return [[text + whole * (ids[-1].item() in ends) for text, ids in zip(row, tokens, strict=True)]
             for row, tokens in zip(texts, drawn, strict=True)]
 
 

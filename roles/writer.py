@@ -103,8 +103,9 @@ class Writer:
 
     def draw(self, model, prompts: list[list[int]], n: int, seed: int, **how) -> list[list[str]]:
         """n completions of each prompt (token ids) as text; how: as of llm.sample."""
-        # The engine asks with fewer rows, a prefix and a hook.
-        return llm.sample(model, self.tokenizer, prompts, n, seed=seed, **{**self.sampling, **how})
+        # A line's end tells the parser that a last item is whole.
+        settings = {"whole": "\n", **self.sampling, **how}
+        return llm.sample(model, self.tokenizer, prompts, n, seed=seed, **settings)
 
     def sample(self, model, inputs: list[list[str]], n: int, seed: int, raw: bool = False,
                prompted: bool = False) -> list[list[list[str]]]:

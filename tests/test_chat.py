@@ -544,7 +544,7 @@ def test_a_server_that_moved_is_not_asked_again(serve, tmp_path):
         assert client(server.url, tmp_path).ask([Request("s", "u")], number) == [1]
         settings = EndpointConfig(base_url=server.url, model="sit", retries=0)
         sampler = chat.Sampler(settings, {}, tmp_path / "a.sqlite", "policy")
-        assert sampler.sample(["a"], 1, [0]) == [["1"]]
+        assert sampler.sample(["a"], 1, [0]) == [["1\n"]]
     assert len(first.bodies) == 2 and not second.bodies
 
 
@@ -601,7 +601,7 @@ def test_sampler_draws_each_prompt_n_times_by_seed(serve, tmp_path):
     server = serve(lambda body: texts[said(body)](body["seed"]))
     settings = EndpointConfig(base_url=server.url, model="sit", temperature=0.3, retries=0)
     sampler = chat.Sampler(settings, {"top_p": 0.9, "top_k": 5}, tmp_path / "a.sqlite")
-    assert sampler.sample(["a", "b"], 2, [5, 5]) == [["a5", "a6"], ["", ""]]
+    assert sampler.sample(["a", "b"], 2, [5, 5]) == [["a5\n", "a6\n"], ["", ""]]
     texts["c"] = lambda seed: (500, {}, b"{}") if seed == 6 else "c"
     with pytest.raises(UserError, match="error 1.*1 of 6 samples failed; the others are kept"):
         sampler.sample(["a", "b", "c"], 2, [5] * 3)

@@ -470,6 +470,10 @@ def test_sampling_stops_at_the_closing_field_as_generate_does(tokenizer):
         model, tokenizer, [[word[-1]]], 1, 0, do_sample=False, stop_strings=["</sug>"], **chosen,
     )
     assert ours == [theirs[0] * 2] and ours[0][0] == " </sug>"
+    for tokens, behind in ((25, "\n"), (2, "")):  # an end, or max_new_tokens ran out
+        marked = llm.sample(model, tokenizer, [[word[-1]]], 1, temperature=0, top_p=1, seed=0,
+                            max_new_tokens=tokens, whole="\n")
+        assert marked[0][0].endswith(behind or marked[0][0].rstrip("\n"))
 
 
 def test_sampling_repeats_by_seed_and_varies_within(tokenizer):
