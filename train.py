@@ -6,19 +6,18 @@
     python train.py --plan --config configs/qwen2.5-7b.yaml    # memory and tokens; nothing loads
     python train.py --doctor                           # what this machine has and lacks
     python train.py --stage ranker --stage dpo data.feedback=FILE  # a round: serving/feedback.py
-    torchrun --nproc-per-node=2 train.py --stage dpo   # on two GPUs
+    torchrun --nproc-per-node=2 train.py               # on two GPUs
     python train.py --config configs/garm.yaml         # a sibling paper: From Clicks to Preference
     python train.py --config configs/qualeqs.yaml      # the other: QualEQS, for a shop
 
 Stages: world -> base -> summarize -> match -> rid -> ranker -> sit -> dpo -> eval, and merge where
 asked for. Of run.method=garm: world -> base -> dialogues -> sft -> reward -> fuse -> rl -> eval;
 of qualeqs: world -> base -> dialogues -> sft -> rl -> mine -> eval.
-The loop of each stands in stages/, in the file of its name. A stage is skipped if its settings and
-inputs have not changed, and runs its predecessors first if they are missing.
+A stage, in the file of its name in stages/, is skipped if its settings and inputs have not changed,
+and runs its predecessors first if they are missing.
 
-Departures from the paper: LoRA instead of full fine-tuning; teacher and revisit matcher are offline
-rules over text unless an LLM is named (roles/); the platform is simulated (world/) unless logs are
-given.
+Departures: LoRA, not full tuning; teacher and matcher are rules unless an LLM is named (roles/);
+the platform is simulated (world/) unless logs are given.
 """
 
 import argparse

@@ -29,6 +29,7 @@ import roles
 from config import Config
 from files import UserError, digest
 from llm.encoder import BATCH
+from roles.languages import language
 from roles.players import Players
 from roles.prompted import ROOM
 from roles.writer import Writer
@@ -367,7 +368,7 @@ class Engine:
             def keep(starters: list[str]) -> list[str]:
                 wanted = told or roles.majority_language(starters)  # as most of them are
                 # By their words: a bare name would pass for any language of its script.
-                starters = [y for y in starters if data.language(y) == wanted]
+                starters = [y for y in starters if language(y) == wanted]
                 return roles.filter_starters(starters, said, avoid)[0]
 
             return self.popular.ranked(profile, keep)

@@ -9,9 +9,7 @@ the model is not sure of counts for less by one standard deviation. Where half o
 more are the word Unsafe, the conversation is declined. In a run of QualEQS the judge by rule stands
 in place of the reward model: only what catalogue or policies answer is shown, and what answers it.
 
-It stands where engine.py does in a run of IceBreaker, behind the same queue. Nothing of a
-conversation stays in memory.
-
+It stands where engine.py does in a run of IceBreaker. Nothing of a conversation stays in memory.
 Legend: B asks, n sampled answers of an ask, T tokens decoded so far.
 """
 
@@ -28,6 +26,7 @@ import llm
 import roles
 from config import Config
 from files import UserError, digest, file_digest
+from roles.languages import LATIN
 from roles.quality import Rules, without_repeats
 from roles.suggester import Suggester, read_kindly
 from roles.writer import Writer
@@ -39,9 +38,9 @@ from stages.reward import RewardModel, load_reward
 POLICIES = ("gaussian", "bradley_terry", "dpo", "rft")  # of stage rl; the first that is there
 REWARDS = ("gaussian", "purm", "bradley_terry")  # likewise; the last one's sigma is 0
 CHARACTERS = 16  # of a text that a token holds, at most
-# A text in each language that data.language tells: the wanted one is named by it.
+# A text in each language that roles.languages tells: the wanted one is named by it.
 LIKE = {"zh": "字", "ja": "かな", "ko": "글", "ru": "я", "other": "λ",
-        **{name: " ".join(sorted(words)) for name, words in data.LATIN.items()}}
+        **{name: " ".join(sorted(words)) for name, words in LATIN.items()}}
 DECLINED = "unsafe: the policy declines to go on with this conversation"
 
 

@@ -18,6 +18,7 @@ import data
 from config import load_config
 from data import Dialogue, Impression, User
 from files import UserError, read_json, script, write_lines
+from roles.languages import language
 from serving.store import Store
 from tools.importers import KINDS, import_mimics, import_users
 
@@ -28,7 +29,7 @@ def describe_users(users: list[User]) -> dict[str, object]:
     texts = [s.summary for s in sessions if s.summary]  # messages have none before `summarize`
     # Within each user: two people who ask the same are no repeat.
     distinct = sum(len({s.summary for s in u.sessions if s.summary}) for u in users)
-    languages = Counter(map(data.language, texts)).most_common()
+    languages = Counter(map(language, texts)).most_common()
     return {
         "users": len(users),
         "sessions": len(sessions),
