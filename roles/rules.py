@@ -136,7 +136,7 @@ class Rules:
         for interest, reason in zip(interests, unfit(interests, self.encode), strict=True):
             phrases = [_subject(phrase, interest) for phrase in _best_first(key_phrases(interest))]
             phrases = [p for p in phrases if p and len(p) <= 60]
-            # Once each: no "old AI" beside "AI"; and in "AI in a nutshell" the rest is its frame.
+            # Once each: no "old AI" beside "AI"; and in "AI at a glance" the rest is its frame.
             fresh = [p for p in phrases if not any(text.says(p, other) for other in taken)]
             if len(fresh) < len(phrases):  # but for a name
                 fresh = [p for p in fresh if not p.islower() and not interest.startswith(p)]

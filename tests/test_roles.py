@@ -217,7 +217,7 @@ def test_teacher_writes_n_fit_starters_the_same_each_time(interests):
 
 def test_the_teacher_takes_a_subject_once():
     interests = ["Samovar", "Whispers around the samovar", "an old samovar", "Elden Ring",
-                 "Samovar in a nutshell", "Ledger: Elden Ring", "Elden Ring against Dune"]
+                 "Samovar at a glance", "Ledger: Elden Ring", "Elden Ring against Dune"]
     subjects = roles.Rules(None)._subjects(interests)
     assert [phrases[0] for phrases, _ in subjects] == ["Samovar", "Elden Ring", "Dune"]
 
