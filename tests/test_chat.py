@@ -692,7 +692,7 @@ def play(tmp_path):
 def test_teacher_asks_for_twice_the_list_and_keeps_what_the_parser_reads(play):
     texts = {
         "a": "<think> <sug> no </sug> </think>\n<sug> What is Dune? && Who wrote it? </sug>",
-        "b": "<sug> sho",
+        "b": "<sug>",
         "c": "<think> <sug> x y </sug> </think> nothing",
         "d": "<sug> && </sug>",
         "e": "</sug> <sug>",
@@ -703,7 +703,8 @@ def test_teacher_asks_for_twice_the_list_and_keeps_what_the_parser_reads(play):
     }
     asking = play(lambda request: texts[fields(request)["interests"][0]])
     written = prompted.Prompted(asking, encode).write([[key] for key in texts], 5, list(range(9)))
-    assert written == [texts["a"], *[None] * 6, texts["h"], texts["i"]]
+    # Whole, as what is cut short has failed before it is read: with a line's end.
+    assert written == [f"{texts['a']}\n", *[None] * 6, f"{texts['h']}\n", f"{texts['i']}\n"]
     assert llm.parse_starters(written[0]).starters == ("What is Dune?", "Who wrote it?")
     assert asking.counts == {"asked": 9, "answered": 3, "unreadable": 5, "time-out": 1}
     assert [(r.sample, r.temperature) for r in asking.backend.asked] == [(i, 0.7) for i in range(9)]
