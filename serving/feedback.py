@@ -36,7 +36,7 @@ from serving.taps import Shown
 from stages import dpo
 from stages.metrics import bootstrap
 from stages.pools import searched
-from stages.ranker import fit_rankers, load_ranker, shown_lists
+from stages.ranker import fit_rankers, load_ranker, pilot_lists, shown_lists
 from stages.sit import draw_states
 
 LISTS_PER_USER = 20  # for a ranker: about as many as people of the simulated log have
@@ -268,7 +268,7 @@ def fit_ranker_pair(new: Round) -> dict:
     run, lists = new.run, {}
     for split in ("train", "judge", "test"):  # valid users are written for in the check
         stored, _ = states_of(run, new.lists[split], LISTS_PER_USER)
-        lists[split] = shown_lists(run, run.ids(split)) + stored
+        lists[split] = shown_lists(run, run.ids(split)) + pilot_lists(run, split) + stored
     return fit_rankers(run, lists, f"{new.folder}/ranker")
 
 

@@ -5,9 +5,14 @@
 Fitted twice: on train users for the generator to learn from, on judge users to judge it by. Targets
 are soft (a tap counts for more if sessions follow), a logit for each slot absorbs the position.
 
+Departure: the paper's log is of starters that a generator wrote, the simulated one of retrieved
+ones, which say little about how a policy puts things. So the platform first shows its people lists
+of the rule teacher, as a first version of the product would, and the ranker learns from both.
+
 Legend: B rows, one per shown starter; M interests, K slots, D embedding.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,16 +22,20 @@ from torch.nn.utils.rnn import pad_sequence
 
 import data
 import icebreaker as ib
+import roles
 from files import UserError, progress, write_tensors
 from roles.players import Players
+from roles.writer import fit_to_show
 from run import Run, UserState
 from stages import metrics
 from stages.steps import Best, load_weights, refuse_nan
+from world import people
 
 LEARNING_RATE = 1e-3
 SLOT_LEARNING_RATE = 0.02  # position explains most of a tap and must not wait for w
 RANK = 32  # of the bilinear form of user and starter
 SHARED = 100  # users and starters of which it is measured how much is common to all
+PILOT = 8  # lists that the platform shows each person before there is a policy
 SETTLED = 20_000  # rows from which averages over users are taken; rows held in memory at once
 Shown = list[tuple[data.Impression, UserState]]  # lists, each with the user's state at its time
 
@@ -36,13 +45,38 @@ def stage_ranker(run: Run, players: Players, key: str) -> dict:
     if not run.impressions:
         return {"skipped": "no impressions (data.impressions), so no utility to learn"}
     # Three splits of users: who judges has never seen whom the generator learned from.
-    people = {name: run.ids(name) for name in ("train", "judge", "test")}
-    lists = {name: shown_lists(run, ids) for name, ids in people.items()}
-    everybody = set().union(*people.values())
+    splits = {name: run.ids(name) for name in ("train", "judge", "test")}
+    lists = {name: shown_lists(run, ids) for name, ids in splits.items()}
+    everybody = set().union(*splits.values())
     shown = sum(impression.user_id in everybody for impression in run.impressions)
     # Without a time, or shown before the first cut.
     left_out = shown - sum(map(len, lists.values()))
+    if not run.config.data.users:
+        show_pilot(run)
+    lists = {name: shown + pilot_lists(run, name) for name, shown in lists.items()}
     return fit_rankers(run, lists, "ranker") | {"lists_left_out": left_out}
+
+
+def show_pilot(run: Run) -> None:
+    """Let the simulated platform show train and judge users PILOT lists of the rule teacher."""
+    states = [run.states[u][-1] for u in run.ids("train", "judge")]
+    inputs = [s.interests for s in states if s.interests for _ in range(PILOT)]
+    seeds = [run.seed("pilot", i) for i in range(len(inputs))]
+    k, written = run.config.generator.list_size, defaultdict(list)
+    texts = iter(roles.Rules(run.encoder).write(inputs, k, seeds))
+    for state in states:
+        for _ in range(PILOT if state.interests else 0):
+            if starters := fit_to_show(next(texts), state.interests)[:k]:
+                written[state.user_id].append(starters)
+    data.write_impressions(run.folder / "ranker" / "pilot.jsonl",
+                           people.pilot(run.folder / "world", written, run.seed("pilot")))
+
+
+def pilot_lists(run: Run, split: str) -> Shown:
+    """What the pilot showed this split's users, each list with the user's state as of now."""
+    file, users = run.folder / "ranker" / "pilot.jsonl", {*run.ids(split)}
+    rows = data.read_impressions(file) if file.is_file() else []  # own logs have none
+    return [(row, run.states[row.user_id][-1]) for row in rows if row.user_id in users]
 
 
 def shown_lists(run: Run, user_ids: list[str]) -> Shown:

@@ -81,6 +81,25 @@ def retrieved_lists(settings: WorldConfig, users: list[data.User], n: int, seed:
     return lists
 
 
+def pilot(folder: str | Path, lists: dict[str, list[list[str]]],
+          seed: int) -> list[data.Impression]:
+    """What the platform's people tap where it shows them lists (user -> lists) after its log ends,
+    each as the only one. `seed` draws the taps; a user's do not depend on who else is shown some.
+    """
+    truth, rows = load_truth(folder), []
+    for user_id, some in lists.items():
+        rng = np.random.default_rng([seed, *user_id.encode()])
+        for starters in some:
+            chances = truth.click_probabilities(user_id, starters)
+            clicked = np.flatnonzero(rng.random(len(starters)) < chances).tolist()
+            resonances = [truth.resonance(user_id, starters[slot]) for slot in clicked]
+            rows.append(data.Impression(
+                user_id=user_id, timestamp=_when(truth.users[user_id]["last_day"]),
+                starters=starters, clicked=clicked,
+                sessions_after=int(rng.poisson([*map(further_sessions, resonances)]).sum())))
+    return rows
+
+
 def _when(day: float) -> datetime:
     return START + timedelta(seconds=int(day * 86400))
 
