@@ -35,6 +35,7 @@ from serving.store import Store
 from serving.taps import Shown
 from stages import dpo
 from stages.metrics import bootstrap
+from stages.pairs import tapped_pairs
 from stages.pools import searched
 from stages.ranker import fit_rankers, load_ranker, pilot_lists, shown_lists
 from stages.sit import draw_states
@@ -281,7 +282,8 @@ def align_policy(new: Round) -> dict:
     others = [s for s in draw_states(run, [-1], 0, rng) if s.user_id not in latest]
     room = limit - len(states) if limit else len(others)
     states += rng.sample(others, min(room, len(others)))  # the run's people, for the rest
-    tapped = tapped_pairs(run, new.lists["train"])
+    tapped = tapped_pairs(run, ((one, one.interests) for one in new.lists["train"]), 1,
+                          run.config.dpo.pairs_per_user)
     # As a round of stage dpo does, it learns from all pairs so far.
     earlier = [pair for number in range(1, run.config.dpo.rounds + 1)
                for pair in read_json(run.folder / f"dpo/round{number}/pairs.json")]
@@ -293,26 +295,6 @@ def align_policy(new: Round) -> dict:
     llm.save_adapter(model, after)
     of_store = sum(state.user_id in latest for state in states)
     return {"store_users": of_store, "tapped": len(tapped), **figures}
-
-
-def tapped_pairs(run: Run, lists: list[Shown]) -> list[dict]:
-    """A user's tapped list against an ignored one that was written for the same interests.
-
-    At most dpo.pairs_per_user of a user, in the order of `lists`; a list is in one pair.
-    """
-    expected, k = sum(run.slot_rates.tolist()), run.config.generator.list_size
-    groups = defaultdict(lambda: ([], []))  # (user, interests) -> tapped lists, ignored ones
-    for one in lists:
-        if (one.interests and len(one.starters) == k  # so that a list's length is no preference
-                and (not one.clicked or len(one.clicked) > expected)):  # what slots do not explain
-            groups[one.user_id, frozenset(one.interests)][not one.clicked].append(one)
-    pairs, most = defaultdict(list), run.config.dpo.pairs_per_user
-    for (user_id, _), both in groups.items():
-        for tapped, ignored in zip(*both, strict=False):
-            if {*tapped.starters} != {*ignored.starters}:  # else chance alone chose
-                pairs[user_id].append({"interests": tapped.interests, "chosen": tapped.starters,
-                                       "rejected": {"ignored": ignored.starters}})
-    return [pair for user_pairs in pairs.values() for pair in user_pairs[:most]]
 
 
 # --------------------------------------------------------------------------------------- the check

@@ -5,7 +5,7 @@
 Section 2.3 of the paper: in each round the policy samples lists for users of a later slice of the
 log, list search (Algorithm 1) finds better ones in the pool of all starters, preference pairs are
 mined (Eq. 8; pairs.py), and DPO (Eq. 6) aligns the policy on all pairs so far. The baseline SFT+DPO
-learns from its own lists, ordered by likeness to what was tapped. Under torchrun the processes
+learns from lists that were shown, tapped ones against ignored ones. Under torchrun the processes
 share the users; each step sees the same global batch.
 
 Departures: a term for the likelihood of the chosen lists beside Eq. (6), without which it falls
@@ -19,7 +19,6 @@ SIT's policy is the baseline SFT. Legend: K slots, P pairs of a chosen and a rej
 import itertools
 import random
 import shutil
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -35,8 +34,8 @@ from roles.players import Players
 from roles.suggester import Suggester
 from roles.writer import Writer
 from run import Run, UserState
-from stages.pairs import fit_lists, mine, sample, search
-from stages.ranker import load_ranker, utilities
+from stages.pairs import fit_lists, mine, sample, search, tapped_pairs
+from stages.ranker import load_ranker, pilot_lists, shown_lists, utilities
 from stages.sit import Rows, draw_states, taught_lists
 from stages.steps import Best, micro_batches, new_optimiser, return_memory, step
 
@@ -57,7 +56,7 @@ def stage_dpo(run: Run, players: Players, key: str) -> dict:
         adapter = run.adapter(f"round{number}")
         pairs = pairs + read_json(run.folder / folder / "pairs.json")
     if run.config.dpo.vanilla:
-        figures[TAPPED] = run.folder.once("dpo/vanilla", digest(key, "vanilla", "own lists"),
+        figures[TAPPED] = run.folder.once("dpo/vanilla", digest(key, "vanilla", "shown lists"),
                                           partial(align_on_clicks, run, players.writer, pairs))
     return figures
 
@@ -279,57 +278,25 @@ def list_qualities(run: Run, ranker, states: list[UserState], lists) -> dict[str
 
 
 def align_on_clicks(run: Run, writer: Writer, pairs: list[dict]) -> dict:
-    """The SFT+DPO baseline: vanilla DPO from SIT's policy, on its lists as taps order them.
+    """The SFT+DPO baseline: vanilla DPO from SIT's policy on lists that were shown, tapped ones
+    against ignored ones.
 
-    pairs: IceBreaker's, of which there are to be as many; loss and settings are the same.
+    pairs: IceBreaker's, of which there are to be as many; loss and settings are the same. The lists
+    are those of the pilot. Own logs have none: there it learns from the log, and only as far as the
+    policy would write such lists.
     """
     model = writer.policy(run.adapter("sit"), trainable=True)
     # As many chosen lists as IceBreaker learned from, and about as many rejected ones to each:
     # their kinds are compared, not their number.
     width = round(float(np.mean([len(pair["rejected"]) for pair in pairs] or [1])))
-    clicked, rng = click_pairs(run, writer, model, width), random.Random(run.seed("clicked"))
+    lists = pilot_lists(run, "train") or shown_lists(run, run.ids("train"))
+    clicked = tapped_pairs(run, ((row, state.interests) for row, state in lists), width)
     if not clicked:
         shutil.rmtree(run.adapter("vanilla"), ignore_errors=True)  # of other logs
-        return {"skipped": "no train user with shown lists of whom SIT's policy wrote two lists of "
-                           "one length"}
+        return {"skipped": "no train user with a tapped and an ignored list for the same interests"}
+    rng = random.Random(run.seed("clicked"))
     clicked = rng.sample(clicked, min(len(clicked), len(pairs)))
     rows = encoded(writer, clicked)
     figures = align(run, writer, model, model, rows, TAPPED, run.config.dpo)
     llm.save_adapter(model, run.adapter("vanilla"))
     return {"pairs": sum(len(pair["rejected"]) for pair in clicked), **figures}
-
-
-def click_pairs(run: Run, writer: Writer, model, width: int) -> list[dict]:
-    """Of the lists that SIT's policy writes for the people of the rounds, each one's most like what
-    was tapped against up to `width` that are most like what was passed over.
-
-    Departure: in the paper SFT's lists were served, and taps choose among them. Here the log has
-    another system's lists, which no policy would write (-450 nats): taps are carried over.
-    """
-    pairs, adapter = [], run.adapter("sit")
-    for number in range(1, run.config.dpo.rounds + 1):
-        states, first = round_states(run, number), number == 1  # whose lists round 1 has sampled
-        label = 1 if first else f"clicked {number}"
-        written = sample(run, writer, label, model, adapter, states, keep=first)
-        for state, lists in zip(states, written, strict=True):
-            pairs += filter(None, [pair_by_taps(run, state, lists, width)])
-    return pairs
-
-
-def pair_by_taps(run: Run, state: UserState, written: list[list[str]], width: int) -> dict | None:
-    """The list nearest to the user's taps, and up to `width` of the farthest; None: no two.
-
-    Of lists of one length, the longest of which there are two: length is not the lesson.
-    """
-    taste = run.states[state.user_id][-1].taste  # of all taps
-    alike = defaultdict(dict)  # number of starters -> lists, no two of the same starters
-    for starters in fit_lists(run, state, written):
-        alike[len({*starters})][frozenset(starters)] = starters
-    lists = next((list(alike[n].values()) for n in sorted(alike, reverse=True)
-                  if n and len(alike[n]) > 1), [])
-    if not lists or not taste.any():
-        return None  # nothing to choose between, or nothing was shown to this user
-    likeness = [float((run.encoder(x) @ taste[:-1]).mean()) for x in lists]
-    order = [lists[i] for i in np.argsort(likeness, kind="stable")]  # farthest first
-    rejected = {f"ignored {n}": x for n, x in enumerate(order[:-1][:width], 1)}
-    return {"interests": state.interests, "chosen": order[-1], "rejected": rejected}

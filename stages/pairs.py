@@ -11,7 +11,8 @@ Legend: N candidates, K slots.
 """
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,3 +124,31 @@ def mine_user(run: Run, searched: Searched, written: list[list[str]], counts: Co
     kinds = {kind: starters for kind, starters in kinds.items() if starters is not None}
     counts["pairs"] += len(kinds)
     return {"interests": interests, "chosen": texts[chosen], "rejected": kinds} if kinds else {}
+
+
+# ------------------------------------------------------------------------ of lists that were shown
+
+
+def tapped_pairs(run: Run, shown: Iterable[tuple], width: int, most: int = 0) -> list[dict]:
+    """A user's tapped list against up to `width` ignored ones written for the same interests.
+
+    shown: (data.Impression, interests) in the order in which they are taken. most: pairs of one
+    user, 0 for no limit. A list is in one pair.
+    """
+    expected, k = sum(run.slot_rates.tolist()), run.config.generator.list_size
+    groups = defaultdict(lambda: ([], []))  # (user, interests) -> tapped lists, ignored ones
+    for row, interests in shown:
+        if (interests and len(row.starters) == k  # so that a list's length is no preference
+                and (not row.clicked or len(row.clicked) > expected)):  # what slots do not explain
+            groups[row.user_id, frozenset(interests)][not row.clicked].append(
+                (row.starters, interests))
+    pairs = defaultdict(list)  # by user
+    for (user_id, _), (tapped, ignored) in groups.items():
+        for number, (chosen, interests) in enumerate(tapped):
+            others = [starters for starters, _ in ignored[number * width : (number + 1) * width]
+                      if {*starters} != {*chosen}]  # else chance alone chose
+            if others:
+                rejected = {f"ignored {n}": starters for n, starters in enumerate(others, 1)}
+                pairs[user_id].append(
+                    {"interests": interests, "chosen": chosen, "rejected": rejected})
+    return [pair for theirs in pairs.values() for pair in theirs[: most or None]]

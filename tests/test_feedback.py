@@ -23,6 +23,7 @@ from serving import feedback
 from serving.store import Store
 from serving.taps import Shown
 from stages import dpo
+from stages.pairs import tapped_pairs
 
 # What the teacher writes. LIVELY starters differ from one another, DULL ones hardly do. So people
 # who tap the first are served better by every figure, on any machine, once these are written more;
@@ -325,12 +326,16 @@ def row(user="n1", at="2027-01-01T00:00:00", told=("a", "b"), starters="xyz", cl
                  starters=list(starters), clicked=list(clicked), method="IceBreaker", version="v")
 
 
+def of_rows(run, rows, width=1, most=0):
+    return tapped_pairs(run, ((one, one.interests) for one in rows), width, most)
+
+
 def test_pairs_are_of_one_user_one_prompt_and_beyond_what_slots_explain(finished):
     run = run_of(finished)
     run.slot_rates = torch.tensor([0.7, 0.4, 0.1])  # 1.2 taps a list, whatever is in it
     good, bad = row(starters="xyz", clicked=[0, 2]), row(told="ba", starters="uvw")
-    pair = {"interests": ["a", "b"], "chosen": [*"xyz"], "rejected": {"ignored": [*"uvw"]}}
-    assert feedback.tapped_pairs(run, [good, bad]) == [pair]
+    pair = {"interests": ["a", "b"], "chosen": [*"xyz"], "rejected": {"ignored 1": [*"uvw"]}}
+    assert of_rows(run, [good, bad]) == [pair]
     for other in (
         row(user="n2", starters="uvw"),
         row(told="ac", starters="uvw"),  # written for other interests
@@ -338,10 +343,12 @@ def test_pairs_are_of_one_user_one_prompt_and_beyond_what_slots_explain(finished
         row(starters="zyx"),  # the same starters
         row(starters="uvw", clicked=[1]),
     ):
-        assert feedback.tapped_pairs(run, [good, other]) == []
-    assert feedback.tapped_pairs(run, [row(clicked=[0]), bad]) == []  # one tap is less than usual
+        assert of_rows(run, [good, other]) == []
+    assert of_rows(run, [row(clicked=[0]), bad]) == []  # one tap is less than usual
     many = [row(starters=f"xy{i}", clicked=[0, 2]) for i in range(9)] + [bad] * 9
-    assert len(feedback.tapped_pairs(run, many)) == run.config.dpo.pairs_per_user == 2
+    assert len(of_rows(run, many, most=2)) == run.config.dpo.pairs_per_user == 2
+    # Three rejected ones to a chosen one, as there are kinds of mined ones; a list is in one pair.
+    assert [len(x["rejected"]) for x in of_rows(run, [good, good, good, *[bad] * 4], 3)] == [3, 1]
 
 
 def test_a_state_knows_what_came_before_it_and_nothing_later(finished):

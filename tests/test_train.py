@@ -1,11 +1,11 @@
 """The pipeline in miniature: resumed, repeated and blind runs agree; wrong input is one message."""
 
+import collections
 import dataclasses
 import functools
 import itertools
 import json
 import math
-import random
 import re
 import shutil
 import subprocess
@@ -575,37 +575,51 @@ def test_logs_without_times_skip_the_baseline(finished, tmp_path):
     run = Run(micro(tmp_path))
     assert "SFT+DPO" in evaluation.compared_methods(run)
     run.impressions = [row.model_copy(update={"timestamp": None}) for row in run.impressions]
+    (run.folder / "ranker/pilot.jsonl").unlink()  # as where the logs are one's own
     figures = run.folder.once("dpo/vanilla", "of other logs", functools.partial(
         dpo.align_on_clicks, run, players_of(run).writer, []))
-    assert "no train user with shown lists" in figures["skipped"]
+    assert "no train user with a tapped and an ignored list" in figures["skipped"]
     assert "SFT+DPO" not in evaluation.compared_methods(run)
     assert not run.adapter("vanilla").exists()
 
 
-def test_the_clicked_baseline_learns_from_lists_of_its_own_policy(finished, monkeypatch):
-    """The retrieval's lists lie hundreds of nats from what a policy writes: nothing is learned."""
-    run, asked = Run(micro(finished.parent)), []
-    shown = sorted({y for row in run.impressions for y in row.starters})
-    k, rng = run.config.generator.list_size, random.Random(0)
+def test_the_clicked_baseline_learns_from_the_pilots_taps(finished):
+    """The log's own lists lie hundreds of nats from what a policy writes: nothing is learned."""
+    run, k = Run(micro(finished.parent)), 5
+    text = (run.folder / "ranker/pilot.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    mined = [{"rejected": {"a": [], "b": []}}] * 3  # as many, with as many rejected ones
+    learned = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dpo, "align", lambda *given: learned.append(given[4]) or {})
+        patch.setattr(dpo, "encoded", lambda writer, pairs: pairs)
+        patch.setattr(llm, "save_adapter", lambda *_: None)
+        dpo.align_on_clicks(run, players_of(run).writer, mined)
+    tapped, ignored = ([row["starters"] for row in rows if bool(row["clicked"]) == side]
+                       for side in (True, False))
+    assert 0 < len(learned[0]) <= 3
+    for pair in learned[0]:
+        assert pair["chosen"] in tapped and len(pair["chosen"]) == k
+        assert 0 < len(pair["rejected"]) <= 2
+        assert all(starters in ignored for starters in pair["rejected"].values())
 
-    def sample(run, writer, number, model, adapter, states, keep):
-        asked.append((number, adapter, keep))
-        return [[rng.sample(shown, k) for _ in range(4)] + [shown[:1] * k, shown[: k - 1]]
-                for _ in states]
 
-    monkeypatch.setattr(dpo, "sample", sample)
-    monkeypatch.setattr(dpo, "fit_lists", lambda run, state, lists: lists)
-    pairs = dpo.click_pairs(run, None, None, 2)
-    # Round 1 has sampled the same lists of the same policy already; others must not replace them.
-    assert asked == [(1, run.adapter("sit"), True), ("clicked 2", run.adapter("sit"), False)]
-    assert pairs and all([*x["rejected"]] == ["ignored 1", "ignored 2"] for x in pairs)
-    users = {tuple(state.interests): u for u in run.ids("train") for state in run.states[u]}
-    for pair in pairs:
-        taste = run.states[users[tuple(pair["interests"])]][-1].taste[:-1]
-        chosen, *rejected = [
-            (run.encoder(x) @ taste).mean() for x in (pair["chosen"], *pair["rejected"].values())]
-        assert all(len({*x}) == k for x in (pair["chosen"], *pair["rejected"].values()))
-        assert rejected == sorted(rejected) and chosen >= rejected[-1]
+def test_the_pilot_shows_who_trains_and_who_judges_the_teachers_lists(finished, monkeypatch):
+    run = Run(micro(finished.parent))
+    lists = {name: ranker.pilot_lists(run, name) for name in ("train", "judge", "valid", "test")}
+    assert lists["train"] and lists["judge"] and not lists["valid"] and not lists["test"]
+    counts = collections.Counter(row.user_id for row, _ in lists["train"] + lists["judge"])
+    assert max(counts.values()) <= ranker.PILOT
+    row, state = lists["train"][0]
+    assert state is run.states[row.user_id][-1] and state.interests
+    # The platform's rows are what a log's are, and the same taps each time.
+    again, before = tuple(run.folder / f"ranker/{name}.jsonl" for name in ("pilot", "before"))
+    shutil.copy(again, before)
+    ranker.show_pilot(run)
+    assert again.read_bytes() == before.read_bytes()
+    before.unlink()
+    assert {*json.loads(again.read_text(encoding="utf-8").splitlines()[0])} == {
+        "user_id", "timestamp", "starters", "clicked", "sessions_after"}
 
 
 def test_a_ranker_of_an_older_layout_is_refused_in_one_line(finished, tmp_path):
