@@ -127,7 +127,7 @@ class RankerConfig(Section):
     in_list: NotNegative = 1.0  # weight of the loss against the starters of the same list
     # Share of what is personal in the utility that mines and searches: 0.5 as in Eq. (7), 1 without
     # what everybody likes, 0 that alone.
-    personal: float = Field(0.67, ge=0, le=1)
+    personal: float = Field(0.5, ge=0, le=1)
 
 
 class GeneratorConfig(Section):
