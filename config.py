@@ -193,7 +193,6 @@ class DpoConfig(Section):
     sft_weight: NotNegative = 5.0  # of the chosen lists' mean logp per token, beside Eq. (6)
     pairs_per_user: Count = 2  # from data.feedback, so that no single user can steer a round
     vanilla: bool = True  # the baseline SFT+DPO, of tapped against ignored lists, is trained too
-    checkpoints: Count = 1  # per round; of several the best by held-out utility and diversity
 
 
 class SftConfig(Section):  # garm: stages/sft.py; qualeqs: stages/warm_start.py

@@ -34,8 +34,7 @@ from benchmarks.dpo import our_step, trl_step
 from config import Config, load_config
 from files import ROOT
 from llm.sampling import Draw, Tree
-from stages.dpo import HELD_OUT_LISTS
-from stages.steps import Best, new_optimiser, step
+from stages.steps import new_optimiser, step
 from tools import plan
 
 # Dense bf16 TFLOP/s and memory GB/s of data-sheets; a card that is not listed gets no share.
@@ -195,11 +194,9 @@ def measure_stage(model, stage: str, config: Config) -> dict:
         step(model, optimiser, schedule)
 
     run()  # the state of AdamW is there from now on; while sampling too
-    best, computed = Best(model), users * (g.max_prompt_tokens + lists * g.max_new_tokens)
-    if stage != "sit":
-        best.offer(0.0)  # the copy of the adapter that dpo keeps
+    computed = users * (g.max_prompt_tokens + lists * g.max_new_tokens)
     if stage == "sampling":
-        n = min(config.dpo.samples, HELD_OUT_LISTS, config.eval.lists)
+        n = min(config.dpo.samples, config.eval.lists)
         users = g.sample_rows // n
         run = decoding(model, users, n, g.max_prompt_tokens, g.max_new_tokens)
         computed = users * n * g.max_new_tokens

@@ -36,7 +36,7 @@ from tests import test_qualeqs_stages as qualeqs
 SMALL = """world.users=60 world.impressions_per_user=40 world.starter_pool=60 rid.epochs=1
     rid.towers=2 rid.hidden=8 ranker.epochs=1 generator.list_size=3
     generator.max_new_tokens=12 sit.max_rows=6 sit.epochs=1 dpo.max_users=4 dpo.rounds=2
-    dpo.samples=2 dpo.checkpoints=1 data.train=0.3 data.judge=0.3 data.valid=0.2 data.test=0.2
+    dpo.samples=2 data.train=0.3 data.judge=0.3 data.valid=0.2 data.test=0.2
     eval.lists=1 eval.bootstrap=20 eval.examples=2 eval.max_users=3 run.name=t""".split()
 
 

@@ -19,7 +19,7 @@ from files import ROOT
 
 SIZES = (250, 500, 1000, 2000)
 STAGES = ("world", "match", "rid", "ranker", "sit", "dpo", "eval")
-LESS = "sit.max_rows=0 sit.epochs=1 dpo.max_users=0 dpo.rounds=1 dpo.samples=3 dpo.checkpoints=1"
+LESS = "sit.max_rows=0 sit.epochs=1 dpo.max_users=0 dpo.rounds=1 dpo.samples=3"
 LESS += " eval.lists=1 rid.epochs=10 rid.patience=10 ranker.epochs=5 ranker.patience=5"
 
 

@@ -233,7 +233,7 @@ def begin(run: Run, key: str) -> int:
 # Nobody steers a round: dpo.pairs_per_user pairs, LISTS_PER_USER lists for a ranker, and one prompt
 # to write for are all that can come from one user; a hash chooses, not the order of arrival. A
 # user's split is that of the run, from the same hash: train users train, judge users fit the judge,
-# valid users choose the checkpoint and are written for in the check; the run's test users stay out,
+# valid users are written for in the check; the run's test users stay out,
 # and people of that hash whom the run does not know train.
 
 
@@ -290,7 +290,7 @@ def align_policy(new: Round) -> dict:
     ranker, (before, after) = load_ranker(run, "train", f"{new.folder}/ranker"), new.adapters
     model = new.players.writer.policy(before, trainable=True)
     figures, _ = dpo.train_round(  # its pairs have texts: they are not kept, nor is what it samples
-        run, new.players, f"feedback {new.number}", model, before, ranker, states, held_out(new),
+        run, new.players, f"feedback {new.number}", model, before, ranker, states,
         earlier + tapped, keep=False)
     llm.save_adapter(model, after)
     of_store = sum(state.user_id in latest for state in states)

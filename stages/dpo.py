@@ -9,9 +9,8 @@ learns from lists that were shown, tapped ones against ignored ones. Under torch
 share the users; each step sees the same global batch.
 
 Departures: a term for the likelihood of the chosen lists beside Eq. (6), without which it falls
-with that of the rejected ones; of several checkpoints of a round (dpo.checkpoints) the one with the
-best held-out utility and diversity stays; some of a pool's lists are the teacher's; a list that may
-not be shown whole is rejected too, or nothing would speak against starters that are too long.
+with that of the rejected ones; some of a pool's lists are the teacher's; a list that may not be
+shown whole is rejected too, or nothing would speak against starters that are too long.
 
 SIT's policy is the baseline SFT. Legend: K slots, P pairs of a chosen and a rejected list.
 """
@@ -19,7 +18,7 @@ SIT's policy is the baseline SFT. Legend: K slots, P pairs of a chosen and a rej
 import itertools
 import random
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -37,10 +36,9 @@ from run import Run, UserState
 from stages.pairs import fit_lists, mine, sample, search, tapped_pairs
 from stages.ranker import load_ranker, pilot_lists, shown_lists, utilities
 from stages.sit import Rows, draw_states, taught_lists
-from stages.steps import Best, micro_batches, new_optimiser, return_memory, step
+from stages.steps import micro_batches, new_optimiser, return_memory, step
 
 TAPPED = "tapped against ignored"  # the baseline in figures and log
-HELD_OUT_LISTS = 2  # of each held-out user when a checkpoint is valued
 
 
 def stage_dpo(run: Run, players: Players, key: str) -> dict:
@@ -61,44 +59,28 @@ def stage_dpo(run: Run, players: Players, key: str) -> dict:
     return figures
 
 
-def round_states(run: Run, number: int) -> list[UserState]:
-    """Train users of a round, at its slice of the log: early, middle, then the latest."""
-    cut = min(number, len(run.config.data.cuts)) - 1
-    rng = random.Random(run.seed("users", number))
-    return draw_states(run, [cut], run.config.dpo.max_users, rng)
-
-
 def dpo_round(run: Run, players: Players, number: int, adapter: Path, earlier: list[dict]) -> dict:
     """One round, from the policy in `adapter`; writes dpo/round<number>/{pairs.json,adapter}."""
-    states, others = round_states(run, number), held_out_states(run)
+    cut = min(number, len(run.config.data.cuts)) - 1  # its slice: early, middle, then the latest
+    rng = random.Random(run.seed("users", number))
+    states = draw_states(run, [cut], run.config.dpo.max_users, rng)
     model = players.writer.policy(adapter, trainable=True)  # goes on with the last round's LoRA
     figures, pairs = train_round(
-        run, players, number, model, adapter, load_ranker(run, "train"), states, others, earlier)
+        run, players, number, model, adapter, load_ranker(run, "train"), states, earlier)
     llm.save_adapter(model, run.adapter(f"round{number}"))
     write_json(run.folder / "dpo" / f"round{number}" / "pairs.json", pairs)
     run.encoder.save()  # a killed run does not encode the round's starters again
     return figures
 
 
-def held_out_states(run: Run) -> list[UserState]:
-    """Of valid users, on whom checkpoints are valued: so few that this samples no more lists than
-    a round trains on."""
-    settings, rng = run.config.dpo, random.Random(run.seed("held out"))
-    states = [state for u in run.ids("valid") if (state := run.states[u][-1]).interests]
-    lists = HELD_OUT_LISTS * settings.checkpoints  # of a user
-    most = settings.max_users * settings.samples // lists or len(states)
-    return rng.sample(states, min(most, len(states)))
-
-
 def train_round(run: Run, players: Players, number: int | str, model, adapter: Path, ranker,
-                states: list[UserState], others: list[UserState], earlier: list[dict],
+                states: list[UserState], earlier: list[dict],
                 keep: bool = True) -> tuple[dict, list[dict]]:
     """Sample, search, mine and align, in place; returns figures and the pairs that were mined.
 
     number: of the round, or the name of one on a server's taps (serving/feedback.py); model: the
-    policy saved in `adapter`; states: whom it writes for; others: users on whom the best checkpoint
-    is chosen; earlier: pairs that join the new ones, {interests, chosen, rejected: {why: list}}
-    each; keep: what was sampled may stay in a file.
+    policy saved in `adapter`; states: whom it writes for; earlier: pairs that join the new ones,
+    {interests, chosen, rejected: {why: list}} each; keep: what was sampled may stay in a file.
     """
     label, writer = f"round {number}", players.writer
     written = sample(run, writer, number, model, adapter, states, keep)  # dpo.samples lists a user
@@ -112,15 +94,11 @@ def train_round(run: Run, players: Players, number: int | str, model, adapter: P
     pairs = [pair for pair in gather(mined) if pair]  # of all processes, in the order of users
     if not earlier + pairs:
         raise UserError("dpo: no preference pair found; lower dpo.margin or raise dpo.samples")
-    # The start is no checkpoint: whether a round helps is for the evaluation to say, and, where a
-    # policy is served, for the check of stage feedback. On so few lists chance would decide.
-    compared = others and run.config.dpo.checkpoints > 1
-    held_out = HeldOut(run, writer, ranker, others, label) if compared else None
     reference = model  # Eq. (6): the policy at the start of the round, or always SIT's
     if run.config.dpo.reference == "sit" and number != 1:  # where round 1 starts anyway
         reference = writer.policy(run.adapter("sit"))
     rows = encoded(writer, earlier + pairs)
-    figures = align(run, writer, model, reference, rows, label, run.config.dpo, held_out)
+    figures = align(run, writer, model, reference, rows, label, run.config.dpo)
     before = list_quality(run, ranker, states, sampled)
     return {"before": before, **gather_counts(counts), **figures}, pairs
 
@@ -135,9 +113,8 @@ def encoded(writer: Writer, pairs: list[dict]) -> Rows:
 
 
 def align(run: Run, writer: Writer | Suggester, model, reference, rows: Rows, label: str,
-          settings: DpoConfig, held_out: Callable | None = None) -> dict:
-    """DPO (Eq. 6) on rows of prompt ids and [chosen ids, rejected ids, ...], in place; the
-    checkpoint that `held_out` values most stays.
+          settings: DpoConfig) -> dict:
+    """DPO (Eq. 6) on rows of prompt ids and [chosen ids, rejected ids, ...], in place.
 
     reference: the policy that Eq. (6) compares with, perhaps `model` itself as it comes in: its
     log-probabilities are computed once, before the first step.
@@ -147,9 +124,8 @@ def align(run: Run, writer: Writer | Suggester, model, reference, rows: Rows, la
     micro = run.config.generator.micro_batch
     ref_logps = reference_logps(reference, rows, order, size, micro)
     steps = settings.passes * -(-len(rows) // size)
-    marks = {round(steps * (i + 1) / settings.checkpoints) for i in range(settings.checkpoints)}
     optimiser, schedule = new_optimiser(model, settings.learning_rate, steps)
-    best, log, policy = Best(model), [], llm.averaged_gradients(model)
+    log, policy = [], llm.averaged_gradients(model)
     for number in (bar := progress(range(1, steps + 1), f"dpo {label}")):
         # The first pass keeps the order of the reference: equal batches round alike, so that the
         # first loss is ln 2 exactly.
@@ -175,13 +151,7 @@ def align(run: Run, writer: Writer | Suggester, model, reference, rows: Rows, la
         log.append(dpo_figures([*itertools.chain(*gather([measured]))]))
         run.folder.log("dpo", round=label, step=number, **log[-1], learning_rate=rate)
         bar.set(loss=log[-1]["loss"])
-        if held_out and number in marks:
-            best.offer(value := held_out(model))
-            run.folder.log("dpo", round=label, step=number, held_out=value)
-    if held_out:
-        best.restore()
     return closing_figures(log, label) | {
-        "held_out": best.value if held_out else None,
         "prompts_cut": writer.cut_prompts(prompt for prompt, _ in rows)}
 
 
@@ -233,26 +203,6 @@ def closing_figures(log: list[dict[str, float]], label: str) -> dict[str, float]
 
 
 # ----------------------------------------------------------------------------------------- quality
-
-
-class HeldOut:
-    """Utility and diversity of a policy's lists on users of no pair, relative to its first call."""
-
-    def __init__(self, run: Run, writer: Writer, ranker, states: list[UserState], label: str):
-        self.run, self.writer, self.ranker, self.states = run, writer, ranker, states
-        self.label, self.start = label, {}
-
-    def __call__(self, model) -> float:
-        weight, seed = self.run.config.dpo.weight, self.run.seed("dpo", "held out")
-        inputs = [state.interests for state in self.states]
-        # The same draws at every checkpoint: what differs is the policy.
-        lists = self.writer.sample(model, inputs, HELD_OUT_LISTS, seed)
-        now = list_quality(self.run, self.ranker, self.states, lists)
-        self.run.folder.log("dpo", round=self.label, held_out=now)
-        self.start = self.start or {name: max(value, 1e-6) for name, value in now.items()}
-        # Relative: utilities are small numbers, and diversity would decide alone.
-        gain = {name: value / self.start[name] for name, value in now.items()}
-        return weight * gain["utility"] + (1 - weight) * gain["diversity"]
 
 
 def list_quality(run: Run, ranker, states: list[UserState], lists) -> dict[str, float]:

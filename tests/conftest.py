@@ -37,7 +37,7 @@ def _exact_floats():
 
 MICRO = """world.users=40 world.impressions_per_user=30 world.starter_pool=200 rid.epochs=2
     ranker.epochs=2 generator.list_size=3 generator.max_new_tokens=24 sit.max_rows=8
-    sit.epochs=1 dpo.max_users=6 dpo.rounds=2 dpo.samples=2 dpo.checkpoints=1 data.train=0.3
+    sit.epochs=1 dpo.max_users=6 dpo.rounds=2 dpo.samples=2 data.train=0.3
     data.judge=0.3 data.valid=0.2 data.test=0.2 eval.lists=1 eval.bootstrap=20
     eval.examples=2""".split()
 

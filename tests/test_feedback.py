@@ -39,7 +39,7 @@ SMALL = """world.users=60 world.impressions_per_user=30 world.starter_pool=200
     rid.epochs=2 rid.towers=2 rid.min_keep=2 ranker.epochs=20 ranker.personal=0.5
     generator.list_size=3 generator.max_new_tokens=40
     sit.max_rows=120 sit.epochs=4 sit.learning_rate=3e-3 sit.batch_users=2 sit.lists_per_row=3
-    dpo.max_users=30 dpo.rounds=1 dpo.samples=4 dpo.checkpoints=1 dpo.vanilla=false
+    dpo.max_users=30 dpo.rounds=1 dpo.samples=4 dpo.vanilla=false
     dpo.learning_rate=2e-4 dpo.teacher_lists=2 dpo.weight=0.2 dpo.sft_weight=1
     data.train=0.4 data.judge=0.25 data.valid=0.25 data.test=0.1""".split()
 ROUND = ["ranker", "dpo"]

@@ -679,22 +679,6 @@ def test_micro_batches_add_up_to_the_step(finished, tmp_path, stage):
             torch.testing.assert_close(weight, other[name], rtol=0, atol=2e-5)
 
 
-def test_checkpoints_are_valued_on_no_more_lists_than_a_round_samples(finished):
-    for words, most in ((["dpo.max_users=3", "dpo.samples=4"], 6), (["dpo.max_users=0"], 8)):
-        run = Run(micro(finished.parent, *words))
-        assert 0 < len(dpo.held_out_states(run)) <= most  # 2 lists at the checkpoint
-
-
-def test_a_single_checkpoint_is_compared_with_nothing(finished, tmp_path, monkeypatch):
-    """Whether a round helps is for the evaluation to say: no list is sampled to value its end."""
-    shutil.copytree(finished, tmp_path / "tiny")
-    shutil.rmtree(tmp_path / "tiny/dpo")
-    monkeypatch.setattr(dpo.HeldOut, "__call__", lambda *a: pytest.fail("a checkpoint was valued"))
-    words = ["dpo.checkpoints=1", "dpo.rounds=1", "dpo.vanilla=false"]
-    train.run_stages(micro(tmp_path, *words), ["dpo"])
-    assert read_json(tmp_path / "tiny/dpo/round1/done.json")["held_out"] is None
-
-
 def test_the_stage_eval_is_bounded_by_its_setting(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "tiny")
     train.run_stages(micro(tmp_path, "eval.max_users=2"), ["eval"])

@@ -20,7 +20,6 @@ import llm
 from config import Config, GeneratorConfig
 from files import UserError
 from llm.logps import HEAD_CHUNK
-from stages.dpo import HELD_OUT_LISTS
 
 GIB = 2**30
 CARDS = (12, 24, 40, 80)  # GiB
@@ -201,10 +200,10 @@ def stage_bytes(config: Config, s: Shape, a: int) -> dict[str, dict[str, float]]
     g, dpo = config.generator, config.dpo
     lora, weights = s.lora(g.lora_rank), weight_bytes(s, g.load_in_4bit, a)
     other = weights if "generator" in vars(config.roles).values() else 0  # it plays roles: a base
-    others = {"sit": other, "dpo": other + 4 * lora, "sampling": other}  # dpo: the best so far
+    others = {"sit": other, "dpo": other, "sampling": other}
     if dpo.reference == "sit" and dpo.rounds > 1:
         others["dpo"] += weights + 4 * lora
-    fewest = min(dpo.samples, HELD_OUT_LISTS, config.eval.lists)  # the most prompts at a time
+    fewest = min(dpo.samples, config.eval.lists)  # the most prompts at a time
 
     def at_once(users: int) -> int:
         return min(users, g.micro_batch or users)
@@ -212,7 +211,7 @@ def stage_bytes(config: Config, s: Shape, a: int) -> dict[str, dict[str, float]]
     stages = {
         "sit": training(s, g, at_once(config.sit.batch_users), config.sit.lists_per_row, a),
         "dpo": training(s, g, at_once(dpo.batch_users), 1 + len(dpo.negatives), a),  # one is chosen
-        # Checkpoints are tried out between two steps: gradients, AdamW and the best are there too.
+        # An upper bound: as it was measured, with gradients and AdamW beside.
         "sampling": sampling(s, g, fewest, a, lora_bytes=20)}
     return {name: terms | {"other models": others[name], "peak": terms["peak"] + others[name]}
             for name, terms in stages.items()}
@@ -233,7 +232,7 @@ def token_lines(config: Config) -> list[str]:
     return [
         f"  sit       {sit.batch_users * row:,} a step, {total(sit.max_rows, sit.epochs * row)}",
         f"  dpo       {dpo.batch_users * tree:,} a step, {dpo_tokens} with the reference's",
-        f"  sampling  {batch * drawn:,} a batch, for dpo {sampled}; and for held-out users"]
+        f"  sampling  {batch * drawn:,} a batch, for dpo {sampled}"]
 
 
 def table_lines(stages: dict[str, dict[str, float]]) -> list[str]:
