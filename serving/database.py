@@ -50,12 +50,16 @@ def compact(value) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
+class Removed(sqlite3.OperationalError):
+    """The file was removed or replaced: what is written now would be gone after a restart."""
+
+
 class Database:
     """One connection and a lock: any thread may call any method.
 
     Raises UserError if the file is no store, cannot be written, or has tables of another version.
-    A full or failing disk raises sqlite3.OperationalError, a damaged file sqlite3.DatabaseError, of
-    which that is a kind; the transaction then changed nothing.
+    A full or failing disk raises sqlite3.OperationalError (a removed file Removed), a damaged file
+    sqlite3.DatabaseError, of which these are kinds; the transaction then changed nothing.
     """
 
     def __init__(self, path: str | Path):
@@ -67,6 +71,7 @@ class Database:
                 self.path.touch(mode=0o600)
             for file in self.path.parent.glob(f"{self.path.name}*"):  # people's histories, and logs
                 file.chmod(file.stat().st_mode & 0o700)
+            self._opened = self.path.stat()[1:3]  # inode and device
             self.connection = sqlite3.connect(
                 path, WAIT, isolation_level=None, check_same_thread=False)
             self._open()
@@ -122,6 +127,8 @@ class Database:
             if self.connection.in_transaction:
                 yield self.connection
                 return
+            if not self.path.exists() or self.path.stat()[1:3] != self._opened:
+                raise Removed(f"{self.path}: not the file that was opened; start the server again")
             self.connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
             self.connection.execute("BEGIN IMMEDIATE")
             with self.connection:  # commits, or rolls back after an exception

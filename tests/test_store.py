@@ -739,6 +739,25 @@ def refused(path) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_nothing_is_acknowledged_into_a_file_that_was_removed(store, replaced):
+    show(store)
+    impression, copy = offer(store), store.db.path.with_name("copy")
+    store.db.check()
+    copy.write_bytes(store.db.path.read_bytes())
+    copy.replace(store.db.path) if replaced else store.db.path.unlink()
+    for write in (
+        store.db.check,
+        lambda: store.put_sessions("u", sessions(1)),
+        lambda: store.taps.record([(impression, "tap", 0)]),
+        lambda: store.delete_user("u"),
+        lambda: offer(store),
+    ):
+        with pytest.raises(database.Removed, match="start the server again"):
+            write()
+    assert not store.user("u") and [row.clicked for row in store.taps.shown("u")] == [[]]
+
+
 def test_a_file_that_is_no_store_is_refused_and_left_alone(tmp_path):
     text = tmp_path / "notes.txt"
     text.write_text("no database " * 400)
