@@ -20,9 +20,10 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from playwright.sync_api import expect, sync_playwright
+from test_serve import FakeEngine, wait_for
 from test_serve import running as real_server
-from test_serve import wait_for
 
+from data import Session
 from serving import front
 
 expect.set_options(timeout=30_000)  # milliseconds
@@ -868,6 +869,33 @@ def test_page_and_server_together(browser, tmp_path):
         page.locator("#lines").fill("x" * 3000)
         page.locator("#own-form .primary").click()
         expect(page.get_by_role("alert")).to_contain_text("sessions.0.summary: ")
+
+
+def test_an_example_that_was_shown_everything_is_shown_it_again(browser, tmp_path):
+    engine = FakeEngine()
+    engine.pool = 6  # five starters
+    with real_server(tmp_path, engine) as real:
+        real.store.put_sessions("u0", [Session(session_id="s", summary="trains")])
+        engine.examples = [real.store.user("u0")]
+        with opened(browser, f"http://127.0.0.1:{real.port}") as page:
+            for _ in range(3):
+                expect(page.locator("#status")).to_have_text("5 starters by IceBreaker.")
+                wait_for(lambda: [*real.store.taps.shown("u0")])
+                page.reload()
+
+
+def test_nobody_else_is_shown_anything_again_unasked(page, server):
+    server.texts, server.reason = [], "nothing new was good enough"
+    reload(page, server)
+    status = page.locator("#status")
+    expect(status).to_have_text("No starter: nothing new was good enough.")
+    page.get_by_text("Paste a history").click()
+    page.get_by_label("Past sessions").fill("trains")
+    with page.expect_response("**/v1/starters"):
+        page.locator("#own-form .primary").click()
+    expect(status).to_have_text("No starter: nothing new was good enough.")
+    assert [(a["user_id"][:4], a["refresh"]) for a in asked(server, "/v1/starters")] == [
+        ("u0", False), ("u0", True), ("web-", False)]
 
 
 # ----------------------------------------------------------------------------------- next queries

@@ -141,7 +141,11 @@ async function showStarters(refresh = false) {
       begun = true;
       if (name === "interests") showInterests(data);
       if (name === "starter") addStarter(data);
-      if (name === "done") await finishList(data);
+      if (name !== "done") continue;
+      // An example is everybody's: what it was shown before, whoever opens the page has not seen.
+      const shared = state.examples.some((user) => user.user_id === state.user);
+      if (shared && !refresh && !data.starters.length) return showStarters(true);
+      await finishList(data);
     }
   } catch (error) {
     if (!signal.aborted) $("status").textContent = "";
