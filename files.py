@@ -51,6 +51,19 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+_OF_TEXTS: list = []  # every cache of cache_texts
+
+
+def cache_texts(most: int) -> Callable:
+    """functools.lru_cache for a function of people's texts: `forget_texts` empties it."""
+    return lambda function: _OF_TEXTS.append(cache := functools.lru_cache(most)(function)) or cache
+
+
+def forget_texts() -> None:
+    for cache in _OF_TEXTS:
+        cache.cache_clear()
+
+
 def processes() -> tuple[int, int]:
     """(number of this process, how many there are) in a `torchrun` launch; (0, 1) outside one."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # other launchers set RANK too

@@ -13,7 +13,6 @@ Legend: B users, N summaries or candidates, M interests or lists, K list slots, 
 D embedding, F statistics, H hidden.
 """
 
-import functools
 import itertools
 import math
 import re
@@ -27,6 +26,8 @@ import torch.nn.functional as F
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from sklearn.isotonic import isotonic_regression
 from torch import Tensor, nn
+
+from files import cache_texts
 
 # ------------------------------------------------------------------------- history and statistics
 
@@ -127,7 +128,7 @@ def _spacing(similar: Tensor, days_ago: Tensor) -> list[Tensor]:
     return [latest.log1p(), gap.log1p(), span.clamp_min(0).log1p()]
 
 
-@functools.lru_cache(maxsize=100_000)
+@cache_texts(100_000)
 def content_words(text: str) -> frozenset[str]:
     """Words without case, punctuation and stop words; of Chinese its pairs of characters."""
     text, words = text.casefold(), set()

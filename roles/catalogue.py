@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from data import Product
+from files import cache_texts
 from roles import text as texts
 
 # ------------------------------------------------------------------------------------------ words
@@ -42,7 +43,7 @@ _ENDINGS = ("ations", "ation", "ments", "ment", "ings", "ing", "ers", "er", "ies
             "e", "y")
 
 
-@functools.lru_cache(maxsize=50_000)
+@cache_texts(50_000)
 def stem(word: str) -> str:
     """A rough stem: cancelling, cancellation -> cancel; batteries, battery -> batter."""
     word = fold(word)

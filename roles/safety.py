@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
+from files import cache_texts
 from roles.languages import LATIN, language
 from roles.text import Encode, is_greeting, read_yaml
 
@@ -56,7 +57,7 @@ def _served() -> frozenset[str]:
     return frozenset.intersection(*(frozenset(area["sure"]) for area in every))
 
 
-@functools.lru_cache(maxsize=100_000)
+@cache_texts(100_000)
 def is_served(text: str) -> bool:
     """Whether it is in a language that every area has; in others nothing can be judged, so nothing
     is shown. A text that tells no language is."""
@@ -86,7 +87,7 @@ def _plain(text: str) -> str:
     return unicodedata.normalize("NFC", bare).translate(_simplified())
 
 
-@functools.lru_cache(maxsize=100_000)  # summaries come at every cut of a user's history
+@cache_texts(100_000)  # summaries come at every cut of a user's history
 def _touched(text: str) -> tuple[tuple[str, str], ...]:
     """(reason, likely word; "" where there is no doubt) of what a text touches, unless excused."""
     text, areas, found = _plain(text[:MOST]), read_yaml("sensitive.yaml")["areas"], []

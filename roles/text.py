@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import yaml
 
+from files import cache_texts
 from roles.languages import LATIN, language
 
 Encode = Callable[[list[str]], torch.Tensor]  # n texts -> (n, D), unit rows
@@ -47,7 +48,7 @@ def lexicon() -> dict[str, dict]:
                   for name, lines in patterns.items()} for section, patterns in sections.items()}
 
 
-@functools.lru_cache(maxsize=300_000)  # words, and summaries at every cut of a user's history
+@cache_texts(300_000)  # words, and summaries at every cut of a user's history
 def kind_of(text: str, section: str) -> str | None:
     """The first name in a section of words.yaml whose pattern is in the text."""
     kinds = lexicon()[section].items()
@@ -180,7 +181,7 @@ def _split(tokens: list[str | None]) -> list[list[str]]:
     return runs
 
 
-@functools.lru_cache(maxsize=100_000)  # a run asks for the same summaries again and again
+@cache_texts(100_000)  # a run asks for the same summaries again and again
 def key_phrases(text: str) -> tuple[str, ...]:
     """Specific subjects of a text, best first: quoted, names, then other noun phrases, whole."""
     text = _NO_WORDS.sub(" , ", _one_spelling(text[:2000]))  # no page is a summary
@@ -216,7 +217,7 @@ def _word_forms(text: str) -> set[str]:
     return _content_words([*(word.removesuffix("'s") for word in words_of(text)), *pairs])
 
 
-@functools.lru_cache(maxsize=100_000)
+@cache_texts(100_000)
 def _subject_words(text: str) -> frozenset[str]:
     return frozenset().union(*map(_word_forms, key_phrases(text)))
 
@@ -235,7 +236,7 @@ def grounded(starter: str, interests: Sequence[str]) -> bool:
     return not subjects or any(subject in text for subject in subjects)
 
 
-@functools.lru_cache(maxsize=100_000)
+@cache_texts(100_000)
 def _stems(text: str) -> frozenset[str]:
     """Words but for stop words, in the singular; Latin words apart from characters beside them."""
     words = words_of(re.sub("[㐀-鿿]+", r" \g<0> ", text))
@@ -247,7 +248,7 @@ _FRAME = re.compile(r"\b(?:as|at|for|from|with|without|against) (?:(?:an?|the|my
 _TOPIC = re.compile(r"\b(?:about|around|by|of|on) (?:(?:an?|the|my|our) )?$")
 
 
-@functools.lru_cache(maxsize=100_000)
+@cache_texts(100_000)
 def _subjects(interest: str) -> tuple[str, ...]:
     """What an interest is about: "Python snakes as pets" neither about "pets" nor "Python"."""
     phrases, text = key_phrases(interest), _one_spelling(interest)

@@ -229,6 +229,7 @@ class Desk:
     def release(self, job: Job) -> None:
         self.jobs.discard(job)  # from here on a deletion does not see it
         if job.forgotten:  # it has read the user's texts again
+            self.queue.deletions = -1  # or, as its client has left, reads them now
             self.engine.forget()
 
     def put(self, user_id: str, sessions: list[data.Session], profile: dict | None) -> int:

@@ -27,7 +27,7 @@ import icebreaker as ib
 import llm
 import roles
 from config import Config
-from files import UserError, digest
+from files import UserError, digest, forget_texts
 from llm.encoder import BATCH
 from roles.languages import language
 from roles.players import Players
@@ -129,7 +129,6 @@ class Engine:
             self.model = self.writer.policy(self.run.adapter("sit"))
         self._names = {"SFT": "default"}  # method -> PEFT's name of its adapter
         self._prefixes: dict[str, llm.Prefix] = {}  # by the name of the policy that has read it
-        self._forgotten = False
         self.refresh()
         if missing := set(config.serve.arms) - set(self.methods):
             names = ", ".join(sorted(missing))
@@ -187,9 +186,10 @@ class Engine:
         return digest(user.model_dump(mode="json"))
 
     def forget(self) -> None:  # for any thread
-        """Drop every vector that is not of the run: nobody notes whose text it was."""
+        """Drop every vector that is not of the run, and what is remembered of texts: nobody notes
+        whose they were. A batch that is running fills them again: queue.py calls it again then."""
         self.run.encoder.trim(0)
-        self._forgotten = True  # once more after the batch that may be running
+        forget_texts()
 
     @torch.no_grad()
     def write(self, asks: list[Ask],
@@ -208,8 +208,7 @@ class Engine:
                         and case.state.interests and not case.gone()]:
                 self._sample(method, told)
         answers = self._rank(cases)
-        most, self._forgotten = 0 if self._forgotten else MOST_VECTORS, False
-        self.run.encoder.trim(most)
+        self.run.encoder.trim(MOST_VECTORS)
         return [None if case.gone() else answer
                 for case, answer in zip(cases, answers, strict=True)]
 

@@ -63,6 +63,7 @@ class Queue:
         self.waiting: deque[Job] = deque()
         self.spare: OrderedDict[tuple[str, str], int] = OrderedDict()  # (user, method) -> n
         self.stopped, self.batch_seconds = False, 1.0
+        self.deletions = 0  # in the store, as of the last batch; -1: forget after the next one
         metrics.queue.set_function(lambda: len(self.waiting))
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -112,6 +113,9 @@ class Queue:
                     look = time.monotonic() + RELOAD_SECONDS
                     self.engine.refresh()  # between batches: an answer is of one model
                 self._next_batch(look)
+                before, self.deletions = self.deletions, self.desk.store.deletions()
+                if before != self.deletions:  # through any server of the store
+                    self.engine.forget()  # once more: the batch may have read what was deleted
             except Exception as error:  # the thread lives on
                 log.error("the engine's thread: %s", where(error))
 

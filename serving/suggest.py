@@ -9,7 +9,7 @@ the model is not sure of counts for less by one standard deviation. Where half o
 more are the word Unsafe, the conversation is declined. In a run of QualEQS the judge by rule stands
 in place of the reward model: only what catalogue or policies answer is shown, and what answers it.
 
-It stands where engine.py does in a run of IceBreaker. Nothing of a conversation stays in memory.
+It stands where engine.py does in a run of IceBreaker.
 Legend: B asks, n sampled answers of an ask, T tokens decoded so far.
 """
 
@@ -25,7 +25,7 @@ import garm
 import llm
 import roles
 from config import Config
-from files import UserError, digest, file_digest
+from files import UserError, digest, file_digest, forget_texts
 from roles.languages import LATIN
 from roles.quality import Rules, without_repeats
 from roles.suggester import Suggester, read_kindly
@@ -100,8 +100,8 @@ class Suggestions:
     def refresh(self) -> bool:
         return False  # what is trained meanwhile is served after a restart
 
-    def forget(self) -> None:
-        pass
+    def forget(self) -> None:  # for any thread, as Engine's
+        forget_texts()
 
     def characters(self, ask: Ask) -> int:
         return 0  # that are embedded

@@ -9,8 +9,6 @@ towers (rid.distillation). All know chores, as RID's labels do, which no later s
 Legend: N summaries, F statistics.
 """
 
-import functools
-
 import numpy as np
 import torch
 from sklearn.ensemble import HistGradientBoostingClassifier
@@ -19,6 +17,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import icebreaker as ib
+from files import cache_texts
 from roles.text import is_functional
 from run import Run
 from stages.match import Revisits, Row
@@ -30,7 +29,7 @@ LEARNERS = {  # small ones: some hundred users have few revisits
         learning_rate=0.05, max_iter=150, max_leaf_nodes=15, min_samples_leaf=40, random_state=0),
 }
 
-_is_chore = functools.lru_cache(maxsize=100_000)(is_functional)  # asked at each step of training
+_is_chore = cache_texts(100_000)(is_functional)  # asked at each step of training
 
 
 def chores(history: ib.History) -> np.ndarray:

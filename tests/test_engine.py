@@ -1,6 +1,8 @@
 """The path of a request: filtered, ordered, streamed, cancelled; and the model that writes."""
 
 import dataclasses
+import functools
+import importlib
 import itertools
 import shutil
 from datetime import UTC, datetime, timedelta
@@ -10,9 +12,10 @@ import torch
 from conftest import micro
 
 import data
+import files
 import llm
 import serving.engine
-from files import RunFolder, UserError, read_json, read_tensors, write_json, write_tensors
+from files import ROOT, RunFolder, UserError, read_json, read_tensors, write_json, write_tensors
 from roles.languages import language
 from roles.prompted import ROOM
 from serving.engine import Ask, Engine, in_a_loop, latest
@@ -442,8 +445,35 @@ def test_what_is_forgotten_leaves_memory(engine):
     assert len(set(engine.run.encoder._vectors) - known) >= 3
     engine.forget()
     assert set(engine.run.encoder._vectors) <= known
-    engine.write([Ask(person(*SUMMARIES), 3)])  # was it under way, it would be dropped again
-    assert set(engine.run.encoder._vectors) <= known
+
+
+# Of this checkout's files and of tokenizers: nothing that anybody wrote.
+OF_NO_TEXTS = {
+    "read_yaml", "lexicon", "_file_digest", "_completing", "_control_tokens", "_expressions",
+    "_context", "_served", "_unserved", "_simplified"}
+
+
+def caches() -> dict:
+    """Every functools cache of the rooms that serve, by name."""
+    files_of = [path for room in (".", "llm", "roles", "stages", "serving")
+                for path in (ROOT / room).glob("[a-z]*.py")]
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files_of]
+    every = [*map(importlib.import_module, names)]
+    kind = type(functools.cache(len))
+    return {name: c for room in every for name, c in vars(room).items()
+            if type(c) is kind and c.__module__ in names}
+
+
+def test_what_is_forgotten_leaves_every_cache_of_texts(engine):
+    of_texts = {name: c for name, c in caches().items() if name not in OF_NO_TEXTS}
+    assert {"key_phrases", "_stems", "_subjects", "is_served", "_touched", "kind_of", "stem",
+            "content_words"} <= of_texts.keys()
+    # A new cache is of texts (files.cache_texts), or stands above.
+    assert [name for name, c in of_texts.items() if not any(c is x for x in files._OF_TEXTS)] == []
+    (answer,) = engine.write([Ask(person(*SUMMARIES), 3)])
+    assert answer and sum(c.cache_info().currsize > 0 for c in of_texts.values()) > 5
+    engine.forget()
+    assert [name for name, c in of_texts.items() if c.cache_info().currsize] == []
 
 
 def test_a_long_history_is_given_up_when_nobody_waits(engine, monkeypatch):

@@ -604,6 +604,11 @@ def test_readiness_tells_of_the_store(tmp_path, monkeypatch):
         assert server.client.get("/readyz").status_code == 503
         server.store.db.connection.execute("PRAGMA query_only=OFF")
         assert server.client.get("/readyz").status_code == 200
+        for file in tmp_path.glob("serve.sqlite*"):
+            file.unlink()
+        assert server.client.get("/readyz").status_code == 503
+        reply = server.client.put("/v1/users/u1/sessions", json={"sessions": sessions("tea")})
+        assert reply.status_code == 503 and "store" in reply.json()["detail"]
 
 
 def test_a_damaged_store_is_told_by_requests_streams_and_readiness(tmp_path):
@@ -662,6 +667,51 @@ def test_a_user_deleted_by_another_server_of_the_store_stays_deleted(tmp_path):
                 rows = other.db.rows(f"SELECT DISTINCT user_id FROM {table}")
                 assert rows == [("bob",)], (table, again)
             assert len([r for r in replies if r["impression_id"]]) == 1
+
+
+class Rememberer(FakeEngine):
+    """Has in memory what a batch has read when it ends; while it is held, a batch goes on."""
+
+    def __init__(self):
+        super().__init__()
+        self.memory, self.may_end = set(), threading.Event()
+
+    def write(self, asks, gone):
+        answers = super().write(asks, gone)
+        self.may_end.wait(60)
+        self.memory |= {s.summary for ask in asks for s in ask.user.sessions}
+        return answers
+
+    def forget(self):
+        self.memory.clear()
+
+
+def test_a_deletion_empties_the_memory_of_every_server_of_the_store(tmp_path, monkeypatch):
+    monkeypatch.setattr(queue, "RELOAD_SECONDS", 0.05)
+    with running(tmp_path, Rememberer()) as server, \
+            contextlib.closing(Store(server.store.db.path)) as other:
+        server.engine.may_end.set()
+        for delete in (lambda: server.client.delete("/v1/users/alice"),
+                       lambda: other.delete_user("alice")):
+            put(server, "alice", "trains")
+            wait_for(lambda: server.engine.memory and not server.desk.jobs, 60)
+            delete()
+            wait_for(lambda: not server.engine.memory, 60)  # though nobody asks for anything
+
+
+def test_memory_is_emptied_after_a_batch_whose_client_has_left(tmp_path):
+    with running(tmp_path, Rememberer()) as server:
+        server.store.put_sessions("alice", [data.Session(session_id="s", summary="trains")])
+        body = {"user_id": "alice", "stream": True}
+        with server.client.stream("POST", "/v1/starters", json=body):
+            wait_for(lambda: server.engine.asked, 60)
+        wait_for(lambda: not server.desk.jobs, 60)
+        server.client.delete("/v1/users/alice")
+        ended, forget = [], server.engine.forget
+        server.engine.forget = lambda: (ended.append(set(server.engine.memory)), forget())
+        server.engine.may_end.set()
+        wait_for(lambda: ended, 60)
+        assert ended == [{"trains"}] and not server.engine.memory
 
 
 # ------------------------------------------------------------------------------------------- limits
