@@ -59,15 +59,13 @@ def stage_ranker(run: Run, players: Players, key: str) -> dict:
 
 def show_pilot(run: Run) -> None:
     """Let the simulated platform show train and judge users PILOT lists of the rule teacher."""
-    states = [run.states[u][-1] for u in run.ids("train", "judge")]
-    inputs = [s.interests for s in states if s.interests for _ in range(PILOT)]
-    seeds = [run.seed("pilot", i) for i in range(len(inputs))]
+    told = [s for u in run.ids("train", "judge") for s in [run.states[u][-1]] * PILOT if s.interests]
     k, written = run.config.generator.list_size, defaultdict(list)
-    texts = iter(roles.Rules(run.encoder).write(inputs, k, seeds))
-    for state in states:
-        for _ in range(PILOT if state.interests else 0):
-            if starters := fit_to_show(next(texts), state.interests)[:k]:
-                written[state.user_id].append(starters)
+    seeds = [run.seed("pilot", i) for i in range(len(told))]
+    texts = roles.Rules(run.encoder).write([s.interests for s in told], k, seeds)
+    for state, text in zip(told, texts, strict=True):
+        if starters := fit_to_show(text, state.interests)[:k]:
+            written[state.user_id].append(starters)
     data.write_impressions(run.folder / "ranker" / "pilot.jsonl",
                            people.pilot(run.folder / "world", written, run.seed("pilot")))
 
