@@ -59,7 +59,8 @@ def stage_ranker(run: Run, players: Players, key: str) -> dict:
 
 def show_pilot(run: Run) -> None:
     """Let the simulated platform show train and judge users PILOT lists of the rule teacher."""
-    told = [s for u in run.ids("train", "judge") for s in [run.states[u][-1]] * PILOT if s.interests]
+    states = [run.states[u][-1] for u in run.ids("train", "judge")]
+    told = [state for state in states if state.interests for _ in range(PILOT)]
     k, written = run.config.generator.list_size, defaultdict(list)
     seeds = [run.seed("pilot", i) for i in range(len(told))]
     texts = roles.Rules(run.encoder).write([s.interests for s in told], k, seeds)
