@@ -227,22 +227,19 @@ class QualityCase(Record):
 
 
 def _refuse_constant(name: str):
-    raise ValueError(f"{name} is no number in JSON")
+    raise ValueError(f"not JSON ({name} is no number in it)")
 
 
-def parse_json(text: bytes):
-    """Return the one JSON value of a line or a file, or raise ValueError with the reason."""
-    try:
-        return json.loads(text.decode("utf-8-sig"), parse_constant=_refuse_constant)
-    except UnicodeDecodeError:
-        reason = "not UTF-8"
-    except RecursionError:
-        reason = "nested too deeply"
-    except json.JSONDecodeError as error:  # its whole message would quote the line
-        reason = f"not JSON ({error.msg} at character {error.pos + 1})"
-    except ValueError as error:  # NaN, Infinity, an integer of thousands of digits: names no more
-        reason = f"not JSON ({error})"
-    raise ValueError(reason)
+DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
+def json_fault(error: ValueError | RecursionError) -> str:
+    """Why a text is no JSON, or what else its reader says, and nothing of the text."""
+    if isinstance(error, json.JSONDecodeError):  # its whole message would quote the line
+        line = f"line {error.lineno}, " * (error.lineno > 1)
+        return f"not JSON ({error.msg} at {line}character {error.colno})"
+    names = {UnicodeDecodeError: "not UTF-8", RecursionError: "nested too deeply"}
+    return names.get(type(error), str(error))  # NaN, an integer of thousands of digits: no more
 
 
 class Faults(list):
@@ -298,11 +295,11 @@ def json_lines(file: BinaryIO, name: str, faults: Faults) -> Iterator[tuple[str,
         try:
             if len(line) > MOST_BYTES:
                 raise ValueError(f"longer than {MOST_BYTES:,} bytes")
-            value = parse_json(line)
+            value = DECODER.decode(line.decode("utf-8-sig").rstrip("\r\n"))
             if not isinstance(value, dict):
                 raise ValueError("not a JSON object")
-        except ValueError as error:
-            faults.add(f"{name}:{number}", ValueError(f"line: {error}"))
+        except (ValueError, RecursionError) as error:
+            faults.add(f"{name}:{number}", ValueError(f"line: {json_fault(error)}"))
         else:
             yield f"{name}:{number}", value
 

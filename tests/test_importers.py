@@ -309,6 +309,16 @@ def test_wildchat_users_are_hashed_addresses(tmp_path, ending):
     assert "; 1 conversations seen before left out" in made
 
 
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+def test_an_address_may_be_a_number_and_a_time_that_of_a_message(tmp_path, ending):
+    for kind, row in (("wildchat", wildchat(stamp=None, address=7)), ("lmsys", lmsys())):
+        row["conversation"][1]["timestamp"] = "2023-04-10T01:00:00Z"
+        (user,), made = imported(kind, write(tmp_path / f"rows.{ending}", [row]))
+        assert user.user_id == {"wildchat": "7"}.get(kind, "l1") and made.endswith("OUT")
+        assert user.sessions[0].timestamp == datetime(2023, 4, 10, 1)
+        assert len(user.sessions[0].messages) == 2
+
+
 def test_only_the_needed_columns_of_parquet_are_read(tmp_path):
     path = write(tmp_path / "rows.parquet", [wildchat()])
     (row,) = importers._parquet(path)
@@ -429,6 +439,21 @@ def test_of_two_exports_the_later_state_stays(tmp_path, turn, older, newer):
     assert "1 conversations seen before left out" in made
 
 
+@pytest.mark.parametrize("turn", [1, -1])
+def test_the_later_state_stays_where_its_user_says_nothing_any_more(tmp_path, turn):
+    gone = claude(updated_at="2026-05-02T10:00:00Z")
+    gone["chat_messages"][0]["text"] = ""
+    old = write(tmp_path / "old.json", [claude(), claude(uuid="k2")])
+    new = write(tmp_path / "new.json", [gone])
+    (user,), made = imported("claude", *[old, new][::turn])
+    assert [session.session_id for session in user.sessions] == ["k2"]
+    assert made.endswith("; 1 conversations seen before left out"
+                         "; 1 conversations without a user's words left out")  # fmt: skip
+    gone["updated_at"] = "2026-04-01T10:00:00Z"  # before the other
+    write(new, [gone])
+    assert len(imported("claude", *[old, new][::turn])[0][0].sessions) == 2
+
+
 def test_tools_unknown_roles_and_numbers_as_ids_refuse_no_file(tmp_path):
     rows = [sharegpt(7), wildchat(5), chatgpt(id=9, conversation_id=None)]
     rows[0]["conversations"] += [{"from": "function_call", "value": "x"}, {"from": "moss"}]
@@ -487,6 +512,27 @@ def test_wherever_the_lines_of_an_object_end_it_is_read(tmp_path, content):
     for end in (b",", b"[", b"{", b":"):
         rows = [b'{"mapping"' + end, json.dumps(chatgpt()).encode(), b""]
         assert len(imported("chatgpt", write(tmp_path / "rows.jsonl", rows))[0]) == 1, end
+
+
+@pytest.mark.parametrize("gap", ["\n", "\n\n", "", " \r\n\ufeff"])
+@pytest.mark.parametrize("indent, rows", [(2, False), (2, True), (None, True)])
+def test_several_values_in_a_file_are_read_one_after_the_other(tmp_path, capsys, gap, indent, rows):
+    talks = [chatgpt(conversation_id=name) for name in ("c1", "c2", "c3")]
+    texts = [json.dumps([talk] if rows else talk, indent=indent) for talk in talks]
+    path = tmp_path / "rows.json"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        path.write_bytes(gap.join(texts).encode(encoding))
+        assert passed_over(capsys, "chatgpt", path)[0] == []
+        assert len(data.read_users(tmp_path / "users.jsonl")[0].sessions) == 3
+    if gap == "\n":  # one of them that was cut costs itself alone, and is named by its line
+        path.write_text(f"{texts[0]}\n{texts[1][:-3]}\n{texts[2]}")
+        named, made = passed_over(capsys, "chatgpt", path)
+        assert named == [f"FILE:{texts[0].count(gap) + 2}: line"]
+        assert "2 sessions" in made and "; 1 conversations that cannot be read left out" in made
+        (tmp_path / "users.jsonl").unlink()
+        for content in (f"{texts[1][:-3]}\n{texts[0]}", texts[0] + f"\n{texts[1][0]}INFO] x" * 101):
+            path.write_text(content)
+            assert refusal("chatgpt", path)[0].startswith("FILE: not JSON (")
 
 
 def test_why_nothing_of_a_file_is_a_conversation_is_told(tmp_path):
@@ -619,6 +665,19 @@ def test_a_zip_gives_its_conversations_and_passes_over_what_else_is_called_so(tm
         assert named == [f"FILE: {place}" for place in places[::order]]
         assert made.endswith("2 sessions (4 messages) written to OUT"
                              "; 2 conversations that cannot be read left out")  # fmt: skip
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_is_called_a_conversation_and_is_none_hides_no_conversations(tmp_path, capsys, order):
+    with zipfile.ZipFile(tmp_path / "export.zip", "w") as archive:
+        for name, content in [
+            ("conversation-settings.json", '{"theme": "dark"}'),
+            ("chat-export-1.json", json.dumps([chatgpt()])), ("user.json", "{}"),
+            ("chat-export-2.json", json.dumps([chatgpt(conversation_id="c2")])),
+        ][::order]:  # fmt: skip
+            archive.writestr(name, content)
+    named, made = passed_over(capsys, "chatgpt", tmp_path / "export.zip")
+    assert named == [] and made.endswith("2 sessions (4 messages) written to OUT")
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])

@@ -67,6 +67,7 @@ def _name(value):
 
 
 Id = Annotated[Name, BeforeValidator(_name)]
+Address = Annotated[Text | None, BeforeValidator(_name)]
 
 
 def _or_error(value, validate):
@@ -335,7 +336,8 @@ def part_number(name: str) -> tuple[str, int]:
 class RoleMessage(Record):
     role: str
     content: Any
-    hashed_ip: Text | None = None
+    hashed_ip: Address = None
+    timestamp: Time = None
 
 
 class WildChat(Record):
@@ -343,14 +345,15 @@ class WildChat(Record):
 
     conversation_hash: Id
     timestamp: Time = None
-    hashed_ip: Text | None = None  # here or in the messages
+    hashed_ip: Address = None  # here or in the messages
     conversation: Messages[RoleMessage]
 
     def sessions(self) -> Sessions:
         addresses = [self.hashed_ip, *(m.hashed_ip for m in self.conversation)]
         user_id = next(filter(None, addresses), self.conversation_hash)  # without: a user each
         said = [(m.role, _text(m.content)) for m in self.conversation]
-        yield Talk(user_id, self.conversation_hash, self.timestamp, said)
+        begun, updated = _span(self.timestamp, None, (m.timestamp for m in self.conversation))
+        yield Talk(user_id, self.conversation_hash, begun, said, updated)
 
 
 class LMSYS(Record):
@@ -362,7 +365,8 @@ class LMSYS(Record):
 
     def sessions(self) -> Sessions:
         said = [(m.role, _text(m.content)) for m in self.conversation]
-        yield Talk(self.conversation_id, self.conversation_id, self.tstamp, said)
+        begun, updated = _span(self.tstamp, None, (m.timestamp for m in self.conversation))
+        yield Talk(self.conversation_id, self.conversation_id, begun, said, updated)
 
 
 class LocomoTalk(Record):
@@ -390,7 +394,7 @@ class LocomoTalk(Record):
 class Locomo(Record):
     """A LoCoMo sample: two people over many sessions, each a user with the other as assistant."""
 
-    sample_id: Name
+    sample_id: Id
     conversation: LocomoTalk
 
     def sessions(self) -> Sessions:

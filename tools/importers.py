@@ -31,6 +31,7 @@ from files import progress
 from tools.formats import KINDS, MARKS, ROLES, Passed, Talk, part_number
 
 ENTRIES = 1000  # files of a zip archive that are looked at
+_GAP = re.compile("[\ufeff \t\r\n]*")  # between JSON values: joined files keep their marks
 WHOLE = 2**30  # bytes of JSON that are read at once: its values take several times as many
 
 
@@ -39,7 +40,7 @@ def _parquet(path: str | Path) -> Iterator[dict]:
     import pyarrow  # a second to import, and most files are JSON
     from pyarrow.parquet import ParquetFile
 
-    message = r"conversation\.(\w+\.){1,2}(role|content|hashed_ip)"  # of conversation.list.element
+    message = r"conversation\.(\w+\.){1,2}(role|content|hashed_ip|timestamp)"  # .list.element.
     wanted = rf"conversation_(?:hash|id)|timestamp|tstamp|hashed_ip|{message}"
     try:
         with ParquetFile(path) as file:
@@ -53,7 +54,7 @@ def _parquet(path: str | Path) -> Iterator[dict]:
 
 
 def _rows(path: str | Path, faults: Faults, marks=frozenset()) -> Iterator[tuple[str, dict]]:
-    """Yield (place, JSON object) of a JSON array, one object, JSONL or parquet, also within a zip
+    """Yield (place, JSON object) of JSON arrays, objects, JSONL or parquet, also within a zip
     archive, there of the files with these marks; other rows are faults. Raises ValueError if a file
     is no JSON."""
     try:
@@ -70,8 +71,8 @@ def _rows(path: str | Path, faults: Faults, marks=frozenset()) -> Iterator[tuple
 
 
 def _json(file: BinaryIO, size: int, name: str, faults: Faults) -> Iterator[tuple[str, dict]]:
-    """Yield (place, JSON object) of an open file; an array, UTF-16 and an object of several lines
-    are read whole: JSON has no other way."""
+    """Yield (place, JSON object) of an open file; arrays, UTF-16 and objects of several lines are
+    read whole: JSON has no other way."""
     head = file.read(2**16)
     file.seek(0)
     if head.startswith(b"\x1f\x8b"):
@@ -82,22 +83,41 @@ def _json(file: BinaryIO, size: int, name: str, faults: Faults) -> Iterator[tupl
     if wide or _is_whole(head):
         if size > WHOLE:
             raise ValueError(f"{size:,} bytes; only {WHOLE:,} are read at once: write JSONL, UTF-8")
-        content = file.read()
         try:
-            # In UTF-8 a line ends at one byte, which UTF-16 has within others.
-            content = content.decode(encoding).encode() if wide else content
+            text = file.read().decode(encoding)
         except UnicodeError:
-            raise ValueError(f"neither UTF-8 nor {encoding.upper()}") from None
-        if _is_whole(content[: 2**16]):
-            value = data.parse_json(content)
-            yield from _objects(name, value if isinstance(value, list) else [value], faults)
+            either = "neither UTF-8 nor" if wide else "not"
+            raise ValueError(f"{either} {encoding.upper()}") from None
+        if _is_whole(text[: 2**16].encode()):
+            yield from _objects(name, _values(text, name, faults), faults)
             return
-        file = io.BytesIO(content)
+        # In UTF-8 a line ends at one byte, which UTF-16 has within others.
+        file = io.BytesIO(text.encode())
     yield from data.json_lines(file, name, faults)
 
 
+def _values(text: str, name: str, faults: Faults) -> Iterator:
+    """Yield the rows of a file's JSON values, one behind the other as `cat` joins exports. One that
+    is no JSON is a fault; raises ValueError if it is the first, or many are: no such file."""
+    start = first = _GAP.match(text).end()
+    broken = 0
+    while start < len(text):
+        try:
+            value, end = data.DECODER.raw_decode(text, start)
+        except (ValueError, RecursionError) as error:
+            broken += 1
+            if start == first or broken > 100:  # each costs a pass over the file, to tell its line
+                raise ValueError(data.json_fault(error)) from None
+            line = text.count("\n", 0, start) + 1
+            faults.add(f"{name}:{line}", ValueError(f"line: {data.json_fault(error)}"))
+            # Lines within a value are indented, mostly: the next that begins so is a value's.
+            value, end = [], text.find(f"\n{text[first]}", start) + 1 or len(text)
+        yield from value if isinstance(value, list) else [value]
+        start = _GAP.match(text, end).end()
+
+
 def _is_whole(head: bytes) -> bool:
-    """Whether a file that begins so is an array or an object of several lines."""
+    """Whether a file that begins so is of arrays, or of objects of several lines."""
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n")  # a byte order mark
     first, newline, rest = start.partition(b"\n")
     # A row of JSONL that was cut does not end either, but another row follows it.
@@ -115,8 +135,11 @@ def _unzipped(path: str | Path, faults: Faults, marks: frozenset) -> Iterator[tu
             files = [f for f in names if f.filename.lower().endswith((".json", ".jsonl"))]
             if not files:
                 raise ValueError("an archive without a .json or .jsonl file")
-            # An export has files of other things beside its conversations.
-            for entry in [f for f in files if "conversation" in f.filename.lower()] or files:
+            # An export has files of other things beside its conversations, perhaps called so too:
+            # where none of these has the marks (`of_kind` is asked behind them), the rest follows.
+            called = [f for f in files if "conversation" in f.filename.lower()]
+            rest = [f for f in files if f not in called]
+            for entry in (f for group in (called, rest) if not of_kind for f in group):
                 name = f"{path}: {data.label(entry.filename)}"
                 try:
                     with archive.open(entry) as file:
@@ -181,12 +204,12 @@ def _user(talk: Talk, me: str) -> User:
 def import_users(kind: str, paths: list[str | Path], out: str | Path, me: str = "me") -> str:
     """Write conversations of a kind, in one file or several, as users; return what was written.
 
-    Of a conversation that stands several times the latest state stays. Until all are read, sessions
-    are held as JSON text, which is smaller than records. What cannot be read is named on
-    stderr. Raises DataError if nothing is left.
+    Of a conversation that stands several times the latest state stays, and nothing if its user has
+    no words in it any more. Until all are read, sessions are held as JSON text, which is smaller
+    than records. What cannot be read is named on stderr. Raises DataError if nothing is left.
     """
     faults, left_out, passed = Faults(), Counter(), Passed()
-    # user_id -> session_id -> (last update, messages, bytes of JSON)
+    # user_id -> session_id -> (last update, messages, bytes of JSON: none without a user's words)
     texts: dict[str, dict[str, tuple]] = defaultdict(dict)
     for path in paths:
         for place, row in progress(_conversations(path, kind, faults), f"import {path}"):
@@ -200,16 +223,18 @@ def import_users(kind: str, paths: list[str | Path], out: str | Path, me: str = 
             for talk, user in zip(talks, users, strict=True):
                 roles = [role for role, _ in talk.said if role.lower() not in ROLES]
                 passed["messages of tools and other roles"] += len(roles)
-                if not user.sessions:
-                    left_out["without a user's words"] += 1
-                    continue
-                [session] = user.sessions
+                kept = user.sessions  # one or, without the user's words, none: this is a state too
                 # Texts too: in whatever order the files come, the same state stays.
-                state = (talk.updated or datetime.min, len(session.messages),
-                         session.model_dump_json(exclude_unset=True).encode())
-                earlier = texts[user.user_id].get(session.session_id)
+                state = (talk.updated or datetime.min, sum(len(s.messages) for s in kept),
+                         "".join(s.model_dump_json(exclude_unset=True) for s in kept).encode())
+                session_id = data.one_line(talk.session_id)  # as the record of a session has it
+                earlier = texts[user.user_id].get(session_id)
                 left_out["seen before"] += earlier is not None  # parts may overlap
-                texts[user.user_id][session.session_id] = max(state, earlier or state)
+                texts[user.user_id][session_id] = max(state, earlier or state)
+    for user_id, sessions in [*texts.items()]:
+        texts[user_id] = {name: state for name, state in sessions.items() if state[-1]}
+        left_out["without a user's words"] += len(sessions) - len(texts[user_id])
+    texts = {user_id: sessions for user_id, sessions in texts.items() if sessions}
     # An empty users file would only be refused by the next command.
     _pass_over(Faults(faults + passed.unread), texts, f"{paths[0]}: no conversation with a user's"
                " words in it")
