@@ -124,7 +124,7 @@ class Endpoint:
         while True:
             without = frozenset(self.without)  # other threads add to it
             text, failure, refused = self._try(request, without)
-            if not refused or refused in without:
+            if not refused:
                 return text, failure
             if refused not in self.without:
                 self.without.add(refused)
@@ -146,8 +146,10 @@ class Endpoint:
     def _try(self, request: Request, without: frozenset[str]) -> tuple[str, str, str]:
         """(text, failure, what the server refuses to hear of) of one call; of a completion nothing
         is certain but that it was JSON."""
+        fields = self._fields(request, without)
+        sent = {*fields["extra_body"]} | ({SYSTEM_ROLE} if request.system else set()) - without
         try:
-            completion = self.client.chat.completions.create(**self._fields(request, without))
+            completion = self.client.chat.completions.create(**fields)
             if not completion.choices:  # some servers put an error into a 200
                 return "", "empty", ""
             message, end = completion.choices[0].message, completion.choices[0].finish_reason
@@ -157,9 +159,11 @@ class Endpoint:
         except openai.APIConnectionError:
             return "", "connection", ""
         except openai.APIStatusError as error:
-            refused = refused_field(error, f"{request.system}\n{request.user}")
+            named = refused_fields(error, f"{request.system}\n{request.user}")
             failure = self._failure(error)
-            return "", f"{failure} ({refused})" if refused else failure, refused
+            # What was not sent is named as what to send instead, or among all that there is.
+            refused = next((name for name in named if name in sent), "")
+            return "", f"{failure} ({refused or named[0]})" if named else failure, refused
         except (openai.APIError, ValueError, RecursionError,  # no JSON, or
                 AttributeError, TypeError, LookupError):  # other JSON than a completion
             return "", "malformed", ""
@@ -208,9 +212,12 @@ def without_system(messages: list[dict]) -> list[dict]:
 
 SYSTEM_ROLE = "the system role"
 _PARAMETER = re.compile(r"\b(max_completion_tokens|max_tokens|temperature|seed|top_p|top_k)\b")
-_SYSTEM = re.compile(r"\bsystem\b.{0,40}\b(?:role|message|prompt|instruction)|roles must alternate"
+_ALLOWED = re.compile(r"(?i)(?<!not )\b(?:allowed|accepted|permitted|supported|valid)\b[^.;()]*")
+_SYSTEM = re.compile(r"(?i)\bsystem\b.{0,40}\b(?:role|message|prompt|instruction)"
                      r"|\brole\b.{0,40}\bsystem\b|developer instruction|messages\W+\d+\W+role\b"
-                     r"|\bonly\b.{0,20}\buser\b.{0,20}\broles\b", re.IGNORECASE)
+                     r"|\b(?:start|begin|first (?:message|role|turn))s?\b.{0,40}\buser\b"
+                     r"|\b(?:only|roles?)\b.{0,40}\buser\b.{0,20}\b(?:roles|assistant)\b"
+                     r"|\w+ alternat(?:e|ing)\b")
 _QUOTATION = re.compile(r"(?<!\w)(['\"`])(?:(?!\1(?!\w)).)*\s.*?\1(?!\w)", re.DOTALL)
 
 
@@ -228,20 +235,20 @@ def _texts(body, key: str = "message", depth: int = 8) -> Iterator[tuple[str, st
                 yield from _texts(value, name, depth - 1)
 
 
-def refused_field(error: openai.APIStatusError, prompt: str) -> str:
-    """Which field a status 400 or 422 objects to; "" for none, or for a prompt that is too long."""
+def refused_fields(error: openai.APIStatusError, prompt: str) -> list[str]:
+    """Fields that a 400 or 422 may refuse, the likeliest first; none where a prompt is too long."""
     texts = [*itertools.islice(_texts(error.body), 100)]
     place, said = (" ".join(text[:1000] for key, text in texts if (key in ("param", "loc")) == of)
                    for of in (True, False))
     if error.status_code not in (400, 422) or re.search("context length|too (?:long|large)", said):
-        return ""
-    if named := _PARAMETER.search(place):
-        return named[1]
+        return []
     # A message may quote the prompt: several words in quotes, or what stands in the prompt too.
     said = _QUOTATION.sub(" ", said)
-    named = [name for name in _PARAMETER.findall(said) if name not in prompt]
+    # Of one that lists what may be sent the rest comes first.
+    named = _PARAMETER.findall(f"{_ALLOWED.sub(' ', said)}\n{said}")
     system = (match for match in _SYSTEM.finditer(f"{place}\n{said}") if match[0] not in prompt)
-    return named[0] if named else SYSTEM_ROLE if any(system) else ""
+    return [*_PARAMETER.findall(place), *(name for name in named if name not in prompt),
+            *[SYSTEM_ROLE] * any(system)]
 
 
 def _is_address(base_url: str) -> bool:

@@ -15,7 +15,7 @@ import openai
 
 import data
 from config import EndpointConfig
-from roles.chat import SYSTEM_ROLE, Endpoint, encodable, plain_text, refused_field, without_system
+from roles.chat import SYSTEM_ROLE, Endpoint, encodable, plain_text, refused_fields, without_system
 from serving.queue import log, where
 from serving.waiter import sse
 
@@ -70,7 +70,7 @@ class Answering:
             try:
                 return create(model=endpoint.settings.model, stream=True, messages=messages)
             except openai.APIStatusError as error:
-                if messages == bare or refused_field(error, prompt) != SYSTEM_ROLE:
+                if messages == bare or SYSTEM_ROLE not in refused_fields(error, prompt):
                     raise
                 endpoint.without.add(SYSTEM_ROLE)
 

@@ -450,6 +450,29 @@ def test_what_no_server_can_do_without_is_named(serve, tmp_path):
     assert asked.counts["bad request"] == 1 and not asked.backend.without
 
 
+@pytest.mark.parametrize("message, left_out", [
+    ("Use max_completion_tokens instead of max_tokens", ["max_tokens"]),
+    ("top_p and temperature cannot be set", ["temperature"]),
+    ("unknown parameter; allowed: model, messages, temperature, max_tokens (got seed)", ["seed"]),
+    ("top_k, temperature: no such thing with a seed", ["temperature", "seed"]),
+])
+def test_only_what_was_sent_is_left_out_one_after_the_other(serve, tmp_path, message, left_out):
+    refusal = (400, {}, json.dumps({"error": {"message": message}}).encode())
+    server = serve(lambda body: refusal if left_out[-1] in body else "7")
+    asked = client(server.url, tmp_path)
+    assert asked.ask([Request("s", "u")], number) == [7]
+    assert asked.backend.without == {*left_out} and len(server.bodies) == 1 + len(left_out)
+
+
+def test_a_server_that_names_every_field_is_asked_finitely_often(serve, tmp_path):
+    named = b"seed, top_p, temperature, max_completion_tokens, max_tokens, system role"
+    server = serve(lambda _: (400, {}, b'{"message": "' + named + b'"}'))
+    asked = client(server.url, tmp_path)
+    assert asked.ask([Request("s", "u")], number) == [None] and len(server.bodies) == 6
+    assert server.bodies[-1].keys() == {"model", "messages"}
+    assert asked.counts["bad request (seed)"] == 1
+
+
 def nested(*keys, text="Unknown name 'seed': cannot find field"):
     """A text under these keys, one within the other; a number is a place in a list."""
     for key in keys[::-1]:
@@ -489,6 +512,10 @@ LOC = {"loc": ["body", "messages", 0, "role"], "msg": "Input should be 'user' or
     role_refused("Only user and assistant roles are supported!"),
     role_refused("messages.0.role: Input should be 'user' or 'assistant'"),
     role_refused("Unsupported value: 'messages[0].role' does not support 'system' here."),
+    role_refused("A conversation must start with a user message."),
+    role_refused("The first message must be from the user"),
+    role_refused("Roles must be user or assistant"),
+    role_refused("messages must alternate between user and assistant"),
     (422, {}, json.dumps({"detail": [LOC | {"input": "system"}]}).encode()),
 ])
 def test_a_refused_role_is_the_systems(serve, tmp_path, refusal):
