@@ -84,15 +84,15 @@ class Players:
         """A line for each session's messages; None where there is none. What somebody said in
         distress stands for the whole session, which is thereby no subject of a starter."""
         lines = self._player("summariser").summarise(sessions)
-        said = ([m.content for m in messages if m.role == "user"] for messages in sessions)
-        return [line and (gravest(y) or line) for line, y in zip(lines, said, strict=True)]
+        return [line and _grave_or(line, said) for line, said in zip(lines, sessions, strict=True)]
 
     def summarised(self, user: User) -> User:
         """The user with a summary of every session: somebody of whom no stage has learned."""
         bare = [s for s in user.sessions if not s.summary]
         summaries = iter(self.summarise([s.messages for s in bare]) if bare else [])
-        sessions = [s if s.summary else s.model_copy(update={"summary": next(summaries)})
-                    for s in user.sessions]
+        # A summary that came along may leave out what was said in distress.
+        sessions = [s.model_copy(update={"summary": _grave_or(s.summary, s.messages or [])
+                                         if s.summary else next(summaries)}) for s in user.sessions]
         # A summariser's call may have failed: that session is left out. Nothing is for what it
         # says: who may be reminded of it is judged with trigger interests (stages/rid.py).
         return user.model_copy(update={"sessions": [s for s in sessions if s.summary]})
@@ -101,6 +101,10 @@ class Players:
         """What became of this process's calls to LLMs since this was last asked."""
         # A failed call makes its stage run again at the next start.
         return dict(drained(self._chats.values()) + self.writer.calls())
+
+
+def _grave_or(summary: str, messages: list[Message]) -> str:
+    return gravest(m.content for m in messages if m.role == "user") or summary
 
 
 def players_of(run: Run) -> Players:

@@ -89,9 +89,9 @@ def is_functional(text: str) -> bool:
 
 
 def is_greeting(text: str) -> bool:
-    """Nothing but greetings, thanks and interjections: "hi", "Hey Mel!", "谢谢", "thanks!!! 🙏"."""
+    """Nothing but greetings, thanks, interjections: "hi", "Hey Mel!", "谢谢", "thanks! 🙏", "?"."""
     greeting, text = lexicon()["patterns"]["greeting"], _one_spelling(text).lstrip(" .!?~,¡¿")
-    return bool(greeting.match(text)) and not any(map(str.isalnum, greeting.sub("", text)))
+    return not any(map(str.isalnum, greeting.sub("", text) if greeting.match(text) else text))
 
 
 # ------------------------------------------------------------------------------------ key phrases

@@ -248,7 +248,7 @@ def test_summariser_takes_the_first_question():
     sessions = [asked, [("user", "量" * 50)], [("user", "...")]]
     sessions = [[Message(role=role, content=said) for role, said in s] for s in sessions]
     lines = roles.Rules(encode).summarise([*sessions, None])
-    assert lines == ["What is Dune?", "量" * 20, "...", ""]
+    assert lines == ["What is Dune?", "量" * 20, "", ""]
 
 
 def test_greetings_are_no_summary_and_no_interest():
@@ -260,12 +260,15 @@ def test_greetings_are_no_summary_and_no_interest():
     assert lines == ["", "How do tides work?", "", "Translate this for me.", ""]
     for text in ("hi there", "Thank you so much!", "ok thanks", "Good morning", "谢谢", "hola",
                  "Hi, how are you?", "Hi there 👋", "thanks!!! 🙏", "Hello, can you help me?",
-                 "hola, ¿qué tal?", "你好，在吗？", "Hey Mel, thanks a lot", "Hi, Mel", "👍"):
+                 "hola, ¿qué tal?", "你好，在吗？", "Hey Mel, thanks a lot", "Hi, Mel", "👍",
+                 "?", "...", "continue", "go on", "help", "nice to meet you", "nice", "sí", "да",
+                 "はい", "네", "oui", "nein", "weiter", "谢了", "继续", "さようなら"):
         assert unfit([text], None) == ["greeting"], text
     for text in ("Hello Kitty history", "hello world in Rust", "Thanksgiving recipes",
                  "Morning glory", "cool jazz", "好莱坞", "Hello Kitty", "Hey Jude", "Hello World!",
                  "Good Morning Vietnam", "Hello World in Rust", "Thank you for the music",
-                 "Hi, how do tides work?", "Hi-fi", "👋 Dune", "OK Computer", "你好李焕英"):
+                 "Hi, how do tides work?", "Hi-fi", "👋 Dune", "OK Computer", "你好李焕英",
+                 "nice cars", "help wanted ads", "continue in Python", "네이버 지도", "继续教育"):
         assert unfit([text], None) == [None], text
 
 

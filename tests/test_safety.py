@@ -50,6 +50,12 @@ def test_sensitive_summaries_are_told_from_harmless_ones(encode, lang):
     assert told >= least and wrongly <= most
 
 
+def test_what_was_once_missed_or_wrongly_told(encode):
+    """Others of the same kinds beside each; by words and meaning together."""
+    assert [t for t in SUMMARIES["missed"] if not unfit([t], encode)[0]] == []
+    assert [t for t in SUMMARIES["wrongly"] if unfit([t], encode)[0]] == []
+
+
 def test_there_are_enough_of_both():
     """In every language, so that one of the held-out harmless ones is less than 3 %."""
     for kind, least in (("sensitive", 64), ("harmless", 72)):
@@ -76,10 +82,14 @@ def test_no_history_is_deleted_and_the_gravest_sentence_decides():
                 for i, text in enumerate(said)]
     sessions.append(Session(session_id="2", summary="my mother died yesterday"))
     players = Players(load_config(), None, None)
+    # Nor is it told from a summary that came along.
+    sessions += [Session(session_id=f"told{s.session_id}", summary="Dune novels", messages=s.messages)
+                 for s in sessions[:2]]
     user = players.summarised(User(user_id="a", sessions=sessions))
     lines = [session.summary for session in user.sessions]
-    assert lines == ["I want to die.", "What is Dune about?", "my mother died yesterday"]
-    assert unfit(lines, None) == ["sensitive", None, "sensitive"]
+    assert lines == ["I want to die.", "What is Dune about?", "my mother died yesterday",
+                     "I want to die.", "Dune novels"]
+    assert unfit(lines, None) == ["sensitive", None, "sensitive", "sensitive", None]
 
 
 @pytest.mark.parametrize("lang", SUMMARIES["unserved"])
