@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from itertools import product
 
 import numpy as np
-import torch
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -119,15 +118,6 @@ def expected_calibration_error(probabilities, targets, bins: int = 10) -> float:
     return float(
         sum(len(i) * abs(probabilities[i].mean() - targets[i].mean()) for i in order if len(i))
         / len(probabilities))
-
-
-def common_share(values: torch.Tensor) -> float:
-    """How much of the variance over starters within a user is the same for all users, 0 to 1.
-
-    values (U, N): logits of U users for the same N starters.
-    """
-    within = values - values.mean(1, keepdim=True)
-    return float(within.mean(0).var(correction=0) / within.var(1, correction=0).mean())
 
 
 # ---------------------------------------------------------------------------------------- diversity

@@ -34,7 +34,6 @@ from world import people
 LEARNING_RATE = 1e-3
 SLOT_LEARNING_RATE = 0.02  # position explains most of a tap and must not wait for w
 RANK = 32  # of the bilinear form of user and starter
-SHARED = 100  # users and starters of which it is measured how much is common to all
 PILOT = 8  # lists that the platform shows each person before there is a policy
 SETTLED = 20_000  # rows from which averages over users are taken; rows held in memory at once
 Shown = list[tuple[data.Impression, UserState]]  # lists, each with the user's state at its time
@@ -120,7 +119,6 @@ def fit_rankers(run: Run, lists: dict[str, Shown], folder: str) -> dict:
             "lists": len(lists[name]),
             "auc_slot_controlled": metrics.slot_controlled_auc(logits.numpy(), clicked, slots),
             "auc_in_lists": auc_in_lists(logits.numpy(), clicked, rows["list"].numpy()),
-            "common_share": common_share(ranker, rows, states),
             "ece": metrics.expected_calibration_error(shown.numpy(), rows["targets"].numpy())}
     return figures
 
@@ -131,15 +129,6 @@ def auc_in_lists(logits: np.ndarray, clicked: np.ndarray, lists: np.ndarray) -> 
     parts = zip(np.split(logits, ends), np.split(clicked, ends), strict=True)
     values = [metrics.per_user_auc(scores, labels) for scores, labels in parts]
     return float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")
-
-
-@torch.no_grad()
-def common_share(ranker: ib.UtilityRanker, rows: dict, states: dict) -> float:
-    """What part of a user's spread over SHARED starters is the same for all users."""
-    some = torch.linspace(0, len(rows["list"]) - 1, SHARED).long()  # rows: other users, starters
-    users = {name: x[rows["list"][some]].repeat_interleave(SHARED, 0) for name, x in states.items()}
-    logits = ranker(**users, starters=rows["starters"][some].repeat(SHARED, 1))
-    return metrics.common_share(logits.view(SHARED, SHARED))
 
 
 def fit_ranker(run: Run, shown: Shown, label: str, path: Path) -> ib.UtilityRanker:

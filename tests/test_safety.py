@@ -83,7 +83,8 @@ def test_no_history_is_deleted_and_the_gravest_sentence_decides():
     sessions.append(Session(session_id="2", summary="my mother died yesterday"))
     players = Players(load_config(), None, None)
     # Nor is it told from a summary that came along.
-    sessions += [Session(session_id=f"told{s.session_id}", summary="Dune novels", messages=s.messages)
+    told = {"summary": "Dune novels"}
+    sessions += [s.model_copy(update=told | {"session_id": f"told {s.session_id}"})
                  for s in sessions[:2]]
     user = players.summarised(User(user_id="a", sessions=sessions))
     lines = [session.summary for session in user.sessions]
