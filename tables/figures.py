@@ -216,7 +216,7 @@ RANKER_NAMES = {"train": "training ranker", "judge": "held-out ranker"}
 
 
 def last_run(rows: list[dict]) -> dict[tuple, list[dict]]:
-    """(stage, "loss" or "held_out", tower, ranker or round) -> its rows, of the last run alone.
+    """(stage, tower, ranker or round) -> its rows, of the last run alone.
 
     A step that does not go on is a rerun: it replaces the rows of its part and of those after it.
     """
@@ -226,7 +226,7 @@ def last_run(rows: list[dict]) -> dict[tuple, list[dict]]:
         if at is None or stage not in ("rid", "ranker", "sit", "dpo"):
             continue  # a stage's last line, or one of another stage
         part = next((row[name] for name in ("tower", "ranker", "round") if name in row), None)
-        key = (stage, "loss" if "loss" in row else "held_out", part)
+        key = stage, part
         if key in parts and at <= parts[key][-1].get("step", parts[key][-1].get("epoch")):
             after = list(parts)[list(parts).index(key) :]
             parts = {k: v for k, v in parts.items() if k not in after or k[0] != stage}
@@ -235,23 +235,22 @@ def last_run(rows: list[dict]) -> dict[tuple, list[dict]]:
 
 
 def curves(rows: list[dict], panels: list[dict], path, title: str) -> None:
-    """Rows of a run's metrics.jsonl: losses and held-out figures of the stages that are there.
+    """Rows of a run's metrics.jsonl: losses and other figures of the stages that are there.
 
     panels: what to draw of them, as experiments.yaml has it. Raises ValueError if there is nothing.
     """
     logged, drawn = last_run(rows), []
     start, end = {}, 0  # the rounds of DPO one after another on one axis
-    for (stage, kind, part), steps in logged.items():
-        if (stage, kind) == ("dpo", "loss"):
+    for (stage, part), steps in logged.items():
+        if stage == "dpo":
             start[part], end = end, end + steps[-1]["step"]
     for labels in map(dict, panels):
         stage, field, series = labels.pop("stage"), labels.pop("field"), {}
-        kind = "held_out" if field == "held_out" else "loss"
-        for (*key, part), steps in logged.items():
+        for (logged_by, part), steps in logged.items():
             begin = start.get(part, 0)
             xy = [(begin + row["step"] if "step" in row else row["epoch"] + 1, row[field])
                   for row in steps if row.get(field) is not None]
-            if xy and key == [stage, kind]:
+            if xy and logged_by == stage:
                 x, y = zip(*xy, strict=True)
                 series[RANKER_NAMES.get(part, part or "")] = {"x": x, "y": y}
         if series:
