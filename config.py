@@ -189,7 +189,6 @@ class DpoConfig(Section):
     learning_rate: Positive = 1e-3
     passes: Count = 2  # over the accumulated pairs, per round
     batch_users: Count = 4
-    reference: Literal["round", "sit"] = "round"  # the policy at the round's start, or after SIT
     sft_weight: NotNegative = 5.0  # of the chosen lists' mean logp per token, beside Eq. (6)
     pairs_per_user: Count = 2  # from data.feedback, so that no single user can steer a round
     vanilla: bool = True  # the baseline SFT+DPO, of tapped against ignored lists, is trained too

@@ -94,11 +94,7 @@ def train_round(run: Run, players: Players, number: int | str, model, adapter: P
     pairs = [pair for pair in gather(mined) if pair]  # of all processes, in the order of users
     if not earlier + pairs:
         raise UserError("dpo: no preference pair found; lower dpo.margin or raise dpo.samples")
-    reference = model  # Eq. (6): the policy at the start of the round, or always SIT's
-    if run.config.dpo.reference == "sit" and number != 1:  # where round 1 starts anyway
-        reference = writer.policy(run.adapter("sit"))
-    rows = encoded(writer, earlier + pairs)
-    figures = align(run, writer, model, reference, rows, label, run.config.dpo)
+    figures = align(run, writer, model, encoded(writer, earlier + pairs), label, run.config.dpo)
     before = list_quality(run, ranker, states, sampled)
     return {"before": before, **gather_counts(counts), **figures}, pairs
 
@@ -112,17 +108,17 @@ def encoded(writer: Writer, pairs: list[dict]) -> Rows:
             for pair in pairs]
 
 
-def align(run: Run, writer: Writer | Suggester, model, reference, rows: Rows, label: str,
+def align(run: Run, writer: Writer | Suggester, model, rows: Rows, label: str,
           settings: DpoConfig) -> dict:
     """DPO (Eq. 6) on rows of prompt ids and [chosen ids, rejected ids, ...], in place.
 
-    reference: the policy that Eq. (6) compares with, perhaps `model` itself as it comes in: its
-    log-probabilities are computed once, before the first step.
+    The reference is `model` as it comes in: its log-probabilities are computed once, before the
+    first step.
     """
     rng = random.Random(run.seed("dpo", label))
     size, order = settings.batch_users, rng.sample(range(len(rows)), len(rows))
     micro = run.config.generator.micro_batch
-    ref_logps = reference_logps(reference, rows, order, size, micro)
+    ref_logps = reference_logps(model, rows, order, size, micro)
     steps = settings.passes * -(-len(rows) // size)
     optimiser, schedule = new_optimiser(model, settings.learning_rate, steps)
     log, policy = [], llm.averaged_gradients(model)
@@ -247,6 +243,6 @@ def align_on_clicks(run: Run, writer: Writer, pairs: list[dict]) -> dict:
     rng = random.Random(run.seed("clicked"))
     clicked = rng.sample(clicked, min(len(clicked), len(pairs)))
     rows = encoded(writer, clicked)
-    figures = align(run, writer, model, model, rows, TAPPED, run.config.dpo)
+    figures = align(run, writer, model, rows, TAPPED, run.config.dpo)
     llm.save_adapter(model, run.adapter("vanilla"))
     return {"pairs": sum(len(pair["rejected"]) for pair in clicked), **figures}

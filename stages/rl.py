@@ -289,7 +289,7 @@ def train_dpo(run: Run, players: Players, suggester: Suggester, arm: str) -> dic
             if gap > 0 and answers[i].strip() and answers[j].strip()]
     if not rows:
         raise UserError("rl: DPO found no pair of answers with different rewards")
-    figures = align(run, suggester, model, model, rows, "garm", run.config.dpo)
+    figures = align(run, suggester, model, rows, "garm", run.config.dpo)
     llm.save_adapter(model, run.adapter(arm))
     return {"pairs": len(rows), **figures}
 

@@ -1,4 +1,4 @@
-"""The pictures of a report: training curves, frontier, topic rings, reward hacking, lines.
+"""The pictures of a report: training curves, frontier, topic rings, lines.
 
     text = Path("runs/default/metrics.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
@@ -112,26 +112,6 @@ def lines(panels: list[Panel], path, title: str) -> None:
             ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))  # steps, days
             ax.set(xlabel=readable(panel.xlabel, 60), ylabel=readable(panel.ylabel, 34),
                    title=readable(panel.title, 40, 3))
-        _legend(figure)
-
-
-def hacking(rows: dict[str, dict[str, Interval]], path, title: str) -> None:
-    """method -> who judges -> lift as a share of the baseline's mean (0.1: 10 % above it), so that
-    rankers and truth can be compared; at most three judge."""
-    with sheet(path, title) as (figure, [ax]):
-        for j, judge in enumerate(next(iter(rows.values()))):
-            lift, low, high = 100 * np.array([row[judge] for row in rows.values()]).T  # per cent
-            bars = ax.bar(np.arange(len(rows)) + 0.27 * (j - 1), lift, 0.26, label=readable(judge),
-                          yerr=_bars(lift, low, high), error_kw={"elinewidth": 1.2},
-                          color=COLOURS[j], hatch=HATCHES[j], edgecolor="white", hatchcolor="white")
-            numbers = [f"{value:+.0f}".replace("-", "−") for value in lift]
-            ax.bar_label(bars, numbers, padding=3, fontsize=9)  # beyond the whiskers
-        ax.axhline(0, color="black", linewidth=1)  # the baseline
-        width = max(8, 88 // len(rows))  # characters of a method's name
-        ax.set_xticks(range(len(rows)), [readable(name, width, 3) for name in rows])
-        ax.grid(False, axis="x")
-        ax.margins(y=0.1)  # room for the numbers
-        ax.set(ylabel="lift, % of the baseline's mean\n(whiskers: 95 %)")
         _legend(figure)
 
 

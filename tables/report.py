@@ -19,7 +19,7 @@ from scipy.stats import t
 from files import read_yaml, write_json, write_text
 from stages.metrics import LIFTS, bootstrap, escape, markdown_table
 from tables import experiments, figures
-from tables.claims import Seeds, claims_page, judged, paired, per_seed, pooled
+from tables.claims import Seeds, claims_page, judged, per_seed, pooled
 from world import ab
 
 ROUNDS = ["early", "middle", "IceBreaker", "round 4", "round 5"]  # after 1, 2, ... 5 of DPO
@@ -165,17 +165,6 @@ def frontier_points(seeds: Seeds, have: list[str]) -> tuple[dict, dict]:
     return points, lines
 
 
-def lifts_by_judge(seeds: Seeds) -> dict[str, dict]:
-    """Lifts over PE as the training ranker, the held-out one and the hidden truth see them."""
-    rows = {m: {} for m in read_yaml("configs/paper.yaml")["table1"] if m != "PE"}  # in its order
-    for judge, metric in experiments.read()["judges"].items():
-        base = over_seeds(per_seed(seeds, "PE", metric))[0]  # units differ: shares of PE's mean
-        for method, lifts in rows.items():
-            ends = bootstrap(paired(seeds, metric, method, "PE"))
-            lifts[judge] = tuple(end / base for end in ends)  # value, low, high
-    return rows
-
-
 def pictures(seeds: Seeds, log: list[dict], folder: Path, wanted: list[str]) -> list[str]:
     """Write the PNGs that these tables allow; returns their names."""
     texts, have, names = experiments.read(), in_all(seeds), []
@@ -186,7 +175,6 @@ def pictures(seeds: Seeds, log: list[dict], folder: Path, wanted: list[str]) -> 
 
     draw("training_curves", figures.curves, log, texts["curves"])
     draw("frontier", figures.frontier, *frontier_points(seeds, have))
-    draw("reward_hacking", figures.hacking, lifts_by_judge(seeds))
     if "figure3" in wanted:
         panels = [panel | {ring: mean_shares(seeds, panel[ring]) for ring in ("inner", "outer")}
                   for panel in texts["rings"]]  # names of stages become their shares

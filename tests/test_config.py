@@ -105,7 +105,6 @@ def test_a_typo_is_refused_with_the_nearest_name(word, nearest, tmp_path):
         "data.train=0.9",
         "rid.min_keep=9",
         "dpo.weight=2",
-        "dpo.reference=base",
         "dpo.negatives=[none]",
         "dpo.samples=0",
         "dpo.beta=nan",

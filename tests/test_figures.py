@@ -47,8 +47,6 @@ DAYS = {n: {"x": [*range(1, 31)], "y": [0.1 * i] * 30, "low": [0.05 * i] * 30,
             "high": [0.2 * i] * 30} for i, n in enumerate(NAMES)}
 POINTS = dict(zip(NAMES, zip(INTERVALS, INTERVALS[::-1], strict=True), strict=True))
 SWEEP = {LONG: {"PE": "λ 0.1", "100 %": "", "λ 0.1": "λ 1"}}
-JUDGES = ("training ranker", "held-out ranker", LONG)
-LIFTS = {n: dict.fromkeys(JUDGES, x) for n, x in zip(NAMES, INTERVALS, strict=True)}
 TOPICS = dict.fromkeys([*NAMES, *map(str, range(9)), "tiny"], 1.0) | {"tiny": 0.1}
 PANEL = {"title": LONG, "inner": TOPICS, "outer": {"PE": 3, "3": 1}, "inner_label": "history",
          "outer_label": LONG}
@@ -74,8 +72,6 @@ CASES = {
     "frontier of one point": (frontier, {"only": ([1, 0, 2], [2, 2, 2])}),
     "rings": (rings, [PANEL] * 3),
     "rings, one empty": (rings, [PANEL | {"inner": {}}]),
-    "hacking": (lambda x, path: figures.hacking(x, path, LONG), LIFTS),
-    "hacking, one bar": (lambda x, path: figures.hacking(x, path, "t"), {"PE": {"a": [0, 0, 0]}}),
     "lines": (lines, {LONG: SERIES}),
     "two panels": (lines, {"a": SERIES, "b": ONE}),
     "days": (lines, {"a": DAYS}),
@@ -145,14 +141,6 @@ def test_small_topics_are_pooled_and_functional_ones_hatched(drawn, tmp_path):
 
 def test_a_long_name_is_cut_at_its_last_row():
     assert figures.readable(LONG, 20).endswith("…") and figures.readable(LONG, 20).count("\n") == 1
-
-
-def test_hacking_lifts_are_drawn_in_per_cent(drawn, tmp_path):
-    figures.hacking({"a": {"train": (0.25, 0.2, 0.4)}}, tmp_path / "a.png", "t")
-    axes = drawn[0].axes[0]
-    assert axes.patches[0].get_height() == 25 and axes.texts[0].get_text() == "+25"
-    ends = axes.collections[0].get_segments()[0][:, 1]
-    assert ends == pytest.approx([20, 40])
 
 
 def losses(rows):

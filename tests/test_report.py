@@ -90,7 +90,7 @@ def test_the_report_holds_every_table_and_claim(tmp_path):
     assert online["verdict"] == "holds" and online["value"] == pytest.approx(100)
     assert verdict["CTR", "SFT", "deployed"]["verdict"] == "undecided"
     assert all((tmp_path / name).is_file() for name in
-               ("frontier.png", "rings.png", "ab_days.png", "reward_hacking.png", "rounds.png"))
+               ("frontier.png", "rings.png", "ab_days.png", "rounds.png"))
     assert json.loads((tmp_path / "reproduction.json").read_text())["claims"] == rows
 
 

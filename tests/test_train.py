@@ -54,10 +54,10 @@ def test_a_killed_run_resumes_to_the_same_bytes_and_never_reads_the_truth(
     truth = tmp_path / "tiny" / "world" / "truth"
     truth.rename(tmp_path / "aside")
 
-    def killed(run, writer, model, reference, pairs, label, *rest):
+    def killed(run, writer, model, pairs, label, *rest):
         if label == "round 2":
             raise KeyboardInterrupt
-        return whole_align(run, writer, model, reference, pairs, label, *rest)
+        return whole_align(run, writer, model, pairs, label, *rest)
 
     monkeypatch.setattr(dpo, "align", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -212,7 +212,7 @@ def test_the_first_loss_is_ln_2_in_every_precision(finished, qwen, tmp_path, pre
     if precision == "16 bit":
         model.bfloat16()
     rows = dpo.encoded(writer, pairs)
-    figures = dpo.align(run, writer, model, model, rows, "round 1", run.config.dpo)
+    figures = dpo.align(run, writer, model, rows, "round 1", run.config.dpo)
     assert figures["first_loss"] == pytest.approx(math.log(2), abs=1e-7)
     first = json.loads((tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()[-1])
     assert first["step"] and figures["chosen_logp"] != 0
@@ -591,7 +591,7 @@ def test_the_clicked_baseline_learns_from_the_pilots_taps(finished):
     mined = [{"rejected": {"a": [], "b": []}}] * 3  # as many, with as many rejected ones
     learned = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dpo, "align", lambda *given: learned.append(given[4]) or {})
+        patch.setattr(dpo, "align", lambda *given: learned.append(given[3]) or {})
         patch.setattr(dpo, "encoded", lambda writer, pairs: pairs)
         patch.setattr(llm, "save_adapter", lambda *_: None)
         dpo.align_on_clicks(run, players_of(run).writer, mined)

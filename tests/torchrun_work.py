@@ -44,7 +44,7 @@ def main() -> None:
         model, figures = sit.instruct(run, writer, rows, run.config.sit, "sit")
         llm.save_adapter(model, Path(out) / f"sit{count}")
         rows = dpo.encoded(writer, read_json(Path(finished) / "dpo" / "round1" / "pairs.json"))
-        figures |= dpo.align(run, writer, model, model, rows, "round 1", run.config.dpo)
+        figures |= dpo.align(run, writer, model, rows, "round 1", run.config.dpo)
         llm.save_adapter(model, Path(out) / f"dpo{count}")
         figures = {k: v for k, v in figures.items() if isinstance(v, float)}
         result = {"lists": lists, "pairs": gather(mined), "figures": figures}

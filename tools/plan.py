@@ -198,11 +198,8 @@ def with_peak(weights: float, trained: int, kept: dict, in_turn: dict) -> dict[s
 def stage_bytes(config: Config, s: Shape, a: int) -> dict[str, dict[str, float]]:
     """Bytes of each stage at its peak, in terms."""
     g, dpo = config.generator, config.dpo
-    lora, weights = s.lora(g.lora_rank), weight_bytes(s, g.load_in_4bit, a)
-    other = weights if "generator" in vars(config.roles).values() else 0  # it plays roles: a base
-    others = {"sit": other, "dpo": other, "sampling": other}
-    if dpo.reference == "sit" and dpo.rounds > 1:
-        others["dpo"] += weights + 4 * lora
+    # A base beside the policy, where it plays roles.
+    other = weight_bytes(s, g.load_in_4bit, a) * ("generator" in vars(config.roles).values())
     fewest = min(dpo.samples, config.eval.lists)  # the most prompts at a time
 
     def at_once(users: int) -> int:
@@ -213,7 +210,7 @@ def stage_bytes(config: Config, s: Shape, a: int) -> dict[str, dict[str, float]]
         "dpo": training(s, g, at_once(dpo.batch_users), 1 + len(dpo.negatives), a),  # one is chosen
         # An upper bound: as it was measured, with gradients and AdamW beside.
         "sampling": sampling(s, g, fewest, a, lora_bytes=20)}
-    return {name: terms | {"other models": others[name], "peak": terms["peak"] + others[name]}
+    return {name: terms | {"other models": other, "peak": terms["peak"] + other}
             for name, terms in stages.items()}
 
 
