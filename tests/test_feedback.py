@@ -257,15 +257,16 @@ def inputs(finished, tmp_path, monkeypatch):
     def given(path):
         got = {}
 
-        def train_round(run, players, name, model, adapter, ranker, states, held, pairs, keep):
+        def train_round(run, players, name, model, adapter, ranker, states, pairs, keep):
             assert not keep
-            return got.update(states=states, held=held, pairs=pairs) or {}, []
+            return got.update(states=states, pairs=pairs) or {}, []
 
         monkeypatch.setattr(
             feedback, "fit_rankers", lambda run, lists, _: got.update(lists=lists) or {})
         monkeypatch.setattr(dpo, "train_round", train_round)
         monkeypatch.setattr(feedback, "load_ranker", lambda *_: None)
-        monkeypatch.setattr(feedback, "check", _killed)
+        monkeypatch.setattr(feedback, "check", lambda new: _killed(
+            got.update(held=feedback.held_out(new))))
         shutil.rmtree(tmp_path / "runs" / "tiny" / "feedback", ignore_errors=True)
         with pytest.raises(KeyboardInterrupt):
             train.run_stages(small(tmp_path / "runs", f"data.feedback={path}"), ROUND)

@@ -539,8 +539,10 @@ def test_what_was_written_for_one_person_is_popular_with_nobody_else(finished):
     assert PopularStarters(run)(None) == []
 
 
-def test_logs_too_thin_for_a_ranker_are_named(finished):
+def test_logs_too_thin_for_a_ranker_are_named(finished, monkeypatch):
     run = Run(micro(finished.parent))
+    monkeypatch.setattr(ranker, "show_pilot", lambda run: None)  # own logs have no pilot
+    monkeypatch.setattr(ranker, "pilot_lists", lambda run, split: [])
     whole = {name: ranker.shown_lists(run, run.ids(name)) for name in ("train", "judge", "test")}
     tapped = next(pair for pair in whole["train"] if pair[0].clicked)
     for lists, message in (
@@ -558,6 +560,7 @@ def test_lists_that_no_ranker_can_use_are_counted(finished, monkeypatch):
     run = Run(micro(finished.parent))
     monkeypatch.setattr(ranker, "fit_rankers", lambda run, lists, folder: {
         "lists": sum(map(len, lists.values()))})
+    monkeypatch.setattr(ranker, "pilot_lists", lambda run, split: [])
     before, shown = ranker.stage_ranker(run, None, ""), run.ids("train", "judge", "test")
     assert before["lists"] + before["lists_left_out"] == sum(
         row.user_id in {*shown} for row in run.impressions)
