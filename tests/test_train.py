@@ -48,10 +48,15 @@ def artifacts(folder):
 def test_a_killed_run_resumes_to_the_same_bytes_and_never_reads_the_truth(
     finished, tmp_path, monkeypatch
 ):
-    """The second run is killed in DPO's round 2, and trains with the hidden truth taken away."""
+    """The second run is killed in DPO's round 2, and trains with the hidden truth taken away; only
+    while the platform shows the pilot of stage `ranker` it is there."""
     config, whole_align = micro(tmp_path), dpo.align
     train.run_stages(config, ["world"])
     truth = tmp_path / "tiny" / "world" / "truth"
+    truth.rename(tmp_path / "aside")
+    train.run_stages(config, ["rid"])
+    (tmp_path / "aside").rename(truth)
+    train.run_stages(config, ["ranker"])
     truth.rename(tmp_path / "aside")
 
     def killed(run, writer, model, pairs, label, *rest):
@@ -182,7 +187,7 @@ def test_a_real_model_in_4_bit_runs_through_every_stage(finished, qwen, tmp_path
     writer, figures = players_of(run).writer, run.folder.figures("dpo")
     for name in ("round 1", "round 2"):
         assert figures[name]["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert "skipped" in figures["tapped against ignored"]  # random weights write no two lists
+    assert figures["tapped against ignored"]["pairs"] > 0
     base = AutoModelForCausalLM.from_pretrained(qwen)
     adapted = PeftModel.from_pretrained(base, run.adapter("last")).eval()
     merged = AutoModelForCausalLM.from_pretrained(run.folder / "merge" / "model").eval()
@@ -284,7 +289,8 @@ def test_llm_roles_and_an_endpoint_that_fail_now_and_then(finished, qwen, tmp_pa
 
     models.clear()
     train.run_stages(config, ["eval"])
-    assert {"sit", "round1", "round2", "vanilla", str(qwen)} == {*models} - {"m"}
+    # Of so small a log perhaps no list was tapped and another ignored for the same interests.
+    assert {"sit", "round1", "round2", str(qwen)} == {*models} - {"m", "vanilla"}
     lists = (run.folder / "eval" / "starters.jsonl").read_text().splitlines()
     assert all(json.loads(line)["starters"]["IceBreaker"][0] for line in lists)
 
@@ -588,7 +594,8 @@ def test_logs_without_times_skip_the_baseline(finished, tmp_path):
 
 def test_the_clicked_baseline_learns_from_the_pilots_taps(finished):
     """The log's own lists lie hundreds of nats from what a policy writes: nothing is learned."""
-    run, k = Run(micro(finished.parent)), 5
+    run = Run(micro(finished.parent))
+    k = run.config.generator.list_size
     text = (run.folder / "ranker/pilot.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
     mined = [{"rejected": {"a": [], "b": []}}] * 3  # as many, with as many rejected ones
