@@ -52,10 +52,10 @@ class Players:
     def teach(self, inputs: list[list[str]], seeds: list[int]) -> list[list[str] | None]:
         """The teacher's list for each input, at most K starters; None: an LLM's call failed."""
         k, teacher = self.config.generator.list_size, self._player("teacher")
+        if isinstance(teacher, roles.Rules):
+            return rule_lists(teacher, inputs, k, seeds)
         # The seed numbers the draw: a second list of one user is another question.
         texts = zip(teacher.write(inputs, k, seeds), inputs, strict=True)
-        if isinstance(teacher, roles.Rules):
-            return [fit_to_show(text, interests)[:k] for text, interests in texts]
         # An LLM is asked for more than K: of what passes the filters, the interests take turns.
         return [text and roles.covering(fit_to_show(text, interests), interests, k, self.encode)
                 for text, interests in texts]
@@ -101,6 +101,13 @@ class Players:
         """What became of this process's calls to LLMs since this was last asked."""
         # A failed call makes its stage run again at the next start.
         return dict(drained(self._chats.values()) + self.writer.calls())
+
+
+def rule_lists(teacher: roles.Rules, inputs: list[list[str]], k: int,
+               seeds: list[int]) -> list[list[str]]:
+    """The rule teacher's list for each input, at most k starters, perhaps none."""
+    texts = zip(teacher.write(inputs, k, seeds), inputs, strict=True)
+    return [fit_to_show(text, interests)[:k] for text, interests in texts]
 
 
 def _grave_or(summary: str, messages: list[Message]) -> str:

@@ -62,6 +62,11 @@ class Database:
     sqlite3.DatabaseError, of which these are kinds; the transaction then changed nothing.
     """
 
+    def _identity(self) -> tuple | None:
+        """Inode and device; None where the file is gone."""
+        with contextlib.suppress(FileNotFoundError):
+            return self.path.stat()[1:3]
+
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.now, self.lock = time.time, threading.RLock()  # tests put their own clock there
@@ -71,7 +76,7 @@ class Database:
                 self.path.touch(mode=0o600)
             for file in self.path.parent.glob(f"{self.path.name}*"):  # people's histories, and logs
                 file.chmod(file.stat().st_mode & 0o700)
-            self._opened = self.path.stat()[1:3]  # inode and device
+            self._opened = self._identity()
             self.connection = sqlite3.connect(
                 path, WAIT, isolation_level=None, check_same_thread=False)
             self._open()
@@ -127,7 +132,7 @@ class Database:
             if self.connection.in_transaction:
                 yield self.connection
                 return
-            if not self.path.exists() or self.path.stat()[1:3] != self._opened:
+            if self._identity() != self._opened:
                 raise Removed(f"{self.path}: not the file that was opened; start the server again")
             self.connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
             self.connection.execute("BEGIN IMMEDIATE")

@@ -228,8 +228,8 @@ def align_on_clicks(run: Run, writer: Writer, pairs: list[dict]) -> dict:
     against ignored ones.
 
     pairs: IceBreaker's, of which there are to be as many; loss and settings are the same. The lists
-    are those of the pilot. Own logs have none: there it learns from the log, and only as far as the
-    policy would write such lists.
+    are those of the pilot. Logs that were given have none: there it learns from the log, and only
+    as far as the policy would write such lists.
     """
     model = writer.policy(run.adapter("sit"), trainable=True)
     # As many chosen lists as IceBreaker learned from, and about as many rejected ones to each:

@@ -24,8 +24,7 @@ import data
 import icebreaker as ib
 import roles
 from files import UserError, progress, write_tensors
-from roles.players import Players
-from roles.writer import fit_to_show
+from roles.players import Players, rule_lists
 from run import Run, UserState
 from stages import metrics
 from stages.steps import Best, load_weights, refuse_nan
@@ -60,20 +59,22 @@ def show_pilot(run: Run) -> None:
     """Let the simulated platform show train and judge users PILOT lists of the rule teacher."""
     states = [run.states[u][-1] for u in run.ids("train", "judge")]
     told = [state for state in states if state.interests for _ in range(PILOT)]
-    k, written = run.config.generator.list_size, defaultdict(list)
-    seeds = [run.seed("pilot", i) for i in range(len(told))]
-    texts = roles.Rules(run.encoder).write([s.interests for s in told], k, seeds)
-    for state, text in zip(told, texts, strict=True):
-        if starters := fit_to_show(text, state.interests)[:k]:
+    seeds, written = [run.seed("pilot", i) for i in range(len(told))], defaultdict(list)
+    lists = rule_lists(roles.Rules(run.encoder), [state.interests for state in told],
+                       run.config.generator.list_size, seeds)
+    for state, starters in zip(told, lists, strict=True):
+        if starters:
             written[state.user_id].append(starters)
     data.write_impressions(run.folder / "ranker" / "pilot.jsonl",
                            people.pilot(run.folder / "world", written, run.seed("pilot")))
 
 
 def pilot_lists(run: Run, split: str) -> Shown:
-    """What the pilot showed this split's users, each list with the user's state as of now."""
-    file, users = run.folder / "ranker" / "pilot.jsonl", {*run.ids(split)}
-    rows = data.read_impressions(file) if file.is_file() else []  # own logs have none
+    """What the pilot showed this split's users, each list with the user's state as of now; logs
+    that were given have none."""
+    if run.config.data.users:  # a file of an earlier, simulated run may lie here
+        return []
+    users, rows = {*run.ids(split)}, data.read_impressions(run.folder / "ranker" / "pilot.jsonl")
     return [(row, run.states[row.user_id][-1]) for row in rows if row.user_id in users]
 
 
