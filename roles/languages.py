@@ -3,6 +3,8 @@
 import re
 from collections import Counter
 
+from files import cache_texts
+
 SPACELESS = {"zh", "ja"}  # languages that put no spaces between words
 _LATIN = r"A-Za-z\u00c0-\u024f"
 _SCRIPTS = {
@@ -45,6 +47,7 @@ _PARTICLES = {*"d da de del della der di dos du el l la las le les los van von y
 _ASKS = {"how", "what", "which", "why", "where", "when", "who", "is", "are", "does", "should"}
 
 
+@cache_texts(300_000)  # the same forms again and again
 def language(text: str, undecided: str = "en") -> str:
     """The language of a text: "zh", "ja", "ko", "ru" (Cyrillic), one of LATIN, or "other".
 

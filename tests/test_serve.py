@@ -697,6 +697,7 @@ def test_a_deletion_empties_the_memory_of_every_server_of_the_store(tmp_path, mo
             wait_for(lambda: server.engine.memory and not server.desk.jobs, 60)
             delete()
             wait_for(lambda: not server.engine.memory, 60)  # though nobody asks for anything
+            wait_for(lambda: server.desk.queue.deletions == server.store.deletions(), 60)
 
 
 def test_memory_is_emptied_after_a_batch_whose_client_has_left(tmp_path):
