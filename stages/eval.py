@@ -3,7 +3,7 @@
     python train.py --stage eval            # or python eval.py; the paper's Table 1
 
 The metrics are those of metrics.py. Only here and in tables/, after training, is the simulated
-world's hidden state opened.
+world's hidden state opened; before, the platform itself asks it who taps what in the pilot.
 """
 
 import random
@@ -90,7 +90,7 @@ def stage_eval(run: Run, players: Players, key: str) -> dict:
         {"user_id": u, "interests": s.interests, "starters": {m: lists[m][u] for m in lists}}
         for u, s in states.items()]
     write_lines(folder / "starters.jsonl", rows)
-    # Hidden state is opened here for the first time: every method has written by now.
+    # Hidden state is opened for the evaluation: every method has written by now.
     truth = None if run.config.data.users else people.load_truth(run.folder / "world")
     lists |= controls(run, players, states, truth)  # in no file of starters, but in the table
     classifier = metrics.TopicClassifier(run.encoder)
