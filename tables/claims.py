@@ -19,6 +19,7 @@ from tables.verdicts import EFFECT, ENOUGH, HOLDS, MOST, NOT, RULE, UNDECIDED
 from world import ab
 
 Seeds = list[dict]  # report/values.json of each seed
+RANDOM = "random starters"
 OURS = "–"  # in place of the paper's figures: a claim of our own
 # Metric -> (where values.json has the counts of each user, what is made of the shares (..., C) of
 # the categories, sorted by name, in their sum over users).
@@ -153,7 +154,7 @@ def judged(seeds: Seeds, wanted: list[str], name: str = "claims",
             "interval": [float(low), float(high)], "p": p,
             # Of how much trainings differ the interval says nothing.
             "same_sign": sum(bool(np.sign(gap) == np.sign(value)) for gap in by_seed),
-            "seeds": len(seeds),
+            "seeds": len(seeds), "random_too": random_too(seeds, claim, hierarchical),
             "share": verdicts.share_of_effect(claim.paper, *lifts_of(seeds, claim, sides))})
     for table in {row["table"] for row in rows}:  # Holm's correction is for the claims of a table
         some = [row for row in rows if row["table"] == table]
@@ -161,6 +162,15 @@ def judged(seeds: Seeds, wanted: list[str], name: str = "claims",
         for row, verdict in zip(some, said, strict=True):
             row["verdict"] = verdict
     return rows
+
+
+def random_too(seeds: Seeds, claim: Claim, hierarchical: bool) -> bool:
+    """Whether random starters, in place of `more`, are above `less` too: a gain that takes no skill
+    but to write five starters."""
+    if not all(RANDOM in seed.get("values", {}) for seed in seeds) or claim.table != "1":
+        return False
+    gaps = paired(seeds, claim.metric, RANDOM, claim.less, claim.factor, claim.base)
+    return bool(bootstrap(gaps, hierarchical=hierarchical)[1] > 0)
 
 
 def lifts_of(seeds: Seeds, claim: Claim, sides: list) -> list[float]:
@@ -173,6 +183,9 @@ def lifts_of(seeds: Seeds, claim: Claim, sides: list) -> list[float]:
 
 def counted(rows: list[dict]) -> str:
     """Verdicts on the paper's claims and, apart, on our own."""
+    def size(row: dict) -> bool:
+        return ENOUGH <= row["share"] <= MOST and row["seeds"] > 1 and not row["random_too"]
+
     parts = []
     for whose, ours in (("of the paper", False), ("of our own", True)):
         some = [row for row in rows if (row["paper"] == OURS) == ours]
@@ -180,10 +193,10 @@ def counted(rows: list[dict]) -> str:
         hold, open_, fail = (said.count(verdict) for verdict in (HOLDS, UNDECIDED, NOT))
         always = sum(r["verdict"] == HOLDS and r["same_sign"] == r["seeds"] for r in some)
         sized = [row for row in some if row["share"] is not None]
-        again = sum(row["verdict"] == HOLDS and ENOUGH <= row["share"] <= MOST for row in sized)
-        size = f"; of {len(sized)} whose size can be compared {again} are reproduced" * bool(sized)
-        parts.append(f"{len(some)} claims {whose}: {hold} hold ({always} of them with the same "
-                     f"sign on every seed), {open_} are undecided, {fail} do not hold{size}")
+        again = sum(row["verdict"] == HOLDS and size(row) for row in sized)
+        parts.append(f"{len(some)} claims {whose}: holding {hold} ({always} of them with the same "
+                     f"sign on every seed), undecided {open_}, not holding {fail}" + bool(sized) *
+                     f"; of {len(sized)} whose size can be compared {again} reproduced")
     return "; ".join(parts)
 
 
@@ -201,10 +214,11 @@ def claims_parts(rows: list[dict], name: str = "claims") -> dict[str, str]:
         more, less = (format(side, form) for side in row["sides"])
         value, low, high = (f"{gap:+{form}}" for gap in (row["value"], *row["interval"]))
         cells.append([row["table"], row["text"], unit, row["paper"], f"{more} against {less}",
-                      f"{value} [{low}, {high}]", f"**{row['verdict']}**",
+                      f"{value} [{low}, {high}]", f"**{row['verdict']}**" +
+                      "; so do random starters" * (row["verdict"] == HOLDS and row["random_too"]),
                       "–" if row["share"] is None else
                       f"> {MOST}" if row["share"] > MOST else f"{row['share']:.2f}",
-                      f"{row['same_sign']} of {row['seeds']}"])
+                      f"{row['same_sign']} of {row['seeds']}" if row["value"] else "–"])
         if row["verdict"] != HOLDS:
             reasons.setdefault(row["why"], []).append(row["text"])
     why = [f"- {'; '.join(claims)}: *{reason}*." for reason, claims in reasons.items()]

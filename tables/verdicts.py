@@ -23,8 +23,11 @@ RULE = (
     "A difference holds where its interval lies above zero and the test of random signs (of online "
     "and pooled metrics: that of their interval), corrected for the rows of its table (Holm), has "
     "p below .05; it does not hold where both say so below zero; else it is undecided.")
-EFFECT = ("*Effect*: ours, relative, as a share of the paper's; a claim that holds with at least "
-          f"{ENOUGH} of it, and not more than {MOST} times it, is reproduced.")
+EFFECT = (
+    "*Effect*: ours, relative, as a share of the paper's; a claim that holds with at least "
+    f"{ENOUGH} of it, and not more than {MOST} times it, on more than one seed, is reproduced, "
+    "unless random starters, in place of the method, pass too. Where a claim says *at least 95 %* "
+    "or *twice*, the difference is to so much of the second side.")
 FLIPS = 4_999  # signs are drawn so often: the least p, times the rows of a table, is below LEVEL
 
 
@@ -84,5 +87,5 @@ def narrow(seeds: int) -> str:
     if seeds == 1:
         return ("One training each: brackets are of the users or contexts alone, and say nothing "
                 "of how much trainings differ.")
-    return (f"The seeds are few: a bootstrap of {seeds} makes what lies between them too small by "
-            f"{1 - math.sqrt((seeds - 1) / seeds):.0%}.")
+    return (f"The seeds are few: where trainings differ much more than people do, such an interval "
+            f"of {seeds} covers the mean of all trainings with at most {1 - 2 ** (1 - seeds):.0%}.")

@@ -6,8 +6,8 @@
 
 Departure: it stands in for the paper's live users (section 3.3). It understands a starter by its
 lexicon (taxonomy.yaml), whoever wrote it, and knows nothing of the methods. Only what evaluates may
-read it, and the platform where it shows the pilot. Every number is a plausible choice, fitted to no result. So that no result hangs on one
-rule there are two click models, in the field's terms:
+read it, and the platform where it shows the pilot. Every number is a plausible choice, fitted to no
+result. So that no result hangs on one rule there are two click models, in the field's terms:
 - *position-based*: P(tap) = P(slot is looked at) x P(attracted); what attracts is resonance, an
   angle that this person likes, and news. By it the platform's log was tapped.
 - *cascade*: a person comes with an intent, one of the sessions that they will really have after the

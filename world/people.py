@@ -4,7 +4,7 @@
 
 It stands in for the paper's private logs (section 3.1). DIR holds users.jsonl, impressions.jsonl,
 all that a real log would hold, and apart from them truth/truth.json, the hidden state
-(click_model.py), which only the evaluation may read, and the platform itself for its pilot. A life in this log:
+(click_model.py), which only the evaluation may read, and the platform for its pilot. In this log:
 - A person has some topics of interest, popular ones rather than others: in each a few favourite
   subjects, a frequency, a resonance that has little to do with it, and the days on which it is
   alive. They have chores, too, which resonate with nobody, and like some angles of a question more.
