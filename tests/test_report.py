@@ -11,8 +11,8 @@ from stages.metrics import user_values
 from tables import claims, controls, experiments, report
 from world import ab
 
-METRICS = """utility train_utility true_clicks lexical words semantic dissimilarity starters known
-    resonance value""".split()
+METRICS = """utility train_utility true_clicks cascade_clicks lexical words semantic dissimilarity
+    starters known resonance value""".split()
 
 
 def seed_values(number: int, lift: float = 0.5, users: int = 30) -> dict:
@@ -73,7 +73,7 @@ def test_the_report_holds_every_table_and_claim(tmp_path):
     wanted = list(experiments.tables())
     log = [{"time": 1.0, "stage": "sit", "epoch": 0, "loss": 1.0, "learning_rate": 0.1}] * 3
     rows = report.write([seed_values(0), seed_values(1)], wanted, log, about, tmp_path)
-    assert len(rows) == len(claims.all_claims()) == 128
+    assert len(rows) == len(claims.all_claims()) == 116
     page = (tmp_path / "reproduction.md").read_text()
     assert all(f"Table {n}" in page for n in (1, 2, 3, 6, 7, 8, 9)) and "<b>" not in page
     assert "1 (x), 1 (x); 1.0 core hours on 2 processors" in page
