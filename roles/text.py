@@ -314,7 +314,7 @@ def majority_language(interests: Sequence[str]) -> str:
                    key=lambda text: language(text, "other") == "en")
     rest = [text for text in latin if language(text, "other") != "en"]
     told = {language(" ".join(texts)) for texts in (latin, rest)}
-    if told == {"en"} and len(rest) == len(latin):  # no word tells, but letters may
+    if told == {"en"} and len(rest) == len(latin) > 1:  # no word tells, but letters may
         return identified(tuple(dict.fromkeys(rest)))
     return told.pop() if len(told) == 1 else "en"
 

@@ -60,9 +60,9 @@ def training_contexts(run: Run) -> tuple[list[Context], list[Context]]:
     if not clicked:
         raise UserError("sft: no context of the log's first part has a click to learn from")
     safe = rng.sample(clicked, min(settings.max_contexts or len(clicked), len(clicked)))
-    # Nobody clicks on an answer that declines: the log's own labels say what is unsafe.
     # A share of both: of 90 that are answered and a share of 0.1 it is 10.
     wanted = round(settings.unsafe / (1 - settings.unsafe) * len(safe))
+    # Nobody clicks on an answer that declines: the log's own labels say what is unsafe.
     unsafe = chosen(contexts, "train", unsafe=True)
     # Few are unsafe in a log (C.1: 3 %), and where nobody has labelled any, none is known.
     if len(unsafe) < wanted / 2:

@@ -154,7 +154,10 @@ def judged(seeds: Seeds, wanted: list[str], name: str = "claims",
             "interval": [float(low), float(high)], "p": p,
             # Of how much trainings differ the interval says nothing.
             "same_sign": sum(bool(np.sign(gap) == np.sign(value)) for gap in by_seed),
-            "seeds": len(seeds), "random_too": random_too(seeds, claim, hierarchical),
+            "seeds": len(seeds),
+            # Random starters, in place of `more`, are above `less` too: no skill is needed.
+            "random_too": claim.table == "1" and all(RANDOM in s["values"] for s in seeds) and
+                          _by_users(seeds, replace(claim, more=RANDOM), hierarchical)[0][1] > 0,
             "share": verdicts.share_of_effect(claim.paper, *lifts_of(seeds, claim, sides))})
     for table in {row["table"] for row in rows}:  # Holm's correction is for the claims of a table
         some = [row for row in rows if row["table"] == table]
@@ -162,12 +165,6 @@ def judged(seeds: Seeds, wanted: list[str], name: str = "claims",
         for row, verdict in zip(some, said, strict=True):
             row["verdict"] = verdict
     return rows
-
-
-def random_too(seeds: Seeds, claim: Claim, hierarchical: bool) -> bool:
-    """Whether random starters, in place of `more`, are above `less` too: no skill is needed."""
-    some = claim.table == "1" and all(RANDOM in seed["values"] for seed in seeds)
-    return some and _by_users(seeds, replace(claim, more=RANDOM), hierarchical)[0][1] > 0
 
 
 def lifts_of(seeds: Seeds, claim: Claim, sides: list) -> list[float]:

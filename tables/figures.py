@@ -31,7 +31,7 @@ Interval = tuple[float, float, float]  # value, low, high
 # Okabe and Ito; their yellow is too pale for a line, their black too dark under a number.
 COLOURS = "#0072B2 #D55E00 #009E73 #E69F00 #CC79A7 #56B4E9 #000000 #999999".split()
 RING_COLOURS, GREY = [*COLOURS[:6], "#F0E442"], "#BBBBBB"
-MARKERS, HATCHES = "osD^vPX*<", ("", "///", "...")
+MARKERS = "osD^vPX*<"
 DASHES = ["-", "--", "-.", ":", (0, (6, 1)), (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1))]
 OTHERS, LEAST = "Others", 0.04  # topics with a smaller share are pooled
 STYLE = Path(__file__).with_suffix(".mplstyle")

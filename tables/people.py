@@ -79,8 +79,10 @@ def judged(run: Run, players: Players, file: str, users: list[data.User], least:
     most = n or len(users) * (setting == "max_users")  # of which 0 means all
     # One at a time: an LLM may be asked for the summaries.
     summarised = map(without_lent, map(players.summarised, in_order(run, users, halves)))
-    fit = [*itertools.islice((user for user in summarised if sum(  # anybody may be reminded of
-        not roles.is_unsuitable(session.summary) for session in user.sessions) >= least), most)]
+    # Of so many of their sessions anybody may be reminded.
+    fits = (user for user in summarised
+            if sum(not roles.is_unsuitable(s.summary) for s in user.sessions) >= least)
+    fit = [*itertools.islice(fits, most)]
     if not fit:
         odd = ", an odd SHA-256 of the user_id" * (halves == 1)
         raise UserError(f"{file}: nobody has {least} sessions{odd} and no part in the run's "

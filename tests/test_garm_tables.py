@@ -158,9 +158,9 @@ def test_draws_without_any_pair_say_nothing_and_who_has_none_on_one_side_is_draw
 def test_verdicts_of_made_up_values_and_what_was_not_trained_is_left_out(seeds):
     tables = [*experiments.read("garm")["tables"], "figure4"]
     rows = {row["text"]: row for row in claims.judged(seeds, tables, "garm_claims", True)}
-    assert len(rows) == 15 == len(claims.all_claims("garm_claims"))
+    assert len(rows) == 13 == len(claims.all_claims("garm_claims"))
     assert {row["verdict"] for row in rows.values()} == {"holds"}
-    sft = rows["SFT helps more than prompting"]
+    sft = rows["SFT is clicked more than prompting"]
     assert sft["value"] == pytest.approx(0.1, abs=0.01) and sft["same_sign"] == 3
     shift = rows["the reward model is less accurate on suggestions of another policy"]
     assert shift["value"] == pytest.approx(0.1) and shift["sides"] == pytest.approx([0.7, 0.6])
@@ -168,13 +168,13 @@ def test_verdicts_of_made_up_values_and_what_was_not_trained_is_left_out(seeds):
     for s in turned:
         s["pairs"] = {name: rows for name, rows in s["pairs"].items() if "RFT" not in name}
     rows = {row["text"]: row for row in claims.judged(turned, tables, "garm_claims", True)}
-    assert rows["SFT helps more than prompting"]["verdict"] == "does not hold"
-    assert shift["text"] not in rows and len(rows) == 14
+    assert rows["SFT is clicked more than prompting"]["verdict"] == "does not hold"
+    assert shift["text"] not in rows and len(rows) == 12
 
 
 def test_claims_are_few_distinct_and_name_what_exists():
     texts, every = experiments.read("garm"), claims.all_claims("garm_claims")
-    assert len(every) <= 15 and len({(c.metric, c.more, c.less) for c in every}) == len(every)
+    assert len(every) <= 13 and len({(c.metric, c.more, c.less) for c in every}) == len(every)
     rows = {name for table in texts["tables"].values() for name in table["rows"]}
     for claim in every:
         assert claim.table in (*texts["tables"], "figure4")

@@ -71,6 +71,28 @@ def test_titles_tell_their_language_together(expected, titles):
         assert language(title, expected) == expected
 
 
+def test_of_twenty_histories_of_short_titles_nineteen_are_told():
+    histories = {
+        "de": "Hefezopf backen|Rückenschmerzen Büro|Fotobuch gestalten;Hamburg "
+              "Hafen|Modelleisenbahn Spur N|Excel Tabellen;Wärmepumpe Altbau|Katzenfutter "
+              "Test|Italienisch Vokabeln;Gitarre stimmen|Kompost anlegen|Bahnreise "
+              "Prag;Schwäbische Spätzle|Kant Pflichtethik|Tennis Aufschlag;Elternzeit "
+              "Antrag|Laufschuhe Dämpfung|Weihnachtsmarkt Nürnberg;Handball Training|Aquarium "
+              "einrichten|Vogelstimmen",
+        "es": "Paella valenciana|Alquiler piso Valencia|Ajedrez tácticas;Huerto urbano|Camino "
+              "Santiago etapas|Guitarra flamenca;Fútbol sala|Inglés básico|Cine argentino;Novelas "
+              "negras|Yoga embarazo|Impuestos autónomos;Perros adopción|Pan casero|Senderismo "
+              "Pirineos;Trenes Japón|Poesía Lorca|Excel fórmulas;Acuarelas paisajes|Economía "
+              "doméstica|Bicicleta montaña",
+        "fr": "Tarte tatin|Grammaire allemande|Vélo électrique;Château Loire|Jardin balcon|Roman "
+              "policier;Pain levain|Marathon Paris|Budget étudiant;Cinéma italien|Aquarelle "
+              "paysage|Chien adoption;Tricot débutant|Voyage Japon|Fiscalité auto-entrepreneur;"
+              "Photographie animalière|Fromage chèvre|Histoire médiévale"}
+    told = [majority_language(titles.split("|")) == expected
+            for expected, some in histories.items() for titles in some.split(";")]
+    assert (sum(told), len(told)) == (19, 20)
+
+
 @pytest.mark.parametrize("expected, titles", [
     ("en", "Is Cien años de soledad worth reading?|How to reread Dune|Amélie"),
     ("en", "Does La vita è bella stay a film che fa piangere?|Amélie|Dune"),
