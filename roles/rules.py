@@ -11,7 +11,7 @@ import itertools
 import random
 import re
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -150,15 +150,18 @@ class Rules:
                  starters: list[str]) -> str | None:
         """The first fitting template under the angle used least recently; it is used up. A long
         one is taken only where no other form and no shorter phrase of the interest fits."""
-        kinds = {phrase: _kind(phrase, interest) for phrase in phrases}
-        # Of an angle first what is written for this kind.
-        candidates = [(phrase, angle, template, template[1].format(x=phrase))
-                      for phrase in phrases for angle in angles
-                      for template in sorted(angle, key=lambda t: t[0] == "any")
-                      if {"any", kinds[phrase]} & {*template[0].split("|")}]
-        # A policy that learned from starters at the limit writes some beyond it.
-        candidates.sort(key=lambda candidate: not _is_brief(candidate[3]))
-        for _, angle, template, starter in candidates:
+        def forms() -> Iterator[tuple[list, tuple, str]]:
+            for phrase in phrases:
+                kind = _kind(phrase, interest)
+                for angle in angles:  # of an angle first what is written for this kind
+                    for template in sorted(angle, key=lambda t: t[0] == "any"):
+                        if {"any", kind} & {*template[0].split("|")}:
+                            yield angle, template, template[1].format(x=phrase)
+
+        # A policy that learned from starters at the limit writes some beyond it. Twice over them,
+        # lazily: mostly the first of a hundred fits.
+        for angle, template, starter in (form for brief in (True, False) for form in forms()
+                                         if _is_brief(form[2]) == brief):
             starter = starter[:1].upper() + starter[1:]
             if filter_starters([starter], interests, seen=starters)[0]:
                 angle.remove(template)
