@@ -150,23 +150,21 @@ class Rules:
                  starters: list[str]) -> str | None:
         """The first fitting template under the angle used least recently; it is used up. A long
         one is taken only where no other form and no shorter phrase of the interest fits."""
-        def forms() -> Iterator[tuple[list, tuple, str]]:
-            for phrase in phrases:
-                kind = _kind(phrase, interest)
-                for angle in angles:  # of an angle first what is written for this kind
-                    for template in sorted(angle, key=lambda t: t[0] == "any"):
-                        if {"any", kind} & {*template[0].split("|")}:
-                            yield angle, template, template[1].format(x=phrase)
+        kinds = {phrase: _kind(phrase, interest) for phrase in phrases}
 
-        # A policy that learned from starters at the limit writes some beyond it. Twice over them,
-        # lazily: mostly the first of a hundred fits.
+        def forms() -> Iterator[tuple[list, tuple, str]]:
+            for phrase, angle in itertools.product(phrases, angles):
+                for template in sorted(angle, key=lambda t: t[0] == "any"):  # for this kind first
+                    if {"any", kinds[phrase]} & {*template[0].split("|")}:
+                        yield angle, template, template[1].format(x=phrase)
+
+        # Brief ones first: a policy that learned from starters at the limit writes some beyond it.
         for angle, template, starter in (form for brief in (True, False) for form in forms()
                                          if _is_brief(form[2]) == brief):
             starter = starter[:1].upper() + starter[1:]
             if filter_starters([starter], interests, seen=starters)[0]:
                 angle.remove(template)
-                angles.remove(angle)
-                angles.append(angle)  # least recently used comes first
+                angles.append(angles.pop(angles.index(angle)))  # least recently used comes first
                 return starter
         return None
 
