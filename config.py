@@ -220,7 +220,7 @@ class FuseConfig(Section):  # garm: stages/fuse.py
     max_contexts: Count = 60  # with a pair, whose differences are regressed on
     l2: Positive = 0.01  # lambda of Eq. (10)
     probes: CountFromZero = 2  # short trainings, after each of which the weights are adjusted
-    probe_steps: Count = 4
+    probe_steps: Annotated[int, Field(ge=4)] = 4  # a trend has two batches in each half
 
 
 ARMS = ("gaussian", "bradley_terry", "rft", "dpo")

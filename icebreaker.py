@@ -225,15 +225,15 @@ def contrastive_rows(user: Tensor, sessions: Tensor, positive: Tensor, mask: Ten
     """One row per (user, positive): the positive, within-user and cross-user negatives.
 
     user (B, H), sessions (B, N, H), positive and mask (B, N) bool, text_ids (B, N).
-    Returns scores (P, 1 + M) and weights (P, 1 + M) for `contrastive_loss`: 1 of the positive and
-    of within-user negatives, cross_user of the others' sessions, 0 of what is no negative: another
+    Returns scores and weights, (P, 1 + B N) each, for `contrastive_loss`: 1 of the positive and of
+    within-user negatives, cross_user of the others' sessions, 0 of what is no negative: another
     positive of the user, a text equal to one, a pad.
     """
     b, n, h = sessions.shape
-    owner, place = (positive & mask).nonzero(as_tuple=True)  # (P,), (P,)
+    wanted = positive & mask
+    owner, place = wanted.nonzero(as_tuple=True)  # (P,), (P,)
     scores = user @ sessions.reshape(b * n, h).T  # (B, B * N): each user against all sessions
     ids, real = text_ids.reshape(-1), mask.reshape(-1)
-    wanted = positive & mask
     forbidden = torch.stack([torch.isin(ids, text_ids[i][wanted[i]]) for i in range(b)])
     within = torch.arange(b * n)[None] // n == torch.arange(b)[:, None]  # (B, B * N): of the user
     # Unstated: how the two kinds are weighed. There are a hundred times as many sessions of others,
@@ -286,7 +286,7 @@ def gate_inputs(scores, history: History) -> np.ndarray:
 
 
 def activity_group(sessions_per_week: float, edges: Sequence[float]) -> int:
-    """g(u): how many quantile edges the user's activity reaches."""
+    """g(u): how many quantile edges the user's activity lies above."""
     return sum(sessions_per_week > edge for edge in edges)
 
 
@@ -599,8 +599,12 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor,
 
     Summed log-probabilities of whole lists, (P,) each -> loss (P,). ln 2 where policy = reference.
     """
-    chosen, rejected, *ref = map(_float, (policy_chosen, policy_rejected, ref_chosen, ref_rejected))
-    return -F.logsigmoid(beta * ((chosen - ref[0]) - (rejected - ref[1])))
+    four = [_float(x) for x in (policy_chosen, policy_rejected, ref_chosen, ref_rejected)]
+    if len({x.shape for x in four}) > 1:  # (P,) and (P, 1) would be P^2 losses without a word
+        raise ValueError(f"dpo_loss: shapes differ: {[tuple(x.shape) for x in four]}")
+    policy_chosen, policy_rejected, ref_chosen, ref_rejected = four
+    margin = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
+    return -F.logsigmoid(beta * margin)  # Eq. (6)
 
 
 def _float(x: Tensor) -> Tensor:

@@ -275,15 +275,13 @@ def environment(config: Config) -> dict:
 
     changes = git("status", "--porcelain", "--", ".", ":!results")  # None: no repository
     installed = [one for one in importlib.metadata.distributions() if one.name in PACKAGES]
-    d = config.data  # files are perhaps of a simulated world: empty
-    data = (d.users, d.impressions, d.dialogues)
     return {
         "command": sys.argv, "python": platform.python_version(), "machine": platform.platform(),
         "processors": os.cpu_count(),
         "versions": {package.name: package.version for package in installed},
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": None if changes is None else bool(changes),
-        "data": {path: file_digest(path) for path in data if Path(path).is_file()}}
+        "data": {path: file_digest(path) for path in given_files(config).values()}}
 
 
 def commit_of(about: dict) -> str:

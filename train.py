@@ -153,10 +153,11 @@ GARM = {  # From Clicks to Preference: garm.py, docs/garm.md
     "eval": Stage(garm_eval.stage_eval, ("rl",), ("eval",)),
 }
 QUALEQS = {  # Quality Over Clicks: qualeqs.py, docs/qualeqs.md
-    "world": Stage(stage_shop, (), ("shop", "data"), given_files, alone=True),
+    "world": Stage(stage_shop, (), ("shop", "data", "encoder"), given_files, alone=True),
     "base": STAGES["base"], "dialogues": GARM["dialogues"],
     "sft": Stage(stage_warm_start, ("dialogues",),
-                 ("generator", "sft", "quality.mix", "quality.ablations")),
+                 ("generator", "sft", "quality.mix", "quality.ablations"),
+                 lambda config: {"the corpus": CORPUS} if config.quality.mix else {}),
     "rl": Stage(mine.stage_rl, ("sft",), (
         "rl", "roles.judge", "quality.cases", "quality.failed_as_zero", "quality.ablations"),
         lambda config: {"quality.cases": path} if (path := config.quality.cases) else {}),
@@ -225,7 +226,7 @@ def refuse_changes(config: Config, named: list[str]) -> None:
     """Raise UserError where a stage that is there or was begun had other settings, unless it is
     done and named on the command line: nobody trains anew for hours by a word too many."""
     run, stages = Run(config, describe=False), METHODS[config.run.method]
-    for name in stages if not config.data.feedback else ():
+    for name in () if config.data.feedback else stages:
         before = run.folder.record(name).get("settings", {})
         now = json.loads(json.dumps(stage_inputs(run, name))) if before else {}
         changed = [key for key in before | now if now.get(key, "") != before.get(key, "")]
@@ -238,7 +239,7 @@ def refuse_changes(config: Config, named: list[str]) -> None:
         others = f" (and {', '.join(changed[1:4])})" if changed[1:] else ""
         back = f"bring back {key}" if "," in key else f"{key}={then}"
         anew = f"rm -r {run.folder / name}" if begun else f"--stage {name}"
-        if not key.startswith("data.") and not before.keys() >= {key} <= now.keys():
+        if not key.startswith("data.") and (key not in before or key not in now):
             raise UserError(
                 f"{key}: stage {name} of {run.folder.path} is of another version of this code, "
                 f"which {'knew' if key in before else 'did not know'} this setting; to train it "
@@ -257,9 +258,11 @@ def failed_calls(run: Run, name: str) -> int:
 def out_of_memory(config: Config, stage: str) -> str:
     """What was in memory, and the next setting to change."""
     # Cheapest first: what changes the time, then the precision, then the prompt.
-    g, batch = config.generator, getattr(getattr(config, stage, None), "batch_users", None)
+    g, least = config.generator, dict.fromkeys(("dpo", "sft", "fuse", "rl", "mine"), 32)
+    trains = config.rl if stage in ("fuse", "mine") else getattr(config, stage, None)
+    batch = getattr(trains, "batch_users", None)
     at_once = batch and min(batch, g.micro_batch or batch)
-    if g.sample_rows > {"dpo": 32, "eval": 1}.get(stage, g.sample_rows):
+    if g.sample_rows > (least | {"eval": 1}).get(stage, g.sample_rows):
         advice = f"generator.sample_rows={g.sample_rows // 2}"
     elif at_once and at_once > 1:
         advice = f"generator.micro_batch={at_once // 2}"

@@ -104,10 +104,10 @@ def our_step(model, w: Work) -> Step:
 
     def run() -> float:
         model.zero_grad()
-        batch = Batch([w.prompt], [w.lists], valid=everyone)
         with torch.no_grad(), llm.other_adapter(model, ref):
-            batch.ref_logps, batch.mask = llm.token_logps(model, batch.prompts, batch.rollouts)
-        batch.advantages = garm.group_advantages(torch.tensor([w.rewards]))
+            ref_logps, mask = llm.token_logps(model, [w.prompt], [w.lists])
+        advantages = garm.group_advantages(torch.tensor([w.rewards]))
+        batch = Batch([w.prompt], [w.lists], ref_logps, mask, everyone, advantages)
         return backward(logps_of, batch, [0], SETTINGS, 0)["loss"]
 
     return run

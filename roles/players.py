@@ -70,8 +70,8 @@ class Players:
         return self._player("matcher", everyone).match(jobs)
 
     def judge(self) -> roles.Rules | prompted.Prompted:
-        """Which of two lists of interests says more about a user: an object with `compare`."""
-        return self._player("judge")  # of RID's interests, in Table 6
+        """Who compares lists of interests (Table 6) and judges next queries (paper 003, H.2)."""
+        return self._player("judge")
 
     def quality(self, products: list[Product], policies: list[Policy],
                 cases: list[QualityCase] = ()) -> Callable:

@@ -62,8 +62,8 @@ class Writer:
             return g.instruction, g.max_prompt_tokens
         written = g.prompting or read_yaml("prompts.yaml")["generator"]
         # However long it is, it leaves the interests the room that they have in a policy's prompt.
-        policy, model = (sum(map(len, self._frame(text))) for text in (g.instruction, written))
-        return written, g.max_prompt_tokens + max(0, model - policy)
+        short, long = (sum(map(len, self._frame(text))) for text in (g.instruction, written))
+        return written, g.max_prompt_tokens + max(0, long - short)
 
     def _frame(self, instruction: str) -> tuple[list[int], list[int]]:
         parts = llm.around_interests(instruction, self.config.generator.list_size)

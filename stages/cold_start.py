@@ -45,9 +45,9 @@ class PopularStarters:
                 people[y].add(row.user_id)
         # A list may have been written for one person, of what only that person has told.
         self.starters = sorted(y for y, users in people.items() if len(users) >= PEOPLE)
-        rows = [(y, i, slot) for i, row in enumerate(shown) for slot, y in enumerate(row.starters)
-                if len(people[y]) >= PEOPLE]
         number = {y: n for n, y in enumerate(self.starters)}  # equal texts share their taps
+        rows = [(y, i, slot) for i, row in enumerate(shown) for slot, y in enumerate(row.starters)
+                if y in number]
         rates = run.slot_rates.tolist()
         # One element a shown starter, (n,): its text, its surprise, its list.
         self.number = np.array([number[y] for y, _, _ in rows], dtype=int)
@@ -68,9 +68,9 @@ class PopularStarters:
         # A mean of surprises, pulled to zero where few were shown.
         value = np.bincount(self.number, weight * self.surplus, n) / (
             np.bincount(self.number, weight, n) + SHRINKAGE)
-        order, best = np.argsort(-value, kind="stable"), []
+        by_value, best = np.argsort(-value, kind="stable"), []
         for start in range(0, n, self.candidates):  # until enough pass
-            batch = order[start : start + self.candidates]
+            batch = by_value[start : start + self.candidates]
             kept = set(keep([self.starters[i] for i in batch]))
             best += [i for i in batch if self.starters[i] in kept]
             if len(best) >= self.candidates:

@@ -53,8 +53,8 @@ def stage_dpo(run: Run, players: Players, key: str) -> dict:
         return_memory()
         adapter = run.adapter(f"round{number}")
         pairs = pairs + read_json(run.folder / folder / "pairs.json")
-    if run.config.dpo.vanilla:
-        figures[TAPPED] = run.folder.once("dpo/vanilla", digest(key, "vanilla", "shown lists"),
+    if run.config.dpo.vanilla:  # on as many pairs as all rounds have
+        figures[TAPPED] = run.folder.once("dpo/vanilla", digest(key, "vanilla", pairs),
                                           partial(align_on_clicks, run, players.writer, pairs))
     return figures
 

@@ -13,6 +13,7 @@ start answers the long prompt (prompts.yaml), as a base that knows no form earns
 Legend: B contexts, G answers of each, K suggestions of an answer.
 """
 
+import math
 import random
 from functools import partial
 
@@ -48,20 +49,18 @@ def stage_mine(run: Run, players: Players, key: str) -> dict:
     """Steps 3 and 4, K times; and the same with other unclicked contexts, or with none."""
     settings, figures = run.config.quality, {}
     quality, (clicked, unclicked) = Quality(run, players), log_contexts(run)
-    by_id = {c.dialogue.dialogue_id: c for c in unclicked}
-    for kind in ("hard", *(name for name in ("random", "clicked") if name in settings.ablations)):
+    for kind in ("hard", *(kind for kind in ("random", "clicked") if kind in settings.ablations)):
         policy = FIRST  # every kind goes its own way from there
         for number in range(1, settings.rounds + 1):
             folder = f"mine/{kind}{number}"
-            some = probed(run, unclicked, number)  # the same for all kinds
+            candidates, added = probed(run, unclicked, number), []  # the same for all kinds
             if kind == "hard":
-                some = [by_id[name] for name in mined(run, players, quality, key, folder, policy,
-                                                      some)]
-            else:  # as many as could be hard
-                some = some[: round(settings.share * len(some))] if kind == "random" else []
-            figures[folder] = {"unclicked": len(some)} | run.folder.once(
+                added = mined(run, players, quality, key, folder, policy, candidates)
+            elif kind == "random":  # as many as could be hard
+                added = candidates[: round(settings.share * len(candidates))]
+            figures[folder] = {"unclicked": len(added)} | run.folder.once(
                 folder, digest(key, folder), partial(
-                    train_round, run, players, quality, folder, policy, clicked, some, number))
+                    train_round, run, players, quality, folder, policy, clicked, added, number))
             policy = folder  # the next round goes on from here
     return with_calls(figures, players)
 
@@ -74,13 +73,13 @@ def with_calls(figures: dict, players: Players) -> dict:
 
 
 def train_round(run: Run, players: Players, quality: Quality, folder: str, start: str,
-                clicked: list[Context], hard: list[Context], number: int) -> dict:
+                clicked: list[Context], unclicked: list[Context], number: int) -> dict:
     """GRPO of one round from the policy `start` ("": the base)."""
     suggester, g = Suggester(players.writer, "three" if start else "prompted"), run.config.generator
     model = suggester.policy(run.adapter(start), trainable=True)
     if not start:  # LoRA that does nothing yet
         model = llm.add_lora(model, g.lora_rank, g.lora_alpha, run.seed("lora"))
-    batches = round_batches(run, clicked, hard, number)
+    batches = round_batches(run, clicked, unclicked, number)
     log = grpo(run, suggester, model, quality, quality.weights, batches, folder,
                number * run.config.rl.steps)
     figures = save_policy(run.adapter(folder), model, log)
@@ -91,15 +90,17 @@ def train_round(run: Run, players: Players, quality: Quality, folder: str, start
     return figures
 
 
-def round_batches(run: Run, clicked: list[Context], hard: list[Context],
+def round_batches(run: Run, clicked: list[Context], unclicked: list[Context],
                   number: int) -> list[list[Context]]:
-    """rl.steps batches: the hard contexts, then clicked ones at random; of few each again."""
+    """rl.steps batches, at random, of these unclicked contexts and clicked ones beside; of few each
+    again."""
     settings, seed = run.config.rl, run.seed("round", number)
-    by_id = {c.dialogue.dialogue_id: c for c in (*hard, *clicked)}
+    by_id = {c.dialogue.dialogue_id: c for c in (*unclicked, *clicked)}
     limit = settings.steps * settings.batch_users  # contexts of a round
+    clicked_ids, unclicked_ids = ([c.dialogue.dialogue_id for c in some]
+                                  for some in (clicked, unclicked))
     names = qualeqs.round_contexts(
-        *([c.dialogue.dialogue_id for c in some] for some in (clicked, hard)), limit,
-        torch.Generator().manual_seed(seed))
+        clicked_ids, unclicked_ids, limit, torch.Generator().manual_seed(seed))
     # A log may have fewer contexts than a round has places.
     names += cycle(names, limit - len(names), random.Random(seed))
     return [[by_id[name] for name in names[i : i + settings.batch_users]]
@@ -116,8 +117,8 @@ def probed(run: Run, unclicked: list[Context], number: int) -> list[Context]:
 
 
 def mined(run: Run, players: Players, quality: Quality, key: str, folder: str, policy: str,
-          contexts: list[Context]) -> list[str]:
-    """Step 3: the ids of the contexts that this policy finds hard, hardest first.
+          contexts: list[Context]) -> list[Context]:
+    """Step 3: the contexts that this policy finds hard, hardest first.
 
     Writes FOLDER/mined/contexts.json: every context looked at, its rewards and disagreement.
     """
@@ -141,9 +142,10 @@ def mined(run: Run, players: Players, quality: Quality, key: str, folder: str, p
         rest = [i for i in range(len(contexts)) if i not in {*hard}]  # kept to be looked at
         rows = [{"dialogue_id": contexts[i].dialogue.dialogue_id, "hard": i in hard,
                  "disagreement": u[i].item(),
-                 "rewards": [None if x != x else x for x in r[i].tolist()]}  # nan: failed
+                 "rewards": [None if math.isnan(x) else x for x in r[i].tolist()]}  # failed
                 for i in (*hard, *rest)]
         write_json(path, rows)
         run.folder.mark_done(place, mine_key, looked_at=len(rows), hard=len(hard),
                              no_variance=int((u == 0).sum()), failed=int(r.isnan().sum()))
-    return [row["dialogue_id"] for row in read_json(path) if row["hard"]]
+    by_id = {c.dialogue.dialogue_id: c for c in contexts}
+    return [by_id[row["dialogue_id"]] for row in read_json(path) if row["hard"]]

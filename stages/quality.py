@@ -61,7 +61,10 @@ class Quality:
 
     def __call__(self, contexts: Sequence[Context], answers: list[list[str]],
                  *reference: Tensor) -> Tensor:
-        """Components (R, J); but for the reward they are there to be logged, and never nan."""
+        """Components (R, J); but for the reward they are there to be logged, and never nan.
+
+        reference: log-probabilities and mask of the answers, which only a Composite reads.
+        """
         *each, form = self.scores(contexts, answers)
         _, reward = qualeqs.set_reward(*each, form, self.failed_as_zero)  # Eq. (5), (R,)
         # Of an answer that nobody judged 0 is no mark: GRPO's log leaves it out as invalid.

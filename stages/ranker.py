@@ -134,7 +134,7 @@ def auc_in_lists(logits: np.ndarray, clicked: np.ndarray, lists: np.ndarray) -> 
 
 def fit_ranker(run: Run, shown: Shown, label: str, path: Path) -> ib.UtilityRanker:
     """Soft-label cross-entropy with a per-slot logit; the best epoch on one user in seven stays."""
-    settings, k = run.config.ranker, run.config.generator.list_size
+    settings = run.config.ranker
     users = sorted({impression.user_id for impression, _ in shown})
     held_out = {user_id for i, user_id in enumerate(users) if i % 7 == 0}  # whole users, no lists
     fit, stop = (
@@ -155,21 +155,23 @@ def fit_ranker(run: Run, shown: Shown, label: str, path: Path) -> ib.UtilityRank
         weight_decay=0.0)
     best = Best(ranker)
     for epoch in (bar := progress(range(settings.epochs), f"ranker {label}")):
-        # Lists in random order, each with its starters together.
-        order = torch.randperm(int(fit["list"].max()) + 1)[fit["list"]].argsort(stable=True)
-        for index in order.split(settings.batch_impressions * k):
+        # The place of each row's list in a random order; whole lists make a batch.
+        place, losses = torch.randperm(int(fit["list"].max()) + 1)[fit["list"]], []
+        sizes = torch.bincount(place // settings.batch_impressions)  # rows of each batch
+        for index in place.argsort(stable=True).split(sizes.tolist()):
             loss = fit_loss(ranker, {name: x[index] for name, x in fit.items()}, settings.in_list)
             optimiser.zero_grad()
             loss.backward()
             norm = torch.nn.utils.get_total_norm(
                 [w.grad for w in ranker.parameters() if w.grad is not None])
             refuse_nan(norm, f"ranker, {label}, epoch {epoch}",
-                       (f"list {fit['list'][i]}" for i in index))
+                       (f"list {i}" for i in fit["list"][index].unique().tolist()))
             optimiser.step()
+            losses.append(loss.item())
         with torch.no_grad():
             stop_loss = fit_loss(ranker, stop, settings.in_list).item()
         run.folder.log(
-            "ranker", ranker=label, epoch=epoch, loss=loss.item(), held_out_loss=stop_loss)
+            "ranker", ranker=label, epoch=epoch, loss=np.mean(losses), held_out_loss=stop_loss)
         bar.set(loss=stop_loss)
         best.offer(-stop_loss)
         if best.waited > settings.patience:

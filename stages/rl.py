@@ -36,6 +36,7 @@ from run import Run
 from stages.composite import Composite
 from stages.dialogues import Context, chosen, read_contexts
 from stages.dpo import align
+from stages.quality import Quality
 from stages.reward import load_reward
 from stages.sit import instruct
 from stages.steps import micro_batches, new_optimiser, step
@@ -68,12 +69,11 @@ def save_policy(adapter: Path, model, log: list[dict]) -> dict:
     """Write the adapter and, beside it, steps.jsonl; figures of its training."""
     llm.save_adapter(model, adapter)
     write_lines(adapter.with_name("steps.jsonl"), log)
-    return {
-        "first_reward": log[0]["reward"], "last_reward": log[-1]["reward"],
-        "last_kl": log[-1]["kl"], "skipped_groups": sum(line["skipped_groups"] for line in log),
-        "invalid": sum(line["invalid"] for line in log),
-        "prompts_cut": sum(line["prompts_cut"] for line in log),
-    }
+    kls = [line["kl"] for line in log if line["kl"] is not None]
+    sums = {name: sum(line[name] for line in log)
+            for name in ("skipped_groups", "invalid", "prompts_cut")}
+    return {"first_reward": log[0]["reward"], "last_reward": log[-1]["reward"],
+            "last_kl": kls[-1] if kls else None, **sums}
 
 
 def fused_weights(run: Run, kind: str, without: Sequence[str] = ()) -> Tensor:
@@ -85,12 +85,12 @@ def fused_weights(run: Run, kind: str, without: Sequence[str] = ()) -> Tensor:
 # ------------------------------------------------------------------------------------------- GRPO
 
 
-def grpo(run: Run, suggester: Suggester, model, composite: Composite, weights: Tensor,
+def grpo(run: Run, suggester: Suggester, model, reward: Composite | Quality, weights: Tensor,
          drawn: list[list[Context]], label: str, first: int = 0) -> list[dict]:
-    """GRPO on batches of contexts, in place; a line of figures for each.
+    """GRPO on batches of contexts, in place; a line of figures for each, None where none is known.
 
-    The reference is the policy as it comes. composite: a Composite, or a Quality (quality.py);
-    first: steps that went before, so that no two draw alike.
+    The reference is the policy as it comes. first: steps that went before, so that no two draw
+    alike.
     """
     settings, log = run.config.rl, []
     # A copy: the weights that are trained are the model's own.
@@ -101,23 +101,22 @@ def grpo(run: Run, suggester: Suggester, model, composite: Composite, weights: T
     for contexts in (bar := progress(drawn, f"rl {label}")):
         number = first + len(log) + 1
         turns = [context.turns for context in contexts]
-        cut = sum(suggester.prompt_and_cut(t)[1] > 0 for t in turns)
+        # Rollouts of a context are one tree row: its prompt is read once.
+        prompts, cut = map(list, zip(*map(suggester.prompt_and_cut, turns), strict=True))
         rollouts = suggester.rollouts(  # [B][G] token ids
             model, turns, settings.group, run.seed("rl", number), temperature=settings.temperature)
-        # Rollouts of a context are one tree row: its prompt is read once.
-        batch = Batch([suggester.prompt(t) for t in turns], rollouts)
         with torch.no_grad(), llm.other_adapter(model, reference):
-            batch.ref_logps, batch.mask = llm.token_logps(model, batch.prompts, rollouts)  # (R, T)
-        names, texts = composite.components, suggester.texts(rollouts)
-        parts = composite(contexts, texts, batch.ref_logps, batch.mask)
+            ref_logps, mask = llm.token_logps(model, prompts, rollouts)  # (R, T)
+        names, texts = reward.components, suggester.texts(rollouts)
+        parts = reward(contexts, texts, ref_logps, mask)
         rewards, valid = garm.composite_reward(parts, weights)  # (R, J) -> (R,), (R,)
-        shape = len(contexts), settings.group
-        batch.valid = valid.view(shape)
-        batch.advantages = garm.group_advantages(rewards.view(shape), batch.valid, settings.scale)
+        in_groups = valid.view(-1, settings.group)  # (B, G)
+        advantages = garm.group_advantages(rewards.view_as(in_groups), in_groups, settings.scale)
+        batch = Batch(prompts, rollouts, ref_logps, mask, in_groups, advantages)
         unsafe = torch.tensor([c.unsafe for c in contexts for _ in range(settings.group)])  # (R,)
         # A group without variance teaches nothing, and costs no step.
-        groups = batch.advantages.ne(0).any(1).nonzero()[:, 0].tolist()
-        figures = {"loss": 0.0, "kl": 0.0, "clipped": 0.0}
+        groups = advantages.ne(0).any(1).nonzero()[:, 0].tolist()
+        figures = {"loss": 0.0, "kl": None, "clipped": None}
         rate = schedule.get_last_lr()[0]  # that of the first update
         for _ in range(settings.updates if groups else 0):
             figures = backward(policy, batch, groups, settings, run.config.generator.micro_batch)
@@ -126,8 +125,8 @@ def grpo(run: Run, suggester: Suggester, model, composite: Composite, weights: T
         log.append({
             "step": number, "reward": mean(rewards[valid]), **figures, "learning_rate": rate,
             "skipped_groups": len(contexts) - len(groups), "invalid": int((~valid).sum()),
-            "prompts_cut": cut,
-            "tokens": mean(batch.mask.sum(1)), "weighted": by_name(names, parts[valid] * weights),
+            "prompts_cut": sum(turns > 0 for turns in cut),
+            "tokens": mean(mask.sum(1)), "weighted": by_name(names, parts[valid] * weights),
             "components": by_context(names, parts[valid], unsafe[valid])})
         run.folder.log("rl", arm=label, **log[-1])
         bar.set(reward=log[-1]["reward"])
@@ -140,10 +139,10 @@ class Batch:
 
     prompts: list[Ids]  # [B]
     rollouts: list[list[Ids]]  # [B][G]
-    ref_logps: Tensor | None = None  # (R, T), under the policy of SFT
-    mask: Tensor | None = None  # (R, T), bool
-    valid: Tensor | None = None  # (B, G), bool: every component is known
-    advantages: Tensor | None = None  # (B, G)
+    ref_logps: Tensor  # (R, T), under the reference
+    mask: Tensor  # (R, T), bool
+    valid: Tensor  # (B, G), bool: every component is known
+    advantages: Tensor  # (B, G)
     old_logps: Tensor | None = None  # (R, T), of the policy that has sampled them
 
 
@@ -154,8 +153,8 @@ def backward(policy, batch: Batch, groups: list[int], settings: RlConfig,
     of_group = {b: [b * size + i for i in range(size) if batch.valid[b, i]] for b in groups}
     # All rows that count, for the share of a part.
     every = batch.mask[[r for b in groups for r in of_group[b]]]
-    first = batch.old_logps is None  # the policy is still the one that has sampled
-    if first:
+    first_update = batch.old_logps is None  # the policy is still the one that has sampled
+    if first_update:
         batch.old_logps = torch.zeros_like(batch.ref_logps)
     figures = torch.zeros(3)
     for part, factor in micro_batches(groups, micro):
@@ -163,7 +162,7 @@ def backward(policy, batch: Batch, groups: list[int], settings: RlConfig,
         answers = [[batch.rollouts[b][r - b * size] for r in of_group[b]] for b in part]
         logps, mask = policy([batch.prompts[b] for b in part], answers)  # (rows, width <= T)
         width = logps.shape[1]
-        if first:
+        if first_update:
             batch.old_logps[rows, :width] = logps.detach()
         # A part is as wide as its longest answer.
         old, ref = (x[rows, :width] for x in (batch.old_logps, batch.ref_logps))
@@ -209,11 +208,11 @@ def cycle(contexts: list[Context], count: int, rng: random.Random) -> list[Conte
     return drawn
 
 
-def mean(values: Tensor) -> float:
-    return values.float().mean().item() if values.numel() else 0.0
+def mean(values: Tensor) -> float | None:
+    return values.float().mean().item() if values.numel() else None
 
 
-def by_name(names: Sequence[str], parts: Tensor) -> dict[str, float]:
+def by_name(names: Sequence[str], parts: Tensor) -> dict[str, float | None]:
     """Mean of each component over rollouts (R, J)."""
     return {name: mean(parts[:, j]) for j, name in enumerate(names)}
 
@@ -289,7 +288,7 @@ def train_dpo(run: Run, players: Players, suggester: Suggester, arm: str) -> dic
             if gap > 0 and answers[i].strip() and answers[j].strip()]
     if not rows:
         raise UserError("rl: DPO found no pair of answers with different rewards")
-    figures = align(run, suggester, model, rows, "garm", run.config.dpo)
+    figures = align(run, suggester, model, rows, arm, run.config.dpo)
     llm.save_adapter(model, run.adapter(arm))
     return {"pairs": len(rows), **figures}
 

@@ -64,7 +64,8 @@ def stage_sit(run: Run, players: Players, key: str) -> dict:
         sampled = writer.sample(
             model, [s.interests for s in states], settings.own_lists, run.seed("sit", "own"))
         rows += full_rows(writer, states, sampled, k)
-        model, figures = instruct(run, writer, rows, settings, "sit")
+        del model  # before the next base is loaded
+        model, figures = instruct(run, writer, rows, settings, "sit with own lists")
     llm.save_adapter(model, run.adapter("sit"))
     short = sum(len(starters) < k for lists in taught for starters in lists)
     counts = {"rows": len(rows), "teacher_rows": taught_rows, "corpus_rows": len(corpus)}
@@ -111,14 +112,14 @@ def interests_and_list(row: CorpusRow, k: int, encode: Encode) -> tuple[list[str
 
 
 def instruct(run: Run, writer: Writer, rows: Rows, settings: SitConfig | SftConfig, label: str,
-             start: Path | None = None) -> tuple[torch.nn.Module, dict[str, float]]:
+             adapter: Path | None = None) -> tuple[torch.nn.Module, dict[str, float]]:
     """An adapter, tuned on (prompt ids, [list ids, ...]) rows; and its losses.
 
-    start: a saved adapter that is tuned further; None: a new one.
+    adapter: a saved one that is tuned further; None: a new one.
     """
     g, rng = run.config.generator, random.Random(run.seed(label, "order"))
-    model = writer.policy(start, trainable=True)
-    if not start:
+    model = writer.policy(adapter, trainable=True)
+    if not adapter:
         model = llm.add_lora(model, g.lora_rank, g.lora_alpha, run.seed("lora"))
     size, losses = settings.batch_users, []  # users of a step, over all processes
     steps = settings.epochs * -(-len(rows) // size)  # the last batch may be smaller

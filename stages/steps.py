@@ -1,6 +1,6 @@
 """What the training loops share: optimiser, one step, the best weights, a process's share.
 
-The loops themselves stand in rid.py, ranker.py, sit.py and dpo.py, each whole on one screen.
+The loops themselves stand in rid.py, ranker.py, sit.py, dpo.py, reward.py and rl.py.
 """
 
 import ctypes
@@ -29,7 +29,7 @@ def load_weights(module: torch.nn.Module, path: Path) -> None:
 class Best:
     """The weights with the highest value so far, and for how many values they have been that.
 
-    Frozen weights do not change and are not copied; buffers (batch norm's averages) are.
+    Frozen weights do not change and are not copied; buffers (a count of averages) are.
     """
 
     def __init__(self, module: torch.nn.Module):
@@ -54,7 +54,7 @@ class Best:
 
 
 def new_optimiser(model, learning_rate: float, steps: int):
-    """AdamW on the LoRA weights; a tenth of the steps warming up, then linear to zero.
+    """AdamW on the weights that are trained; a tenth of the steps warming up, then linear to zero.
 
     Its eps lies above the rounding noise of gradients (1e-9), which at the usual 1e-8 moves weights
     that nothing else moves, in a direction that depends on the order of a sum.

@@ -46,10 +46,9 @@ def stage_warm_start(run: Run, players: Players, key: str) -> dict:
 def warm_start(run: Run, players: Players, domain: Rows, general: Rows, ratio: float,
                folder: str) -> dict:
     """SFT on all rows of the shop and `ratio` times as many general ones; saved to `folder`."""
-    # The same draw for every ratio, so that the shop's rows are the same.
-    generator = torch.Generator().manual_seed(run.seed("mixture"))
+    generator, both = torch.Generator().manual_seed(run.seed("mixture")), domain + general
     drawn = qualeqs.mixture(len(domain), len(general), ratio, generator).tolist()
-    rows = [(domain + general)[i] for i in drawn]  # each of the shop, some of the others
+    rows = [both[i] for i in drawn]  # each of the shop, some of the others
     model, losses = instruct(run, players.writer, rows, run.config.sft, folder)
     llm.save_adapter(model, run.adapter(folder))  # the reference, too, of the first RL
     return {"rows": len(domain), "general_rows": len(rows) - len(domain), **losses}

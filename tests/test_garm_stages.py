@@ -34,7 +34,7 @@ SMALL = """run.method=garm run.name=g run.seed=3 generator.max_prompt_tokens=90
     generator.max_new_tokens=24 generator.lora_rank=4 generator.precision=float32
     data.train=0.4 data.valid=0.25 data.judge=0.2 data.test=0.15 sft.candidates=6
     sft.max_contexts=8 sft.unsafe=0.2 reward.max_contexts=8 reward.batch_users=3
-    fuse.probes=1 fuse.probe_steps=2 fuse.max_contexts=3
+    fuse.probes=1 fuse.probe_steps=4 fuse.max_contexts=3
     rl.steps=2 rl.batch_users=2 rl.group=3 rl.candidates=9 rl.rft_contexts=4
     rl.unsafe=0.2 rl.learning_rate=1e-3 dpo.batch_users=2 eval.max_users=6""".split()
 
@@ -355,14 +355,12 @@ def test_adapters_swap_places_and_come_back(tmp_path):
 
 def batch_of(model, group: int = 3) -> rl.Batch:
     prompts, answers = [[1, 2, 3, 4], [5, 6]], [[[7, 8], [9], [10, 11, 12]], [[3], [4, 5], [6, 7]]]
-    batch = rl.Batch(prompts, answers)
     with torch.no_grad():
-        batch.ref_logps, batch.mask = llm.token_logps(model, prompts, answers)
-    batch.ref_logps = batch.ref_logps - 0.3  # the reference is another policy
-    batch.valid = torch.tensor([[True, True, True], [True, False, True]])
-    batch.advantages = garm.group_advantages(
-        torch.tensor([[1.0, 2.0, 4.0], [0.0, 9.0, 1.0]]), batch.valid)
-    return batch
+        logps, mask = llm.token_logps(model, prompts, answers)
+    valid = torch.tensor([[True, True, True], [True, False, True]])
+    advantages = garm.group_advantages(torch.tensor([[1.0, 2.0, 4.0], [0.0, 9.0, 1.0]]), valid)
+    # The reference is another policy.
+    return rl.Batch(prompts, answers, logps - 0.3, mask, valid, advantages)
 
 
 @pytest.mark.parametrize("reduction", ["sequence", "token", "constant"])
@@ -572,7 +570,7 @@ def test_weights_favour_good_answers_and_the_trace_is_kept(whole, model_folder):
     for kind in ("gaussian", "bradley_terry"):
         trace = read_json(run.folder / "fuse" / kind / "trace.json")
         assert trace["right_in_sample"] >= 0.5 and trace["initial"]["format"] > 0
-        assert len(trace["probes"]) == 1 and len(trace["probes"][0]["steps"]) == 2
+        assert len(trace["probes"]) == 1 and len(trace["probes"][0]["steps"]) == 4
         assert trace["weights"] == trace["probes"][0]["weights"]
     assert rl.fused_weights(run, "gaussian").tolist() == pytest.approx(
         list(read_json(run.folder / "fuse" / "gaussian" / "trace.json")["weights"].values()))

@@ -224,7 +224,7 @@ def test_the_mined_set_by_hand(whole, model_folder, tmp_path, monkeypatch):
     chosen = mine.mined(run, players, Quality(run, players), "key", "mine/hand", "rl/grpo",
                         contexts)
     # p (1 - p) of p good of nine: b 1/9, d 5/9, e 6/9; a and c are alike. 60 % of five are three.
-    assert chosen == ["d", "e", "b"]
+    assert names_of(chosen) == ["d", "e", "b"]
     rows = read_json(run.folder / "mine/hand/mined/contexts.json")
     assert {row["dialogue_id"]: round(row["disagreement"] * 81) for row in rows} == {
         "d": 20, "e": 18, "b": 8, "a": 0, "c": 0}
@@ -305,7 +305,8 @@ def test_training_goes_on_where_a_judge_fails_and_counts_it(
     assert rate < 0.1 or errors > 0
     for path in run.folder.path.rglob("steps.jsonl"):
         for line in map(json.loads, path.open()):
-            assert math.isfinite(line["reward"]) and math.isfinite(line["loss"])
+            assert line["reward"] is None or math.isfinite(line["reward"])  # None: no call answered
+            assert math.isfinite(line["loss"])
     adapters = weights_in(root)
     train.run_stages(config, ["mine"])  # what had failed is not asked again, and trains no more
     assert weights_in(root) == adapters
