@@ -371,8 +371,8 @@ class UtilityRanker(nn.Module):
     taste (tap_taste) against the starter, and both again in a whitened space of `rank` dimensions,
     where what a text is about weighs as much as how it is put; there also dimension by dimension, a
     bilinear form of low rank. A logit per slot absorbs the position bias of logs; without slots it
-    is left out. Unstated: f. E_u of RID is not in it (untried). Low-rank forms whose two sides are
-    learned too were not tried: some hundred users are few.
+    is left out. Departure: the paper's f is a text encoder; how the user enters it is unstated. E_u
+    of RID is not in it (untried), nor are low-rank forms whose two sides are learned.
     """
 
     # Of what is personal in the logits: 1/2 as in Eq. (7); 1 is utility less its mean over users,
