@@ -49,7 +49,7 @@ from stages.dialogues import stage_dialogues
 from stages.dpo import stage_dpo
 from stages.eval import stage_eval
 from stages.fuse import stage_fuse
-from stages.match import WORDS, stage_match
+from stages.match import RULES, stage_match
 from stages.merge import stage_merge
 from stages.ranker import stage_ranker
 from stages.reward import stage_reward
@@ -127,9 +127,9 @@ STAGES = {
     "world": Stage(stage_world, (), ("world", "data"), given_files, alone=True),
     "base": Stage(stage_base, (), ("generator",), tiny_weights, alone=True),
     "summarize": Stage(stage_summarize, ("world",), ("roles.summariser",), alone=True),
-    # What the rules take for a subject or a chore tells labels and interests.
+    # Every later stage is anew where what the rules read has changed.
     "match": Stage(stage_match, ("summarize",), ("encoder", "roles.matcher"),
-                   lambda config: {"roles/words.yaml": WORDS}, alone=True),
+                   lambda config: {f"roles/{path.name}": path for path in RULES}, alone=True),
     "rid": Stage(stage_rid, ("match",), ("rid",), alone=True),
     "ranker": Stage(stage_ranker, ("rid",), ("ranker", "generator"), alone=True),  # K slots
     "sit": Stage(stage_sit, ("rid", "base"), ("generator", "sit", "roles.teacher"),

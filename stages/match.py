@@ -13,7 +13,8 @@ from roles.players import Players
 from run import Run
 from stages import metrics
 
-WORDS = ROOT / "roles" / "words.yaml"  # by which the rules tell subjects and chores
+# By which the rules tell subjects and chores, write starters and let them pass.
+RULES = [ROOT / "roles" / f"{n}.yaml" for n in ("languages", "sensitive", "templates", "words")]
 
 
 def stage_match(run: Run, players: Players, key: str) -> dict:
