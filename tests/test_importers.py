@@ -383,6 +383,17 @@ def test_a_missing_time_falls_back_and_never_turns_a_history_around(tmp_path):
     assert times["none"] is None and ids.index("none") < ids.index("new")
 
 
+@pytest.mark.parametrize("kind, name, account, inner", [
+    ("claude", "uuid", "account", "uuid"), ("huggingchat", "_id", "userId", "$oid")])  # fmt: skip
+def test_of_several_accounts_each_is_a_user_and_one_alone_is_whose_export_it_is(
+        tmp_path, kind, name, account, inner):  # fmt: skip
+    for names, users in ((["A", "B", "A", None], {"A": 2, "B": 1, "bo x": 1}),
+                         (["A", None, "A"], {"bo x": 3})):  # fmt: skip
+        rows = [ROWS[kind](**{name: f"s{n}", account: {inner: who}}) for n, who in enumerate(names)]
+        made, _ = imported(kind, write(tmp_path / "export.json", rows), me=" bo  x")
+        assert {user.user_id: len(user.sessions) for user in made} == users
+
+
 @pytest.mark.parametrize("parent", ["parent_message_uuid", "other"])
 def test_what_was_edited_or_asked_anew_is_on_another_branch(tmp_path, parent):
     """Later exports of Claude have a tree, too; earlier ones a plain list, which is taken whole."""
@@ -673,11 +684,20 @@ def test_what_is_called_a_conversation_and_is_none_hides_no_conversations(tmp_pa
         for name, content in [
             ("conversation-settings.json", '{"theme": "dark"}'),
             ("chat-export-1.json", json.dumps([chatgpt()])), ("user.json", "{}"),
-            ("chat-export-2.json", json.dumps([chatgpt(conversation_id="c2")])),
+            ("conversations-2.json", json.dumps([chatgpt(conversation_id="c2")])),
+            ("2024.json", json.dumps([chatgpt(conversation_id="c3")])), ("._2024.json", b"\0\5"),
         ][::order]:  # fmt: skip
             archive.writestr(name, content)
     named, made = passed_over(capsys, "chatgpt", tmp_path / "export.zip")
-    assert named == [] and made.endswith("2 sessions (4 messages) written to OUT")
+    assert named == [] and made.endswith("3 sessions (6 messages) written to OUT")
+
+
+def test_pictures_and_many_files_of_a_zip_hide_no_conversations(tmp_path):
+    with zipfile.ZipFile(tmp_path / "export.zip", "w") as archive:
+        for n in range(1100):
+            archive.writestr(f"{n}.png", "")
+            archive.writestr(f"{n}.json", json.dumps([chatgpt(conversation_id=f"c{n}")]))
+    assert "1100 sessions" in imported("chatgpt", tmp_path / "export.zip")[1]
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])

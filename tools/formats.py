@@ -70,6 +70,15 @@ Id = Annotated[Name, BeforeValidator(_name)]
 Address = Annotated[Text | None, BeforeValidator(_name)]
 
 
+def _account(value):
+    """A name, or that in an object of Claude or MongoDB; what else stands there is nobody's."""
+    name = _name(_at(value, "uuid") or _at(value, "$oid") or value)
+    return name if name and isinstance(name, str) else None
+
+
+Account = Annotated[Id | None, BeforeValidator(_account)]
+
+
 def _or_error(value, validate):
     try:
         return validate(value)
@@ -98,6 +107,7 @@ class Talk:
     begun: datetime | None
     said: list[tuple[str, str | None]]  # (role as the file has it, text)
     updated: datetime | None = None  # which of two exports has the later state
+    account: str | None = None  # whose it is, where an export may be of several people
 
     def turns(self) -> list[dict]:
         said = [(ROLES.get(role.lower()), text) for role, text in self.said]
@@ -222,6 +232,7 @@ class Claude(Record):
         created_at: Time = None
 
     uuid: Id
+    account: Account = None
     created_at: Time = None
     updated_at: Time = None
     chat_messages: Messages[Message]  # of the branch shown
@@ -243,7 +254,7 @@ class Claude(Record):
         said = [(m.sender, m.text or _text(m.content)) for m in self.chat_messages]
         times = (m.created_at for m in self.chat_messages)
         begun, updated = _span(self.created_at, self.updated_at, times)
-        yield Talk(None, self.uuid, begun, said, updated)
+        yield Talk(None, self.uuid, begun, said, updated, self.account)
 
 
 class OpenWebUI(Record):
@@ -293,6 +304,7 @@ class HuggingChat(Record):
         created: Time = Field(None, alias="createdAt")
 
     id: Any = Field(None, alias="_id")  # a text, or {"$oid": text}
+    account: Account = Field(None, alias="userId")
     title: Any = None
     created: Time = Field(None, alias="createdAt")
     updated: Time = Field(None, alias="updatedAt")
@@ -309,7 +321,7 @@ class HuggingChat(Record):
         begun, updated = _span(self.created, self.updated, (m.created for m in shown))
         if not isinstance(name, str) or not name:  # some exports have none
             name = digest(str(begun), said[:1])
-        yield Talk(None, name, begun, said, updated)
+        yield Talk(None, name, begun, said, updated, self.account)
 
 
 class ShareGPT(Record):

@@ -30,7 +30,6 @@ from data import DataError, Faults, Record, User
 from files import progress
 from tools.formats import KINDS, MARKS, ROLES, Passed, Talk, part_number
 
-ENTRIES = 1000  # files of a zip archive that are looked at
 _GAP = re.compile("[\ufeff \t\r\n]*")  # between JSON values: joined files keep their marks
 WHOLE = 2**30  # bytes of JSON that are read at once: its values take several times as many
 
@@ -131,15 +130,12 @@ def _unzipped(path: str | Path, faults: Faults, marks: frozenset) -> Iterator[tu
     of_kind, others, broken = False, [], None
     try:
         with zipfile.ZipFile(path) as archive:
-            names = [f for f in archive.infolist()[:ENTRIES] if "__MACOSX" not in f.filename]
-            files = [f for f in names if f.filename.lower().endswith((".json", ".jsonl"))]
+            # A Mac adds files about files: __MACOSX/._name, or ._name beside the name.
+            files = [f for f in archive.infolist() if "/._" not in f"/{f.filename}"
+                     and f.filename.lower().endswith((".json", ".jsonl"))]  # fmt: skip
             if not files:
                 raise ValueError("an archive without a .json or .jsonl file")
-            # An export has files of other things beside its conversations, perhaps called so too:
-            # where none of these has the marks (`of_kind` is asked behind them), the rest follows.
-            called = [f for f in files if "conversation" in f.filename.lower()]
-            rest = [f for f in files if f not in called]
-            for entry in (f for group in (called, rest) if not of_kind for f in group):
+            for entry in files:  # some are of other things, whatever they are called
                 name = f"{path}: {data.label(entry.filename)}"
                 try:
                     with archive.open(entry) as file:
@@ -211,6 +207,7 @@ def import_users(kind: str, paths: list[str | Path], out: str | Path, me: str = 
     faults, left_out, passed = Faults(), Counter(), Passed()
     # user_id -> session_id -> (last update, messages, bytes of JSON: none without a user's words)
     texts: dict[str, dict[str, tuple]] = defaultdict(dict)
+    accounts: dict[str, str] = {}  # session_id -> whose
     for path in paths:
         for place, row in progress(_conversations(path, kind, faults), f"import {path}"):
             passed.place = place
@@ -231,6 +228,11 @@ def import_users(kind: str, paths: list[str | Path], out: str | Path, me: str = 
                 earlier = texts[user.user_id].get(session_id)
                 left_out["seen before"] += earlier is not None  # parts may overlap
                 texts[user.user_id][session_id] = max(state, earlier or state)
+                if talk.account:
+                    accounts[session_id] = talk.account
+    if len({*accounts.values()}) > 1:  # of one alone it is that person's export
+        for session_id, account in accounts.items():
+            texts[account][session_id] = texts[data.one_line(me)].pop(session_id)
     for user_id, sessions in [*texts.items()]:
         texts[user_id] = {name: state for name, state in sessions.items() if state[-1]}
         left_out["without a user's words"] += len(sessions) - len(texts[user_id])

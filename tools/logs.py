@@ -165,7 +165,7 @@ def main() -> None:
     # Parts of one data set belong into one call: a person may stand in several.
     importer.add_argument("file", nargs="+", help="one file or the parts of one data set")
     # An export of ChatGPT is of one person and names nobody.
-    importer.add_argument("--user", default="me", help="user_id for a chatgpt export")
+    importer.add_argument("--user", default="me", help="user_id of the one whose export it is")
     export = commands.add_parser("export", help="pairs of a run, or what a server has shown")
     export.add_argument("kind", choices=["trl", "dialogues"])
     export.add_argument("source", help="trl: folder of a finished run; dialogues: a server's store")
