@@ -246,6 +246,7 @@ class Faults(list):
     """Faults of rows, `place: field: reason` each."""
 
     rows = 0  # that have any
+    lines = 0  # of them that are no JSON object
 
     def add(self, place: str, error: ValueError, within: tuple = ()) -> None:
         """Note a row's ValidationError, or its ValueError with `field: reason`.
@@ -278,13 +279,29 @@ def _reason(fault: dict, keys: tuple) -> str:
     return f"{where or 'line'}: {reason}"
 
 
+# What files are that begin so, where their lines are no JSON objects.
+FORMS = {rb"\xff\xfe|\xfe\xff|\0[^\0]|[^\0]\0": "UTF-16", rb"(\xef\xbb\xbf)?\s*\[": "a JSON array",
+         rb"(\xef\xbb\xbf)?\s*{\s*\n": "a JSON object of several lines", rb"PK": "a zip archive",
+         rb"\x1f\x8b": "compressed by gzip", rb"PAR1": "parquet"}  # fmt: skip
+
+
 def json_objects(path: str | Path, faults: Faults) -> Iterator[tuple[str, dict]]:
-    """Yield (`file:line`, object) of each line, note faults; raises DataError for no such file."""
+    """Yield (`file:line`, object) of each line, note faults; raises DataError for no such file, or
+    one of another form."""
+    objects, earlier = 0, faults.lines  # of other files
     try:
         with open(path, "rb") as file:  # bytes: one line that is no UTF-8 is one fault
-            yield from json_lines(file, str(path), faults)
+            head = file.peek(100)
+            for row in json_lines(file, str(path), faults):
+                objects += 1
+                yield row
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from None
+    bad = faults.lines - earlier
+    other = "not JSON" if bad > 1 and not objects else None
+    form = next((FORMS[start] for start in FORMS if re.match(start, head)), other)
+    if form and bad > objects:  # rather than a fault for each of its lines
+        raise DataError(f"{path}: {form}; wants one JSON object a line, in UTF-8")
 
 
 def json_lines(file: BinaryIO, name: str, faults: Faults) -> Iterator[tuple[str, dict]]:
@@ -300,6 +317,7 @@ def json_lines(file: BinaryIO, name: str, faults: Faults) -> Iterator[tuple[str,
                 raise ValueError("not a JSON object")
         except (ValueError, RecursionError) as error:
             faults.add(f"{name}:{number}", ValueError(f"line: {json_fault(error)}"))
+            faults.lines += 1
         else:
             yield f"{name}:{number}", value
 

@@ -1,6 +1,6 @@
 """A log of one's own: what it holds, conversations from elsewhere, mined pairs for other trainers.
 
-    python -m tools.logs check users.jsonl               # or impressions, dialogues
+    python -m tools.logs check users.jsonl    # or impressions, dialogues, a catalogue
     python -m tools.logs import chatgpt conversations.json --out users.jsonl  # or another of KINDS
     python -m tools.logs import mimics mimics_duo.jsonl --out dialogues.jsonl
     python -m tools.logs export trl runs/default --out pairs.jsonl            # for TRL's DPOTrainer
@@ -9,6 +9,7 @@
 
 import argparse
 import contextlib
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from statistics import median
 
 import data
 from config import load_config
-from data import Dialogue, Impression, User
+from data import Dialogue, Impression, Product, User
 from files import UserError, read_json, script, write_lines
 from roles.languages import language
 from serving.store import Store
@@ -102,14 +103,23 @@ def describe_dialogues(dialogues: list[Dialogue]) -> dict[str, object]:
         "contexts without a timestamp": sum(d.timestamp is None for d in dialogues)}
 
 
+KINDS_OF_LOG = {  # record -> what a file of them is called, its reader, what it holds
+    User: ("users", data.read_users, describe_users),
+    Impression: ("impressions", data.read_impressions, describe_impressions),
+    Dialogue: ("dialogues", data.read_dialogues, describe_dialogues),
+    Product: ("a catalogue", data.read_catalogue, lambda rows: {"products": len(rows)})}
+
+
 def describe(path: str | Path) -> dict[str, object]:
-    """Describe a file as what its first row is of; the readers name what is no row."""
-    _, first = next(data.json_objects(path, data.Faults()), ("", {}))
-    if "starters" in first:
-        return describe_impressions(data.read_impressions(path))
-    if "turns" in first or "suggestions" in first:
-        return describe_dialogues(data.read_dialogues(path))
-    return describe_users(data.read_users(path))
+    """Describe a file as what has most of its first rows' keys; the readers name what is no row."""
+    first = itertools.islice(data.json_objects(path, data.Faults()), 20)  # one may have a typo
+    keys = {key for _, row in first for key in row}
+    record = max(KINDS_OF_LOG, key=lambda record: len(keys & record.model_fields.keys()))
+    kind, read, figures = KINDS_OF_LOG[record]
+    try:
+        return figures(read(path))
+    except data.DataError as error:
+        raise data.DataError(f"{error}; checked as {kind}") from None
 
 
 def export_trl(run: str | Path) -> Iterator[dict]:
