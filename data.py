@@ -304,7 +304,8 @@ def json_objects(path: str | Path, faults: Faults) -> Iterator[tuple[str, dict]]
         raise DataError(f"{path}: {form}; wants one JSON object a line, in UTF-8")
 
 
-def json_lines(file: BinaryIO, name: str, faults: Faults) -> Iterator[tuple[str, dict]]:
+def json_lines(file: BinaryIO, name: str, faults: Faults,
+               decoder: json.JSONDecoder = DECODER) -> Iterator[tuple[str, dict]]:  # fmt: skip
     """As json_objects, of a file that is open."""
     for number, line in enumerate(_lines(file), 1):
         if len(line) <= MOST_BYTES and not line.strip():  # as `cat` joins files
@@ -312,7 +313,7 @@ def json_lines(file: BinaryIO, name: str, faults: Faults) -> Iterator[tuple[str,
         try:
             if len(line) > MOST_BYTES:
                 raise ValueError(f"longer than {MOST_BYTES:,} bytes")
-            value = DECODER.decode(line.decode("utf-8-sig").rstrip("\r\n"))
+            value = decoder.decode(line.decode("utf-8-sig").rstrip("\r\n"))
             if not isinstance(value, dict):
                 raise ValueError("not a JSON object")
         except (ValueError, RecursionError) as error:

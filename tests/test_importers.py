@@ -199,13 +199,19 @@ def test_without_a_current_node_the_latest_leaf_counts(tmp_path, current):
     assert shown(tmp_path, untimed)[-1] == "second answer"  # the last in the file
 
 
-def test_cycles_and_lost_parents_end_a_branch(tmp_path):
+def test_a_cycle_ends_a_branch_and_a_lost_parent_does_not(tmp_path):
     cycle = chatgpt()
     cycle["mapping"]["d"]["parent"] = "e"
     assert shown(tmp_path, cycle) == [f"{SECRET} second try", "second answer"]
     lost = chatgpt()
-    lost["mapping"]["d"]["parent"] = "gone"
+    lost["mapping"]["e"]["parent"] = "gone"  # then it hangs on what stands before it
     assert shown(tmp_path, lost) == [f"{SECRET} second try", "second answer"]
+    lost["mapping"]["b"]["parent"] = "a lost one too"
+    assert shown(tmp_path, lost | {"current_node": "c"}) == [f"{SECRET} first try", "first answer"]
+    for talk in (flat := chatgpt())["mapping"].values():
+        talk["parent"] = None
+    assert [text[-10:] for text in shown(tmp_path, flat)] == [
+        " first try", "rst answer", "second try", "ond answer"]  # fmt: skip
     loop = {"a": node("b", "user", ["x"]), "b": node("a", "assistant", ["y"])}  # no leaf at all
     path = write(
         tmp_path / "loop.json",
@@ -463,6 +469,22 @@ def test_the_later_state_stays_where_its_user_says_nothing_any_more(tmp_path, tu
     gone["updated_at"] = "2026-04-01T10:00:00Z"  # before the other
     write(new, [gone])
     assert len(imported("claude", *[old, new][::turn])[0][0].sessions) == 2
+
+
+def test_conversations_without_a_name_or_a_time_are_told_apart_by_all_that_is_said(tmp_path):
+    rows = [huggingchat(_id=None, createdAt=None, updatedAt=None) for _ in range(3)]
+    rows[1]["messages"][3]["content"] = "No."
+    (user,), made = imported("huggingchat", write(tmp_path / "export.json", rows))
+    assert len(user.sessions) == 2 and "; 1 conversations seen before left out" in made
+
+
+def test_a_flaw_costs_no_more_of_an_array_than_its_row(tmp_path, capsys):
+    path = tmp_path / "conversations.json"
+    rows = [chatgpt(weight=float("nan")), chatgpt(conversation_id="c2", title="\udcff 👀")]
+    text = json.dumps([*rows, chatgpt(conversation_id="c3", title="👀")], ensure_ascii=False)
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    named, made = passed_over(capsys, "chatgpt", path)
+    assert named == ["FILE: conversation 2: row"] and "2 sessions" in made
 
 
 def test_tools_unknown_roles_and_numbers_as_ids_refuse_no_file(tmp_path):
@@ -757,8 +779,10 @@ def test_a_file_of_another_kind_is_named(tmp_path, kind, other):
         (b"[[], 1]", "no such conversation"),
         (b"[" * 100_000, "nested too deeply"),
         (b'[{"a": 1', "not JSON"),
-        (b"[\xff]", "not UTF-8"),
-        (b'[{"a": NaN}]', "not JSON"),
+        (b"[\xff]", "not JSON"),
+        (b'[{"a": "\xff"}]', "no such conversation"),
+        (b'[{"a": NaN}]', "no such conversation"),
+        (b'[{"messages": [{"role": "user", "content": "x"}]}]', "no such conversation"),
         (b'{\n "a": [\n 1]}', "no such conversation"),
         (b'{"conversations": []}', "no such conversation"),
         (b"PK\x03\x04 a zip", "a zip archive that cannot be read"),

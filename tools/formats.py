@@ -138,11 +138,11 @@ def _text(content) -> str | None:
     return content if isinstance(content, str) else None
 
 
-def _branch(parents: dict[str, str | None], leaf: Any) -> list[str]:
+def _branch(parents: dict[str, str], leaf: Any) -> list[str]:
     """Root to leaf of a tree; edits and regenerations hang on other branches."""
     branch: dict[str, None] = {}
     while isinstance(leaf, str) and leaf in parents and leaf not in branch:
-        branch[leaf] = None  # a lost parent or a cycle ends it
+        branch[leaf] = None  # a cycle ends it
         leaf = parents[leaf]
     return list(branch)[::-1]
 
@@ -151,10 +151,16 @@ def _shown(tree: dict, parent: str, leaf: Any, message: Callable, time: str) -> 
     """Messages of the branch to a leaf, or for want of it to the latest one; before them what is
     no node. parent, time: keys of a node and of a message; message(node): None of the root."""
     nodes = {key: node for key, node in tree.items() if isinstance(node, dict)}
-    parents = {key: _name(node.get(parent)) for key, node in nodes.items()}
+    parents = {key: str(node.get(parent) or None) for key, node in nodes.items()}
+    # Claude names a root that is no message. Where no parent is one, there is no tree but a list.
+    roots = {"None", *[*parents.values()][:1]}
+    tied = not nodes.keys().isdisjoint(parents.values())
+    for before, key in itertools.pairwise(parents):
+        if parents[key] not in tree and not (tied and parents[key] in roots):
+            parents[key] = before  # for want of the lost one
     said = {key: message(node) for key, node in nodes.items()}
     times = {key: _moment(m.get(time), None) for key, m in said.items() if isinstance(m, dict)}
-    inner = {key for key in parents.values() if isinstance(key, str)}
+    inner = {*parents.values()}
     leaves = [key for key in parents if key not in inner]
     # Of equally late ones the last in the file: max keeps the first that it meets.
     latest = max(reversed(leaves), key=lambda key: times.get(key) or datetime.min, default=None)
@@ -320,7 +326,7 @@ class HuggingChat(Record):
         said = [(m.speaker, _text(m.content)) for m in shown]
         begun, updated = _span(self.created, self.updated, (m.created for m in shown))
         if not isinstance(name, str) or not name:  # some exports have none
-            name = digest(str(begun), said[:1])
+            name = digest(str(begun), said[:1] if begun else said)  # many begin alike
         yield Talk(None, name, begun, said, updated, self.account)
 
 
@@ -431,8 +437,16 @@ KINDS = {  # kind -> record of a conversation, what the file usually is
     "lmsys": (LMSYS, "parquet or JSONL"),
     "locomo": (Locomo, "a JSON array"),
 }
-# Keys that each conversation of a kind has; no other kind has them all.
+# Keys that each conversation of a kind has; no other kind has them all (`marks_of` a row).
 MARKS = {
     kind: {name for name, field in record.model_fields.items() if field.is_required()}
     for kind, (record, _) in KINDS.items()
 }
+MARKS["huggingchat"].add("messages.from")  # messages alone are in rows of many other kinds
+
+
+def marks_of(row: dict) -> set[str]:
+    """The keys of a row and, behind a dot, those of the objects in its lists."""
+    inner = {f"{key}.{name}" for key, value in row.items() if isinstance(value, list)
+             for item in value if isinstance(item, dict) for name in item}  # fmt: skip
+    return inner | row.keys()

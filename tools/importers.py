@@ -28,9 +28,11 @@ from pydantic import Field, model_validator
 import data
 from data import DataError, Faults, Record, User
 from files import progress
-from tools.formats import KINDS, MARKS, ROLES, Passed, Talk, part_number
+from tools.formats import KINDS, MARKS, ROLES, Passed, Talk, marks_of, part_number
 
 _GAP = re.compile("[\ufeff \t\r\n]*")  # between JSON values: joined files keep their marks
+_NO_UTF8 = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of such bytes
+_LENIENT = json.JSONDecoder(parse_constant=lambda name: None)  # NaN, where a null would do
 WHOLE = 2**30  # bytes of JSON that are read at once: its values take several times as many
 
 
@@ -83,16 +85,19 @@ def _json(file: BinaryIO, size: int, name: str, faults: Faults) -> Iterator[tupl
         if size > WHOLE:
             raise ValueError(f"{size:,} bytes; only {WHOLE:,} are read at once: write JSONL, UTF-8")
         try:
-            text = file.read().decode(encoding)
+            text = file.read().decode(encoding, "strict" if wide else "surrogateescape")
         except UnicodeError:
-            either = "neither UTF-8 nor" if wide else "not"
-            raise ValueError(f"{either} {encoding.upper()}") from None
-        if _is_whole(text[: 2**16].encode()):
-            yield from _objects(name, _values(text, name, faults), faults)
+            raise ValueError(f"neither UTF-8 nor {encoding.upper()}") from None
+        if _is_whole(text[: 2**16].encode(errors="surrogateescape")):
+            rows = _values(text, name, faults)
+            if not wide and _NO_UTF8.search(text):  # a fault of its row, as in JSONL of its line
+                rows = (ValueError("row: not UTF-8") if _NO_UTF8.search(json.dumps(
+                    row, ensure_ascii=False)) else row for row in rows)  # fmt: skip
+            yield from _objects(name, rows, faults)
             return
         # In UTF-8 a line ends at one byte, which UTF-16 has within others.
-        file = io.BytesIO(text.encode())
-    yield from data.json_lines(file, name, faults)
+        file = io.BytesIO(text.encode(errors="surrogateescape"))
+    yield from data.json_lines(file, name, faults, _LENIENT)
 
 
 def _values(text: str, name: str, faults: Faults) -> Iterator:
@@ -102,7 +107,7 @@ def _values(text: str, name: str, faults: Faults) -> Iterator:
     broken = 0
     while start < len(text):
         try:
-            value, end = data.DECODER.raw_decode(text, start)
+            value, end = _LENIENT.raw_decode(text, start)
         except (ValueError, RecursionError) as error:
             broken += 1
             if start == first or broken > 100:  # each costs a pass over the file, to tell its line
@@ -141,7 +146,7 @@ def _unzipped(path: str | Path, faults: Faults, marks: frozenset) -> Iterator[tu
                     with archive.open(entry) as file:
                         rows = _json(io.BufferedReader(file), entry.file_size, name, faults)
                         first = [*itertools.islice(rows, 100)]  # in a file all are of one kind
-                        if any(marks <= row.keys() for _, row in first):
+                        if any(marks <= marks_of(row) for _, row in first):
                             of_kind = True
                             yield from itertools.chain(first, rows)
                         others = others or first
@@ -163,7 +168,8 @@ def _objects(place: str, rows, faults: Faults) -> Iterator[tuple[str, dict]]:
         if isinstance(row, dict):
             yield where, row
         else:
-            faults.add(where, ValueError("row: not a JSON object"))
+            fault = row if isinstance(row, ValueError) else ValueError("row: not a JSON object")
+            faults.add(where, fault)
 
 
 def _conversations(path: str | Path, kind: str, faults: Faults) -> Iterator[tuple[str, dict]]:
@@ -172,8 +178,8 @@ def _conversations(path: str | Path, kind: str, faults: Faults) -> Iterator[tupl
     right_kind, first_keys, told = False, set(), len(faults)
     try:
         for place, row in _rows(path, faults, MARKS[kind]):
-            first_keys = first_keys or row.keys()
-            right_kind = right_kind or MARKS[kind] <= row.keys()
+            first_keys = first_keys or marks_of(row)
+            right_kind = right_kind or MARKS[kind] <= marks_of(row)
             yield place, row
     except ValueError as error:  # of an array that is no JSON
         raise DataError(f"{path}: {error}; {kind} is {expected}") from None
