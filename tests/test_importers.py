@@ -266,27 +266,27 @@ def test_sessions_stand_in_time_order_where_all_have_a_time_and_only_once(tmp_pa
 
 @pytest.mark.parametrize("ending", ["json", "jsonl"])
 def test_parts_of_a_sharegpt_id_are_the_sessions_of_one_user(tmp_path, ending):
-    rows = [sharegpt(f"abc_{n}", f"text {n}") for n in (10, 2, 0)]
-    rows += [sharegpt("d_e_1"), sharegpt("f"), {"id": "abc_11", "conversations": []}]
+    rows = [sharegpt(f"abc_{n}", f"text {n}") for n in (10, 4, 0)]  # of three messages each
+    rows += [sharegpt("d_e_1"), sharegpt("f"), {"id": "abc_21", "conversations": []}]
+    rows += [sharegpt("identity_0"), sharegpt("identity_1")]  # too close to be parts of one
     users, made = imported("sharegpt", write(tmp_path / f"rows.{ending}", rows))
     assert {u.user_id: [s.session_id for s in u.sessions] for u in users} == {
-        "abc": ["abc_0", "abc_2", "abc_10"],
-        "d_e": ["d_e_1"],
+        "abc": ["abc_0", "abc_4", "abc_10"],
         "f": ["f"],
-    }
+    } | {name: [name] for name in ("d_e_1", "identity_0", "identity_1")}
     assert said(users[0].sessions[1]) == [
         ("system", "Be kind."),
-        ("user", "text 2"),
+        ("user", "text 4"),
         ("assistant", "answer"),
     ]
     assert made.endswith("; 1 conversations without a user's words left out")
 
 
 def test_several_files_are_one_data_set(tmp_path):
-    first = write(tmp_path / "part1.json", [sharegpt("abc_1"), sharegpt("abc_2")])
-    second = write(tmp_path / "part2.jsonl", [sharegpt("abc_0"), sharegpt("abc_2")])
+    first = write(tmp_path / "part1.json", [sharegpt("abc_4"), sharegpt("abc_8")])
+    second = write(tmp_path / "part2.jsonl", [sharegpt("abc_0"), sharegpt("abc_8")])
     (user,), made = imported("sharegpt", first, second)
-    assert [s.session_id for s in user.sessions] == ["abc_0", "abc_1", "abc_2"]
+    assert [s.session_id for s in user.sessions] == ["abc_0", "abc_4", "abc_8"]
     assert "; 1 conversations seen before left out" in made
 
 
@@ -739,7 +739,7 @@ def test_a_flipped_byte_of_a_zip_is_read_over_or_told_in_one_line(tmp_path, meth
 def test_utf16_lines_are_read_and_what_cannot_be_is_told(tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     for encoding in ("utf-16", "utf-16-be"):
-        rows = [sharegpt(f"abc_{n}", "\u2028 x") for n in range(3)]
+        rows = [sharegpt(f"abc_{4 * n}", "\u2028 x") for n in range(3)]
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
         path.write_bytes("\n".join(lines).encode(encoding))
         assert len(imported("sharegpt", path)[0][0].sessions) == 3

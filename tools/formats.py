@@ -68,15 +68,8 @@ def _name(value):
 
 Id = Annotated[Name, BeforeValidator(_name)]
 Address = Annotated[Text | None, BeforeValidator(_name)]
-
-
-def _account(value):
-    """A name, or that in an object of Claude or MongoDB; what else stands there is nobody's."""
-    name = _name(_at(value, "uuid") or _at(value, "$oid") or value)
-    return name if name and isinstance(name, str) else None
-
-
-Account = Annotated[Id | None, BeforeValidator(_account)]
+Account = Annotated[Id | None, BeforeValidator(  # other objects are nobody's
+    lambda v: _at(v, "uuid") or _at(v, "$oid") or (None if isinstance(v, dict) else v or None))]
 
 
 def _or_error(value, validate):
@@ -138,18 +131,10 @@ def _text(content) -> str | None:
     return content if isinstance(content, str) else None
 
 
-def _branch(parents: dict[str, str], leaf: Any) -> list[str]:
-    """Root to leaf of a tree; edits and regenerations hang on other branches."""
-    branch: dict[str, None] = {}
-    while isinstance(leaf, str) and leaf in parents and leaf not in branch:
-        branch[leaf] = None  # a cycle ends it
-        leaf = parents[leaf]
-    return list(branch)[::-1]
-
-
 def _shown(tree: dict, parent: str, leaf: Any, message: Callable, time: str) -> list:
-    """Messages of the branch to a leaf, or for want of it to the latest one; before them what is
-    no node. parent, time: keys of a node and of a message; message(node): None of the root."""
+    """Messages of the branch to a leaf, or for want of it to the latest one; edits hang on others.
+    Before them what is no node. parent, time: keys of a node and of a message; message(node): None
+    of the root."""
     nodes = {key: node for key, node in tree.items() if isinstance(node, dict)}
     parents = {key: str(node.get(parent) or None) for key, node in nodes.items()}
     # Claude names a root that is no message. Where no parent is one, there is no tree but a list.
@@ -164,10 +149,13 @@ def _shown(tree: dict, parent: str, leaf: Any, message: Callable, time: str) -> 
     leaves = [key for key in parents if key not in inner]
     # Of equally late ones the last in the file: max keeps the first that it meets.
     latest = max(reversed(leaves), key=lambda key: times.get(key) or datetime.min, default=None)
-    branch = _branch(parents, _name(leaf)) or _branch(parents, latest)
+    key, branch = str(leaf) if str(leaf) in parents else latest, {}
+    while key in parents and key not in branch:  # a cycle ends it
+        branch[key] = said[key]
+        key = parents[key]
     # Wherever they hung: to be named, not to be read.
     odd = [node for node in tree.values() if not isinstance(node, dict)]
-    return odd + [said[key] for key in branch if said[key] is not None]
+    return odd + [message for message in reversed(branch.values()) if message is not None]
 
 
 class ChatGPTMessage(Record):
@@ -331,7 +319,7 @@ class HuggingChat(Record):
 
 
 class ShareGPT(Record):
-    """A ShareGPT conversation; it names no person, so the parts of one id count as one user's."""
+    """A ShareGPT conversation; it names no person, so the parts of one are one user's."""
 
     class Message(Record):
         speaker: str = Field(alias="from")  # a word of Python
@@ -442,11 +430,10 @@ MARKS = {
     kind: {name for name, field in record.model_fields.items() if field.is_required()}
     for kind, (record, _) in KINDS.items()
 }
-MARKS["huggingchat"].add("messages.from")  # messages alone are in rows of many other kinds
+MARKS["huggingchat"].add("messages.from")  # of messages alone are rows of many kinds
 
 
 def marks_of(row: dict) -> set[str]:
     """The keys of a row and, behind a dot, those of the objects in its lists."""
-    inner = {f"{key}.{name}" for key, value in row.items() if isinstance(value, list)
-             for item in value if isinstance(item, dict) for name in item}  # fmt: skip
-    return inner | row.keys()
+    items = [(key, item) for key, value in row.items() if isinstance(value, list) for item in value]
+    return row.keys() | {f"{key}.{k}" for key, item in items if type(item) is dict for k in item}

@@ -234,11 +234,16 @@ def import_users(kind: str, paths: list[str | Path], out: str | Path, me: str = 
                 earlier = texts[user.user_id].get(session_id)
                 left_out["seen before"] += earlier is not None  # parts may overlap
                 texts[user.user_id][session_id] = max(state, earlier or state)
-                if talk.account:
-                    accounts[session_id] = talk.account
+                accounts |= {session_id: talk.account} if talk.account else {}
     if len({*accounts.values()}) > 1:  # of one alone it is that person's export
         for session_id, account in accounts.items():
             texts[account][session_id] = texts[data.one_line(me)].pop(session_id)
+    for user_id, sessions in [*texts.items()] if kind == "sharegpt" else ():
+        parts = sorted((part_number(name)[1], n) for name, (_, n, _) in sessions.items())
+        # FastChat numbers a part by the messages before it; identity_0 and identity_1 are people.
+        if parts[0][0] or any(i + n > after for (i, n), (after, _) in itertools.pairwise(parts)):
+            for name in texts.pop(user_id):
+                texts[name][name] = sessions[name]
     for user_id, sessions in [*texts.items()]:
         texts[user_id] = {name: state for name, state in sessions.items() if state[-1]}
         left_out["without a user's words"] += len(sessions) - len(texts[user_id])
