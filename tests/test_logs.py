@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from test_data import ROOT, impression_row, user_row, write_rows
 
 import data
+from files import UserError
 from tools import logs
 
 
@@ -72,7 +74,7 @@ USER = json.dumps(user_row(1))
     (json.dumps([user_row(1)], indent=1), "a JSON array"), (f"[\n{USER}\n]", "a JSON array"),
     (json.dumps(user_row(1), indent=1), "a JSON object of several lines"),
     (f"{USER}\n{USER}".encode("utf-16"), "UTF-16"), (USER.encode("utf-16-le"), "UTF-16"),
-    (gzip.compress(USER.encode()), "compressed by gzip"), ("- user_id: u1\n  x: 1\n", "not JSON"),
+    (gzip.compress(USER.encode()), "gzip"), ("- user_id: u1\n  x: 1\n", "not JSON"),
 ])  # fmt: skip
 def test_a_file_of_another_form_is_refused_in_one_line(tmp_path, content, form):
     path = tmp_path / "users.jsonl"
@@ -86,10 +88,19 @@ def test_a_typo_of_the_first_row_changes_no_kind(tmp_path):
     product = {"product_id": "p", "name": "n", "categories": "c"}
     for row, key, kind in ((impression_row(1), "starters", "impressions"),
                            (user_row(1), "sessions", "users"),
-                           (product, "name", "a catalogue")):  # fmt: skip
+                           (product, "name", "products")):  # fmt: skip
         typo = {name.replace(key, "typo"): value for name, value in row.items()}
         with pytest.raises(data.DataError) as caught:
             logs.describe(write_rows(tmp_path / "rows.jsonl", [typo, row]))
         reason = f"{tmp_path}/rows.jsonl:1: {key}: Field required; checked as {kind}"
         assert str(caught.value) == reason
     assert logs.describe(write_rows(tmp_path / "rows.jsonl", [product]))["products"] == 1
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_what_is_no_file_is_not_replaced(tmp_path, monkeypatch, make):
+    make(tmp_path / "out")
+    words = ["logs", "import", "claude", "none.json", "--out", f"{tmp_path}/out"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(UserError, match="^--out .*: is no file; name a new one"):
+        logs.main()

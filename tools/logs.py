@@ -103,23 +103,17 @@ def describe_dialogues(dialogues: list[Dialogue]) -> dict[str, object]:
         "contexts without a timestamp": sum(d.timestamp is None for d in dialogues)}
 
 
-KINDS_OF_LOG = {  # record -> what a file of them is called, its reader, what it holds
-    User: ("users", data.read_users, describe_users),
-    Impression: ("impressions", data.read_impressions, describe_impressions),
-    Dialogue: ("dialogues", data.read_dialogues, describe_dialogues),
-    Product: ("a catalogue", data.read_catalogue, lambda rows: {"products": len(rows)})}
-
-
 def describe(path: str | Path) -> dict[str, object]:
     """Describe a file as what has most of its first rows' keys; the readers name what is no row."""
     first = itertools.islice(data.json_objects(path, data.Faults()), 20)  # one may have a typo
     keys = {key for _, row in first for key in row}
-    record = max(KINDS_OF_LOG, key=lambda record: len(keys & record.model_fields.keys()))
-    kind, read, figures = KINDS_OF_LOG[record]
+    kinds = {User: describe_users, Impression: describe_impressions, Dialogue: describe_dialogues,
+             Product: lambda rows: {"products": len(rows)}}  # fmt: skip
+    record = max(kinds, key=lambda record: len(keys & record.model_fields.keys()))
     try:
-        return figures(read(path))
+        return kinds[record](data.read_rows(path, record))
     except data.DataError as error:
-        raise data.DataError(f"{error}; checked as {kind}") from None
+        raise data.DataError(f"{error}; checked as {record.__name__.lower()}s") from None
 
 
 def export_trl(run: str | Path) -> Iterator[dict]:
@@ -182,6 +176,8 @@ def main() -> None:
     for writer in (importer, export):
         writer.add_argument("--out", required=True)
     given = parser.parse_args()
+    if Path(out := getattr(given, "out", "none")).exists() and not Path(out).is_file():
+        raise UserError(f"--out {out}: is no file; name a new one or one to replace")
     if given.command == "check":
         for label, figure in describe(given.file).items():
             print(f"{label + ':':30} {figure}")
