@@ -231,6 +231,9 @@ def _refuse_constant(name: str):
 
 
 DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+# What a file is that begins so, where its lines are no JSON objects.
+FORMS = {rb"\xff\xfe|\xfe\xff|.?\0[^\0]": "UTF-16", rb"\[": "a JSON array", rb"\x1f\x8b": "gzip",
+         rb"{\s*\n": "a JSON object of several lines", rb"PK": "a zip archive", rb"PAR1": "parquet"}
 
 
 def json_fault(error: ValueError | RecursionError) -> str:
@@ -246,6 +249,7 @@ class Faults(list):
     """Faults of rows, `place: field: reason` each."""
 
     rows = 0  # that have any
+    lines = 0  # of them that are no JSON object
 
     def add(self, place: str, error: ValueError, within: tuple = ()) -> None:
         """Note a row's ValidationError, or its ValueError with `field: reason`.
@@ -279,15 +283,25 @@ def _reason(fault: dict, keys: tuple) -> str:
 
 
 def json_objects(path: str | Path, faults: Faults) -> Iterator[tuple[str, dict]]:
-    """Yield (`file:line`, object) of each line, note faults; raises DataError for no such file."""
+    """Yield (`file:line`, object) of each line, note faults; DataError for no such file or form."""
+    objects, earlier = 0, faults.lines  # of other files
     try:
         with open(path, "rb") as file:  # bytes: one line that is no UTF-8 is one fault
-            yield from json_lines(file, str(path), faults)
+            head = file.peek(100).lstrip(b"\xef\xbb\xbf \t\r\n")
+            for row in json_lines(file, str(path), faults):
+                objects += 1
+                yield row
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from None
+    bad = faults.lines - earlier
+    other = "not JSON" if bad > 1 and not objects else None
+    form = next((FORMS[start] for start in FORMS if re.match(start, head)), other)
+    if form and bad > objects:  # rather than a fault for each of its lines
+        raise DataError(f"{path}: {form}; wants one JSON object a line, in UTF-8")
 
 
-def json_lines(file: BinaryIO, name: str, faults: Faults) -> Iterator[tuple[str, dict]]:
+def json_lines(file: BinaryIO, name: str, faults: Faults,
+               decoder: json.JSONDecoder = DECODER) -> Iterator[tuple[str, dict]]:  # fmt: skip
     """As json_objects, of a file that is open."""
     for number, line in enumerate(_lines(file), 1):
         if len(line) <= MOST_BYTES and not line.strip():  # as `cat` joins files
@@ -295,11 +309,12 @@ def json_lines(file: BinaryIO, name: str, faults: Faults) -> Iterator[tuple[str,
         try:
             if len(line) > MOST_BYTES:
                 raise ValueError(f"longer than {MOST_BYTES:,} bytes")
-            value = DECODER.decode(line.decode("utf-8-sig").rstrip("\r\n"))
+            value = decoder.decode(line.decode("utf-8-sig").rstrip("\r\n"))
             if not isinstance(value, dict):
                 raise ValueError("not a JSON object")
         except (ValueError, RecursionError) as error:
             faults.add(f"{name}:{number}", ValueError(f"line: {json_fault(error)}"))
+            faults.lines += 1
         else:
             yield f"{name}:{number}", value
 
@@ -413,9 +428,11 @@ def read_policies(path: str | Path) -> list[Policy]:
 def _pairs(node, path: str | Path, name: str, faults: Faults) -> list:
     """(key, value) nodes of a mapping whose keys are words, each once; else a fault."""
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
-    keys = [key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode)]
-    if not pairs or len(set(keys)) < len(pairs):
-        line = node.start_mark.line + 1 if node else 1
+    first = {}  # name -> its key
+    wrong = [key for key, _ in pairs if not isinstance(key, yaml.ScalarNode)
+             or first.setdefault(key.value, key) is not key]  # fmt: skip
+    if wrong or not pairs:
+        line = (wrong or [node])[0].start_mark.line + 1 if node else 1
         faults.append(f"{path}:{line}: {label(name)}: wants a mapping of names, each once")
         return []
     return pairs
@@ -423,11 +440,12 @@ def _pairs(node, path: str | Path, name: str, faults: Faults) -> list:
 
 def _fields(entry) -> dict:
     """A policy's fields from its YAML node, every scalar as the text that stands there."""
-    if isinstance(entry, yaml.ScalarNode):
+    null = "tag:yaml.org,2002:null"
+    if isinstance(entry, yaml.ScalarNode) and entry.tag != null:
         return {"text": entry.value}
     if not isinstance(entry, yaml.MappingNode):
         return {}  # a list, say: the field `text` is missing
-    return {key.value: value.value if isinstance(value, yaml.ScalarNode)
+    return {key.value: value.value if isinstance(value, yaml.ScalarNode) and value.tag != null
             else [item.value for item in value.value] if isinstance(value, yaml.SequenceNode)
             else None  # for the field to refuse
             for key, value in entry.value if isinstance(key, yaml.ScalarNode)}

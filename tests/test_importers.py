@@ -199,13 +199,19 @@ def test_without_a_current_node_the_latest_leaf_counts(tmp_path, current):
     assert shown(tmp_path, untimed)[-1] == "second answer"  # the last in the file
 
 
-def test_cycles_and_lost_parents_end_a_branch(tmp_path):
+def test_a_cycle_ends_a_branch_and_a_lost_parent_does_not(tmp_path):
     cycle = chatgpt()
     cycle["mapping"]["d"]["parent"] = "e"
     assert shown(tmp_path, cycle) == [f"{SECRET} second try", "second answer"]
     lost = chatgpt()
-    lost["mapping"]["d"]["parent"] = "gone"
+    lost["mapping"]["e"]["parent"] = "gone"  # then it hangs on what stands before it
     assert shown(tmp_path, lost) == [f"{SECRET} second try", "second answer"]
+    lost["mapping"]["b"]["parent"] = "a lost one too"
+    assert shown(tmp_path, lost | {"current_node": "c"}) == [f"{SECRET} first try", "first answer"]
+    for talk in (flat := chatgpt())["mapping"].values():
+        talk["parent"] = None
+    assert [text[-10:] for text in shown(tmp_path, flat)] == [
+        " first try", "rst answer", "second try", "ond answer"]  # fmt: skip
     loop = {"a": node("b", "user", ["x"]), "b": node("a", "assistant", ["y"])}  # no leaf at all
     path = write(
         tmp_path / "loop.json",
@@ -260,27 +266,27 @@ def test_sessions_stand_in_time_order_where_all_have_a_time_and_only_once(tmp_pa
 
 @pytest.mark.parametrize("ending", ["json", "jsonl"])
 def test_parts_of_a_sharegpt_id_are_the_sessions_of_one_user(tmp_path, ending):
-    rows = [sharegpt(f"abc_{n}", f"text {n}") for n in (10, 2, 0)]
-    rows += [sharegpt("d_e_1"), sharegpt("f"), {"id": "abc_11", "conversations": []}]
+    rows = [sharegpt(f"abc_{n}", f"text {n}") for n in (10, 4, 0)]  # of three messages each
+    rows += [sharegpt("d_e_1"), sharegpt("f"), {"id": "abc_21", "conversations": []}]
+    rows += [sharegpt("identity_0"), sharegpt("identity_1")]  # too close to be parts of one
     users, made = imported("sharegpt", write(tmp_path / f"rows.{ending}", rows))
     assert {u.user_id: [s.session_id for s in u.sessions] for u in users} == {
-        "abc": ["abc_0", "abc_2", "abc_10"],
-        "d_e": ["d_e_1"],
+        "abc": ["abc_0", "abc_4", "abc_10"],
         "f": ["f"],
-    }
+    } | {name: [name] for name in ("d_e_1", "identity_0", "identity_1")}
     assert said(users[0].sessions[1]) == [
         ("system", "Be kind."),
-        ("user", "text 2"),
+        ("user", "text 4"),
         ("assistant", "answer"),
     ]
     assert made.endswith("; 1 conversations without a user's words left out")
 
 
 def test_several_files_are_one_data_set(tmp_path):
-    first = write(tmp_path / "part1.json", [sharegpt("abc_1"), sharegpt("abc_2")])
-    second = write(tmp_path / "part2.jsonl", [sharegpt("abc_0"), sharegpt("abc_2")])
+    first = write(tmp_path / "part1.json", [sharegpt("abc_4"), sharegpt("abc_8")])
+    second = write(tmp_path / "part2.jsonl", [sharegpt("abc_0"), sharegpt("abc_8")])
     (user,), made = imported("sharegpt", first, second)
-    assert [s.session_id for s in user.sessions] == ["abc_0", "abc_1", "abc_2"]
+    assert [s.session_id for s in user.sessions] == ["abc_0", "abc_4", "abc_8"]
     assert "; 1 conversations seen before left out" in made
 
 
@@ -383,6 +389,17 @@ def test_a_missing_time_falls_back_and_never_turns_a_history_around(tmp_path):
     assert times["none"] is None and ids.index("none") < ids.index("new")
 
 
+@pytest.mark.parametrize("kind, name, account, inner", [
+    ("claude", "uuid", "account", "uuid"), ("huggingchat", "_id", "userId", "$oid")])  # fmt: skip
+def test_of_several_accounts_each_is_a_user_and_one_alone_is_whose_export_it_is(
+        tmp_path, kind, name, account, inner):  # fmt: skip
+    for names, users in ((["A", "B", "A", None], {"A": 2, "B": 1, "bo x": 1}),
+                         (["A", None, "A"], {"bo x": 3})):  # fmt: skip
+        rows = [ROWS[kind](**{name: f"s{n}", account: {inner: who}}) for n, who in enumerate(names)]
+        made, _ = imported(kind, write(tmp_path / "export.json", rows), me=" bo  x")
+        assert {user.user_id: len(user.sessions) for user in made} == users
+
+
 @pytest.mark.parametrize("parent", ["parent_message_uuid", "other"])
 def test_what_was_edited_or_asked_anew_is_on_another_branch(tmp_path, parent):
     """Later exports of Claude have a tree, too; earlier ones a plain list, which is taken whole."""
@@ -452,6 +469,22 @@ def test_the_later_state_stays_where_its_user_says_nothing_any_more(tmp_path, tu
     gone["updated_at"] = "2026-04-01T10:00:00Z"  # before the other
     write(new, [gone])
     assert len(imported("claude", *[old, new][::turn])[0][0].sessions) == 2
+
+
+def test_conversations_without_a_name_or_a_time_are_told_apart_by_all_that_is_said(tmp_path):
+    rows = [huggingchat(_id=None, createdAt=None, updatedAt=None) for _ in range(3)]
+    rows[1]["messages"][3]["content"] = "No."
+    (user,), made = imported("huggingchat", write(tmp_path / "export.json", rows))
+    assert len(user.sessions) == 2 and "; 1 conversations seen before left out" in made
+
+
+def test_a_flaw_costs_no_more_of_an_array_than_its_row(tmp_path, capsys):
+    path = tmp_path / "conversations.json"
+    rows = [chatgpt(weight=float("nan")), chatgpt(conversation_id="c2", title="\udcff 👀")]
+    text = json.dumps([*rows, chatgpt(conversation_id="c3", title="👀")], ensure_ascii=False)
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    named, made = passed_over(capsys, "chatgpt", path)
+    assert named == ["FILE: conversation 2: row"] and "2 sessions" in made
 
 
 def test_tools_unknown_roles_and_numbers_as_ids_refuse_no_file(tmp_path):
@@ -673,11 +706,20 @@ def test_what_is_called_a_conversation_and_is_none_hides_no_conversations(tmp_pa
         for name, content in [
             ("conversation-settings.json", '{"theme": "dark"}'),
             ("chat-export-1.json", json.dumps([chatgpt()])), ("user.json", "{}"),
-            ("chat-export-2.json", json.dumps([chatgpt(conversation_id="c2")])),
+            ("conversations-2.json", json.dumps([chatgpt(conversation_id="c2")])),
+            ("2024.json", json.dumps([chatgpt(conversation_id="c3")])), ("._2024.json", b"\0\5"),
         ][::order]:  # fmt: skip
             archive.writestr(name, content)
     named, made = passed_over(capsys, "chatgpt", tmp_path / "export.zip")
-    assert named == [] and made.endswith("2 sessions (4 messages) written to OUT")
+    assert named == [] and made.endswith("3 sessions (6 messages) written to OUT")
+
+
+def test_pictures_and_many_files_of_a_zip_hide_no_conversations(tmp_path):
+    with zipfile.ZipFile(tmp_path / "export.zip", "w") as archive:
+        for n in range(1100):
+            archive.writestr(f"{n}.png", "")
+            archive.writestr(f"{n}.json", json.dumps([chatgpt(conversation_id=f"c{n}")]))
+    assert "1100 sessions" in imported("chatgpt", tmp_path / "export.zip")[1]
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
@@ -697,7 +739,7 @@ def test_a_flipped_byte_of_a_zip_is_read_over_or_told_in_one_line(tmp_path, meth
 def test_utf16_lines_are_read_and_what_cannot_be_is_told(tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     for encoding in ("utf-16", "utf-16-be"):
-        rows = [sharegpt(f"abc_{n}", "\u2028 x") for n in range(3)]
+        rows = [sharegpt(f"abc_{4 * n}", "\u2028 x") for n in range(3)]
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
         path.write_bytes("\n".join(lines).encode(encoding))
         assert len(imported("sharegpt", path)[0][0].sessions) == 3
@@ -737,8 +779,10 @@ def test_a_file_of_another_kind_is_named(tmp_path, kind, other):
         (b"[[], 1]", "no such conversation"),
         (b"[" * 100_000, "nested too deeply"),
         (b'[{"a": 1', "not JSON"),
-        (b"[\xff]", "not UTF-8"),
-        (b'[{"a": NaN}]', "not JSON"),
+        (b"[\xff]", "not JSON"),
+        (b'[{"a": "\xff"}]', "no such conversation"),
+        (b'[{"a": NaN}]', "no such conversation"),
+        (b'[{"messages": [{"role": "user", "content": "x"}]}]', "no such conversation"),
         (b'{\n "a": [\n 1]}', "no such conversation"),
         (b'{"conversations": []}', "no such conversation"),
         (b"PK\x03\x04 a zip", "a zip archive that cannot be read"),

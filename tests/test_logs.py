@@ -1,12 +1,17 @@
 """The check of a log says what it holds, or what is wrong with it."""
 
+import gzip
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from test_data import ROOT, impression_row, user_row, write_rows
 
 import data
+from files import UserError
 from tools import logs
 
 
@@ -60,3 +65,42 @@ def test_check_describes_an_impressions_file_though_its_first_line_is_bad(tmp_pa
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"error: {path}:1: line: not JSON")
     assert len(done.stderr.splitlines()) == 1
+
+
+USER = json.dumps(user_row(1))
+
+
+@pytest.mark.parametrize("content, form", [
+    (json.dumps([user_row(1)], indent=1), "a JSON array"), (f"[\n{USER}\n]", "a JSON array"),
+    (json.dumps(user_row(1), indent=1), "a JSON object of several lines"),
+    (f"{USER}\n{USER}".encode("utf-16"), "UTF-16"), (USER.encode("utf-16-le"), "UTF-16"),
+    (gzip.compress(USER.encode()), "gzip"), ("- user_id: u1\n  x: 1\n", "not JSON"),
+])  # fmt: skip
+def test_a_file_of_another_form_is_refused_in_one_line(tmp_path, content, form):
+    path = tmp_path / "users.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(data.DataError) as caught:
+        logs.describe(path)
+    assert str(caught.value) == f"{path}: {form}; wants one JSON object a line, in UTF-8"
+
+
+def test_a_typo_of_the_first_row_changes_no_kind(tmp_path):
+    product = {"product_id": "p", "name": "n", "categories": "c"}
+    for row, key, kind in ((impression_row(1), "starters", "impressions"),
+                           (user_row(1), "sessions", "users"),
+                           (product, "name", "products")):  # fmt: skip
+        typo = {name.replace(key, "typo"): value for name, value in row.items()}
+        with pytest.raises(data.DataError) as caught:
+            logs.describe(write_rows(tmp_path / "rows.jsonl", [typo, row]))
+        reason = f"{tmp_path}/rows.jsonl:1: {key}: Field required; checked as {kind}"
+        assert str(caught.value) == reason
+    assert logs.describe(write_rows(tmp_path / "rows.jsonl", [product]))["products"] == 1
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_what_is_no_file_is_not_replaced(tmp_path, monkeypatch, make):
+    make(tmp_path / "out")
+    words = ["logs", "import", "claude", "none.json", "--out", f"{tmp_path}/out"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(UserError, match="^--out .*: is no file; name a new one"):
+        logs.main()

@@ -102,7 +102,9 @@ def test_stock_decides_what_is_sold():
 
 POLICIES = [
     ("", "1: file"), ("a: [", "1: line: not YAML"), ("- 1", "1: file"),
-    ("a:\n  b: c\n  b: d", "2: a"), ("a:\n  b:\n    keywords: [x]", "3: a.b: text"),
+    ("a:\n  b: c\n  b: d", "3: a"), ("a:\n  b: c\nd:\n  b: c\na:\n  d: c", "5: file"),
+    ("a:\n  b: null", "2: a.b: text"), ("a:\n  b: {text: ~}", "2: a.b: text"),
+    ("a:\n  b:\n    keywords: [x]", "3: a.b: text"),
     ("a:\n  b: c\n  d: ''", "3: a.d: text"), ("a:\n  b: [1]", "2: a.b: text"), ("a: b", "1: a"),
     ("a: &a\n  b: c\nd: *a", "3: line: not YAML (an alias"),
     ("a: !!python/object/apply:os.getcwd []", "1: a"),

@@ -68,6 +68,8 @@ def _name(value):
 
 Id = Annotated[Name, BeforeValidator(_name)]
 Address = Annotated[Text | None, BeforeValidator(_name)]
+Account = Annotated[Id | None, BeforeValidator(  # other objects are nobody's
+    lambda v: _at(v, "uuid") or _at(v, "$oid") or (None if isinstance(v, dict) else v or None))]
 
 
 def _or_error(value, validate):
@@ -98,6 +100,7 @@ class Talk:
     begun: datetime | None
     said: list[tuple[str, str | None]]  # (role as the file has it, text)
     updated: datetime | None = None  # which of two exports has the later state
+    account: str | None = None  # whose it is, where an export may be of several people
 
     def turns(self) -> list[dict]:
         said = [(ROLES.get(role.lower()), text) for role, text in self.said]
@@ -128,30 +131,31 @@ def _text(content) -> str | None:
     return content if isinstance(content, str) else None
 
 
-def _branch(parents: dict[str, str | None], leaf: Any) -> list[str]:
-    """Root to leaf of a tree; edits and regenerations hang on other branches."""
-    branch: dict[str, None] = {}
-    while isinstance(leaf, str) and leaf in parents and leaf not in branch:
-        branch[leaf] = None  # a lost parent or a cycle ends it
-        leaf = parents[leaf]
-    return list(branch)[::-1]
-
-
 def _shown(tree: dict, parent: str, leaf: Any, message: Callable, time: str) -> list:
-    """Messages of the branch to a leaf, or for want of it to the latest one; before them what is
-    no node. parent, time: keys of a node and of a message; message(node): None of the root."""
+    """Messages of the branch to a leaf, or for want of it to the latest one; edits hang on others.
+    Before them what is no node. parent, time: keys of a node and of a message; message(node): None
+    of the root."""
     nodes = {key: node for key, node in tree.items() if isinstance(node, dict)}
-    parents = {key: _name(node.get(parent)) for key, node in nodes.items()}
+    parents = {key: str(node.get(parent) or None) for key, node in nodes.items()}
+    # Claude names a root that is no message. Where no parent is one, there is no tree but a list.
+    roots = {"None", *[*parents.values()][:1]}
+    tied = not nodes.keys().isdisjoint(parents.values())
+    for before, key in itertools.pairwise(parents):
+        if parents[key] not in tree and not (tied and parents[key] in roots):
+            parents[key] = before  # for want of the lost one
     said = {key: message(node) for key, node in nodes.items()}
     times = {key: _moment(m.get(time), None) for key, m in said.items() if isinstance(m, dict)}
-    inner = {key for key in parents.values() if isinstance(key, str)}
+    inner = {*parents.values()}
     leaves = [key for key in parents if key not in inner]
     # Of equally late ones the last in the file: max keeps the first that it meets.
     latest = max(reversed(leaves), key=lambda key: times.get(key) or datetime.min, default=None)
-    branch = _branch(parents, _name(leaf)) or _branch(parents, latest)
+    key, branch = str(leaf) if str(leaf) in parents else latest, {}
+    while key in parents and key not in branch:  # a cycle ends it
+        branch[key] = said[key]
+        key = parents[key]
     # Wherever they hung: to be named, not to be read.
     odd = [node for node in tree.values() if not isinstance(node, dict)]
-    return odd + [said[key] for key in branch if said[key] is not None]
+    return odd + [message for message in reversed(branch.values()) if message is not None]
 
 
 class ChatGPTMessage(Record):
@@ -222,6 +226,7 @@ class Claude(Record):
         created_at: Time = None
 
     uuid: Id
+    account: Account = None
     created_at: Time = None
     updated_at: Time = None
     chat_messages: Messages[Message]  # of the branch shown
@@ -243,7 +248,7 @@ class Claude(Record):
         said = [(m.sender, m.text or _text(m.content)) for m in self.chat_messages]
         times = (m.created_at for m in self.chat_messages)
         begun, updated = _span(self.created_at, self.updated_at, times)
-        yield Talk(None, self.uuid, begun, said, updated)
+        yield Talk(None, self.uuid, begun, said, updated, self.account)
 
 
 class OpenWebUI(Record):
@@ -293,6 +298,7 @@ class HuggingChat(Record):
         created: Time = Field(None, alias="createdAt")
 
     id: Any = Field(None, alias="_id")  # a text, or {"$oid": text}
+    account: Account = Field(None, alias="userId")
     title: Any = None
     created: Time = Field(None, alias="createdAt")
     updated: Time = Field(None, alias="updatedAt")
@@ -308,12 +314,12 @@ class HuggingChat(Record):
         said = [(m.speaker, _text(m.content)) for m in shown]
         begun, updated = _span(self.created, self.updated, (m.created for m in shown))
         if not isinstance(name, str) or not name:  # some exports have none
-            name = digest(str(begun), said[:1])
-        yield Talk(None, name, begun, said, updated)
+            name = digest(str(begun), said[:1] if begun else said)  # many begin alike
+        yield Talk(None, name, begun, said, updated, self.account)
 
 
 class ShareGPT(Record):
-    """A ShareGPT conversation; it names no person, so the parts of one id count as one user's."""
+    """A ShareGPT conversation; it names no person, so the parts of one are one user's."""
 
     class Message(Record):
         speaker: str = Field(alias="from")  # a word of Python
@@ -419,8 +425,15 @@ KINDS = {  # kind -> record of a conversation, what the file usually is
     "lmsys": (LMSYS, "parquet or JSONL"),
     "locomo": (Locomo, "a JSON array"),
 }
-# Keys that each conversation of a kind has; no other kind has them all.
+# Keys that each conversation of a kind has; no other kind has them all (`marks_of` a row).
 MARKS = {
     kind: {name for name, field in record.model_fields.items() if field.is_required()}
     for kind, (record, _) in KINDS.items()
 }
+MARKS["huggingchat"].add("messages.from")  # of messages alone are rows of many kinds
+
+
+def marks_of(row: dict) -> set[str]:
+    """The keys of a row and, behind a dot, those of the objects in its lists."""
+    items = [(key, item) for key, value in row.items() if isinstance(value, list) for item in value]
+    return row.keys() | {f"{key}.{k}" for key, item in items if type(item) is dict for k in item}

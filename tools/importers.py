@@ -28,10 +28,11 @@ from pydantic import Field, model_validator
 import data
 from data import DataError, Faults, Record, User
 from files import progress
-from tools.formats import KINDS, MARKS, ROLES, Passed, Talk, part_number
+from tools.formats import KINDS, MARKS, ROLES, Passed, Talk, marks_of, part_number
 
-ENTRIES = 1000  # files of a zip archive that are looked at
 _GAP = re.compile("[\ufeff \t\r\n]*")  # between JSON values: joined files keep their marks
+_NO_UTF8 = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of such bytes
+_LENIENT = json.JSONDecoder(parse_constant=lambda name: None)  # NaN, where a null would do
 WHOLE = 2**30  # bytes of JSON that are read at once: its values take several times as many
 
 
@@ -84,16 +85,19 @@ def _json(file: BinaryIO, size: int, name: str, faults: Faults) -> Iterator[tupl
         if size > WHOLE:
             raise ValueError(f"{size:,} bytes; only {WHOLE:,} are read at once: write JSONL, UTF-8")
         try:
-            text = file.read().decode(encoding)
+            text = file.read().decode(encoding, "strict" if wide else "surrogateescape")
         except UnicodeError:
-            either = "neither UTF-8 nor" if wide else "not"
-            raise ValueError(f"{either} {encoding.upper()}") from None
-        if _is_whole(text[: 2**16].encode()):
-            yield from _objects(name, _values(text, name, faults), faults)
+            raise ValueError(f"neither UTF-8 nor {encoding.upper()}") from None
+        if _is_whole(text[: 2**16].encode(errors="surrogateescape")):
+            rows = _values(text, name, faults)
+            if not wide and _NO_UTF8.search(text):  # a fault of its row, as in JSONL of its line
+                rows = (ValueError("row: not UTF-8") if _NO_UTF8.search(json.dumps(
+                    row, ensure_ascii=False)) else row for row in rows)  # fmt: skip
+            yield from _objects(name, rows, faults)
             return
         # In UTF-8 a line ends at one byte, which UTF-16 has within others.
-        file = io.BytesIO(text.encode())
-    yield from data.json_lines(file, name, faults)
+        file = io.BytesIO(text.encode(errors="surrogateescape"))
+    yield from data.json_lines(file, name, faults, _LENIENT)
 
 
 def _values(text: str, name: str, faults: Faults) -> Iterator:
@@ -103,7 +107,7 @@ def _values(text: str, name: str, faults: Faults) -> Iterator:
     broken = 0
     while start < len(text):
         try:
-            value, end = data.DECODER.raw_decode(text, start)
+            value, end = _LENIENT.raw_decode(text, start)
         except (ValueError, RecursionError) as error:
             broken += 1
             if start == first or broken > 100:  # each costs a pass over the file, to tell its line
@@ -131,21 +135,18 @@ def _unzipped(path: str | Path, faults: Faults, marks: frozenset) -> Iterator[tu
     of_kind, others, broken = False, [], None
     try:
         with zipfile.ZipFile(path) as archive:
-            names = [f for f in archive.infolist()[:ENTRIES] if "__MACOSX" not in f.filename]
-            files = [f for f in names if f.filename.lower().endswith((".json", ".jsonl"))]
+            # A Mac adds files about files: __MACOSX/._name, or ._name beside the name.
+            files = [f for f in archive.infolist() if "/._" not in f"/{f.filename}"
+                     and f.filename.lower().endswith((".json", ".jsonl"))]  # fmt: skip
             if not files:
                 raise ValueError("an archive without a .json or .jsonl file")
-            # An export has files of other things beside its conversations, perhaps called so too:
-            # where none of these has the marks (`of_kind` is asked behind them), the rest follows.
-            called = [f for f in files if "conversation" in f.filename.lower()]
-            rest = [f for f in files if f not in called]
-            for entry in (f for group in (called, rest) if not of_kind for f in group):
+            for entry in files:  # some are of other things, whatever they are called
                 name = f"{path}: {data.label(entry.filename)}"
                 try:
                     with archive.open(entry) as file:
                         rows = _json(io.BufferedReader(file), entry.file_size, name, faults)
                         first = [*itertools.islice(rows, 100)]  # in a file all are of one kind
-                        if any(marks <= row.keys() for _, row in first):
+                        if any(marks <= marks_of(row) for _, row in first):
                             of_kind = True
                             yield from itertools.chain(first, rows)
                         others = others or first
@@ -167,7 +168,8 @@ def _objects(place: str, rows, faults: Faults) -> Iterator[tuple[str, dict]]:
         if isinstance(row, dict):
             yield where, row
         else:
-            faults.add(where, ValueError("row: not a JSON object"))
+            fault = row if isinstance(row, ValueError) else ValueError("row: not a JSON object")
+            faults.add(where, fault)
 
 
 def _conversations(path: str | Path, kind: str, faults: Faults) -> Iterator[tuple[str, dict]]:
@@ -176,8 +178,8 @@ def _conversations(path: str | Path, kind: str, faults: Faults) -> Iterator[tupl
     right_kind, first_keys, told = False, set(), len(faults)
     try:
         for place, row in _rows(path, faults, MARKS[kind]):
-            first_keys = first_keys or row.keys()
-            right_kind = right_kind or MARKS[kind] <= row.keys()
+            first_keys = first_keys or marks_of(row)
+            right_kind = right_kind or MARKS[kind] <= marks_of(row)
             yield place, row
     except ValueError as error:  # of an array that is no JSON
         raise DataError(f"{path}: {error}; {kind} is {expected}") from None
@@ -211,6 +213,7 @@ def import_users(kind: str, paths: list[str | Path], out: str | Path, me: str = 
     faults, left_out, passed = Faults(), Counter(), Passed()
     # user_id -> session_id -> (last update, messages, bytes of JSON: none without a user's words)
     texts: dict[str, dict[str, tuple]] = defaultdict(dict)
+    accounts: dict[str, str] = {}  # session_id -> whose
     for path in paths:
         for place, row in progress(_conversations(path, kind, faults), f"import {path}"):
             passed.place = place
@@ -231,6 +234,16 @@ def import_users(kind: str, paths: list[str | Path], out: str | Path, me: str = 
                 earlier = texts[user.user_id].get(session_id)
                 left_out["seen before"] += earlier is not None  # parts may overlap
                 texts[user.user_id][session_id] = max(state, earlier or state)
+                accounts |= {session_id: talk.account} if talk.account else {}
+    if len({*accounts.values()}) > 1:  # of one alone it is that person's export
+        for session_id, account in accounts.items():
+            texts[account][session_id] = texts[data.one_line(me)].pop(session_id)
+    for user_id, sessions in [*texts.items()] if kind == "sharegpt" else ():
+        parts = sorted((part_number(name)[1], n) for name, (_, n, _) in sessions.items())
+        # FastChat numbers a part by the messages before it; identity_0 and identity_1 are people.
+        if parts[0][0] or any(i + n > after for (i, n), (after, _) in itertools.pairwise(parts)):
+            for name in texts.pop(user_id):
+                texts[name][name] = sessions[name]
     for user_id, sessions in [*texts.items()]:
         texts[user_id] = {name: state for name, state in sessions.items() if state[-1]}
         left_out["without a user's words"] += len(sessions) - len(texts[user_id])

@@ -1,6 +1,6 @@
 """A log of one's own: what it holds, conversations from elsewhere, mined pairs for other trainers.
 
-    python -m tools.logs check users.jsonl               # or impressions, dialogues
+    python -m tools.logs check users.jsonl    # or impressions, dialogues, a catalogue
     python -m tools.logs import chatgpt conversations.json --out users.jsonl  # or another of KINDS
     python -m tools.logs import mimics mimics_duo.jsonl --out dialogues.jsonl
     python -m tools.logs export trl runs/default --out pairs.jsonl            # for TRL's DPOTrainer
@@ -9,6 +9,7 @@
 
 import argparse
 import contextlib
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from statistics import median
 
 import data
 from config import load_config
-from data import Dialogue, Impression, User
+from data import Dialogue, Impression, Product, User
 from files import UserError, read_json, script, write_lines
 from roles.languages import language
 from serving.store import Store
@@ -103,13 +104,16 @@ def describe_dialogues(dialogues: list[Dialogue]) -> dict[str, object]:
 
 
 def describe(path: str | Path) -> dict[str, object]:
-    """Describe a file as what its first row is of; the readers name what is no row."""
-    _, first = next(data.json_objects(path, data.Faults()), ("", {}))
-    if "starters" in first:
-        return describe_impressions(data.read_impressions(path))
-    if "turns" in first or "suggestions" in first:
-        return describe_dialogues(data.read_dialogues(path))
-    return describe_users(data.read_users(path))
+    """Describe a file as what has most of its first rows' keys; the readers name what is no row."""
+    first = itertools.islice(data.json_objects(path, data.Faults()), 20)  # one may have a typo
+    keys = {key for _, row in first for key in row}
+    kinds = {User: describe_users, Impression: describe_impressions, Dialogue: describe_dialogues,
+             Product: lambda rows: {"products": len(rows)}}  # fmt: skip
+    record = max(kinds, key=lambda record: len(keys & record.model_fields.keys()))
+    try:
+        return kinds[record](data.read_rows(path, record))
+    except data.DataError as error:
+        raise data.DataError(f"{error}; checked as {record.__name__.lower()}s") from None
 
 
 def export_trl(run: str | Path) -> Iterator[dict]:
@@ -165,13 +169,15 @@ def main() -> None:
     # Parts of one data set belong into one call: a person may stand in several.
     importer.add_argument("file", nargs="+", help="one file or the parts of one data set")
     # An export of ChatGPT is of one person and names nobody.
-    importer.add_argument("--user", default="me", help="user_id for a chatgpt export")
+    importer.add_argument("--user", default="me", help="user_id of the one whose export it is")
     export = commands.add_parser("export", help="pairs of a run, or what a server has shown")
     export.add_argument("kind", choices=["trl", "dialogues"])
     export.add_argument("source", help="trl: folder of a finished run; dialogues: a server's store")
     for writer in (importer, export):
         writer.add_argument("--out", required=True)
     given = parser.parse_args()
+    if Path(out := getattr(given, "out", "none")).exists() and not Path(out).is_file():
+        raise UserError(f"--out {out}: is no file; name a new one or one to replace")
     if given.command == "check":
         for label, figure in describe(given.file).items():
             print(f"{label + ':':30} {figure}")
