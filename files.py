@@ -148,7 +148,7 @@ def atomic_path(path: str | Path):
     Works for a file or a folder. A killed process leaves the old content, the new or (of a folder)
     none, never half. Of several processes, which all have the same to write, the first one's stays.
     """
-    path = Path(os.path.realpath(path))  # a link stays one
+    path = Path(path)  # of a link its target stays: it may be a stranger's
     path.parent.mkdir(parents=True, exist_ok=True)
     # Beside it: a rename does not cross disks. The process id: two runs may write the same file.
     temporary, old = (path.with_name(f".{path.name}.{os.getpid()}{x}.tmp") for x in ("", ".old"))

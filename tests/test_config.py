@@ -177,10 +177,11 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_what_a_link_names_is_written_and_the_link_stays(tmp_path):
-    (link := tmp_path / "link.json").symlink_to(tmp_path / "value.json")
+def test_what_a_link_in_a_run_folder_names_stays_as_it_is(tmp_path):
+    write_json(tmp_path / "mine.json", 0)
+    (link := tmp_path / "link.json").symlink_to(tmp_path / "mine.json")  # a stranger's
     write_json(link, 1)
-    assert link.is_symlink() and read_json(tmp_path / "value.json") == 1
+    assert read_json(tmp_path / "mine.json") == 0 and read_json(link) == 1
 
 
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):

@@ -97,6 +97,16 @@ def test_a_typo_of_the_first_row_changes_no_kind(tmp_path):
     assert logs.describe(write_rows(tmp_path / "rows.jsonl", [product]))["products"] == 1
 
 
+def test_out_writes_what_a_link_names(tmp_path, monkeypatch):
+    (link := tmp_path / "link").symlink_to(tmp_path / "users.jsonl")
+    chat = {"conversations": [{"from": "human", "value": "How to bake rye bread?"}], "id": "a_0"}
+    write_rows(tmp_path / "chats.json", [chat])
+    words = ["logs", "import", "sharegpt", f"{tmp_path}/chats.json", "--out", f"{link}"]
+    monkeypatch.setattr(sys, "argv", words)
+    logs.main()
+    assert link.is_symlink() and len(data.read_users(tmp_path / "users.jsonl")) == 1
+
+
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
 def test_what_is_no_file_is_not_replaced(tmp_path, monkeypatch, make):
     make(tmp_path / "out")

@@ -176,15 +176,16 @@ def main() -> None:
     for writer in (importer, export):
         writer.add_argument("--out", required=True)
     given = parser.parse_args()
-    if Path(out := getattr(given, "out", "none")).exists() and not Path(out).is_file():
-        raise UserError(f"--out {out}: is no file; name a new one or one to replace")
+    if "out" in given:
+        out = given.out = Path(given.out).resolve()  # a link of one's own stays one
+        if out.exists() and not out.is_file():
+            raise UserError(f"--out {out}: is no file; name a new one or one to replace")
     if given.command == "check":
         for label, figure in describe(given.file).items():
             print(f"{label + ':':30} {figure}")
     elif given.command == "import":
-        if Path(given.out).resolve() in (Path(file).resolve() for file in given.file):
-            # It is read while --out is written.
-            raise UserError(f"--out {given.out}: is the file to be imported")
+        if out in (Path(file).resolve() for file in given.file):  # read while --out is written
+            raise UserError(f"--out {out}: is the file to be imported")
         if given.kind == "mimics":
             print(import_mimics(given.file, given.out))
         else:
