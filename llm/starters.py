@@ -197,7 +197,7 @@ def _items(text: str, closed: bool) -> list[str]:
     if "&&" not in text and (items := records(text, _whole(text, closed))) is not None:
         return items
     lines = _lines(text, closed)
-    lines = [TITLED.sub("", line) for line in lines if not HEADING.match(line)] or lines
+    lines = [line for line in lines if not HEADING.match(line)] or lines
     if (marked := _marked(lines)) and len(marked) > 1:
         lines = marked  # without a preface and remarks
     elif len(lines) > 1 and lines[0].rstrip().endswith((":", "：")):
@@ -217,8 +217,7 @@ def _loose_items(answer: str) -> list[str]:
     text, ended, _ = answer.partition("</sug>")  # of a field that a server has opened
     if (items := records(answer, _whole(text, bool(ended)))) is not None:
         return items
-    lines = (TITLED.sub("", PREFACE.sub("", line)) for line in _lines(text, bool(ended)))
-    lines = [*filter(str.strip, lines)]
+    lines = _lines(text, bool(ended))
     if joined := [line for line in lines if "&&" in line]:
         items = _separated(joined)
     else:
@@ -261,9 +260,6 @@ def _says(part: str, words: int) -> bool:
 
 
 LONGEST = 160  # characters of a starter that stands in no field: a paragraph is none
-PREFACE = re.compile(
-    r"\s*(?:sure|certainly|of course|okay|here|以下|好的)\b[^:：\n]{0,99}[:：](?!\d)\s*",
-    re.IGNORECASE)
 MARKS = [
     re.compile(rf"([\s>]*)(?:[*_#` ]{{0,5}}){mark}", re.IGNORECASE)
     for mark in (rf"(?:{_LABEL})?{_NUMBER}", _LETTER, _BULLET)
@@ -272,13 +268,37 @@ MARKS = [
 _QUOTED = re.compile(rf"\s*([{QUOTES}`《【]{{1,2}}).*[{QUOTES}》】][\s,，、;；.]*")
 # Not "### 1. Why jazz?".
 HEADING = re.compile(r"\s*#{1,6}\s(?!\W*\d)")
-# A title of the list, in the words for it, or what stands where there is no starter.
+# A title of the list, in the words for it.
+_LISTS = "(?:starter|suggestion|question|prompt|idea|topic)s"
 _TITLE = (
     r"(?:(?:(?:here|are|your|my|some|the|an?|list|of|to|try|\d{1,2}|three|five|personali[sz]ed"
-    r"|suggested|conversation|chat)\s){0,6}(?:starters|suggestions|questions|prompts|ideas|topics)"
-    r"(?: for you)?|(?:对话|聊天)?(?:开场白|建议|问题))")
-NOTHING = re.compile(rf"{_TITLE}[:：]?|n/?a|none|null|无|なし", re.IGNORECASE)
-TITLED = re.compile(rf"\A\s*{_TITLE}[:：]\s*", re.IGNORECASE)
+    rf"|suggested|conversation|chat)\s){{0,6}}{_LISTS}"
+    r"(?: for you| based on your[^:：&?？\n]{0,60})?|(?:对话|聊天)?(?:开场白|建议|问题))")
+# How a model begins to speak of it to the reader, who is "you" to nobody but the model.
+_OPENING = (
+    r"(?:(?:sure|certainly|of course|absolutely|okay)(?:[,!.:：]|\shere\b)|voici"
+    r"|here(?:['’]s| is| are| you)\b|these (?:are|might|may|could)\b|hier sind|aquí (?:tienes|van)"
+    r"|based on your (?:\w+ )?(?:interest|histor|quer|chat|conversation|preference)\w*"
+    r"|(?:gerne|klar|claro)[,!]|(?:好的|当然)[，！。,!：:]|以下|(?:根据|为)[您你])")
+LEAD_IN = re.compile(
+    rf"\A[\s*_]*(?:{_TITLE}|{_OPENING}[^:：&?？\n]{{0,99}})[:：](?!\d)[\s*_]*", re.IGNORECASE)
+# What is no starter: a title, a prompt's own words, a refusal, an offer of more behind the list.
+# Whole ones only: "I can't help falling in love", "No questions asked".
+_ONE = "(?:starter|suggestion|question|prompt|idea|topic|message|query)"
+NOTHING = re.compile("|".join((
+    rf"{_TITLE}[:：]?|n/?a|none|null|无|なし",
+    rf"{_OPENING}[^?？]*?(?:\b(?:for|interest|help) you\b|{_LISTS}\b|为[您你]推荐|开场白).*",
+    rf"(?:(?:one|first|second|third|fourth|fifth|next) )?{_ONE}(?: (?:\d{{1,2}}|[a-e]))?",
+    rf"another(?: one| {_ONE})?|one more|insert (?:an? |your |the )?(?:\w+ )?{_ONE}\b.*",
+    rf"(?:there are )?no {_LISTS}(?: (?:available|found|possible|yet)\b.*)?",
+    r"(?:(?:i['’]m |i am )?sorry,? (?:but )?|as an ai\b.*)?i(?:['’]m unable to| can['’]?t| cannot)"
+    r" (?:help (?:with|you)|assist|comply|provide)\b.*",
+    "(?:很?(?:抱歉|对不起)[，,])?我?(?:无法|不能)(?:帮|提供|回答|协助|生成).*",
+    r"(?:let me know (?:if|which|what you)|feel free to|(?:i )?hope (?:this|these|you enjoy))\b.*",
+    r"(?:would you like|do you want) (?:me to|more|another|any|some|to (?:explore|hear|see))\b.*",
+    "which (?:one|of these) (?:would|do|are) you (?:like|want|interested).*|enjoy!",
+    "[您你]对(?:哪个|这些|以上).{0,4}感兴趣.*|(?:希望这些|如果[您你]还|如需更多).*",
+)), re.IGNORECASE)  # fmt: skip
 
 
 def _marked(lines: list[str]) -> list[str]:
@@ -397,7 +417,7 @@ def _whole(text: str, closed: bool) -> list[str]:
 def _lines(text: str, closed: bool) -> list[str]:
     """Lines that say something, each with a mark that is known, without the last one's item if it
     was cut."""
-    lines = [part for line in text.splitlines() for part in _split_line(line)]
+    lines = [part for line in text.splitlines() for part in _split_line(LEAD_IN.sub("", line))]
     if lines and not closed and text.splitlines()[-1:] == text.splitlines(keepends=True)[-1:]:
         whole, separator, last = lines[-1].rpartition("&&")
         last = last.strip(" ,")

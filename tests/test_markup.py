@@ -102,6 +102,15 @@ HEADED = {
     "underlined": "Conversation Starters\n===\n\n" + rows("{1}", QUESTIONS),
     "in a field": "<sug>\n## Starters\n" + rows("{1}", QUESTIONS) + "</sug>",
     "glued to the first": f"<sug> Starters: {' && '.join(QUESTIONS)} </sug>",
+    "a lead-in": f"<sug> Sure! Here are some ideas: {' && '.join(QUESTIONS)} </sug>",
+    "a lead-in alone": f"<sug>Based on your interests: && {' && '.join(QUESTIONS)}</sug>",
+    "a Chinese lead-in": f"<sug>以下是为您推荐的开场白：{'&&'.join(QUESTIONS)}</sug>",
+    "in no field": f"These might interest you: {' && '.join(QUESTIONS)}\n",
+    "German": f"Hier sind drei Vorschläge: {' && '.join(QUESTIONS)}\n",
+    "without a colon": f"Here are three starters for you\n{rows('{1}', QUESTIONS)}",
+    "an offer": f"<sug> {' && '.join(QUESTIONS)} && Let me know if you'd like more! </sug>",
+    "a closing question": f"{rows('{1}', QUESTIONS)}\nWould you like more suggestions?",
+    "a Chinese one": f"{rows('{1}', QUESTIONS)}\n您对哪个感兴趣？",
     "in JSON": json.dumps(["Conversation Starters:", *QUESTIONS]),
     "rules": rows("---\n{1}", QUESTIONS),
     "bold lines": rows("**{1}**", QUESTIONS),
@@ -157,6 +166,8 @@ def test_three_clauses_with_a_sign_between_them_are_starters(joint):
     "None of the above: voting systems", "《三体》讲了什么？",
     "【新手】围棋怎么入门", "🎉 party ideas",
     "Half-Life 2 | the modding scene", "The Sims — a retrospective", "Explain `rm -rf` to me",
+    "No questions asked: the film", "Based on a true story: Spotlight", "希望你给我讲个故事",
+    "Which one is older, rye or spelt?", "Next question in set theory", "I can't help falling",
     "Reasoning: induction vs deduction", "~/.bashrc tricks", "¿Qué ver en Sevilla?",
 ])  # fmt: skip
 def test_signs_of_markup_in_an_honest_starter_are_its_own(starter):
@@ -173,6 +184,10 @@ def test_signs_of_markup_in_an_honest_starter_are_its_own(starter):
     "<sug>N/A</sug>", "<sug> none </sug>", "1. N/A\n2. N/A\n", "Conversation Starters\n\n",
     '{"error": "no interests given"}', "| a | b |\n|---|---|\n| c d e | f g h |\n",
     "Hello\nHow are you?\n", "以下是五个建议：\n",
+    "<sug>Starter 1 && [topic 2] && [Insert question about tea]</sug>",
+    "1. first message\n2. second message\n",
+    "<sug> one suggestion && another && one more </sug>", "<sug>No starters available</sug>",
+    "<sug>I'm sorry, but I can't help with that.</sug>", "<sug>很抱歉，我无法提供。</sug>",
     "1.\n2.\n", '{"starters": ["Quiz m', "Entschuldigung, das geht nicht.\n",
 ])  # fmt: skip
 def test_where_there_is_no_starter_there_is_a_reason(text):
