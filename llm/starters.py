@@ -149,9 +149,10 @@ def parse_starters(text: str) -> Parsed:
     if all(len(items) <= 1 for items in lists):
         items = [*itertools.chain(*lists)]
     else:
-        whole = [items for items, (_, closed) in zip(lists, fields, strict=False) if closed]
+        whole = [items for items, (_, closed) in zip(lists, fields, strict=False)
+                 if closed and items]
         items = (whole or lists)[-1]
-    starters = (clean_starter(_without_remark(item)) for item in items)
+    starters = (clean_starter(item) for item in _without_remarks(items))
     starters = tuple(starter for starter in starters if starter and not NOTHING.fullmatch(starter))
     if starters:
         return Parsed(starters, None)
@@ -163,22 +164,41 @@ def parse_starters(text: str) -> Parsed:
     return Parsed((), "empty <sug> field" if closed else "unclosed <sug> field")
 
 
-# A topic, or a starter with what is said about it: bold alone tells them apart.
-_BOLD_FIRST = re.compile(
-    r"([\W\d]{0,8}?)\*\*([^*\n]+)\*\*(?:\s*[-–—:：]\s+|(?<=[?!？！。.:：]\*\*)\s*)(\S.*)")
+# A topic, or a starter with what is said about it: bold or brackets tell them apart.
+_TOPIC_FIRST = re.compile(
+    r"[\W\d]{0,8}?(?:\*\*([^*\n]+)\*\*|[\[(（]([^\W\d_]+(?: [^\W\d_]+)?)[\])）](?=\s))"
+    r"(\s*(?:[-–—:]\s+|[：—]\s*|(?=[(（]))|(?<=[?？!！。.:：]\*\*)\s*|(?<=[\])）])\s+)(\S.*)")
+_QUOTED_FIRST = re.compile(
+    r"[\W\d]{0,8}?(?:\"([^\"\n]+)\"|“([^”\n]+)”|「([^」\n]+)」)\s*[-–—:：(（][^?？]*")
 
 
 def _without_remark(item: str) -> str:
-    """**Jazz:** Why is it blue? as the question; **Quiz me on Dune** - a game as what is bold."""
-    if not (match := _BOLD_FIRST.fullmatch(item.rstrip())):
+    """**Jazz:** Why is it blue? or [Jazz] Explain its blues as what stands behind the topic;
+    **Quiz me on Dune** - a game as what is bold."""
+    if not (match := _TOPIC_FIRST.fullmatch(item.rstrip())):
         return item
-    bold, rest = match[2].strip(), match[3]
+    bold, rest = (match[1] or match[2]).strip(), match[4]
+    told = not rest[0].islower() and rest[0] not in "(（"  # not as what goes on
     quoted = rest[-1] in PARTNERS.get(rest[0], ())
-    if quoted or (rest.rstrip(QUOTES + "*_ ")[-1:] in ("?", "？") and not rest[0].islower()):
+    if quoted or (told and rest.rstrip(QUOTES + "*_ ")[-1:] in ("?", "？")):
         return rest
-    says = bold[-1:] in ("?", "？", "!", "！", "。") or len(bold.split()) > 2 or (
-        len(re.findall("[぀-鿿가-힣]", bold)) > 6)  # fmt: skip
-    return bold.rstrip(":： ") if says else item
+    if not _is_topic(bold):
+        return bold.rstrip(":： ")
+    labels = match[2] or bold[-1] in ":：" or match[3].strip() in (":", "：")
+    return rest if labels and told else item
+
+
+def _without_remarks(items: list[str]) -> list[str]:
+    """What stands in quotes alone where something is said about each: one may be a film's name."""
+    quoted = [match and match[match.lastindex] for match in map(_QUOTED_FIRST.fullmatch, items)]
+    if all(text and not _is_topic(text) for text in quoted):
+        return quoted
+    return [*map(_without_remark, items)]
+
+
+def _is_topic(text: str, words: int = 2) -> bool:
+    return text[-1:] not in tuple("?？!！。") and len(text.split()) <= words and (
+        len(re.findall("[぀-鿿가-힣]", text)) <= 6)  # fmt: skip
 
 
 def _fields(answer: str) -> list[tuple[str, bool]]:
@@ -235,10 +255,13 @@ _SIGN = (r"[;；|]|\\n|\s(?:[/·*~⋅¦‖◆•#]{1,3}|---)\s"
          r"|\[SEP\]|<[|｜/]?sep ?[|｜/]?>")
 _JOINTS = [(re.compile(joint, re.IGNORECASE), parts, words) for joint, parts, words in (
     (r"\t", 2, 2),
-    (rf"(?<=[?？])\s?(?:{_SIGN}|[^\w\s{QUOTES}?？!…()\[\]（）]{{1,3}}"
+    (rf"(?<=[?？])\s?(?:{_SIGN}|[^\w\s{QUOTES}?？!…()\[\]（）¿¡]{{1,3}}|(?=[¿¡])"
      r"|(?-i:AND|(?:and|or)(?=\s[A-Z])))\s?(?=\S)", 2, 2),
     (r"(?<=[?？])[、；]|[、；](?=[^、；]+[?？]$)", 3, 2), (_SIGN, 3, 3),
-    (r"(?<=[?？])\s*(?=[\w¿])", 3, 2))]  # fmt: skip
+    (r"(?<=[?？])\s*(?=[\w¿])", 3, 2),
+    # Two whole sentences or titles: "Learn Go. Is it hard?" is one.
+    (r"[|;；]{1,2}\s*(?=(?-i:[A-ZÀ-Þ])|[¿¡])|(?<=[^\W\d_]{4}\.)\s(?=(?-i:[A-ZÀ-Þ])[^.?!]*\.)"
+     "|(?<=。)(?=[^。？?！]*。)", 2, 3))]  # fmt: skip
 # Three clauses, "Plan a trip, Quiz me on it, Explain it again", may be one starter or several.
 _UNSURE = re.compile(r",\s(?=[A-ZÀ-ÞА-Я぀-鿿가-힣])")
 _JOINTS += [(_UNSURE, 3, 3)]
@@ -288,8 +311,8 @@ _ONE = "(?:starter|suggestion|question|prompt|idea|topic|message|query)"
 NOTHING = re.compile("|".join((
     rf"{_TITLE}[:：]?|n/?a|none|null|无|なし",
     rf"{_OPENING}[^?？]*?(?:\b(?:for|interest|help) you\b|{_LISTS}\b|为[您你]推荐|开场白).*",
-    rf"(?:(?:one|first|second|third|fourth|fifth|next) )?{_ONE}(?: (?:\d{{1,2}}|[a-e]))?",
-    rf"another(?: one| {_ONE})?|one more|insert (?:an? |your |the )?(?:\w+ )?{_ONE}\b.*",
+    rf"(?:(?:first|second|third|fourth|fifth|next) )?{_ONE}(?: (?:\d{{1,2}}|[a-e]))?",
+    rf"another(?: one| {_ONE})?|one (?:suggestion|more)|insert (?:an? |your |the )?(?:\w+ )?{_ONE}\b.*",
     rf"(?:there are )?no {_LISTS}(?: (?:available|found|possible|yet)\b.*)?",
     r"(?:(?:i['’]m |i am )?sorry,? (?:but )?|as an ai\b.*)?i(?:['’]m unable to| can['’]?t| cannot)"
     r" (?:help (?:with|you)|assist|comply|provide)\b.*",
@@ -317,12 +340,15 @@ def _marked(lines: list[str]) -> list[str]:
 
 
 def _under(line: str, below: list[str]) -> list[str]:
-    """The item itself, or what is listed below a heading."""
+    """The item itself, or what is listed below a heading: a topic, or what ends with a colon."""
     asks = ("?", "？")
     below = [some for some in below if any(mark.match(some) for mark in MARKS)]
     ends = [some.rstrip(f"*_ {QUOTES}")[-1:] for some in (line, *below)]
-    heads = ends[0] in (":", "：") or (below and ends[0] not in asks and {*ends[1:]} <= {*asks})
-    return below if heads else [line]
+    # "Why: .." and whole sentences explain a starter.
+    explain = any(re.search(r"[:：]|[.。]\W*$", some) for some in below)
+    topic = len(below) > 1 and not explain and _is_topic(clean_starter(line), words=3)
+    asked = below and ends[0] not in asks and {*ends[1:]} <= {*asks}
+    return below if ends[0] in (":", "：") or asked or topic else [line]
 
 
 def _bare(lines: list[str]) -> list[str]:

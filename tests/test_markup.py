@@ -120,8 +120,32 @@ HEADED = {
 @pytest.mark.parametrize("form", HEADED)
 def test_a_heading_is_no_starter_and_a_remark_no_part_of_one(form):
     assert llm.parse_starters(HEADED[form]).starters == QUESTIONS
-    said = rows("{0}. **{1}** - to go deeper into {2}.", REQUESTS)
-    assert llm.parse_starters(said).starters == REQUESTS
+
+
+@pytest.mark.parametrize("form", [
+    "{0}. **{1}** - to go deeper into {2}.", "{0}. **{1}** (of {2})", "{0}. **{2}:** {1}",
+    "{0}. **{2}**：{1}", "{0}. [{2}] {1}", "{0}. ({2}) {1}", '{0}. "{1}" — builds on {2}',
+    '{0}. "{1}" ({2})', '{0}. "{1}": you like {2}', "{0}. “{1}”——{2}",
+    "{0}. **{2}**\n   - {1}\n   - Teach me more about {2}",
+])
+def test_requests_below_and_beside_a_topic_or_a_remark(form):
+    starters = llm.parse_starters(rows(form, REQUESTS)).starters
+    assert tuple(starter for starter in starters if "me more" not in starter) == REQUESTS
+    assert len(starters) == 3 * form.count("1}") + 3 * form.count("more")
+
+
+@pytest.mark.parametrize("text", [
+    rows("{}. **{}**\n   - It is short.\n   - It suits you.", REQUESTS),
+    rows("{}. {}\n   - Why: you asked\n   - Level: easy", ("Quiz me hard", "Sing", "Draw")),
+    '1. "Gone with the Wind": a fresh look\n2. Compare it with Emma\n',
+    "1. “Emma” — a satire\n2. “Persuasion” — a romance\n",
+    "1. **C++** (2020 edition): what's new?\n2. **Kyoto** – Three days there\n",
+    "1. (500) Days of Summer explained\n2. [REC] films in order\n",
+])
+def test_explanations_and_names_are_no_topics_and_remarks(text):
+    whole = [line.split(". ", 1)[1] for line in text.splitlines() if line[0] in "123"]
+    plain = text.maketrans("", "", '"“”*')
+    assert [*llm.parse_starters(text).starters] == [line.translate(plain) for line in whole]
 
 
 @pytest.mark.parametrize("begin, end", [
