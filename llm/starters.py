@@ -300,7 +300,8 @@ _TITLE = (
 # How a model begins to speak of it to the reader, who is "you" to nobody but the model.
 _OPENING = (
     r"(?:(?:sure|certainly|of course|absolutely|okay)(?:[,!.:：]|\shere\b)|voici"
-    r"|here(?:['’]s| is| are| you)\b|these (?:are|might|may|could)\b|hier sind|aquí (?:tienes|van)"
+    r"|here(?: are| you|(?:['’]s| is) (?:what you|(?:a|your|the) (?:\w+ )?(?:list|set|few)))\b"
+    r"|these (?:are|might|may|could)\b|hier sind|aquí (?:tienes|van)"
     r"|based on your (?:\w+ )?(?:interest|histor|quer|chat|conversation|preference)\w*"
     r"|(?:gerne|klar|claro)[,!]|(?:好的|当然)[，！。,!：:]|以下|(?:根据|为)[您你])")
 LEAD_IN = re.compile(
@@ -312,13 +313,14 @@ NOTHING = re.compile("|".join((
     rf"{_TITLE}[:：]?|n/?a|none|null|无|なし",
     rf"{_OPENING}[^?？]*?(?:\b(?:for|interest|help) you\b|{_LISTS}\b|为[您你]推荐|开场白).*",
     rf"(?:(?:first|second|third|fourth|fifth|next) )?{_ONE}(?: (?:\d{{1,2}}|[a-e]))?",
-    rf"another(?: one| {_ONE})?|one (?:suggestion|more)|insert (?:an? |your |the )?(?:\w+ )?{_ONE}\b.*",
+    rf"another(?: one| {_ONE})?|one (?:suggestion|more)|insert (?:\w+ ){{0,2}}{_ONE}\b.*",
     rf"(?:there are )?no {_LISTS}(?: (?:available|found|possible|yet)\b.*)?",
     r"(?:(?:i['’]m |i am )?sorry,? (?:but )?|as an ai\b.*)?i(?:['’]m unable to| can['’]?t| cannot)"
     r" (?:help (?:with|you)|assist|comply|provide)\b.*",
     "(?:很?(?:抱歉|对不起)[，,])?我?(?:无法|不能)(?:帮|提供|回答|协助|生成).*",
     r"(?:let me know (?:if|which|what you)|feel free to|(?:i )?hope (?:this|these|you enjoy))\b.*",
-    r"(?:would you like|do you want) (?:me to|more|another|any|some|to (?:explore|hear|see))\b.*",
+    # "Would you like to see more kettles?" is a bad starter, to be counted as one.
+    rf"(?:would you like|do you want) .*\b(?:{_LISTS}|of these|more)\W*",
     "which (?:one|of these) (?:would|do|are) you (?:like|want|interested).*|enjoy!",
     "[您你]对(?:哪个|这些|以上).{0,4}感兴趣.*|(?:希望这些|如果[您你]还|如需更多).*",
 )), re.IGNORECASE)  # fmt: skip
@@ -345,7 +347,7 @@ def _under(line: str, below: list[str]) -> list[str]:
     below = [some for some in below if any(mark.match(some) for mark in MARKS)]
     ends = [some.rstrip(f"*_ {QUOTES}")[-1:] for some in (line, *below)]
     # "Why: .." and whole sentences explain a starter.
-    explain = any(re.search(r"[:：]|[.。]\W*$", some) for some in below)
+    explain = {*".。"} & {*ends[1:]} or re.search("[:：]", " ".join(below))
     topic = len(below) > 1 and not explain and _is_topic(clean_starter(line), words=3)
     asked = below and ends[0] not in asks and {*ends[1:]} <= {*asks}
     return below if ends[0] in (":", "：") or asked or topic else [line]

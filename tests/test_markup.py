@@ -192,6 +192,7 @@ def test_three_clauses_with_a_sign_between_them_are_starters(joint):
     "Half-Life 2 | the modding scene", "The Sims — a retrospective", "Explain `rm -rf` to me",
     "No questions asked: the film", "Based on a true story: Spotlight", "希望你给我讲个故事",
     "Which one is older, rye or spelt?", "Next question in set theory", "I can't help falling",
+    "Would you like to see more kettles?",
     "Reasoning: induction vs deduction", "~/.bashrc tricks", "¿Qué ver en Sevilla?",
 ])  # fmt: skip
 def test_signs_of_markup_in_an_honest_starter_are_its_own(starter):

@@ -74,7 +74,8 @@ def test_parser_is_linear(begin):
     parts = ["<sug>", "&& ", "1. ", '"', "</sug>", '- "', "[", '{"a":', "**", "**a", "*a ", "`",
              '", "', "', '", "\\", '"\\', "&amp;", "\n", "\n- ", "\n\n1. ", "Sure, ", "| ", "_",
              "</think>", "<|", "a:", "a: [", "assistantfinal", "<|channel|>final", "a b\n",
-             "1. a 2. b ", " ", "? a b", "; a b c", "① a", "a) ", "\t", "?"]  # fmt: skip
+             "1. a 2. b ", " ", "? a b", "; a b c", "① a", "a) ", "\t", "?", "; Ab", ". Abcd",
+             "。三", "1. a\n - b.", "**a** ", "[a] ", "(", "more ", "here are "]  # fmt: skip
     for part in parts:
         began = time.process_time()
         llm.parse_starters(begin + part * (60_000 // len(part)))
