@@ -149,9 +149,10 @@ def parse_starters(text: str) -> Parsed:
     if all(len(items) <= 1 for items in lists):
         items = [*itertools.chain(*lists)]
     else:
-        whole = [items for items, (_, closed) in zip(lists, fields, strict=False) if closed]
+        whole = [items for items, (_, closed) in zip(lists, fields, strict=False)
+                 if closed and items]
         items = (whole or lists)[-1]
-    starters = (clean_starter(_without_remark(item)) for item in items)
+    starters = (clean_starter(item) for item in _without_remarks(items))
     starters = tuple(starter for starter in starters if starter and not NOTHING.fullmatch(starter))
     if starters:
         return Parsed(starters, None)
@@ -163,22 +164,41 @@ def parse_starters(text: str) -> Parsed:
     return Parsed((), "empty <sug> field" if closed else "unclosed <sug> field")
 
 
-# A topic, or a starter with what is said about it: bold alone tells them apart.
-_BOLD_FIRST = re.compile(
-    r"([\W\d]{0,8}?)\*\*([^*\n]+)\*\*(?:\s*[-–—:：]\s+|(?<=[?!？！。.:：]\*\*)\s*)(\S.*)")
+# A topic, or a starter with what is said about it: bold or brackets tell them apart.
+_TOPIC_FIRST = re.compile(
+    r"[\W\d]{0,8}?(?:\*\*([^*\n]+)\*\*|[\[(（]([^\W\d_]+(?: [^\W\d_]+)?)[\])）](?=\s))"
+    r"(\s*(?:[-–—:]\s+|[：—]\s*|(?=[(（]))|(?<=[?？!！。.:：]\*\*)\s*|(?<=[\])）])\s+)(\S.*)")
+_QUOTED_FIRST = re.compile(
+    r"[\W\d]{0,8}?(?:\"([^\"\n]+)\"|“([^”\n]+)”|「([^」\n]+)」)\s*[-–—:：(（][^?？]*")
 
 
 def _without_remark(item: str) -> str:
-    """**Jazz:** Why is it blue? as the question; **Quiz me on Dune** - a game as what is bold."""
-    if not (match := _BOLD_FIRST.fullmatch(item.rstrip())):
+    """**Jazz:** Why is it blue? or [Jazz] Explain its blues as what stands behind the topic;
+    **Quiz me on Dune** - a game as what is bold."""
+    if not (match := _TOPIC_FIRST.fullmatch(item.rstrip())):
         return item
-    bold, rest = match[2].strip(), match[3]
+    bold, rest = (match[1] or match[2]).strip(), match[4]
+    told = not rest[0].islower() and rest[0] not in "(（"  # not as what goes on
     quoted = rest[-1] in PARTNERS.get(rest[0], ())
-    if quoted or (rest.rstrip(QUOTES + "*_ ")[-1:] in ("?", "？") and not rest[0].islower()):
+    if quoted or (told and rest.rstrip(QUOTES + "*_ ")[-1:] in ("?", "？")):
         return rest
-    says = bold[-1:] in ("?", "？", "!", "！", "。") or len(bold.split()) > 2 or (
-        len(re.findall("[぀-鿿가-힣]", bold)) > 6)  # fmt: skip
-    return bold.rstrip(":： ") if says else item
+    if not _is_topic(bold):
+        return bold.rstrip(":： ")
+    labels = match[2] or bold[-1] in ":：" or match[3].strip() in (":", "：")
+    return rest if labels and told else item
+
+
+def _without_remarks(items: list[str]) -> list[str]:
+    """What stands in quotes alone where something is said about each: one may be a film's name."""
+    quoted = [match and match[match.lastindex] for match in map(_QUOTED_FIRST.fullmatch, items)]
+    if all(text and not _is_topic(text) for text in quoted):
+        return quoted
+    return [*map(_without_remark, items)]
+
+
+def _is_topic(text: str, words: int = 2) -> bool:
+    return text[-1:] not in tuple("?？!！。") and len(text.split()) <= words and (
+        len(re.findall("[぀-鿿가-힣]", text)) <= 6)  # fmt: skip
 
 
 def _fields(answer: str) -> list[tuple[str, bool]]:
@@ -197,7 +217,7 @@ def _items(text: str, closed: bool) -> list[str]:
     if "&&" not in text and (items := records(text, _whole(text, closed))) is not None:
         return items
     lines = _lines(text, closed)
-    lines = [TITLED.sub("", line) for line in lines if not HEADING.match(line)] or lines
+    lines = [line for line in lines if not HEADING.match(line)] or lines
     if (marked := _marked(lines)) and len(marked) > 1:
         lines = marked  # without a preface and remarks
     elif len(lines) > 1 and lines[0].rstrip().endswith((":", "：")):
@@ -217,8 +237,7 @@ def _loose_items(answer: str) -> list[str]:
     text, ended, _ = answer.partition("</sug>")  # of a field that a server has opened
     if (items := records(answer, _whole(text, bool(ended)))) is not None:
         return items
-    lines = (TITLED.sub("", PREFACE.sub("", line)) for line in _lines(text, bool(ended)))
-    lines = [*filter(str.strip, lines)]
+    lines = _lines(text, bool(ended))
     if joined := [line for line in lines if "&&" in line]:
         items = _separated(joined)
     else:
@@ -236,10 +255,13 @@ _SIGN = (r"[;；|]|\\n|\s(?:[/·*~⋅¦‖◆•#]{1,3}|---)\s"
          r"|\[SEP\]|<[|｜/]?sep ?[|｜/]?>")
 _JOINTS = [(re.compile(joint, re.IGNORECASE), parts, words) for joint, parts, words in (
     (r"\t", 2, 2),
-    (rf"(?<=[?？])\s?(?:{_SIGN}|[^\w\s{QUOTES}?？!…()\[\]（）]{{1,3}}"
+    (rf"(?<=[?？])\s?(?:{_SIGN}|[^\w\s{QUOTES}?？!…()\[\]（）¿¡]{{1,3}}|(?=[¿¡])"
      r"|(?-i:AND|(?:and|or)(?=\s[A-Z])))\s?(?=\S)", 2, 2),
     (r"(?<=[?？])[、；]|[、；](?=[^、；]+[?？]$)", 3, 2), (_SIGN, 3, 3),
-    (r"(?<=[?？])\s*(?=[\w¿])", 3, 2))]  # fmt: skip
+    (r"(?<=[?？])\s*(?=[\w¿])", 3, 2),
+    # Two whole sentences or titles: "Learn Go. Is it hard?" is one.
+    (r"[|;；]{1,2}\s*(?=(?-i:[A-ZÀ-Þ])|[¿¡])|(?<=[^\W\d_]{4}\.)\s(?=(?-i:[A-ZÀ-Þ])[^.?!]*\.)"
+     "|(?<=。)(?=[^。？?！]*。)", 2, 3))]  # fmt: skip
 # Three clauses, "Plan a trip, Quiz me on it, Explain it again", may be one starter or several.
 _UNSURE = re.compile(r",\s(?=[A-ZÀ-ÞА-Я぀-鿿가-힣])")
 _JOINTS += [(_UNSURE, 3, 3)]
@@ -261,9 +283,6 @@ def _says(part: str, words: int) -> bool:
 
 
 LONGEST = 160  # characters of a starter that stands in no field: a paragraph is none
-PREFACE = re.compile(
-    r"\s*(?:sure|certainly|of course|okay|here|以下|好的)\b[^:：\n]{0,99}[:：](?!\d)\s*",
-    re.IGNORECASE)
 MARKS = [
     re.compile(rf"([\s>]*)(?:[*_#` ]{{0,5}}){mark}", re.IGNORECASE)
     for mark in (rf"(?:{_LABEL})?{_NUMBER}", _LETTER, _BULLET)
@@ -272,13 +291,39 @@ MARKS = [
 _QUOTED = re.compile(rf"\s*([{QUOTES}`《【]{{1,2}}).*[{QUOTES}》】][\s,，、;；.]*")
 # Not "### 1. Why jazz?".
 HEADING = re.compile(r"\s*#{1,6}\s(?!\W*\d)")
-# A title of the list, in the words for it, or what stands where there is no starter.
+# A title of the list, in the words for it.
+_LISTS = "(?:starter|suggestion|question|prompt|idea|topic)s"
 _TITLE = (
     r"(?:(?:(?:here|are|your|my|some|the|an?|list|of|to|try|\d{1,2}|three|five|personali[sz]ed"
-    r"|suggested|conversation|chat)\s){0,6}(?:starters|suggestions|questions|prompts|ideas|topics)"
-    r"(?: for you)?|(?:对话|聊天)?(?:开场白|建议|问题))")
-NOTHING = re.compile(rf"{_TITLE}[:：]?|n/?a|none|null|无|なし", re.IGNORECASE)
-TITLED = re.compile(rf"\A\s*{_TITLE}[:：]\s*", re.IGNORECASE)
+    rf"|suggested|conversation|chat)\s){{0,6}}{_LISTS}"
+    r"(?: for you| based on your[^:：&?？\n]{0,60})?|(?:对话|聊天)?(?:开场白|建议|问题))")
+# How a model begins to speak of it to the reader, who is "you" to nobody but the model.
+_OPENING = (
+    r"(?:(?:sure|certainly|of course|absolutely|okay)(?:[,!.:：]|\shere\b)|voici"
+    r"|here(?: are| you|(?:['’]s| is) (?:what you|(?:a|your|the) (?:\w+ )?(?:list|set|few)))\b"
+    r"|these (?:are|might|may|could)\b|hier sind|aquí (?:tienes|van)"
+    r"|based on your (?:\w+ )?(?:interest|histor|quer|chat|conversation|preference)\w*"
+    r"|(?:gerne|klar|claro)[,!]|(?:好的|当然)[，！。,!：:]|以下|(?:根据|为)[您你])")
+LEAD_IN = re.compile(
+    rf"\A[\s*_]*(?:{_TITLE}|{_OPENING}[^:：&?？\n]{{0,99}})[:：](?!\d)[\s*_]*", re.IGNORECASE)
+# What is no starter: a title, a prompt's own words, a refusal, an offer of more behind the list.
+# Whole ones only: "I can't help falling in love", "No questions asked".
+_ONE = "(?:starter|suggestion|question|prompt|idea|topic|message|query)"
+NOTHING = re.compile("|".join((
+    rf"{_TITLE}[:：]?|n/?a|none|null|无|なし",
+    rf"{_OPENING}[^?？]*?(?:\b(?:for|interest|help) you\b|{_LISTS}\b|为[您你]推荐|开场白).*",
+    rf"(?:(?:first|second|third|fourth|fifth|next) )?{_ONE}(?: (?:\d{{1,2}}|[a-e]))?",
+    rf"another(?: one| {_ONE})?|one (?:suggestion|more)|insert (?:\w+ ){{0,2}}{_ONE}\b.*",
+    rf"(?:there are )?no {_LISTS}(?: (?:available|found|possible|yet)\b.*)?",
+    r"(?:(?:i['’]m |i am )?sorry,? (?:but )?|as an ai\b.*)?i(?:['’]m unable to| can['’]?t| cannot)"
+    r" (?:help (?:with|you)|assist|comply|provide)\b.*",
+    "(?:很?(?:抱歉|对不起)[，,])?我?(?:无法|不能)(?:帮|提供|回答|协助|生成).*",
+    r"(?:let me know (?:if|which|what you)|feel free to|(?:i )?hope (?:this|these|you enjoy))\b.*",
+    # "Would you like to see more kettles?" is a bad starter, to be counted as one.
+    rf"(?:would you like|do you want) .*\b(?:{_LISTS}|of these|more)\W*",
+    "which (?:one|of these) (?:would|do|are) you (?:like|want|interested).*|enjoy!",
+    "[您你]对(?:哪个|这些|以上).{0,4}感兴趣.*|(?:希望这些|如果[您你]还|如需更多).*",
+)), re.IGNORECASE)  # fmt: skip
 
 
 def _marked(lines: list[str]) -> list[str]:
@@ -297,12 +342,15 @@ def _marked(lines: list[str]) -> list[str]:
 
 
 def _under(line: str, below: list[str]) -> list[str]:
-    """The item itself, or what is listed below a heading."""
+    """The item itself, or what is listed below a heading: a topic, or what ends with a colon."""
     asks = ("?", "？")
     below = [some for some in below if any(mark.match(some) for mark in MARKS)]
     ends = [some.rstrip(f"*_ {QUOTES}")[-1:] for some in (line, *below)]
-    heads = ends[0] in (":", "：") or (below and ends[0] not in asks and {*ends[1:]} <= {*asks})
-    return below if heads else [line]
+    # "Why: .." and whole sentences explain a starter.
+    explain = {*".。"} & {*ends[1:]} or re.search("[:：]", " ".join(below))
+    topic = len(below) > 1 and not explain and _is_topic(clean_starter(line), words=3)
+    asked = below and ends[0] not in asks and {*ends[1:]} <= {*asks}
+    return below if ends[0] in (":", "：") or asked or topic else [line]
 
 
 def _bare(lines: list[str]) -> list[str]:
@@ -397,7 +445,7 @@ def _whole(text: str, closed: bool) -> list[str]:
 def _lines(text: str, closed: bool) -> list[str]:
     """Lines that say something, each with a mark that is known, without the last one's item if it
     was cut."""
-    lines = [part for line in text.splitlines() for part in _split_line(line)]
+    lines = [part for line in text.splitlines() for part in _split_line(LEAD_IN.sub("", line))]
     if lines and not closed and text.splitlines()[-1:] == text.splitlines(keepends=True)[-1:]:
         whole, separator, last = lines[-1].rpartition("&&")
         last = last.strip(" ,")

@@ -17,7 +17,6 @@ Legend: n answers of each context.
 from collections.abc import Sequence
 from pathlib import Path
 
-import garm
 import llm
 from data import Turn
 from files import gather, share
@@ -100,8 +99,7 @@ def read_kindly(answer: str) -> list[str]:
     """The suggestions of an answer in whatever list it stands; [] of prose."""
     # Behind a line's end: the last item is whole where the policy has ended its answer, and one
     # that was cut short is judged as it stands, as garm.answer_suggestions does.
-    items = garm.answer_suggestions(answer) or llm.parse_starters(f"{answer}\n").starters
-    return list(items)
+    return [*llm.parse_starters(f"{answer}\n").starters]
 
 
 def _until_end(ids: Ids, ends: set[int]) -> Ids:

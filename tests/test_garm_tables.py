@@ -226,6 +226,8 @@ def test_the_closed_form_stands_beside_the_integral_and_draws():
 def test_what_is_shown_is_read_kindly():
     assert garm_values.shown("1. Bake bread\n2. Brew tea\n3. Hear jazz") == [
         "Bake bread", "Brew tea", "Hear jazz"]
+    assert garm_values.shown('1. **Bake bread**\n2. "Brew tea"\n3. `grep -r` in a repo') == [
+        "Bake bread", "Brew tea", "grep -r in a repo"]
     # Too many, bullets, a preface: a product would still show three.
     assert garm_values.shown("Sure:\n- Why bake?\n- Why brew?\n- Why hear?\n- Why draw?") == [
         "Why bake?", "Why brew?", "Why hear?"]

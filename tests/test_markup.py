@@ -102,6 +102,15 @@ HEADED = {
     "underlined": "Conversation Starters\n===\n\n" + rows("{1}", QUESTIONS),
     "in a field": "<sug>\n## Starters\n" + rows("{1}", QUESTIONS) + "</sug>",
     "glued to the first": f"<sug> Starters: {' && '.join(QUESTIONS)} </sug>",
+    "a lead-in": f"<sug> Sure! Here are some ideas: {' && '.join(QUESTIONS)} </sug>",
+    "a lead-in alone": f"<sug>Based on your interests: && {' && '.join(QUESTIONS)}</sug>",
+    "a Chinese lead-in": f"<sug>以下是为您推荐的开场白：{'&&'.join(QUESTIONS)}</sug>",
+    "in no field": f"These might interest you: {' && '.join(QUESTIONS)}\n",
+    "German": f"Hier sind drei Vorschläge: {' && '.join(QUESTIONS)}\n",
+    "without a colon": f"Here are three starters for you\n{rows('{1}', QUESTIONS)}",
+    "an offer": f"<sug> {' && '.join(QUESTIONS)} && Let me know if you'd like more! </sug>",
+    "a closing question": f"{rows('{1}', QUESTIONS)}\nWould you like more suggestions?",
+    "a Chinese one": f"{rows('{1}', QUESTIONS)}\n您对哪个感兴趣？",
     "in JSON": json.dumps(["Conversation Starters:", *QUESTIONS]),
     "rules": rows("---\n{1}", QUESTIONS),
     "bold lines": rows("**{1}**", QUESTIONS),
@@ -111,8 +120,32 @@ HEADED = {
 @pytest.mark.parametrize("form", HEADED)
 def test_a_heading_is_no_starter_and_a_remark_no_part_of_one(form):
     assert llm.parse_starters(HEADED[form]).starters == QUESTIONS
-    said = rows("{0}. **{1}** - to go deeper into {2}.", REQUESTS)
-    assert llm.parse_starters(said).starters == REQUESTS
+
+
+@pytest.mark.parametrize("form", [
+    "{0}. **{1}** - to go deeper into {2}.", "{0}. **{1}** (of {2})", "{0}. **{2}:** {1}",
+    "{0}. **{2}**：{1}", "{0}. [{2}] {1}", "{0}. ({2}) {1}", '{0}. "{1}" — builds on {2}',
+    '{0}. "{1}" ({2})', '{0}. "{1}": you like {2}', "{0}. “{1}”——{2}",
+    "{0}. **{2}**\n   - {1}\n   - Teach me more about {2}",
+])
+def test_requests_below_and_beside_a_topic_or_a_remark(form):
+    starters = llm.parse_starters(rows(form, REQUESTS)).starters
+    assert tuple(starter for starter in starters if "me more" not in starter) == REQUESTS
+    assert len(starters) == 3 * form.count("1}") + 3 * form.count("more")
+
+
+@pytest.mark.parametrize("text", [
+    rows("{}. **{}**\n   - It is short.\n   - It suits you.", REQUESTS),
+    rows("{}. {}\n   - Why: you asked\n   - Level: easy", ("Quiz me hard", "Sing", "Draw")),
+    '1. "Gone with the Wind": a fresh look\n2. Compare it with Emma\n',
+    "1. “Emma” — a satire\n2. “Persuasion” — a romance\n",
+    "1. **C++** (2020 edition): what's new?\n2. **Kyoto** – Three days there\n",
+    "1. (500) Days of Summer explained\n2. [REC] films in order\n",
+])
+def test_explanations_and_names_are_no_topics_and_remarks(text):
+    whole = [line.split(". ", 1)[1] for line in text.splitlines() if line[0] in "123"]
+    plain = text.maketrans("", "", '"“”*')
+    assert [*llm.parse_starters(text).starters] == [line.translate(plain) for line in whole]
 
 
 @pytest.mark.parametrize("begin, end", [
@@ -157,6 +190,9 @@ def test_three_clauses_with_a_sign_between_them_are_starters(joint):
     "None of the above: voting systems", "《三体》讲了什么？",
     "【新手】围棋怎么入门", "🎉 party ideas",
     "Half-Life 2 | the modding scene", "The Sims — a retrospective", "Explain `rm -rf` to me",
+    "No questions asked: the film", "Based on a true story: Spotlight", "希望你给我讲个故事",
+    "Which one is older, rye or spelt?", "Next question in set theory", "I can't help falling",
+    "Would you like to see more kettles?",
     "Reasoning: induction vs deduction", "~/.bashrc tricks", "¿Qué ver en Sevilla?",
 ])  # fmt: skip
 def test_signs_of_markup_in_an_honest_starter_are_its_own(starter):
@@ -173,6 +209,10 @@ def test_signs_of_markup_in_an_honest_starter_are_its_own(starter):
     "<sug>N/A</sug>", "<sug> none </sug>", "1. N/A\n2. N/A\n", "Conversation Starters\n\n",
     '{"error": "no interests given"}', "| a | b |\n|---|---|\n| c d e | f g h |\n",
     "Hello\nHow are you?\n", "以下是五个建议：\n",
+    "<sug>Starter 1 && [topic 2] && [Insert question about tea]</sug>",
+    "1. first message\n2. second message\n",
+    "<sug> one suggestion && another && one more </sug>", "<sug>No starters available</sug>",
+    "<sug>I'm sorry, but I can't help with that.</sug>", "<sug>很抱歉，我无法提供。</sug>",
     "1.\n2.\n", '{"starters": ["Quiz m', "Entschuldigung, das geht nicht.\n",
 ])  # fmt: skip
 def test_where_there_is_no_starter_there_is_a_reason(text):

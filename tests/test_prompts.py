@@ -59,6 +59,7 @@ def test_parser_never_raises_and_gives_a_reason_exactly_for_nothing(text):
         ('<sug>old</sug> <sug>1. new one && "two"</sug><sug>cut', ("new one", "two")),
         ("</think><sug> whole one? && cut sh", ("whole one?",)),
         ("<sug>first && last is whole?", ("first", "last is whole?")),
+        ("<sug> a b && c d </sug>\nThe <sug> </sug> tags hold the starters.", ("a b", "c d")),
         ("nothing", ()),
         ("<sug> && </sug>", ()),
         ("<sug>cut", ()),
@@ -73,7 +74,8 @@ def test_parser_is_linear(begin):
     parts = ["<sug>", "&& ", "1. ", '"', "</sug>", '- "', "[", '{"a":', "**", "**a", "*a ", "`",
              '", "', "', '", "\\", '"\\', "&amp;", "\n", "\n- ", "\n\n1. ", "Sure, ", "| ", "_",
              "</think>", "<|", "a:", "a: [", "assistantfinal", "<|channel|>final", "a b\n",
-             "1. a 2. b ", " ", "? a b", "; a b c", "① a", "a) ", "\t", "?"]  # fmt: skip
+             "1. a 2. b ", " ", "? a b", "; a b c", "① a", "a) ", "\t", "?", "; Ab", ". Abcd",
+             "。三", "1. a\n - b.", "**a** ", "[a] ", "(", "more ", "here are "]  # fmt: skip
     for part in parts:
         began = time.process_time()
         llm.parse_starters(begin + part * (60_000 // len(part)))
@@ -195,12 +197,14 @@ def test_a_last_item_without_an_end_is_cut_unless_none_has_one():
 
 @pytest.mark.parametrize("text", [
     f"<sug>{ASKED[0]} and {ASKED[2]}</sug>", f"<sug>{ASKED[0]} or {ASKED[2]}</sug>",
+    "<sug>¿Qué ver en Oporto? ¿Cómo suena Fourier?</sug>",
     "<sug>拉面的汤为什么浓？、给我讲讲三体的世界、周末去哪里玩？</sug>",
 ])
 def test_questions_that_a_word_or_a_comma_joins_are_not_one(text):
     starters = llm.parse_starters(text).starters
     assert len(starters) > 1 and all(starter.count("?") < 2 for starter in starters)
     assert not any("、" in starter for starter in starters)
+    assert "¿" not in text or all(starter[0] == "¿" for starter in starters)
 
 
 @pytest.mark.parametrize("text", [
@@ -282,7 +286,18 @@ def test_three_clauses_between_semicolons_are_starters(starters):
         assert llm.parse_starters(f"<sug> {joint.join(starters)} </sug>").starters == starters
 
 
+@pytest.mark.parametrize("joint", [" | ", " || ", "; ", ". ", "。"])
+def test_two_whole_requests_are_starters(joint):
+    starters = ("Plan a weekend in Porto", "Compare rye and sourdough")
+    if joint == "。":
+        starters = ("帮我规划波尔图行程", "教我修剪番茄")
+    end = joint.strip() * (joint[0] in ".。")
+    read = llm.parse_starters(f"<sug>{joint.join(starters)}{end}</sug>").starters
+    assert read == tuple(starter + end for starter in starters)
+
+
 @pytest.mark.parametrize("text", [
+    "I have two cats. How do I part them?", "Who was St. John of the Cross.",
     "R&D at AC/DC", "Tom & Jerry & Spike", "Star Wars: Episode I", "What? Why me?",
     "Who? What? When?", "New York → Los Angeles → San Francisco", "Should I pick a) or b)",
     "Compare Star Trek; Star Wars; Dune", "推荐红楼梦、三国演义、水浒传", "比较三体；流浪地球",
