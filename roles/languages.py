@@ -10,20 +10,27 @@ SPACELESS = {"zh", "ja"}  # languages that put no spaces between words
 _LATIN = r"A-Za-z\u00c0-\u024f"
 _SCRIPTS = {
     "zh": re.compile(r"[\u3400-\u9fff]"),  # a character of Chinese says what a word does
-    "en": re.compile(rf"[{_LATIN}]+"),  # Latin script, by words: which language is asked below
     "ko": re.compile(r"[\uac00-\ud7a3]+"),
     "ru": re.compile(r"[\u0400-\u04ff]+"),  # all Cyrillic
+    "en": re.compile(rf"[{_LATIN}]+"),  # Latin script, by words: which language is asked below
     "other": re.compile(rf"[^\W\d_{_LATIN}\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3\u0400-\u04ff]+"),
 }
 _KANA = re.compile(r"[\u3041-\u3096\u30a1-\u30fa]")
-# A Chinese text about a name in kana.
-_NOT_JAPANESE = re.compile("[吗呢们这么怎没给让说讲读谁哪你您她语别习汉书车问间时对发样过还进关]")
+# A Chinese text about a name in kana, where no simplified character tells.
+_NOT_JAPANESE = re.compile("[呢么怎没你您关]")
 _WORDS = read_yaml("roles/languages.yaml")  # that tell a language; with a hyphen endings that do
 LATIN = {name: frozenset(words.split()) for name, words in _WORDS.items()}
 _ENDS = {name: tuple(x[1:] for x in words if x[0] == "-") for name, words in LATIN.items()}
 _PARTICLES = {*"d da de del della der di dos du el l la las le les los van von y".split()}
 # An English question, whatever title it is about; no other language begins a text with these.
 _ASKS = {"how", "what", "which", "why", "where", "when", "who", "is", "are", "does", "should"}
+
+
+def in_charset(han: str, codec: str) -> bool:
+    """Whether all are in a language's character set; of Japan's in its first half, what is written
+    every day, which ends at 0x9872: 学 and 台, but neither 學 nor 臺."""
+    code = han.encode(codec, "ignore")  # two bytes each
+    return len(code) == 2 * len(han) and (codec != "shift_jis" or all(b < 0x99 for b in code[::2]))
 
 
 @cache_texts(300_000)  # the same forms again and again
@@ -34,9 +41,14 @@ def language(text: str, undecided: str = "en") -> str:
     """
     # Counts, not shares: "iPhone 15 怎么样" is a Chinese question about a Latin name.
     counts = {name: len(script.findall(text)) for name, script in _SCRIPTS.items()}
-    kana = len(_KANA.findall(text))
-    counts["ja"] = (kana + counts["zh"]) if kana and not _NOT_JAPANESE.search(text) else 0
+    kana, han = len(_KANA.findall(text)), "".join(_SCRIPTS["zh"].findall(text))
+    # Without kana 英会話: no other country's set has all of it.
+    sets = [codec for codec in ("shift_jis", "gb2312", "big5") if in_charset(han, codec)]
+    japanese = (kana or sets == ["shift_jis"]) and in_charset(han, "shift_jis_2004")
+    counts["ja"] = kana + counts["zh"] if japanese and not _NOT_JAPANESE.search(text) else 0
     counts["zh"] -= counts["ja"] > 0  # the same characters: a tie is Japanese
+    if counts["en"] and (counts["ko"] or counts["ru"]):  # React 오류, Ошибки React: names are of any language
+        counts["en"] *= bool(_of_latin(text, ""))
     script = max(counts, key=counts.get) if any(counts.values()) else "other"
     return _of_latin(text, undecided) if script == "en" else script
 

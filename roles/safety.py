@@ -96,7 +96,10 @@ def _touched(text: str) -> tuple[tuple[str, str], ...]:
     for level in ("sure", "likely"):
         for match in (m for s in scripts for m in _expressions(s, level).finditer(text)):
             area, sure = areas[match.lastgroup], level == "sure"
-            excused = any(_context(name).search(text) for name in area["excuses"].split())
+            # No part of a word excuses it (crystal meth, 黄色小说), a longer one does: 国债 to 债.
+            excused = any(c.start() < match.start() or match.end() < c.end()
+                          for name in area["excuses"].split()
+                          for c in _context(name).finditer(text))
             meant = personal or sure or len(text) <= 2 * len(match[0])  # says little else
             if meant and not (excused and not (sure and personal)):  # no film is about me
                 found.append((area["reason"], "" if sure else match[0]))

@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from files import cache_texts
-from roles.languages import LATIN, identified, language
+from roles.languages import LATIN, identified, in_charset, language
 
 Encode = Callable[[list[str]], torch.Tensor]  # n texts -> (n, D), unit rows
 
@@ -299,11 +299,11 @@ def majority_language(interests: Sequence[str]) -> str:
         return ""
     counts = Counter(map(language, written))
     hans = ["".join(re.findall("[㐀-鿿]", text)) for text in written if language(text) == "zh"]
-    for other, codec in {"ja": "shift_jis", "ko": "euc_kr"}.items():
-        # Characters alone, such as 京都, are Chinese, or of one who writes the rest in kana, unless
-        # that language's character set lacks some (two bytes each), as it does simplified ones.
-        bare = sum(len(han.encode(codec, "ignore")) == 2 * len(han) for han in hans)
-        if counts["zh"] - bare < counts[other] >= bare / 2:
+    for other, codec, least in (("ja", "shift_jis", 0), ("ko", "euc_kr", 1 / 2)):
+        # Characters alone, such as 京都, are Chinese, or of one who writes some title in kana, or
+        # much in Hangul, unless that language's set lacks some, as it does simplified ones.
+        bare = sum(in_charset(han, codec) for han in hans)
+        if counts["zh"] - bare < counts[other] >= bare * least:
             counts += Counter({other: bare, "zh": -bare})
     most = counts.most_common(1)[0][0]
     if most not in LATIN:

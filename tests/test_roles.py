@@ -262,13 +262,22 @@ def test_greetings_are_no_summary_and_no_interest():
                  "Hi, how are you?", "Hi there 👋", "thanks!!! 🙏", "Hello, can you help me?",
                  "hola, ¿qué tal?", "你好，在吗？", "Hey Mel, thanks a lot", "Hi, Mel", "👍",
                  "?", "...", "continue", "go on", "help", "nice to meet you", "nice", "sí", "да",
-                 "はい", "네", "oui", "nein", "weiter", "谢了", "继续", "さようなら"):
+                 "はい", "네", "oui", "nein", "weiter", "谢了", "继续", "さようなら",
+                 "what can you do?", "Friendly Greeting Exchange", "User greeting", "New Chat (2)",
+                 "Hello and request for help", "Untitled 3", "Testing 123", "新对话", "友好的问候",
+                 "簡単な挨拶", "새 채팅", "첫 인사", "Новый чат", "Приветствие и предложение помощи",
+                 "Nueva conversación", "Saludo y ofrecimiento de ayuda", "Neuer Chat",
+                 "Freundliche Begrüßung", "Nouvelle conversation", "Salutations amicales"):
         assert unfit([text], None) == ["greeting"], text
     for text in ("Hello Kitty history", "hello world in Rust", "Thanksgiving recipes",
                  "Morning glory", "cool jazz", "好莱坞", "Hello Kitty", "Hey Jude", "Hello World!",
                  "Good Morning Vietnam", "Hello World in Rust", "Thank you for the music",
                  "Hi, how do tides work?", "Hi-fi", "👋 Dune", "OK Computer", "你好李焕英",
-                 "nice cars", "help wanted ads", "continue in Python", "네이버 지도", "继续教育"):
+                 "nice cars", "help wanted ads", "continue in Python", "네이버 지도", "继续教育",
+                 "Greeting cards for Christmas", "New chat app in Rust", "Test drive of a Tesla",
+                 "Testing in Go", "Untitled Goose Game", "Small talk in Japanese",
+                 "What can you do with leftover rice?", "人工智能新对话系统", "挨拶文の書き方",
+                 "인사 관리", "Тест Тьюринга", "Prueba de Turing", "Begrüßung in Österreich"):
         assert unfit([text], None) == [None], text
 
 
