@@ -321,7 +321,7 @@ class RunFolder:
                 (self.path / stage / "begun.json").unlink(missing_ok=True)
             return False
         if processes()[0] == 0:
-            self.withdraw(stage)
+            (self.path / stage / "done.json").unlink(missing_ok=True)
             self._cut_log()
             if record:
                 write_json(self.path / stage / "begun.json", {"key": key, "record": record})
@@ -334,10 +334,6 @@ class RunFolder:
             self.mark_done(part, key, **make())
             print(f"  {part}: {one_line(self.figures(part))}", flush=True)
         return self.figures(part)
-
-    def withdraw(self, stage: str) -> None:
-        if processes()[0] == 0:
-            (self.path / stage / "done.json").unlink(missing_ok=True)
 
     def _cut_log(self) -> None:
         """Leave in metrics.jsonl what stood there when a stage, or a part of one, was last done."""

@@ -196,41 +196,35 @@ class Rules:
         words, bounds = lexicon(), []
         number = r"(\d[\d.,]*\d|\d)"
         money = words["currencies"].get(self.currency, re.escape(self.currency) or "€")
-        units = {"price": money} | words["units"]
-        rest = text
-        for unit, said in units.items():
+        for unit, said in ({"price": money} | words["units"]).items():
             before = rf"(?:(?:{said})\s?{number})|" if unit == "price" else ""
             pattern = re.compile(rf"(?<![\w.,])(?:{before}{number}[\s-]?(?:{said}))(?!\w)",
                                  re.IGNORECASE)
-            for match in pattern.finditer(rest):
+            for match in pattern.finditer(text):
                 value = next(group for group in match.groups() if group)
-                bounds.append(self._bound(rest, match, _amount(value), unit))
-            rest = pattern.sub(" # ", rest)
+                bounds.append(self._bound(text, match, _amount(value), unit))
+            text = pattern.sub(" # ", text)
         # "Under 100" is about money.
         least, most = (words["patterns"][name].pattern for name in ("at_least", "at_most"))
         bare = re.compile(rf"(?:(?P<least>{least})|{most})\s+{number}"
                           r"(?=\s*(?:$|[.,?!]|(?:for|with|that|which|in|please)\b))", re.IGNORECASE)
-        for match in bare.finditer(rest):
+        for match in bare.finditer(text):
             value = _amount(match[match.lastindex])
             bounds.append(Bound(value, float("inf"), "price") if match["least"] else
                           Bound(0, value, "price"))
-        return bounds, bare.sub(" # ", rest)
+        return bounds, bare.sub(" # ", text)
 
     @staticmethod
     def _bound(text: str, match: re.Match, value: float, unit: str) -> Bound:
         patterns = lexicon()["patterns"]
         before, after = text[max(0, match.start() - 40) : match.start()], text[match.end() :][:40]
-
-        def says(name: str, where: str) -> bool:
-            return bool(patterns[name].search(where))
-
         # Directly before the number: a "maximum load of 120 kg" is no limit of it.
         near = re.sub(r"(?:\bof)?\W*$", "", before)
-        ends = {name: patterns[name].pattern + "$" for name in ("at_least", "at_most")}
-        if re.search(ends["at_least"], near, re.IGNORECASE) or says("or_more", after):
+        least, most = (re.search(patterns[name].pattern + "$", near, re.IGNORECASE)
+                       for name in ("at_least", "at_most"))
+        if least or patterns["or_more"].search(after):
             return Bound(value, float("inf"), unit)
-        at_most = re.search(ends["at_most"], near, re.IGNORECASE) or says("or_less", after)
-        if at_most or unit == "price":
+        if most or unit == "price" or patterns["or_less"].search(after):
             return Bound(0, value, unit)
         return Bound(value * (1 - CLOSE), value * (1 + CLOSE), unit)
 
@@ -366,12 +360,10 @@ class Rules:
 
     def _related(self, categories: set[str], others: set[str]) -> bool:
         """Whether some product is in one of these as well as in a group with one of the others."""
-
-        def groups(names: set[str]) -> set[str]:
-            return {group for name in names for i in self.catalogue.of_category[name]
-                    for group in self.catalogue.products[i].category}
-
-        return bool(groups(categories) & groups(others))
+        ours, theirs = ({group for name in names for i in self.catalogue.of_category[name]
+                         for group in self.catalogue.products[i].category}
+                        for names in (categories, others))
+        return bool(ours & theirs)
 
     def _source(self, left: set[int], about: Mention, asked: set[str], bounds: list[Bound]) -> str:
         """A product that answers, and by which attributes: the cheapest where the price is asked

@@ -30,10 +30,9 @@ def descriptors(wanted: int = 8192) -> int:
 
 def limited(app, limit: int, **settings) -> uvicorn.Config:
     """uvicorn's settings for at most limit / 2 connections; limit: file descriptors."""
-    most = max(1, limit // 2)  # the rest: what waits to be accepted, files, the store
-
     class Bounded(Connection):
-        most_connections = most
+        # The rest: what waits to be accepted, files, the store.
+        most_connections = max(1, limit // 2)
 
     return uvicorn.Config(app, http=Bounded, backlog=max(1, limit // 4), **settings)
 

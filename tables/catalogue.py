@@ -15,10 +15,8 @@ RUN/catalogue.jsonl has every suggestion with its number, to be read and marked,
 
 import argparse
 import hashlib
-import json
 import math
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +25,7 @@ from scipy import stats
 import data
 import garm
 from config import load_config
-from files import ROOT, UserError, file_digest, script, write_json, write_text
+from files import ROOT, UserError, file_digest, script, write_json, write_lines, write_text
 from roles.players import players_of
 from roles.quality import Rules
 from roles.suggester import Suggester
@@ -47,10 +45,6 @@ class Mark(data.Record):
     number: int
     text: str  # digest, so that no mark outlives its suggestion
     mark: Literal[VERDICTS]
-
-
-def lines(rows: Iterable[dict]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def digest_of(text: str) -> str:
@@ -198,13 +192,13 @@ def write_catalogue(folder: Path, n: int, marks: Path | None, out: Path) -> None
     key = file_digest(run.adapter(policy) / "adapter_model.safetensors") + str(n)
     path = run.folder / "catalogue" / "answers.jsonl"
     if run.folder.begin("catalogue", key):
-        write_text(path, lines(answers_of(run, facts, policy, n)))
+        write_lines(path, answers_of(run, facts, policy, n))
         run.folder.mark_done("catalogue", key)
-    rows = suggestions_of([row for _, row in data.json_objects(path, data.Faults())],
-                          Rules(*shop), n)
+    answers = [row for _, row in data.json_objects(path, data.Faults())]
+    rows = suggestions_of(answers, Rules(*shop), n)
     checked = [facts.check(row["text"], row["turns"]) for row in rows]
     # To be marked by hand: nothing of what the check says, or it would be believed.
-    write_text(run.folder / "catalogue.jsonl", lines(
+    write_lines(run.folder / "catalogue.jsonl", (
         {"number": row["number"], "text": digest_of(row["text"]), "suggestion": row["text"],
          "after": [turn.content for turn in row["turns"]]} for row in rows))
     marked = read_marks(marks, rows) if marks else []

@@ -8,7 +8,7 @@ Unstated in the paper: how its claims were tested; users are drawn again within 
 Legend: S seeds, U users of one seed, C categories of what is counted.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -135,7 +135,7 @@ def _by_counts(seeds: Seeds, claim: Claim, hierarchical: bool) -> tuple:
     return interval, verdicts.of_interval(*interval), *rest
 
 
-def judged(seeds: Seeds, wanted: list[str], name: str = "claims",
+def judged(seeds: Seeds, wanted: Collection[str], name: str = "claims",
            hierarchical: bool = False) -> list[dict]:
     """Every claim of these tables with its difference, interval, verdict, and on how many seeds the
     difference has the same sign. name: of the YAML file; hierarchical: as of metrics.bootstrap."""

@@ -23,15 +23,13 @@ conversation named last. Verdicts: *false*, a claim holds for no row or no row h
 import functools
 import re
 import unicodedata
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import combinations, pairwise
-from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
 from data import Policy, Product, Turn
+from files import read_yaml
 
 # In the order in which a claim that fails is named.
 KINDS = ("product", "kind", "price", "size", "attribute", "feature")
@@ -42,7 +40,7 @@ NUMBER = r"\d+(?:[.,]\d+)*"
 @functools.cache
 def _lists() -> dict:
     # Words of its own: what the judge takes for empty may be what it overlooks.
-    lists = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    lists = read_yaml("tables/facts.yaml")
     return lists | {name: {*lists[name].split()} for name in ("empty", "asked")}
 
 
@@ -140,8 +138,7 @@ class Facts:
         for index in (self.names, self.values, groups):
             index.pop((), None)  # of a text without words
         self.kinds = groups | kinds  # a description says more than a category
-        currencies = Counter(p.currency for p in self.rows if p.currency)
-        self.currency = next(iter(currencies), "")
+        self.currency = next((p.currency for p in self.rows if p.currency), "")
         self.policies = {word for p in policies
                          for word in forms(" ".join([p.section, p.name, p.text, *p.keywords]))}
 
@@ -253,14 +250,12 @@ class Facts:
             # In capitals also where a sentence begins: that is how names are written.
             name = word.raw[0].isupper() and (not word.first or word.raw[1:].isupper())
             if word.form in self.told or word.form in lists["asked"]:
-                rows = self.told.get(word.form)
-                yield Claim("attribute", word.form, frozenset(rows) if rows else None)
+                yield Claim("attribute", word.form, frozenset(self.told.get(word.form, ())) or None)
             elif name and len(word.raw) > 1 and word.form not in self.text:
                 # Of names the catalogue is complete; of what things are like it is not.
                 yield Claim("product", word.raw, frozenset())
             elif named:
-                rows = self.text.get(word.form)
-                yield Claim("feature", word.form, frozenset(rows) if rows else None)
+                yield Claim("feature", word.form, frozenset(self.text.get(word.form, ())) or None)
 
     def _numbers(self, text: str) -> tuple[list[Claim], str]:
         """Claims of prices and sizes, and the text without them."""

@@ -13,48 +13,34 @@ Legend: S seeds, B contexts of one seed.
 """
 
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import garm
-from files import script, write_text
+from files import script
 from stages.metrics import markdown_table
-from tables import experiments, figures, siblings
-from tables.claims import Seeds, claims_page, counted, judged, per_seed, pooled_interval
+from tables import experiments, figures
+from tables.claims import Seeds, per_seed, pooled_interval
 from tables.garm_values import measure_seed, train_run
 from tables.report import in_all
 from tables.seeds import cell, summary, with_verdicts, written
-from tables.siblings import Paper, again, origin
+from tables.siblings import Paper, again
 
 
-def write(seeds: Seeds, about: dict, out: Path) -> None:
-    """garm.md and its pictures into `out`."""
-    rows = judged(seeds, [*experiments.read("garm")["tables"], "figure4"], "garm_claims",
-                  hierarchical=True)
-    pictures(seeds, out)
-    page = report(seeds, about, rows)
-    write_text(out / "garm.md", page)
-    print(f"{page}\n{counted(rows)}: {out / 'garm.md'}")
-
-
-def report(seeds: Seeds, about: dict, claims: list[dict]) -> str:
-    """garm.md."""
-    texts, parts = experiments.read("garm"), []
-    below = {"2": [calibration_table(seeds), sigma_table(seeds)]}
-    for number, table in texts["tables"].items():
+def page_parts(seeds: Seeds) -> dict:
+    """What garm.md says beside claims and origin."""
+    parts, below = [], {"2": [calibration_table(seeds), sigma_table(seeds)]}
+    for number, table in experiments.read("garm")["tables"].items():
         show = accuracy_table if number == "2" else policy_table
         parts += [f"## {table['title']}\n", show(seeds, table), *below.get(number, [])]
     parts += ["## Figure 4: accuracy by quarters of the confidence\n", confidence_table(seeds),
              "## Figure 6: the closed form and Monte-Carlo draws\n", closed_form_table()]
     first = seeds[0]["values"]
     contexts = len(first["what was shown"]["score"]) if "what was shown" in first else 0
-    return texts["page"].format(
-        **origin(PAPER, about), tables="\n".join(parts), contexts=contexts,
-        phrasings=phrasing_table(seeds), observations=observation_table(seeds),
-        counted=counted(claims), claims=claims_page(claims, "", "garm_claims"))
+    return {"tables": "\n".join(parts), "contexts": contexts, "phrasings": phrasing_table(seeds),
+            "observations": observation_table(seeds)}
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -218,17 +204,15 @@ def closed_form_panels() -> list[figures.Panel]:
 
 
 def pictures(seeds: Seeds, out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
     figures.lines([confidence_panel(seeds)], out / "garm_confidence.png",
                   "Figure 4: GaRM's accuracy by its confidence; bands: 95 %")
     figures.lines(closed_form_panels(), out / "garm_closed_form.png",
                   "Figure 6: p(preferred > rejected) by the closed form and by draws")
 
 
-PAPER = Paper("garm", "dialogues", train_run, measure_seed, write,
-              ("values", "pairs", "calibration"))
-reproduce, main = partial(siblings.reproduce, PAPER), partial(again, PAPER)
+PAPER = Paper("garm", "dialogues", train_run, measure_seed, page_parts,
+              ("values", "pairs", "calibration"), pictures)
 
 
 if __name__ == "__main__":
-    script(lambda: main(sys.argv[1:]))
+    script(lambda: again(PAPER, sys.argv[1:]))

@@ -303,8 +303,7 @@ def scores_of(reward: RewardModel, rows: list[Shown]) -> list[Scores]:
         places = [i for i, some in enumerate(both) if some]
         answers = reward.preference([turns[i] for i in places], [both[i] for i in places], SIZE)
         of_place = dict(zip(places, answers, strict=True))
-        halves = [of_place.get(i, torch.zeros(0)).chunk(2) for i in range(len(rows))]
-        halves = [(h[0], h[1]) if len(h) == 2 else (torch.zeros(0),) * 2 for h in halves]
+        halves = [of_place.get(i, torch.zeros(0)).tensor_split(2) for i in range(len(rows))]
         return [Scores((a + 1 - b) / 2, w) for (a, b), w in zip(halves, weights, strict=True)]
     result = []
     mus, sigmas = reward.score(turns, [row.texts for row in rows], SIZE)

@@ -117,7 +117,9 @@ def measure(config: Config, file: str) -> Later:
         name=f"later-{Path(file).stem}-{config.run.name}", people=Path(file).name,
         run=config.run.name, generator=Path(players.writer.model_path).name,
         commit=commit_of(environment(config)),
-        lists=config.eval.lists, values=rounded(values))
+        lists=config.eval.lists, values={
+            metric: {method: {u: round(value, 6) for u, value in rows.items()}
+                     for method, rows in methods.items()} for metric, methods in values.items()})
 
 
 def lenders() -> set[str]:
@@ -203,11 +205,6 @@ def rid_values(run: Run, ids: list[str], histories: list[ib.History], scores: li
             values["precision"].setdefault(name, {})[u] = float(
                 labels[places].mean()) if places else 0.0  # nothing kept: none is right
     return {metric: methods for metric, methods in values.items() if methods}
-
-
-def rounded(values: PerUser) -> PerUser:
-    return {metric: {method: {u: round(value, 6) for u, value in rows.items()}
-                     for method, rows in methods.items()} for metric, methods in values.items()}
 
 
 # ------------------------------------------------------------------------------------------ page

@@ -36,8 +36,7 @@ from tables.garm_values import SIZE, Counts, Shown, named, scores_of
 from tables.seeds import written
 from tools.importers import import_mimics
 
-LIKELIER = "the likelier one under the base"
-UNTRAINED = ("the longer one", "the earlier one", LIKELIER)
+UNTRAINED = ("the longer one", "the earlier one", "the likelier one under the base")
 PARTS = ("all pairs", "the later one drew more")
 
 
@@ -100,9 +99,9 @@ def untrained(rows: list[Shown], suggester: Suggester) -> Counts:
         # A mean: a sum would be length once more.
         means = logps.masked_fill(~mask, 0).sum(1) / mask.sum(1)
         likely += [x.tolist() for x in means.cpu().split([len(row.texts) for row in part])]
+    lengths = [[*map(len, row.texts)] for row in rows]
     # Slots fall: what stands first has the highest value.
-    lengths, slots = ([f(row.texts) for row in rows] for f in (
-        lambda texts: [*map(len, texts)], lambda texts: [-i for i in range(len(texts))]))
+    slots = [[-i for i in range(len(row.texts))] for row in rows]
     return {key: count for name, values in zip(UNTRAINED, (lengths, slots, likely), strict=True)
             for key, count in by_value(name, rows, values).items()}
 

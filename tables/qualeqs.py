@@ -14,25 +14,24 @@ Legend: S seeds, B contexts of one seed.
 import sys
 from collections import Counter
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
 import qualeqs
 import train
 from config import Config
-from files import read_json, read_lines, script, write_text
+from files import read_json, read_lines, script
 from run import Run
 from stages.metrics import markdown_table
 from tables import experiments
-from tables.claims import Seeds, claims_page, counted, judged, paired, per_seed
+from tables.claims import Seeds, paired, per_seed
 from tables.garm import pooled_cell
-from tables.garm_values import Values, shown
+from tables.garm_values import shown
 from tables.measure import keep_values
 from tables.report import in_all
 from tables.reproduce import start_as_copy
 from tables.seeds import cell, summary
-from tables.siblings import Paper, again, origin
+from tables.siblings import Paper, again
 from world import shop
 from world.shop_clicks import Truth
 
@@ -76,20 +75,16 @@ def seed_values(run: Run) -> dict:
     if rounds > 1:
         for title, more, less in (("first", *series[1::-1]), ("last", *series[:-3:-1])):
             [gaps] = paired([{"values": values}], "strict_accuracy", more, less)
-            values[f"gain of the {title} round"] = {"strict_accuracy": dict(
-                zip(common(values, more, less), gaps.tolist(), strict=True))}
+            ours, others = (values[name]["strict_accuracy"] for name in (more, less))
+            both = [context for context in ours if context in others]  # that `paired` compares
+            values[f"gain of the {title} round"] = {
+                "strict_accuracy": dict(zip(both, gaps.tolist(), strict=True))}
     pairs: dict = {}
     for context, value in values["QualEQS"]["strict_accuracy"].items():
         intent = judged_values["intents"][context]
         for group in (intent, "other intents")[: 1 + (intent != PLATFORM)]:
             pairs.setdefault(group, {})[context] = {"right": value, "wrong": 1 - value}
     return {"values": values, "pairs": pairs, "rounds": rounds}
-
-
-def common(values: Values, *methods: str) -> list[str]:
-    """Contexts that these have judged, in the order of the first."""
-    first, *rest = (values[method]["strict_accuracy"] for method in methods)
-    return [context for context in first if all(context in other for other in rest)]
 
 
 def hidden(truth: Truth, context: str, answers: list[str]) -> dict[str, float]:
@@ -152,26 +147,21 @@ def round_table(seeds: Seeds) -> str:
     return markdown_table(["", "strict", "valid", "strict, gained"], rows)
 
 
-def write(seeds: Seeds, about: dict, out: Path) -> None:
-    """qualeqs.md into `out`."""
+def page_parts(seeds: Seeds) -> dict:
+    """What qualeqs.md says beside claims and origin."""
     texts, tables = experiments.read("qualeqs"), []
-    wanted = [*texts["tables"], "figure3", "figure4", "figure5"]
-    rows = judged(seeds, wanted, "qualeqs_claims", hierarchical=True)
     for table in texts["tables"].values():
         tables += [f"## {table['title']}\n", policy_table(seeds, table["rows"], table["paper"])]
     intents = [[name, pooled_cell(seeds, name, "accuracy", "pairs")]
                for name in sorted(seeds[0]["pairs"])]
-    page = texts["page"].format(
-        **origin(PAPER, about), tables="\n".join(tables), control=texts["control"],
-        online=online_table(seeds), policies=len(policies(seeds)),
-        **{metric: correlation(seeds, metric) for metric in texts["online"]},
-        rounds=round_table(seeds), intents=markdown_table(["intent", "strict"], intents),
-        counted=counted(rows), claims=claims_page(rows, "", "qualeqs_claims"))
-    write_text(out / "qualeqs.md", page)
-    print(f"{page}\n{counted(rows)}: {out / 'qualeqs.md'}")
+    return {"tables": "\n".join(tables), "control": texts["control"],
+            "online": online_table(seeds), "policies": len(policies(seeds)),
+            **{metric: correlation(seeds, metric) for metric in texts["online"]},
+            "rounds": round_table(seeds), "intents": markdown_table(["intent", "strict"], intents)}
 
 
-PAPER = Paper("qualeqs", "shop", train_run, measure_seed, write, ("values", "pairs", "rounds"))
+PAPER = Paper("qualeqs", "shop", train_run, measure_seed, page_parts,
+              ("values", "pairs", "rounds"))
 
 
 if __name__ == "__main__":

@@ -215,7 +215,6 @@ def reproduction_page(seeds: Seeds, wanted: list[str], note: str, names: list[st
 def write(seeds: Seeds, wanted: list[str], log: list[dict], about: dict,
           folder: Path) -> list[dict]:
     """reproduction.md, claims.md, reproduction.json and pictures into `folder`; returns claims."""
-    folder.mkdir(parents=True, exist_ok=True)
     minutes = ", ".join(f"{start['minutes']:.0f} ({start['commit']})" for start in about["starts"])
     hours = sum(start["core_hours"] for start in about["starts"])
     note = experiments.read()["about"].format(  # the head of both pages

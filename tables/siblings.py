@@ -16,7 +16,7 @@ from pathlib import Path
 
 from files import ROOT, UserError, read_json, write_text
 from tables import experiments
-from tables.claims import Seeds
+from tables.claims import Seeds, all_claims, claims_page, counted, judged
 from tables.experiments import MAIN
 from tables.measure import report_folder
 from tables.reproduce import measured, seed_config
@@ -26,14 +26,16 @@ from tables.verdicts import EFFECT, RULE, narrow
 @dataclass(frozen=True)
 class Paper:
     """A sibling paper: run.method; the section of its simulated world; functions as of reproduce.py
-    that train and measure a seed; write(seeds, about, folder); what the values of a seed hold."""
+    that train and measure a seed; parts(seeds): what its page says beside claims and origin;
+    pictures(seeds, folder); what the values of a seed hold."""
 
     name: str
     world: str
     train_run: Callable
     measure_seed: Callable
-    write: Callable[[Seeds, dict, Path], None]
+    parts: Callable[[Seeds], dict]
     holds: tuple[str, ...]
+    pictures: Callable[[Seeds, Path], None] = lambda seeds, out: None
 
 
 def reproduce(paper: Paper, seeds: int, path: str | None, words: list[str], quick: bool,
@@ -61,7 +63,7 @@ def reproduce(paper: Paper, seeds: int, path: str | None, words: list[str], quic
     for number, one in zip(runs, values, strict=True):  # without spaces: there are thousands
         text = json.dumps({"about": about, **one}, separators=(",", ":"))
         write_text(out / "values" / f"{name}-{number}.json", text)
-    paper.write(values, about, out)
+    write(paper, values, about, out)
 
 
 def again(paper: Paper, paths: Sequence[str]) -> None:
@@ -72,7 +74,20 @@ def again(paper: Paper, paths: Sequence[str]) -> None:
     seeds = [read_json(path) for path in paths]
     if any({"about", *paper.holds} - one.keys() for one in seeds):
         raise UserError(f"these are no values of --reproduce {paper.name}")
-    paper.write(seeds, seeds[0]["about"], Path(paths[0]).resolve().parent.parent)
+    write(paper, seeds, seeds[0]["about"], Path(paths[0]).resolve().parent.parent)
+
+
+def write(paper: Paper, seeds: Seeds, about: dict, out: Path) -> None:
+    """NAME.md and its pictures into `out`."""
+    claims, page = f"{paper.name}_claims", out / f"{paper.name}.md"
+    tables = {claim.table for claim in all_claims(claims)}
+    rows = judged(seeds, tables, claims, hierarchical=True)
+    paper.pictures(seeds, out)
+    text = experiments.read(paper.name)["page"].format(
+        **origin(paper, about), **paper.parts(seeds), counted=counted(rows),
+        claims=claims_page(rows, "", claims))
+    write_text(page, text)
+    print(f"{text}\n{counted(rows)}: {page}")
 
 
 def origin(paper: Paper, about: dict) -> dict[str, str]:

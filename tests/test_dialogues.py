@@ -310,15 +310,15 @@ def test_clicks_look_like_a_real_log(encoder):
 
 
 def test_tastes_drift_between_weeks_but_usefulness_does_not(quick):
-    tastes, truth = quick.truth.tastes, quick.truth
-    by_week = np.array([[tastes.liking(f"{word} it", week) for word in sorted(OPENINGS)]
+    liking, truth = dialogue_clicks.liking, quick.truth
+    by_week = np.array([[liking(f"{word} it", week) for word in sorted(OPENINGS)]
                         for week in range(5)])
     gaps = np.abs(np.diff(by_week, axis=0)).mean(1)  # of one week to the next
     assert np.all(gaps > 0.01) and np.all(gaps < 0.2)
     alike = np.corrcoef(by_week[0], by_week[4])[0, 1]
     assert 0.8 < alike < 0.995  # mild, as in Table 2
-    assert tastes.liking("Make a table", 4) < tastes.liking("Make a table", 0)
-    assert tastes.liking("Compare both", 4) > tastes.liking("Compare both", 0)
+    assert liking("Make a table", 4) < liking("Make a table", 0)
+    assert liking("Compare both", 4) > liking("Compare both", 0)
     some = next(d for d in quick.log if len(d.suggestions) == 3)
     first, last = (truth.click_probabilities(some.dialogue_id, ["Make it short"], week)[0]
                    for week in (0, 4))
@@ -332,7 +332,7 @@ def test_tastes_drift_between_weeks_but_usefulness_does_not(quick):
 
 
 def test_wording_is_liked_as_in_appendix_i(quick):
-    like = quick.truth.tastes.liking
+    like = dialogue_clicks.liking
     assert like("Make it more specific", 0) > like("Make it more concrete", 0) + 0.5  # Table 10
     assert like("Add details on fees", 0) > like("Can you say more on fees?", 0) + 0.5  # Table 9
     assert like("Make it more engaging", 0) > like("Make it more engaging for all who read it", 0)

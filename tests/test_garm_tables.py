@@ -16,7 +16,7 @@ from roles.rules import Rules
 from roles.suggester import Suggester
 from run import Run
 from stages.metrics import bootstrap
-from tables import claims, experiments, garm_values, panes
+from tables import claims, experiments, garm_values, panes, siblings
 from tables import garm as report
 from tables.garm_values import Scores, Shown
 from tests.test_garm_stages import (  # noqa: F401
@@ -192,7 +192,7 @@ def test_the_page_and_its_pictures_are_made_again_from_the_values_alone(seeds, t
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({"about": ABOUT, **one}))
     paths = [str(tmp_path / "values" / f"garm-{number}.json") for number in range(3)]
-    report.main(paths)
+    siblings.again(report.PAPER, paths)
     page = (tmp_path / "garm.md").read_text()
     for title in ("Table 1", "Table 2", "Table 3", "Table 4", "Figure 4", "Figure 6", "Appendix I"):
         assert title in page
@@ -203,11 +203,11 @@ def test_the_page_and_its_pictures_are_made_again_from_the_values_alone(seeds, t
     ece = next(line for line in page.splitlines() if line.startswith("| GaRM | 0.300"))
     assert "0.0302, 0.0886" in ece
     bytes_of = (tmp_path / "garm.md").read_bytes()
-    report.main(paths)
+    siblings.again(report.PAPER, paths)
     assert (tmp_path / "garm.md").read_bytes() == bytes_of
     with pytest.raises(UserError, match="no values of --reproduce garm"):
         (tmp_path / "other.json").write_text("{}")
-        report.main([str(tmp_path / "other.json")])
+        siblings.again(report.PAPER, [str(tmp_path / "other.json")])
 
 
 def test_the_closed_form_stands_beside_the_integral_and_draws():
@@ -319,7 +319,7 @@ def reproduced(tmp_path_factory, model_folder):  # noqa: F811
         path = root / "config.yaml"
         path.write_text("run: {method: garm}\n")
         words = [word for word in simulated_words(root, model_folder) if "method" not in word]
-        report.reproduce(1, str(path), [*words, arms], quick=False)
+        siblings.reproduce(report.PAPER, 1, str(path), [*words, arms], quick=False)
     return root
 
 
@@ -381,9 +381,9 @@ def test_a_log_of_ones_own_has_no_truth_to_measure_against(tmp_path):
     file = tmp_path / "log.jsonl"
     file.touch()
     with pytest.raises(UserError, match="--reproduce garm: needs run.method=garm"):
-        report.reproduce(1, None, [f"data.dialogues={file}"], quick=True)
+        siblings.reproduce(report.PAPER, 1, None, [f"data.dialogues={file}"], quick=True)
     with pytest.raises(UserError, match="--reproduce garm: needs run.method=garm"):
-        report.reproduce(1, str(ROOT / "configs" / "tiny.yaml"), [], quick=True)
+        siblings.reproduce(report.PAPER, 1, str(ROOT / "configs" / "tiny.yaml"), [], quick=True)
 
 
 def test_quick_and_full_settings_load_and_name_arms_that_the_tables_have():

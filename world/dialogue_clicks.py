@@ -71,25 +71,17 @@ def texts_of(hidden: dict) -> list[str]:
     return [*needs, *hidden["asked"], hidden["topic"]]
 
 
-class Tastes:
-    """What people like about the words of a suggestion, whatever it says: forms.yaml's tastes."""
-
-    def __init__(self):
-        tastes = read_yaml("world/dialogue_forms.yaml")["tastes"]
-        self.openings, self.words = tastes["openings"], tastes["words"]
-        self.one_size = tastes["one_size_fits_all"]
-
-    def liking(self, text: str, week: int) -> float:
-        """Logits that the wording adds to a click; `week` 0: the log's first part, 1 to 4: W1-W4.
-
-        Near-synonyms differ on purpose: "specific" is liked and "concrete" is not (Table 10).
-        """
-        words = words_of(text)
-        level, drift = self.openings.get(words[0] if words else "", (0.0, 0.0))
-        result = level + drift * week + sum(self.words.get(word, 0.0) for word in set(words))
-        if words[:2] == ["make", "it"] and len(words) <= 5:
-            result += self.one_size[0] + self.one_size[1] * week
-        return result - 0.1 * max(0, len(words) - 12)  # long ones are not read
+def liking(text: str, week: int) -> float:
+    """Logits that the wording adds to a click, whatever it says; `week` 0: the log's first part, 1
+    to 4: W1-W4. Near-synonyms differ on purpose: "specific" is liked, "concrete" is not (Table 10).
+    """
+    tastes, words = read_yaml("world/dialogue_forms.yaml")["tastes"], words_of(text)
+    level, drift = tastes["openings"].get(words[0] if words else "", (0.0, 0.0))
+    result = level + drift * week + sum(tastes["words"].get(word, 0.0) for word in set(words))
+    if words[:2] == ["make", "it"] and len(words) <= 5:
+        level, drift = tastes["one_size_fits_all"]
+        result += level + drift * week
+    return result - 0.1 * max(0, len(words) - 12)  # long ones are not read
 
 
 class Truth:
@@ -101,7 +93,7 @@ class Truth:
     """
 
     def __init__(self, state: dict, encoder: Callable):
-        self.dialogues, self.encoder, self.tastes = state["dialogues"], encoder, Tastes()
+        self.dialogues, self.encoder = state["dialogues"], encoder
 
     def _judge(self, dialogue_id: str, suggestions: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """(value of each suggestion for each need (K, needs), nearness to the topic (K,))."""
@@ -146,7 +138,7 @@ class Truth:
         for slot, (suggestion, use) in enumerate(zip(suggestions, useful, strict=True)):
             opening = (words_of(suggestion) or [""])[0]
             logit = (-3.3 + 2.6 * use  # what helps is clicked most ...
-                     + 1.1 * self.tastes.liking(suggestion, week)  # ... and so is what is liked
+                     + 1.1 * liking(suggestion, week)  # ... and so is what is liked
                      - 0.5 * (opening in openings)  # three that begin alike look like one
                      - 1.5 * (fitness(suggestion) == 0) + hidden["eagerness"])
             chance = (1 - NOISE) / (1 + np.exp(-logit)) + NOISE * 0.1

@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import yaml
 
 import data
 from config import DialoguesConfig
-from files import ROOT, read_json, write_json
+from files import read_json, read_yaml, write_json
 from world.dialogue_clicks import Truth, texts_of
 
 START = datetime(2026, 3, 2)  # a Monday
@@ -96,11 +95,9 @@ class Dialogues:
     def __init__(self, settings: DialoguesConfig, encoder: Callable):
         # Trap: one generator draws everything, so a draw moved or left out gives other dialogues.
         self.rng, n = np.random.default_rng(settings.seed), settings.contexts
-        folder = ROOT / "world"
-        tree = yaml.safe_load((folder / "dialogue_topics.yaml").read_text(encoding="utf-8"))
-        self.forms = yaml.safe_load((folder / "dialogue_forms.yaml").read_text(encoding="utf-8"))
+        self.forms = read_yaml("world/dialogue_forms.yaml")
         self.fields = {field: {topic: self._facts(topic, rows) for topic, rows in topics.items()}
-                       for field, topics in tree.items()}
+                       for field, topics in read_yaml("world/dialogue_topics.yaml").items()}
         self.truth = Truth({"dialogues": {}}, encoder)
         # Which fields come up changes with the weeks, as news and seasons do: (weeks, fields).
         self.demand = self.rng.dirichlet(np.full(len(self.fields), 8.0), 5)

@@ -12,22 +12,15 @@ useful. It knows nothing of the quality judge. Only what evaluates may read it.
 Legend: K suggestions of a context.
 """
 
-import functools
-
 import numpy as np
 
 from files import read_yaml
 from world.click_model import EXAMINATION
-from world.dialogue_clicks import Tastes, fitness, stems, words_of
+from world.dialogue_clicks import fitness, liking, stems, words_of
 
 ON_TOPIC = 0.2  # use of a suggestion that names the category but meets no need
 NOISE = 0.04  # of looks at a suggestion end in a click or not for no reason
 LONGER = 2.0  # further messages of a chat that meets the best need
-
-
-@functools.cache
-def _attractive() -> dict[str, float]:
-    return read_yaml("world/shop_forms.yaml")["attractive"]
 
 
 class Truth:
@@ -35,7 +28,7 @@ class Truth:
     query, "needs": [{"weight", "words": stems}], best first}."""
 
     def __init__(self, state: dict):
-        self.dialogues, self.tastes = state["dialogues"], Tastes()
+        self.dialogues = state["dialogues"]
 
     def usefulness(self, dialogue_id: str, suggestions: list[str]) -> np.ndarray:
         """(K,) in [0, 1]: how far each suggestion asks what its shopper wants to know next."""
@@ -53,9 +46,10 @@ class Truth:
         """(K,) P(click) of each suggestion, with slot bias."""
         hidden, result = self.dialogues[dialogue_id], []
         useful = self.usefulness(dialogue_id, suggestions)
+        attractive = read_yaml("world/shop_forms.yaml")["attractive"]  # word -> logits
         for slot, (text, use) in enumerate(zip(suggestions, useful, strict=True)):
-            pull = sum(_attractive().get(word, 0.0) for word in set(words_of(text)))
-            logit = (-3.0 + 2.6 * use + pull + 0.5 * self.tastes.liking(text, 0)
+            pull = sum(attractive.get(word, 0.0) for word in set(words_of(text)))
+            logit = (-3.0 + 2.6 * use + pull + 0.5 * liking(text, 0)
                      - 1.5 * (fitness(text) == 0) + hidden["eagerness"])
             chance = (1 - NOISE) / (1 + np.exp(-logit)) + NOISE * 0.1
             result.append(EXAMINATION[min(slot, len(EXAMINATION) - 1)] * chance)
