@@ -47,7 +47,7 @@ def language(text: str, undecided: str = "en") -> str:
     japanese = (kana or sets == ["shift_jis"]) and in_charset(han, "shift_jis_2004")
     counts["ja"] = kana + counts["zh"] if japanese and not _NOT_JAPANESE.search(text) else 0
     counts["zh"] -= counts["ja"] > 0  # the same characters: a tie is Japanese
-    if counts["en"] and (counts["ko"] or counts["ru"]):  # React 오류, Ошибки React: names are of any language
+    if counts["en"] and (counts["ko"] or counts["ru"]):  # React 오류: a name is of any language
         counts["en"] *= bool(_of_latin(text, ""))
     script = max(counts, key=counts.get) if any(counts.values()) else "other"
     return _of_latin(text, undecided) if script == "en" else script

@@ -33,7 +33,7 @@ from roles.text import majority_language
         ("東京の桜の名所を教えて", "ja"),
         ("京都旅行の計画", "ja"),  # one character of kana is enough
         ("「ありがとう」怎么用", "zh"),  # but in a Chinese question
-        ("英会話", "ja"),  # nor need there be one: neither China's set nor Taiwan's has both 会 and 話
+        ("英会話", "ja"),  # no other set has 会 and 話
         ("駅前再開発", "ja"),
         ("日本料理", "zh"),
         ("鬼滅の刃什么时候更新", "zh"),
@@ -119,7 +119,8 @@ def test_one_long_title_in_a_question_outweighs_no_others(expected, titles):
     ("zh", "三体|京都|火锅做法|北海道のラーメン"), ("zh", "量子計算|宋朝|臺灣美食|東京の桜"),
     ("zh", "京都|日本料理"), ("ko", "漢字|論語|한국 역사"), ("zh", "三体|京都|방탄소년단 콘서트"),
     ("en", "Dune novels|京都|Elden Ring|日本料理|Chess"),
-    ("ja", "家計簿|確定申告|料理教室|大阪|Excelの使い方"), ("ja", "囲碁入門|沖縄旅行|転職活動|ラーメン"),
+    ("ja", "家計簿|確定申告|料理教室|大阪|Excelの使い方"),
+    ("ja", "囲碁入門|沖縄旅行|転職活動|ラーメン"),
     ("zh", "の字的用法|宋朝|汉语语法|红楼梦"), ("zh", "學習英文|台北旅遊|履歷撰寫|東京の桜"),
     ("ko", "Docker 배포|Notion 템플릿|GCP 요금"), ("ru", "Ошибки Git|Docker образы|Linux"),
 ])
