@@ -265,7 +265,8 @@ def test_greetings_are_no_summary_and_no_interest():
                  "はい", "네", "oui", "nein", "weiter", "谢了", "继续", "さようなら",
                  "what can you do?", "Friendly Greeting Exchange", "User greeting", "New Chat (2)",
                  "Hello and request for help", "Untitled 3", "Testing 123", "新对话", "友好的问候",
-                 "簡単な挨拶", "새 채팅", "첫 인사", "Новый чат", "Приветствие и помощь",
+                 "簡単な挨拶", "새 채팅", "첫 인사", "Новый чат",
+                 "Приветствие и предложение помощи",
                  "Nueva conversación", "Saludo y ofrecimiento de ayuda", "Neuer Chat",
                  "Freundliche Begrüßung", "Nouvelle conversation", "Salutations amicales"):
         assert unfit([text], None) == ["greeting"], text
