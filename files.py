@@ -104,7 +104,6 @@ def gather(results: list) -> list:
 
 
 def gather_counts(counts: dict[str, int]) -> dict[str, int]:
-    """Counts of all processes added up."""
     parts = gather([counts])
     return {name: sum(part.get(name, 0) for part in parts) for part in parts for name in part}
 
@@ -316,16 +315,15 @@ class RunFolder:
         """Has the stage, or a part of one, to run with this key? Then what tells of another run of
         it is withdrawn first: the record of files that are about to be replaced, and the lines of a
         killed attempt in the log. record: kept beside it until it is done, and then."""
-        if self.is_done(stage, key):
-            if processes()[0] == 0:  # it was killed behind its last file
-                (self.path / stage / "begun.json").unlink(missing_ok=True)
-            return False
-        if processes()[0] == 0:
-            (self.path / stage / "done.json").unlink(missing_ok=True)
+        done, begun = self.is_done(stage, key), self.path / stage / "begun.json"
+        if done and processes()[0] == 0:  # it was killed behind its last file
+            begun.unlink(missing_ok=True)
+        elif processes()[0] == 0:
+            self.withdraw(stage)
             self._cut_log()
             if record:
-                write_json(self.path / stage / "begun.json", {"key": key, "record": record})
-        return True
+                write_json(begun, {"key": key, "record": record})
+        return not done
 
     def once(self, part: str, key: str, make: Callable[[], dict]) -> dict:
         """The figures of a part of a stage, made unless it has run with this key: a killed stage
@@ -334,6 +332,10 @@ class RunFolder:
             self.mark_done(part, key, **make())
             print(f"  {part}: {one_line(self.figures(part))}", flush=True)
         return self.figures(part)
+
+    def withdraw(self, stage: str) -> None:
+        if processes()[0] == 0:
+            (self.path / stage / "done.json").unlink(missing_ok=True)
 
     def _cut_log(self) -> None:
         """Leave in metrics.jsonl what stood there when a stage, or a part of one, was last done."""

@@ -49,8 +49,7 @@ def without_repeats(suggestions: list[str], verdicts: list[Verdict]) -> list[Ver
     The same is asked in the same words, numbers apart, or where one policy answers both. Unstated:
     by verdicts that know no neighbours, RL learns to ask one good question three times.
     """
-    above: set = set()
-    result = []
+    above, result = set(), []
     for text, verdict in zip(suggestions, verdicts, strict=True):
         asks = {frozenset(s for s in stems(text) if not s.isdigit()) - lexicon()["words"]["stop"]}
         asks |= {verdict.source} if verdict.source.startswith("policy ") else set()
@@ -84,8 +83,6 @@ class Subject(NamedTuple):
 
 
 class Rules:
-    """Judges suggestions against a shop's catalogue and policies."""
-
     def __init__(self, products: list[Product], policies: list[Policy]):
         self.catalogue, self.policies = Catalogue(products), policies
         self.policy_words = [set(content(" ".join([p.section, p.name, *p.keywords])))

@@ -254,8 +254,7 @@ class Desk:
 
     def examples(self) -> list[data.User]:
         """Some simulated people, as the store knows them: some may have been deleted."""
-        users = (self.store.user(user.user_id) for user in self.engine.examples)
-        return [user for user in users if user]
+        return [user for one in self.engine.examples if (user := self.store.user(one.user_id))]
 
 
 def precompute(desk: Desk) -> str:

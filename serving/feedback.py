@@ -62,11 +62,7 @@ def current(run: Run) -> dict | None:
                 raise UserError(f"{published}: {name} leads out of the run; delete the file")
         return newest
     return {"adapter": f"dpo/round{rounds}/adapter", "ranker": "ranker/train.safetensors",
-            "version": f"round{rounds}-{_weights(adapter)[:8]}"}
-
-
-def _weights(adapter: Path) -> str:
-    return file_digest(adapter / "adapter_model.safetensors")
+            "version": f"round{rounds}-{file_digest(adapter / 'adapter_model.safetensors')[:8]}"}
 
 
 @dataclass(frozen=True)
@@ -150,9 +146,10 @@ def publish(new: Round, verdict: dict) -> dict:
     """Write the verdict and, if the round is accepted, what servers are to take up."""
     folder = new.run.folder
     if verdict["accepted"]:
+        weights = file_digest(new.adapters[1] / "adapter_model.safetensors")
         newest = {"round": new.number, "adapter": f"{new.folder}/adapter",
                   "ranker": f"{new.folder}/ranker/train.safetensors",
-                  "version": f"feedback{new.number}-{_weights(new.adapters[1])[:8]}",
+                  "version": f"feedback{new.number}-{weights[:8]}",
                   "run": new.run.folder.key("dpo")}  # the key of the DPO that it came after
         # Before the verdict, which ends the round: one that was killed between is checked again.
         write_json(folder / "feedback" / "current.json", newest)
@@ -231,10 +228,9 @@ def begin(run: Run, key: str) -> int:
 # ------------------------------------------------------------------------------------- ranker, dpo
 
 # Nobody steers a round: dpo.pairs_per_user pairs, LISTS_PER_USER lists for a ranker, and one prompt
-# to write for are all that can come from one user; a hash chooses, not the order of arrival. A
-# user's split is that of the run, from the same hash: train users train, judge users fit the judge,
-# valid users are written for in the check; the run's test users stay out,
-# and people of that hash whom the run does not know train.
+# to write for are all that can come from one user; a hash chooses, not the order of arrival. Of
+# `by_split` train users train, judge users fit the judge, valid users are written for in the check;
+# the run's test users stay out, and people of that hash whom the run does not know train.
 
 
 def states_of(run: Run, lists: list[Shown],

@@ -120,8 +120,7 @@ class Queue:
                 log.error("the engine's thread: %s", where(error))
 
     def _next_batch(self, until: float) -> None:
-        """Write the asks of clients or, if none waits, some spare ones; wait `until` then at most.
-        """
+        """Write the asks of clients or, if none waits, spare ones; wait `until` then at most."""
         with self.wake:
             self.wake.wait_for(lambda: self.waiting or self.spare or self.stopped,
                                max(0.0, until - time.monotonic()))

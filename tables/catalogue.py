@@ -15,12 +15,12 @@ RUN/catalogue.jsonl has every suggestion with its number, to be read and marked,
 
 import argparse
 import hashlib
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Literal
 
 from scipy import stats
+from sklearn.metrics import cohen_kappa_score
 
 import data
 import garm
@@ -126,9 +126,7 @@ def agreement(verdicts: list[str], marks: list[str]) -> list[list[str]]:
     for name, values in (("the same of four", [*VERDICTS]), ("false or not", ["false"])):
         a, b = ([x if x in values else "" for x in some] for some in (verdicts, marks))
         same = sum(x == y for x, y in zip(a, b, strict=True))
-        # Of two who mark at random with these shares.
-        chance = sum(a.count(x) * b.count(x) for x in {*a}) / len(a) ** 2
-        kappa = (same / len(a) - chance) / (1 - chance) if chance < 1 else math.nan
+        kappa = cohen_kappa_score(a, b) if len({*a, *b}) > 1 else float("nan")
         rows.append([name, share(same, len(a)), f"{kappa:.2f}"])
     return rows
 

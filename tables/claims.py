@@ -149,6 +149,9 @@ def judged(seeds: Seeds, wanted: Collection[str], name: str = "claims",
         if key and not all(m in s[key] for s in seeds for m in (claim.more, claim.less)):
             continue  # a method that was not trained, e.g. fewer rounds were asked for
         (value, low, high), p, by_seed, sides = compare(seeds, claim, hierarchical)
+        # Utility is quoted as the lift over the base.
+        base = np.mean([row.mean() for row in per_seed(seeds, claim.base, "utility")]) if (
+            claim.metric == "utility") else 0.0
         rows.append(vars(claim) | {
             "sides": [*map(float, sides)], "value": float(value),
             "interval": [float(low), float(high)], "p": p,
@@ -158,21 +161,13 @@ def judged(seeds: Seeds, wanted: Collection[str], name: str = "claims",
             # Random starters, in place of `more`, are above `less` too: no skill is needed.
             "random_too": claim.table == "1" and all(RANDOM in s["values"] for s in seeds) and
                           _by_users(seeds, replace(claim, more=RANDOM), hierarchical)[0][1] > 0,
-            "share": verdicts.share_of_effect(claim.paper, *lifts_of(seeds, claim, sides))})
+            "share": verdicts.share_of_effect(claim.paper, *(float(x - base) for x in sides))})
     for table in {row["table"] for row in rows}:  # Holm's correction is for the claims of a table
         some = [row for row in rows if row["table"] == table]
         said = verdicts.verdicts([row["interval"] for row in some], [row["p"] for row in some])
         for row, verdict in zip(some, said, strict=True):
             row["verdict"] = verdict
     return rows
-
-
-def lifts_of(seeds: Seeds, claim: Claim, sides: list) -> list[float]:
-    """Both sides as the paper quotes them: utility as the lift over the base."""
-    if claim.metric != "utility":
-        return [*map(float, sides)]
-    base = np.mean([values.mean() for values in per_seed(seeds, claim.base, "utility")])
-    return [float(side - base) for side in sides]
 
 
 def counted(rows: list[dict]) -> str:

@@ -242,7 +242,6 @@ class Facts:
         return None
 
     def _words(self, words: list[Word], named: bool) -> Iterable[Claim]:
-        """Claims of single words."""
         lists = _lists()
         for word in words:
             if word.form in lists["empty"] | self.policies or not word.form[1:].isalpha():

@@ -118,8 +118,7 @@ def lines(panels: list[Panel], path, title: str) -> None:
 def frontier(points: dict[str, tuple[Interval, Interval]], lines: dict[str, dict[str, str]], path,
              title: str) -> None:
     """Point -> (utility, keywords), with 95 % bars; line -> its points in order (a sweep of lambda)
-    -> what is written beside each, if anything. A point of no line is named in the legend, as lines
-    are."""
+    -> what is written beside each, if anything. The legend names lines, and points of no line."""
     joined = {name for names in lines.values() for name in names}
     series = lines | {name: {name: ""} for name in points if name not in joined}
     with sheet(path, title, height=5.6) as (figure, [ax]):

@@ -35,7 +35,6 @@ from stages.reward import RewardModel, load_reward, pairs_of
 from tables import experiments
 from tables.experiments import MAIN
 from tables.measure import keep_values, report_folder
-from tables.reproduce import start_as_copy
 from world import dialogues
 from world.dialogue_clicks import Truth, texts_of
 
@@ -45,15 +44,6 @@ Answers = dict[str, dict[str, list[str]]]  # method -> context -> answers as the
 PEOPLE = 100  # who are shown a list, where pairs are expected ones
 SIZE = 4  # contexts that a model reads together
 BINS = 10  # of p, for the calibration error
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A further training of a seed; garm.yaml says what the fields are."""
-
-    settings: list[str]
-    stage: str
-    adapter: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,9 +59,9 @@ class Shown:
         return self.context.dialogue.dialogue_id
 
 
-def variants() -> dict[str, Variant]:
-    named = experiments.read("garm")["variants"]
-    return {name: Variant(**fields) for name, fields in named.items()}
+def variants() -> dict[str, dict]:
+    """Further trainings of a seed; garm.yaml says what the fields are."""
+    return experiments.read("garm")["variants"]
 
 
 def named(kind: str) -> str:
@@ -82,23 +72,22 @@ def named(kind: str) -> str:
 # ------------------------------------------------------------------------------------------ answers
 
 
-def train_run(config: Config, variant: str, main: Config) -> None:
+def train_run(config: Config, variant: str) -> None:
     """Train a seed's run, and let its policies answer."""
-    start_as_copy(config, main)
-    train.run_stages(config, [variants()[variant].stage if variant else "rl"])
+    train.run_stages(config, [variants()[variant]["stage"] if variant else "rl"])
     write_answers(config, variant)
 
 
 def write_answers(config: Config, variant: str) -> None:
     """report/answers.json of a run: answers of its policies, and RFT's for contexts of W4."""
     run, path, changed = Run(config), report_folder(config) / "answers.json", variants()
-    stage = changed[variant].stage if variant else "rl"
+    stage = changed[variant]["stage"] if variant else "rl"
     key = digest(train.stage_key(run, stage), config.eval)
     if path.is_file() and read_json(path, key=str)["key"] == key:  # by the same policies, as many
         return
     policies = garm_eval.policies(run)
     if variant:
-        adapter = changed[variant].adapter
+        adapter = changed[variant].get("adapter")
         policies = {variant: run.adapter(adapter)} if adapter else {}
     suggester, contexts = Suggester(players_of(run).writer), garm_eval.held_out(run)
 
@@ -209,14 +198,12 @@ def add_rewards(values: Values, reward: RewardModel, contexts: Sequence[Context]
     # Of all methods side by side: a context is read once.
     texts = [list(dict.fromkeys(y for some in row.values() for y in some)) for row in lists]
     mus, _ = reward.score([c.turns for c in safe], texts, SIZE)
+    scores = [dict(zip(some, mu.tolist(), strict=True))
+              for some, mu in zip(texts, mus, strict=True)]
     for name in answers:
-        values[name]["reward"] = {}
-    for context, row, some, mu in zip(safe, lists, texts, mus, strict=True):
-        of_text = dict(zip(some, mu.tolist(), strict=True))
-        for name, suggested in row.items():
-            if suggested:
-                mean = float(np.mean([of_text[y] for y in suggested]))
-                values[name]["reward"][context.dialogue.dialogue_id] = mean
+        values[name]["reward"] = {
+            c.dialogue.dialogue_id: float(np.mean([of_text[y] for y in row[name]]))
+            for c, row, of_text in zip(safe, lists, scores, strict=True) if row[name]}
 
 
 def add_log_perplexity(values: Values, suggester: Suggester, reference, contexts: Sequence[Context],
@@ -273,7 +260,7 @@ def shifted_pairs(truth: Truth, rows: list[Shown], lists: dict[str, list[str]]) 
 def reward_models(runs: dict[str, Run], suggester: Suggester, model):
     """(name as in Table 2, reward model) of every kind, of the main run and of variants."""
     for variant, run in runs.items():
-        if variant and variants()[variant].stage != "reward":
+        if variant and variants()[variant]["stage"] != "reward":
             continue
         for kind in run.config.reward.kinds:
             name = ", ".join(filter(None, [named(kind), variant]))

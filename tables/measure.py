@@ -67,10 +67,7 @@ def write_starters(config: Config, variant: str) -> None:
 
 
 def measure_seed(config: Config, variants: list[Config]) -> None:
-    """report/values.json of a seed's main run: every value of every method and test user.
-
-    config: of the main run, variants: of the runs that started as its copies.
-    """
+    """report/values.json of a seed's main run; variants: of the runs that started as its copies."""
     llm.settle_libraries()
     starters = [read_json(report_folder(c) / "starters.json") for c in (config, *variants)]
     main = starters[0]["lists"]

@@ -49,19 +49,16 @@ def section(paper: dict, folder: Path) -> str:
              for row, figures in rows.items() if row in have]
     judgements = judged(seeds, paper["tables"], claims, hierarchical=True)
     if name == "seeds":  # the siblings' pictures are made with their pages
-        draw(seeds, have, folder / paper["picture"])
+        # What alignment gains, and what it costs.
+        points = {m: tuple(bootstrap(per_seed(seeds, m, axis), hierarchical=True)
+                           for axis in ("r_score", "lexical")) for m in have if m != "PE"}
+        figures.frontier(
+            points, {}, folder / paper["picture"], "Utility and keywords of the methods")
     return texts["section"].format(
         title=paper["title"], page=f"{name}.md", seeds=len(seeds), hours=hours,
         narrow=narrow(len(seeds)), means=markdown_table(["", *paper["columns"], head], table),
         picture=f"![{paper['title']}]({paper['picture']})\n" if paper["picture"] else "",
         counted=counted(judgements), **claims_parts(judgements, claims))
-
-
-def draw(seeds: Seeds, methods: list[str], path: Path) -> None:
-    """Utility against keywords of the methods: what alignment gains, and what it costs."""
-    points = {m: tuple(bootstrap(per_seed(seeds, m, axis), hierarchical=True)
-                       for axis in ("r_score", "lexical")) for m in methods if m != "PE"}
-    figures.frontier(points, {}, path, "Utility and keywords of the methods")
 
 
 def write(folder: Path) -> None:

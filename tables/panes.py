@@ -111,8 +111,8 @@ def trained(config: Config, file: Path, half: list[Shown], other: list[Shown]) -
     run, result = Run(config), {}
     suggester = Suggester(players_of(run).writer)
     # The slot filter: what drew more clicks than an option before it.
-    rows = [(row.context, [pair for pair in row.pairs if pair[0] > pair[1]]) for row in other]
-    rows = [(context, pairs) for context, pairs in rows if pairs]
+    rows = [(row.context, pairs) for row in other
+            if (pairs := [pair for pair in row.pairs if pair[0] > pair[1]])]
     if not rows:
         raise UserError(f"{file}: no option of one half drew more clicks than one before it")
     key = digest(file_digest(file), config.reward, config.generator, config.run.seed)
@@ -142,7 +142,6 @@ def page(counts: Counts, head: str) -> str:
 def write_panes(file: Path, config: Config, out: Path) -> None:
     """panes.md and panes.json, the counts by query from which its intervals come."""
     folder = Path(config.run.root) / config.run.name
-    folder.mkdir(parents=True, exist_ok=True)
     print(import_mimics([file], folder / "dialogues.jsonl"), flush=True)
     rows = panes_of(folder / "dialogues.jsonl")
     parts = halves(rows, config.run.seed)

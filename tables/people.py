@@ -112,7 +112,7 @@ def lent_titles() -> frozenset[str]:
 def resonance(run: Run, users: list[data.User], share: float,
               now: datetime | None = None) -> tuple[Distiller, list[ib.History], list[np.ndarray]]:
     """Of strangers, as of when `share` of their sessions was over: histories, s(u, h) (N,) of each
-    summary, and who tells what is kept of them."""
+    summary, and who tells what is kept of them. now: until then one was away, if all is told."""
     parts = [(u.sessions, []) if share == 1 else data.cut_sessions(u, share) for u in users]
     run.encoder(sorted({s.summary for past, _ in parts for s in past}))  # like lengths together
     # "Now" is the first session that is not told.
@@ -121,21 +121,6 @@ def resonance(run: Run, users: list[data.User], share: float,
     profiles = torch.stack([profile_vector(user, run.encoder) for user in users])  # (B, D)
     distiller = Distiller.load(run)
     return distiller, histories, distiller.scores(histories, profiles)
-
-
-def distilled(run: Run, users: list[data.User], share: float = 1.0,
-              now: datetime | None = None) -> list[dict]:
-    """A row for each of some strangers: summaries, trigger interests and their scores.
-
-    share: of the sessions that are told; the rest is kept back as the person's future. now: where
-    nothing is; a person has been away until then.
-    """
-    rows, (distiller, histories, scores) = [], resonance(run, users, share, now)
-    for user, history, s in zip(users, histories, scores, strict=True):
-        keep, texts = distiller.keep(history, s), history.texts
-        rows.append({"user_id": user.user_id, "summaries": texts[::-1],  # latest first
-                     "interests": [texts[i] for i in keep], "scores": [float(s[i]) for i in keep]})
-    return rows
 
 
 def write_people(config: Config, file: str, out: Path) -> None:
@@ -148,7 +133,11 @@ def write_people(config: Config, file: str, out: Path) -> None:
     people = judged(run, players, file, users, LEAST, "examples")
     # The end of the file, as a run's log has one.
     now = max((s.timestamp for u in users for s in u.sessions if s.timestamp), default=None)
-    rows = distilled(run, people, now=now)
+    rows, (distiller, histories, scores) = [], resonance(run, people, 1, now)
+    for user, history, s in zip(people, histories, scores, strict=True):
+        keep, texts = distiller.keep(history, s), history.texts
+        rows.append({"user_id": user.user_id, "summaries": texts[::-1],  # latest first
+                     "interests": [texts[i] for i in keep], "scores": [float(s[i]) for i in keep]})
     told = ({row["user_id"]: row[name] for row in rows} for name in ("summaries", "interests"))
     with train.explained(config, "eval"):
         lists = write_lists(run, players.writer, *told, 1)

@@ -29,20 +29,16 @@ from tables.garm import pooled_cell
 from tables.garm_values import shown
 from tables.measure import keep_values
 from tables.report import in_all
-from tables.reproduce import start_as_copy
 from tables.seeds import cell, summary
 from tables.siblings import Paper, again
 from world import shop
 from world.shop_clicks import Truth
 
-PLATFORM = "platform QA"
-
 # ------------------------------------------------------------------------------------------- values
 
 
-def train_run(config: Config, variant: str, main: Config) -> None:
+def train_run(config: Config, variant: str) -> None:
     """Train a seed's run, its ablations too; its stage `eval` answers and judges."""
-    start_as_copy(config, main)
     train.run_stages(config, ["eval"])
 
 
@@ -82,7 +78,7 @@ def seed_values(run: Run) -> dict:
     pairs: dict = {}
     for context, value in values["QualEQS"]["strict_accuracy"].items():
         intent = judged_values["intents"][context]
-        for group in (intent, "other intents")[: 1 + (intent != PLATFORM)]:
+        for group in (intent, "other intents")[: 1 + (intent != "platform QA")]:
             pairs.setdefault(group, {})[context] = {"right": value, "wrong": 1 - value}
     return {"values": values, "pairs": pairs, "rounds": rounds}
 
@@ -97,14 +93,6 @@ def hidden(truth: Truth, context: str, answers: list[str]) -> dict[str, float]:
 
 
 # --------------------------------------------------------------------------------------------- page
-
-
-def policy_table(seeds: Seeds, rows: dict[str, str], paper: str) -> str:
-    """The metrics of qualeqs.yaml for each policy that was trained, beside the paper's figures."""
-    columns, have = experiments.read("qualeqs")["columns"], in_all(seeds)
-    return markdown_table(["", *(title for title, _ in columns.values()), paper], [
-        [name, *(cell(seeds, name, metric, form) for metric, (_, form) in columns.items()), figures]
-        for name, figures in rows.items() if name in have])
 
 
 def policies(seeds: Seeds) -> list[str]:
@@ -149,9 +137,13 @@ def round_table(seeds: Seeds) -> str:
 
 def page_parts(seeds: Seeds) -> dict:
     """What qualeqs.md says beside claims and origin."""
-    texts, tables = experiments.read("qualeqs"), []
+    texts, tables, have = experiments.read("qualeqs"), [], in_all(seeds)
+    columns = texts["columns"].items()
     for table in texts["tables"].values():
-        tables += [f"## {table['title']}\n", policy_table(seeds, table["rows"], table["paper"])]
+        head = ["", *(title for _, (title, _) in columns), table["paper"]]
+        rows = [[name, *(cell(seeds, name, metric, form) for metric, (_, form) in columns), figures]
+                for name, figures in table["rows"].items() if name in have]
+        tables += [f"## {table['title']}\n", markdown_table(head, rows)]
     intents = [[name, pooled_cell(seeds, name, "accuracy", "pairs")]
                for name in sorted(seeds[0]["pairs"])]
     return {"tables": "\n".join(tables), "control": texts["control"],

@@ -54,14 +54,13 @@ def seed_config(words: list[str], path: str | None, seed: int, variant: str = MA
     return load_config(path, [*words, *seeds, *changes])
 
 
-def train_run(config: Config, variant: str, main: Config) -> None:
+def train_run(config: Config, variant: str) -> None:
     """Train a seed's run and let its methods write."""
-    start_as_copy(config, main)
     train.run_stages(config, ["dpo"])  # and what it needs, where that is not there
     write_starters(config, variant)
 
 
-def start_as_copy(config: Config, main: Config) -> None:
+def train_as_copy(train_run: Callable, config: Config, variant: str, main: Config) -> None:
     """A variant starts as hard links to the main run's files; the main run as nothing."""
     folder = Path(config.run.root) / config.run.name
     if config.run.name != main.run.name and not folder.exists():
@@ -71,6 +70,7 @@ def start_as_copy(config: Config, main: Config) -> None:
         # Links will do: every file of a run is replaced whole, but for the log.
         shutil.copytree(folder.with_name(main.run.name), part, copy_function=os.link, ignore=others)
         part.rename(folder)  # whole or not at all
+    train_run(config, variant)
 
 
 def reproduce(names: list[str], seeds: int, path: str | None, words: list[str], quick: bool,
@@ -102,7 +102,7 @@ def measured(runs: dict[int, dict[str, Config]], train_run: Callable,
              measure_seed: Callable) -> tuple[list[dict], dict]:
     """values.json of every seed, and how they came about; what is missing is trained and measured.
 
-    runs: seed -> variant -> settings; train_run(config, variant, main), measure_seed(main, others).
+    runs: seed -> variant -> settings; train_run(config, variant), measure_seed(main, others).
     """
     configs, tasks = [by_variant[MAIN] for by_variant in runs.values()], {}
     env, root = environment(configs[0]), Path(configs[0].run.root)  # one root for all seeds
@@ -122,8 +122,8 @@ def tasks_of(seed: str, configs: dict[str, Config], train_run: Callable,
     # As in_parallel prints them; the main run's is the seed's alone.
     names = {variant: f"{seed}, {variant}".removesuffix(", ") for variant in configs}
     main, *others = configs.values()
-    tasks = {name: (partial(train_run, configs[variant], variant, main), [seed] * bool(variant))
-             for variant, name in names.items()}
+    tasks = {name: (partial(train_as_copy, train_run, configs[variant], variant, main),
+                    [seed] * bool(variant)) for variant, name in names.items()}
     return tasks | {f"{seed}, measured": (partial(measure_seed, main, others), [*names.values()])}
 
 
@@ -175,7 +175,6 @@ def in_parallel(tasks: Tasks, spent: dict[str, float]) -> None:
 
 
 def timed(work: Callable) -> float:
-    """Seconds of work()."""
     started = time.time()
     work()
     return time.time() - started

@@ -78,26 +78,20 @@ def again(paper: Paper, paths: Sequence[str]) -> None:
 
 
 def write(paper: Paper, seeds: Seeds, about: dict, out: Path) -> None:
-    """NAME.md and its pictures into `out`."""
+    """NAME.md and its pictures into `out`; about: which command made the values, and how long."""
     claims, page = f"{paper.name}_claims", out / f"{paper.name}.md"
-    tables = {claim.table for claim in all_claims(claims)}
-    rows = judged(seeds, tables, claims, hierarchical=True)
+    rows = judged(seeds, {c.table for c in all_claims(claims)}, claims, hierarchical=True)
     paper.pictures(seeds, out)
-    text = experiments.read(paper.name)["page"].format(
-        **origin(paper, about), **paper.parts(seeds), counted=counted(rows),
-        claims=claims_page(rows, "", claims))
-    write_text(page, text)
-    print(f"{text}\n{counted(rows)}: {page}")
-
-
-def origin(paper: Paper, about: dict) -> dict[str, str]:
-    """note: which command made a page, on what, how long; files: from which it can be made; narrow,
-    rule: how its intervals and verdicts are to be read."""
     minutes = ", ".join(f"{x['minutes']:.0f} ({x['commit']})" for x in about["starts"])
     hours = sum(x["core_hours"] for x in about["starts"])
     note = (f"`{about['command']}`: seeds {about['seeds']}, commit {about['commit']}, config "
             f"{about['config']}. Minutes of its starts: {minutes}; {hours:.1f} core hours on "
             f"{about['processors']} processors.")
+    # From which the page can be made again.
     files = (f"results/values/{paper.name}-{number}.json" for number in about["seeds"])
-    return {"note": note, "files": " ".join(files), "narrow": narrow(len(about["seeds"])),
-            "rule": f"{RULE} {EFFECT}"}
+    text = experiments.read(paper.name)["page"].format(
+        note=note, files=" ".join(files), narrow=narrow(len(about["seeds"])),
+        rule=f"{RULE} {EFFECT}", **paper.parts(seeds), counted=counted(rows),
+        claims=claims_page(rows, "", claims))
+    write_text(page, text)
+    print(f"{text}\n{counted(rows)}: {page}")

@@ -121,12 +121,14 @@ def test_a_stranger_has_the_interests_that_stage_rid_finds(finished, share, cut)
     run = Run(micro(finished.parent), describe=False)
     # Others have been seen by some towers, and are scored by the rest.
     ids = [u for u in run.ids("judge", "test") if run.histories[u][cut].texts][:12]
-    rows = people.distilled(run, [run.users[user_id] for user_id in ids], share, run.now)
+    users = [run.users[user_id] for user_id in ids]
+    distiller, histories, rows = people.resonance(run, users, share, run.now)
     stage = read_json(finished / "rid" / "triggers.json")
-    for user_id, row in zip(ids, rows, strict=True):
-        assert row["summaries"] == run.histories[user_id][cut].texts[::-1]
-        assert row["interests"] == stage[user_id][cut]["interests"]
-        assert row["scores"] == pytest.approx(stage[user_id][cut]["scores"], abs=1e-5)
+    for user_id, history, row in zip(ids, histories, rows, strict=True):
+        keep = distiller.keep(history, row)
+        assert history.texts == run.histories[user_id][cut].texts
+        assert [history.texts[i] for i in keep] == stage[user_id][cut]["interests"]
+        assert row[keep] == pytest.approx(stage[user_id][cut]["scores"], abs=1e-5)
 
 
 def test_every_method_writes_one_list_for_the_same_people(page):

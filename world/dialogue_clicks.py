@@ -73,8 +73,7 @@ def texts_of(hidden: dict) -> list[str]:
 
 def liking(text: str, week: int) -> float:
     """Logits that the wording adds to a click, whatever it says; `week` 0: the log's first part, 1
-    to 4: W1-W4. Near-synonyms differ on purpose: "specific" is liked, "concrete" is not (Table 10).
-    """
+    to 4: W1-W4. Near-synonyms differ: "specific" is liked and "concrete" is not (Table 10)."""
     tastes, words = read_yaml("world/dialogue_forms.yaml")["tastes"], words_of(text)
     level, drift = tastes["openings"].get(words[0] if words else "", (0.0, 0.0))
     result = level + drift * week + sum(tastes["words"].get(word, 0.0) for word in set(words))

@@ -109,7 +109,7 @@ class Dialogues:
         # Everything at once, which is many times faster: the encoder remembers it.
         texts = {text for row in shown for text in row}
         encoder(sorted(texts.union(*map(texts_of, self.truth.dialogues.values()))))
-        self.log = [self._clicked(*draft, row) for draft, row in zip(drafts, shown, strict=True)]
+        self.log = [self._clicked(row, some) for (row, *_), some in zip(drafts, shown, strict=True)]
         self.evaluation = self._evaluation(max(20, n // 20))
 
     def write(self, folder: str | Path) -> None:
@@ -120,9 +120,8 @@ class Dialogues:
     @staticmethod
     def _facts(topic: str, rows: list[str]) -> list[Fact]:
         """A topic's facts, in the order in which people tend to ask."""
-        parts = [row.split(" | ") for row in rows]
         return [Fact(phrase, question, answer, _keywords(topic, phrase))
-                for phrase, question, answer in parts]
+                for phrase, question, answer in (row.split(" | ") for row in rows)]
 
     def _pick(self, options, weights=None):
         """One of a list, or of a dict's keys by its values."""
@@ -272,8 +271,7 @@ class Dialogues:
             return fact.question if wording == "question" else fact.phrase
         return self._say(self._pick(self.forms["suggestions"][wording]), topic, fact)
 
-    def _clicked(self, row: dict, *context) -> data.Dialogue:
-        *_, shown = context
+    def _clicked(self, row: dict, shown: list[str]) -> data.Dialogue:
         chances = self.truth.click_probabilities(row["dialogue_id"], shown)  # (K,)
         clicked = np.flatnonzero(self.rng.random(len(shown)) < chances).tolist()
         return data.Dialogue(**row, suggestions=shown, clicked=clicked)

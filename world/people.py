@@ -84,8 +84,7 @@ def retrieved_lists(settings: WorldConfig, users: list[data.User], n: int, seed:
 def pilot(folder: str | Path, lists: dict[str, list[list[str]]],
           seed: int) -> list[data.Impression]:
     """What the platform's people tap where it shows them lists (user -> lists) after its log ends,
-    each as the only one. `seed` draws the taps; a user's do not depend on who else is shown some.
-    """
+    each alone. `seed` draws the taps; a user's do not depend on who else is shown some."""
     truth, rows = load_truth(folder), []
     for user_id, some in lists.items():
         rng = np.random.default_rng([seed, *user_id.encode()])
@@ -315,7 +314,6 @@ class World:
         return self._session(person, day, topic, subject, forms, rng)
 
     def _session(self, person: dict, day, topic: str, subject: str, forms: str, rng) -> Asked:
-        """A session about a subject, in some words."""
         kind = "chores" if self.taxonomy.functional(topic) else "summaries"
         # A tapped starter may be about what has no name in the person's language.
         language = person["language"] * (subject in self.taxonomy.names[person["language"]]

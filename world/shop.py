@@ -27,6 +27,7 @@ import garm
 from config import ShopConfig
 from files import ROOT, read_json, read_yaml, write_json, write_text
 from world.dialogue_clicks import stems, words_of
+from world.dialogues import Dialogues
 from world.shop_clicks import Truth
 from world.shop_goods import CURRENCY, DEPARTMENT, Goods, ceiling, money, told
 
@@ -151,11 +152,7 @@ class Shop:
                  for case in self.cases(500)]
         write_json(folder / "truth" / "cases.json", cases)
 
-    def _pick(self, options, weights=None):
-        if isinstance(options, dict):
-            options, weights = list(options), list(options.values())
-        p = None if weights is None else np.array(weights) / np.sum(weights)
-        return options[self.rng.choice(len(options), p=p)]
+    _pick = Dialogues._pick  # by self.rng
 
     # ---------------------------------------------------------------------------- the catalogue
 
