@@ -83,6 +83,8 @@ class Subject(NamedTuple):
 
 
 class Rules:
+    """Judges suggestions against a shop's catalogue and policies."""
+
     def __init__(self, products: list[Product], policies: list[Policy]):
         self.catalogue, self.policies = Catalogue(products), policies
         self.policy_words = [set(content(" ".join([p.section, p.name, *p.keywords])))

@@ -99,7 +99,9 @@ class Seldom(logging.Filter):
     """Lets a warning of a library through once in LOG_SECONDS: clients can cause as many as they
     like. Of requests the server logs itself, in front.py."""
 
-    last: dict[tuple, float] = {}  # when each was last let through
+    def __init__(self):
+        super().__init__()
+        self.last: dict[tuple, float] = {}  # when each was last let through
 
     def filter(self, record: logging.LogRecord) -> bool:
         what, now = (record.name, record.levelno, str(record.msg)), time.monotonic()
