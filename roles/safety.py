@@ -98,7 +98,7 @@ def _touched(text: str) -> tuple[tuple[str, str], ...]:
             area, sure = areas[match.lastgroup], level == "sure"
             # No part of a word excuses it (crystal meth, 黄色小说), a longer one does: 国债 to 债.
             excused = any(c.start() < match.start() or match.end() < c.end()
-                          for name in area["excuses"].split()
+                          for name in area["excuses"][level].split()
                           for c in _context(name).finditer(text))
             meant = personal or sure or len(text) <= 2 * len(match[0])  # says little else
             if meant and not (excused and not (sure and personal)):  # no film is about me
