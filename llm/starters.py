@@ -152,8 +152,9 @@ def parse_starters(text: str) -> Parsed:
         whole = [items for items, (_, closed) in zip(lists, fields, strict=False)
                  if closed and items]
         items = (whole or lists)[-1]
-    starters = (clean_starter(item) for item in _without_remarks(items))
-    starters = tuple(starter for starter in starters if starter and not NOTHING.fullmatch(starter))
+    while (plainer := [clean_starter(item) for item in _without_remarks(items)]) != items:
+        items = plainer  # marks may stand within marks
+    starters = tuple(starter for starter in items if starter and not NOTHING.fullmatch(starter))
     if starters:
         return Parsed(starters, None)
     if not fields:

@@ -162,8 +162,8 @@ def test_what_another_version_of_the_code_has_trained_is_refused(folder, tmp_pat
 def test_other_words_of_the_rules_are_a_change(folder, tmp_path, monkeypatch):
     finished(folder, "match", settings=train.stage_inputs(Run(of(tmp_path)), "match"))
     train.refuse_changes(of(tmp_path), [])
-    monkeypatch.setattr(train, "WORDS", tmp_path / "words.yaml")
-    train.WORDS.write_text("words: {}\n")
+    monkeypatch.setattr(train, "RULES", [tmp_path / "words.yaml", *train.RULES[:-1]])
+    train.RULES[0].write_text("words: {}\n")
     with pytest.raises(UserError, match="words.yaml, the content.*stage match"):
         train.refuse_changes(of(tmp_path), [])
 

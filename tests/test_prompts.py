@@ -258,6 +258,8 @@ def test_what_has_neither_letter_nor_digit_is_no_starter(text, kept):
 @example([",\t"])
 @example(["0,\t"])
 @example(["a, \x00;\u3000、"])
+@example(["[Jazz] (I) 0"])
+@example(['"(I) 0"'])
 @given(st.lists(st.text() | MARKUP, max_size=5))
 @settings(max_examples=200)
 def test_format_survives_the_parser(starters):
