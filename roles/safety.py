@@ -41,7 +41,7 @@ def _expressions(script: str, level: str) -> re.Pattern:
         lines = "\n".join(area[level][lang].strip() for lang in SCRIPTS[script].split())
         groups.append(f"(?P<{name}>{'|'.join(_plain(lines).splitlines())})")
     # Where words are parted, an expression begins where a word begins.
-    start = "" if SCRIPTS[script] in ("zh ja", "ko") else r"(?<!\w)"
+    start = "" if SCRIPTS[script] == "zh ja" else r"(?<!\w)"
     return re.compile(f"{start}(?:{'|'.join(groups)})")
 
 
