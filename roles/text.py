@@ -184,7 +184,8 @@ def _split(tokens: list[str | None]) -> list[list[str]]:
 @cache_texts(100_000)  # a run asks for the same summaries again and again
 def key_phrases(text: str) -> tuple[str, ...]:
     """Specific subjects of a text, best first: quoted, names, then other noun phrases, whole."""
-    text = _NO_WORDS.sub(" , ", _one_spelling(text[:2000]))  # no page is a summary
+    text = _one_spelling(text[:2000])  # no page is a summary
+    text = _NO_WORDS.sub(" , ", lexicon()["patterns"]["frame"].sub("", text))
     phrases, lang = [quoted.strip() for quoted in _QUOTED.findall(text)], language(text)
     # Last what is no name though it stands in quotes: few "real" fans.
     last = {phrase for phrase in phrases if phrase.islower() and " " not in phrase}

@@ -71,6 +71,7 @@ def test_key_phrases(text, first):
     "my {x} got dented", "shorn of {x}", "distraught at {x}", "is it safer to polish {x}?",
     "narrowing down {x}", "see https://a.org/b about {x}",
     "thanks, {x} please", "hello, {x}!", "where to haggle over {x}",
+    "User asked for advice on {x}", "The user is interested in {x}", "Discussion about {x}",
 ])
 @pytest.mark.parametrize("x", ["samovar", "brass samovar", "Elden Ring", "washing machine"])
 def test_what_frames_a_subject_is_none(frame, x):
@@ -89,6 +90,14 @@ def test_a_noun_stands_with_what_it_is_of(text, phrases):
 @pytest.mark.parametrize("text, phrases", SUBJECTS["nouns"].items())
 def test_a_noun_is_none_the_less_where_it_looks_like_a_verb(text, phrases):
     assert ", ".join(roles.key_phrases(text)) == phrases
+
+
+@pytest.mark.parametrize("text, phrase", [
+    ("该用户想要了解宋朝瓷器", "宋朝瓷器"), ("用户体验设计", "用户体验设计"),
+    ("El usuario pregunta sobre orquídeas", "orquídeas"), ("User stories in Jira", "Jira"),
+])
+def test_a_reporters_frame_is_no_subject_but_users_may_be_one(text, phrase):
+    assert roles.key_phrases(text)[0] == phrase
 
 
 @pytest.mark.parametrize("text", ["hi", "Hey there!", "ok thanks", "how to relax", "when", "wow"])
